@@ -1,0 +1,139 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere.
+
+A terminal gets a tqdm bar. A log file or a pipe gets one line when the work has taken a while, then
+one at every interval, then one at the end, so that a log of hours stays readable. Nothing here
+imports jax.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+FIRST_LINE_SECONDS = 5.0
+LINE_INTERVAL_SECONDS = 20.0
+
+
+def format_seconds(seconds: float) -> str:
+  """`8.2s`, `3m05s`, `2h07m`: how a duration is written in logs and tables."""
+  if seconds < 0:
+    raise ValueError(f"a duration is not negative, got {seconds}.")
+  if seconds < 59.95:
+    return f"{seconds:.1f}s"
+  minutes, rest = divmod(round(seconds), 60)
+  if minutes < 60:
+    return f"{minutes}m{rest:02d}s"
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}h{minutes:02d}m"
+
+
+def format_count(count: float) -> str:
+  """`950`, `12.3k`, `4.56M`, `7.8G`: three figures or so, for counts and rates."""
+  for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    if abs(count) >= limit:
+      return f"{count / (1e3 if unit == 'k' else limit):.3g}{unit}"
+  return f"{count:.0f}" if float(count).is_integer() or abs(count) >= 100 else f"{count:.3g}"
+
+
+def log(text: str, stream=None) -> None:
+  """Writes one line to `stream` (stderr) without tearing a bar that is being drawn there."""
+  stream = stream or sys.stderr
+  tqdm = sys.modules.get("tqdm")
+  if tqdm is not None:
+    tqdm.tqdm.write(text, file=stream)
+  else:
+    print(text, file=stream)
+  with contextlib.suppress(OSError, ValueError):
+    stream.flush()
+
+
+class Progress:
+  """Counts done units of a known or unknown total; also a context manager.
+
+  Args:
+    total: number of units, or None where it is not known beforehand.
+    unit: plural name of what is counted ("steps", "documents").
+    description: what is being done, put in front.
+    initial: units done by an earlier attempt; they count as done, not towards the rate.
+    stream: where to draw (default stderr).
+    first_line_seconds, interval_seconds: when a stream that is no terminal gets a line.
+    clock: a monotonic clock in seconds.
+  """
+
+  def __init__(self, total: int | None, unit: str = "steps", description: str = "", *,
+               initial: int = 0, stream=None, first_line_seconds: float = FIRST_LINE_SECONDS,
+               interval_seconds: float = LINE_INTERVAL_SECONDS, clock=time.monotonic):
+    self.total, self.unit, self.description = total, unit, description
+    self.initial, self.done = initial, initial
+    self._stream = stream or sys.stderr
+    self._clock, self._interval = clock, interval_seconds
+    self._start = clock()
+    self._next_line = self._start + first_line_seconds
+    self._lines, self._closed, self._note = 0, False, ""
+    self._bar = None
+    if getattr(self._stream, "isatty", lambda: False)():
+      from tqdm import tqdm
+      self._bar = tqdm(total=total, initial=initial, unit=f" {unit}", desc=description or None,
+                       file=self._stream, dynamic_ncols=True, leave=False, smoothing=0.1)
+
+  def update(self, n: int = 1, **figures: float) -> None:
+    """Adds `n` done units; `figures` (for example `loss=3.2`) are shown beside the count."""
+    self.done += n
+    if figures:
+      self._note = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    if self._bar is not None:
+      if figures:
+        self._bar.set_postfix_str(self._note, refresh=False)
+      self._bar.update(n)
+    elif self._clock() >= self._next_line:
+      self._next_line = self._clock() + self._interval
+      self._lines += 1
+      self._write(self._status())
+
+  def close(self) -> None:
+    """Ends the bar, or writes the closing line if any line was written before."""
+    if self._closed:
+      return
+    self._closed = True
+    if self._bar is not None:
+      self._bar.close()
+    elif self._lines:
+      seconds = max(self._clock() - self._start, 0.0)
+      self._write(f"{self._count()} in {format_seconds(seconds)}{self._rate(seconds)}")
+
+  def _count(self) -> str:
+    of = "" if self.total is None else f"/{self.total}"
+    return f"{self.done}{of} {self.unit}"
+
+  def _rate(self, seconds: float) -> str:
+    done = self.done - self.initial
+    return f", {format_count(done / seconds)} {self.unit}/s" if seconds > 0 and done else ""
+
+  def _status(self) -> str:
+    seconds = self._clock() - self._start
+    text = self._count() + self._rate(seconds)
+    done = self.done - self.initial
+    if self.total is not None and done and self.done < self.total:
+      left = seconds * (self.total - self.done) / done
+      text += f", {format_seconds(left)} left"
+    return f"{text}, {self._note}" if self._note else text
+
+  def _write(self, text: str) -> None:
+    log(f"{self.description}: {text}" if self.description else text, self._stream)
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+
+def track(iterable: Iterable, total: int | None = None, unit: str = "items",
+          description: str = "", **kwargs) -> Iterator:
+  """Yields the items of `iterable`, counting each when the next one is asked for."""
+  if total is None and hasattr(iterable, "__len__"):
+    total = len(iterable)
+  with Progress(total, unit, description, **kwargs) as progress:
+    for item in iterable:
+      yield item
+      progress.update()
