@@ -1,0 +1,441 @@
+"""Selecting the best share of a corpus by perturbed scores (Gumbel-top-k), in memory or streaming.
+
+PDS (arXiv 2410.07064, section 2.3) keeps the K = floor(ratio * N) examples with the largest
+`score - tau * log(-log u)`, u uniform on (0, 1): sampling without replacement with Plackett-Luce
+weights exp(score / tau). The noise is a function of (seed, example id) alone, so that any shard can
+be processed anywhere, in any order, and the chosen set does not depend on how a corpus is cut. It is
+built from integer operations and correctly rounded float64 arithmetic only (no libm), so that
+every platform draws the same bits.
+"""
+
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+# Rows worked on at a time: temporaries of this size stay in a core's cache.
+_BLOCK = 1 << 14
+
+
+def gumbel_noise(seed: int, ids) -> np.ndarray:
+  """Standard Gumbel noise that depends on (seed, id) only.
+
+  Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the
+  seed as key and the id as counter gives 52 random bits, u = (bits + 1/2) / 2^52, and the result is
+  -log(-log u), which lies in [-3.61, 36.74].
+
+  Args:
+    seed: 0 <= seed < 2^64.
+    ids: integers, any shape, non-negative.
+
+  Returns:
+    float64, shape of `ids`; identical bits on every platform.
+
+  Raises:
+    ValueError: a seed out of range, ids that are not integers, or a negative id.
+  """
+  seed = _checked_seed(seed)
+  ids = np.asarray(ids)
+  if ids.dtype.kind not in "iu":
+    raise ValueError(f"Example ids must be integers, but their dtype is {ids.dtype}.")
+  if ids.dtype.kind == "i" and ids.size and ids.min() < 0:
+    raise ValueError(f"Example ids must not be negative, but one is {ids.min()}.")
+  flat = ids.reshape(-1).astype(np.uint64, copy=False)
+  noise = np.empty(flat.shape, np.float64)
+  for start in range(0, len(flat), _BLOCK):
+    block = flat[start : start + _BLOCK]
+    zero = np.zeros_like(block)
+    words = _philox((block & _LOW, block >> 32, zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
+    bits = (words[0] << np.uint64(20)) | (words[1] >> np.uint64(12))
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-52
+    noise[start : start + _BLOCK] = -_log(-_log(uniform))
+  return noise.reshape(ids.shape)
+
+
+def num_selected(num_examples: int, *, ratio: float | None = None, k: int | None = None) -> int:
+  """How many examples are kept: `k`, or floor(ratio * num_examples) in exact arithmetic.
+
+  A float such as 0.29 or 1/3 stands for the simple fraction that it prints as, so that 29 of 100
+  and 1 of 3 are kept where float products would give 28.999999999999996.
+
+  Raises:
+    ValueError: not exactly one of `ratio` and `k`; a ratio outside (0, 1]; a count that is 0 or
+      larger than `num_examples`.
+  """
+  if isinstance(num_examples, bool) or not isinstance(num_examples, numbers.Integral):
+    raise ValueError(f"num_examples={num_examples!r} is not an integer.")
+  if num_examples < 1:
+    raise ValueError(f"Nothing can be selected from {num_examples} examples.")
+  if (ratio is None) == (k is None):
+    raise ValueError(f"Give exactly one of ratio and k (ratio={ratio}, k={k}).")
+  if k is not None:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or not 1 <= k <= num_examples:
+      raise ValueError(
+        f"k={k} is not an integer between 1 and the number of examples ({num_examples})."
+      )
+    return int(k)
+  ratio = float(ratio)
+  if not 0 < ratio <= 1:
+    raise ValueError(f"ratio={ratio} is not in (0, 1]; 0.4 keeps 40 % of the examples.")
+  simple = Fraction(ratio).limit_denominator(1_000_000)
+  exact = simple if float(simple) == ratio else Fraction(ratio)
+  kept = math.floor(exact * int(num_examples))
+  if kept == 0:
+    raise ValueError(
+      f"ratio={ratio} of {num_examples} examples keeps none; use at least 1/{num_examples}."
+    )
+  return kept
+
+
+def gumbel_top_k(
+  scores,
+  *,
+  ratio: float | None = None,
+  k: int | None = None,
+  tau: float,
+  seed: int,
+  ids=None,
+) -> np.ndarray:
+  """Ids of the K largest `scores + tau * gumbel_noise(seed, ids)`; all scores in memory.
+
+  Args:
+    scores: `[N]` finite numbers; larger is better.
+    ratio: share to keep, in (0, 1]; or
+    k: number to keep, in [1, N].
+    tau: noise scale in units of the scores, >= 0; 0 means no noise.
+    seed: of the noise, 0 <= seed < 2^64.
+    ids: `[N]` distinct non-negative integers; 0..N-1 if not given.
+
+  Returns:
+    `[K] int64`, ascending. Equal perturbed scores go to the smaller id.
+
+  Raises:
+    ValueError: any of the above does not hold.
+  """
+  scores = np.asarray(scores)
+  ids = np.arange(len(scores), dtype=np.int64) if ids is None else np.asarray(ids)
+  count = num_selected(len(scores), ratio=ratio, k=k)
+  tau, seed = _checked_tau(tau), _checked_seed(seed)
+  ids, keys = _keys(ids, scores, tau, seed, "the scores")
+  order = np.sort(ids)
+  repeated = np.flatnonzero(order[1:] == order[:-1])
+  if repeated.size:
+    raise ValueError(f"Example id {order[repeated[0]]} occurs more than once in the scores.")
+  threshold = _nth_largest(ids, keys, count)
+  return np.sort(ids[_at_least(ids, keys, threshold)])
+
+
+class StreamSelection(NamedTuple):
+  """What `select_stream` did; the ids themselves went to `write`."""
+
+  num_examples: int
+  num_selected: int
+  threshold: float  # smallest perturbed score that was kept
+  num_passes: int  # 2 unless the order of the scores was adverse
+
+
+def select_stream(
+  shards: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]],
+  *,
+  num_examples: int,
+  ratio: float | None = None,
+  k: int | None = None,
+  tau: float,
+  seed: int,
+  write: Callable[[np.ndarray], None],
+  max_candidates: int = 1 << 20,
+) -> StreamSelection:
+  """Selects the same set as `gumbel_top_k` from shards that are read twice and never kept.
+
+  The first pass finds the K-th largest perturbed score, the second writes every id at or above it.
+  Memory is flat: up to `max_candidates` scores around the running estimate of the threshold are held,
+  in a window that only ever narrows, beside a histogram over the leading bits of all scores. If the
+  threshold is not in the last window (possible only when the scores' order is far from random, for
+  instance sorted and without noise), the histogram tells which narrow range holds it, and a further
+  pass searches that range alone.
+
+  Args:
+    shards: called once a pass, returns the `(ids [n], scores [n])` shards; both passes must see the
+      same pairs, in any order. Ids are distinct non-negative integers.
+    num_examples: how many scores all shards hold together.
+    ratio, k, tau, seed: as in `gumbel_top_k`.
+    write: called with the selected ids of each shard, `[m] int64`, m >= 1, in the shard's order.
+    max_candidates: bound on the scores held in memory, >= 4.
+
+  Returns:
+    A `StreamSelection`.
+
+  Raises:
+    ValueError: arguments as in `gumbel_top_k`; a number of scores that is not `num_examples`, an id
+      that occurs twice at the threshold, or shards that changed between the passes.
+  """
+  count = num_selected(num_examples, ratio=ratio, k=k)
+  tau, seed = _checked_tau(tau), _checked_seed(seed)
+  if max_candidates < 4:
+    raise ValueError(f"max_candidates={max_candidates} is too small to search with; use 4 or more.")
+
+  search = _Search(0, _LARGEST, rank=count, total=num_examples, capacity=max_candidates)
+  num_passes, threshold = 0, None
+  while threshold is None:
+    search = search.refined() if num_passes else search
+    seen = digest = 0
+    for ids, keys in _blocks(shards(), tau, seed, num_examples):
+      seen += len(ids)
+      digest = (digest + _digest(ids, keys)) & _LARGEST
+      search.add(ids, keys)
+    _check_count(seen, num_examples)
+    num_passes += 1
+    threshold = search.found()
+
+  selected, again = 0, 0
+  for ids, keys in _blocks(shards(), tau, seed, num_examples):
+    again = (again + _digest(ids, keys)) & _LARGEST
+    chosen = ids[_at_least(ids, keys, threshold)]
+    if len(chosen):
+      selected += len(chosen)
+      write(chosen)
+  if again != digest:
+    raise ValueError("The score shards changed while they were being read; select again.")
+  if selected != count:
+    raise ValueError(
+      f"Example id {threshold[1]} occurs more than once: {selected} scores reach the threshold of "
+      f"the {count} to keep; give every example its own id."
+    )
+  return StreamSelection(num_examples, count, _unkey(threshold[0]), num_passes + 1)
+
+
+# --- noise ----------------------------------------------------------------------------------------
+
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+def _philox(counter, key) -> tuple[np.ndarray, ...]:
+  """Philox-4x32-10: four counter words and two key words to four random words (held in uint64)."""
+  x0, x1, x2, x3 = counter
+  k0, k1 = key
+  for _ in range(10):
+    product0, product1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
+    x0 = (product1 >> _HALF) ^ x1 ^ np.uint64(k0)
+    x2 = (product0 >> _HALF) ^ x3 ^ np.uint64(k1)
+    x1, x3 = product1 & _LOW, product0 & _LOW
+    k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+  return x0, x1, x2, x3
+
+
+def _log(x: np.ndarray) -> np.ndarray:
+  """Natural logarithm of positive float64 numbers, within 2 ulp, from exact steps only.
+
+  np.log's last bit depends on the processor's vector unit; this uses frexp, +, -, * and / alone:
+  x = 2^e m with m in [sqrt(1/2), sqrt(2)), and log m = 2 atanh((m - 1) / (m + 1)) by its series.
+  """
+  m, e = np.frexp(x)
+  small = m < 0.7071067811865476
+  m = np.where(small, 2 * m, m)
+  e = (e - small).astype(np.float64)
+  s = (m - 1) / (m + 1)
+  z = s * s
+  series = np.full_like(z, 1 / 23)
+  for n in range(21, 1, -2):
+    series = series * z + 1 / n
+  # ln 2 in two parts, the first short enough for e * high to be exact.
+  high, low = 0.6931471803691238, 1.9082149292705877e-10
+  return e * high + (2 * s + (2 * s * z * series + e * low))
+
+
+def _checked_seed(seed) -> int:
+  if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 1 << 64:
+    raise ValueError(f"seed={seed!r} is not an integer in [0, 2^64).")
+  return int(seed)
+
+
+def _checked_tau(tau) -> float:
+  tau = float(tau)
+  if not 0 <= tau <= 1e300:
+    raise ValueError(f"tau={tau} is not a finite noise scale >= 0 (0 means no noise).")
+  return tau
+
+
+# --- order: larger perturbed score first, then smaller id -----------------------------------------
+
+_LARGEST = (1 << 64) - 1
+_LAST_ID = (1 << 63) - 1
+_SIGN = np.uint64(1 << 63)
+
+
+def _keys(ids, scores, tau, seed, where) -> tuple[np.ndarray, np.ndarray]:
+  """Checks one block; returns ids `[n] int64` and perturbed scores as ordered integers, uint64."""
+  ids, scores = np.asarray(ids), np.asarray(scores)
+  if ids.ndim != 1 or ids.shape != scores.shape:
+    raise ValueError(
+      f"Ids and scores must be vectors of one length, but {where} has shapes "
+      f"{ids.shape} and {scores.shape}."
+    )
+  if scores.dtype.kind not in "fiu":
+    raise ValueError(f"Scores must be real numbers, but the dtype of {where} is {scores.dtype}.")
+  if ids.dtype.kind not in "iu":
+    raise ValueError(f"Example ids must be integers, but their dtype in {where} is {ids.dtype}.")
+  if len(ids) and (ids.min() < 0 or ids.max() > _LAST_ID):
+    raise ValueError(
+      f"Example ids must lie in [0, 2^63), but {where} has {ids.min()}..{ids.max()}."
+    )
+  values = scores.astype(np.float64)
+  finite = np.isfinite(values)
+  if not finite.all():
+    first = int(np.argmin(finite))
+    raise ValueError(
+      f"{int((~finite).sum())} scores of {where} are not finite; the first is {values[first]}, "
+      f"of example {ids[first]}."
+    )
+  if tau > 0:
+    values = values + tau * gumbel_noise(seed, ids)
+  bits = (values + 0.0).view(np.uint64)  # adding zero makes -0.0 equal 0.0
+  return ids.astype(np.int64, copy=False), np.where(bits & _SIGN, ~bits, bits | _SIGN)
+
+
+def _unkey(key: int) -> float:
+  bits = key & ~(1 << 63) if key >> 63 else ~key & _LARGEST
+  return float(np.uint64(bits).view(np.float64))
+
+
+def _at_least(ids, keys, threshold) -> np.ndarray:
+  key, last_id = np.uint64(threshold[0]), threshold[1]
+  return (keys > key) | ((keys == key) & (ids <= last_id))
+
+
+def _better(ids, keys, bound) -> np.ndarray:
+  key, first_id = np.uint64(bound[0]), bound[1]
+  return (keys > key) | ((keys == key) & (ids < first_id))
+
+
+def _nth_largest(ids, keys, n) -> tuple[int, int]:
+  """The n-th (key, id) in the order "larger key, then smaller id", n >= 1."""
+  key = np.partition(keys, len(keys) - n)[len(keys) - n]
+  tied = ids[keys == key]
+  place = n - int(np.count_nonzero(keys > key)) - 1
+  return int(key), int(np.partition(tied, place)[place])
+
+
+# --- streaming ------------------------------------------------------------------------------------
+
+_READ = 1 << 17  # rows of a shard looked at together
+
+
+def _blocks(shards, tau, seed, num_examples):
+  seen = 0
+  for i, (ids, scores) in enumerate(shards):
+    ids, scores = np.asarray(ids), np.asarray(scores)
+    if ids.shape != scores.shape or ids.ndim != 1:
+      _keys(ids, scores, tau, seed, f"score shard {i}")  # raises
+    seen += len(ids)
+    if seen > num_examples:
+      _check_count(seen, num_examples, "at least ")
+    for start in range(0, len(ids), _READ):
+      rows = slice(start, start + _READ)
+      yield _keys(ids[rows], scores[rows], tau, seed, f"score shard {i}")
+
+
+def _check_count(seen, num_examples, prefix=""):
+  if seen != num_examples:
+    raise ValueError(
+      f"The shards hold {prefix}{seen} scores, but the corpus has {num_examples} examples; "
+      "annotate the corpus again."
+    )
+
+
+def _digest(ids, keys) -> int:
+  """Sum of a mixing of (id, key): does not depend on order, changes with any one value."""
+  mixed = (ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ keys
+  mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+  return int(np.sum(mixed ^ (mixed >> np.uint64(29)), dtype=np.uint64))
+
+
+class _Search:
+  """One pass for the `rank`-th best pair of a range, in bounded memory.
+
+  Args:
+    low, high: ends of the range, inclusive: either two keys (then all ids of those keys belong to
+      it), or two inverted ids (2^63 - 1 - id) of the single key `key`.
+    rank: 1 <= rank <= total.
+    total: how many pairs the range holds.
+    capacity: how many pairs may be held at once.
+  """
+
+  def __init__(self, low, high, *, key=None, rank, total, capacity):
+    self.low, self.high, self.key, self.rank, self.total = low, high, key, rank, total
+    self._capacity = capacity
+    self._shift = max((high - low).bit_length() - 16, 0)  # at most 2^16 bins
+    self._histogram = np.zeros(((high - low) >> self._shift) + 1, np.int64)
+    self._held = [(np.empty(0, np.int64), np.empty(0, np.uint64))]
+    self._num_held = self._num_seen = self._num_above = 0
+    self._best = self._worst = None  # ends of the narrowed window, (key, id)
+
+  def add(self, ids, keys):
+    ids, keys, digits = self._inside(ids, keys)
+    bins = ((digits - np.uint64(self.low)) >> np.uint64(self._shift)).astype(np.int64)
+    self._histogram += np.bincount(bins, minlength=len(self._histogram))
+    self._num_seen += len(ids)
+    if self._best is not None:
+      above = _better(ids, keys, self._best)
+      self._num_above += int(np.count_nonzero(above))
+      keep = _at_least(ids, keys, self._worst) & ~above
+      ids, keys = ids[keep], keys[keep]
+    self._held.append((ids, keys))
+    self._num_held += len(ids)
+    if self._num_held > self._capacity:
+      self._narrow()
+
+  def _inside(self, ids, keys):
+    if self.key is not None:
+      inverted = np.uint64(_LAST_ID) - ids.view(np.uint64)
+      keep = (keys == np.uint64(self.key)) & (inverted >= self.low) & (inverted <= self.high)
+      return ids[keep], keys[keep], inverted[keep]
+    if self.low == 0 and self.high == _LARGEST:
+      return ids, keys, keys
+    keep = (keys >= np.uint64(self.low)) & (keys <= np.uint64(self.high))
+    return ids[keep], keys[keep], keys[keep]
+
+  def _sorted(self):
+    """The held pairs, best first; they replace the list of blocks."""
+    ids, keys = (np.concatenate(parts) for parts in zip(*self._held))
+    order = np.lexsort((ids, ~keys))
+    ids, keys = ids[order], keys[order]
+    self._held = [(ids, keys)]
+    return ids, keys
+
+  def _narrow(self):
+    """Keeps the half of the held pairs that lies around the threshold's expected place."""
+    ids, keys = self._sorted()
+    half = self._capacity // 2
+    place = self.rank * self._num_seen // self.total - self._num_above
+    start = min(max(place - half // 2, 0), len(ids) - half)
+    ids, keys = ids[start : start + half].copy(), keys[start : start + half].copy()
+    self._held, self._num_held = [(ids, keys)], half
+    self._num_above += start
+    self._best, self._worst = (int(keys[0]), int(ids[0])), (int(keys[-1]), int(ids[-1]))
+
+  def found(self) -> tuple[int, int] | None:
+    """The (key, id) at `rank`, or None if the window has lost it."""
+    place = self.rank - self._num_above - 1
+    if not 0 <= place < self._num_held:
+      return None
+    ids, keys = self._sorted()
+    return int(keys[place]), int(ids[place])
+
+  def refined(self) -> "_Search":
+    """The search of the one histogram bin that holds the threshold."""
+    above = self._histogram[::-1].cumsum()[::-1] - self._histogram
+    chosen = int(np.flatnonzero((above < self.rank) & (self.rank <= above + self._histogram))[0])
+    low = self.low + (chosen << self._shift)
+    high = min(low + (1 << self._shift) - 1, self.high)
+    rest = {
+      "rank": self.rank - int(above[chosen]),
+      "total": int(self._histogram[chosen]),
+      "capacity": self._capacity,
+    }
+    if self.key is None and low == high:
+      return _Search(0, _LAST_ID, key=low, **rest)
+    return _Search(low, high, key=self.key, **rest)
