@@ -1,0 +1,1 @@
+"""Flax Linen modules: frozen configuration in, module out."""

@@ -1,0 +1,225 @@
+"""Causal self-attention, one function for each kind that a configuration can name.
+
+- `xla`: scores written out, `[B,H,S,S]` in memory, differentiable to any order. Fastest for short
+  sequences on a CPU.
+- `chunked`: queries in blocks, each block rematerialised (Rabe & Staats 2021, arXiv:2112.05682),
+  so memory grows linearly in the length. Plain jax operations: differentiable to any order, also
+  `jax.jvp` of `jax.grad`. Keys beyond a block's last query are left out in steps of an eighth.
+- `cudnn`: fused kernel on NVIDIA GPUs. First derivatives only.
+- `splash`: fused kernel on TPUs. First derivatives only.
+
+All take `q [B,S,H,E]` and `k, v [B,S,K,E]` with `H` a multiple of `K`, and return `[B,S,H,E]`.
+Query head `h` reads key head `h // (H // K)`. A position sees itself and earlier positions of its
+own segment. Softmax is float32. Left out: sliding windows, dropout, bidirectional attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
+_PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
+_NUM_PREFIXES = 8  # chunked: keys are cut to the causal prefix in this many steps
+_MASKED = -1e30  # finite, so that no derivative of the softmax is 0 * inf
+
+
+def supports_forward_mode(kind: str) -> bool:
+  """Whether `jax.jvp`, and so a Hessian-vector product, passes through this kind.
+
+  Raises:
+    ValueError: for a kind that does not exist.
+  """
+  _check_known(kind)
+  return kind in ("xla", "chunked")
+
+
+def check_platform(kind: str, platform: str | None = None) -> None:
+  """Raises ValueError when the kind does not exist or does not run on the platform.
+
+  Args:
+    kind: one of `ATTENTION_KINDS`.
+    platform: "cpu", "gpu", "cuda" or "tpu"; None is that of the mesh in use, else the default one.
+  """
+  _check_known(kind)
+  if kind not in _PLATFORMS:
+    return
+  if platform is None:
+    mesh = jax.sharding.get_mesh()
+    platform = jax.default_backend() if mesh.empty else mesh.devices.flat[0].platform
+  if platform not in _PLATFORMS[kind]:
+    raise ValueError(
+      f"attention={kind!r} needs a {_PLATFORMS[kind][0]} and this program runs on {platform!r}; "
+      "set models.TransformerConfig.attention to 'xla' or 'chunked'."
+    )
+
+
+def causal_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array | None = None,
+  *,
+  kind: str = "xla",
+  chunk: int = 128,
+) -> jax.Array:
+  """Causal attention `[B,S,H,E]`, scaled by `E ** -0.5`.
+
+  Args:
+    q: `[B,S,H,E]`.
+    k: `[B,S,K,E]`, `K` divides `H`.
+    v: like `k`.
+    segment_ids: `[B,S] int32`; attention stays within equal ids. None is one segment.
+    kind: one of `ATTENTION_KINDS`.
+    chunk: queries a block, for `chunked` only.
+  """
+  check_platform(kind)
+  if kind == "xla":
+    return _xla(q, k, v, segment_ids)
+  if kind == "chunked":
+    return _chunked(q, k, v, segment_ids, chunk)
+  kernel = _cudnn if kind == "cudnn" else _splash_sharded
+  return first_order_only(kernel, kind)(q, k, v, segment_ids)
+
+
+def first_order_only(kernel: Callable, kind: str) -> Callable:
+  """Wraps a kernel without forward rule so that differentiating it twice says what to do.
+
+  Without it the failure comes from deep inside jax, for cudnn only at lowering.
+  """
+
+  @jax.custom_jvp
+  def barrier(x):
+    return x
+
+  @barrier.defjvp
+  def _(primals, tangents):
+    raise NotImplementedError(
+      f"attention={kind!r} has first derivatives only and was differentiated in forward mode or "
+      "twice; set models.TransformerConfig.attention to 'xla' or 'chunked' for this computation."
+    )
+
+  @jax.custom_vjp
+  def wrapped(q, k, v, segment_ids):
+    return kernel(q, k, v, segment_ids)
+
+  def forward(q, k, v, segment_ids):
+    q, k, v = barrier(q), barrier(k), barrier(v)
+    return jax.vjp(lambda q, k, v: kernel(q, k, v, segment_ids), q, k, v)
+
+  def backward(pullback, cotangent):
+    return *pullback(barrier(cotangent)), None
+
+  wrapped.defvjp(forward, backward)
+  return wrapped
+
+
+def _check_known(kind: str) -> None:
+  if kind not in ATTENTION_KINDS:
+    raise ValueError(
+      f"models.TransformerConfig.attention={kind!r} is not one of {', '.join(ATTENTION_KINDS)}."
+    )
+
+
+def _softmax_attention(q_BsKGE, k_BMKE, v_BMKE, mask):
+  """Attention of some queries over some keys; `mask` broadcasts to `[B,K,G,s,M]`."""
+  scores = jnp.einsum(
+    "bskge,bmke->bkgsm", q_BsKGE, k_BMKE, preferred_element_type=jnp.float32
+  )
+  scores = jnp.where(mask, scores * q_BsKGE.shape[-1] ** -0.5, _MASKED)
+  probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BMKE.dtype)
+  return jnp.einsum("bkgsm,bmke->bskge", probabilities, v_BMKE)
+
+
+def _group(q, num_kv_heads):
+  """`[B,S,H,E]` to `[B,S,K,G,E]`: the G query heads that share a key head."""
+  return q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
+
+
+def _mask(query_index, key_index, query_segments, key_segments):
+  """`[1 or B, 1, 1, s, M] bool`."""
+  mask = (query_index[:, None] >= key_index[None, :])[None]
+  if query_segments is not None:
+    mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
+  return mask[:, None, None]
+
+
+def _xla(q, k, v, segment_ids):
+  index = jnp.arange(q.shape[1])
+  mask = _mask(index, index, segment_ids, segment_ids)
+  return _softmax_attention(_group(q, k.shape[2]), k, v, mask).reshape(q.shape)
+
+
+def _chunked(q, k, v, segment_ids, chunk):
+  batch, length, num_heads, head_dim = q.shape
+  num_chunks = -(-length // chunk)
+  padding = num_chunks * chunk - length
+
+  def in_chunks(x):  # [B,S,...] -> [n,B,chunk,...]
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+  q_chunks = in_chunks(_group(q, k.shape[2]))
+  segment_chunks = None if segment_ids is None else in_chunks(segment_ids)
+  outputs = []
+  chunks_a_prefix = -(-num_chunks // _NUM_PREFIXES)
+  for first in range(0, num_chunks, chunks_a_prefix):
+    last = min(first + chunks_a_prefix, num_chunks)
+    prefix = min(last * chunk, length)
+    keys, values = k[:, :prefix], v[:, :prefix]
+    key_segments = None if segment_ids is None else segment_ids[:, :prefix]
+
+    @jax.checkpoint
+    def one_chunk(inputs, keys=keys, values=values, key_segments=key_segments):
+      i, q_chunk, query_segments = inputs
+      query_index = i * chunk + jnp.arange(chunk)
+      mask = _mask(query_index, jnp.arange(keys.shape[1]), query_segments, key_segments)
+      return _softmax_attention(q_chunk, keys, values, mask)
+
+    segments = None if segment_chunks is None else segment_chunks[first:last]
+    inputs = (jnp.arange(first, last), q_chunks[first:last], segments)
+    outputs.append(jax.lax.map(one_chunk, inputs))
+  out = jnp.moveaxis(jnp.concatenate(outputs), 0, 1)
+  return out.reshape(batch, num_chunks * chunk, num_heads, head_dim)[:, :length]
+
+
+def _cudnn(q, k, v, segment_ids):
+  mask = None
+  if segment_ids is not None:
+    mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def _splash(q, k, v, segment_ids):
+  """One device's share. The kernel wants heads first and no scale."""
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  length, num_heads = q.shape[1:3]
+  groups = num_heads // k.shape[2]
+  mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * num_heads)
+  kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
+  q = jnp.swapaxes(q * q.shape[-1] ** -0.5, 1, 2)
+  k, v = (jnp.swapaxes(jnp.repeat(x, groups, axis=2), 1, 2) for x in (k, v))
+  if segment_ids is None:
+    out = jax.vmap(kernel)(q, k, v)
+  else:
+    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
+  return jnp.swapaxes(out, 1, 2)
+
+
+def _splash_sharded(q, k, v, segment_ids):
+  """XLA cannot split a Pallas kernel, so each device of the mesh runs its own."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return _splash(q, k, v, segment_ids)
+  batch = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+  heads = "tensor" if "tensor" in mesh.axis_names else None
+  spec = PartitionSpec(batch, None, heads, None)
+  shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=spec, check_vma=False)
+  if segment_ids is None:
+    return shard(lambda *qkv: _splash(*qkv, None), in_specs=(spec,) * 3)(q, k, v)
+  return shard(_splash, in_specs=(spec,) * 3 + (PartitionSpec(batch, None),))(q, k, v, segment_ids)

@@ -1,0 +1,123 @@
+"""A transformer with one number a sequence on top: PDS's data scorer (arXiv:2410.07064, 2.3)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmops_jax.models.transformer import Transformer, TransformerConfig
+
+POOLINGS = ("mean", "last", "first")
+
+
+class SequenceRegressor(nn.Module):
+  """Pools the final hidden states over real positions and applies a linear head.
+
+  Attributes:
+    config: of the trunk.
+    pooling: "mean" over all real positions (BOS and EOS are real, padding is not), "last" real
+      position, or "first" position.
+    bias: whether the head has a bias.
+
+  Parameters: `trunk` (a `Transformer` without output matrix), `head/kernel [D]`, `head/bias []`.
+  """
+
+  config: TransformerConfig
+  pooling: str = "mean"
+  bias: bool = True
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """One number a sequence.
+
+    Args:
+      tokens: `[B,S] int32`.
+      mask: `[B,S]`, nonzero at real positions, at least one in each row.
+      positions: `[B,S] int32` or None, as in `Transformer`.
+      segment_ids: `[B,S] int32` or None, as in `Transformer`.
+
+    Returns:
+      `[B] float32`. A row without real positions gives the head's bias (mean pooling).
+
+    Raises:
+      ValueError: for an unknown pooling.
+    """
+    if self.pooling not in POOLINGS:
+      raise ValueError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}.")
+    trunk = Transformer(self.config, with_unembedding=False, name="trunk")
+    hidden = trunk(tokens, positions, segment_ids)
+    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    return Head(self.config, self.bias, name="head")(pool(hidden, mask, self.pooling))
+
+
+class Head(nn.Module):
+  """`<x, kernel> + bias`, `[B,D]` to `[B]`."""
+
+  config: TransformerConfig
+  bias: bool
+
+  @nn.compact
+  def __call__(self, x):
+    dtype = jnp.dtype(self.config.param_dtype)
+    kernel = self.param(
+      "kernel",
+      nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)),
+      (x.shape[-1],),
+      dtype,
+    )
+    out = jnp.einsum("bd,d->b", x, kernel)
+    if self.bias:
+      out = out + self.param(
+        "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ()), (), dtype
+      )
+    return out
+
+
+def pool(hidden: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
+  """`[B,S,D]` and a mask `[B,S]` to `[B,D]`; what stands at masked positions does not matter."""
+  real = mask != 0
+  if pooling == "first":
+    return hidden[:, 0]
+  if pooling == "last":
+    last = jnp.max(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+  total = jnp.sum(jnp.where(real[:, :, None], hidden, 0), axis=1)
+  return total / jnp.maximum(jnp.sum(real, axis=1), 1)[:, None].astype(hidden.dtype)
+
+
+def regressor_params(model: SequenceRegressor, key: jax.Array, lm_params):
+  """Parameters of a regressor whose trunk starts from a language model.
+
+  Args:
+    model: the regressor.
+    key: for the new head.
+    lm_params: of a `Transformer` with the same config; its output matrix is left out.
+
+  Returns:
+    `{"trunk": ..., "head": ...}`, plain arrays.
+
+  Raises:
+    ValueError: when the language model has another shape.
+  """
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  fresh = nn.unbox(jax.eval_shape(lambda: model.init(key, tokens, tokens))["params"])
+  trunk = {k: v for k, v in nn.unbox(lm_params).items() if k in fresh["trunk"]}
+  want, got = (
+    {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+    for tree in (fresh["trunk"], trunk)
+  )
+  wrong = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
+  if wrong:
+    raise ValueError(
+      f"The regressor's trunk has {wrong[0]} of shape {want.get(wrong[0])} and the language model "
+      f"{got.get(wrong[0])}; give both the same models.TransformerConfig."
+    )
+  head = Head(model.config, model.bias).init(key, jnp.zeros((1, model.config.width)))["params"]
+  return {"trunk": trunk, "head": nn.unbox(head)}

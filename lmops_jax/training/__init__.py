@@ -1,0 +1,1 @@
+"""Losses, optimizers, mesh, train state, step, loop and checkpoints."""

@@ -1,0 +1,188 @@
+"""Per-example losses, the primitive that training, control and evaluation build on.
+
+A loss here is `(params, batch) -> [B] float32`. The objects are frozen dataclasses, equal when
+model and options are equal, so that compiled functions can be shared between runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.models.heads import SequenceRegressor
+from lmops_jax.models.transformer import Transformer
+
+# Logits of one chunk, bytes a device. On a CPU they should stay in the caches, elsewhere they
+# should be large enough to keep the matrix unit busy. See tests/benchmarks/train_step.py.
+_CHUNK_BYTES = {"cpu": 4 << 20}
+_CHUNK_BYTES_ELSEWHERE = 256 << 20
+
+
+def lm_example_losses(model: Transformer, *, chunk: int | None = None) -> LMExampleLosses:
+  """`f(params, batch) -> [B] float32`, the mean nats of a predicted token of each example.
+
+  Args:
+    model: the language model.
+    chunk: positions whose logits exist at a time. None chooses from the sizes and the platform;
+      the length or more keeps all logits.
+
+  Raises:
+    ValueError: for a chunk below 1.
+  """
+  return LMExampleLosses(model, chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class LMExampleLosses:
+  """Masked token-mean cross-entropy of each example (arXiv:2410.07064; token mean, not sum).
+
+  The batch holds `tokens`, `targets [B,S] int32` and `loss_mask [B,S] float32`, optionally
+  `positions` and `segment_ids [B,S] int32`. An example whose mask is 0 everywhere gives 0 here, so
+  that nothing traced can divide by zero; `check_batch` refuses it on the host.
+  """
+
+  model: Transformer
+  chunk: int | None = None
+
+  def __post_init__(self):
+    if self.chunk is not None and self.chunk < 1:
+      raise ValueError(f"chunk={self.chunk} must be at least 1, or None to choose.")
+
+  def __call__(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    nats = self.token_losses(params, batch)
+    mask = batch["loss_mask"].astype(nats.dtype)
+    return jnp.sum(nats * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1.0)
+
+  def token_losses(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Nats of every target `[B,S] float32`, masked or not."""
+    hidden = self.model.apply(
+      {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids")
+    )
+
+    def chunk_nats(hidden, targets):
+      logits = self.model.apply({"params": params}, hidden, method="unembed")
+      return _cross_entropy(logits, targets)
+
+    b, s = batch["targets"].shape
+    chunk = self.chunk or _default_chunk(b, s, self.model.config.vocab_size)
+    return map_sequence_chunks(chunk_nats, hidden, batch["targets"], chunk)
+
+  def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
+    """Refuses on the host what would be silently wrong on the device; see `check_batch`."""
+    check_batch(batch, vocab_size=self.model.config.vocab_size)
+
+
+def regression_example_losses(model: SequenceRegressor) -> RegressionExampleLosses:
+  """`f(params, batch) -> [B] float32`, the squared error against `batch["score"]`."""
+  return RegressionExampleLosses(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionExampleLosses:
+  """Squared error of a regressor.
+
+  The batch holds `tokens [B,S] int32`, `score [B] float32` and `mask [B,S]`, nonzero at real
+  positions.
+  """
+
+  model: SequenceRegressor
+
+  def __call__(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return jnp.square(self.predict(params, batch) - batch["score"])
+
+  def predict(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Predictions `[B] float32`."""
+    return self.model.apply(
+      {"params": params}, batch["tokens"], batch["mask"], batch.get("positions"),
+      batch.get("segment_ids"),
+    )
+
+  def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
+    """Refuses rows without a real position and tokens outside the vocabulary."""
+    check_batch(batch, vocab_size=self.model.config.vocab_size, mask="mask")
+
+
+def check_batch(
+  batch: Mapping[str, np.ndarray], *, vocab_size: int | None = None, mask: str = "loss_mask"
+) -> None:
+  """Raises ValueError, naming the example, for a batch that cannot be learned from.
+
+  Args:
+    batch: of host arrays; `example_id [B]` is used to name examples when it is there.
+    vocab_size: when given, `tokens` and `targets` must be in [0, vocab_size).
+    mask: the field that must not be 0 in a whole row.
+  """
+
+  def name(row):
+    return f"example {batch['example_id'][row]}" if "example_id" in batch else f"row {row}"
+
+  if mask in batch:
+    real = np.asarray(batch[mask])
+    empty = np.flatnonzero(~(real != 0).any(axis=1))
+    if empty.size:
+      raise ValueError(
+        f"{mask} is 0 at every position of {name(empty[0])} ({empty.size} such in the batch), so "
+        "it has no loss; drop examples without a single token to predict."
+      )
+  if vocab_size is not None:
+    for field in ("tokens", "targets"):
+      if field not in batch:
+        continue
+      ids = np.asarray(batch[field])
+      if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
+        row, column = np.argwhere((ids < 0) | (ids >= vocab_size))[0]
+        raise ValueError(
+          f"{field} of {name(row)} holds id {ids[row, column]} at position {column}, outside the "
+          f"vocabulary of {vocab_size}; the data was made with another vocabulary."
+        )
+
+
+def map_sequence_chunks(function, hidden: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
+  """`function(hidden [B,c,D], targets [B,c]) -> [B,c]` over chunks of the sequence, rematerialised.
+
+  Only one chunk's intermediate values exist at a time, forwards, backwards and under `jax.jvp`.
+
+  Args:
+    function: applied to each chunk.
+    hidden: `[B,S,D]`.
+    targets: `[B,S]`.
+    chunk: positions at a time; `S` or more calls the function once and keeps what it computes.
+
+  Returns:
+    `[B,S]`.
+  """
+  b, s = targets.shape
+  if chunk >= s:
+    return function(hidden, targets)
+  num_chunks = -(-s // chunk)
+  padding = num_chunks * chunk - s
+
+  def split(x):
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(b, num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+  body = jax.checkpoint(lambda inputs: function(*inputs))
+  out = jax.lax.map(body, (split(hidden), split(targets)))
+  return jnp.moveaxis(out, 0, 1).reshape(b, num_chunks * chunk)[:, :s]
+
+
+def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """`[...,V]` and `[...]` to nats. A comparison, not a gather: its transpose is no scatter."""
+  chosen = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
+  target_logit = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+  return jax.nn.logsumexp(logits, axis=-1) - target_logit
+
+
+def _default_chunk(batch_size: int, length: int, vocab_size: int) -> int:
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = 1
+  if not mesh.empty:
+    shards = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+  limit = _CHUNK_BYTES.get(jax.default_backend(), _CHUNK_BYTES_ELSEWHERE)
+  chunk = max(1, limit * shards // (4 * batch_size * vocab_size))
+  num_chunks = -(-length // chunk)
+  return -(-length // num_chunks)  # even chunks, so that little is padded

@@ -1,0 +1,238 @@
+"""Device mesh and where every array lives on it.
+
+Three mesh axes: `data` splits the batch and replicates parameters, `fsdp` splits the batch and the
+parameters, `tensor` splits heads, mlp and vocabulary. Logical axis names of parameters and
+activations map to them in one table of rules, first match first, each mesh axis at most once an
+array.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+HOST_FIELDS = ("example_id",)  # 63-bit, and read on the host only
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+_TENSOR: Rules = (("mlp", "tensor"), ("heads", "tensor"), ("kv_heads", "tensor"),
+                  ("vocab", "tensor"))
+_WHOLE: Rules = (("sequence", None), ("head_dim", None), ("layers", None))
+RULES: dict[str, Rules] = {
+  # Activations give `fsdp` to the batch first, so only parameters are split over embed.
+  "default": (("batch", BATCH_AXES), *_TENSOR, ("embed", "fsdp"), *_WHOLE),
+  # Parameters and optimizer state over the data axis as well (ZeRO-3).
+  "sharded": (("batch", BATCH_AXES), *_TENSOR, ("embed", BATCH_AXES), *_WHOLE),
+  # Plain data parallelism.
+  "replicated": (("batch", BATCH_AXES), ("mlp", None), ("heads", None), ("kv_heads", None),
+                 ("vocab", None), ("embed", None), *_WHOLE),
+}
+
+
+@gin.register("make", module="mesh")
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left.
+
+  Attributes:
+    data: batch split, parameters replicated.
+    fsdp: batch and parameters split.
+    tensor: heads, mlp and vocabulary split.
+    rules: name in `RULES`, or pairs of logical axis and mesh axis (or axes, or None).
+
+  Raises:
+    ValueError: for sizes or rules that make no sense.
+  """
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  rules: str | Sequence[tuple[str, Any]] = "default"
+
+  def __post_init__(self):
+    sizes = (self.data, self.fsdp, self.tensor)
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+      raise ValueError(
+        f"mesh.make has data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}; each must be at "
+        "least 1, and at most one may be -1 to take the remaining devices."
+      )
+    if isinstance(self.rules, str):
+      if self.rules not in RULES:
+        raise ValueError(f"mesh.make.rules={self.rules!r} is not one of {', '.join(RULES)}.")
+    else:
+      rules = tuple((name, tuple(a) if isinstance(a, list) else a) for name, a in self.rules)
+      for name, axes in rules:
+        for axis in axes if isinstance(axes, tuple) else (axes,):
+          if axis is not None and axis not in AXES:
+            raise ValueError(
+              f"mesh.make.rules maps {name!r} to {axis!r}, which is not one of {', '.join(AXES)}."
+            )
+      object.__setattr__(self, "rules", rules)
+
+  def build(self, devices: Sequence[jax.Device] | None = None) -> Partitioner:
+    """The mesh over all devices of all processes, or over those given.
+
+    Raises:
+      ValueError: when the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [self.data, self.fsdp, self.tensor]
+    known = math.prod(size for size in sizes if size > 0)
+    if -1 in sizes and len(devices) % known == 0:
+      sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+      raise ValueError(
+        f"mesh.make has data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}, which does not "
+        f"fit {len(devices)} devices; their product must be that number."
+      )
+    rules = RULES[self.rules] if isinstance(self.rules, str) else self.rules
+    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Partitioner(mesh, rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+  """A mesh and the rules that place arrays on it."""
+
+  mesh: Mesh
+  rules: Rules
+
+  @property
+  def num_batch_shards(self) -> int:
+    """The number that a batch size must be a multiple of."""
+    return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+  @property
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  @contextlib.contextmanager
+  def activate(self):
+    """Inside, constraints on logical axes in the models take effect. Enter it to trace and call."""
+    with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
+      yield self
+
+  def shardings(self, abstract):
+    """A `NamedSharding` for every leaf.
+
+    Args:
+      abstract: tree of `ShapeDtypeStruct`s or arrays as from `jax.eval_shape`, with Linen's boxes
+        around leaves that have logical axes (an optax state of boxed parameters has them too).
+        Leaves without box are replicated.
+
+    Returns:
+      The unboxed tree of shardings.
+
+    Raises:
+      ValueError: naming a parameter that a mesh axis does not divide.
+    """
+    specs = nn.get_partition_spec(abstract)
+    shardings = nn.logical_to_mesh_sharding(specs, self.mesh, self.rules)
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract))
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+      for size, axes in zip(leaf.shape, sharding.spec):
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        parts = math.prod(self.mesh.shape[a] for a in axes if a is not None)
+        if size % parts:
+          raise ValueError(
+            f"{jax.tree_util.keystr(path)} of shape {leaf.shape} has an axis of {size} that the "
+            f"mesh axes {axes} cannot split into {parts}; change mesh.make or the model's sizes."
+          )
+    return shardings
+
+  def batch_sharding(self, ndim: int) -> NamedSharding:
+    """First axis over (data, fsdp), the others whole. `ndim` 0 is replicated."""
+    return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES) if ndim else PartitionSpec())
+
+  def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Global arrays from the rows that this process holds; `example_id` stays on the host.
+
+    Raises:
+      ValueError: when the batch does not split evenly over the mesh.
+    """
+    placed = {}
+    for name, value in batch.items():
+      if name in HOST_FIELDS:
+        continue
+      value = np.asarray(value)
+      rows = value.shape[0] * jax.process_count()
+      if rows % self.num_batch_shards:
+        raise ValueError(
+          f"A batch of {rows} examples does not split over data x fsdp = {self.num_batch_shards} "
+          f"devices; set the batch size to a multiple of {self.num_batch_shards}."
+        )
+      sharding = self.batch_sharding(value.ndim)
+      if jax.process_count() == 1:
+        placed[name] = jax.device_put(value, sharding)
+      else:
+        placed[name] = jax.make_array_from_process_local_data(sharding, value)
+    return placed
+
+
+def single_device() -> Partitioner:
+  """A mesh of one device, the first of this process."""
+  return MeshConfig(data=1).build(jax.local_devices()[:1])
+
+
+def initialize_distributed(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  environ: Mapping[str, str] | None = None,
+) -> bool:
+  """Joins the other processes of this job, if the arguments or the environment tell of any.
+
+  Explicit arguments win. Then `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and
+  `JAX_PROCESS_ID`; then what `jax.distributed` detects by itself: SLURM and Open MPI with more than
+  one task, Cloud TPU workers, Kubernetes jobs. Call it before anything else touches jax.
+
+  Returns:
+    Whether this is one of several processes.
+
+  Raises:
+    ValueError: when only some of the three values are given.
+  """
+  env = os.environ if environ is None else environ
+  explicit = (
+    coordinator_address or env.get("JAX_COORDINATOR_ADDRESS"),
+    num_processes if num_processes is not None else _integer(env, "JAX_NUM_PROCESSES"),
+    process_id if process_id is not None else _integer(env, "JAX_PROCESS_ID"),
+  )
+  if any(value is not None for value in explicit):
+    if any(value is None for value in explicit):
+      raise ValueError(
+        "Of coordinator_address, num_processes and process_id (JAX_COORDINATOR_ADDRESS, "
+        f"JAX_NUM_PROCESSES, JAX_PROCESS_ID) only some are given, {explicit}; give all or none."
+      )
+    jax.distributed.initialize(*explicit)
+    return explicit[1] > 1
+  tasks = max(_integer(env, "SLURM_NTASKS") or 1, _integer(env, "OMPI_COMM_WORLD_SIZE") or 1)
+  # A step of one task, or an interactive shell within an allocation, is a job by itself.
+  tasks = 1 if "SLURM_JOB_ID" in env and "SLURM_PROCID" not in env else tasks
+  tpu_workers = env.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
+  kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+  if tasks > 1 or tpu_workers > 1 or kubernetes or "MEGASCALE_COORDINATOR_ADDRESS" in env:
+    jax.distributed.initialize()
+    return jax.process_count() > 1
+  return False
+
+
+def _integer(env, name):
+  if name not in env:
+    return None
+  try:
+    return int(env[name])
+  except ValueError:
+    raise ValueError(f"The environment variable {name}={env[name]!r} is not an integer.") from None

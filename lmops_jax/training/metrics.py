@@ -1,0 +1,92 @@
+"""Where the figures of a run go: JSON lines that survive a restart, and TensorBoard through clu."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmops_jax import progress
+
+
+class MetricsLog:
+  """Records by step, in `metrics.jsonl`, kept exactly as an undisturbed run would have them.
+
+  A record is a flat dict with `step` and numbers that depend on the computation only; times go to
+  `speed.jsonl` and TensorBoard. Only the first process writes.
+
+  Args:
+    directory: of the files.
+    start: step that the run resumes from; later records are dropped. None starts anew.
+    tensorboard: write event files too, if clu and its TensorBoard writer are installed.
+  """
+
+  def __init__(self, directory: Path, start: int | None, tensorboard: bool = True):
+    self._directory = Path(directory)
+    self._writing = jax.process_index() == 0
+    self.history: list[dict[str, Any]] = []
+    if start is not None:
+      self.history = [r for r in read_records(self._path) if r["step"] <= start]
+    self._writer = None
+    if not self._writing:
+      return
+    self._directory.mkdir(parents=True, exist_ok=True)
+    partial = self._path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+    os.replace(partial, self._path)
+    if start is None:
+      self._speed.unlink(missing_ok=True)
+    if tensorboard:
+      self._writer = _summary_writer(self._directory / "tensorboard")
+
+  @property
+  def _path(self) -> Path:
+    return self._directory / "metrics.jsonl"
+
+  @property
+  def _speed(self) -> Path:
+    return self._directory / "speed.jsonl"
+
+  def write(self, record: dict[str, Any]) -> None:
+    """Adds a record with `step`."""
+    self.history.append(record)
+    self._append(self._path, record)
+
+  def write_speed(self, record: dict[str, Any]) -> None:
+    """Adds rates, which are not part of the history."""
+    self._append(self._speed, record)
+
+  def close(self) -> None:
+    if self._writer is not None:
+      self._writer.close()
+
+  def _append(self, path, record):
+    if not self._writing:
+      return
+    with path.open("a") as file:
+      file.write(json.dumps(record) + "\n")
+    if self._writer is not None:
+      self._writer.write_scalars(record["step"], {k: v for k, v in record.items() if k != "step"})
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+  """Records of a file of JSON lines; a last line that a kill cut off is left out."""
+  if not Path(path).exists():
+    return []
+  lines = Path(path).read_text().split("\n")
+  return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _summary_writer(directory):
+  # find_spec, because the import takes seconds and brings TensorFlow.
+  missing = [name for name in ("clu", "tensorboard") if importlib.util.find_spec(name) is None]
+  if missing:
+    progress.log(f"No TensorBoard files are written: {' and '.join(missing)} is not installed.")
+    return None
+  from clu import metric_writers
+
+  return metric_writers.SummaryWriter(str(directory))

@@ -1,0 +1,83 @@
+"""One training step, pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmops_jax.training.train_state import TrainState
+
+
+def make_train_step(
+  example_losses: Callable, optimizer: optax.GradientTransformation, *, accumulate: int = 1
+) -> Callable:
+  """`step(state, batch, weights=None) -> (state, metrics)`.
+
+  The loss of a step is `sum_n weights[n] * l_n`; the default weights are `1 / B`.
+
+  Args:
+    example_losses: `(params, batch) -> [B] float32`.
+    optimizer: any optax transformation.
+    accumulate: micro-batches whose gradients are summed. Changes memory, not results.
+
+  Returns:
+    The step. Metrics are sums and counts over the batch: `loss_sum` (unweighted), `objective` (the
+    weighted loss), `num_examples`, `num_tokens` (with a `loss_mask`), `grad_norm` (before
+    clipping), `nonfinite` (1 if the loss or the gradient is not finite).
+
+  Raises:
+    ValueError: for `accumulate` below 1, and when tracing a batch that it does not divide.
+  """
+  if accumulate < 1:
+    raise ValueError(f"accumulate={accumulate} must be at least 1.")
+
+  def weighted(params, batch, weights):
+    losses = example_losses(params, batch)
+    return jnp.vdot(weights, losses), jnp.sum(losses)
+
+  grad = jax.value_and_grad(weighted, has_aux=True)
+
+  def accumulated(params, batch, weights):
+    if accumulate == 1:
+      return grad(params, batch, weights)
+
+    def split(x):
+      # Micro-batch i takes rows i, i + accumulate, ..., which stay on the device that has them.
+      if x.shape[0] % accumulate:
+        raise ValueError(
+          f"A batch of {x.shape[0]} examples does not split into accumulate={accumulate} "
+          "micro-batches; choose a divisor."
+        )
+      return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
+
+    def add(total, micro):
+      return jax.tree.map(jnp.add, total, grad(params, *micro)), None
+
+    micros = jax.tree.map(split, (dict(batch), weights))
+    shapes = jax.eval_shape(grad, params, *jax.tree.map(lambda x: x[0], micros))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, micros)[0]
+
+  def step(state: TrainState, batch: Mapping[str, jax.Array], weights=None):
+    num_examples = jax.tree.leaves(batch)[0].shape[0]
+    if weights is None:
+      weights = jnp.full((num_examples,), 1 / num_examples, jnp.float32)
+    (objective, loss_sum), grads = accumulated(state.params, batch, weights)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    grad_norm = optax.global_norm(grads)
+    metrics = {
+      "loss_sum": loss_sum,
+      "objective": objective,
+      "num_examples": jnp.asarray(num_examples, jnp.int32),
+      "grad_norm": grad_norm,
+      "nonfinite": 1 - (jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)).astype(jnp.int32),
+    }
+    if "loss_mask" in batch:
+      metrics["num_tokens"] = jnp.sum(batch["loss_mask"])
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return step
