@@ -1,9 +1,9 @@
 """DSIR scores: how much likelier a text's hashed n-grams are under the target than in the corpus.
 
-Data Selection with Importance Resampling (Xie et al., arXiv 2302.03169, section 3) with the defaults
-of the authors' package, as PDS's baseline uses it: lower-cased word and punctuation runs, unigrams
-and bigrams, 10,000 hash buckets, no length normalisation. Log weights plus Gumbel noise and top-K is
-importance resampling without replacement; the selection step does that part.
+Data Selection with Importance Resampling (Xie et al., arXiv 2302.03169, section 3) as the baseline
+of PDS, with the defaults of its authors' package: lower-cased word and punctuation runs, unigrams
+and bigrams, 10,000 hash buckets, no length normalisation. Gumbel noise on the log weights and top-K
+are importance resampling without replacement; the selection step does that part.
 """
 
 import hashlib

@@ -3,8 +3,8 @@
 PDS (arXiv 2410.07064, section 2.3) keeps the K = floor(ratio * N) examples with the largest
 `score - tau * log(-log u)`, u uniform on (0, 1): sampling without replacement with Plackett-Luce
 weights exp(score / tau). The noise is a function of (seed, example id) alone, so that any shard can
-be processed anywhere, in any order, and the chosen set does not depend on how a corpus is cut. It is
-built from integer operations and correctly rounded float64 arithmetic only (no libm), so that
+be processed anywhere, in any order, and the chosen set does not depend on how a corpus is cut. It
+is built from integer operations and correctly rounded float64 arithmetic only (no libm), so that
 every platform draws the same bits.
 """
 
@@ -151,11 +151,11 @@ def select_stream(
   """Selects the same set as `gumbel_top_k` from shards that are read twice and never kept.
 
   The first pass finds the K-th largest perturbed score, the second writes every id at or above it.
-  Memory is flat: up to `max_candidates` scores around the running estimate of the threshold are held,
-  in a window that only ever narrows, beside a histogram over the leading bits of all scores. If the
-  threshold is not in the last window (possible only when the scores' order is far from random, for
-  instance sorted and without noise), the histogram tells which narrow range holds it, and a further
-  pass searches that range alone.
+  Memory is flat: up to `max_candidates` scores around the running estimate of the threshold are
+  held, in a window that only ever narrows, beside a histogram over the leading bits of all scores.
+  If the threshold is not in the last window (possible only when the scores' order is far from
+  random, for instance sorted and without noise), the histogram tells which narrow range holds it,
+  and a further pass searches that range alone.
 
   Args:
     shards: called once a pass, returns the `(ids [n], scores [n])` shards; both passes must see the
