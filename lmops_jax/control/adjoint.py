@@ -1,0 +1,148 @@
+"""The adjoint of one training step, split into the optimizer's part and the model's part.
+
+With cotangents `(p, q)` of `(params_{t+1}, opt_state_{t+1})`, one vjp of the optimizer update gives
+`(d, q', u)`, the cotangents of `params_t` (direct), `opt_state_t` and of the raw gradient `g_t`.
+The model then enters through `u` alone (arXiv 2410.07064, theorem 2.1, for any optimizer):
+
+  p_t = d + H(params_t) u + grad J(params_t);    -dA/dweights[t, n] = -<u, grad l_n(params_t)>.
+
+The Hessian is symmetric, so `H u` is one `jax.jvp` of `jax.grad` (twice the memory of a gradient,
+where the vjp of the whole step takes four to eight times), and the tangents of the losses in that
+same pass are the directional derivatives of all examples: in-batch scores cost nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmops_jax.control.dynamics import State, apply_update, sum_over_micro_batches, weighted_loss
+from lmops_jax.control.guards import finite_derivatives
+
+HVP_MODES = ("jvp_of_grad", "vjp_of_grad")
+
+
+def is_inexact(x: Any) -> bool:
+  return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def float_leaves(tree: Any) -> list[jax.Array]:
+  """The differentiable leaves of a pytree: counters, keys and flags have no cotangent."""
+  return [x for x in jax.tree.leaves(tree) if is_inexact(x)]
+
+
+def update_pullback(update: Callable, state: State, grads: Any, params_cotangent: Any,
+                    opt_cotangent: list[jax.Array]):
+  """Cotangents of everything one optimizer step reads, from those of what it writes.
+
+  Args:
+    update: `optimizer.update(grads, opt_state, params)`.
+    state: the state before the step. grads: the raw gradient of the step.
+    params_cotangent: cotangent of the new parameters, like `params`.
+    opt_cotangent: cotangents of the new state's floating-point leaves, in leaf order.
+  Returns:
+    `(d, q, u)`: cotangents of `state.params` (through the update alone), of the floating-point
+    leaves of `state.opt_state`, and of `grads`. Finite also where the second moment of Adam is 0 or
+    where the gradient that is clipped is 0 (see `guards`).
+  """
+  leaves, treedef = jax.tree.flatten(state.opt_state)
+
+  def step(params, floats, grads):
+    floats = iter(floats)
+    opt_state = treedef.unflatten([next(floats) if is_inexact(x) else x for x in leaves])
+    new = apply_update(update, State(params, opt_state), grads)
+    return new.params, float_leaves(new.opt_state)
+
+  _, pull = jax.vjp(finite_derivatives(step), state.params, float_leaves(state.opt_state), grads)
+  return pull((params_cotangent, opt_cotangent))
+
+
+def hvp_scores_losses(example_losses: Callable, params: Any, cotangent: Any, batch: Any,
+                      weights: jax.Array, *, mode: str = "jvp_of_grad",
+                      micro_batch_size: int | None = None):
+  """`(H u, [<grad l_n, u>], [l_n])` with `H` the Hessian of `sum_n weights[n] l_n`.
+
+  Args:
+    example_losses: `(params, batch) -> [B]`.
+    cotangent: the vector `u`, like `params`.
+    batch: leaves `[B, ...]`. weights: `[B]`.
+    mode: "jvp_of_grad" (forward over reverse), or "vjp_of_grad" (reverse over reverse, for losses
+      with a `custom_vjp` whose backward pass has no forward-mode rule; more memory).
+    micro_batch_size: examples differentiated at once (divides `B`); all by default.
+  """
+  cotangent = jax.tree.map(lambda u, p: u.astype(p.dtype), cotangent, params)
+
+  def part(batch, weights):
+    if mode == "jvp_of_grad":
+      grad = jax.grad(lambda p: weighted_loss(example_losses, p, batch, weights), has_aux=True)
+      (_, losses), (hvp, scores) = jax.jvp(grad, (params,), (cotangent,))
+    else:
+      # The gradient as a function of (params, weights): its pullback at u is (H u, <grad l_n, u>).
+      grad = jax.grad(lambda p, w: weighted_loss(example_losses, p, batch, w), has_aux=True)
+      _, pull, losses = jax.vjp(grad, params, weights, has_aux=True)
+      hvp, scores = pull(cotangent)
+    return hvp, (scores, losses)
+
+  hvp, (scores, losses) = sum_over_micro_batches(part, batch, weights, micro_batch_size)
+  return hvp, scores, losses
+
+
+def hvp_and_scores(example_losses: Callable, params: Any, cotangent: Any, batch: Any,
+                   gamma: jax.Array):
+  """Hessian-cotangent product and per-example scores from one forward-over-reverse pass.
+
+  Args:
+    example_losses: `(params, batch) -> [B] float32`.
+    cotangent: pytree like `params`. gamma: `[B] float32` data weights, >= 0.
+  Returns:
+    `H @ cotangent` (like `params`) and `[B] float32`: `<grad l_n, cotangent>`.
+  """
+  return hvp_scores_losses(example_losses, params, cotangent, batch, gamma)[:2]
+
+
+def directional_derivatives(example_losses: Callable, params: Any, direction: Any, batch: Any, *,
+                            mode: str = "jvp_of_grad"):
+  """`([<grad l_n, direction>] [B], [l_n] [B])` in one forward-mode pass.
+
+  With `mode="vjp_of_grad"` the jvp is built from two transposes instead, for losses that have no
+  forward-mode rule.
+  """
+  direction = jax.tree.map(lambda u, p: u.astype(p.dtype), direction, params)
+  def losses_of(p):
+    losses = example_losses(p, batch)
+    return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+  if mode == "jvp_of_grad":
+    losses, slopes = jax.jvp(losses_of, (params,), (direction,))
+    return slopes, losses
+  losses, pull = jax.vjp(losses_of, params)
+  _, pull_pull = jax.vjp(lambda w: pull(w)[0], jnp.zeros_like(losses))
+  return pull_pull(direction)[0], losses
+
+
+def directional_scores(example_losses: Callable, params: Any, direction: Any, data: Any,
+                       batch_size: int | None = None, *, mode: str = "jvp_of_grad") -> jax.Array:
+  """`<grad l_n(params), direction>` for every row of `data`, `batch_size` rows at a time.
+
+  One forward-mode pass for each batch (three times a forward evaluation), with the memory of one
+  batch. Along a gradient of the target loss (a costate, an influence direction) positive means that
+  a descent step on the example lowers the target loss.
+
+  Args:
+    data: leaves `[M, ...]`. batch_size: rows a pass (any size; all rows when None).
+  Returns:
+    `[M] float32` (or wider, as the losses).
+  """
+  num_rows = jax.tree.leaves(data)[0].shape[0]
+  if batch_size is None or batch_size >= num_rows:
+    return directional_derivatives(example_losses, params, direction, data, mode=mode)[0]
+  num_parts = -(-num_rows // batch_size)
+  batch_size = -(-num_rows // num_parts)  # the smallest size with as many parts: least padding
+  padding = num_parts * batch_size - num_rows
+  if padding:  # repeat the first rows; their second scores are cut off below
+    data = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), data)
+  _, scores = sum_over_micro_batches(
+    lambda batch, _: (
+      (), directional_derivatives(example_losses, params, direction, batch, mode=mode)[0]),
+    data, jnp.ones(num_parts * batch_size), batch_size)
+  return scores[:num_rows]

@@ -1,0 +1,160 @@
+"""Argument checks of the solvers: every mistake is one sentence, before anything is compiled."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.control.adjoint import HVP_MODES
+from lmops_jax.control.trajectory import POLICIES
+
+OBJECTIVES = ("area", "terminal")
+
+
+def is_concrete(*trees: Any) -> bool:
+  """Whether no leaf is a tracer and every leaf can be read on this host."""
+  return all(
+    not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    for x in jax.tree.leaves(trees))
+
+
+def integer(value: Any, name: str, low: int, high: int | None = None) -> int:
+  """`value` as an int in `[low, high]`, or a ValueError that says what was expected."""
+  expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+  try:
+    if isinstance(value, bool):
+      raise TypeError
+    number = operator.index(value)
+  except TypeError:
+    raise ValueError(f"{name} must be {expected}, got {value!r}.") from None
+  if number < low or (high is not None and number > high):
+    raise ValueError(f"{name} must be {expected}, got {number}.")
+  return number
+
+
+def one_of(value: Any, name: str, options: tuple[str, ...]) -> str:
+  if not isinstance(value, str) or value not in options:
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}.")
+  return value
+
+
+def trajectory(value: Any) -> str | int:
+  """A policy name, or a number of slots >= 1."""
+  if isinstance(value, str):
+    return one_of(value, "trajectory (or a number of slots)", POLICIES)
+  return integer(value, "trajectory (a policy name, or the number of stored states)", 1)
+
+
+def hvp_mode(value: Any) -> str:
+  return one_of(value, "hvp_mode", HVP_MODES)
+
+
+def optimizer(value: Any) -> None:
+  if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+    raise ValueError(
+      f"optimizer must be an optax.GradientTransformation (init and update), got {value!r}.")
+
+
+def parameters(params: Any) -> None:
+  """At least one leaf, all real floating point."""
+  leaves = jax.tree.leaves_with_path(params)
+  if not leaves:
+    raise ValueError("params has no array leaf; there is nothing to train.")
+  for path, leaf in leaves:
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(
+        f"params{jax.tree_util.keystr(path)} has dtype {dtype}; every parameter must be real "
+        "floating point (keep counters and tables out of params).")
+
+
+def leading_axes(tree: Any, name: str, num_axes: int, letters: str) -> tuple[int, ...]:
+  """The common leading axes of all leaves, each at least 1."""
+  leaves = jax.tree.leaves_with_path(tree)
+  if not leaves:
+    raise ValueError(f"{name} has no array leaf; every leaf must have leading axes [{letters}].")
+  shape = None
+  for path, leaf in leaves:
+    where, found = f"{name}{jax.tree_util.keystr(path)}", tuple(np.shape(leaf))
+    if len(found) < num_axes:
+      raise ValueError(f"{where} has shape {found}; expected leading axes [{letters}].")
+    if shape is not None and found[:num_axes] != shape:
+      raise ValueError(
+        f"{where} has leading axes {found[:num_axes]}, other leaves have {shape}; all leaves of "
+        f"{name} must share [{letters}].")
+    shape = found[:num_axes]
+  if min(shape) < 1:
+    raise ValueError(f"{name} has leading axes [{letters}] = {shape}; each must be at least 1.")
+  return shape
+
+
+def step_weights(weights: jax.Array, num_steps: int, batch_size: int) -> None:
+  """`[T, B]`, finite and >= 0 (values are looked at only where they are concrete)."""
+  if weights.shape != (num_steps, batch_size):
+    raise ValueError(
+      f"weights has shape {weights.shape}; expected [T, B] = {(num_steps, batch_size)} as in "
+      "batches.")
+  if is_concrete(weights):
+    values = np.asarray(weights)
+    bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
+    if bad.size:
+      t, n = bad[0]
+      raise ValueError(
+        f"weights[{t}, {n}] is {values[t, n]}; data weights must be finite and >= 0.")
+
+
+def simplex(gamma: Any, num_examples: int) -> None:
+  """`[N]`, finite, >= 0, summing to one."""
+  if np.shape(gamma) != (num_examples,):
+    raise ValueError(
+      f"gamma has shape {np.shape(gamma)}; expected one weight for each of the {num_examples} "
+      "examples.")
+  if is_concrete(gamma):
+    values = np.asarray(gamma, np.float64)
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if bad.size:
+      raise ValueError(
+        f"gamma[{bad[0]}] is {values[bad[0]]}; data weights must be finite and >= 0.")
+    if abs(values.sum() - 1) > 1e-4:
+      raise ValueError(
+        f"gamma sums to {values.sum():.6g}, not 1; project it with control.project_simplex.")
+
+
+def losses(example_losses: Callable, params: Any, batch: Any, batch_size: int, name: str) -> None:
+  """`example_losses(params, batch)` is `[B]` floating point, by abstract evaluation."""
+  out = jax.eval_shape(example_losses, params, batch)
+  if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != (batch_size,):
+    raise ValueError(
+      f"example_losses returned {_describe(out)} for {name} of {batch_size} examples; expected one "
+      f"loss an example, shape ({batch_size},).")
+  if not jnp.issubdtype(out.dtype, jnp.floating):
+    raise ValueError(f"example_losses returned dtype {out.dtype}; expected floating point.")
+
+
+def target(target_loss: Callable, params: Any) -> None:
+  """`target_loss(params)` is a floating-point scalar, by abstract evaluation."""
+  out = jax.eval_shape(target_loss, params)
+  if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != ():
+    raise ValueError(
+      f"target_loss returned {_describe(out)}; expected a scalar (take the mean over the target).")
+  if not jnp.issubdtype(out.dtype, jnp.floating):
+    raise ValueError(f"target_loss returned dtype {out.dtype}; expected floating point.")
+
+
+def micro_batch(value: Any, name: str, batch_size: int) -> int | None:
+  if value is None:
+    return None
+  size = integer(value, name, 1)
+  if batch_size % min(size, batch_size):
+    raise ValueError(
+      f"{name}={size} does not divide the batch of {batch_size} examples; choose a divisor.")
+  return size
+
+
+def _describe(out: Any) -> str:
+  if isinstance(out, jax.ShapeDtypeStruct):
+    return f"an array of shape {out.shape}"
+  return f"a {type(out).__name__}"

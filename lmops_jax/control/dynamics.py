@@ -1,0 +1,126 @@
+"""Training as a discrete dynamical system: the state, the weighted loss and one optimizer step.
+
+The state of PDS's control problem (arXiv 2410.07064, section 2.1, extended to any optimizer as in
+its appendix on Adam) is `(params, opt_state)`; one step is
+
+  g_t = grad sum_n weights[t, n] * l_n(params_t);   state_{t+1} = update(g_t, state_t).
+
+Everything is a pure function of arrays, so it runs under `jit`, `scan` and sharding.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class State(NamedTuple):
+  """Parameters and optimizer state before a step."""
+  params: Any
+  opt_state: Any
+
+
+def strong(tree: Any) -> Any:
+  """`tree` with every leaf an array of fixed dtype (Python scalars and weak types made strong)."""
+  def leaf(x):
+    x = jnp.asarray(x)
+    return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
+  return jax.tree.map(leaf, tree)
+
+
+def weighted_loss(example_losses: Callable, params: Any, batch: Any, weights: jax.Array):
+  """`(sum_n weights[n] * l_n, l)` with the sum and `l [B]` in float32 or wider."""
+  losses = example_losses(params, batch)
+  losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+  return jnp.sum(weights * losses), losses
+
+
+def gradient(example_losses: Callable, params: Any, batch: Any, weights: jax.Array, *,
+             micro_batch_size: int | None = None) -> Any:
+  """Gradient of the weighted loss (pytree like `params`), summed over micro-batches if asked."""
+  def grad(batch, weights):
+    return jax.grad(weighted_loss, argnums=1, has_aux=True)(
+      example_losses, params, batch, weights)[0]
+  return sum_over_micro_batches(lambda b, w: (grad(b, w), None), batch, weights,
+                                micro_batch_size)[0]
+
+
+def apply_update(update: Callable, state: State, grads: Any) -> State:
+  """One optimizer step from raw gradients; leaf dtypes of the state are kept."""
+  updates, opt_state = update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  def like(new, old):
+    new = jnp.asarray(new)
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+  return State(jax.tree.map(like, params, state.params),
+               jax.tree.map(like, opt_state, state.opt_state))
+
+
+def init_state(init: Callable, update: Callable, params: Any) -> State:
+  """The state before step 0, in dtypes that a step keeps.
+
+  An optimizer may start its state in a narrower or weakly typed dtype than the one it returns; the
+  first state is widened to what later steps hold, so that all states of a run have one type.
+
+  Raises:
+    ValueError: if the update changes the structure or a shape of the optimizer state.
+  """
+  params = strong(params)
+  opt_state = strong(init(params))
+  for _ in range(3):  # a widened leaf may widen another one: repeat until nothing changes
+    out = jax.eval_shape(update, params, opt_state, params)[1]
+    if jax.tree.structure(out) != jax.tree.structure(opt_state) or any(
+        a.shape != b.shape for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(opt_state))):
+      raise ValueError(
+        "optimizer.update returns a state whose structure or shapes differ from optimizer.init's; "
+        "the adjoint needs an optimizer with a state of constant type.")
+    def widen(old, new):
+      if not jnp.issubdtype(old.dtype, jnp.inexact):
+        return old
+      return old.astype(jnp.promote_types(old.dtype, new.dtype))
+    wide = jax.tree.map(widen, opt_state, out)
+    if all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(opt_state))):
+      break
+    opt_state = wide
+  return State(params, opt_state)
+
+
+def sum_over_micro_batches(fn: Callable, batch: Any, weights: jax.Array,
+                           micro_batch_size: int | None):
+  """Evaluates `fn(batch, weights) -> (summed pytree, per-example pytree)` a part at a time.
+
+  Micro-batch `j` of `n` takes examples `j, n + j, 2n + j, ...`: the example axis is cut on its minor
+  side, so a batch that is sharded over devices stays sharded and no example moves.
+
+  Returns:
+    The first output summed over parts (accumulated in float32 or wider), the second with `[B]` rows
+    in the original order.
+  """
+  size = weights.shape[0]
+  if micro_batch_size is None or micro_batch_size >= size:
+    return fn(batch, weights)
+  num_parts = size // micro_batch_size
+  def split(x):
+    return x.reshape(micro_batch_size, num_parts, *x.shape[1:])
+  batch, weights = jax.tree.map(split, batch), split(weights)
+
+  def part(total, j):
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
+    summed, rows = fn(jax.tree.map(take, batch), take(weights))
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, summed), rows
+
+  out = jax.eval_shape(lambda: part_shapes(fn, batch, weights))
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), out)
+  total, rows = jax.lax.scan(part, zeros, jnp.arange(num_parts))
+  total = jax.tree.map(lambda a, b: a.astype(b.dtype), total, out)
+  def join(x):  # [num_parts, micro_batch_size, ...] -> [B, ...], undoing the interleaving
+    return jnp.swapaxes(x, 0, 1).reshape(size, *x.shape[2:])
+  return total, jax.tree.map(join, rows)
+
+
+def part_shapes(fn: Callable, batch: Any, weights: jax.Array):
+  """The summed output of `fn` on the first micro-batch (for its shapes)."""
+  return fn(jax.tree.map(lambda x: x[:, 0], batch), weights[:, 0])[0]

@@ -1,0 +1,122 @@
+"""Finite derivatives for optimizer updates at the points where they have none.
+
+Differentiating a stock optimizer meets `sqrt(0)` (Adam's second moment of an embedding row that was
+never used) and `0 / 0` (the global norm of a zero gradient in the branch that clipping does not
+take). Autodiff answers `inf * 0 = nan` there. PDS defines those terms as zero (arXiv 2410.07064,
+appendix on Adam; the limit of the update along every direction that keeps the gradient at zero).
+
+`finite_derivatives` traces any JAX function and evaluates its jaxpr again with the double-where
+trick around the primitives that have a pole, so it needs no list of optimizers: every optax chain
+is covered. Values do not change, only derivatives exactly at a pole.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+
+def _guard(is_pole: Callable[..., Any]):
+  """A rule that keeps a primitive's value and makes it constant where `is_pole(*args)` holds."""
+
+  def rule(eqn, params, *args):
+    at_pole = is_pole(params, *args)
+    safe = [
+      jnp.where(at_pole, jnp.ones((), jnp.result_type(x)), x)
+      if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
+      for x in args
+    ]
+    value = eqn.primitive.bind(*map(jax.lax.stop_gradient, args), **params)
+    return jnp.where(at_pole, value, eqn.primitive.bind(*safe, **params))
+
+  return rule
+
+
+# Primitive name -> rule. Poles of the first derivative (or, for div, of the value) on the real line.
+_RULES = {
+  "sqrt": _guard(lambda p, x: x == 0),
+  "rsqrt": _guard(lambda p, x: x == 0),
+  "cbrt": _guard(lambda p, x: x == 0),
+  "log": _guard(lambda p, x: x == 0),
+  "div": _guard(lambda p, x, y: y == 0),
+  "pow": _guard(lambda p, x, y: (x == 0) & (y < 1)),
+  "integer_pow": _guard(lambda p, x: (x == 0) & (p["y"] < 0)),
+}
+
+
+def finite_derivatives(fn: Callable) -> Callable:
+  """`fn` with the same values and with zero instead of undefined derivatives at poles.
+
+  Args:
+    fn: a function of pytrees of arrays that returns a pytree of arrays; control flow through
+      `jit`, `cond`, `switch`, `scan` and `remat` is followed, and `custom_jvp` / `custom_vjp`
+      functions keep their own rules.
+  Returns:
+    A function of the same signature (positional arguments only).
+  """
+
+  def wrapped(*args):
+    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    outs = _eval(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(out_shape), outs)
+
+  return wrapped
+
+
+def _eval(jaxpr, consts, *args):
+  env = {}
+
+  def read(atom):
+    return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+  env.update(zip(jaxpr.constvars, consts, strict=True))
+  env.update(zip(jaxpr.invars, args, strict=True))
+  for eqn in jaxpr.eqns:
+    outs = _eval_eqn(eqn, [read(v) for v in eqn.invars])
+    env.update(zip(eqn.outvars, outs, strict=True))
+  return [read(v) for v in jaxpr.outvars]
+
+
+def _eval_eqn(eqn, args):
+  name = eqn.primitive.name
+  # The equation's own context keeps what the traced code had set (x64, matmul precision, mesh).
+  with eqn.ctx.manager:
+    if name in _RULES and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+      return [_RULES[name](eqn, dict(eqn.params), *args)]
+    if name in ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"):
+      inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+      return _eval(*_open(inner), *args)
+    if name == "cond":
+      branches = [_as_function(b) for b in eqn.params["branches"]]
+      return jax.lax.switch(args[0], branches, *args[1:])
+    if name == "scan":
+      return _eval_scan(eqn.params, args)
+    bind_params = eqn.primitive.get_bind_params(eqn.params)
+    outs = eqn.primitive.bind(*args, **bind_params)
+    return outs if eqn.primitive.multiple_results else [outs]
+
+
+def _eval_scan(params, args):
+  num_consts, num_carry = params["num_consts"], params["num_carry"]
+  consts = args[:num_consts]
+  init = args[num_consts:num_consts + num_carry]
+  body = _as_function(params["jaxpr"])
+
+  def step(carry, xs):
+    outs = body(*consts, *carry, *xs)
+    return outs[:num_carry], outs[num_carry:]
+
+  carry, ys = jax.lax.scan(step, init, args[num_consts + num_carry:], length=params["length"],
+                           reverse=params["reverse"], unroll=params["unroll"])
+  return [*carry, *ys]
+
+
+def _open(jaxpr):
+  """The pair (jaxpr, consts), whether closed or not."""
+  return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
+
+
+def _as_function(closed):
+  return lambda *args: _eval(*_open(closed), *args)

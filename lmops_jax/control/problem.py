@@ -1,0 +1,207 @@
+"""One PMP solve as a pair of pure functions: a forward step and a fused reverse step.
+
+`Problem` ties a loss, a target, an optimizer and the data of T steps together; trajectory policies
+and the resumable driver run it without knowing the mathematics. The reverse step at t does, at once,
+what arXiv 2410.07064 does in separate passes: the target gradient at `params_{t+1}`, the adjoint of
+the optimizer, the Hessian-vector product, the scores of the examples trained on, and (at the steps
+that `every_k` or `groups` choose) those of the proxy examples.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.control import adjoint
+from lmops_jax.control.dynamics import State, apply_update, gradient
+
+
+class Settings(NamedTuple):
+  """What is computed and how; plain values, the static argument of every jitted solve."""
+  objective: str = "area"
+  trajectory: str | int = "all"
+  every_k: int = 1
+  groups: int | None = None
+  hessian: bool = True
+  hvp_mode: str = "jvp_of_grad"
+  micro_batch_size: int | None = None
+  proxy_batch_size: int | None = None
+  keep_costates: bool = False
+
+
+class Carry(NamedTuple):
+  """What the reverse pass hands from step t to step t - 1."""
+  costate: Any  # cotangent of params_{t+1} without the target loss's own gradient there
+  opt_cotangent: list[jax.Array]  # of the floating-point leaves of opt_state_{t+1}
+  proxy_scores: jax.Array | None  # [M], of the steps done
+  group: "Group | None"
+
+
+class Group(NamedTuple):
+  """Running sums over the steps of one group (spec 8.3, grouped-costate quadrature)."""
+  direction: Any  # sum of u_t
+  params: Any  # mean of params_t weighted by |u_t|
+  weight: jax.Array  # [] sum of |u_t|
+
+
+class Outputs(NamedTuple):
+  """Results of one reverse step."""
+  scores: jax.Array  # [B]
+  step_loss: jax.Array  # [] weighted loss at params_t
+  target_loss: jax.Array  # [] J(params_{t+1})
+  costate_norm: jax.Array  # [] |lambda_{t+1}|
+  target_grad_norm: jax.Array  # [] |grad J(params_{t+1})|, 0 where it is not part of A
+  costate: Any  # lambda_{t+1}, or None
+
+
+def group_bounds(num_steps: int, groups: int) -> np.ndarray:
+  """`[groups + 1]`: the first step of each group; sizes differ by at most one, larger ones first."""
+  sizes = np.full(groups, num_steps // groups)
+  sizes[:num_steps % groups] += 1
+  return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def tree_norm(tree: Any) -> jax.Array:
+  """Euclidean norm over all leaves, accumulated in float32 or wider."""
+  def square_sum(x):
+    return jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+  return jnp.sqrt(sum(square_sum(x) for x in jax.tree.leaves(tree)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """A training run of T steps under weights, with its adjoint.
+
+  Attributes:
+    example_losses: `(params, batch) -> [B]`. target_loss: `params -> []`.
+    update: `optimizer.update`.
+    batch_at: `t -> batch` with leaves `[B, ...]` (t is traced).
+    weights: `[T, B]`.
+    proxy: pytree with leaves `[M, ...]`, or None.
+    settings: see `Settings`.
+    constrain: pins a tree like the parameters to their sharding (identity on one device).
+  """
+  example_losses: Callable
+  target_loss: Callable
+  update: Callable
+  batch_at: Callable
+  weights: jax.Array
+  proxy: Any
+  settings: Settings
+  constrain: Callable = lambda tree: tree
+
+  @property
+  def num_steps(self) -> int:
+    return self.weights.shape[0]
+
+  @property
+  def _is_grouped(self) -> bool:
+    # One group a step is the same as scoring every step, and is computed as such.
+    groups = self.settings.groups
+    return self.proxy is not None and groups is not None and groups < self.num_steps
+
+  def forward(self, state: State, t: jax.Array) -> State:
+    """The state after step t."""
+    grads = self._gradient(state.params, t)
+    state = apply_update(self.update, state, grads)
+    return state._replace(params=self.constrain(state.params))
+
+  def _gradient(self, params, t):
+    return self.constrain(gradient(
+      self.example_losses, params, self.batch_at(t), self.weights[t],
+      micro_batch_size=self.settings.micro_batch_size))
+
+  def first_carry(self, state: State) -> Carry:
+    """The carry before the first reverse step: nothing follows step T - 1."""
+    zeros = self.constrain(jax.tree.map(jnp.zeros_like, state.params))
+    opt_zeros = [jnp.zeros_like(x) for x in adjoint.float_leaves(state.opt_state)]
+    proxy_scores, group = None, None
+    if self.proxy is not None:
+      losses = jax.eval_shape(self.example_losses, state.params, self.proxy)
+      proxy_scores = jnp.zeros(losses.shape, jnp.promote_types(losses.dtype, jnp.float32))
+    if self._is_grouped:
+      wide = self.constrain(jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), state.params))
+      group = Group(wide, wide, jnp.zeros_like(tree_norm(wide)))
+    return Carry(zeros, opt_zeros, proxy_scores, group)
+
+  def reverse(self, carry: Carry, state: State, next_params: Any, t: jax.Array):
+    """One step of the adjoint recursion at `state = S_t`; returns `(carry, Outputs)`."""
+    settings = self.settings
+    target_loss, target_grad = self._target(next_params, t)
+    costate = self.constrain(jax.tree.map(jnp.add, carry.costate, target_grad))
+    direct, opt_cotangent, u = adjoint.update_pullback(
+      self.update, state, self._gradient(state.params, t), costate, carry.opt_cotangent)
+    u = self.constrain(u)
+
+    batch, weights = self.batch_at(t), self.weights[t]
+    if settings.hessian:
+      hvp, slopes, losses = adjoint.hvp_scores_losses(
+        self.example_losses, state.params, u, batch, weights, mode=settings.hvp_mode,
+        micro_batch_size=settings.micro_batch_size)
+      previous = self.constrain(jax.tree.map(jnp.add, direct, hvp))
+    else:
+      slopes, losses = adjoint.directional_derivatives(
+        self.example_losses, state.params, u, batch, mode=settings.hvp_mode)
+      previous = direct
+    carry = Carry(previous, opt_cotangent, carry.proxy_scores, carry.group)
+    if self.proxy is not None:
+      carry = self._score_proxies(carry, state.params, u, t)
+    dtype = jnp.promote_types(losses.dtype, weights.dtype)
+    return carry, Outputs(
+      scores=-slopes.astype(dtype), step_loss=jnp.sum(weights * losses), target_loss=target_loss,
+      costate_norm=tree_norm(costate), target_grad_norm=tree_norm(target_grad),
+      costate=costate if settings.keep_costates else None)
+
+  def _target(self, params, t):
+    """`(J, grad J)` at `params_{t+1}`; the gradient is 0 where J is not part of the objective."""
+    if self.settings.objective == "area":
+      return jax.value_and_grad(self.target_loss)(params)
+    return jax.lax.cond(
+      t == self.num_steps - 1, jax.value_and_grad(self.target_loss),
+      lambda p: (self.target_loss(p), jax.tree.map(jnp.zeros_like, p)), params)
+
+  def _score_proxies(self, carry: Carry, params, u, t) -> Carry:
+    settings = self.settings
+
+    def scored(total, params, direction):
+      slopes = adjoint.directional_scores(
+        self.example_losses, params, direction, self.proxy, settings.proxy_batch_size,
+        mode=settings.hvp_mode)
+      return total - slopes
+
+    if not self._is_grouped:
+      if settings.groups is not None or settings.every_k == 1:
+        return carry._replace(proxy_scores=scored(carry.proxy_scores, params, u))
+      return carry._replace(proxy_scores=jax.lax.cond(
+        t % settings.every_k == 0, scored, lambda total, *_: total, carry.proxy_scores, params, u))
+
+    bounds = group_bounds(self.num_steps, settings.groups)
+    is_first = np.isin(np.arange(self.num_steps) + 1, bounds[1:])  # in reverse order: the last step
+    is_last = np.isin(np.arange(self.num_steps), bounds[:-1])
+    group = _add_to_group(carry.group, params, u, jnp.asarray(is_first)[t])
+    total = jax.lax.cond(
+      jnp.asarray(is_last)[t],
+      lambda total: scored(total, jax.tree.map(lambda a, p: a.astype(p.dtype), group.params, params),
+                           group.direction),
+      lambda total: total, carry.proxy_scores)
+    return carry._replace(proxy_scores=total, group=group)
+
+
+def _add_to_group(group: Group, params, u, restart) -> Group:
+  norm = tree_norm(u)
+  old = jnp.where(restart, 0, group.weight)
+  weight = old + norm
+  # A mean updated in place: the first step enters with share 1, a step with u = 0 with share 0.
+  share = jnp.where(weight > 0, norm / jnp.where(weight > 0, weight, 1), 0)
+  share = jnp.where(restart, 1, share)
+  direction = jax.tree.map(lambda a, b: jnp.where(restart, b, a + b), group.direction, u)
+  mean = jax.tree.map(
+    lambda a, p: jnp.where(restart, p, a + share.astype(a.dtype) * (p - a)), group.params, params)
+  same = lambda new, old: jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
+  return Group(same(direction, group.direction), same(mean, group.params),
+               weight.astype(group.weight.dtype))
+
