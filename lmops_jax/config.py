@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import gin
 from gin import config as gin_config
 from gin import config_parser
+from lmops_jax import gin_files
 from lmops_jax.settings import (
   ConfigError,
   Constant,
@@ -45,7 +46,6 @@ from lmops_jax.settings import (
 
 ROOT = "lmops.run"
 _MACRO, _ALWAYS = "gin.macro", math.inf
-_NOT_SYSTEMS = frozenset({"models", "optim", "mesh", "data", "train"})
 
 
 class Run(NamedTuple):
@@ -70,62 +70,6 @@ def run(system, mesh=None, stages=None) -> Run:
     raise ValueError(f"stages={stages!r} is not a list of stage names; give names such as "
                      '["select"] or None for all.')
   return Run(system, mesh, None if stages is None else tuple(stages))
-
-
-# ---------------------------------------------------------------------------------------- files
-
-
-def gin_root() -> Path:
-  """The folder of the packaged gin files: inside the wheel, or beside the package in a checkout."""
-  package = Path(__file__).resolve().parent
-  inside = package / "gin"
-  return inside if inside.is_dir() else package.parent / "gin"
-
-
-def gin_files() -> list[str]:
-  """All packaged gin files relative to `gin_root()`, sorted, `/` between the parts."""
-  root = gin_root()
-  return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.gin"))
-
-
-def systems() -> list[str]:
-  """Names of the packaged systems: the folders of `gin_root()` that hold a `default.gin`."""
-  return sorted(name for name in (Path(file).parent.as_posix() for file in gin_files()
-                                  if file.count("/") == 1 and file.endswith("/default.gin"))
-                if name not in _NOT_SYSTEMS)
-
-
-def describe(path: Path) -> str:
-  """The first comment of a gin file without its leading `name.gin:`, as one line."""
-  lines = []
-  for line in Path(path).read_text(encoding="utf-8").splitlines():
-    if not line.startswith("#"):
-      break
-    lines.append(line.lstrip("# ").rstrip())
-  text = " ".join(lines)
-  text = re.sub(r"^(gin/)?[\w./-]+\.gin:\s*", "", text)
-  return re.split(r"(?<=[.;])\s", text, maxsplit=1)[0].rstrip(".;")
-
-
-def find_file(name: str, beside: Path | None = None) -> Path:
-  """The absolute path of a gin file.
-
-  A name on the command line is looked for as given, then among the packaged files, where both
-  `gin/pds/default.gin` and `pds/default.gin` are understood. A name in an `include` is looked for
-  beside the including file (`beside`), then among the packaged files, then as given.
-  """
-  path = Path(os.path.expanduser(name))
-  parts = path.parts[1:] if path.parts[:1] == ("gin",) else path.parts
-  packaged = gin_root().joinpath(*parts) if not path.is_absolute() else path
-  places = [path, packaged] if beside is None else [beside / path, packaged, path]
-  for place in places:
-    if place.is_file():
-      return place.resolve()
-  candidates = gin_files()
-  here = path.parent if beside is None else (beside / path).parent
-  if here.is_dir():
-    candidates += [str(path.parent / file.name) for file in here.glob("*.gin")]
-  raise ConfigError(f"there is no gin file {name!r}{nearest(name, candidates)}")
 
 
 # -------------------------------------------------------------------------------------- parsing
@@ -236,15 +180,16 @@ class _Source:
     self._reading: list[Path] = []
 
   def read_file(self, path: Path) -> None:
+    name = gin_files.display(path)
     if path in self._reading:
-      raise ConfigError(f"{_display(path)} includes itself, by way of "
-                        f"{' and '.join(_display(p) for p in self._reading)}; drop one include.")
+      chain = " -> ".join(map(gin_files.display, [*self._reading, path]))
+      raise ConfigError(f"{name} includes itself ({chain}); drop one of these includes.")
     self._reading.append(path)
     try:
       text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-      raise ConfigError(f"the gin file {_display(path)} cannot be read: {error}.") from error
-    self._read(text, _display(path), beside=path.parent)
+      raise ConfigError(f"the gin file {name} cannot be read: {error}.") from error
+    self._read(text, name, beside=path.parent)
     self._reading.pop()
 
   def read_bindings(self, bindings: Sequence[str]) -> None:
@@ -298,7 +243,7 @@ class _Source:
 
   def _include(self, filename: str, at: str, beside: Path) -> None:
     try:
-      path = find_file(filename, beside)
+      path = gin_files.find(filename, beside)
     except ConfigError as error:
       raise ConfigError(f"{at}: {error}") from None
     self.read_file(path)
@@ -331,15 +276,6 @@ class _Source:
       self._current[key].superseded = binding.time
     self._current[key] = binding
     self.bindings.append(binding)
-
-
-def _display(path: Path) -> str:
-  """The path as a reader knows it: `gin/...` if packaged, else relative where that is shorter."""
-  with_root = gin_root().resolve()
-  if path.is_relative_to(with_root):
-    return "gin/" + path.relative_to(with_root).as_posix()
-  relative = os.path.relpath(path)
-  return relative if len(relative) < len(str(path)) else str(path)
 
 
 # -------------------------------------------------------------------------------------- walking
@@ -535,7 +471,7 @@ def load(files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -> Re
   """Reads gin files, then bindings, and resolves them from the root `run`.
 
   Args:
-    files: gin files in the order in which they apply; see `find_file` for where they are sought.
+    files: gin files in the order in which they apply; `gin_files.find` says where they are sought.
     bindings: statements such as `"TRAIN_STEPS=400"` or `"OPTIMIZER=@optim.sgd()"`, as they follow
       `--gin.` on the command line; later ones win. `"import my_module"` registers what it holds.
 
@@ -546,13 +482,13 @@ def load(files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -> Re
   if not files:
     raise ConfigError("no gin file is given; name one, such as gin/pds/default.gin.")
   source = _Source()
-  paths = [find_file(os.fspath(file)) for file in files]
+  paths = [gin_files.find(os.fspath(file)) for file in files]
   for path in paths:
     source.read_file(path)
   source.read_bindings(bindings)
 
   resolver = _Resolver(source.bindings)
-  tree = resolver.call(_Reference((), ROOT, True, _display(paths[-1])), ())
+  tree = resolver.call(_Reference((), ROOT, True, gin_files.display(paths[-1])), ())
   used = _used_at_some_time(source.bindings)
   for binding in source.bindings:
     if binding.from_command_line:
@@ -563,7 +499,7 @@ def load(files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -> Re
       raise ConfigError(_unused_message(binding, resolver))
   macros = {b.scope: _written_value(b.value) for b in source.bindings
             if b.selector == _MACRO and b.time in resolver.effective}
-  return Resolved(tree, tuple(map(_display, paths)), tuple(sorted(source.imports)), macros)
+  return Resolved(tree, tuple(map(gin_files.display, paths)), tuple(sorted(source.imports)), macros)
 
 
 def _unused_message(binding: _Binding, resolver: _Resolver) -> str:

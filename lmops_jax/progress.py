@@ -57,21 +57,23 @@ class Progress:
     initial: units done by an earlier attempt; they count as done, not towards the rate.
     stream: where to draw (default stderr).
     first_line_seconds, interval_seconds: when a stream that is no terminal gets a line.
+    quiet: show nothing, only count; for the other processes of a job.
     clock: a monotonic clock in seconds.
   """
 
   def __init__(self, total: int | None, unit: str = "steps", description: str = "", *,
                initial: int = 0, stream=None, first_line_seconds: float = FIRST_LINE_SECONDS,
-               interval_seconds: float = LINE_INTERVAL_SECONDS, clock=time.monotonic):
+               interval_seconds: float = LINE_INTERVAL_SECONDS, quiet: bool = False,
+               clock=time.monotonic):
     self.total, self.unit, self.description = total, unit, description
     self.initial, self.done = initial, initial
     self._stream = stream or sys.stderr
     self._clock, self._interval = clock, interval_seconds
     self._start = clock()
-    self._next_line = self._start + first_line_seconds
+    self._next_line = float("inf") if quiet else self._start + first_line_seconds
     self._lines, self._closed, self._note = 0, False, ""
     self._bar = None
-    if getattr(self._stream, "isatty", lambda: False)():
+    if not quiet and getattr(self._stream, "isatty", lambda: False)():
       from tqdm import tqdm
       self._bar = tqdm(total=total, initial=initial, unit=f" {unit}", desc=description or None,
                        file=self._stream, dynamic_ncols=True, leave=False, smoothing=0.1)

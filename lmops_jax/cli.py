@@ -1,0 +1,265 @@
+"""The `lmops` command: run a system or any gin file, show a resolved configuration, list both.
+
+Nothing heavy is imported before the arguments are understood: `lmops --help` and `lmops list` load
+neither jax nor TensorFlow.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import lmops_jax
+
+_COMMANDS = {
+  "run": "run gin files",
+  "show": "print the resolved configuration of a system or of gin files, and run nothing",
+  "list": "list the systems and the gin files",
+}
+_EPILOG = """\
+bindings:
+  --gin.NAME=VALUE        set a macro or a parameter, for example --gin.TRAIN_STEPS=400,
+                          --gin.OPTIMIZER='@optim.sgd()', --gin.optim.sgd.learning_rate=0.1;
+                          strings keep their quotes: --gin.STAGES='["select"]'
+
+examples:
+  lmops pds
+  lmops pds --workdir /tmp/pds --gin.TRAIN_STEPS=400
+  lmops run gin/pds/paper.gin --workdir /data/pds
+  lmops show pds
+"""
+
+
+class _Terminated(BaseException):
+  """SIGTERM arrived; not an Exception, so that nothing mistakes it for a failure."""
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str):
+    raise _UsageError(message)
+
+
+class _UsageError(ValueError):
+  pass
+
+
+def _split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Takes `--gin.NAME=VALUE` and `--gin_import MODULE` out of the arguments, in order."""
+  rest, bindings = [], []
+  arguments = iter(argv)
+  for argument in arguments:
+    if argument.startswith("--gin."):
+      name, equals, value = argument.removeprefix("--gin.").partition("=")
+      if not equals:
+        raise _UsageError(f"{argument} has no value; write {argument}=VALUE.")
+      bindings.append(f"{name} = {value}")
+    elif argument == "--gin_import" or argument.startswith("--gin_import="):
+      module = argument.partition("=")[2] or next(arguments, "")
+      bindings.append(f"import {module}")
+    else:
+      rest.append(argument)
+  return rest, bindings
+
+
+def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
+  parser = _Parser(
+    prog="lmops", description="Research systems for language models, launched from gin files.",
+    epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument("--version", action="version", version=f"lmops_jax {lmops_jax.__version__}")
+  commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+  def add(name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+                                  epilog=_EPILOG, allow_abbrev=False,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return command
+
+  def add_gin(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--gin_file", action="append", default=[], metavar="FILE",
+                         help="a further gin file; may be given several times")
+    command.add_argument("--gin_import", metavar="MODULE",
+                         help="import a module that registers components of yours")
+
+  def add_workdir(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workdir", metavar="DIR",
+                         help="where the stages write and resume (default lmops_runs/NAME)")
+
+  for system in systems:
+    command = add(system, f"run gin/{system}/default.gin")
+    add_gin(command)
+    add_workdir(command)
+  for name, text in _COMMANDS.items():
+    command = add(name, text)
+    if name == "list":
+      continue
+    command.add_argument("files", nargs="+", metavar="FILE" if name == "run" else "SYSTEM_OR_FILE")
+    add_gin(command)
+    if name == "run":
+      add_workdir(command)
+  return parser
+
+
+def _files(arguments: argparse.Namespace, systems: Sequence[str]) -> list[str]:
+  named = [arguments.command] if arguments.command in systems else arguments.files
+  return [f"{name}/default.gin" if name in systems else name for name in named
+          ] + arguments.gin_file
+
+
+def _default_workdir(file: Path) -> Path:
+  """`lmops_runs/pds` for gin/pds/default.gin, `pds-smoke` for its smoke.gin, `mine` for mine.gin."""
+  from lmops_jax import gin_files
+  name = gin_files.display(file)
+  if name.startswith("gin/"):
+    name = "-".join(Path(name).parts[1:])
+  return Path("lmops_runs") / Path(name).stem.removesuffix("-default")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line and returns its exit code: 0, 2 for an error, 130 or 143 if stopped."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  show_traceback = "--traceback" in argv
+  try:
+    with contextlib.suppress(ValueError):  # not in the main thread
+      signal.signal(signal.SIGTERM, _on_sigterm)
+    return _dispatch(argv)
+  except KeyboardInterrupt:
+    return _stopped("interrupted", 130)
+  except _Terminated:
+    return _stopped("terminated", 143)
+  except BrokenPipeError:  # the reader of our output went away, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+  except Exception as error:
+    if show_traceback:
+      traceback.print_exc()
+    print(f"lmops: error: {_one_line(error)}", file=sys.stderr)
+    return 2
+
+
+def _on_sigterm(number, frame) -> None:
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+  raise _Terminated
+
+
+def _stopped(how: str, code: int) -> int:
+  print(f"lmops: {how}; run the same command again to continue where it stopped.",
+        file=sys.stderr)
+  return code
+
+
+def _one_line(error: Exception) -> str:
+  """The message, the stage that it came from, and the error's type where it is no plain one."""
+  text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+                  .split()) or "no message"
+  stage = "".join(f"{note.removeprefix('in ')}: " for note in getattr(error, "__notes__", ())
+                  if note.startswith("in stage "))
+  if isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError):
+    return stage + text
+  return f"{stage}{type(error).__name__}: {text} (--traceback shows where)"
+
+
+def _dispatch(argv: list[str]) -> int:
+  rest, bindings = _split_bindings(argv)
+  from lmops_jax import gin_files, settings  # neither loads gin or jax
+  systems = gin_files.systems()
+  names = [*systems, *_COMMANDS]
+  command = next((argument for argument in rest if not argument.startswith("-")), None)
+  if command is not None and command not in names:
+    raise _UsageError(f"there is no system or command {command!r}"
+                      f"{settings.nearest(command, names)}")
+  arguments = _parser(systems).parse_args(rest)
+  if arguments.command == "list":
+    if bindings:
+      raise _UsageError("lmops list takes no bindings; they belong to a run.")
+    print(_listing(systems))
+    return 0
+  files = _files(arguments, systems)
+  for file in files:
+    gin_files.find(file)
+  _set_environment()
+  from lmops_jax import config
+  resolved = config.load(files, bindings)
+  if arguments.command == "show":
+    _print_config(resolved)
+    return 0
+  workdir = arguments.workdir or _default_workdir(gin_files.find(files[-1]))
+  return _run(resolved, Path(workdir))
+
+
+def _listing(systems: Sequence[str]) -> str:
+  from lmops_jax import gin_files
+  root = gin_files.root()
+  files = gin_files.packaged()
+  width = max(map(len, [*systems, *files]), default=0)
+  lines = ["systems (lmops NAME)"]
+  lines += [f"  {name:{width}}  {gin_files.describe(root / name / 'default.gin')}"
+            for name in systems]
+  lines += ["", f"gin files (lmops run FILE, lmops show FILE), in {root}"]
+  lines += [f"  {name:{width}}  {gin_files.describe(root / name)}" for name in files]
+  return "\n".join(line.rstrip() for line in lines)
+
+
+def _print_config(resolved) -> None:
+  print(f"# {', '.join(resolved.files)}, resolved by lmops_jax {lmops_jax.__version__}")
+  if resolved.macros:
+    print("#\n# --gin.NAME=VALUE sets:")
+    for name, value in resolved.macros.items():
+      print(f"#   {name} = {value}")
+  print("\n" + resolved.text(), end="")
+
+
+def _set_environment() -> None:
+  """Defaults that have to stand before jax and TensorFlow are imported; the user's own win."""
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  for name, value in {
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "lmops_jax", "xla"),
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorFlow only reads and writes data here
+    "GRPC_VERBOSITY": "ERROR",
+  }.items():
+    os.environ.setdefault(name, value)
+
+
+def _run(resolved, workdir: Path) -> int:
+  from lmops_jax import pipeline, progress
+  group = _join_group()  # before anything touches a device
+  job = resolved.run()  # constructs everything, so that bad values are found before any work
+  partitioner = job.mesh.build() if job.mesh is not None else None
+  stages = job.system.stages(resolved.settings, partitioner)
+  records = pipeline.run_stages(stages, workdir, only=job.stages, system=job.system.name,
+                                group=group, config=resolved.text())
+  if group.index == 0:
+    print(_record_table(records, progress))
+    if {record.name for record in records} == {stage.name for stage in stages}:
+      print("\n" + job.system.summary(workdir))
+  return 0
+
+
+def _join_group():
+  """Joins the other processes of this job, where the environment says that there are some."""
+  from lmops_jax import pipeline
+  from lmops_jax.training import mesh
+  if not mesh.initialize_distributed():
+    return pipeline.Group()
+  import jax
+  from jax.experimental import multihost_utils
+  return pipeline.Group(jax.process_index(), jax.process_count(),
+                        multihost_utils.sync_global_devices)
+
+
+def _record_table(records, progress) -> str:
+  width = max(len(record.name) for record in records)
+  lines = [f"  {'stage':{width}}  {'':7}  {'time':>8}  {'FLOPs':>8}"]
+  for record in records:
+    flops = progress.format_count(record.flops) if record.flops else "-"
+    lines.append(f"  {record.name:{width}}  {record.status:7}  "
+                 f"{progress.format_seconds(record.seconds):>8}  {flops:>8}")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
