@@ -1,0 +1,55 @@
+"""Corpora, vocabularies, packed instances and batches. Nothing here imports TensorFlow on import.
+
+Importing this package registers everything that gin files name in the module `data`.
+"""
+
+from lmops_jax.data.documents import (
+  Corpus,
+  Deduplicated,
+  Document,
+  OverlapIndex,
+  overlapping_documents,
+  split_documents,
+)
+from lmops_jax.data.files import Jsonl, Parquet, TextFolder
+from lmops_jax.data.installed_text import InstalledText
+from lmops_jax.data.instances import Instances, open_instances, write_instances
+from lmops_jax.data.named_datasets import SeqioTask, Tfds
+from lmops_jax.data.packing import Instance, one_per_document, pack
+from lmops_jax.data.python_reference import PythonReference
+from lmops_jax.data.vocabularies import (
+  HuggingFaceTokenizer,
+  SentencePieceFile,
+  TrainSentencePiece,
+  Vocabulary,
+  as_seqio,
+  load_vocabulary,
+)
+
+__all__ = [
+  "Corpus",
+  "Deduplicated",
+  "Document",
+  "HuggingFaceTokenizer",
+  "InstalledText",
+  "Instance",
+  "Instances",
+  "Jsonl",
+  "OverlapIndex",
+  "Parquet",
+  "PythonReference",
+  "SentencePieceFile",
+  "SeqioTask",
+  "TextFolder",
+  "Tfds",
+  "TrainSentencePiece",
+  "Vocabulary",
+  "as_seqio",
+  "load_vocabulary",
+  "one_per_document",
+  "open_instances",
+  "overlapping_documents",
+  "pack",
+  "split_documents",
+  "write_instances",
+]

@@ -1,0 +1,230 @@
+"""Documents and corpora: what every reader yields, in which order, and how it is split.
+
+A corpus is a frozen dataclass with `documents(counts)` and `fingerprint()`. Ids come from where a
+document was found (a path, a row), never from the order of reading, and the order is that of a hash
+of the id, so that neither depends on the file system, on the number of readers, or on what else is
+in the corpus. Nothing is dropped in silence: whoever passes a `Counter` learns how many documents
+were left out and why. This module imports no TensorFlow.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import pickle
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import gin
+
+from lmops_jax.data.hashing import order_key
+from lmops_jax.data.near_duplicates import (
+  Deduplicator,
+  OverlapIndex,
+  overlapping_documents,
+)
+
+__all__ = [
+  "Corpus",
+  "Deduplicated",
+  "Document",
+  "OverlapIndex",
+  "document_id",
+  "overlapping_documents",
+  "shuffled",
+  "split_documents",
+]
+MAX_ID = 2**63 - 1
+
+
+class Document(NamedTuple):
+  """One text.
+
+  Attributes:
+    id: 0 <= id < 2^63, stable: from the source, or given by the data itself.
+    text: never empty, no surrogates.
+    kind: a label such as "code" or "licence"; for reports, no method may look at it.
+    source: where it was found: a path relative to the corpus, with a row or part where there are
+      several ("numpy/linalg/linalg.py#docstrings", "part-0.jsonl:17").
+  """
+
+  id: int
+  text: str
+  kind: str
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Base of the corpora: a subclass reads, this class checks, counts and orders.
+
+  Reasons in `counts`: "empty" (white space only), "duplicate" and "near_duplicate" (where a corpus
+  removes them), "undecodable" (not UTF-8), "too_large", "too_short", "unreadable", "over_budget".
+  """
+
+  def read(self, counts: Counter[str]) -> Iterator[Document]:
+    """Yields documents in any order that depends on the data only; counts what it leaves out."""
+    raise NotImplementedError
+
+  def fingerprint(self) -> str:
+    """Changes when the settings or the underlying data change; cheap, reads no text."""
+    raise NotImplementedError
+
+  def documents(self, counts: Counter[str] | None = None) -> Iterator[Document]:
+    """Yields every usable document once, in the order of a hash of its id.
+
+    Args:
+      counts: filled with the number of documents (or files) left out, by reason; complete once the
+        iterator is exhausted.
+
+    Raises:
+      ValueError: no usable document, or two documents with one id.
+    """
+    counts = Counter() if counts is None else counts
+    previous = None
+    for document in shuffled(self._non_empty(counts)):
+      if previous is not None and previous.id == document.id:
+        raise ValueError(
+          f"documents {previous.source} and {document.source} of {self} both have id "
+          f"{document.id}; ids must be unique, so drop id_field or repair the data."
+        )
+      yield document
+      previous = document
+    if previous is None:
+      dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "none found"
+      raise ValueError(f"the corpus {self} is empty: it has no usable document ({dropped}).")
+
+  def _non_empty(self, counts: Counter[str]) -> Iterator[Document]:
+    for document in self.read(counts):
+      if document.text.strip():
+        yield document
+      else:
+        counts["empty"] += 1
+
+
+def document_id(source: str) -> int:
+  """A 63-bit id from a name, the same on every machine."""
+  digest = hashlib.blake2b(source.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+  return int.from_bytes(digest, "little") & MAX_ID
+
+
+def given_id(value: object, where: str, field: str) -> int:
+  """An id that the data gives: an integer in range as it is, a text hashed.
+
+  Raises:
+    ValueError: a number out of range, or neither number nor text.
+  """
+  if isinstance(value, bytes):
+    value = value.decode("utf-8", "replace")
+  if isinstance(value, str):
+    return document_id(value)
+  if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ID:
+    return value
+  raise ValueError(
+    f"{where}: field {field!r} holds {value!r}, which is no id (a text, or a number from 0 to "
+    "2^63 - 1)."
+  )
+
+
+def shuffled(
+  documents: Iterable[Document], *, memory_bytes: int = 1 << 29, num_buckets: int = 64
+) -> Iterator[Document]:
+  """Documents in the order of a hash of their ids, whatever order they come in.
+
+  Up to `memory_bytes` of text are sorted in memory; more is spread over temporary files by the top
+  bits of the key, and each file is sorted on its own, so that memory stays near
+  `total / num_buckets`.
+  """
+  held: list[tuple[int, Document]] = []
+  held_bytes = 0
+  documents = iter(documents)
+  for document in documents:
+    held.append((order_key(document.id), document))
+    held_bytes += len(document.text)
+    if held_bytes > memory_bytes:
+      break
+  else:
+    held.sort(key=lambda item: item[0])
+    for _, document in held:
+      yield document
+    return
+
+  with contextlib.ExitStack() as stack:
+    buckets = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_buckets)]
+
+    def spill(key: int, document: Document) -> None:
+      pickle.dump((key, *document), buckets[key * num_buckets >> 64], pickle.HIGHEST_PROTOCOL)
+
+    for key, document in held:
+      spill(key, document)
+    held.clear()
+    for document in documents:
+      spill(order_key(document.id), document)
+    for bucket in buckets:
+      rows = []
+      end = bucket.tell()
+      bucket.seek(0)
+      while bucket.tell() < end:
+        rows.append(pickle.load(bucket))
+      rows.sort(key=lambda row: row[0])
+      for _, *fields in rows:
+        yield Document(*fields)
+      bucket.truncate(0)
+
+
+def split_documents(
+  documents: Iterable[Document], fraction: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+  """Splits by a hash of (seed, id), each part in the order of its input.
+
+  Args:
+    fraction: share of the documents, rounded, that go to the first list; 0 < fraction < 1.
+
+  Raises:
+    ValueError: a fraction out of range, or one that leaves a part without a document.
+  """
+  if not 0 < fraction < 1:
+    raise ValueError(f"fraction={fraction} is not between 0 and 1.")
+  documents = list(documents)
+  num_first = round(fraction * len(documents))
+  if not 0 < num_first < len(documents):
+    raise ValueError(
+      f"{len(documents)} documents cannot be split with fraction={fraction}: one part would be "
+      "empty; give more documents or another fraction."
+    )
+  ranked = sorted(documents, key=lambda document: order_key(document.id, seed))
+  first = {document.id for document in ranked[:num_first]}
+  return (
+    [document for document in documents if document.id in first],
+    [document for document in documents if document.id not in first],
+  )
+
+
+@gin.register(module="data")
+@dataclasses.dataclass(frozen=True)
+class Deduplicated(Corpus):
+  """Another corpus without its exact and near-duplicates; the first in its order stays.
+
+  Attributes:
+    corpus: any corpus of this package.
+    threshold: see `Deduplicator`.
+  """
+
+  corpus: Corpus
+  threshold: float = 0.8
+
+  def __post_init__(self):
+    Deduplicator(self.threshold)
+
+  def fingerprint(self) -> str:
+    return f"deduplicated {self.threshold} {self.corpus.fingerprint()}"
+
+  def read(self, counts):
+    deduplicator = Deduplicator(self.threshold)
+    for document in self.corpus.documents(counts):
+      reason = deduplicator.reason(document.text)
+      if reason is None:
+        yield document
+      else:
+        counts[reason] += 1

@@ -1,0 +1,25 @@
+"""Pseudo-random numbers as a function of what they belong to: order, shuffling, sampling.
+
+Integer arithmetic alone, so every platform and every version of NumPy gives the same numbers.
+"""
+
+import numpy as np
+
+_MASK = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio, the step of splitmix64
+
+
+def mix64(values: np.ndarray) -> np.ndarray:
+  """The finaliser of splitmix64 (Steele et al., OOPSLA 2014): a bijection of uint64 that mixes."""
+  values = np.asarray(values, np.uint64)
+  values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return values ^ (values >> np.uint64(31))
+
+
+def order_key(identifier: int, seed: int = 0) -> int:
+  """A 64-bit pseudo-random number from (seed, id); distinct ids of one seed get distinct ones."""
+  value = (identifier + (seed + 1) * GOLDEN) & _MASK
+  value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+  value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+  return value ^ (value >> 31)

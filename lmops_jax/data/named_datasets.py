@@ -1,0 +1,206 @@
+"""Corpora that another library knows by name: tfds datasets and seqio tasks.
+
+tfds reads datasets that are stored as ArrayRecord without TensorFlow; other formats, and seqio
+always, need it, and it is imported only then.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gin
+
+from lmops_jax.data.documents import Corpus, Document, document_id, given_id
+
+
+@gin.register(module="data")
+@dataclasses.dataclass(frozen=True)
+class Tfds(Corpus):
+  """A tfds dataset, by name ("lm1b", "wiki40b/en:1.3.0") or by the folder that holds it.
+
+  Attributes:
+    name: what `tfds.builder` takes, or a folder with a `dataset_info.json`.
+    split: a split or a slice of one, "train[:1%]".
+    text_field: the feature that holds the text; `/` leads into nested ones.
+    id_field: a feature with the id; None: a hash of dataset, split and row in storage order.
+    kind_field: a feature with the kind; None: the dataset's name.
+    data_dir: where tfds keeps datasets; None: its own default.
+    download: whether tfds may download and prepare what is missing.
+  """
+
+  name: str
+  split: str = "train"
+  text_field: str = "text"
+  id_field: str | None = None
+  kind_field: str | None = None
+  data_dir: str | None = None
+  download: bool = False
+
+  def fingerprint(self) -> str:
+    info = self._builder.info
+    sizes = {name: list(split.shard_lengths) for name, split in sorted(info.splits.items())}
+    state = f"{dataclasses.astuple(self)} {info.full_name} {info.dataset_size} {sizes}"
+    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+
+  @functools.cached_property
+  def _builder(self):
+    import os
+
+    import tensorflow_datasets as tfds
+
+    try:
+      if os.path.isfile(os.path.join(self.name, "dataset_info.json")):
+        builder = tfds.builder_from_directory(self.name)
+      else:
+        builder = tfds.builder(self.name, data_dir=self.data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+      reason = str(error).strip().splitlines()[0]
+      raise ValueError(f"tfds knows no dataset data.Tfds.name={self.name!r}: {reason}") from error
+    if not builder.is_prepared():
+      if not self.download:
+        raise ValueError(
+          f"the tfds dataset {self.name!r} is not prepared in {builder.data_dir}; prepare it "
+          "there, or set data.Tfds.download=True."
+        )
+      builder.download_and_prepare(
+        file_format="array_record" if builder.info.file_format is None else None
+      )
+    return builder
+
+  def read(self, counts: Counter[str]) -> Iterator[Document]:
+    name = self._builder.info.full_name
+    for row, example in enumerate(self._examples()):
+      where = f"{name}[{self.split}]:{row}"
+      text = _as_text(_feature(example, self.text_field, where, "data.Tfds.text_field"), counts)
+      if text is None:
+        continue
+      kind = self._builder.info.name
+      if self.kind_field is not None:
+        value = _feature(example, self.kind_field, where, "data.Tfds.kind_field")
+        kind = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+      identifier = document_id(where)
+      if self.id_field is not None:
+        value = _feature(example, self.id_field, where, "data.Tfds.id_field")
+        identifier = given_id(getattr(value, "item", lambda: value)(), where, self.id_field)
+      yield Document(identifier, text, kind, where)
+
+  def _examples(self):
+    import tensorflow_datasets as tfds
+
+    try:
+      if self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        return self._builder.as_data_source(split=self.split)
+      config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+      return tfds.as_numpy(
+        self._builder.as_dataset(split=self.split, shuffle_files=False, read_config=config)
+      )
+    except (KeyError, ValueError) as error:
+      splits = ", ".join(sorted(self._builder.info.splits)) or "none"
+      raise ValueError(
+        f"data.Tfds.split={self.split!r} is no split of {self.name!r}; its splits are {splits}."
+      ) from error
+
+
+@gin.register(module="data")
+@dataclasses.dataclass(frozen=True)
+class SeqioTask(Corpus):
+  """A registered seqio task or mixture: the text that its preprocessors give.
+
+  The module that registers the task has to be imported, by an `import` line in the gin file. Rows
+  are read unshuffled and numbered; tasks whose preprocessors draw random numbers do not repeat.
+
+  Attributes:
+    name: of the task or mixture.
+    split: one of its splits.
+    text_feature: the field that holds the text after preprocessing ("targets", "text"), or the
+      token ids of one that the task has tokenised, which its own vocabulary turns into text.
+    sequence_length: what the task's trimming gets for this feature; None does not trim.
+  """
+
+  name: str
+  split: str = "train"
+  text_feature: str = "targets"
+  sequence_length: int | None = None
+
+  def fingerprint(self) -> str:
+    """A hash of the settings and of what the task reads (file names), as far as seqio can tell."""
+    task = self._task
+    sources = []
+    for part in getattr(task, "tasks", [task]):
+      try:
+        sources.append((part.name, sorted(part.source.list_shards(self.split))))
+      except (NotImplementedError, ValueError, AttributeError):
+        sources.append((part.name, ()))
+    state = repr((dataclasses.astuple(self), sources))
+    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+
+  @property
+  def _task(self):
+    import seqio
+
+    try:
+      task = seqio.get_mixture_or_task(self.name)
+    except (KeyError, ValueError) as error:
+      raise ValueError(
+        f"seqio knows no task or mixture data.SeqioTask.name={self.name!r}; import the module that "
+        "registers it in the gin file."
+      ) from error
+    if self.split not in task.splits:
+      raise ValueError(
+        f"data.SeqioTask.split={self.split!r} is no split of {self.name!r}; its splits are "
+        f"{', '.join(sorted(task.splits))}."
+      )
+    return task
+
+  def read(self, counts: Counter[str]) -> Iterator[Document]:
+    import numpy as np
+
+    task = self._task
+    lengths = None
+    if self.sequence_length is not None:
+      lengths = {name: self.sequence_length for name in task.output_features}
+    rows = task.get_dataset(lengths, split=self.split, shuffle=False, num_epochs=1)
+    for row, example in enumerate(rows.as_numpy_iterator()):
+      where = f"{self.name}[{self.split}]:{row}"
+      value = _feature(example, self.text_feature, where, "data.SeqioTask.text_feature")
+      if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        feature = task.output_features.get(self.text_feature)
+        if feature is None:
+          raise ValueError(f"{where}: field {self.text_feature!r} holds numbers, not a text.")
+        text = feature.vocabulary.decode(value.tolist())
+      else:
+        text = _as_text(value, counts)
+      if text is not None:
+        yield Document(document_id(where), text, self.name, where)
+
+
+def _feature(example: Mapping[str, Any], path: str, where: str, parameter: str) -> Any:
+  """A field of an example; `a/b` is field b of field a, unless a field is called so."""
+  if path in example:
+    return example[path]
+  value: Any = example
+  for part in path.split("/"):
+    if not isinstance(value, Mapping) or part not in value:
+      fields = ", ".join(sorted(value)) if isinstance(value, Mapping) else "none"
+      raise ValueError(
+        f"{where} has no field {path!r} (there are {fields}); set {parameter} to one of them."
+      )
+    value = value[part]
+  return value
+
+
+def _as_text(value: Any, counts: Counter[str]) -> str | None:
+  if isinstance(value, str):
+    return value
+  if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+    value = value.item()
+  if not isinstance(value, (bytes, str)):
+    raise ValueError(f"a text was expected, but the field holds a {type(value).__name__}.")
+  try:
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+  except UnicodeDecodeError:
+    counts["undecodable"] += 1
+    return None

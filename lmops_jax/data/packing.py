@@ -1,0 +1,225 @@
+"""Token ids of documents to training instances (PDS code, spec section 4 "Instance format").
+
+Every document's tokens are followed by EOS and all of them are concatenated; an instance is BOS and
+the next `length` tokens. Optionally an instance is cut back to its last sentence end and the rest
+opens the next one. Attention is not reset at document boundaries, as in the paper's code.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_OPENING, _CLOSING = "([{", ")]}"
+_ENDS = ".!?;"
+
+
+class Instance(NamedTuple):
+  """One packed training example.
+
+  Attributes:
+    id: position in the packed corpus, counted from 0 (or from `first_id`).
+    tokens: `[n] int32`, 2 <= n <= length + 1, BOS first.
+    document_ids: `[k] int64`, the documents its tokens come from, in order.
+    document_num_tokens: `[k] int32`, how many tokens each of them has here, its EOS included and
+      BOS not; the sum is `n - 1`.
+  """
+
+  id: int
+  tokens: np.ndarray
+  document_ids: np.ndarray
+  document_num_tokens: np.ndarray
+
+
+def pack(
+  documents: Iterable[tuple[int, Sequence[int]]],
+  *,
+  length: int,
+  bos_id: int,
+  eos_id: int,
+  sentence_end: "np.ndarray | SentenceEnds | Callable[[np.ndarray, int], int] | None" = None,
+  counts: Counter[str] | None = None,
+  first_id: int = 0,
+) -> Iterator[Instance]:
+  """Packs documents; every token lands in exactly one instance, the last one may be shorter.
+
+  An instance of nothing but EOS inputs (possible where BOS is EOS) has no token to learn from; it
+  is left out and counted.
+
+  Args:
+    documents: (document id, token ids without BOS and EOS).
+    length: tokens after BOS; an instance has at most `length + 1`.
+    sentence_end: None packs without gaps. A bool array `[V]` marks tokens after which an instance
+      may end (EOS is one in any case). Anything else is called with the tokens that follow BOS,
+      `[m] int32`, and the token that comes next, and returns how many to keep; 0 keeps all.
+    counts: gets "empty_instances".
+
+  Raises:
+    ValueError: length < 1.
+  """
+  if length < 1:
+    raise ValueError(f"length={length} is too short to pack; set it to 1 or more.")
+  counts = Counter() if counts is None else counts
+  cut = _cut_rule(sentence_end, eos_id)
+  runs: list[tuple[int, np.ndarray]] = []  # what is not yet in an instance, in order
+  num_waiting = 0
+  next_id = first_id
+
+  def emit() -> Iterator[Instance]:
+    nonlocal num_waiting, next_id
+    window = _front(runs, length + 1)
+    num_kept = min(length, len(window))
+    if cut is not None and len(window) > length:
+      num_kept = cut(window[:length], int(window[length])) or length
+    tokens = np.empty(num_kept + 1, np.int32)
+    tokens[0] = bos_id
+    tokens[1:] = window[:num_kept]
+    owners, shares = _take(runs, num_kept)
+    num_waiting -= num_kept
+    if bos_id == eos_id and not np.any(tokens[:-1] != eos_id):
+      counts["empty_instances"] += 1
+      return
+    yield Instance(next_id, tokens, np.array(owners, np.int64), np.array(shares, np.int32))
+    next_id += 1
+
+  for identifier, ids in documents:
+    tokens = np.empty(len(ids) + 1, np.int32)
+    tokens[:-1] = ids
+    tokens[-1] = eos_id
+    runs.append((identifier, tokens))
+    num_waiting += len(tokens)
+    while num_waiting > length:
+      yield from emit()
+  while num_waiting:
+    yield from emit()
+
+
+def _front(runs: list[tuple[int, np.ndarray]], count: int) -> np.ndarray:
+  """Up to `count` of the waiting tokens, without taking them away."""
+  if len(runs[0][1]) >= count:
+    return runs[0][1][:count]
+  parts, total = [], 0
+  for _, tokens in runs:
+    parts.append(tokens[: count - total])
+    total += len(parts[-1])
+    if total == count:
+      break
+  return np.concatenate(parts)
+
+
+def _take(runs: list[tuple[int, np.ndarray]], count: int) -> tuple[list[int], list[int]]:
+  """Removes `count` tokens from the front; returns whose they were and how many."""
+  owners, counts = [], []
+  num_finished = 0
+  for identifier, tokens in runs:
+    taken = min(count, len(tokens))
+    owners.append(identifier)
+    counts.append(taken)
+    count -= taken
+    if taken < len(tokens):
+      runs[num_finished] = (identifier, tokens[taken:])
+    else:
+      num_finished += 1
+    if count == 0:
+      break
+  del runs[:num_finished]
+  return owners, counts
+
+
+def _cut_rule(sentence_end, eos_id):
+  if sentence_end is None:
+    return None
+  if isinstance(sentence_end, np.ndarray):
+    table = np.array(sentence_end, bool)
+    table[eos_id] = True
+    return lambda tokens, following: _last_true(table[tokens])
+  return sentence_end
+
+
+def _last_true(flags: np.ndarray) -> int:
+  """Number of leading entries up to and including the last true one; 0 where none is."""
+  return int(len(flags) - np.argmax(flags[::-1])) if flags.any() else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceEnds:
+  """The reference's rule for where an instance may end, as tables over the vocabulary.
+
+  After EOS and after a token with a line break always; after a token with one of `. ! ? ;` that
+  leaves no bracket open inside itself, when a space follows (so that "3.14" and "D.A." stay whole).
+
+  Attributes:
+    certain: `[V] bool`, tokens after which an instance may end whatever follows.
+    possible: `[V] bool`, tokens after which it may end when a space follows.
+    trailing_space: `[V] bool`, tokens whose text has white space after its last end mark.
+    leading_space: `[V] bool`, tokens whose text begins with white space.
+  """
+
+  certain: np.ndarray
+  possible: np.ndarray
+  trailing_space: np.ndarray
+  leading_space: np.ndarray
+
+  def __call__(self, tokens: np.ndarray, following: int) -> int:
+    """How many of `tokens [m]` to keep when `following` comes next; 0 where no sentence ends."""
+    after = np.append(self.leading_space[tokens[1:]], self.leading_space[following])
+    confirmed = self.possible[tokens] & (self.trailing_space[tokens] | after)
+    return _last_true(self.certain[tokens] | confirmed)
+
+
+def sentence_end_table(vocabulary) -> SentenceEnds:
+  """Builds `SentenceEnds` from the texts of a vocabulary's tokens."""
+  texts = vocabulary.token_texts()
+  certain = np.array(["\n" in text for text in texts])
+  certain[vocabulary.eos_id] = True
+  return SentenceEnds(
+    certain=certain,
+    possible=np.array([_may_end(text) for text in texts]),
+    trailing_space=np.array([_space_after_mark(text) for text in texts]),
+    leading_space=np.array([text[:1].isspace() for text in texts]),
+  )
+
+
+def _may_end(text: str) -> bool:
+  depth = 0
+  for character in text:
+    depth += (character in _OPENING) - (character in _CLOSING)
+  return depth <= 0 and any(mark in text for mark in _ENDS)
+
+
+def _space_after_mark(text: str) -> bool:
+  last = max((text.rfind(mark) for mark in _ENDS), default=-1)
+  return last >= 0 and any(character.isspace() for character in text[last + 1 :])
+
+
+def one_per_document(
+  documents: Iterable[tuple[int, Sequence[int]]],
+  *,
+  length: int,
+  bos_id: int,
+  eos_id: int,
+  counts: Counter[str] | None = None,
+  first_id: int = 0,
+) -> Iterator[Instance]:
+  """One instance a document: BOS, its tokens, EOS, cut to `length + 1`.
+
+  Args:
+    counts: gets "cut_documents" and "cut_tokens", what did not fit.
+
+  Raises:
+    ValueError: length < 1.
+  """
+  if length < 1:
+    raise ValueError(f"length={length} is too short; set it to 1 or more.")
+  counts = Counter() if counts is None else counts
+  for number, (identifier, ids) in enumerate(documents, first_id):
+    tokens = np.array([bos_id, *ids, eos_id], np.int32)
+    if len(tokens) > length + 1:
+      counts["cut_documents"] += 1
+      counts["cut_tokens"] += len(tokens) - (length + 1)
+      tokens = tokens[: length + 1]
+    yield Instance(
+      number, tokens, np.array([identifier], np.int64), np.array([len(tokens) - 1], np.int32)
+    )
