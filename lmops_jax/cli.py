@@ -111,7 +111,7 @@ def _files(arguments: argparse.Namespace, systems: Sequence[str]) -> list[str]:
 
 
 def _default_workdir(file: Path) -> Path:
-  """`lmops_runs/pds` for gin/pds/default.gin, `pds-smoke` for its smoke.gin, `mine` for mine.gin."""
+  """`lmops_runs/pds` for gin/pds/default.gin, `pds-smoke` for smoke.gin, `mine` for mine.gin."""
   from lmops_jax import gin_files
   name = gin_files.display(file)
   if name.startswith("gin/"):
