@@ -65,24 +65,45 @@ def run(forward: Callable, reverse: Callable, first_carry: Callable, state: Any,
 
 
 def _run_stored(forward, reverse, first_carry, state, num_steps, on_host):
-  def put(tree, space):
-    return jax.tree.map(lambda x: jax.device_put(x, space), tree) if on_host else tree
+  steps = jnp.arange(num_steps)
+  final, states = _store_states(forward, state, steps, on_host)
+  carry, outs = _reverse_stored(reverse, first_carry(final), states, final.params, steps, on_host)
+  return carry, outs, final.params
 
-  def advance(state, t):
-    return forward(state, t), put(state, jax.memory.Space.Host)
 
-  def go_back(carry, xs):
-    carry, next_params = carry
+def run_segment(forward: Callable, reverse: Callable, state: Any, next_params: Any, carry: Any,
+                steps: jax.Array, on_host: bool = False):
+  """The adjoint of consecutive `steps` from the state before the first of them.
+
+  Args:
+    next_params: parameters after the last of the steps (kept, so that step is not run again).
+    carry: what the reverse step after the last one returned.
+  Returns:
+    `(carry, outputs)` after the first of the steps, with outputs stacked in step order.
+  """
+  _, states = _store_states(forward, state, steps, on_host)
+  return _reverse_stored(reverse, carry, states, next_params, steps, on_host)
+
+
+def _move(tree, space, on_host):
+  return jax.tree.map(lambda x: jax.device_put(x, space), tree) if on_host else tree
+
+
+def _store_states(forward, state, steps, on_host):
+  return jax.lax.scan(
+    lambda s, t: (forward(s, t), _move(s, jax.memory.Space.Host, on_host)), state, steps)
+
+
+def _reverse_stored(reverse, carry, states, next_params, steps, on_host):
+  def go_back(loop, xs):
+    carry, next_params = loop
     state, t = xs
-    state = put(state, jax.memory.Space.Device)
+    state = _move(state, jax.memory.Space.Device, on_host)
     carry, outs = reverse(carry, state, next_params, t)
     return (carry, state.params), outs
 
-  steps = jnp.arange(num_steps)
-  final, states = jax.lax.scan(advance, state, steps)
-  carry = (first_carry(final), final.params)
-  (carry, _), outs = jax.lax.scan(go_back, carry, (states, steps), reverse=True)
-  return carry, outs, final.params
+  (carry, _), outs = jax.lax.scan(go_back, (carry, next_params), (states, steps), reverse=True)
+  return carry, outs
 
 
 def _run_schedule(forward, reverse, first_carry, state, num_steps, schedule):

@@ -1,0 +1,166 @@
+"""The outer loop of PDS: projected gradient steps on the data weights (algorithm 1).
+
+arXiv 2410.07064, algorithm 1: train under weights gamma, run the costates back, move gamma along
+the scores, project onto the simplex, repeat. The paper writes the increment without the learning
+rate, `alpha * sum_t lambda_{t+1} . grad l_n(params_t)`; here it is `outer_lr * (-dA/dgamma)`, which
+is defined for every optimizer. With SGD at rate eta, `outer_lr = alpha / eta`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lmops_jax.control import checks
+from lmops_jax.control.dynamics import init_state, strong
+from lmops_jax.control.pmp import as_pytree, check_settings, constrain, shardings_of, solve
+from lmops_jax.control.problem import Problem, Settings
+
+
+class WeightSolution(NamedTuple):
+  """Data weights and the history of the outer loop (E = outer_epochs)."""
+  gamma: jax.Array  # [N] on the simplex
+  objective: jax.Array  # [E + 1] A before each outer step and after the last one
+  gammas: jax.Array  # [E + 1, N]
+  scores: jax.Array  # [E, N] -dA/dgamma at each outer step
+  costate_norms: jax.Array  # [E, T]
+
+
+def project_simplex(values: Any) -> jax.Array:
+  """Euclidean projection of `[N]` values onto `{gamma >= 0, sum(gamma) = 1}`.
+
+  optax's sort-based projection, after moving the largest value to 0 and everything that is sure to
+  become 0 to -1: neither changes the projection, both keep its running sums small, so that values
+  around 1e6 lose no digits.
+
+  Raises:
+    ValueError: if `values` is not a non-empty vector.
+  """
+  values = jnp.asarray(values)
+  if values.ndim != 1 or values.shape[0] < 1:
+    raise ValueError(f"values has shape {values.shape}; expected a non-empty vector.")
+  if not jnp.issubdtype(values.dtype, jnp.floating):
+    values = values.astype(jnp.result_type(float))
+  values = jnp.clip(values - jnp.max(values), -1, None)
+  return optax.projections.projection_simplex(values)
+
+
+def solve_weights(
+    example_losses: Callable,
+    target_loss: Callable,
+    optimizer: Any,
+    params: Any,
+    data: Any,
+    num_steps: int,
+    *,
+    outer_lr: float,
+    outer_epochs: int = 1,
+    batch_indices: Any = None,
+    gamma: Any = None,
+    objective: str = "area",
+    trajectory: str | int = "all",
+    hessian: bool = True,
+    hvp_mode: str = "jvp_of_grad",
+    micro_batch_size: int | None = None) -> WeightSolution:
+  """Learns constant weights gamma on the simplex by projected ascent on the scores.
+
+  Args:
+    example_losses, target_loss, optimizer, params, objective, trajectory, hessian, hvp_mode,
+      micro_batch_size: as for `pmp_scores`.
+    data: leaves `[N, ...]`.
+    num_steps: T, inner steps in each outer epoch, always from `params`.
+    outer_lr: step on gamma, >= 0. outer_epochs: outer steps, >= 1.
+    batch_indices: `[T, B]` rows of `data` for each step; the step's loss is then
+      `N / B * sum_b gamma[i_b] l_{i_b}`, unbiased for the full sum. None: all rows at every step,
+      `sum_n gamma_n l_n`, as in the paper.
+    gamma: `[N]` start on the simplex; uniform by default.
+  Raises:
+    ValueError: for arguments that do not fit together.
+  """
+  checks.optimizer(optimizer)
+  checks.parameters(params)
+  num_examples, = checks.leading_axes(data, "data", 1, "N")
+  num_steps = checks.integer(num_steps, "num_steps", 1)
+  outer_epochs = checks.integer(outer_epochs, "outer_epochs", 1)
+  if checks.is_concrete(outer_lr) and not (np.isfinite(outer_lr) and outer_lr >= 0):
+    raise ValueError(f"outer_lr must be finite and >= 0, got {outer_lr}.")
+  params, data = strong(params), jax.tree.map(jnp.asarray, data)
+  if batch_indices is None:
+    batch_size = num_examples
+  else:
+    batch_indices = jnp.asarray(batch_indices)
+    _check_indices(batch_indices, num_steps, num_examples)
+    batch_size = batch_indices.shape[1]
+  if gamma is None:
+    gamma = jnp.full(num_examples, 1 / num_examples)
+  checks.simplex(gamma, num_examples)
+  gamma = strong(jnp.asarray(gamma, jnp.promote_types(jnp.result_type(gamma), jnp.float32)))
+  checks.losses(example_losses, params, data, num_examples, "data")
+  checks.target(target_loss, params)
+  settings = check_settings(
+    Settings(objective, trajectory, hessian=hessian, hvp_mode=hvp_mode,
+             micro_batch_size=micro_batch_size), num_steps, batch_size)
+  return _solve_weights(
+    as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
+    as_pytree(optimizer.update), params, data, batch_indices, gamma, outer_lr, num_steps,
+    outer_epochs, settings, shardings_of(params))
+
+
+@functools.partial(
+  jax.jit, static_argnames=("num_steps", "outer_epochs", "settings", "shardings"))
+def _solve_weights(example_losses, target_loss, init, update, params, data, batch_indices, gamma,
+                   outer_lr, num_steps, outer_epochs, settings, shardings):
+  num_examples = gamma.shape[0]
+  if batch_indices is None:
+    batch_at = lambda t: data
+    weights_of = lambda gamma: jnp.broadcast_to(gamma, (num_steps, num_examples))
+    sum_by_example = lambda scores: jnp.sum(scores, axis=0)
+  else:
+    scale = num_examples / batch_indices.shape[1]
+    batch_at = lambda t: jax.tree.map(lambda x: x[batch_indices[t]], data)
+    weights_of = lambda gamma: scale * gamma[batch_indices]
+    sum_by_example = lambda scores: scale * jnp.zeros(num_examples, scores.dtype).at[
+      batch_indices].add(scores)
+  state = init_state(init, update, params)
+
+  def problem_of(gamma):
+    return Problem(example_losses, target_loss, update, batch_at, weights_of(gamma), None, settings,
+                   functools.partial(constrain, shardings))
+
+  def value_of(target_losses):  # of J at params_1 .. params_T
+    return jnp.sum(target_losses) if settings.objective == "area" else target_losses[-1]
+
+  def outer_step(gamma, _):
+    result = solve(problem_of(gamma), state)
+    scores = sum_by_example(result.scores)
+    # The projection ignores a common shift; without it the digits are kept.
+    new = project_simplex(gamma + outer_lr * (scores - jnp.mean(scores))).astype(gamma.dtype)
+    return new, (value_of(result.target_losses[1:]), gamma, scores, result.costate_norms)
+
+  gamma, (values, gammas, scores, norms) = jax.lax.scan(outer_step, gamma, length=outer_epochs)
+  problem = problem_of(gamma)
+  def train(state, t):
+    state = problem.forward(state, t)
+    return state, target_loss(state.params)
+  _, target_losses = jax.lax.scan(train, state, jnp.arange(num_steps))
+  return WeightSolution(
+    gamma, jnp.append(values, value_of(target_losses)),
+    jnp.concatenate([gammas, gamma[None]]), scores, norms)
+
+
+def _check_indices(indices: jax.Array, num_steps: int, num_examples: int) -> None:
+  if indices.ndim != 2 or indices.shape[0] != num_steps or indices.shape[1] < 1:
+    raise ValueError(
+      f"batch_indices has shape {indices.shape}; expected [T, B] with T={num_steps}, B >= 1.")
+  if not jnp.issubdtype(indices.dtype, jnp.integer):
+    raise ValueError(f"batch_indices has dtype {indices.dtype}; expected integers.")
+  if checks.is_concrete(indices):
+    bad = np.argwhere((np.asarray(indices) < 0) | (np.asarray(indices) >= num_examples))
+    if bad.size:
+      t, b = bad[0]
+      raise ValueError(
+        f"batch_indices[{t}, {b}] is {int(indices[t, b])}; data has rows 0 to {num_examples - 1}.")

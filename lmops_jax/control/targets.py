@@ -1,0 +1,64 @@
+"""Target losses from data: the mean over a dev set as a function of the parameters alone."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmops_jax.control import checks
+
+
+def mean_target_loss(example_losses: Callable, data: Any,
+                     batch_size: int | None = None) -> "MeanTargetLoss":
+  """`params -> mean_n l_n(params)` over the rows of `data`.
+
+  Args:
+    example_losses: `(params, batch) -> [B]`.
+    data: leaves `[M, ...]`, M >= 1; traced as an argument of whatever is jitted, never compiled in.
+    batch_size: rows evaluated at once (any size). Each part is rematerialised, so that the gradient
+      needs the memory of one part.
+  Raises:
+    ValueError: if `data` has no row, or leaves of different lengths.
+  """
+  checks.leading_axes(data, "the target data", 1, "M")
+  if batch_size is not None:
+    batch_size = checks.integer(batch_size, "batch_size", 1)
+  return MeanTargetLoss(jax.tree.map(jnp.asarray, data), example_losses, batch_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MeanTargetLoss:
+  """A callable pytree: the data are its leaves."""
+  data: Any
+  example_losses: Callable = dataclasses.field(metadata={"static": True})
+  batch_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+  def __call__(self, params: Any) -> jax.Array:
+    num_rows = jax.tree.leaves(self.data)[0].shape[0]
+    if self.batch_size is None or self.batch_size >= num_rows:
+      return jnp.mean(self._losses(params, self.data))
+    num_parts = -(-num_rows // self.batch_size)
+    size = -(-num_rows // num_parts)
+    padding = num_parts * size - num_rows
+    def split(x):  # [M, ...] -> [size, parts, ...]: a row stays on its device
+      return jnp.concatenate([x, x[:padding]]).reshape(size, num_parts, *x.shape[1:])
+    data = jax.tree.map(split, self.data)
+    is_row = (jnp.arange(num_parts * size) < num_rows).reshape(size, num_parts)
+
+    @jax.checkpoint
+    def part(params, data, j):
+      take = lambda x: jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
+      losses = self._losses(params, jax.tree.map(take, data))
+      return jnp.sum(jnp.where(take(is_row), losses, 0))
+
+    dtype = jax.eval_shape(part, params, data, jnp.zeros((), jnp.int32)).dtype
+    total, _ = jax.lax.scan(lambda total, j: (total + part(params, data, j), None),
+                            jnp.zeros((), dtype), jnp.arange(num_parts))
+    return total / num_rows
+
+  def _losses(self, params, batch):
+    losses = self.example_losses(params, batch)
+    return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
