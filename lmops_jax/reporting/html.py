@@ -106,8 +106,8 @@ class Listing:
 class Section:
   """A heading with, in this order, text, figures, tables, excerpts, listings and subsections.
 
-  `text` knows three signs: an empty line starts a paragraph, lines that start with "- " are a list,
-  and `backticks` are set as code.
+  `text` knows four signs: an empty line starts a paragraph, lines that start with "- " are a list,
+  `backticks` are set as code, and **stars** in bold.
   """
 
   title: str
@@ -163,10 +163,13 @@ def shorten(text: str, max_characters: int) -> str:
   """`text`, or its beginning and end with a note of how many characters were left out between."""
   if len(text) <= max_characters:
     return text
-  head = max_characters * 3 // 4
-  tail = max_characters - head
-  left_out = f"\n[… {len(text) - head - tail:,} characters left out …]\n"
-  return text[:head].rstrip() + left_out + (text[-tail:].lstrip() if tail else "")
+  head = text[: max_characters * 3 // 4]
+  tail = text[len(text) - (max_characters - len(head)) :]
+  # Cut between words where one ends near the cut.
+  head = re.sub(r"(?<=\s)\S{1,30}$", "", head).rstrip()
+  tail = re.sub(r"^\S{1,30}(?=\s)", "", tail).strip("\r\n")
+  left_out = f"[… {len(text) - len(head) - len(tail):,} characters left out …]"
+  return "\n".join(part for part in (head, left_out, tail) if part)
 
 
 def visible(text: str) -> str:
@@ -195,6 +198,7 @@ def _escaped(character: str) -> str:
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _DASH = "\N{EN DASH}"
+_GAP = "\N{NARROW NO-BREAK SPACE}"
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -226,7 +230,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _prose(text: str) -> markupsafe.Markup:
-  """Paragraphs, "- " lists and `code` of a text, as HTML."""
+  """Paragraphs, "- " lists, `code` and **bold** of a text, as HTML."""
   blocks = []
   for block in re.split(r"\n\s*\n", visible(text).strip()):
     lines = block.strip().splitlines()
@@ -243,7 +247,9 @@ def _prose(text: str) -> markupsafe.Markup:
 def _inline(text: str) -> str:
   parts = re.split(r"`([^`]*)`", " ".join(text.split()))
   return "".join(
-    f"<code>{html.escape(part)}</code>" if i % 2 else html.escape(part)
+    f"<code>{html.escape(part)}</code>"
+    if i % 2
+    else re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(part))
     for i, part in enumerate(parts)
   )
 
@@ -296,8 +302,10 @@ def _cell(value, spec: str) -> str:
     return _DASH
   if not _is_number(value):
     return str(value)
-  if spec:
+  if spec and not (value == 0 and spec.endswith("e")):
     text = format(value, spec)
+  elif value == 0:
+    text = "0"
   else:
     text = f"{value:,}" if isinstance(value, numbers.Integral) else f"{value:.4g}"
   return _power(text).replace("-", _MINUS)
@@ -310,4 +318,4 @@ def _power(text: str) -> str:
     return text
   sign = "\N{SUPERSCRIPT MINUS}" if match[2] == "-" else ""
   digits = match[3].translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-  return f"{match[1]} {_TIMES} 10{sign}{digits}"
+  return f"{match[1]}{_GAP}{_TIMES}{_GAP}10{sign}{digits}"

@@ -303,7 +303,7 @@ def grouped_bars(
       )
   axes.set_yticks(range(len(order)), order)
   axes.tick_params(axis="y", length=0)
-  axes.invert_yaxis()
+  axes.set_ylim(len(order) - 0.45, -0.55)
   axes.set_xlim(0, largest * 1.12)
   axes.grid(False, axis="y")
   if format.endswith("%"):
@@ -372,7 +372,7 @@ def histogram(
       axes.stairs(counts, edges, fill=True, color=colour, alpha=0.25 if len(arrays) > 1 else 0.5)
       axes.stairs(counts, edges, color=colour, linewidth=1.3, label=name)
   axes.set_xlim(low, high)
-  axes.set_ylim(bottom=0)
+  axes.set_ylim(0, axes.dataLim.y1 * (1.16 if markers or len(arrays) > 1 else 1.05))
   axes.yaxis.set_major_formatter(ticker.FuncFormatter(_thousands))
   note = f"  (end bins include {beyond:,} values beyond the axis)" if beyond else ""
   axes.set_xlabel(x_label + note)
@@ -592,21 +592,16 @@ def fits(
     axes.set_xscale("log")
   if log_y:
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(_plain_number))
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     low, high = axes.get_ylim()
-    if high < 8 * low:
+    if high < 8 * low:  # too few powers of ten for the usual ticks
       axes.yaxis.set_major_locator(ticker.MaxNLocator(6))
+      axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
       axes.yaxis.set_minor_locator(ticker.NullLocator())
   axes.set_xlabel(x_label)
   axes.set_ylabel(y_label)
   axes.set_title(title)
   _label_ends(figure, axes, ends)
   return figure
-
-
-def _plain_number(value: float, _position=None) -> str:
-  return f"{value:g}"
 
 
 def _thousands(value: float, _position=None) -> str:
