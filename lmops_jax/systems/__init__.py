@@ -1,0 +1,1 @@
+"""One package a research system; a system never imports another."""

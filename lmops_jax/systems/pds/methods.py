@@ -1,0 +1,391 @@
+"""The ways to score data: PDS and what it is compared with (PDS, section 3; spec section 7).
+
+Two kinds of method. A *proxy method* scores a small random proxy set by gradients; a scorer then
+learns those scores and annotates the corpus. A *corpus method* scores every instance directly. All
+share proxy set, scorer, selection and pre-training, so that only the scores differ. A method is a
+frozen dataclass with a `name`, bound in gin as `METHODS = [@pds.PMP(), @pds.Random(), ...]`; one of
+your own needs a `name` and either `score_proxies(bench)` or `score_corpus(bench)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gin
+from lmops_jax import control, pipeline
+from lmops_jax.data import export
+from lmops_jax.evaluation import examples
+from lmops_jax.models import flops
+from lmops_jax.systems.pds import dsir, prepare, pretrain, scores
+from lmops_jax.training import losses, mesh, optimizers
+
+
+@dataclasses.dataclass
+class Bench:
+  """What a method works with: the opened inputs of its stage, and the proxy language model."""
+
+  context: pipeline.StageContext
+  prepared: prepare.Prepared
+  proxy: pretrain.Pretrain
+  partitioner: mesh.Partitioner
+
+  @functools.cached_property
+  def corpus(self):
+    return self.prepared.corpus
+
+  @functools.cached_property
+  def model(self):
+    return pretrain.language_model(self.proxy.model, self.corpus.vocab_size, self.corpus.length)
+
+  @functools.cached_property
+  def example_losses(self) -> Callable[[Any, Any], jax.Array]:
+    return losses.lm_example_losses(self.model, chunk=self.proxy.loss_chunk)
+
+  def place(self, batch):
+    return self.partitioner.place_batch(batch)
+
+  def proxy_params(self, step: int | None = None):
+    """Parameters of the proxy at a kept step (None: its last)."""
+    step = self.proxy.num_steps if step is None else step
+    if step not in self.proxy.kept_steps():
+      raise ValueError(
+        f"the proxy keeps no parameters at step {step}; add it to pds.Pretrain.keep_steps "
+        f"(kept: {self.proxy.kept_steps()})."
+      )
+    return pretrain.load_params(
+      self.context.input("proxy"), step, self.model, self.partitioner
+    )
+
+  @functools.cached_property
+  def _jitted_losses(self):
+    return jax.jit(self.example_losses)
+
+  def losses_of(self, params, rows, batch_size: int) -> np.ndarray:
+    """`[N]` losses of the host batch `rows`, `batch_size` at a time."""
+    return examples.map_examples(
+      self._jitted_losses, params, rows, batch_size, self.partitioner
+    )
+
+  def target_batch(self, num: int | None) -> dict[str, np.ndarray]:
+    """The first `num` instances of the target's dev part (None: all)."""
+    target = self.prepared.target_dev
+    num = len(target) if num is None else num
+    if num > len(target):
+      raise ValueError(f"num_target={num} exceeds the target's {len(target)} dev instances; lower it.")
+    return target.batch(np.arange(num))
+
+  def target_loss(self, num: int | None, micro_batch_size: int) -> Callable[[Any], jax.Array]:
+    """`params -> J`, the mean loss over the target's dev part, a micro-batch at a time."""
+    batch = self.place(self.target_batch(num))
+    return control.mean_target_loss(self.example_losses, batch, micro_batch_size)
+
+  def add_flops(self, num_positions: float, passes: float) -> None:
+    """Counts `passes` forward passes' worth of arithmetic over `num_positions` tokens."""
+    per_token = flops.forward_flops_per_token(self.model.config, self.corpus.length)
+    self.context.flops += passes * num_positions * per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxySet:
+  """The random part of the corpus that gradient methods score. The same for every method."""
+
+  num_proxies: int = 3072
+  proxy_seed: int = 1234
+
+  def ids(self, num_examples: int) -> np.ndarray:
+    """`[M] int64`, uniform without replacement, ascending."""
+    if not 2 <= self.num_proxies <= num_examples:
+      raise ValueError(
+        f"num_proxies={self.num_proxies} is not between 2 and the corpus's {num_examples} instances; "
+        "lower it or enlarge the corpus."
+      )
+    rng = np.random.default_rng(self.proxy_seed)
+    return np.sort(rng.choice(num_examples, self.num_proxies, replace=False)).astype(np.int64)
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class PMP(ProxySet):
+  """PDS: scores from the costates of Pontryagin's principle, averaged over proxy checkpoints.
+
+  Attributes:
+    name: of the method in folders and figures.
+    optimizer: of the inner run; the costates are exact for any optax transformation.
+    num_steps: inner steps, T.
+    batch_size: instances of an inner step, drawn from the corpus by `data_seed`.
+    checkpoints: proxy steps to start from; None: the proxy's last.
+    num_target: instances of the target's dev part in J; None: all.
+    objective: "area" (the paper's) or "terminal".
+    every_k, groups: which costates score the proxies, see `control.pmp_scores`.
+    hessian: False drops the Hessian term, a cheap ablation.
+    trajectory: "all", "sqrt", "host" or a number of slots.
+    segment_steps: steps between two points that an interrupted solve resumes from.
+    micro_batch_size: instances that are differentiated at a time (target, proxies).
+  """
+
+  optimizer: Any = None
+  name: str = "pds"
+  num_steps: int = 40
+  batch_size: int = 32
+  checkpoints: tuple[int, ...] | None = None
+  num_target: int | None = None
+  objective: str = "area"
+  every_k: int = 1
+  groups: int | None = None
+  hessian: bool = True
+  trajectory: Any = "all"
+  segment_steps: int = 10
+  micro_batch_size: int = 64
+  data_seed: int = 0
+
+  def __post_init__(self):
+    if self.optimizer is None:
+      raise ValueError("pds.PMP.optimizer is not set; bind it, e.g. to @inner/optim.sgd().")
+
+  def score_proxies(self, bench: Bench) -> np.ndarray:
+    """`[C,M]`: the proxies' scores from each checkpoint."""
+    corpus = bench.corpus
+    ids = self.ids(len(corpus))
+    proxies = bench.place(corpus.batch(ids))
+    source = pretrain.batch_source(corpus, None, self.batch_size, self.data_seed)
+    steps = [bench.place(source(t)) for t in range(self.num_steps)]
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
+    weights = jnp.full((self.num_steps, self.batch_size), 1 / self.batch_size, jnp.float32)
+    target_loss = bench.target_loss(self.num_target, self.micro_batch_size)
+    num_target = len(bench.target_batch(self.num_target)["example_id"])
+    num_segments = 2 * -(-self.num_steps // self.segment_steps)
+    rows, curves = [], []
+    for step in self.checkpoints or (bench.proxy.num_steps,):
+      params = bench.proxy_params(step)
+      path = bench.context.directory / f"solve_{step}.npz"
+      with (
+        bench.context.progress(num_segments, "segments", f"{self.name}@{step}") as bar,
+        bench.partitioner.activate(),
+      ):
+        result = control.pmp_scores_resumable(
+          bench.example_losses, target_loss, self.optimizer, params, batches,
+          weights, objective=self.objective, trajectory=self.trajectory, proxy=proxies,
+          every_k=self.every_k, groups=self.groups, hessian=self.hessian,
+          proxy_batch_size=self.micro_batch_size, segment_steps=self.segment_steps,
+          load=functools.partial(scores.load_arrays, path),
+          save=functools.partial(scores.save_arrays, path),
+          progress=lambda done, _, bar=bar: bar.update(done - bar.done),
+        )
+      control.check_result(result)
+      rows.append(np.asarray(result.proxy_scores))
+      curves.append(np.asarray(result.target_losses).tolist())
+    bench.context.extra["target_losses"] = curves
+    length, num_flushes = corpus.length, self.groups or -(-self.num_steps // self.every_k)
+    inner = self.num_steps * self.batch_size * length * len(rows)
+    # Trajectory 3, gradient and Hessian-vector product 8, of one forward pass each (spec 8.1).
+    bench.add_flops(inner, 3 + (8 if self.hessian else 0))
+    bench.add_flops(self.num_steps * num_target * length * len(rows), 3)
+    bench.add_flops(num_flushes * len(ids) * length * len(rows), 3)
+    return np.stack(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DirectionMethod(ProxySet):
+  """Scores `<direction, grad l_n>` at proxy checkpoints; subclasses say which direction."""
+
+  checkpoints: tuple[int, ...] | None = None
+  num_target: int | None = None
+  micro_batch_size: int = 64
+
+  def direction(self, bench: Bench, params, target_grad):
+    raise NotImplementedError
+
+  def score_proxies(self, bench: Bench) -> np.ndarray:
+    proxies = bench.place(bench.corpus.batch(self.ids(len(bench.corpus))))
+    target_loss = bench.target_loss(self.num_target, self.micro_batch_size)
+    gradient = jax.jit(jax.grad(target_loss))
+    rows = []
+    for step in self.checkpoints or (bench.proxy.num_steps,):
+      params = bench.proxy_params(step)
+      with bench.partitioner.activate():
+        direction = self.direction(bench, params, gradient(params))
+        rows.append(np.asarray(control.directional_scores(
+          bench.example_losses, params, direction, proxies, self.micro_batch_size
+        )))
+    num_target = len(bench.target_batch(self.num_target)["example_id"])
+    bench.add_flops((num_target + self.num_proxies) * bench.corpus.length * len(rows), 3)
+    return np.stack(rows)
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class OneStep(_DirectionMethod):
+  """Gradient similarity at one step, `<grad J, grad l_n>`: the limit of PDS for T = 1."""
+
+  name: str = "one_step"
+
+  def direction(self, bench, params, target_grad):
+    return target_grad
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class InfluenceScores(_DirectionMethod):
+  """IF-score: `<(H + damping I)^-1 grad J, grad l_n>` at one checkpoint, H of the corpus loss.
+
+  Attributes:
+    damping: added to the Hessian's diagonal; None: a hundredth of its mean eigenvalue.
+    solver: "cg" or "lissa".
+    iterations: Hessian-vector products.
+    num_hessian: corpus instances that estimate the Hessian.
+  """
+
+  name: str = "if_score"
+  damping: float | None = None
+  solver: str = "cg"
+  iterations: int = 20
+  num_hessian: int = 256
+  data_seed: int = 0
+
+  def direction(self, bench, params, target_grad):
+    source = pretrain.batch_source(bench.corpus, None, self.num_hessian, self.data_seed)
+    batch = jax.tree.map(lambda leaf: leaf[None], bench.place(source(0)))
+    bench.add_flops(self.iterations * self.num_hessian * bench.corpus.length, 8)
+    return control.influence_direction(
+      bench.example_losses, target_grad, params, batch, damping=self.damping,
+      method=self.solver, iterations=self.iterations, micro_batch_size=self.micro_batch_size,
+    )
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class RhoLoss(ProxySet):
+  """RHO-loss: the proxy's loss less the loss after fine-tuning the proxy on the target.
+
+  Attributes:
+    optimizer: of the fine-tuning; None: AdamW at the constant `learning_rate`.
+    learning_rate: of that AdamW.
+    epochs: over the target's dev part.
+    batch_size: of the fine-tuning.
+  """
+
+  name: str = "rho_loss"
+  optimizer: Any = None
+  learning_rate: float = 1e-5
+  epochs: int = 3
+  batch_size: int = 32
+  micro_batch_size: int = 64
+  data_seed: int = 0
+
+  def score_proxies(self, bench: Bench) -> np.ndarray:
+    optimizer = self.optimizer or optimizers.adamw(self.learning_rate)
+    target = bench.prepared.target_dev
+    size = min(self.batch_size, len(target))
+    num_steps = self.epochs * (len(target) // size)
+    config = dataclasses.replace(
+      bench.proxy, optimizer=optimizer, num_steps=num_steps, keep_every=None, keep_steps=(),
+    )
+    after = pretrain.fit(
+      bench.model, bench.example_losses, config,
+      pretrain.batch_source(target, None, size, self.data_seed), bench.partitioner,
+      directory=bench.context.directory / "fine_tuning", seed=self.data_seed,
+      initial_params=bench.proxy_params(), description=f"{self.name} fine-tuning",
+    )
+    proxies = bench.corpus.batch(self.ids(len(bench.corpus)))
+    before = bench.losses_of(bench.proxy_params(), proxies, self.micro_batch_size)
+    bench.add_flops(num_steps * size * target.length, 3)
+    bench.add_flops(2 * self.num_proxies * bench.corpus.length, 1)
+    return (before - bench.losses_of(after, proxies, self.micro_batch_size))[None]
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class Random:
+  """Uniform selection: every score is 0 and the selection's Gumbel noise decides."""
+
+  name: str = "random"
+
+  def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
+    return (np.zeros(len(ids)) for ids in blocks(len(bench.corpus), 65_536))
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class Length:
+  """Prefers instances with many real tokens; tells whether length alone explains a gain."""
+
+  name: str = "length"
+
+  def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
+    for ids in blocks(len(bench.corpus), 4096):
+      yield bench.corpus.batch(ids)["loss_mask"].sum(axis=1)
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+  """Filters by the proxy's loss on each instance.
+
+  Attributes:
+    prefer: "low" keeps what the proxy predicts best, "middle" what is nearest the median loss.
+  """
+
+  name: str = "perplexity"
+  prefer: str = "low"
+  batch_size: int = 64
+
+  def __post_init__(self):
+    if self.prefer not in ("low", "middle"):
+      raise ValueError(f'pds.Perplexity.prefer={self.prefer!r}; set it to "low" or "middle".')
+
+  def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
+    corpus, params = bench.corpus, bench.proxy_params()
+    all_losses = []
+    with bench.context.progress(len(corpus), "instances", self.name) as bar:
+      for ids in blocks(len(corpus), 4096):
+        all_losses.append(bench.losses_of(params, corpus.batch(ids), self.batch_size))
+        bar.update(len(ids))
+    bench.add_flops(len(corpus) * corpus.length, 1)
+    values = np.concatenate(all_losses)
+    yield -values if self.prefer == "low" else -np.abs(values - np.median(values))
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class DSIR:
+  """Importance weights of hashed n-grams, target against raw (spec section 7).
+
+  Attributes:
+    num_raw: corpus instances that estimate the raw distribution, drawn by `seed`.
+  """
+
+  name: str = "dsir"
+  num_raw: int = 20_000
+  seed: int = 0
+
+  def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
+    corpus, vocabulary = bench.corpus, bench.prepared.vocabulary
+    target = bench.prepared.target_dev
+    rng = np.random.default_rng(self.seed)
+    raw = np.sort(rng.choice(len(corpus), min(self.num_raw, len(corpus)), replace=False))
+    log_ratio = dsir.fit(
+      texts_of(target, np.arange(len(target)), vocabulary), texts_of(corpus, raw, vocabulary)
+    )
+    with bench.context.progress(len(corpus), "instances", self.name) as bar:
+      for ids in blocks(len(corpus), 4096):
+        yield dsir.scores(texts_of(corpus, ids, vocabulary), log_ratio)
+        bar.update(len(ids))
+
+
+def blocks(num: int, size: int) -> Iterator[np.ndarray]:
+  """Consecutive ids `0 .. num` in blocks of `size`."""
+  for start in range(0, num, size):
+    yield np.arange(start, min(start + size, num), dtype=np.int64)
+
+
+def texts_of(instances, ids: np.ndarray, vocabulary) -> list[str]:
+  """The instances as text, an empty line between documents."""
+  rows = zip(instances.tokens(ids), instances.num_tokens(ids), strict=True)
+  return ["\n\n".join(export.instance_texts(row[:num], vocabulary)) for row, num in rows]

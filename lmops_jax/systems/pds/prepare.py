@@ -1,0 +1,264 @@
+"""Stage `prepare`: raw text to a vocabulary and packed, indexed instances (PDS, section 4 and 5).
+
+The corpus is read twice, once for a sample to train the vocabulary on and once to tokenise and pack,
+so memory does not grow with it. Documents keep their ids; instances are numbered in corpus order.
+Kind labels go into a file of their own that only the report opens, the target's test part likewise.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gin
+from lmops_jax import pipeline
+from lmops_jax.data import documents as documents_lib
+from lmops_jax.data import instances as instances_lib
+from lmops_jax.data import near_duplicates, packing, vocabularies
+
+LABELS_FILE = "labels.jsonl"  # document id, kind, source: read by the report alone
+STATISTICS_FILE = "statistics.json"
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+  """What text to use and how to cut it.
+
+  Attributes:
+    corpus: the corpus to select from (`data.InstalledText`, `data.Jsonl`, ...).
+    target: the trusted text whose loss is to fall; split by document into dev and test.
+    vocabulary: a vocabulary of module `data`: trained here, or an existing file.
+    length: tokens of an instance's input, `S`; `S + 1` are stored.
+    target_test: text of the test part; None takes `test_fraction` of the target's documents.
+    test_fraction: share of the target's documents that become the test part.
+    sentence_ends: cut instances back to the last sentence end, as the paper's code does.
+    num_held_out: instances at the corpus's end that are never selected (corpus loss).
+    max_target_instances: most instances of each target part; the rest is counted as unused.
+    seed: of the target's split.
+  """
+
+  corpus: Any
+  target: Any
+  vocabulary: Any
+  length: int = 128
+  target_test: Any = None
+  test_fraction: float = 0.5
+  sentence_ends: bool = False
+  num_held_out: int = 256
+  max_target_instances: int | None = None
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.length < 2:
+      raise ValueError(f"pds.Prepare.length={self.length} is too short; set it to 2 or more.")
+    if self.target_test is None and not 0 < self.test_fraction < 1:
+      raise ValueError(
+        f"pds.Prepare.test_fraction={self.test_fraction} is not between 0 and 1; "
+        "set a fraction such as 0.5, or give the test part as pds.Prepare.target_test."
+      )
+    if self.num_held_out < 0:
+      raise ValueError(f"pds.Prepare.num_held_out={self.num_held_out} is negative; set 0 or more.")
+
+  def fingerprints(self) -> dict[str, str]:
+    """What the text is made from, as settings of the stage: a changed file re-runs it."""
+    sources = {"corpus": self.corpus, "target": self.target, "target_test": self.target_test}
+    return {f"{k}.fingerprint": v.fingerprint() for k, v in sources.items() if v is not None}
+
+
+def run(context: pipeline.StageContext, config: Prepare) -> None:
+  """Writes vocabulary, corpus, held_out, target_dev, target_test, labels and statistics."""
+  out = context.directory
+  statistics: dict[str, Any] = {}
+
+  target_dev, target_test = _target_documents(config, statistics)
+  context.log(f"target: {len(target_dev)} documents for dev, {len(target_test)} for test")
+
+  dropped: collections.Counter[str] = collections.Counter()
+  config.vocabulary.build(
+    (d.text for d in config.corpus.documents(dropped)), out / "vocabulary"
+  )
+  vocabulary = vocabularies.load_vocabulary(out / "vocabulary")
+  context.log(f"vocabulary: {vocabulary.vocab_size} pieces")
+
+  index = near_duplicates.OverlapIndex([*target_dev, *target_test])
+  held_out: collections.deque[packing.Instance] = collections.deque()
+  totals = _Totals()
+  dropped.clear()
+  with (out / LABELS_FILE).open("w", encoding="utf-8") as labels:
+    kept = _without_overlap(config.corpus.documents(dropped), index, totals, labels)
+    packed = _pack(kept, vocabulary, config, totals)
+    with context.progress(None, "instances", "packing") as bar:
+      num_corpus = _write(
+        out / "corpus", _hold_back(packed, held_out, config.num_held_out, bar), vocabulary, config
+      )
+  if num_corpus == 0:
+    raise ValueError(
+      f"the corpus holds {totals.num_documents} usable documents, too few for one instance beside "
+      f"pds.Prepare.num_held_out={config.num_held_out}; give it more text or hold out less."
+    )
+  _write(out / "held_out", _renumber(held_out), vocabulary, config)
+
+  statistics["corpus"] = {
+    "num_documents": totals.num_documents,
+    "num_instances": num_corpus,
+    "num_held_out": len(held_out),
+    "num_tokens": totals.num_tokens,
+    "num_characters": totals.num_characters,
+    "dropped": dict(sorted(dropped.items())),
+    "overlaps_with_target": totals.overlaps,
+  }
+  for name, part in (("target_dev", target_dev), ("target_test", target_test)):
+    statistics[name] = _write_target(out / name, part, vocabulary, config)
+  (out / STATISTICS_FILE).write_text(json.dumps(statistics, indent=1, sort_keys=True) + "\n")
+  context.extra["statistics"] = statistics
+  if totals.overlaps:
+    context.log(
+      f"{len(totals.overlaps)} corpus documents share their text with the target and were left out; "
+      f"{STATISTICS_FILE} names them"
+    )
+
+
+@dataclasses.dataclass
+class _Totals:
+  num_documents: int = 0
+  num_tokens: int = 0
+  num_characters: int = 0
+  overlaps: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+
+def _target_documents(config: Prepare, statistics: dict[str, Any]):
+  dropped: collections.Counter[str] = collections.Counter()
+  documents = list(config.target.documents(dropped))
+  if config.target_test is not None:
+    dev, test = documents, list(config.target_test.documents(dropped))
+  else:
+    test, dev = documents_lib.split_documents(documents, config.test_fraction, config.seed)
+  statistics["target"] = {"dropped": dict(sorted(dropped.items()))}
+  for name, part in (("dev", dev), ("test", test)):
+    if not part:
+      raise ValueError(
+        f"the target's {name} part is empty ({len(documents)} documents in pds.Prepare.target); "
+        "give it more documents, or set pds.Prepare.target_test."
+      )
+  return dev, test
+
+
+def _without_overlap(documents, index, totals: _Totals, labels):
+  for document in documents:
+    match = index.find(document)
+    if match is not None:
+      totals.overlaps.append({"corpus": document.source, "target": match.source})
+      continue
+    totals.num_documents += 1
+    totals.num_characters += len(document.text)
+    json.dump({"id": document.id, "kind": document.kind, "source": document.source}, labels)
+    labels.write("\n")
+    yield document
+
+
+def _encoded(documents, vocabulary, block: int = 256) -> Iterator[tuple[int, list[int]]]:
+  """Tokenises a block of documents at a time, which is where the threads of the tokenizer help."""
+  waiting: list[documents_lib.Document] = []
+
+  def flush():
+    encoded = vocabulary.encode_batch([d.text for d in waiting])
+    yield from zip((d.id for d in waiting), encoded, strict=True)
+    waiting.clear()
+
+  for document in documents:
+    waiting.append(document)
+    if len(waiting) == block:
+      yield from flush()
+  yield from flush()
+
+
+def _pack(documents, vocabulary, config: Prepare, totals: _Totals) -> Iterator[packing.Instance]:
+  sentence_end = packing.sentence_end_table(vocabulary) if config.sentence_ends else None
+  for instance in packing.pack(
+    _encoded(documents, vocabulary), length=config.length, bos_id=vocabulary.bos_id,
+    eos_id=vocabulary.eos_id, sentence_end=sentence_end,
+  ):
+    totals.num_tokens += len(instance.tokens)
+    yield instance
+
+
+def _hold_back(instances, held_out, num: int, bar) -> Iterator[packing.Instance]:
+  """Passes all but the last `num` instances on and leaves those in `held_out`."""
+  for instance in instances:
+    bar.update()
+    held_out.append(instance)
+    if len(held_out) > num:
+      yield held_out.popleft()
+
+
+def _renumber(instances: Iterable[packing.Instance]) -> Iterator[packing.Instance]:
+  for i, instance in enumerate(instances):
+    yield instance._replace(id=i)
+
+
+def _write(directory: Path, instances, vocabulary, config: Prepare) -> int:
+  return instances_lib.write_instances(
+    directory, instances, length=config.length, vocab_size=vocabulary.vocab_size,
+    pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
+    vocabulary_fingerprint=vocabulary.fingerprint,
+  )
+
+
+def _write_target(directory: Path, documents, vocabulary, config: Prepare) -> dict[str, int]:
+  """Packs a target part without sentence cuts; what exceeds the cap is counted, not hidden."""
+  encoded = _encoded(documents, vocabulary)
+  packed = list(packing.pack(
+    encoded, length=config.length, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id
+  ))
+  order = np.random.default_rng(config.seed).permutation(len(packed))
+  kept = np.sort(order[: config.max_target_instances])
+  num = _write(directory, _renumber(packed[i] for i in kept), vocabulary, config)
+  return {
+    "num_documents": len(documents), "num_instances": num, "num_unused": len(packed) - num,
+  }
+
+
+class Prepared:
+  """The finished folder of `prepare`, opened part by part.
+
+  `target_test` and `labels` are for the evaluation and the report; no stage before them opens them.
+  """
+
+  def __init__(self, directory: Path):
+    self.directory = directory
+
+  @property
+  def vocabulary(self):
+    return vocabularies.load_vocabulary(self.directory / "vocabulary")
+
+  @property
+  def corpus(self) -> instances_lib.Instances:
+    return instances_lib.open_instances(self.directory / "corpus")
+
+  @property
+  def held_out(self) -> instances_lib.Instances:
+    return instances_lib.open_instances(self.directory / "held_out")
+
+  @property
+  def target_dev(self) -> instances_lib.Instances:
+    return instances_lib.open_instances(self.directory / "target_dev")
+
+  @property
+  def target_test(self) -> instances_lib.Instances:
+    return instances_lib.open_instances(self.directory / "target_test")
+
+  def labels(self) -> dict[int, tuple[str, str]]:
+    """Document id to (kind, source)."""
+    with (self.directory / LABELS_FILE).open(encoding="utf-8") as lines:
+      rows = map(json.loads, lines)
+      return {row["id"]: (row["kind"], row["source"]) for row in rows}
+
+  def statistics(self) -> dict[str, Any]:
+    return json.loads((self.directory / STATISTICS_FILE).read_text())

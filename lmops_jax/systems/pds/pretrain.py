@@ -1,0 +1,167 @@
+"""Stages `proxy` and `pretrain/<method>/seed<k>`: the same language-model training, other data.
+
+The proxy is trained on the whole corpus, a final model on a selection; nothing else differs
+(PDS, section 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import gin
+from lmops_jax import pipeline
+from lmops_jax.data import batches as batches_lib
+from lmops_jax.models import flops, transformer
+from lmops_jax.systems.pds import prepare as prepare_lib
+from lmops_jax.training import loop, losses
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+  """One pre-training run.
+
+  Attributes:
+    model: `models.TransformerConfig`; its vocabulary size comes from the vocabulary.
+    optimizer: an optax transformation.
+    num_steps: optimizer steps.
+    batch_size: instances of a global batch.
+    keep_every: parameters are kept every so many steps (and at the end) for the evaluation.
+    keep_steps: steps whose parameters are kept as well, e.g. the proxy checkpoints to solve from.
+    checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
+    accumulate: micro-batches of a step.
+    shuffle: order the instances by seed; False keeps the corpus order, as the reference does.
+    loss_chunk: sequence positions whose logits exist at a time; None leaves the default.
+  """
+
+  model: Any
+  optimizer: Any
+  num_steps: int
+  batch_size: int = 16
+  keep_every: int | None = None
+  keep_steps: tuple[int, ...] = ()
+  checkpoint_every: int | None = 100
+  accumulate: int = 1
+  shuffle: bool = True
+  loss_chunk: int | None = None
+
+  def __post_init__(self):
+    for name in ("num_steps", "batch_size", "accumulate"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"pds.Pretrain.{name}={getattr(self, name)}; set it to 1 or more.")
+    if self.batch_size % self.accumulate:
+      raise ValueError(
+        f"pds.Pretrain.batch_size={self.batch_size} is not a multiple of "
+        f"pds.Pretrain.accumulate={self.accumulate}; choose one that divides it."
+      )
+    late = [s for s in self.keep_steps if not 0 <= s <= self.num_steps]
+    if late:
+      raise ValueError(
+        f"pds.Pretrain.keep_steps={list(self.keep_steps)} names step {late[0]}, but the run ends at "
+        f"step {self.num_steps}; name steps from 0 to {self.num_steps}."
+      )
+
+  def kept_steps(self) -> list[int]:
+    """Steps whose parameters the run leaves behind, ascending."""
+    every = range(self.keep_every, self.num_steps + 1, self.keep_every) if self.keep_every else ()
+    return sorted({*every, *self.keep_steps, self.num_steps})
+
+
+def language_model(config: transformer.TransformerConfig, vocab_size: int, length: int):
+  """The model for a vocabulary. Raises where the instances are longer than its positions."""
+  if length > config.max_length:
+    raise ValueError(
+      f"instances of pds.Prepare.length={length} are longer than "
+      f"models.TransformerConfig.max_length={config.max_length}; raise the latter."
+    )
+  return transformer.Transformer(dataclasses.replace(config, vocab_size=vocab_size))
+
+
+def initializer(model) -> Callable[[jax.Array], Any]:
+  """`key -> parameters` (with their logical axes) of a language model."""
+  tokens = np.zeros((1, 1), np.int32)
+  return lambda key: model.init(key, tokens)["params"]
+
+
+def batch_source(instances, ids: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True):
+  """`step -> batch` over the instances `ids` (None: all), this process's rows only."""
+  num = len(instances) if ids is None else len(ids)
+  rows = batches_lib.host_rows(batch_size, jax.process_index(), jax.process_count())
+
+  def batch_at(step: int) -> dict[str, np.ndarray]:
+    index = batches_lib.batch_indices(num, batch_size, seed, step, shuffle=shuffle)[rows]
+    return instances.batch(index if ids is None else ids[index])
+
+  return batch_at
+
+
+def fit(
+  model, example_losses, config: Pretrain, batch_at, partitioner, *, directory: Path, seed: int,
+  description: str, initial_params=None,
+):
+  """Trains `model` by `config` in `directory` and returns the last parameters."""
+  result = loop.train(
+    init_params=initializer(model),
+    example_losses=example_losses,
+    optimizer=config.optimizer,
+    batch_at=batch_at,
+    num_steps=config.num_steps,
+    seed=seed,
+    partitioner=partitioner,
+    directory=directory,
+    checkpoint_every=config.checkpoint_every,
+    params_at=config.kept_steps(),
+    initial_params=initial_params,
+    accumulate=config.accumulate,
+    description=description,
+  )
+  return result.state.params
+
+
+def run(
+  context: pipeline.StageContext, config: Pretrain, partitioner, *, seed: int,
+  ids_of: Callable[[pipeline.StageContext], np.ndarray] | None = None,
+) -> None:
+  """Trains on the instances that `ids_of` names (None: the whole corpus); keeps parameters."""
+  corpus = prepare_lib.Prepared(context.input("prepare")).corpus
+  ids = None if ids_of is None else ids_of(context)
+  num = len(corpus) if ids is None else len(ids)
+  if num < config.batch_size:
+    raise ValueError(
+      f"{context.name} has {num} instances, fewer than one batch of "
+      f"pds.Pretrain.batch_size={config.batch_size}; select more or make the batch smaller."
+    )
+  model = language_model(config.model, corpus.vocab_size, corpus.length)
+  fit(
+    model, losses.lm_example_losses(model, chunk=config.loss_chunk), config,
+    batch_source(corpus, ids, config.batch_size, seed, config.shuffle), partitioner,
+    directory=context.directory, seed=seed, description=context.name,
+  )
+  num_positions = config.num_steps * config.batch_size * corpus.length
+  context.flops += 3 * num_positions * flops.forward_flops_per_token(model.config, corpus.length)
+  context.extra.update(
+    num_steps=config.num_steps, num_positions=num_positions,
+    epochs=config.num_steps * config.batch_size / num,
+  )
+
+
+def abstract_params(init_params: Callable[[jax.Array], Any], partitioner):
+  """Shapes of the parameters with their places on the mesh."""
+  boxed = jax.eval_shape(init_params, jax.random.key(0))
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    nn.unbox(boxed), partitioner.shardings(boxed),
+  )
+
+
+def load_params(directory: Path, step: int, model, partitioner):
+  """Language-model parameters that a finished stage kept at `step`, placed on the mesh."""
+  abstract = abstract_params(initializer(model), partitioner)
+  return loop.load_kept_params(directory, step, abstract)

@@ -1,0 +1,399 @@
+"""Stage `report`: what was selected, what it was worth, and what it cost.
+
+The only stage that opens the kind labels.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import gin
+from lmops_jax import pipeline, progress
+from lmops_jax.evaluation import curves
+from lmops_jax.reporting import html, plots
+from lmops_jax.reporting.summary import write_summary
+from lmops_jax.systems.pds import evaluate, methods, prepare, scorer, scores, select
+
+BASELINE = "random"
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What the report shows.
+
+  Attributes:
+    num_examples: best and worst instances shown for each method with scores.
+    excerpt_characters: of a shown instance.
+  """
+
+  num_examples: int = 5
+  excerpt_characters: int = 400
+
+
+SUMMARY_KEYS = (
+  "methods.*.seeds", "methods.*.target_test_loss", "methods.*.steps_to_match_random",
+  "selected_share_by_kind.*", "corpus_share_by_kind", "scorer.validation_spearman",
+  "stages[].name", "stages[].seconds", "stages[].flops",
+)
+
+
+def run(
+  context: pipeline.StageContext, config: Report, stages: Sequence[str],
+  method_names: Sequence[str],
+) -> None:
+  """Writes summary.json, the plots and index.html."""
+  view = _View(context, config, stages, method_names)
+  summary = view.summary()
+  write_summary(context.directory / "summary.json", summary, required=SUMMARY_KEYS)
+  page = html.Report(
+    title="PDS: pre-training data selection by optimal control",
+    lead=_lead(summary),
+    key_figures=_key_figures(summary),
+    sections=[
+      view.learning_section(summary), view.selection_section(summary), view.scores_section(summary),
+      view.examples_section(), view.cost_section(summary), view.corpus_section(),
+    ],
+    facts=view.facts(),
+  )
+  html.write_report(context.directory / "index.html", page)
+
+
+class _View:
+  """The finished run, read once; each method makes one part of the report."""
+
+  def __init__(self, context, config: Report, stages, method_names):
+    self.context, self.config, self.method_names = context, config, list(method_names)
+    self.manifests = {name: context.manifest(name) for name in stages}
+    self.prepared = prepare.Prepared(context.input("prepare"))
+    self.corpus = self.prepared.corpus
+    self.labels = self.prepared.labels()
+    self.evaluations = json.loads((context.input("evaluate") / evaluate.FILE).read_text())
+    self.selected = {
+      name: select.selected_ids(context, f"select/{name}") for name in self.method_names
+    }
+    self.fitted = [name for name in self.method_names if f"scorer/{name}" in self.manifests]
+    self.styles = plots.looks(self.method_names, emphasis=self.method_names[:1])
+
+  def summary(self) -> dict[str, Any]:
+    kinds = {document: kind for document, (kind, _) in self.labels.items()}
+    fits = {name: self.manifests[f"scorer/{name}"]["extra"] for name in self.fitted}
+    spearman = {name: fit["validation_spearman"] for name, fit in fits.items()}
+    main = self.fitted[0] if self.fitted else None
+    return {
+      "methods": method_results(self.evaluations),
+      "corpus_share_by_kind": share_by_kind(self.corpus, np.arange(len(self.corpus)), kinds),
+      "selected_share_by_kind": {
+        name: share_by_kind(self.corpus, ids, kinds) for name, ids in self.selected.items()
+      },
+      "scorer": {
+        "method": main,
+        "validation_spearman": spearman.get(main),
+        "validation_spearman_by_method": spearman,
+      },
+      "num_instances": len(self.corpus),
+      "num_selected": {name: len(ids) for name, ids in self.selected.items()},
+      "stages": [
+        {"name": name, "seconds": manifest["seconds"], "flops": manifest["flops"]}
+        for name, manifest in self.manifests.items()
+      ],
+      "corpus": self.prepared.statistics(),
+    }
+
+  def facts(self) -> dict[str, str]:
+    seconds = sum(manifest["seconds"] for manifest in self.manifests.values())
+    seeds = sorted({row["seed"] for row in self.evaluations})
+    versions = next(iter(self.manifests.values())).get("versions", {})
+    return {
+      "work": progress.format_seconds(seconds),
+      "seeds": ", ".join(map(str, seeds)),
+      "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+    }
+
+  def learning_section(self, summary) -> html.Section:
+    results = summary["methods"]
+    series = {
+      name: [
+        plots.Run(result["curve"]["steps"], losses)
+        for losses in result["curve"]["target_test_loss"]
+      ]
+      for name, result in results.items()
+    }
+    reference, crossings = None, {}
+    if BASELINE in results:
+      reference = (results[BASELINE]["target_test_loss_mean"], "random at the end")
+      crossings = {
+        name: float(np.mean(result["steps_to_match_random"]))
+        for name, result in results.items()
+        if name != BASELINE and None not in result["steps_to_match_random"]
+      }
+    steps = next(iter(results.values()))["curve"]["steps"]
+    figure = plots.curves(
+      series, x_label="pre-training steps", y_label="target test loss (nats per token)",
+      styles=self.styles, reference=reference, crossings=crossings, focus_from=steps[len(steps) // 3],
+    )
+    ranked = sorted(results, key=lambda name: results[name]["target_test_loss_mean"])
+    with_corpus = all("corpus_loss" in result for result in results.values())
+    columns = ["method", html.Column("target test loss", ".3f"), "each seed",
+               html.Column("against random", "+.3f"), "steps to random's final loss"]
+    rows = []
+    for name in ranked:
+      result = results[name]
+      rows.append([
+        name, result["target_test_loss_mean"],
+        ", ".join(f"{loss:.3f}" for loss in result["target_test_loss"]),
+        result["target_test_loss_mean"] - reference[0] if reference else None,
+        ", ".join(_steps_text(s) for s in result["steps_to_match_random"])
+        if name != BASELINE else None,
+      ])
+      if with_corpus:
+        rows[-1].append(float(np.mean(result["corpus_loss"])))
+    if with_corpus:
+      columns.append(html.Column("corpus loss", ".3f"))
+    return html.Section(
+      "What the selection is worth",
+      "Models of one size, trained alike for the same number of steps, each on one selection. The "
+      "test part of the target was opened for these numbers only. Lower is better; the corpus loss "
+      "is on held-out text of the whole corpus, which a selection is free to neglect.",
+      figures=[self._figure("target_test_loss", figure,
+                            "Mean over seeds; the band spans them. The start is cut off.")],
+      tables=[html.Table(columns, rows, highlight=[0])],
+    )
+
+  def selection_section(self, summary) -> html.Section:
+    shares = {"corpus": summary["corpus_share_by_kind"], **summary["selected_share_by_kind"]}
+    shown = {name: shares[name] for name in ["corpus", *self.method_names[:3]]}
+    figure = plots.grouped_bars(shown, x_label="share of tokens",
+                                order=list(summary["corpus_share_by_kind"]))
+    kinds = list(summary["corpus_share_by_kind"])
+    rows = [[kind, *(share.get(kind, 0.0) for share in shares.values())] for kind in kinds]
+    columns = ["kind", *(html.Column(name, ".1%") for name in shares)]
+    return html.Section(
+      "What was selected",
+      "Shares of the tokens by kind of document. No stage before this report has read the kinds.",
+      figures=[self._figure("share_by_kind", figure, "Kinds in the order of their share.")],
+      tables=[html.Table(columns, rows)],
+    )
+
+  def scores_section(self, summary) -> html.Section:
+    figures, rows = [], []
+    for name in self.fitted:
+      extra = self.manifests[f"scorer/{name}"]["extra"]
+      rows.append([name, extra["validation_spearman"], extra["top_30_percent"]["f1"],
+                   extra["top_30_percent"]["random_f1"], extra["best_step"],
+                   extra["num_train"], extra["num_validation"]])
+    if self.fitted:
+      name = self.fitted[0]
+      values = self._corpus_scores(name)
+      chosen = values[self.selected[name]]
+      figures.append(self._figure("scores", plots.histogram(
+        {"corpus": values, "selected": chosen}, x_label=f"score by {name} (standard deviations)",
+        y_label="instances",
+      ), "Scores of all instances and of the selected ones."))
+      with np.load(self.context.input(f"scorer/{name}") / scorer.VALIDATION_FILE) as arrays:
+        target, predicted = arrays["target"], arrays["predicted"]
+      figures.append(self._figure("scorer", plots.scatter(
+        target, predicted, x_label="score from the costates", y_label="the scorer's prediction",
+        note=f"Spearman {summary['scorer']['validation_spearman']:.3f}", identity=True,
+      ), "Proxies that the scorer was not trained on."))
+    return html.Section(
+      "Scores and the scorer",
+      "Methods that score a proxy set hand its scores to a scorer, which then scores the corpus.",
+      figures=figures,
+      tables=[html.Table(
+        ["method", html.Column("Spearman", ".3f"), html.Column("F1, best 30 %", ".3f"),
+         html.Column("by chance", ".3f"), html.Column("best step", ",d"),
+         html.Column("trained on", ",d"), html.Column("validated on", ",d")], rows,
+      )] if rows else (),
+    )
+
+  def examples_section(self) -> html.Section:
+    parts = []
+    vocabulary = self.prepared.vocabulary
+    for name in self.fitted[:1]:
+      values = self._corpus_scores(name)
+      order = np.argsort(values, kind="stable")
+      num = min(self.config.num_examples, len(order) // 2)
+      for title, ids in (("Highest scores", order[::-1][:num]), ("Lowest scores", order[:num])):
+        excerpts = []
+        texts = methods.texts_of(self.corpus, ids, vocabulary)
+        for index, text in zip(ids, texts, strict=True):
+          documents, _ = self.corpus.documents(int(index))
+          kinds, sources = zip(*(self.labels[int(d)] for d in documents), strict=True)
+          excerpts.append(html.Excerpt(
+            text, title=", ".join(dict.fromkeys(sources)),
+            facts={"score": f"{values[index]:+.2f}", "kind": ", ".join(dict.fromkeys(kinds)),
+                   "instance": int(index)},
+            max_characters=self.config.excerpt_characters,
+          ))
+        parts.append(html.Section(f"{title} by {name}", excerpts=excerpts))
+    return html.Section("The best and the worst", sections=parts)
+
+  def cost_section(self, summary) -> html.Section:
+    seconds = sum(stage["seconds"] for stage in summary["stages"])
+    rows = [
+      [stage["name"], stage["seconds"], stage["seconds"] / seconds if seconds else 0.0,
+       stage["flops"] or None, stage["flops"] / stage["seconds"] / 1e9 if stage["flops"] else None]
+      for stage in summary["stages"]
+    ]
+    rows.append(["all", seconds, 1.0, sum(stage["flops"] for stage in summary["stages"]), None])
+    return html.Section(
+      "What it cost",
+      "Seconds on the clock and floating-point operations by count, compilation included in the "
+      "former. The report itself is not in the list.",
+      tables=[html.Table(
+        ["stage", html.Column("seconds", ",.1f"), html.Column("share", ".1%"),
+         html.Column("operations", ".2e"), html.Column("GFLOP/s", ",.1f")],
+        rows, highlight=[len(rows) - 1],
+      )],
+    )
+
+  def corpus_section(self) -> html.Section:
+    statistics = self.prepared.statistics()
+    corpus = statistics["corpus"]
+    rows = [
+      ["documents", corpus["num_documents"]], ["characters", corpus["num_characters"]],
+      ["tokens", corpus["num_tokens"]], ["instances", corpus["num_instances"]],
+      ["held out", corpus["num_held_out"]],
+      *([f"left out: {reason}", num] for reason, num in corpus["dropped"].items()),
+      ["left out: shared with the target", len(corpus["overlaps_with_target"])],
+      *([f"{part} {unit}", statistics[part][f"num_{unit}"]]
+        for part in ("target_dev", "target_test") for unit in ("documents", "instances")),
+    ]
+    return html.Section(
+      "The text", tables=[html.Table(["what", html.Column("number", ",d")], rows)]
+    )
+
+  def _corpus_scores(self, name: str) -> np.ndarray:
+    folder = self.context.input(f"annotate/{name}")
+    return np.concatenate([s for _, s in scores.read_shards(folder, len(self.corpus))])
+
+  def _figure(self, name: str, figure, caption: str) -> html.Figure:
+    return html.Figure(plots.save(self.context.directory / f"{name}.png", figure), caption)
+
+
+def _steps_text(step: float | None) -> str:
+  return "never" if step is None else f"{step:.0f}"
+
+
+def _compared(summary) -> tuple[str, dict, dict] | None:
+  """The first method that is not random, its results and random's."""
+  results = summary["methods"]
+  others = [name for name in results if name != BASELINE]
+  if BASELINE not in results or not others:
+    return None
+  return others[0], results[others[0]], results[BASELINE]
+
+
+def _lead(summary) -> str:
+  compared = _compared(summary)
+  if compared is None:
+    return "The run compared no method with the random baseline."
+  name, ours, random = compared
+  better = sum(a < b for a, b in zip(ours["target_test_loss"], random["target_test_loss"],
+                                     strict=True))
+  matched = [s for s in ours["steps_to_match_random"] if s is not None]
+  steps = ours["curve"]["steps"][-1]
+  reached = (
+    f"It reached random's final loss after {np.mean(matched):.0f} of {steps} steps"
+    f"{'' if len(matched) == len(ours['seeds']) else f' (on {len(matched)} seeds)'}."
+    if matched else "It never reached random's final loss."
+  )
+  return (
+    f"{name} ended at a target test loss of {ours['target_test_loss_mean']:.3f} nats per token, a "
+    f"random selection of the same size at {random['target_test_loss_mean']:.3f}; {name} was better "
+    f"on {better} of {len(ours['seeds'])} seeds. {reached}"
+  )
+
+
+def _key_figures(summary) -> list[html.KeyFigure]:
+  figures = []
+  compared = _compared(summary)
+  if compared is not None:
+    name, ours, random = compared
+    difference = ours["target_test_loss_mean"] - random["target_test_loss_mean"]
+    figures.append(html.KeyFigure(f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}"),
+                                  "nats per token", f"{name} against random, target test loss"))
+    matched = [s for s in ours["steps_to_match_random"] if s is not None]
+    if matched:
+      steps = ours["curve"]["steps"][-1]
+      figures.append(html.KeyFigure(f"{steps / np.mean(matched):.2f}\N{MULTIPLICATION SIGN}",
+                                    "fewer steps", "to random's final loss"))
+  if summary["scorer"]["validation_spearman"] is not None:
+    figures.append(html.KeyFigure(f"{summary['scorer']['validation_spearman']:.2f}",
+                                  "Spearman", "of the scorer on unseen proxies"))
+  seconds = sum(stage["seconds"] for stage in summary["stages"])
+  figures.append(html.KeyFigure(progress.format_seconds(seconds), "work", "all stages together"))
+  return figures
+
+
+def terminal_table(summary: Mapping[str, Any]) -> str:
+  """The methods as a plain table, best first."""
+  results = summary["methods"]
+  steps = next(iter(results.values()))["curve"]["steps"][-1]
+  rows = [("method", "target test loss", "each seed", f"steps to random's loss at {steps}")]
+  for name in sorted(results, key=lambda n: results[n]["target_test_loss_mean"]):
+    result = results[name]
+    rows.append((
+      name, f"{result['target_test_loss_mean']:.3f}",
+      " ".join(f"{loss:.3f}" for loss in result["target_test_loss"]),
+      "" if name == BASELINE else " ".join(map(_steps_text, result["steps_to_match_random"])),
+    ))
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return "\n".join(
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for row in rows
+  )
+
+
+def method_results(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+  """Curves by method, and the steps each needs to reach the random baseline's final loss.
+
+  `steps_to_match_random` compares runs of the same seed; None where the loss is never reached, and
+  for every method where no method is called "random".
+  """
+  by_method: dict[str, dict[int, list[dict[str, float]]]] = collections.defaultdict(dict)
+  for row in evaluations:
+    by_method[row["method"]][row["seed"]] = row["curve"]
+  results: dict[str, Any] = {}
+  for method, runs in by_method.items():
+    seeds = sorted(runs)
+    steps = [point["step"] for point in runs[seeds[0]]]
+    losses = [[point["target_test_loss"] for point in runs[seed]] for seed in seeds]
+    results[method] = {
+      "seeds": seeds,
+      "target_test_loss": [row[-1] for row in losses],
+      "target_test_loss_mean": float(np.mean([row[-1] for row in losses])),
+      "steps_to_match_random": [
+        _steps_to_match(steps, row, by_method.get(BASELINE, {}).get(seed))
+        for seed, row in zip(seeds, losses, strict=True)
+      ],
+      "curve": {"steps": steps, "target_test_loss": losses},
+    }
+    if "corpus_loss" in runs[seeds[0]][-1]:
+      results[method]["corpus_loss"] = [runs[seed][-1]["corpus_loss"] for seed in seeds]
+  return results
+
+
+def _steps_to_match(steps, losses, baseline) -> float | None:
+  if baseline is None:
+    return None
+  return curves.steps_to_match(
+    list(zip(steps, losses, strict=True)), baseline[-1]["target_test_loss"]
+  )
+
+
+def share_by_kind(corpus, ids: np.ndarray, kinds: Mapping[int, str]) -> dict[str, float]:
+  """Share of the tokens of the instances `ids` that come from documents of each kind."""
+  tokens: collections.Counter[str] = collections.Counter()
+  for index in ids:
+    for document, num in zip(*corpus.documents(int(index)), strict=True):
+      tokens[kinds[int(document)]] += int(num)
+  total = sum(tokens.values())
+  return {kind: num / total for kind, num in sorted(tokens.items(), key=lambda x: -x[1])}

@@ -1,0 +1,241 @@
+"""Stages `scorer/<method>` and `annotate/<method>`: from scores of a few to scores of all.
+
+The scorer is the same transformer with mean pooling and a linear head, fitted to the standardised
+proxy scores by squared error; the parameters with the best validation Spearman are kept (PDS,
+section 3; spec section 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+import gin
+from lmops_jax import pipeline
+from lmops_jax.data import batches as batches_lib
+from lmops_jax.evaluation import correlation, examples
+from lmops_jax.models import flops, heads
+from lmops_jax.systems.pds import prepare, pretrain, scores
+from lmops_jax.training import checkpoints, loop, losses
+
+PARAMS_FOLDER = "scorer"
+VALIDATION_FILE = "validation.npz"
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """How the proxy scores are learned and applied to the corpus.
+
+  Attributes:
+    optimizer: an optax transformation.
+    num_steps: optimizer steps.
+    batch_size: of the training.
+    eval_every: steps between two validations; the best by Spearman is kept.
+    validation_fraction: share of the proxy set, drawn by `seed`, that is never trained on.
+    clip: largest absolute standardised score.
+    model: `models.TransformerConfig` of the trunk; None takes the proxy's.
+    from_proxy: start the trunk from the proxy's last parameters.
+    pooling: "mean", "last" or "first" position.
+    inference_batch_size: of the annotation.
+    shard_size: instances of a score shard; an interrupted annotation resumes at a shard.
+    seed: of split, initialisation and order.
+  """
+
+  optimizer: Any
+  num_steps: int = 300
+  batch_size: int = 32
+  eval_every: int = 50
+  validation_fraction: float = 0.1
+  clip: float | None = 3.0
+  model: Any = None
+  from_proxy: bool = True
+  pooling: str = "mean"
+  inference_batch_size: int = 64
+  shard_size: int = 8192
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("num_steps", "batch_size", "eval_every", "inference_batch_size", "shard_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"pds.Scorer.{name}={getattr(self, name)}; set it to 1 or more.")
+    if not 0 < self.validation_fraction < 1:
+      raise ValueError(
+        f"pds.Scorer.validation_fraction={self.validation_fraction} is not between 0 and 1; set a "
+        "fraction such as 0.1."
+      )
+    if self.model is not None and self.from_proxy:
+      raise ValueError(
+        "pds.Scorer.model is set, so its trunk cannot start from the proxy's parameters; set "
+        "pds.Scorer.from_proxy=False."
+      )
+
+  def trunk(self, proxy: pretrain.Pretrain):
+    return proxy.model if self.model is None else self.model
+
+
+def split(num: int, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Random (train, validation) positions, both ascending; at least two of each."""
+  num_validation = max(2, round(validation_fraction * num))
+  if num - num_validation < 2:
+    raise ValueError(
+      f"{num} scored proxies are too few to split; raise num_proxies or lower "
+      "pds.Scorer.validation_fraction."
+    )
+  order = np.random.default_rng(seed).permutation(num)
+  return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def scorer_model(config: Scorer, proxy: pretrain.Pretrain, corpus) -> heads.SequenceRegressor:
+  trunk = pretrain.language_model(config.trunk(proxy), corpus.vocab_size, corpus.length)
+  return heads.SequenceRegressor(trunk.config, pooling=config.pooling)
+
+
+def scorer_rows(instances, ids: np.ndarray) -> dict[str, np.ndarray]:
+  """The scorer's view of instances: all real tokens, BOS and separators included."""
+  tokens = instances.tokens(ids)[:, : instances.length]
+  # Packing puts padding at the end only, and padding may share its id with EOS.
+  lengths = np.minimum(instances.num_tokens(ids), instances.length)
+  mask = (np.arange(instances.length)[None] < lengths[:, None]).astype(np.float32)
+  return {"tokens": tokens, "mask": mask, "example_id": ids}
+
+
+def fit(
+  context: pipeline.StageContext, config: Scorer, proxy: pretrain.Pretrain, partitioner,
+  solve_stage: str,
+) -> None:
+  """Fits the scorer; leaves its parameters, and its validation predictions for the report."""
+  corpus = prepare.Prepared(context.input("prepare")).corpus
+  scored = scores.load_proxy_scores(context.input(solve_stage))
+  targets = scores.standardize(scored.scores, clip=config.clip)
+  train, validation = split(len(targets), config.validation_fraction, config.seed)
+  rows = scorer_rows(corpus, scored.ids) | {"score": targets.astype(np.float32)}
+  if config.batch_size > len(train):
+    raise ValueError(
+      f"pds.Scorer.batch_size={config.batch_size} exceeds the {len(train)} proxies to train on; "
+      "lower it or raise num_proxies."
+    )
+
+  model = scorer_model(config, proxy, corpus)
+  example_losses = losses.regression_example_losses(model)
+  predict = jax.jit(example_losses.predict)
+  held_out = {k: v[validation] for k, v in rows.items()}
+
+  def validate(params) -> dict[str, float]:
+    predicted = examples.map_examples(
+      predict, params, held_out, config.inference_batch_size, partitioner
+    )
+    return {
+      "spearman": correlation.spearman(predicted, targets[validation]),
+      "squared_error": float(np.mean((predicted - targets[validation]) ** 2)),
+    }
+
+  initial_params = None
+  if config.from_proxy:
+    language_model = pretrain.language_model(proxy.model, corpus.vocab_size, corpus.length)
+    initial_params = heads.regressor_params(
+      model, jax.random.key(config.seed),
+      pretrain.load_params(context.input("proxy"), proxy.num_steps, language_model, partitioner),
+    )
+
+  def batch_at(step: int) -> dict[str, np.ndarray]:
+    index = batches_lib.batch_indices(len(train), config.batch_size, config.seed, step)
+    own = batches_lib.host_rows(config.batch_size, jax.process_index(), jax.process_count())
+    return {k: v[train[index[own]]] for k, v in rows.items()}
+
+  evaluated = sorted({*range(config.eval_every, config.num_steps + 1, config.eval_every), config.num_steps})
+  result = loop.train(
+    init_params=initializer(model),
+    initial_params=initial_params,
+    example_losses=example_losses,
+    optimizer=config.optimizer,
+    batch_at=batch_at,
+    num_steps=config.num_steps,
+    seed=config.seed,
+    partitioner=partitioner,
+    directory=context.directory / "training",
+    checkpoint_every=config.eval_every,
+    params_at=evaluated,
+    evaluators={"validation": (config.eval_every, validate)},
+    description=context.name,
+  )
+  curve = {
+    row["step"]: row["validation/spearman"]
+    for row in result.history if "validation/spearman" in row
+  }
+  best = max(curve, key=lambda step: (curve[step], -step))
+  params = loop.load_kept_params(
+    context.directory / "training", best,
+    pretrain.abstract_params(initializer(model), partitioner),
+  )
+  checkpoints.save_params(context.directory / PARAMS_FOLDER, params)
+  predicted = examples.map_examples(
+    predict, params, held_out, config.inference_batch_size, partitioner
+  )
+  scores.save_arrays(context.directory / VALIDATION_FILE, {
+    "ids": scored.ids[validation], "target": targets[validation], "predicted": predicted,
+  })
+  threshold = correlation.top_fraction_metrics(predicted, targets[validation], fraction=0.3)
+  context.extra.update(
+    validation_spearman=curve[best], best_step=best, num_train=len(train),
+    num_validation=len(validation), validation_curve=sorted(curve.items()), top_30_percent=threshold,
+  )
+  per_token = flops.forward_flops_per_token(model.config, corpus.length)
+  context.flops += 3 * config.num_steps * config.batch_size * corpus.length * per_token
+
+
+def initializer(model: heads.SequenceRegressor):
+  """`key -> parameters` (with their logical axes) of a scorer."""
+  one = np.ones((1, 1), np.int32)
+  return lambda key: model.init(key, one, one)["params"]
+
+
+def annotate(
+  context: pipeline.StageContext, config: Scorer, proxy: pretrain.Pretrain, partitioner,
+  scorer_stage: str,
+) -> None:
+  """Scores every instance of the corpus, shard by shard; finished shards are not done again."""
+  corpus = prepare.Prepared(context.input("prepare")).corpus
+  model = scorer_model(config, proxy, corpus)
+  params = checkpoints.load_params(
+    context.input(scorer_stage) / PARAMS_FOLDER,
+    pretrain.abstract_params(initializer(model), partitioner),
+  )
+  predict = jax.jit(losses.regression_example_losses(model).predict)
+  num_new = 0
+  with context.progress(len(corpus), "instances", context.name) as bar:
+    for shard, start in enumerate(range(0, len(corpus), config.shard_size)):
+      ids = np.arange(start, min(start + config.shard_size, len(corpus)), dtype=np.int64)
+      if not scores.shard_path(context.directory, shard).exists():
+        values = examples.map_examples(
+          predict, params, scorer_rows(corpus, ids), config.inference_batch_size, partitioner
+        )
+        scores.save_shard(context.directory, shard, start, values)
+        num_new += len(ids)
+      bar.update(len(ids))
+  per_token = flops.forward_flops_per_token(model.config, corpus.length)
+  context.flops += num_new * corpus.length * per_token
+
+
+def write_scores(context: pipeline.StageContext, num_examples: int, values, shard_size: int) -> None:
+  """Writes a corpus method's score blocks as shards of `shard_size`."""
+  waiting = np.zeros(0)
+  shard = 0
+  for block in values:
+    waiting = np.concatenate([waiting, np.asarray(block, np.float64)])
+    while len(waiting) >= shard_size:
+      scores.save_shard(context.directory, shard, shard * shard_size, waiting[:shard_size])
+      waiting, shard = waiting[shard_size:], shard + 1
+  if len(waiting):
+    scores.save_shard(context.directory, shard, shard * shard_size, waiting)
+  written = shard * shard_size + len(waiting)
+  if written != num_examples:
+    raise ValueError(
+      f"{context.name} gave {written} scores for {num_examples} instances; the method must yield "
+      "one score an instance, in corpus order."
+    )
+
+

@@ -1,0 +1,121 @@
+"""Score files: what the solving and annotating stages leave, and how it is read back and checked."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+PROXY_FILE = "proxy_scores.npz"
+
+
+class ProxyScores(NamedTuple):
+  """Scores of the proxy set. `ids [M] int64` ascending, `scores [C,M]` a row a checkpoint."""
+
+  ids: np.ndarray
+  scores: np.ndarray
+
+
+def standardize(scores: np.ndarray, *, clip: float | None = 3.0) -> np.ndarray:
+  """z-scores of the mean of each checkpoint's z-scores, clipped (PDS, section 3; spec 3).
+
+  Args:
+    scores: `[C,M]` or `[M]`; a row a checkpoint. Rows are standardised before they are averaged
+      because the length of the gradient, and so the scale of the scores, differs between them.
+    clip: largest absolute value kept; None clips nothing.
+
+  Returns:
+    `[M] float64` of mean 0 and standard deviation 1 before the clipping.
+
+  Raises:
+    ValueError: scores are not finite, or all the same.
+  """
+  rows = np.atleast_2d(np.asarray(scores, np.float64))
+  if not np.isfinite(rows).all():
+    raise ValueError(
+      f"{np.count_nonzero(~np.isfinite(rows))} of {rows.size} proxy scores are not finite; lower "
+      "the inner learning rate of the solve."
+    )
+
+  def z_score(row):
+    deviation = row.std()
+    if deviation <= 1e-12 * max(np.abs(row).max(), 1e-300):
+      raise ValueError(f"all {row.size} proxy scores equal {row.flat[0]:g}; nothing can be learned.")
+    return (row - row.mean()) / deviation
+
+  z = z_score(np.mean([z_score(row) for row in rows], axis=0))
+  return z if clip is None else np.clip(z, -clip, clip)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes an `.npz` that is there whole or not at all."""
+  buffer = io.BytesIO()
+  np.savez(buffer, **{name: np.asarray(array) for name, array in arrays.items()})
+  partial = path.with_suffix(".tmp")
+  with partial.open("wb") as file:
+    file.write(buffer.getvalue())
+    file.flush()
+    os.fsync(file.fileno())
+  partial.replace(path)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+  """What `save_arrays` wrote, or None where there is nothing."""
+  if not path.exists():
+    return None
+  with np.load(path) as arrays:
+    return dict(arrays)
+
+
+def save_proxy_scores(directory: Path, proxy: ProxyScores) -> None:
+  save_arrays(directory / PROXY_FILE, proxy._asdict())
+
+
+def load_proxy_scores(directory: Path) -> ProxyScores:
+  with np.load(directory / PROXY_FILE) as arrays:
+    return ProxyScores(arrays["ids"], arrays["scores"])
+
+
+def shard_path(directory: Path, shard: int) -> Path:
+  return directory / f"scores_{shard:06d}.npz"
+
+
+def save_shard(directory: Path, shard: int, start: int, scores: np.ndarray) -> None:
+  """Scores of the instances `start .. start + len(scores)`."""
+  arrays = {"start": np.int64(start), "scores": scores.astype(np.float32)}
+  save_arrays(shard_path(directory, shard), arrays)
+
+
+def read_shards(directory: Path, num_examples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields (ids, scores) shard by shard in order.
+
+  Raises:
+    ValueError: a shard is missing, out of order, not finite, or the count is not `num_examples`.
+  """
+  next_id, shard = 0, 0
+  while next_id < num_examples:
+    path = shard_path(directory, shard)
+    if not path.exists():
+      raise ValueError(
+        f"{path} is missing: scores end at instance {next_id} of {num_examples}; annotate again."
+      )
+    with np.load(path) as arrays:
+      start, scores = int(arrays["start"]), arrays["scores"]
+    if start != next_id:
+      raise ValueError(
+        f"{path} starts at instance {start}, expected {next_id}: shards are missing or reordered; "
+        "annotate again."
+      )
+    if not np.isfinite(scores).all():
+      bad = next_id + int(np.flatnonzero(~np.isfinite(scores))[0])
+      raise ValueError(f"{path} holds a score that is not finite (instance {bad}); annotate again.")
+    yield np.arange(start, start + len(scores), dtype=np.int64), scores
+    next_id, shard = next_id + len(scores), shard + 1
+  if next_id != num_examples or shard_path(directory, shard).exists():
+    raise ValueError(
+      f"{directory} holds scores of more than the corpus's {num_examples} instances; annotate again."
+    )

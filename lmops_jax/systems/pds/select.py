@@ -1,0 +1,94 @@
+"""Stage `select/<method>`: Gumbel top-k over the score shards, and the exports.
+
+Two streaming passes over the shards with flat memory; the noise is a function of (seed, instance
+id), so the selection depends on neither shard sizes nor their order (PDS, section 3; spec 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+import gin
+from lmops_jax import pipeline
+from lmops_jax.data import export
+from lmops_jax.systems.pds import prepare, scores, selection
+
+IDS_FILE = "ids.npy"
+FORMATS = ("tfds", "jsonl", "parquet", "mmididx")
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class Select:
+  """How many instances to keep, and for whom.
+
+  Attributes:
+    ratio: share of the corpus that is kept, in (0, 1].
+    tau: scale of the Gumbel noise in standard deviations of the scores; 0: plain top-k.
+    seed: of the noise.
+    formats: further exports beside the ids: "tfds", "jsonl", "parquet", "mmididx".
+  """
+
+  ratio: float = 0.4
+  tau: float = 0.1
+  seed: int = 0
+  formats: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if not 0 < self.ratio <= 1:
+      raise ValueError(f"pds.Select.ratio={self.ratio} is not in (0, 1]; set a share such as 0.4.")
+    if self.tau < 0:
+      raise ValueError(f"pds.Select.tau={self.tau} is negative; set 0 (no noise) or more.")
+    unknown = [f for f in self.formats if f not in FORMATS]
+    if unknown:
+      raise ValueError(
+        f"pds.Select.formats names {unknown[0]!r}; the formats are {', '.join(FORMATS)}."
+      )
+
+
+def run(
+  context: pipeline.StageContext, config: Select, annotate_stage: str, *, standardize: bool
+) -> None:
+  """Selects `floor(ratio * N)` instances; `standardize` puts raw scores on the scale of tau."""
+  prepared = prepare.Prepared(context.input("prepare"))
+  corpus = prepared.corpus
+  folder = context.input(annotate_stage)
+  shift, scale = _moments(folder, len(corpus)) if standardize else (0.0, 1.0)
+
+  def shards():
+    for ids, values in scores.read_shards(folder, len(corpus)):
+      yield ids, (values.astype(np.float64) - shift) / scale
+
+  chosen: list[np.ndarray] = []
+  selection.select_stream(
+    shards, num_examples=len(corpus), ratio=config.ratio, tau=config.tau, seed=config.seed,
+    write=chosen.append,
+  )
+  ids = np.concatenate(chosen)
+  np.save(context.directory / IDS_FILE, ids)
+  vocabulary = prepared.vocabulary
+  for name in config.formats:
+    export.export_selection(
+      corpus, ids, context.directory / name, format=name, vocabulary=vocabulary
+    )
+  context.extra.update(num_selected=len(ids), num_examples=len(corpus))
+
+
+def _moments(folder: Path, num_examples: int) -> tuple[float, float]:
+  """Mean and standard deviation over all shards; a deviation of 0 counts as 1."""
+  count, mean, squares = 0, 0.0, 0.0
+  for _, values in scores.read_shards(folder, num_examples):
+    values = values.astype(np.float64)
+    total = count + len(values)
+    delta = values.mean() - mean
+    squares += values.var() * len(values) + delta**2 * count * len(values) / total
+    mean, count = mean + delta * len(values) / total, total
+  deviation = float(np.sqrt(squares / count))
+  return mean, deviation if deviation > 0 else 1.0
+
+
+def selected_ids(context: pipeline.StageContext, stage: str) -> np.ndarray:
+  return np.load(context.input(stage) / IDS_FILE)

@@ -1,0 +1,199 @@
+"""PDS as stages: prepare, proxy, solve, scorer, annotate, select, pretrain, evaluate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+from lmops_jax import pipeline
+from lmops_jax.systems.pds import (
+  evaluate,
+  methods,
+  prepare,
+  pretrain,
+  report,
+  scorer,
+  scores,
+  select,
+)
+from lmops_jax.training import mesh
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """The whole of PDS and its baselines.
+
+  Attributes:
+    prepare, proxy, scorer, select, pretrain, evaluate, report: settings of the stages.
+    methods: the ways to score, `[@pds.PMP(), @pds.Random(), ...]`, each with a name of its own.
+    seeds: of the final pre-training runs.
+    proxy_seed: of the proxy's initialisation and data order.
+  """
+
+  prepare: prepare.Prepare
+  proxy: pretrain.Pretrain
+  methods: Sequence[Any]
+  scorer: scorer.Scorer
+  select: select.Select
+  pretrain: pretrain.Pretrain
+  evaluate: evaluate.Evaluate
+  report: report.Report
+  seeds: Sequence[int] = (0, 1)
+  proxy_seed: int = 0
+
+  name = "pds"
+
+  def __post_init__(self):
+    names = [m.name for m in self.methods]
+    if not names:
+      raise ValueError("pds.Pipeline.methods is empty; name at least one, e.g. [@pds.PMP()].")
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+      raise ValueError(
+        f"pds.Pipeline.methods holds the name {twice[0]!r} twice; give each method its own name."
+      )
+    for method in self.methods:
+      if not (hasattr(method, "score_proxies") or hasattr(method, "score_corpus")):
+        raise ValueError(
+          f"pds.Pipeline.methods: {method.name!r} has neither score_proxies nor score_corpus; see "
+          "lmops_jax.systems.pds.methods."
+        )
+      for step in getattr(method, "checkpoints", None) or ():
+        if step not in self.proxy.kept_steps():
+          raise ValueError(
+            f"method {method.name!r} starts from proxy step {step}, which is not kept "
+            f"({self.proxy.kept_steps()}); add it to proxy/pds.Pretrain.keep_steps."
+          )
+    if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+      raise ValueError(f"pds.Pipeline.seeds={list(self.seeds)}; name one or more different seeds.")
+
+  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+    """The run as stages.
+
+    Args:
+      settings: the resolved settings of this object, a `config.Settings`.
+      partitioner: places parameters and batches on the mesh; None is one device.
+    """
+    partitioner = partitioner or mesh.single_device()
+
+    def part(*names: str) -> dict[str, str]:
+      return {
+        f"{name}.{key}": value
+        for name in names for key, value in settings.child(name).flatten().items()
+      }
+
+    stages = [
+      pipeline.Stage(
+        "prepare", functools.partial(prepare.run, config=self.prepare),
+        settings=part("prepare") | self.prepare.fingerprints(),
+      ),
+      pipeline.Stage(
+        "proxy",
+        functools.partial(
+          pretrain.run, config=self.proxy, partitioner=partitioner, seed=self.proxy_seed
+        ),
+        inputs=("prepare",),
+        settings=part("proxy") | {"seed": str(self.proxy_seed)},
+      ),
+    ]
+    runs: dict[tuple[str, int], str] = {}
+    for i, method in enumerate(self.methods):
+      bound = {f"method.{k}": v for k, v in settings.child("methods", i).flatten().items()}
+      solve, fit, annotate, choose = (
+        f"{stage}/{method.name}" for stage in ("solve", "scorer", "annotate", "select")
+      )
+      from_proxies = hasattr(method, "score_proxies")
+      if from_proxies:
+        stages += [
+          pipeline.Stage(
+            solve, functools.partial(self._solve, method=method, partitioner=partitioner),
+            inputs=("prepare", "proxy"), settings=bound,
+          ),
+          pipeline.Stage(
+            fit,
+            functools.partial(
+              scorer.fit, config=self.scorer, proxy=self.proxy, partitioner=partitioner,
+              solve_stage=solve,
+            ),
+            inputs=("prepare", "proxy", solve), settings=part("scorer"),
+          ),
+          pipeline.Stage(
+            annotate,
+            functools.partial(
+              scorer.annotate, config=self.scorer, proxy=self.proxy, partitioner=partitioner,
+              scorer_stage=fit,
+            ),
+            inputs=("prepare", fit), settings=part("scorer"),
+          ),
+        ]
+      else:
+        stages.append(pipeline.Stage(
+          annotate, functools.partial(self._score_corpus, method=method, partitioner=partitioner),
+          inputs=("prepare", "proxy"), settings=bound,
+        ))
+      stages.append(pipeline.Stage(
+        choose,
+        functools.partial(
+          select.run, config=self.select, annotate_stage=annotate, standardize=not from_proxies
+        ),
+        inputs=("prepare", annotate), settings=part("select"),
+      ))
+      for seed in self.seeds:
+        name = f"pretrain/{method.name}/seed{seed}"
+        runs[method.name, seed] = name
+        stages.append(pipeline.Stage(
+          name,
+          functools.partial(
+            pretrain.run, config=self.pretrain, partitioner=partitioner, seed=seed,
+            ids_of=functools.partial(select.selected_ids, stage=choose),
+          ),
+          inputs=("prepare", choose), settings=part("pretrain") | {"seed": str(seed)},
+        ))
+    stages.append(pipeline.Stage(
+      "evaluate",
+      functools.partial(
+        evaluate.run, config=self.evaluate, model_config=self.pretrain, partitioner=partitioner,
+        runs=runs,
+      ),
+      inputs=("prepare", *runs.values()), settings=part("evaluate"),
+    ))
+    stages.append(pipeline.Stage(
+      "report",
+      functools.partial(
+        report.run, config=self.report, stages=tuple(s.name for s in stages),
+        method_names=tuple(m.name for m in self.methods),
+      ),
+      inputs=tuple(s.name for s in stages), settings=part("report"),
+    ))
+    return stages
+
+  def _bench(self, context, partitioner) -> methods.Bench:
+    return methods.Bench(
+      context, prepare.Prepared(context.input("prepare")), self.proxy, partitioner
+    )
+
+  def _solve(self, context, method, partitioner) -> None:
+    bench = self._bench(context, partitioner)
+    ids = method.ids(len(bench.corpus))
+    scores.save_proxy_scores(
+      context.directory, scores.ProxyScores(ids, method.score_proxies(bench))
+    )
+
+  def _score_corpus(self, context, method, partitioner) -> None:
+    bench = self._bench(context, partitioner)
+    scorer.write_scores(
+      context, len(bench.corpus), method.score_corpus(bench), self.scorer.shard_size
+    )
+
+  def summary(self, workdir: Path) -> str:
+    """A short table of the finished run, for the terminal."""
+    folder = Path(workdir) / "report"
+    return report.terminal_table(json.loads((folder / "summary.json").read_text())) + (
+      f"\n\nreport: {folder / 'index.html'}"
+    )
