@@ -10,7 +10,7 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, special
+from scipy import optimize
 
 NAMES = ("E", "A", "B", "alpha", "beta")
 
@@ -111,7 +111,7 @@ def fit_scaling_law(
   centre = (log_n.mean(), log_d.mean())
   data = (log_n - centre[0], log_d - centre[1], log_loss)
   best = _minimise(_starts(data, delta), data, delta)
-  predicted = special.logsumexp(_terms(best, data[0], data[1]), axis=0)
+  predicted = _log_sum_exp(_terms(best, data[0], data[1]))
 
   rng = np.random.default_rng(seed)
   samples = []
@@ -146,14 +146,19 @@ def _constants(theta, centre) -> tuple[float, ...]:
 
 def _terms(theta, log_n, log_d):
   a, b, e, alpha, beta = theta
-  return np.stack([a - alpha * log_n, b - beta * log_d, e + 0 * log_n])
+  return np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])
+
+
+def _log_sum_exp(terms):
+  largest = terms.max(0)
+  return largest + np.log(np.exp(terms - largest).sum(0))
 
 
 def _objective(theta, data, delta):
   """Huber penalty over delta^2, and its gradient with respect to (a, b, e, alpha, beta)."""
   log_n, log_d, log_loss = data
   terms = _terms(theta, log_n, log_d)
-  predicted = special.logsumexp(terms, axis=0)
+  predicted = _log_sum_exp(terms)
   z = (predicted - log_loss) / delta
   slope = np.clip(z, -1, 1)
   value = np.sum(np.where(np.abs(z) <= 1, z * z / 2, np.abs(z) - 0.5))
@@ -164,7 +169,7 @@ def _objective(theta, data, delta):
   return value, gradient
 
 
-def _starts(data, delta, num_starts: int = 24) -> list[np.ndarray]:
+def _starts(data, delta, num_starts: int = 10) -> list[np.ndarray]:
   """The best starts of a grid over the share of each term at the centre, and both exponents."""
   level = np.log(np.median(np.exp(data[2])))
   shares = (0.02, 0.1, 0.25, 0.5, 0.75)
@@ -180,20 +185,31 @@ def _starts(data, delta, num_starts: int = 24) -> list[np.ndarray]:
 
 
 def _minimise(starts, data, delta) -> np.ndarray:
-  best = None
-  for start in starts:
-    # A wide penalty first: with delta = 1e-3 alone every start far away sees only a constant slope.
-    for width in (max(delta, 0.1), delta):
-      found = optimize.minimize(
-        _objective,
-        start,
-        args=(data, width),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(None, None)] * 3 + [(0, 10)] * 2,
-        options={"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20},
-      )
-      start = found.x
-    if best is None or found.fun < best.fun:
-      best = found
-  return best.x
+  """The best minimum found from `starts`, under a penalty that narrows to `delta`.
+
+  With delta = 1e-3 at once, a start far away sees a constant slope at every point. The wide penalty
+  is nearly a least-squares problem, so that most starts meet in one place and few remain to refine.
+  """
+  rough = [_lbfgs(start, data, max(delta, 0.1), 1e-10) for start in starts]
+  rough.sort(key=lambda found: found.fun)
+  kept = []
+  for found in rough:
+    if all(np.abs(found.x - other).max() > 0.05 for other in kept) and len(kept) < 4:
+      kept.append(found.x)
+  fine = []
+  for theta in kept:
+    theta = _lbfgs(theta, data, max(delta, 0.01), 1e-10).x
+    fine.append(_lbfgs(theta, data, delta, 1e-15))
+  return min(fine, key=lambda found: found.fun).x
+
+
+def _lbfgs(start, data, delta, tolerance):
+  return optimize.minimize(
+    _objective,
+    start,
+    args=(data, delta),
+    jac=True,
+    method="L-BFGS-B",
+    bounds=[(None, None)] * 3 + [(0, 10)] * 2,
+    options={"maxiter": 2000, "maxfun": 4000, "ftol": tolerance, "gtol": 1e-7, "maxcor": 20},
+  )

@@ -29,7 +29,7 @@ def test_recovers_known_constants():
   assert np.abs(fit.residuals).max() < 1e-9
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_predictions_within_two_per_cent_under_noise(seed):
   n, d = _grid()
   noise = np.random.default_rng(seed).normal(size=n.size) * 1e-3
@@ -73,8 +73,8 @@ def test_bootstrap_intervals_cover_the_truth_and_are_reproducible():
   n, d = _grid()
   noise = np.random.default_rng(1).normal(size=n.size) * 2e-3
   losses = _law(n, d) * np.exp(noise)
-  fit = scaling.fit_scaling_law(n, d, losses, num_bootstrap=40, seed=7)
-  assert fit.samples.shape == (40, 5)
+  fit = scaling.fit_scaling_law(n, d, losses, num_bootstrap=20, seed=7)
+  assert fit.samples.shape == (20, 5)
   low, high = fit.interval(1e9, 3e10)
   assert low < _law(1e9, 3e10) < high and high - low < 0.02
   assert fit.interval(np.array([1e9, 2e9]), 1e12).shape == (2, 2)
