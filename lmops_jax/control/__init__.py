@@ -1,4 +1,4 @@
-"""Optimal control of training: exact adjoints of optimizer runs, data scores, influence functions."""
+"""Optimal control of training: exact adjoints of optimizer runs, data scores, influence."""
 
 from lmops_jax.control.adjoint import (
   directional_derivatives,

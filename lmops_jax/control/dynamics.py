@@ -91,8 +91,8 @@ def sum_over_micro_batches(fn: Callable, batch: Any, weights: jax.Array,
                            micro_batch_size: int | None):
   """Evaluates `fn(batch, weights) -> (summed pytree, per-example pytree)` a part at a time.
 
-  Micro-batch `j` of `n` takes examples `j, n + j, 2n + j, ...`: the example axis is cut on its minor
-  side, so a batch that is sharded over devices stays sharded and no example moves.
+  Micro-batch `j` of `n` takes examples `j, n + j, 2n + j, ...`: the example axis is cut on its
+  minor side, so a batch that is sharded over devices stays sharded and no example moves.
 
   Returns:
     The first output summed over parts (accumulated in float32 or wider), the second with `[B]` rows
@@ -102,16 +102,13 @@ def sum_over_micro_batches(fn: Callable, batch: Any, weights: jax.Array,
   if micro_batch_size is None or micro_batch_size >= size:
     return fn(batch, weights)
   num_parts = size // micro_batch_size
-  def split(x):
-    return x.reshape(micro_batch_size, num_parts, *x.shape[1:])
-  batch, weights = jax.tree.map(split, batch), split(weights)
+  parts = split_rows((batch, weights), micro_batch_size, num_parts)
 
   def part(total, j):
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
-    summed, rows = fn(jax.tree.map(take, batch), take(weights))
+    summed, rows = fn(*take_part(parts, j))
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, summed), rows
 
-  out = jax.eval_shape(lambda: part_shapes(fn, batch, weights))
+  out, _ = jax.eval_shape(lambda parts: fn(*take_part(parts, 0)), parts)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), out)
   total, rows = jax.lax.scan(part, zeros, jnp.arange(num_parts))
@@ -121,6 +118,11 @@ def sum_over_micro_batches(fn: Callable, batch: Any, weights: jax.Array,
   return total, jax.tree.map(join, rows)
 
 
-def part_shapes(fn: Callable, batch: Any, weights: jax.Array):
-  """The summed output of `fn` on the first micro-batch (for its shapes)."""
-  return fn(jax.tree.map(lambda x: x[:, 0], batch), weights[:, 0])[0]
+def split_rows(tree: Any, size: int, num_parts: int) -> Any:
+  """Leaves `[size * num_parts, ...]` as `[size, num_parts, ...]` for `take_part`."""
+  return jax.tree.map(lambda x: x.reshape(size, num_parts, *x.shape[1:]), tree)
+
+
+def take_part(tree: Any, j: jax.Array) -> Any:
+  """Part `j`, leaves `[size, ...]`, of what `split_rows` returned."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False), tree)

@@ -34,7 +34,7 @@ def _guard(is_pole: Callable[..., Any]):
   return rule
 
 
-# Primitive name -> rule. Poles of the first derivative (or, for div, of the value) on the real line.
+# Primitive name -> rule. Poles of the first derivative (for div, of the value) on the real line.
 _RULES = {
   "sqrt": _guard(lambda p, x: x == 0),
   "rsqrt": _guard(lambda p, x: x == 0),

@@ -1,8 +1,8 @@
 """Influence functions from the same second-order primitive as PDS.
 
 The influence of example n on a target loss J at a converged point is
-`grad J . (H + damping I)^{-1} grad l_n` (Koh and Liang, arXiv 1703.04730), the baseline "IF-Score" of
-arXiv 2410.07064 and the stationary limit of its costate recursion: with frozen parameters the
+`grad J . (H + damping I)^{-1} grad l_n` (Koh and Liang, arXiv 1703.04730), the baseline "IF-Score"
+of arXiv 2410.07064 and the stationary limit of its costate recursion: with frozen parameters that
 recursion is the Neumann series that LiSSA (Agarwal et al., arXiv 1602.03943) sums. One linear solve
 gives the direction, one forward-mode pass a batch gives the scores of any number of examples
 (`adjoint.directional_scores`).
@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.control import checks
-from lmops_jax.control.adjoint import hvp_scores_losses
-from lmops_jax.control.dynamics import strong
+from lmops_jax.control.adjoint import directional_scores, hvp_scores_losses
+from lmops_jax.control.dynamics import gradient, strong
 from lmops_jax.control.pmp import as_pytree, batch_getter
 from lmops_jax.control.problem import tree_norm
 
 METHODS = ("cg", "lissa")
+CURVATURES = ("hessian", "fisher")
 
 
 def influence_direction(
@@ -32,19 +33,22 @@ def influence_direction(
     batches: Any,
     *,
     damping: float | None = None,
+    curvature: str = "hessian",
     method: str = "cg",
     iterations: int = 100,
     tolerance: float = 1e-6,
     scale: float | None = None,
     micro_batch_size: int | None = None,
     seed: int = 0) -> Any:
-  """Solves `(H + damping I) w = target_grad`, H the Hessian of the mean loss over `batches`.
+  """Solves `(H + damping I) w = target_grad` for the curvature H of the mean loss over `batches`.
 
   Args:
     example_losses: `(params, batch) -> [B]`.
     target_grad: gradient of the target loss at `params`, like `params`.
     batches: leaves `[T, B, ...]`.
-    damping: >= 0; by default 1e-2 times the mean eigenvalue of H, estimated from 8 random probes.
+    damping: >= 0; by default 1e-2 times the mean eigenvalue of H, estimated from 8 probes.
+    curvature: "hessian", or "fisher": the mean outer product of the per-example gradients in its
+      place, which is never indefinite (the Hessian of a network is, away from a minimum).
     method: "cg", conjugate gradients on the full sum (H + damping I must be positive definite), or
       "lissa", `w <- target_grad + (I - scale (H_t + damping I)) w` over the batches in turn, whose
       limit times `scale` is the solution.
@@ -59,10 +63,12 @@ def influence_direction(
     on which a descent step lowers the target loss.
   Raises:
     ValueError: for arguments that do not fit together.
-    FloatingPointError: if the iteration diverged (outside `jit`).
+    FloatingPointError: if the result solves the system worse than zero does, which means that the
+      iteration diverged or H + damping I is indefinite (checked outside `jit`).
   """
   checks.parameters(params)
   checks.one_of(method, "method", METHODS)
+  checks.one_of(curvature, "curvature", CURVATURES)
   iterations = checks.integer(iterations, "iterations", 1)
   num_steps, batch_size = checks.leading_axes(batches, "batches", 2, "T, B")
   for name, value in (("damping", damping), ("scale", scale), ("tolerance", tolerance)):
@@ -73,28 +79,33 @@ def influence_direction(
       a.shape != b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(target_grad)))):
     raise ValueError("target_grad must have the structure and shapes of params.")
   batches = jax.tree.map(jnp.asarray, batches)
-  checks.losses(example_losses, params, jax.tree.map(lambda x: x[0], batches), batch_size, "a batch")
+  checks.losses(
+    example_losses, params, jax.tree.map(lambda x: x[0], batches), batch_size, "a batch")
   micro_batch_size = checks.micro_batch(micro_batch_size, "micro_batch_size", batch_size)
-  direction = _solve(
+  direction, residual = _solve(
     as_pytree(example_losses), target_grad, params, batches, damping, tolerance, scale,
-    jax.random.key(seed), method, iterations, num_steps, batch_size, micro_batch_size)
-  norm = tree_norm(direction)
-  if checks.is_concrete(norm) and not np.isfinite(norm):
+    jax.random.key(seed), curvature, method, iterations, num_steps, batch_size, micro_batch_size)
+  if checks.is_concrete(residual) and not residual <= 1:
     raise FloatingPointError(
-      f"The influence direction is not finite after {iterations} iterations of {method}; raise "
-      "damping, or lower scale below 2 / (largest Hessian eigenvalue).")
+      f"The influence direction has relative residual {float(residual):.3g} after {iterations} "
+      f"iterations of {method!r}; raise damping, use curvature='fisher', or lower scale below "
+      "2 / (largest eigenvalue).")
   return direction
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=("method", "iterations", "num_steps", "batch_size", "micro_batch_size"))
-def _solve(example_losses, target_grad, params, batches, damping, tolerance, scale, key, method,
-           iterations, num_steps, batch_size, micro_batch_size):
+  jax.jit, static_argnames=(
+    "curvature", "method", "iterations", "num_steps", "batch_size", "micro_batch_size"))
+def _solve(example_losses, target_grad, params, batches, damping, tolerance, scale, key, curvature,
+           method, iterations, num_steps, batch_size, micro_batch_size):
   weights = jnp.full(batch_size, 1 / batch_size)
   batch_at = batch_getter(batches)
 
   def batch_product(v, t):
+    if curvature == "fisher":  # mean_n grad l_n <grad l_n, v>
+      slopes = directional_scores(example_losses, params, v, batch_at(t), micro_batch_size)
+      return gradient(example_losses, params, batch_at(t), slopes / batch_size,
+                      micro_batch_size=micro_batch_size)
     return hvp_scores_losses(example_losses, params, v, batch_at(t), weights,
                              micro_batch_size=micro_batch_size)[0]
 
@@ -112,19 +123,24 @@ def _solve(example_losses, target_grad, params, batches, damping, tolerance, sca
     return jax.tree.map(lambda a, b: a + (damping * b).astype(a.dtype), hv, v)
 
   if method == "cg":
-    return jax.scipy.sparse.linalg.cg(
-      lambda v: damped(product(v), v), target_grad, tol=tolerance, maxiter=iterations)[0]
+    direction, _ = jax.scipy.sparse.linalg.cg(
+      lambda v: damped(product(v), v), target_grad, tol=tolerance, maxiter=iterations)
+  else:
+    if scale is None:
+      scale = 0.5 / _largest_eigenvalue(
+        lambda v: damped(batch_product(v, 0), v), params, power_key)
 
-  if scale is None:
-    scale = 0.5 / _largest_eigenvalue(
-      lambda v: damped(batch_product(v, 0), v), params, power_key)
+    def step(w, i):
+      hw = damped(batch_product(w, i % num_steps), w)
+      return jax.tree.map(
+        lambda b, w, h: b + w - (scale * h).astype(w.dtype), target_grad, w, hw), None
 
-  def step(w, i):
-    hw = damped(batch_product(w, i % num_steps), w)
-    return jax.tree.map(lambda b, w, h: b + w - (scale * h).astype(w.dtype), target_grad, w, hw), None
+    w, _ = jax.lax.scan(step, target_grad, jnp.arange(iterations))
+    direction = jax.tree.map(lambda x: (scale * x).astype(x.dtype), w)
 
-  w, _ = jax.lax.scan(step, target_grad, jnp.arange(iterations))
-  return jax.tree.map(lambda x: (scale * x).astype(x.dtype), w)
+  left = jax.tree.map(jnp.subtract, target_grad, damped(product(direction), direction))
+  norm = tree_norm(target_grad)
+  return direction, jnp.where(norm > 0, tree_norm(left) / jnp.where(norm > 0, norm, 1), 0)
 
 
 def _mean_eigenvalue(product: Callable, params: Any, key: jax.Array, num_probes: int = 8):
@@ -155,5 +171,6 @@ def _random_like(tree: Any, key: jax.Array, sample: Callable) -> Any:
 
 
 def _vdot(a: Any, b: Any) -> jax.Array:
-  wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  def wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
   return sum(jnp.sum(wide(x) * wide(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))

@@ -116,20 +116,20 @@ def _solve_weights(example_losses, target_loss, init, update, params, data, batc
                    outer_lr, num_steps, outer_epochs, settings, shardings):
   num_examples = gamma.shape[0]
   if batch_indices is None:
-    batch_at = lambda t: data
-    weights_of = lambda gamma: jnp.broadcast_to(gamma, (num_steps, num_examples))
-    sum_by_example = lambda scores: jnp.sum(scores, axis=0)
+    scale, rows = 1, jnp.broadcast_to(jnp.arange(num_examples), (num_steps, num_examples))
   else:
-    scale = num_examples / batch_indices.shape[1]
-    batch_at = lambda t: jax.tree.map(lambda x: x[batch_indices[t]], data)
-    weights_of = lambda gamma: scale * gamma[batch_indices]
-    sum_by_example = lambda scores: scale * jnp.zeros(num_examples, scores.dtype).at[
-      batch_indices].add(scores)
+    scale, rows = num_examples / batch_indices.shape[1], batch_indices
   state = init_state(init, update, params)
 
+  def batch_at(t):
+    return data if batch_indices is None else jax.tree.map(lambda x: x[rows[t]], data)
+
   def problem_of(gamma):
-    return Problem(example_losses, target_loss, update, batch_at, weights_of(gamma), None, settings,
-                   functools.partial(constrain, shardings))
+    return Problem(example_losses, target_loss, update, batch_at, scale * gamma[rows], None,
+                   settings, functools.partial(constrain, shardings))
+
+  def sum_by_example(scores):
+    return scale * jnp.zeros(num_examples, scores.dtype).at[rows].add(scores)
 
   def value_of(target_losses):  # of J at params_1 .. params_T
     return jnp.sum(target_losses) if settings.objective == "area" else target_losses[-1]

@@ -23,7 +23,7 @@ from lmops_jax.control import trajectory as trajectories
 from lmops_jax.control.dynamics import State, init_state, strong
 from lmops_jax.control.problem import Outputs, Problem, Settings
 
-# The costate may grow like T times the target gradient; beyond this factor the adjoint has diverged.
+# The costate grows like T times the target gradient; beyond this factor the adjoint has diverged.
 _MAX_GROWTH = 1e4
 
 
@@ -37,7 +37,7 @@ class PmpResult(NamedTuple):
   target_losses: jax.Array  # [T + 1] J(params_0 .. params_T)
   params: Any  # params_T
   costate_norms: jax.Array  # [T] |lambda_1| .. |lambda_T|
-  target_grad_norms: jax.Array  # [T] |grad J| at params_1 .. params_T (0 where not in the objective)
+  target_grad_norms: jax.Array  # [T] |grad J| at params_1 .. params_T, 0 outside A
   step_losses: jax.Array  # [T] weighted training loss before each step
   costates: Any  # leaves [T, ...] lambda_1 .. lambda_T, or None
 
@@ -75,8 +75,8 @@ def pmp_scores(
       weighted loss, starting from `optimizer.init(params)`.
     params: pytree of floating-point leaves of any shape.
     batches: pytree with leaves `[T, B, ...]`.
-    weights: `[T, B]`, finite and >= 0; the loss of step t is `sum_n weights[t, n] * l_n`. None means
-      `1 / B` everywhere.
+    weights: `[T, B]`, finite and >= 0; the loss of step t is `sum_n weights[t, n] * l_n`. None
+      means `1 / B` everywhere.
     objective: "area", `sum_{t=1..T} J(params_t)`, or "terminal", `J(params_T)`.
     trajectory: "all", "sqrt", "host", or the largest number of states to store (see `trajectory`).
     proxy: pytree with leaves `[M, ...]`: examples that are scored but not trained on. The score of
@@ -222,7 +222,7 @@ def batch_getter(batches: Any) -> Callable:
 
 
 def as_pytree(fn: Callable) -> Callable:
-  """`fn` as an argument of a jitted function: its arrays (if it is a pytree) traced, the rest static.
+  """`fn` as an argument of a jitted function: arrays traced if it is a pytree, the rest static.
 
   A plain function is compared by identity, so the same function object compiles once.
   """
@@ -230,9 +230,8 @@ def as_pytree(fn: Callable) -> Callable:
     return fn
   try:
     hash(fn)
-  except TypeError:
-    unhashable = fn
-    fn = lambda *args: unhashable(*args)
+  except TypeError:  # compiled anew at each call
+    return jax.tree_util.Partial(functools.partial(fn))
   return jax.tree_util.Partial(fn)
 
 

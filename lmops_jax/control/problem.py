@@ -1,10 +1,10 @@
 """One PMP solve as a pair of pure functions: a forward step and a fused reverse step.
 
 `Problem` ties a loss, a target, an optimizer and the data of T steps together; trajectory policies
-and the resumable driver run it without knowing the mathematics. The reverse step at t does, at once,
-what arXiv 2410.07064 does in separate passes: the target gradient at `params_{t+1}`, the adjoint of
-the optimizer, the Hessian-vector product, the scores of the examples trained on, and (at the steps
-that `every_k` or `groups` choose) those of the proxy examples.
+and the resumable driver run it without knowing the mathematics. The reverse step at t does at once
+what the code of arXiv 2410.07064 does in separate passes: the target gradient at `params_{t+1}`,
+the adjoint of the optimizer, the Hessian-vector product, the scores of the examples trained on, and
+(at the steps that `every_k` or `groups` choose) those of the proxy examples.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Outputs(NamedTuple):
   step_loss: jax.Array  # [] weighted loss at params_t
   target_loss: jax.Array  # [] J(params_{t+1})
   costate_norm: jax.Array  # [] |lambda_{t+1}|
-  target_grad_norm: jax.Array  # [] |grad J(params_{t+1})|, 0 where it is not part of A
+  target_grad_norm: jax.Array  # [] |grad J| at params_{t+1}, 0 outside A
   costate: Any  # lambda_{t+1}, or None
 
 
@@ -183,11 +183,10 @@ class Problem:
     is_first = np.isin(np.arange(self.num_steps) + 1, bounds[1:])  # in reverse order: the last step
     is_last = np.isin(np.arange(self.num_steps), bounds[:-1])
     group = _add_to_group(carry.group, params, u, jnp.asarray(is_first)[t])
+    mean = jax.tree.map(lambda a, p: a.astype(p.dtype), group.params, params)
     total = jax.lax.cond(
-      jnp.asarray(is_last)[t],
-      lambda total: scored(total, jax.tree.map(lambda a, p: a.astype(p.dtype), group.params, params),
-                           group.direction),
-      lambda total: total, carry.proxy_scores)
+      jnp.asarray(is_last)[t], scored, lambda total, *_: total, carry.proxy_scores, mean,
+      group.direction)
     return carry._replace(proxy_scores=total, group=group)
 
 
@@ -201,7 +200,5 @@ def _add_to_group(group: Group, params, u, restart) -> Group:
   direction = jax.tree.map(lambda a, b: jnp.where(restart, b, a + b), group.direction, u)
   mean = jax.tree.map(
     lambda a, p: jnp.where(restart, p, a + share.astype(a.dtype) * (p - a)), group.params, params)
-  same = lambda new, old: jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
-  return Group(same(direction, group.direction), same(mean, group.params),
-               weight.astype(group.weight.dtype))
+  return jax.tree.map(lambda new, old: new.astype(old.dtype), Group(direction, mean, weight), group)
 

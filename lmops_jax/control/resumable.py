@@ -1,10 +1,10 @@
 """The PMP solve in segments, with every intermediate state handed to the caller to keep.
 
 `pmp_scores` is one compiled program; a solve of hours needs to survive an interruption. This driver
-cuts the T steps into segments: the forward pass keeps the state at each segment's start, the reverse
-pass recomputes one segment's states at a time. After each segment of either pass the driver calls
-`save(tree)`; a later call whose `load()` returns that tree goes on from there, with the same compiled
-programs on the same bits, so the result is bitwise that of an undisturbed run.
+cuts the T steps into segments: the forward pass keeps the state at each segment's start, the
+reverse pass recomputes one segment's states at a time. After each segment of either pass the driver
+calls `save(tree)`; a later call whose `load()` returns that tree goes on from there, with the same
+compiled programs on the same bits, so the result is bitwise that of an undisturbed run.
 """
 
 import dataclasses
@@ -184,8 +184,9 @@ def _forward_segment(data, state, steps, *, settings, shardings):
 @functools.partial(jax.jit, static_argnames=("settings", "shardings"))
 def _reverse_segment(data, state, next_params, carry, steps, *, settings, shardings):
   problem = _problem(data, settings, shardings)
-  return trajectories.run_segment(problem.forward, problem.reverse, state, next_params, carry, steps,
-                                  settings.trajectory == "host")
+  return trajectories.run_segment(
+    problem.forward, problem.reverse, state, next_params, carry, steps,
+    settings.trajectory == "host")
 
 
 def _place(tree: Any, like: Any) -> Any:
@@ -217,7 +218,8 @@ def _unpack(tree: dict[str, Any], fingerprint: np.ndarray, templates: Callable,
     names = [f"{name}/{i}" for i in range(len(leaves))]
     missing = [n for n in names if n not in tree]
     if missing:
-      raise ValueError(f"The saved solve is incomplete: it has no {missing[0]!r}; start without it.")
+      raise ValueError(
+        f"The saved solve is incomplete: it has no {missing[0]!r}; start without it.")
     parts[name] = treedef.unflatten(_restore(tree[n], x) for n, x in zip(names, leaves))
   return _Run(is_reverse, done, **parts)
 

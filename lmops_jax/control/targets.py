@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax.control import checks
+from lmops_jax.control.dynamics import split_rows, take_part
 
 
 def mean_target_loss(example_losses: Callable, data: Any,
@@ -43,19 +44,19 @@ class MeanTargetLoss:
     num_parts = -(-num_rows // self.batch_size)
     size = -(-num_rows // num_parts)
     padding = num_parts * size - num_rows
-    def split(x):  # [M, ...] -> [size, parts, ...]: a row stays on its device
-      return jnp.concatenate([x, x[:padding]]).reshape(size, num_parts, *x.shape[1:])
-    data = jax.tree.map(split, self.data)
-    is_row = (jnp.arange(num_parts * size) < num_rows).reshape(size, num_parts)
+    data = self.data
+    if padding:  # repeated rows, masked out below
+      data = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), data)
+    is_row = jnp.arange(num_parts * size) < num_rows
+    parts = split_rows((data, is_row), size, num_parts)
 
     @jax.checkpoint
-    def part(params, data, j):
-      take = lambda x: jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
-      losses = self._losses(params, jax.tree.map(take, data))
-      return jnp.sum(jnp.where(take(is_row), losses, 0))
+    def part(params, parts, j):
+      batch, is_row = take_part(parts, j)
+      return jnp.sum(jnp.where(is_row, self._losses(params, batch), 0))
 
-    dtype = jax.eval_shape(part, params, data, jnp.zeros((), jnp.int32)).dtype
-    total, _ = jax.lax.scan(lambda total, j: (total + part(params, data, j), None),
+    dtype = jax.eval_shape(part, params, parts, jnp.zeros((), jnp.int32)).dtype
+    total, _ = jax.lax.scan(lambda total, j: (total + part(params, parts, j), None),
                             jnp.zeros((), dtype), jnp.arange(num_parts))
     return total / num_rows
 

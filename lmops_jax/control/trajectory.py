@@ -5,7 +5,7 @@ The reverse pass needs the states `S_{T-1}, ..., S_0` of the forward pass. What 
   "all"   every state on the device: no recomputation, T states;
   "host"  every state in host memory, fetched one at a time;
   "sqrt"  ceil(sqrt(2 T)) states, each step is recomputed about once;
-  n       at most n states (1 <= n), recomputed by the schedule with the fewest steps for that memory
+  n       at most n states (1 <= n), recomputed by the schedule with the fewest steps for it
           (Griewank and Walther, "Algorithm 799: Revolve", ACM TOMS 26, 2000).
 
 The state being advanced is not counted. All policies compute the same numbers from the same states.
