@@ -12,7 +12,7 @@ import numpy as np
 from lmops_jax.data.hashing import GOLDEN, mix64, order_key
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def epoch_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   """The order of an epoch, `[num_examples] int64`, read-only; another one for each epoch.
 

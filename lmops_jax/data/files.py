@@ -91,7 +91,7 @@ class Jsonl(_Files):
   kind_field: str | None = None
 
   def _paths(self):
-    endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
+    endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
     return _matching(self.path, "data.Jsonl.path", endings)
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:

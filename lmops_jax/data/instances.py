@@ -8,6 +8,7 @@ imports TensorFlow. The same instances give the same bytes in every file: record
 deterministically (the map in an Example has no order of its own), and nothing holds a date.
 """
 
+import errno
 import functools
 import json
 import os
@@ -96,7 +97,10 @@ def write_instances(
         close()
     close()
   except RuntimeError as error:  # array_record's only kind of error
-    raise OSError(f"{directory / shards[-1]['file']} cannot be written: {error}.") from error
+    path = str(directory / shards[-1]["file"])
+    if "No space left on device" in str(error):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
+    raise OSError(f"{path} cannot be written: {error}.") from error
 
   _write_dataset_info(directory, shards, num_bytes, description)
   metadata = {

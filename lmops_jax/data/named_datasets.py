@@ -83,8 +83,9 @@ class Tfds(Corpus):
         kind = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
       identifier = document_id(where)
       if self.id_field is not None:
-        value = _feature(example, self.id_field, where, "data.Tfds.id_field")
-        identifier = given_id(getattr(value, "item", lambda: value)(), where, self.id_field)
+        given = _feature(example, self.id_field, where, "data.Tfds.id_field")
+        given = given.item() if hasattr(given, "item") else given
+        identifier = given_id(given, where, self.id_field)
       yield Document(identifier, text, kind, where)
 
   def _examples(self):

@@ -48,8 +48,9 @@ class TokenizerVocabulary(seqio.Vocabulary):
     return self._vocabulary.decode(ids)
 
   def _encode_tf(self, s):
-    def encode(data: bytes) -> np.ndarray:
-      return np.array(self._vocabulary.encode(data.decode("utf-8", "replace")), np.int32)
+    def encode(data) -> np.ndarray:
+      text = np.asarray(data).item().decode("utf-8", "replace")  # bytes, or an array when eager
+      return np.array(self._vocabulary.encode(text), np.int32)
 
     ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
     return tf.ensure_shape(ids, [None])

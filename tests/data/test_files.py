@@ -1,0 +1,175 @@
+import gzip
+import json
+import os
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from lmops_jax.data import Jsonl, Parquet, TextFolder
+from lmops_jax.data.documents import document_id
+
+
+def rows(start, stop):
+  return [{"text": f"text {i}", "name": f"n{i}", "number": i, "label": "ab"[i % 2]}
+          for i in range(start, stop)]
+
+
+def lines(items):
+  return "".join(json.dumps(item) + "\n" for item in items).encode()
+
+
+@pytest.fixture
+def folder(tmp_path):
+  root = tmp_path / "data"
+  (root / "deep").mkdir(parents=True)
+  (root / "a.jsonl").write_bytes(lines(rows(0, 5)) + b"\n  \n")
+  (root / "b.jsonl.gz").write_bytes(gzip.compress(lines(rows(5, 9))))
+  # Two frames one after the other, as parallel compressors write them.
+  frames = [zstandard.compress(lines(part)) for part in (rows(9, 11), rows(11, 14))]
+  (root / "deep" / "c.jsonl.zst").write_bytes(b"".join(frames))
+  (root / "ignored.txt").write_text("not JSON")
+  return root
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl*"])
+def test_jsonl_plain_and_compressed(folder, pattern):
+  documents = {d.source: d for d in Jsonl(f"{folder}{pattern}").documents()}
+  assert sorted(d.text for d in documents.values()) == sorted(f"text {i}" for i in range(14))
+  assert documents["deep/c.jsonl.zst:3"].text == "text 11"
+  assert documents["a.jsonl:1"].id == document_id("a.jsonl:1")
+
+
+def test_ids_survive_a_move(folder, tmp_path):
+  before = list(Jsonl(str(folder)).documents())
+  folder.rename(tmp_path / "elsewhere")
+  assert list(Jsonl(str(tmp_path / "elsewhere")).documents()) == before
+
+
+def test_jsonl_fields(folder):
+  corpus = Jsonl(f"{folder}/a.jsonl", text_field="name", id_field="number", kind_field="label")
+  assert sorted(corpus.documents()) == [
+    (i, f"n{i}", "ab"[i % 2], f"a.jsonl:{i + 1}") for i in range(5)
+  ]
+  named = Jsonl(f"{folder}/a.jsonl", id_field="name")
+  assert {d.id for d in named.documents()} == {document_id(f"n{i}") for i in range(5)}
+
+
+def test_fingerprint_follows_the_files(folder):
+  corpus = Jsonl(str(folder))
+  before = corpus.fingerprint()
+  assert Jsonl(str(folder)).fingerprint() == before
+  assert Jsonl(str(folder), text_field="name").fingerprint() != before
+  with (folder / "a.jsonl").open("ab") as file:
+    file.write(lines(rows(20, 21)))
+  changed = corpus.fingerprint()
+  assert changed != before
+  os.utime(folder / "a.jsonl", (5, 5))
+  assert corpus.fingerprint() != changed
+
+
+@pytest.mark.parametrize("line,message", [
+  (b'{"text": "cut off\n', r"a\.jsonl:6 is not valid JSON"),
+  (b'["text"]\n', r"a\.jsonl:6 holds a list"),
+  (b'{"txt": "x"}\n', r"a\.jsonl:6 has no field 'text' \(it has txt\); set data\.Jsonl\.text"),
+  (b'{"text": 5}\n', r"a\.jsonl:6: field 'text' holds a int"),
+  (b'{"text": null}\n', r"a\.jsonl:6: field 'text' holds a NoneType"),
+])
+def test_bad_rows_are_named(folder, line, message):
+  (folder / "a.jsonl").write_bytes(lines(rows(0, 5)) + line)
+  with pytest.raises(ValueError, match=message):
+    list(Jsonl(str(folder)).documents())
+
+
+def test_missing_id_and_kind_fields_are_named(folder):
+  with pytest.raises(ValueError, match=r"a\.jsonl:1 has no field 'key'.*data\.Jsonl\.id_field"):
+    list(Jsonl(f"{folder}/a.jsonl", id_field="key").documents())
+  with pytest.raises(ValueError, match=r"data\.Jsonl\.kind_field"):
+    list(Jsonl(f"{folder}/a.jsonl", kind_field="key").documents())
+
+
+def test_undecodable_rows_are_counted(folder):
+  bad = b'{"text": "caf\xe9"}\n' + b'{"text": "half a pair \\ud800"}\n' + b'{"text": "  "}\n'
+  (folder / "a.jsonl").write_bytes(bad + lines(rows(0, 2)))
+  counts = Counter()
+  assert len(list(Jsonl(f"{folder}/a.jsonl").documents(counts))) == 2
+  assert counts == {"undecodable": 2, "empty": 1}
+
+
+@pytest.mark.parametrize("name,keep", [
+  ("b.jsonl.gz", 0.6), ("deep/c.jsonl.zst", 0.4), ("deep/c.jsonl.zst", 0.9),
+])
+def test_cut_off_archives_are_named(folder, name, keep):
+  data = (folder / name).read_bytes()
+  (folder / name).write_bytes(data[: int(keep * len(data))])
+  with pytest.raises(ValueError, match=rf"{name.replace('.', '[.]')} cannot be read"):
+    list(Jsonl(str(folder)).documents())
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "deep/c.jsonl.zst"])
+def test_files_that_are_no_archives_are_named(folder, name):
+  (folder / name).write_bytes(lines(rows(0, 3)))
+  with pytest.raises(ValueError, match=rf"{name.replace('.', '[.]')} cannot be read"):
+    list(Jsonl(str(folder)).documents())
+
+
+@pytest.mark.parametrize("corpus", [Jsonl, Parquet, TextFolder])
+def test_no_such_path(corpus, tmp_path):
+  with pytest.raises(ValueError, match=rf"data\.{corpus.__name__}\.path='{tmp_path}/nowhere'"):
+    corpus(f"{tmp_path}/nowhere").fingerprint()
+  with pytest.raises(ValueError, match=rf"data\.{corpus.__name__}\."):
+    list(corpus(str(tmp_path)).documents())  # a folder with nothing that fits
+
+
+@pytest.fixture
+def parquet(tmp_path):
+  items = rows(0, 3000)
+  table = pyarrow.table({k: [item[k] for item in items] for k in items[0]})
+  pyarrow.parquet.write_table(table, tmp_path / "part.parquet", row_group_size=700)
+  return tmp_path / "part.parquet"
+
+
+def test_parquet(parquet):
+  documents = list(Parquet(str(parquet)).documents())
+  assert sorted(d.text for d in documents) == sorted(f"text {i}" for i in range(3000))
+  third = next(d for d in documents if d.source == "part.parquet:3")
+  assert third.text == "text 2" and third.id == document_id("part.parquet:3")
+  corpus = Parquet(str(parquet.parent), text_field="name", id_field="number", kind_field="label")
+  assert sorted(corpus.documents())[2500] == (2500, "n2500", "a", "part.parquet:2501")
+
+
+def test_parquet_errors(parquet):
+  with pytest.raises(ValueError, match=r"has no field 'body' \(it has label, name, number, text\)"):
+    list(Parquet(str(parquet), text_field="body").documents())
+  with pytest.raises(ValueError, match="column 'number' holds int64, not text"):
+    list(Parquet(str(parquet), text_field="number").documents())
+  with pytest.raises(ValueError, match=r"data\.Parquet\.id_field"):
+    list(Parquet(str(parquet), id_field="key").documents())
+  parquet.write_bytes(parquet.read_bytes()[:-50])
+  with pytest.raises(ValueError, match=r"part\.parquet cannot be read as Parquet"):
+    list(Parquet(str(parquet)).documents())
+
+
+def test_parquet_without_values_and_with_bad_bytes(tmp_path):
+  text = pyarrow.array([b"good", None, b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+  pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "x.parquet")
+  counts = Counter()
+  (document,) = Parquet(str(tmp_path)).documents(counts)
+  assert document.text == "good" and counts == {"empty": 1, "undecodable": 1}
+
+
+def test_text_folder(tmp_path):
+  (tmp_path / "law").mkdir()
+  (tmp_path / "law" / "act.txt").write_text("\ufeffAn act.", encoding="utf-8")
+  (tmp_path / "top.txt").write_text("Top.")
+  (tmp_path / "note.md").write_text("Skipped.")
+  (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+  (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+  (tmp_path / "blank.txt").write_text("\n")
+  counts = Counter()
+  documents = {d.source: (d.text, d.kind) for d in TextFolder(str(tmp_path)).documents(counts)}
+  assert documents == {"law/act.txt": ("An act.", "law"), "top.txt": ("Top.", "text")}
+  assert counts == {"undecodable": 1, "unreadable": 1, "empty": 1}
+  assert [d.text for d in TextFolder(str(tmp_path), "*.md").documents()] == ["Skipped."]
