@@ -83,7 +83,7 @@ def looks(names: Sequence[str], emphasis: Sequence[str] = ()) -> dict[str, Look]
   return {
     name: Look(
       _COLOURS[i % len(_COLOURS)],
-      _DASHES[(i // 2 if not emphasis else i) % len(_DASHES)] if name not in emphasis else "-",
+      "-" if name in emphasis else _DASHES[(i + i // len(_COLOURS)) % len(_DASHES)],
       2.4 if name in emphasis else 1.4,
     )
     for i, name in enumerate(names)
