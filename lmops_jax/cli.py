@@ -226,7 +226,9 @@ def _set_environment() -> None:
 
 def _run(resolved, workdir: Path) -> int:
   from lmops_jax import pipeline, progress
-  group = _join_group()  # before anything touches a device
+  group = pipeline.Group()
+  if resolved.tree["mesh"] is not None:
+    group = _join_group()  # before anything touches a device
   job = resolved.run()  # constructs everything, so that bad values are found before any work
   partitioner = job.mesh.build() if job.mesh is not None else None
   stages = job.system.stages(resolved.settings, partitioner)

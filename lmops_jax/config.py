@@ -497,8 +497,10 @@ def load(files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -> Re
       refused = binding.time not in used
     if refused:
       raise ConfigError(_unused_message(binding, resolver))
-  macros = {b.scope: _written_value(b.value) for b in source.bindings
+  in_use = {b.scope: _written_value(b.value) for b in source.bindings
             if b.selector == _MACRO and b.time in resolver.effective}
+  names = dict.fromkeys(b.scope for b in source.bindings if b.scope in in_use)
+  macros = {name: in_use[name] for name in names}  # in the order of their first definition
   return Resolved(tree, tuple(map(gin_files.display, paths)), tuple(sorted(source.imports)), macros)
 
 

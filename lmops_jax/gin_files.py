@@ -34,7 +34,7 @@ def systems() -> list[str]:
 def describe(path: Path) -> str:
   """The first sentence of a gin file's first comment, without a leading `name.gin:`."""
   comment = re.match(r"\s*(#.*\n?)*", Path(path).read_text(encoding="utf-8")).group()
-  text = " ".join(line.lstrip("# ") for line in comment.splitlines())
+  text = " ".join(line.lstrip("# ") for line in comment.strip().splitlines())
   text = re.sub(r"^[\w./-]+\.gin:\s*", "", text)
   return re.split(r"(?<=[.;])\s", text, maxsplit=1)[0].rstrip(".;")
 

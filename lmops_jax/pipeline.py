@@ -473,13 +473,11 @@ class _Workdir:
       file.write(f"{_now()} {text}\n")
 
   def recover(self, stages: Sequence[Stage]) -> None:
-    """Completes or undoes the renames that a killed process left half done."""
+    """Undoes the replacement that a killed process left half done; `adopt` completes it."""
     for stage in stages:
-      final, partial = self.final(stage.name), self.partial(stage.name)
-      replaced = self.path / (stage.name + _REPLACED)
+      final, replaced = self.final(stage.name), self.path / (stage.name + _REPLACED)
       if replaced.exists() and not final.exists():
-        complete = (partial / MANIFEST).exists()
-        (partial if complete else replaced).rename(final)
+        replaced.rename(final)
       for leftover in (replaced, self.path / (stage.name + _DISCARDED)):
         if leftover.exists():
           shutil.rmtree(leftover)

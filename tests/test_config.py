@@ -397,7 +397,7 @@ def test_macros_tell_what_can_be_set(default):
   assert load([default], ["STEPS=9"]).macros == {
     "OPTIMIZER": "@toy_optim.adamw()", "STEPS": "9", "LEARNING_RATE": "0.001"}
   swapped = load([default], ["OPTIMIZER=@toy_optim.sgd()"])
-  assert list(swapped.macros) == ["STEPS", "OPTIMIZER"]
+  assert list(swapped.macros) == ["OPTIMIZER", "STEPS"]
 
 
 # ------------------------------------------------------------------------- references and objects
