@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import gin
 from gin import config as gin_config
 from gin import config_parser
+
 from lmops_jax import gin_files
 from lmops_jax.settings import (
   ConfigError,

@@ -8,9 +8,9 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import gin
 import pytest
 
-import gin
 from lmops_jax import config, gin_files
 from lmops_jax.config import ConfigError, load
 
