@@ -10,15 +10,16 @@ from __future__ import annotations
 from lmops_jax.models.transformer import TransformerConfig
 
 
-def matmul_params(config: TransformerConfig) -> int:
-  """Parameters that take part in a matrix product for every token (embedding lookup excluded)."""
+def matmul_params(config: TransformerConfig, *, unembedding: bool = True) -> int:
+  """Parameters in a matrix product with every token: no lookup, the output matrix if asked for."""
   attention = config.width * config.head_width * 2 * (config.num_heads + config.key_heads)
-  return config.num_layers * (attention + 3 * config.width * config.mlp_width) + (
-    config.width * config.vocab_size
-  )
+  blocks = config.num_layers * (attention + 3 * config.width * config.mlp_width)
+  return blocks + (config.width * config.vocab_size if unembedding else 0)
 
 
-def forward_flops_per_token(config: TransformerConfig, length: int) -> float:
-  """Operations of one forward pass, a token of a sequence of `length`. A gradient costs 3 times it."""
+def forward_flops_per_token(
+  config: TransformerConfig, length: int, *, unembedding: bool = True
+) -> float:
+  """Operations of a forward pass for each token of a sequence; a gradient takes 3 times as many."""
   attention = 2 * config.num_layers * length * config.num_heads * config.head_width
-  return 2.0 * matmul_params(config) + attention
+  return 2.0 * matmul_params(config, unembedding=unembedding) + attention

@@ -9,9 +9,9 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 
+import gin
 import numpy as np
 
-import gin
 from lmops_jax import pipeline
 from lmops_jax.evaluation import lm
 from lmops_jax.models import flops
@@ -19,6 +19,7 @@ from lmops_jax.systems.pds import prepare, pretrain
 from lmops_jax.training import losses
 
 FILE = "evaluations.json"
+TARGET, CORPUS = "target_test_loss", "corpus_loss"
 
 
 @gin.register(module="pds")
@@ -39,7 +40,7 @@ def run(
   context: pipeline.StageContext, config: Evaluate, model_config: pretrain.Pretrain, partitioner,
   runs: Mapping[tuple[str, int], str],
 ) -> None:
-  """Evaluates the runs `(method, seed) -> stage`; leaves target and corpus loss by step.
+  """Evaluates the runs `(method, seed) -> stage`: target loss by step, corpus loss at the end.
 
   A loss is the mean over instances of the token mean in nats (the objective J, on other text).
   """
@@ -47,33 +48,36 @@ def run(
   test, held_out = prepared.target_test, prepared.held_out
   num_held_out = len(held_out) if config.max_held_out is None else config.max_held_out
   parts = {
-    "target_test_loss": test.batch(np.arange(len(test))),
-    "corpus_loss": held_out.batch(np.arange(min(num_held_out, len(held_out)))),
+    TARGET: test.batch(np.arange(len(test))),
+    CORPUS: held_out.batch(np.arange(min(num_held_out, len(held_out)))),
   }
   parts = {name: rows for name, rows in parts.items() if len(rows["example_id"])}
   corpus = prepared.corpus
   model = pretrain.language_model(model_config.model, corpus.vocab_size, corpus.length)
   example_losses = losses.lm_example_losses(model, chunk=model_config.loss_chunk)
   steps = model_config.kept_steps()
-  results = []
+  results, num_rows = [], 0
   with context.progress(len(runs) * len(steps), "checkpoints", "evaluate") as bar:
     for (method, seed), stage in runs.items():
       curve = []
       for step in steps:
         params = pretrain.load_params(context.input(stage), step, model, partitioner)
-        means = {
-          name: lm.mean_loss(
-            example_losses, params, _batches(rows, config.batch_size), place=partitioner.place_batch
-          )
-          for name, rows in parts.items()
-        }
+        wanted = parts if step == steps[-1] else {TARGET: parts[TARGET]}
+        with partitioner.activate():
+          means = {
+            name: lm.mean_loss(
+              example_losses, params, _batches(rows, config.batch_size),
+              place=partitioner.place_batch,
+            )
+            for name, rows in wanted.items()
+          }
+        num_rows += sum(len(rows["example_id"]) for rows in wanted.values())
         curve.append({"step": step, **means})
         bar.update(1)
       results.append({"method": method, "seed": seed, "curve": curve})
   (context.directory / FILE).write_text(json.dumps(results, indent=1) + "\n")
-  num_rows = sum(len(rows["example_id"]) for rows in parts.values())
   per_token = flops.forward_flops_per_token(model.config, corpus.length)
-  context.flops += len(runs) * len(steps) * num_rows * corpus.length * per_token
+  context.flops += num_rows * corpus.length * per_token
 
 
 def _batches(rows: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -14,17 +14,47 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import gin
 from lmops_jax import control, pipeline
 from lmops_jax.data import export
 from lmops_jax.evaluation import examples
 from lmops_jax.models import flops
 from lmops_jax.systems.pds import dsir, prepare, pretrain, scores
 from lmops_jax.training import losses, mesh, optimizers
+
+
+@gin.register(module="pds")
+@dataclasses.dataclass(frozen=True)
+class ProxySet:
+  """The random part of the corpus that gradient methods score. The same for every method.
+
+  Attributes:
+    num_proxies: instances, M.
+    seed: of the draw, uniform without replacement.
+  """
+
+  num_proxies: int = 3072
+  seed: int = 1234
+
+  def __post_init__(self):
+    if self.num_proxies < 4:
+      raise ValueError(
+        f"pds.ProxySet.num_proxies={self.num_proxies} is too few to learn from; set 4 or more."
+      )
+
+  def ids(self, num_examples: int) -> np.ndarray:
+    """`[M] int64`, ascending."""
+    if self.num_proxies > num_examples:
+      raise ValueError(
+        f"pds.ProxySet.num_proxies={self.num_proxies} exceeds the corpus's {num_examples} "
+        "instances; lower it or enlarge the corpus."
+      )
+    rng = np.random.default_rng(self.seed)
+    return np.sort(rng.choice(num_examples, self.num_proxies, replace=False)).astype(np.int64)
 
 
 @dataclasses.dataclass
@@ -34,11 +64,17 @@ class Bench:
   context: pipeline.StageContext
   prepared: prepare.Prepared
   proxy: pretrain.Pretrain
+  proxy_set: ProxySet
   partitioner: mesh.Partitioner
 
   @functools.cached_property
   def corpus(self):
     return self.prepared.corpus
+
+  @functools.cached_property
+  def proxies(self) -> dict[str, np.ndarray]:
+    """The proxy set as one host batch."""
+    return self.corpus.batch(self.proxy_set.ids(len(self.corpus)))
 
   @functools.cached_property
   def model(self):
@@ -78,7 +114,9 @@ class Bench:
     target = self.prepared.target_dev
     num = len(target) if num is None else num
     if num > len(target):
-      raise ValueError(f"num_target={num} exceeds the target's {len(target)} dev instances; lower it.")
+      raise ValueError(
+        f"num_target={num} exceeds the target's {len(target)} dev instances; lower it."
+      )
     return target.batch(np.arange(num))
 
   def target_loss(self, num: int | None, micro_batch_size: int) -> Callable[[Any], jax.Array]:
@@ -92,27 +130,9 @@ class Bench:
     self.context.flops += passes * num_positions * per_token
 
 
-@dataclasses.dataclass(frozen=True)
-class ProxySet:
-  """The random part of the corpus that gradient methods score. The same for every method."""
-
-  num_proxies: int = 3072
-  proxy_seed: int = 1234
-
-  def ids(self, num_examples: int) -> np.ndarray:
-    """`[M] int64`, uniform without replacement, ascending."""
-    if not 2 <= self.num_proxies <= num_examples:
-      raise ValueError(
-        f"num_proxies={self.num_proxies} is not between 2 and the corpus's {num_examples} instances; "
-        "lower it or enlarge the corpus."
-      )
-    rng = np.random.default_rng(self.proxy_seed)
-    return np.sort(rng.choice(num_examples, self.num_proxies, replace=False)).astype(np.int64)
-
-
 @gin.register(module="pds")
 @dataclasses.dataclass(frozen=True)
-class PMP(ProxySet):
+class PMP:
   """PDS: scores from the costates of Pontryagin's principle, averaged over proxy checkpoints.
 
   Attributes:
@@ -152,8 +172,7 @@ class PMP(ProxySet):
   def score_proxies(self, bench: Bench) -> np.ndarray:
     """`[C,M]`: the proxies' scores from each checkpoint."""
     corpus = bench.corpus
-    ids = self.ids(len(corpus))
-    proxies = bench.place(corpus.batch(ids))
+    proxies = bench.place(bench.proxies)
     source = pretrain.batch_source(corpus, None, self.batch_size, self.data_seed)
     steps = [bench.place(source(t)) for t in range(self.num_steps)]
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
@@ -187,12 +206,12 @@ class PMP(ProxySet):
     # Trajectory 3, gradient and Hessian-vector product 8, of one forward pass each (spec 8.1).
     bench.add_flops(inner, 3 + (8 if self.hessian else 0))
     bench.add_flops(self.num_steps * num_target * length * len(rows), 3)
-    bench.add_flops(num_flushes * len(ids) * length * len(rows), 3)
+    bench.add_flops(num_flushes * bench.proxy_set.num_proxies * length * len(rows), 3)
     return np.stack(rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class _DirectionMethod(ProxySet):
+class _DirectionMethod:
   """Scores `<direction, grad l_n>` at proxy checkpoints; subclasses say which direction."""
 
   checkpoints: tuple[int, ...] | None = None
@@ -203,7 +222,7 @@ class _DirectionMethod(ProxySet):
     raise NotImplementedError
 
   def score_proxies(self, bench: Bench) -> np.ndarray:
-    proxies = bench.place(bench.corpus.batch(self.ids(len(bench.corpus))))
+    proxies = bench.place(bench.proxies)
     target_loss = bench.target_loss(self.num_target, self.micro_batch_size)
     gradient = jax.jit(jax.grad(target_loss))
     rows = []
@@ -215,7 +234,8 @@ class _DirectionMethod(ProxySet):
           bench.example_losses, params, direction, proxies, self.micro_batch_size
         )))
     num_target = len(bench.target_batch(self.num_target)["example_id"])
-    bench.add_flops((num_target + self.num_proxies) * bench.corpus.length * len(rows), 3)
+    num_scored = num_target + bench.proxy_set.num_proxies
+    bench.add_flops(num_scored * bench.corpus.length * len(rows), 3)
     return np.stack(rows)
 
 
@@ -261,7 +281,7 @@ class InfluenceScores(_DirectionMethod):
 
 @gin.register(module="pds")
 @dataclasses.dataclass(frozen=True)
-class RhoLoss(ProxySet):
+class RhoLoss:
   """RHO-loss: the proxy's loss less the loss after fine-tuning the proxy on the target.
 
   Attributes:
@@ -293,11 +313,10 @@ class RhoLoss(ProxySet):
       directory=bench.context.directory / "fine_tuning", seed=self.data_seed,
       initial_params=bench.proxy_params(), description=f"{self.name} fine-tuning",
     )
-    proxies = bench.corpus.batch(self.ids(len(bench.corpus)))
-    before = bench.losses_of(bench.proxy_params(), proxies, self.micro_batch_size)
+    before = bench.losses_of(bench.proxy_params(), bench.proxies, self.micro_batch_size)
     bench.add_flops(num_steps * size * target.length, 3)
-    bench.add_flops(2 * self.num_proxies * bench.corpus.length, 1)
-    return (before - bench.losses_of(after, proxies, self.micro_batch_size))[None]
+    bench.add_flops(2 * bench.proxy_set.num_proxies * bench.corpus.length, 1)
+    return (before - bench.losses_of(after, bench.proxies, self.micro_batch_size))[None]
 
 
 @gin.register(module="pds")

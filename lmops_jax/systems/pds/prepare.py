@@ -1,8 +1,8 @@
 """Stage `prepare`: raw text to a vocabulary and packed, indexed instances (PDS, section 4 and 5).
 
-The corpus is read twice, once for a sample to train the vocabulary on and once to tokenise and pack,
-so memory does not grow with it. Documents keep their ids; instances are numbered in corpus order.
-Kind labels go into a file of their own that only the report opens, the target's test part likewise.
+The corpus is read twice, once for a sample to train the vocabulary on and once to tokenise and
+pack, so memory does not grow with it. Documents keep their ids; instances are numbered in corpus
+order. Kind labels go into a file of their own that only the report opens.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gin
 import numpy as np
 
-import gin
 from lmops_jax import pipeline
 from lmops_jax.data import documents as documents_lib
 from lmops_jax.data import instances as instances_lib
@@ -120,8 +120,8 @@ def run(context: pipeline.StageContext, config: Prepare) -> None:
   context.extra["statistics"] = statistics
   if totals.overlaps:
     context.log(
-      f"{len(totals.overlaps)} corpus documents share their text with the target and were left out; "
-      f"{STATISTICS_FILE} names them"
+      f"{len(totals.overlaps)} corpus documents share their text with the target and were left "
+      f"out; {STATISTICS_FILE} names them"
     )
 
 

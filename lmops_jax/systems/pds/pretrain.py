@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import gin
 import jax
 import numpy as np
 
-import gin
 from lmops_jax import pipeline
 from lmops_jax.data import batches as batches_lib
 from lmops_jax.models import flops, transformer
@@ -64,8 +64,8 @@ class Pretrain:
     late = [s for s in self.keep_steps if not 0 <= s <= self.num_steps]
     if late:
       raise ValueError(
-        f"pds.Pretrain.keep_steps={list(self.keep_steps)} names step {late[0]}, but the run ends at "
-        f"step {self.num_steps}; name steps from 0 to {self.num_steps}."
+        f"pds.Pretrain.keep_steps={list(self.keep_steps)} names step {late[0]}, but the run ends "
+        f"at step {self.num_steps}; name steps from 0 to {self.num_steps}."
       )
 
   def kept_steps(self) -> list[int]:
@@ -90,7 +90,9 @@ def initializer(model) -> Callable[[jax.Array], Any]:
   return lambda key: model.init(key, tokens)["params"]
 
 
-def batch_source(instances, ids: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True):
+def batch_source(
+  instances, ids: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True
+) -> Callable[[int], dict[str, np.ndarray]]:
   """`step -> batch` over the instances `ids` (None: all), this process's rows only."""
   num = len(instances) if ids is None else len(ids)
   rows = batches_lib.host_rows(batch_size, jax.process_index(), jax.process_count())

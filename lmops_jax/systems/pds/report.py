@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import gin
 import numpy as np
 
-import gin
 from lmops_jax import pipeline, progress
 from lmops_jax.evaluation import curves
 from lmops_jax.reporting import html, plots
@@ -136,7 +136,8 @@ class _View:
     steps = next(iter(results.values()))["curve"]["steps"]
     figure = plots.curves(
       series, x_label="pre-training steps", y_label="target test loss (nats per token)",
-      styles=self.styles, reference=reference, crossings=crossings, focus_from=steps[len(steps) // 3],
+      styles=self.styles, reference=reference, crossings=crossings,
+      focus_from=steps[len(steps) // 3],
     )
     ranked = sorted(results, key=lambda name: results[name]["target_test_loss_mean"])
     with_corpus = all("corpus_loss" in result for result in results.values())
@@ -307,8 +308,8 @@ def _lead(summary) -> str:
   )
   return (
     f"{name} ended at a target test loss of {ours['target_test_loss_mean']:.3f} nats per token, a "
-    f"random selection of the same size at {random['target_test_loss_mean']:.3f}; {name} was better "
-    f"on {better} of {len(ours['seeds'])} seeds. {reached}"
+    f"random selection of the same size at {random['target_test_loss_mean']:.3f}; {name} was "
+    f"better on {better} of {len(ours['seeds'])} seeds. {reached}"
   )
 
 

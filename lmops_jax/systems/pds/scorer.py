@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import gin
 import jax
 import numpy as np
 
-import gin
 from lmops_jax import pipeline
 from lmops_jax.data import batches as batches_lib
 from lmops_jax.evaluation import correlation, examples
@@ -146,7 +146,7 @@ def fit(
     own = batches_lib.host_rows(config.batch_size, jax.process_index(), jax.process_count())
     return {k: v[train[index[own]]] for k, v in rows.items()}
 
-  evaluated = sorted({*range(config.eval_every, config.num_steps + 1, config.eval_every), config.num_steps})
+  every = range(config.eval_every, config.num_steps + 1, config.eval_every)
   result = loop.train(
     init_params=initializer(model),
     initial_params=initial_params,
@@ -158,7 +158,7 @@ def fit(
     partitioner=partitioner,
     directory=context.directory / "training",
     checkpoint_every=config.eval_every,
-    params_at=evaluated,
+    params_at=sorted({*every, config.num_steps}),
     evaluators={"validation": (config.eval_every, validate)},
     description=context.name,
   )
@@ -181,9 +181,12 @@ def fit(
   threshold = correlation.top_fraction_metrics(predicted, targets[validation], fraction=0.3)
   context.extra.update(
     validation_spearman=curve[best], best_step=best, num_train=len(train),
-    num_validation=len(validation), validation_curve=sorted(curve.items()), top_30_percent=threshold,
+    num_validation=len(validation), validation_curve=sorted(curve.items()),
+    top_30_percent=threshold,
   )
-  per_token = flops.forward_flops_per_token(model.config, corpus.length)
+  per_token = flops.forward_flops_per_token(
+    model.config, corpus.length, unembedding=False
+  )
   context.flops += 3 * config.num_steps * config.batch_size * corpus.length * per_token
 
 
@@ -216,11 +219,15 @@ def annotate(
         scores.save_shard(context.directory, shard, start, values)
         num_new += len(ids)
       bar.update(len(ids))
-  per_token = flops.forward_flops_per_token(model.config, corpus.length)
+  per_token = flops.forward_flops_per_token(
+    model.config, corpus.length, unembedding=False
+  )
   context.flops += num_new * corpus.length * per_token
 
 
-def write_scores(context: pipeline.StageContext, num_examples: int, values, shard_size: int) -> None:
+def write_scores(
+  context: pipeline.StageContext, num_examples: int, values, shard_size: int
+) -> None:
   """Writes a corpus method's score blocks as shards of `shard_size`."""
   waiting = np.zeros(0)
   shard = 0

@@ -1,4 +1,4 @@
-"""Score files: what the solving and annotating stages leave, and how it is read back and checked."""
+"""Score files: what the solving and annotating stages leave, and how it is checked."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def standardize(scores: np.ndarray, *, clip: float | None = 3.0) -> np.ndarray:
   def z_score(row):
     deviation = row.std()
     if deviation <= 1e-12 * max(np.abs(row).max(), 1e-300):
-      raise ValueError(f"all {row.size} proxy scores equal {row.flat[0]:g}; nothing can be learned.")
+      raise ValueError(
+        f"all {row.size} proxy scores equal {row.flat[0]:g}; a scorer can learn nothing from them."
+      )
     return (row - row.mean()) / deviation
 
   z = z_score(np.mean([z_score(row) for row in rows], axis=0))
@@ -117,5 +119,6 @@ def read_shards(directory: Path, num_examples: int) -> Iterator[tuple[np.ndarray
     next_id, shard = next_id + len(scores), shard + 1
   if next_id != num_examples or shard_path(directory, shard).exists():
     raise ValueError(
-      f"{directory} holds scores of more than the corpus's {num_examples} instances; annotate again."
+      f"{directory} holds scores of more than the corpus's {num_examples} instances; annotate "
+      "again."
     )

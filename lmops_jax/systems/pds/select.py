@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import gin
 import numpy as np
 
-import gin
 from lmops_jax import pipeline
 from lmops_jax.data import export
 from lmops_jax.systems.pds import prepare, scores, selection

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import gin
+import numpy as np
+
 from lmops_jax import pipeline
 from lmops_jax.systems.pds import (
   evaluate,
@@ -30,7 +32,7 @@ class Pipeline:
   """The whole of PDS and its baselines.
 
   Attributes:
-    prepare, proxy, scorer, select, pretrain, evaluate, report: settings of the stages.
+    prepare, proxy, proxy_set, scorer, select, pretrain, evaluate, report: settings of the stages.
     methods: the ways to score, `[@pds.PMP(), @pds.Random(), ...]`, each with a name of its own.
     seeds: of the final pre-training runs.
     proxy_seed: of the proxy's initialisation and data order.
@@ -38,6 +40,7 @@ class Pipeline:
 
   prepare: prepare.Prepare
   proxy: pretrain.Pretrain
+  proxy_set: methods.ProxySet
   methods: Sequence[Any]
   scorer: scorer.Scorer
   select: select.Select
@@ -113,7 +116,7 @@ class Pipeline:
         stages += [
           pipeline.Stage(
             solve, functools.partial(self._solve, method=method, partitioner=partitioner),
-            inputs=("prepare", "proxy"), settings=bound,
+            inputs=("prepare", "proxy"), settings=bound | part("proxy_set"),
           ),
           pipeline.Stage(
             fit,
@@ -175,15 +178,19 @@ class Pipeline:
 
   def _bench(self, context, partitioner) -> methods.Bench:
     return methods.Bench(
-      context, prepare.Prepared(context.input("prepare")), self.proxy, partitioner
+      context, prepare.Prepared(context.input("prepare")), self.proxy, self.proxy_set, partitioner
     )
 
   def _solve(self, context, method, partitioner) -> None:
     bench = self._bench(context, partitioner)
-    ids = method.ids(len(bench.corpus))
-    scores.save_proxy_scores(
-      context.directory, scores.ProxyScores(ids, method.score_proxies(bench))
-    )
+    values = np.atleast_2d(method.score_proxies(bench))
+    ids = bench.proxies["example_id"]
+    if values.shape[1] != len(ids):
+      raise ValueError(
+        f"method {method.name!r} gave {values.shape[1]} scores for {len(ids)} proxies; "
+        "score_proxies must return one a proxy, [M] or [C,M]."
+      )
+    scores.save_proxy_scores(context.directory, scores.ProxyScores(ids, values))
 
   def _score_corpus(self, context, method, partitioner) -> None:
     bench = self._bench(context, partitioner)
