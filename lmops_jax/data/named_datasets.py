@@ -65,9 +65,9 @@ class Tfds(Corpus):
           f"the tfds dataset {self.name!r} is not prepared in {builder.data_dir}; prepare it "
           "there, or set data.Tfds.download=True."
         )
-      builder.download_and_prepare(
-        file_format="array_record" if builder.info.file_format is None else None
-      )
+      # Readable without TensorFlow, unlike tfds's default.
+      builder = tfds.builder(self.name, data_dir=self.data_dir, file_format="array_record")
+      builder.download_and_prepare()
     return builder
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:

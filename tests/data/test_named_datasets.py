@@ -62,6 +62,17 @@ def test_python_reference_builder(tmp_path):
   assert [(d.id, d.text) for d in got] == [(d.id, d.text) for d in want]
 
 
+def test_missing_dataset_is_prepared_on_request(tmp_path):
+  from lmops_jax.data import tfds_builders
+
+  corpus = Tfds(tfds_builders.PythonReference.name, data_dir=str(tmp_path), download=True)
+  want = PythonReference().documents()
+  assert sorted(d.text for d in corpus.documents()) == sorted(d.text for d in want)
+  again = Tfds("python_reference", data_dir=str(tmp_path))
+  assert list(again.documents()) == list(corpus.documents())
+  assert list(tmp_path.glob("*/*/*.array_record*"))
+
+
 def test_errors(prepared, tmp_path):
   folder = str(prepared.data_dir)
   with pytest.raises(ValueError, match=r"no field 'body' \(there are id, kind, source, text\)"):
