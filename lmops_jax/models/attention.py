@@ -125,19 +125,31 @@ def _check_known(kind: str) -> None:
     )
 
 
-def _softmax_attention(q_BsKGE, k_BMKE, v_BMKE, mask):
-  """Attention of some queries over some keys; `mask` broadcasts to `[B,K,G,s,M]`."""
+def _softmax_attention(q_BKGSE, k_BKME, v_BKME, mask):
+  """Attention of some queries over some keys; `mask` broadcasts to `[B,K,G,S,M]`."""
+  b, kv_heads, groups, length, width = q_BKGSE.shape
+  # Query heads of a group are rows of one product: XLA then multiplies without copies.
+  q_BKRE = q_BKGSE.reshape(b, kv_heads, groups * length, width)
   scores = jnp.einsum(
-    "bskge,bmke->bkgsm", q_BsKGE, k_BMKE, preferred_element_type=jnp.float32
+    "bkre,bkme->bkrm", q_BKRE, k_BKME,
+    preferred_element_type=jnp.promote_types(q_BKRE.dtype, jnp.float32),
+  ).reshape(b, kv_heads, groups, length, -1)
+  scores = jnp.where(mask, scores * width**-0.5, _MASKED)
+  probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKME.dtype)
+  out = jnp.einsum(
+    "bkrm,bkme->bkre", probabilities.reshape(b, kv_heads, groups * length, -1), v_BKME
   )
-  scores = jnp.where(mask, scores * q_BsKGE.shape[-1] ** -0.5, _MASKED)
-  probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BMKE.dtype)
-  return jnp.einsum("bkgsm,bmke->bskge", probabilities, v_BMKE)
+  return out.reshape(q_BKGSE.shape)
 
 
-def _group(q, num_kv_heads):
-  """`[B,S,H,E]` to `[B,S,K,G,E]`: the G query heads that share a key head."""
-  return q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
+def _heads_first(q, k, v):
+  """`[B,K,G,S,E]`, with the G query heads that share a key head, and twice `[B,K,S,E]`.
+
+  Batched products want the batch axes first; moving them once is cheaper than once a product.
+  """
+  b, s, _, e = q.shape
+  q = q.reshape(b, s, k.shape[2], -1, e).transpose(0, 2, 3, 1, 4)
+  return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
 def _mask(query_index, key_index, query_segments, key_segments):
@@ -151,40 +163,46 @@ def _mask(query_index, key_index, query_segments, key_segments):
 def _xla(q, k, v, segment_ids):
   index = jnp.arange(q.shape[1])
   mask = _mask(index, index, segment_ids, segment_ids)
-  return _softmax_attention(_group(q, k.shape[2]), k, v, mask).reshape(q.shape)
+  out = _softmax_attention(*_heads_first(q, k, v), mask)
+  return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def _chunked(q, k, v, segment_ids, chunk):
-  batch, length, num_heads, head_dim = q.shape
+  shape, length = q.shape, q.shape[1]
   num_chunks = -(-length // chunk)
-  padding = num_chunks * chunk - length
+  q, k, v = _heads_first(q, k, v)
 
-  def in_chunks(x):  # [B,S,...] -> [n,B,chunk,...]
-    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
+  def in_chunks(x, axis):
+    """Cuts an axis of length S; the chunks come first, `[n,...,chunk,...]`."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, num_chunks * chunk - length)
+    x = jnp.pad(x, padding)
+    x = x.reshape(*x.shape[:axis], num_chunks, chunk, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
 
-  q_chunks = in_chunks(_group(q, k.shape[2]))
-  segment_chunks = None if segment_ids is None else in_chunks(segment_ids)
+  q_chunks = in_chunks(q, 3)
+  segment_chunks = None if segment_ids is None else in_chunks(segment_ids, 1)
   outputs = []
   chunks_a_prefix = -(-num_chunks // _NUM_PREFIXES)
   for first in range(0, num_chunks, chunks_a_prefix):
     last = min(first + chunks_a_prefix, num_chunks)
     prefix = min(last * chunk, length)
-    keys, values = k[:, :prefix], v[:, :prefix]
+    keys, values = k[:, :, :prefix], v[:, :, :prefix]
     key_segments = None if segment_ids is None else segment_ids[:, :prefix]
 
     @jax.checkpoint
     def one_chunk(inputs, keys=keys, values=values, key_segments=key_segments):
       i, q_chunk, query_segments = inputs
       query_index = i * chunk + jnp.arange(chunk)
-      mask = _mask(query_index, jnp.arange(keys.shape[1]), query_segments, key_segments)
+      mask = _mask(query_index, jnp.arange(keys.shape[2]), query_segments, key_segments)
       return _softmax_attention(q_chunk, keys, values, mask)
 
     segments = None if segment_chunks is None else segment_chunks[first:last]
     inputs = (jnp.arange(first, last), q_chunks[first:last], segments)
     outputs.append(jax.lax.map(one_chunk, inputs))
-  out = jnp.moveaxis(jnp.concatenate(outputs), 0, 1)
-  return out.reshape(batch, num_chunks * chunk, num_heads, head_dim)[:, :length]
+  out = jnp.concatenate(outputs)  # [n,B,K,G,chunk,E]
+  out = out.transpose(1, 0, 4, 2, 3, 5).reshape(shape[0], num_chunks * chunk, *shape[2:])
+  return out[:, :length]
 
 
 def _cudnn(q, k, v, segment_ids):

@@ -181,11 +181,15 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-  """`einsum(equation, x, kernel)` without bias."""
+  """A linear map without bias from the axes `inputs` to the axes `outputs`, `[B,S,*inputs]` first.
+
+  Written as a product of two matrices: with more axes XLA on a CPU copies an operand of the weight
+  gradient into another order, at twice the cost of the step.
+  """
 
   config: TransformerConfig
-  equation: str
-  shape: tuple[int, ...]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
   axes: tuple[str, ...]
 
   @nn.compact
@@ -194,10 +198,13 @@ class Projection(nn.Module):
     kernel = self.param(
       "kernel",
       nn.with_logical_partitioning(nn.initializers.normal(_INIT_STDDEV), self.axes),
-      self.shape,
+      (*self.inputs, *self.outputs),
       jnp.dtype(c.param_dtype),
     )
-    return jnp.einsum(self.equation, x, kernel.astype(c.dtype))
+    leading = x.shape[: x.ndim - len(self.inputs)]
+    width = math.prod(self.inputs)
+    out = x.reshape(-1, width) @ kernel.astype(c.dtype).reshape(width, -1)
+    return out.reshape(*leading, *self.outputs)
 
 
 class Attention(nn.Module):
@@ -211,17 +218,13 @@ class Attention(nn.Module):
     d, e = c.width, c.head_width
 
     def project(name, num_heads, axis):
-      return Projection(
-        c, "bsd,dhe->bshe", (d, num_heads, e), ("embed", axis, "head_dim"), name=name
-      )(x)
+      return Projection(c, (d,), (num_heads, e), ("embed", axis, "head_dim"), name=name)(x)
 
     q = rotary(project("query", c.num_heads, "heads"), positions, c.rope_base)
     k = rotary(project("key", c.key_heads, "kv_heads"), positions, c.rope_base)
     v = project("value", c.key_heads, "kv_heads")
     out = causal_attention(q, k, v, segment_ids, kind=c.attention, chunk=c.attention_chunk)
-    return Projection(
-      c, "bshe,hed->bsd", (c.num_heads, e, d), ("heads", "head_dim", "embed"), name="out"
-    )(out)
+    return Projection(c, (c.num_heads, e), (d,), ("heads", "head_dim", "embed"), name="out")(out)
 
 
 class SwiGLU(nn.Module):
@@ -232,12 +235,10 @@ class SwiGLU(nn.Module):
   @nn.compact
   def __call__(self, x):
     c = self.config
-    wide = (c.width, c.mlp_width)
-    gate = Projection(c, "bsd,df->bsf", wide, ("embed", "mlp"), name="gate")(x)
-    up = Projection(c, "bsd,df->bsf", wide, ("embed", "mlp"), name="up")(x)
-    return Projection(c, "bsf,fd->bsd", wide[::-1], ("mlp", "embed"), name="down")(
-      nn.silu(gate) * up
-    )
+    d, f = (c.width,), (c.mlp_width,)
+    gate = Projection(c, d, f, ("embed", "mlp"), name="gate")(x)
+    up = Projection(c, d, f, ("embed", "mlp"), name="up")(x)
+    return Projection(c, f, d, ("mlp", "embed"), name="down")(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -338,9 +339,10 @@ class Transformer(nn.Module):
     c = self.config
     table = self.embedding if c.tied_embeddings else self.unembedding
     wide = jnp.promote_types(c.dtype, jnp.float32)
-    return jnp.einsum(
-      "...d,vd->...v", hidden, table.astype(c.dtype), preferred_element_type=wide
+    logits = jnp.einsum(
+      "nd,vd->nv", hidden.reshape(-1, c.width), table.astype(c.dtype), preferred_element_type=wide
     )
+    return logits.reshape(*hidden.shape[:-1], c.vocab_size)
 
   def logits(self, tokens, positions=None, segment_ids=None) -> jax.Array:
     """Next-token logits `[B,S,V] float32`; arguments as in `__call__`."""

@@ -1,0 +1,140 @@
+"""Attention kinds against a loop over positions, and against each other to second order."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmops_jax.models.attention import (
+  ATTENTION_KINDS,
+  _splash,
+  causal_attention,
+  check_platform,
+  first_order_only,
+  supports_forward_mode,
+)
+
+B, S, H, K, E = 2, 11, 4, 2, 6
+
+
+def _inputs(seed=0, length=S):
+  rng = np.random.default_rng(seed)
+  q = rng.normal(size=(B, length, H, E)).astype(np.float32)
+  k, v = rng.normal(size=(2, B, length, K, E)).astype(np.float32)
+  segments = np.sort(rng.integers(0, 3, (B, length)), axis=1).astype(np.int32)
+  return q, k, v, segments
+
+
+def _loop(q, k, v, segments):
+  """Position by position and head by head, float64."""
+  out = np.zeros(q.shape)
+  for b in range(q.shape[0]):
+    for h in range(q.shape[2]):
+      head = h // (q.shape[2] // k.shape[2])
+      for s in range(q.shape[1]):
+        seen = [m for m in range(s + 1) if segments is None or segments[b, m] == segments[b, s]]
+        scores = np.array([q[b, s, h] @ k[b, m, head] for m in seen], np.float64) / E**0.5
+        weights = np.exp(scores - scores.max())
+        out[b, s, h] = weights / weights.sum() @ v[b, seen, head]
+  return out
+
+
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("kind,chunk", [("xla", 1), ("chunked", 1), ("chunked", 4), ("chunked", 64)])
+def test_equals_a_loop_over_positions(kind, chunk, with_segments):
+  q, k, v, segments = _inputs()
+  segments = segments if with_segments else None
+  got = jax.jit(functools.partial(causal_attention, kind=kind, chunk=chunk))(q, k, v, segments)
+  np.testing.assert_allclose(got, _loop(q, k, v, segments), rtol=1e-5, atol=1e-5)
+
+
+def test_chunked_equals_xla_in_value_gradient_and_hessian_product():
+  q, k, v, segments = _inputs(1, length=21)  # no multiple of the chunk, more chunks than prefixes
+  tangents = jax.tree.map(jnp.asarray, _inputs(2, length=21)[:3])
+  readout = np.random.default_rng(3).normal(size=q.shape).astype(np.float32)
+
+  def all_orders(kind):
+    def f(q, k, v):
+      return jnp.vdot(readout, causal_attention(q, k, v, segments, kind=kind, chunk=2) ** 2)
+
+    grad = jax.grad(f, argnums=(0, 1, 2))
+    return jax.jit(lambda *x: (f(*x), *jax.jvp(grad, x, tangents)))(q, k, v)
+
+  for got, want in zip(
+    jax.tree.leaves(all_orders("chunked")), jax.tree.leaves(all_orders("xla")), strict=True
+  ):
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+def test_hessian_product_equals_finite_differences_in_float64():
+  with jax.enable_x64(True):
+    q, k, v, _ = (jnp.asarray(x, jnp.float64) for x in _inputs(4, length=5))
+
+    def f(q):
+      return jnp.sum(jnp.sin(causal_attention(q, k, v, kind="chunked", chunk=2)))
+
+    direction = jnp.cos(q)
+    grad = jax.jit(jax.grad(f))
+    _, hvp = jax.jvp(grad, (q,), (direction,))
+    step = 1e-5
+    central = (grad(q + step * direction) - grad(q - step * direction)) / (2 * step)
+    np.testing.assert_allclose(hvp, central, rtol=1e-6, atol=1e-9)
+
+
+def test_chunked_memory_grows_linearly_and_xla_quadratically():
+  def temp_bytes(kind, length):
+    shape = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    grad = jax.grad(lambda q, k, v: jnp.sum(causal_attention(q, k, v, kind=kind, chunk=64) ** 2))
+    return jax.jit(grad).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+  assert temp_bytes("xla", 2048) > 3 * temp_bytes("xla", 1024)
+  assert temp_bytes("chunked", 2048) < 2.5 * temp_bytes("chunked", 1024)
+  assert temp_bytes("chunked", 2048) < temp_bytes("xla", 2048) / 4
+
+
+def test_kernels_are_refused_where_they_do_not_run():
+  q, k, v, _ = _inputs()
+  for kind in ("cudnn", "splash"):
+    with pytest.raises(ValueError, match=f"attention='{kind}' needs a .*set models.Trans"):
+      causal_attention(q, k, v, kind=kind)
+    assert not supports_forward_mode(kind)
+  check_platform("cudnn", "gpu")
+  check_platform("splash", "tpu")
+  with pytest.raises(ValueError, match="needs a tpu and this program runs on 'gpu'"):
+    check_platform("splash", "gpu")
+  assert supports_forward_mode("xla") and supports_forward_mode("chunked")
+  with pytest.raises(ValueError, match="'flash' is not one of xla, chunked, cudnn, splash"):
+    causal_attention(q, k, v, kind="flash")
+  assert len(ATTENTION_KINDS) == 4
+
+
+def test_first_order_kernels_refuse_second_derivatives_with_advice():
+  q, k, v, segments = _inputs(5)
+
+  def kernel(q, k, v, segment_ids):
+    return causal_attention(q, k, v, segment_ids)
+
+  wrapped = first_order_only(kernel, "cudnn")
+
+  def loss(attention):
+    return lambda q: jnp.sum(attention(q, k, v, segments) ** 2)
+
+  got, want = (jax.jit(jax.grad(loss(attention)))(q) for attention in (wrapped, kernel))
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+  with pytest.raises(NotImplementedError, match="attention='cudnn' has first derivatives only"):
+    jax.jvp(jax.grad(loss(wrapped)), (q,), (q,))
+  with pytest.raises(NotImplementedError, match="attention='cudnn' has first derivatives only"):
+    jax.grad(lambda q: jnp.sum(jax.grad(loss(wrapped))(q)))(q)
+
+
+def test_splash_lowers_for_tpu_with_its_gradient():
+  def grad(q, k, v):
+    return jax.grad(lambda q: jnp.sum(_splash(q, k, v, None).astype(jnp.float32)))(q)
+
+  q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+  kv = jax.ShapeDtypeStruct((1, 256, 1, 128), jnp.bfloat16)
+  exported = jax.export.export(jax.jit(grad), platforms=["tpu"])(q, kv, kv)
+  assert exported.out_avals[0].shape == (1, 256, 2, 128)
+  assert "tpu_custom_call" in exported.mlir_module()
