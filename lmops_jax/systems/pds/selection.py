@@ -116,14 +116,14 @@ def gumbel_top_k(
     ValueError: any of the above does not hold.
   """
   scores = np.asarray(scores)
-  ids = np.arange(len(scores), dtype=np.int64) if ids is None else np.asarray(ids)
   count = num_selected(len(scores), ratio=ratio, k=k)
   tau, seed = _checked_tau(tau), _checked_seed(seed)
+  if ids is None:
+    ids = np.arange(len(scores), dtype=np.int64)
+  elif len(np.unique(ids)) != len(ids):
+    values, counts = np.unique(ids, return_counts=True)
+    raise ValueError(f"Example id {values[counts > 1][0]} occurs more than once in the scores.")
   ids, keys = _keys(ids, scores, tau, seed, "the scores")
-  order = np.sort(ids)
-  repeated = np.flatnonzero(order[1:] == order[:-1])
-  if repeated.size:
-    raise ValueError(f"Example id {order[repeated[0]]} occurs more than once in the scores.")
   threshold = _nth_largest(ids, keys, count)
   return np.sort(ids[_at_least(ids, keys, threshold)])
 
