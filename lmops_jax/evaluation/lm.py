@@ -32,7 +32,8 @@ def mean_loss(
   Args:
     example_losses: `(params, batch) -> [B] float32`, nats per token. Reuse one object over calls.
     params: parameters.
-    batches: dicts of arrays with leaves `[B,...]`, this process's rows; B may only shrink.
+    batches: dicts of arrays with leaves `[B,...]`, this process's rows, as many batches on every
+      process; B may only shrink.
     place: turns such a dict into (sharded) device arrays, e.g. `Partitioner.place_batch`.
 
   Returns:
@@ -44,7 +45,8 @@ def mean_loss(
   """
   sums = []
   for batch, valid in _filled(batches):
-    batch = dict(batch, **{_VALID: valid})
+    batch = {name: leaf for name, leaf in batch.items() if name != "example_id"}  # 63 bits
+    batch[_VALID] = valid
     batch = place(batch) if place else batch
     sums.append(_loss_sum(example_losses, params, batch))
   if not sums:

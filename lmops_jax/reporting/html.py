@@ -224,7 +224,12 @@ def _environment() -> jinja2.Environment:
     finalize=lambda value: visible(value) if type(value) is str else value,
   )
   environment.filters.update(
-    prose=_prose, data_uri=_data_uri, css_size=_css_size, cells=_cells, shorten=shorten
+    prose=_prose,
+    data_uri=_data_uri,
+    css_size=_css_size,
+    cells=_cells,
+    shorten=shorten,
+    breakable=_breakable,
   )
   return environment
 
@@ -252,6 +257,11 @@ def _inline(text: str) -> str:
     else re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(part))
     for i, part in enumerate(parts)
   )
+
+
+def _breakable(text: str) -> markupsafe.Markup:
+  """Lets a name such as `a_long/name` be broken after its underscores and slashes."""
+  return markupsafe.Markup(re.sub(r"(?<=[_/])(?=\w)", "<wbr>", html.escape(visible(text))))
 
 
 def _data_uri(png: bytes) -> markupsafe.Markup:
