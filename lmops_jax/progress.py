@@ -28,11 +28,13 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(count: float) -> str:
-  """`950`, `12.3k`, `4.56M`, `7.8G`: three figures or so, for counts and rates."""
-  for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+  """`0.25`, `950`, `12.3k`, `4.56M`, `7.8G`: about three figures, for counts and rates."""
+  unit = ""
+  for limit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
     if abs(count) >= limit:
-      return f"{count / (1e3 if unit == 'k' else limit):.3g}{unit}"
-  return f"{count:.0f}" if float(count).is_integer() or abs(count) >= 100 else f"{count:.3g}"
+      count, unit = count / limit, name
+      break
+  return f"{count:.0f}{unit}" if abs(count) >= 100 else f"{count:.3g}{unit}"
 
 
 def log(text: str, stream=None) -> None:

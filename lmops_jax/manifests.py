@@ -1,0 +1,194 @@
+"""Manifests of finished stages: what a folder holds, whether it still does, why it is out of date.
+
+A stage's identity is a dict of its `fingerprint`, its `settings` and the fingerprints of its
+`inputs`; its manifest adds seconds, FLOPs, versions and the size and hash of each file.
+"""
+
+import concurrent.futures
+import contextlib
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MANIFEST, ATTEMPT, WRITING = "manifest.json", ".attempt.json", ".writing"
+_PACKAGES = ("lmops_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio",
+             "tensorflow", "tensorflow-datasets", "gin-config")
+
+
+class StageError(RuntimeError):
+  """A stage cannot run or its output cannot be used; one sentence that says what to do."""
+
+
+def versions() -> dict[str, str]:
+  """Releases of Python and of the packages that results depend on."""
+  found = {"python": platform.python_version()}
+  for package in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[package] = importlib.metadata.version(package)
+  return found
+
+
+def now() -> str:
+  return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def list_files(folder: Path) -> Iterator[str]:
+  """A stage's own files below its folder, `/` between the parts, sorted."""
+  ours = {base + end for base in (MANIFEST, ATTEMPT) for end in ("", WRITING)}
+  found = (Path(directory, name).relative_to(folder).as_posix()
+           for directory, _, names in os.walk(folder) for name in names)
+  return iter(sorted(path for path in found if path not in ours))
+
+
+def _hash_file(path: Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+
+
+def _hash_all(paths: Sequence[Path]) -> list[str]:
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    return list(pool.map(_hash_file, paths))
+
+
+def hash_files(folder: Path) -> dict[str, tuple[int, str]]:
+  names = list(list_files(folder))
+  digests = _hash_all([folder / name for name in names])
+  return {name: ((folder / name).stat().st_size, digest) for name, digest in zip(names, digests)}
+
+
+def plain(value: Any) -> Any:
+  """NumPy and JAX scalars and arrays as JSON writes them."""
+  if hasattr(value, "tolist"):
+    return value.tolist()
+  raise TypeError(f"context.extra holds a {type(value).__name__}, which JSON cannot hold")
+
+
+def checksum(manifest: Mapping[str, Any]) -> str:
+  body = {key: value for key, value in manifest.items() if key != "checksum"}
+  text = json.dumps(body, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def load_manifest(folder: Path, name: str) -> dict[str, Any]:
+  path = folder / MANIFEST
+  try:
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    intact = manifest["checksum"] == checksum(manifest)
+  except (OSError, ValueError, KeyError, TypeError):
+    intact = False
+  if not intact:
+    raise StageError(f"{path}, the manifest of stage {name!r}, is damaged; delete the folder "
+                     f"{folder} and run again to make it anew.")
+  return manifest
+
+
+def difference(new_identity: Mapping[str, Any], old_identity: Mapping[str, Any]) -> str:
+  """What changed between two identities: `num_steps: 40 -> 80; input prepare changed`."""
+  new, old = new_identity["settings"], old_identity["settings"]
+  parts = [f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
+           for key in [*new, *(k for k in old if k not in new)] if old.get(key) != new.get(key)]
+  new, old = new_identity["inputs"], old_identity["inputs"]
+  parts += [f"input {name} changed" for name in new if name in old and old[name] != new[name]]
+  parts += [f"new input {name}" for name in new if name not in old]
+  parts += [f"no longer reads {name}" for name in old if name not in new]
+  if len(parts) > 4:
+    parts = [*parts[:4], f"and {len(parts) - 4} more"]
+  return "; ".join(parts) or "written by another version of lmops_jax"
+
+
+def compare(name: str, folder: Path, manifest: Mapping[str, Any], *, thorough: bool) -> None:
+  """Compares the files of a stage with its manifest.
+
+  Args:
+    thorough: hash all files; otherwise only those modified after the manifest was written, and
+      the others are taken as they are if their size is right.
+
+  Raises:
+    StageError: names the file that is missing, truncated, corrupted or not the stage's.
+  """
+  files: Mapping[str, tuple[int, str]] = manifest["files"]
+  again = f"delete the folder {folder} and run again to make it anew"
+  written = (folder / MANIFEST).stat().st_mtime_ns
+  suspects = []
+  for relative, (size, digest) in files.items():
+    path = folder / relative
+    try:
+      status = path.stat()
+    except OSError:
+      raise StageError(f"{path}, an output of stage {name!r}, is missing; {again}.") from None
+    if status.st_size != size:
+      word = "truncated" if status.st_size < size else "longer than it was"
+      raise StageError(f"{path}, an output of stage {name!r}, is {word} ({status.st_size} bytes "
+                       f"instead of {size}); {again}.")
+    if thorough or status.st_mtime_ns > written:
+      suspects.append((path, digest))
+  extra = set(list_files(folder)) - set(files)
+  if extra:
+    raise StageError(f"{folder / min(extra)} was not written by stage {name!r}; remove it.")
+  hashes = _hash_all([path for path, _ in suspects])
+  for (path, digest), found in zip(suspects, hashes):
+    if found != digest:
+      raise StageError(f"{path}, an output of stage {name!r}, is corrupted: its content is not "
+                       f"what the stage wrote; {again}.")
+
+
+def write_json(path: Path, value: Any) -> None:
+  write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a file that is either there in full or not at all, also after a power failure."""
+  temporary = path.with_name(path.name + WRITING)
+  with open(temporary, "w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  """An error with all its causes and members."""
+  seen: set[int] = set()
+  pending = [error]
+  while pending:
+    item = pending.pop()
+    if item is None or id(item) in seen:
+      continue
+    seen.add(id(item))
+    yield item
+    pending += [item.__cause__, item.__context__, *getattr(item, "exceptions", ())]
+
+
+def is_disk_full(error: BaseException) -> bool:
+  """Whether an error, or a library's error that wraps it, says that nothing more can be written."""
+  codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+  return any(getattr(item, "errno", None) in codes or "No space left on device" in str(item)
+             or "Disk quota exceeded" in str(item) for item in _chain(error))
+
+
+def disk_full(error: BaseException, what: str, folder: Path) -> StageError:
+  named = next((item.filename for item in _chain(error) if getattr(item, "filename", None)), folder)
+  limit = any(getattr(item, "errno", None) == errno.EFBIG for item in _chain(error))
+  try:
+    free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB free"
+  except OSError:
+    free = "free space unknown"
+  why = "the file would exceed the size limit" if limit else "no space is left on the device"
+  return StageError(f"{what}: {why} while writing {named} ({free}); make room and run the same "
+                    "command again, it continues where it stopped.")
