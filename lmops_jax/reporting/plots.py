@@ -68,6 +68,9 @@ class Look(NamedTuple):
   width: float
 
 
+NEUTRAL = Look("#b4bac2", "-", 1.4)  # of series without a look: what others are compared with
+
+
 class Run(NamedTuple):
   """One curve: `x` `[n]` and `y` `[n]`."""
 
@@ -146,7 +149,7 @@ def curves(
   Args:
     series: name to runs (one a seed) that share their x values; a single run has no band.
     x_label, y_label: with units.
-    styles: from `looks`; made from the series' order if not given.
+    styles: from `looks`, by the series' order if not given; a series it lacks is drawn in grey.
     reference: a y value and its label, drawn as a dashed horizontal line.
     crossings: series to the x where it meets the reference, marked and labelled.
     focus_from: the y axis is fitted to the curves from this x on, so that a steep start does not
@@ -163,7 +166,7 @@ def curves(
   ends, low, high = [], math.inf, -math.inf
   for name, runs in series.items():
     x, ys = _stacked(name, runs)
-    look = styles[name]
+    look = styles.get(name, NEUTRAL)
     mean = ys.mean(0)
     if len(ys) > 1:
       axes.fill_between(x, ys.min(0), ys.max(0), color=look.colour, alpha=0.16, linewidth=0)
@@ -217,7 +220,7 @@ def _reference(axes, reference, crossings, styles):
     textcoords="offset points", ha="left", va="top", fontsize=8.5, color=_INK,
   )
   for name, x in crossings.items():
-    colour = styles[name].colour
+    colour = styles.get(name, NEUTRAL).colour
     axes.plot([x, x], [0, value], color=colour, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1.6)
     axes.plot([x], [value], "o", color=colour, markersize=5, markeredgecolor="white", zorder=6)
     axes.annotate(
@@ -296,7 +299,8 @@ def grouped_bars(
   for i, (name, values) in enumerate(series.items()):
     centres = np.arange(len(order)) + (i - (len(series) - 1) / 2) * thick
     sizes = [values.get(category, 0.0) for category in order]
-    axes.barh(centres, sizes, height=thick * 0.9, color=styles[name].colour, label=name)
+    colour = styles.get(name, NEUTRAL).colour
+    axes.barh(centres, sizes, height=thick * 0.9, color=colour, label=name)
     for centre, size in zip(centres, sizes):
       axes.text(
         size + 0.008 * largest, centre, _format(size, format), va="center", fontsize=8, color=_INK
@@ -364,7 +368,7 @@ def histogram(
   base = np.zeros(bins)
   for name, values in arrays.items():
     counts, _ = np.histogram(np.clip(values, low, high), edges)
-    colour = styles[name].colour
+    colour = styles.get(name, NEUTRAL).colour
     if stacked:
       axes.stairs(base + counts, edges, baseline=base, fill=True, color=colour, label=name)
       base = base + counts
@@ -576,7 +580,7 @@ def fits(
   figure, axes = _new(height)
   ends = []
   for name, fit in series.items():
-    look = styles[name]
+    look = styles.get(name, NEUTRAL)
     x, y = np.asarray(fit.curve.x, np.float64), np.asarray(fit.curve.y, np.float64)
     measured = np.asarray(fit.points.x, np.float64)
     if fit.band is not None:

@@ -134,7 +134,7 @@ def test_contents_link_to_the_sections(rendered):
 
 def test_numbers_are_right_aligned_and_rows_highlighted(rendered):
   assert rendered.count('<th scope="col" class="n">') == 3
-  assert '<tr class="main"><td>pds</td><td class="n">5.457</td>' in rendered
+  assert '<tr class="main"><td class="short">pds</td><td class="n">5.457</td>' in rendered
 
 
 def test_every_text_is_escaped():

@@ -197,3 +197,12 @@ def test_the_picture_is_not_blank():
 def test_numbers_that_cannot_be_drawn(draw, message):
   with pytest.raises(ValueError, match=message):
     draw()
+
+
+def test_a_series_without_a_look_is_grey():
+  styles = plots.looks(["pds"])
+  bars = {"corpus": {"a": 1}, "pds": {"a": 2}}
+  axes = plots.grouped_bars(bars, x_label="x", styles=styles).axes[0]
+  grey, blue = (group[0].get_facecolor() for group in axes.containers)
+  assert colors.same_color(grey, plots.NEUTRAL.colour)
+  assert colors.same_color(blue, styles["pds"].colour)
