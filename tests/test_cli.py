@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -286,3 +287,58 @@ def test_messages_are_one_line():
   assert cli._one_line(KeyError("a name")) == "KeyError: a name (--traceback shows where)"
   assert cli._one_line(config.ConfigError("x.")) == "x."
   assert cli._one_line(ValueError()) == "no message"
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_of_one_job(toy):
+  """Both work in each stage; only the first decides, writes manifests and prints the table."""
+  (toy / "modules" / "toy_job_system.py").write_text(textwrap.dedent("""
+    import gin
+    from lmops_jax import pipeline
+
+    @gin.register(module="toy_job")
+    class System:
+      name = "job"
+
+      def stages(self, settings, partitioner):
+        assert partitioner.mesh.size == 2
+        def work(context):
+          (context.directory / f"part{context.group.index}").write_text(str(context.group.count))
+        def read(context):
+          folder = context.input("work")
+          found = [(folder / f"part{i}").read_text() for i in range(2)]
+          (context.directory / f"saw{context.group.index}").write_text(" ".join(found))
+        return [pipeline.Stage("work", work), pipeline.Stage("read", read, ("work",))]
+
+      def summary(self, workdir):
+        return "all done"
+  """))
+  (toy / "job.gin").write_text(textwrap.dedent("""
+    import toy_job_system
+    import lmops_jax.training.mesh
+    run.system = @toy_job.System()
+    run.mesh = @mesh.make()
+  """))
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
+                 "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  for status in ("ran", "cached"):
+    processes = [
+      subprocess.Popen([sys.executable, "-m", "lmops_jax.cli", "run", "job.gin"], text=True,
+                       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                       env={**environment, "JAX_PROCESS_ID": str(index)})
+      for index in range(2)]
+    try:
+      results = [process.communicate(timeout=120) for process in processes]
+    finally:
+      for process in processes:
+        process.kill()
+    assert [process.returncode for process in processes] == [0, 0], results
+    first, second = (out.splitlines() for out, _ in results)  # gloo prints a line of its own on top
+    assert [line.split()[1] for line in first[-4:-2]] == [status, status]
+    assert first[-1] == "all done" and "all done" not in second
+  for index in range(2):
+    assert (toy / "lmops_runs" / "job" / "read" / f"saw{index}").read_text() == "2 2"
