@@ -153,11 +153,16 @@ def warmup_cosine(
       f"optim.warmup_cosine.warmup_steps={warmup_steps} must be in [0, total_steps={total_steps}); "
       "shorten the warm-up or train longer."
     )
-  cosine = optax.cosine_decay_schedule(peak, total_steps - warmup_steps, alpha=end / peak)
-  if warmup_steps == 0:
-    return cosine
-  warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-  return optax.join_schedules([warmup, cosine], [warmup_steps])
+
+  def schedule(step):
+    t = jnp.asarray(step, jnp.result_type(float))
+    warmup = peak / max(warmup_steps, 1) * t
+    done = jnp.clip((t - warmup_steps) / (total_steps - warmup_steps), 0, 1)
+    return jnp.where(
+      t < warmup_steps, warmup, end + (peak - end) / 2 * (1 + jnp.cos(jnp.pi * done))
+    )
+
+  return schedule
 
 
 @gin.register(module="optim")

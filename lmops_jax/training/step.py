@@ -68,7 +68,7 @@ def make_train_step(
     (objective, loss_sum), grads = accumulated(state.params, batch, weights)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     metrics = {
       "loss_sum": loss_sum,
       "objective": objective,
