@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Rows worked on at a time: temporaries of this size stay in a core's cache.
-_BLOCK = 1 << 14
+_BLOCK = 1 << 14  # ids given noise together: temporaries of this size stay in a core's cache
+_READ = 1 << 17  # scores looked at together
 
 
 def gumbel_noise(seed: int, ids) -> np.ndarray:
@@ -123,7 +123,11 @@ def gumbel_top_k(
   elif len(np.unique(ids)) != len(ids):
     values, counts = np.unique(ids, return_counts=True)
     raise ValueError(f"Example id {values[counts > 1][0]} occurs more than once in the scores.")
-  ids, keys = _keys(ids, scores, tau, seed, "the scores")
+  ids, scores = _checked_pair(ids, scores, "the scores")
+  keys = np.empty(len(scores), np.uint64)
+  for start in range(0, len(scores), _READ):
+    rows = slice(start, start + _READ)
+    keys[rows] = _keys(ids[rows], scores[rows], tau, seed, "the scores")
   threshold = _nth_largest(ids, keys, count)
   return np.sort(ids[_at_least(ids, keys, threshold)])
 
@@ -266,8 +270,8 @@ _LAST_ID = (1 << 63) - 1
 _SIGN = np.uint64(1 << 63)
 
 
-def _keys(ids, scores, tau, seed, where) -> tuple[np.ndarray, np.ndarray]:
-  """Checks one block; returns ids `[n] int64` and perturbed scores as ordered integers, uint64."""
+def _checked_pair(ids, scores, where) -> tuple[np.ndarray, np.ndarray]:
+  """Ids `[n] int64` and scores `[n]` of some real dtype."""
   ids, scores = np.asarray(ids), np.asarray(scores)
   if ids.ndim != 1 or ids.shape != scores.shape:
     raise ValueError(
@@ -282,18 +286,23 @@ def _keys(ids, scores, tau, seed, where) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(
       f"Example ids must lie in [0, 2^63), but {where} has {ids.min()}..{ids.max()}."
     )
+  return ids.astype(np.int64, copy=False), scores
+
+
+def _keys(ids, scores, tau, seed, where) -> np.ndarray:
+  """Perturbed scores as integers in the same order, `[n] uint64`."""
   values = scores.astype(np.float64)
   finite = np.isfinite(values)
   if not finite.all():
     first = int(np.argmin(finite))
     raise ValueError(
-      f"{int((~finite).sum())} scores of {where} are not finite; the first is {values[first]}, "
-      f"of example {ids[first]}."
+      f"The score of example {ids[first]} in {where} is {values[first]}, not a finite number; "
+      "compute the scores again."
     )
   if tau > 0:
     values = values + tau * gumbel_noise(seed, ids)
   bits = (values + 0.0).view(np.uint64)  # adding zero makes -0.0 equal 0.0
-  return ids.astype(np.int64, copy=False), np.where(bits & _SIGN, ~bits, bits | _SIGN)
+  return np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 
 def _unkey(key: int) -> float:
@@ -321,21 +330,17 @@ def _nth_largest(ids, keys, n) -> tuple[int, int]:
 
 # --- streaming ------------------------------------------------------------------------------------
 
-_READ = 1 << 17  # rows of a shard looked at together
-
 
 def _blocks(shards, tau, seed, num_examples):
   seen = 0
   for i, (ids, scores) in enumerate(shards):
-    ids, scores = np.asarray(ids), np.asarray(scores)
-    if ids.shape != scores.shape or ids.ndim != 1:
-      _keys(ids, scores, tau, seed, f"score shard {i}")  # raises
+    ids, scores = _checked_pair(ids, scores, f"score shard {i}")
     seen += len(ids)
     if seen > num_examples:
       _check_count(seen, num_examples, "at least ")
     for start in range(0, len(ids), _READ):
       rows = slice(start, start + _READ)
-      yield _keys(ids[rows], scores[rows], tau, seed, f"score shard {i}")
+      yield ids[rows], _keys(ids[rows], scores[rows], tau, seed, f"score shard {i}")
 
 
 def _check_count(seen, num_examples, prefix=""):
@@ -383,8 +388,9 @@ class _Search:
       self._num_above += int(np.count_nonzero(above))
       keep = _at_least(ids, keys, self._worst) & ~above
       ids, keys = ids[keep], keys[keep]
-    self._held.append((ids, keys))
-    self._num_held += len(ids)
+    if len(ids):
+      self._held.append((ids.copy(), keys))  # the caller may use the shard's memory again
+      self._num_held += len(ids)
     if self._num_held > self._capacity:
       self._narrow()
 

@@ -253,6 +253,24 @@ def test_shards_in_any_size_and_order_give_the_same_set():
     np.testing.assert_array_equal(np.sort(got), want)
 
 
+def test_shards_may_reuse_their_memory():
+  scores = np.random.default_rng(4).normal(size=4000)
+  want = selection.gumbel_top_k(scores, ratio=0.4, tau=0.1, seed=1)
+  ids_buffer, scores_buffer = np.empty(100, np.int64), np.empty(100)
+
+  def shards():
+    for start in range(0, 4000, 100):
+      ids_buffer[:] = np.arange(start, start + 100)
+      scores_buffer[:] = scores[start : start + 100]
+      yield ids_buffer, scores_buffer
+
+  written = []
+  selection.select_stream(
+    shards, num_examples=4000, ratio=0.4, tau=0.1, seed=1, write=written.append
+  )
+  np.testing.assert_array_equal(np.concatenate(written), want)
+
+
 def test_memory_does_not_grow_with_the_corpus():
   def shards(num_shards):
     for i in range(num_shards):
@@ -313,7 +331,7 @@ def test_bad_settings_are_refused_by_both(change, message):
 def test_scores_that_are_not_finite_name_the_example(value):
   scores, ids = np.arange(10.0), np.arange(10) + 500
   scores[[6, 8]] = value
-  message = f"2 scores of %s are not finite; the first is {value}, of example 506"
+  message = f"score of example 506 in %s is {value}, not a finite number"
   with pytest.raises(ValueError, match=message % "the scores"):
     selection.gumbel_top_k(scores, ids=ids, **GOOD)
   with pytest.raises(ValueError, match=message % "score shard 1"):
