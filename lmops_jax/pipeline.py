@@ -232,6 +232,7 @@ def run_stages(stages: Sequence[Stage], workdir: str | os.PathLike, *,
     _require_inputs(work, selected, identity)
     if config is not None:
       work.write_config(config)
+    work.log(f"workdir: {work.path}")
     group.barrier("open")
     return [_run_one(work, stage, identity, group) for stage in selected]
 

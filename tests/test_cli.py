@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +148,8 @@ def test_run_and_rerun(toy):
   table = [line.split() for line in done.stdout.splitlines()[3:6]]  # below "counted 0" to 2
   assert table[0] == ["stage", "time", "FLOPs"]
   assert table[1][:2] == ["count", "ran"] and table[1][3] == "2.5G"
+  assert re.search(r"^  total .*  2.5G$", done.stdout, flags=re.MULTILINE)
+  assert "workdir: lmops_runs/toy\n" in done.stderr
   assert "count: counting to 3" in done.stderr
   again = lmops("run", "toy.gin")
   assert [line.split()[1] for line in again.stdout.splitlines()[1:3]] == ["cached", "cached"]
@@ -206,6 +209,20 @@ def test_environment_defaults_do_not_override(monkeypatch, tmp_path):
   monkeypatch.undo()
 
 
+@pytest.mark.parametrize("own, seen", [(None, "glibc.malloc.hugetlb=1"), ("", "")])
+def test_huge_pages_are_asked_for_unless_the_user_has_chosen(toy, monkeypatch, own, seen):
+  kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+  if not kernel.exists() or "[never]" in kernel.read_text():
+    pytest.skip("needs a kernel that gives huge pages")
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+  if own is not None:
+    monkeypatch.setenv("GLIBC_TUNABLES", own)
+  (toy / "modules" / "looks.py").write_text("import os; print(repr(os.environ['GLIBC_TUNABLES']))")
+  done = lmops("run", "toy.gin", "--gin_import", "looks", "--gin.STEPS=2")
+  assert done.stdout.splitlines()[0] == repr(seen)
+  assert "counted 2" in done.stdout  # the arguments arrived
+
+
 # ------------------------------------------------------------------------------------------ show
 
 
@@ -233,6 +250,8 @@ def test_reader_that_leaves_early(toy):
 def test_refused_before_any_work(toy):
   assert error_of("pdss") == (
     "there is no system or command 'pdss'; the nearest valid name is 'pds'.")
+  assert error_of("toy.gin") == (
+    "'toy.gin' is not a command; to run that file, write lmops run toy.gin.")
   assert error_of("run", "toi.gin") == (
     "there is no gin file 'toi.gin'; the nearest valid name is 'toy.gin'.")
   assert "'STEPS'" in error_of("run", "toy.gin", "--gin.STEPZ=3")
@@ -338,7 +357,7 @@ def test_two_processes_of_one_job(toy):
         process.kill()
     assert [process.returncode for process in processes] == [0, 0], results
     first, second = (out.splitlines() for out, _ in results)  # gloo prints a line of its own on top
-    assert [line.split()[1] for line in first[-4:-2]] == [status, status]
+    assert [line.split()[1] for line in first[-5:-3]] == [status, status]
     assert first[-1] == "all done" and "all done" not in second
   for index in range(2):
     assert (toy / "lmops_runs" / "job" / "read" / f"saw{index}").read_text() == "2 2"
