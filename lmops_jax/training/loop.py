@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lmops_jax import progress as progress_lib
 from lmops_jax.training.checkpoints import CheckpointStore, load_params, save_params
 from lmops_jax.training.mesh import Partitioner, single_device
 from lmops_jax.training.metrics import MetricsLog
@@ -335,7 +336,8 @@ def _positions(batch) -> int:
 
 def _progress(factory, total, description, initial):
   if factory is None:
-    from lmops_jax.progress import Progress as factory
+    quiet = jax.process_index() > 0
+    return progress_lib.Progress(total, "steps", description, initial=initial, quiet=quiet)
   return factory(total, "steps", description, initial=initial)
 
 

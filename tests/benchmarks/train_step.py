@@ -157,8 +157,9 @@ def main():
     median = float(np.median(variant.seconds))
     flops = 3 * forward_flops_per_token(chosen[name][0], args.length) * tokens
     print(
-      f"| {name} | {median * 1e3:.1f} | {min(variant.seconds) * 1e3:.1f} | {tokens / median:,.0f} | "
-      f"{flops / median / peak:.0%} | {variant.temp_mib:.1f} | {variant.compile_seconds:.1f} |"
+      f"| {name} | {median * 1e3:.1f} | {min(variant.seconds) * 1e3:.1f} | "
+      f"{tokens / median:,.0f} | {flops / median / peak:.0%} | {variant.temp_mib:.1f} | "
+      f"{variant.compile_seconds:.1f} |"
     )
 
 

@@ -42,7 +42,9 @@ def _loop(q, k, v, segments):
 
 
 @pytest.mark.parametrize("with_segments", [False, True])
-@pytest.mark.parametrize("kind,chunk", [("xla", 1), ("chunked", 1), ("chunked", 4), ("chunked", 64)])
+@pytest.mark.parametrize(
+  "kind,chunk", [("xla", 1), ("chunked", 1), ("chunked", 4), ("chunked", 64)]
+)
 def test_equals_a_loop_over_positions(kind, chunk, with_segments):
   q, k, v, segments = _inputs()
   segments = segments if with_segments else None

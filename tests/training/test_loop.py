@@ -15,8 +15,8 @@ import pytest
 
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training import optimizers
-from lmops_jax.training.losses import lm_example_losses
 from lmops_jax.training.loop import NonFiniteLossError, load_kept_params, train
+from lmops_jax.training.losses import lm_example_losses
 from lmops_jax.training.mesh import MeshConfig
 from lmops_jax.training.train_state import new_state
 
