@@ -1,9 +1,10 @@
 """Finite derivatives for optimizer updates at the points where they have none.
 
 Differentiating a stock optimizer meets `sqrt(0)` (Adam's second moment of an embedding row that was
-never used) and `0 / 0` (the global norm of a zero gradient in the branch that clipping does not
-take). Autodiff answers `inf * 0 = nan` there. PDS defines those terms as zero (arXiv 2410.07064,
-appendix on Adam; the limit of the update along every direction that keeps the gradient at zero).
+never used), `0 / 0` (the global norm of a zero gradient, in the branch that clipping does not take)
+and `nan * x` (RAdam's rectification in its first steps, also not taken). Autodiff answers
+`inf * 0 = nan` there. Those terms are defined as zero here: of all slopes that Adam's update has at
+a second moment of 0, that is the one for a coordinate whose gradient stays 0.
 
 `finite_derivatives` traces any JAX function and evaluates its jaxpr again with the double-where
 trick around the primitives that have a pole, so it needs no list of optimizers: every optax chain
@@ -34,13 +35,18 @@ def _guard(is_pole: Callable[..., Any]):
   return rule
 
 
+def _is_not_finite(params, x, y):
+  return ~(jnp.isfinite(x) & jnp.isfinite(y))
+
+
 # Primitive name -> rule. Poles of the first derivative (for div, of the value) on the real line.
 _RULES = {
   "sqrt": _guard(lambda p, x: x == 0),
   "rsqrt": _guard(lambda p, x: x == 0),
   "cbrt": _guard(lambda p, x: x == 0),
   "log": _guard(lambda p, x: x == 0),
-  "div": _guard(lambda p, x, y: y == 0),
+  "div": _guard(lambda p, x, y: (y == 0) | _is_not_finite(p, x, y)),
+  "mul": _guard(_is_not_finite),
   "pow": _guard(lambda p, x, y: (x == 0) & (y < 1)),
   "integer_pow": _guard(lambda p, x: (x == 0) & (p["y"] < 0)),
 }
@@ -83,7 +89,8 @@ def _eval_eqn(eqn, args):
   name = eqn.primitive.name
   # The equation's own context keeps what the traced code had set (x64, matmul precision, mesh).
   with eqn.ctx.manager:
-    if name in _RULES and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+    if name in _RULES and not _is_scaling(eqn) and jnp.issubdtype(
+        eqn.outvars[0].aval.dtype, jnp.floating):
       return [_RULES[name](eqn, dict(eqn.params), *args)]
     if name in ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"):
       inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
@@ -96,6 +103,11 @@ def _eval_eqn(eqn, args):
     bind_params = eqn.primitive.get_bind_params(eqn.params)
     outs = eqn.primitive.bind(*args, **bind_params)
     return outs if eqn.primitive.multiple_results else [outs]
+
+
+def _is_scaling(eqn):
+  """A product with a constant, which needs no guard and is the most common operation."""
+  return eqn.primitive.name == "mul" and any(isinstance(v, jex.Literal) for v in eqn.invars)
 
 
 def _eval_scan(params, args):

@@ -59,8 +59,8 @@ def influence_direction(
     micro_batch_size: examples differentiated at once, a divisor of B.
     seed: of the probes and of the power iteration.
   Returns:
-    The direction, like `params`; `directional_scores(..., direction, data)` is positive for examples
-    on which a descent step lowers the target loss.
+    The direction, like `params`: `directional_scores(..., direction, data)` is positive for those
+      on which a descent step lowers the target loss.
   Raises:
     ValueError: for arguments that do not fit together.
     FloatingPointError: if the result solves the system worse than zero does, which means that the

@@ -58,7 +58,7 @@ class Outputs(NamedTuple):
 
 
 def group_bounds(num_steps: int, groups: int) -> np.ndarray:
-  """`[groups + 1]`: the first step of each group; sizes differ by at most one, larger ones first."""
+  """`[groups + 1]`: the first step of each group; sizes differ by at most one, larger first."""
   sizes = np.full(groups, num_steps // groups)
   sizes[:num_steps % groups] += 1
   return np.concatenate([[0], np.cumsum(sizes)])
