@@ -168,6 +168,17 @@ class PMP:
   def __post_init__(self):
     if self.optimizer is None:
       raise ValueError("pds.PMP.optimizer is not set; bind it, e.g. to @inner/optim.sgd().")
+    for name in ("num_steps", "batch_size", "every_k", "segment_steps", "micro_batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"pds.PMP.{name}={getattr(self, name)}; set it to 1 or more.")
+    if self.groups is not None and not 1 <= self.groups <= self.num_steps:
+      raise ValueError(
+        f"pds.PMP.groups={self.groups} is not between 1 and num_steps={self.num_steps}."
+      )
+    if self.objective not in ("area", "terminal"):
+      raise ValueError(
+        f"pds.PMP.objective={self.objective!r}; set it to 'area' or 'terminal'."
+      )
 
   def score_proxies(self, bench: Bench) -> np.ndarray:
     """`[C,M]`: the proxies' scores from each checkpoint."""

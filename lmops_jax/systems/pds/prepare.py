@@ -141,12 +141,6 @@ def _target_documents(config: Prepare, statistics: dict[str, Any]):
   else:
     test, dev = documents_lib.split_documents(documents, config.test_fraction, config.seed)
   statistics["target"] = {"dropped": dict(sorted(dropped.items()))}
-  for name, part in (("dev", dev), ("test", test)):
-    if not part:
-      raise ValueError(
-        f"the target's {name} part is empty ({len(documents)} documents in pds.Prepare.target); "
-        "give it more documents, or set pds.Prepare.target_test."
-      )
   return dev, test
 
 

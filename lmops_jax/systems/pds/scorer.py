@@ -158,7 +158,7 @@ def fit(
     partitioner=partitioner,
     directory=context.directory / "training",
     checkpoint_every=config.eval_every,
-    params_at=sorted({*every, config.num_steps}),
+    params_at=sorted({0, *every, config.num_steps}),
     evaluators={"validation": (config.eval_every, validate)},
     description=context.name,
   )

@@ -1,0 +1,171 @@
+"""What a user gets wrong: one sentence, before any work where that is possible (check 24)."""
+
+import gzip
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from lmops_jax import cli
+from lmops_jax.systems.pds import methods, pretrain, scorer, select
+from lmops_jax.training import optimizers
+
+_LETTERS = np.array(list("etaoinshrdlu"))
+WORDS = ["".join(row) for row in np.random.default_rng(0).choice(_LETTERS, (200, 5))]
+
+
+def _texts(num, seed):
+  rng = np.random.default_rng(seed)
+  return [" ".join(rng.choice(WORDS, 80)) + f" {seed} {i}." for i in range(num)]
+
+
+def _jsonl(path, texts):
+  path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+  return path
+
+
+@pytest.fixture
+def lmops(tmp_path, capfd):
+  """Runs the smoke setting on a corpus and a target of the test's own; returns code and stderr."""
+  gin = tmp_path / "own.gin"
+  gin.write_text(
+    "include 'pds/smoke.gin'\ninclude 'data/jsonl.gin'\ninclude 'data/target_jsonl.gin'\n"
+  )
+
+  def run(corpus, target, *bindings, workdir=tmp_path / "run", stages='["prepare", "proxy"]'):
+    code = cli.main([
+      "run", str(gin), "--workdir", str(workdir), f"--gin.CORPUS_PATH='{corpus}'",
+      f"--gin.TARGET_PATH='{target}'", "--gin.VOCAB_SIZE=320", "--gin.MESH=None",
+      f"--gin.STAGES={stages}", *bindings,
+    ])
+    return code, capfd.readouterr().err
+
+  return run
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  return _jsonl(tmp_path / "corpus.jsonl", _texts(120, 1))
+
+
+@pytest.fixture
+def target(tmp_path):
+  return _jsonl(tmp_path / "target.jsonl", _texts(20, 2))
+
+
+def test_empty_corpus(lmops, tmp_path, target):
+  code, printed = lmops(_jsonl(tmp_path / "empty.jsonl", []), target)
+  assert code == 2 and "empty" in printed and "empty.jsonl" in printed
+
+
+def test_missing_corpus(lmops, tmp_path, target):
+  code, printed = lmops(tmp_path / "absent.jsonl", target)
+  assert code == 2 and "absent.jsonl" in printed
+
+
+def test_corpus_smaller_than_what_is_held_out(lmops, tmp_path, target):
+  code, printed = lmops(_jsonl(tmp_path / "small.jsonl", _texts(3, 1)), target)
+  assert code == 2 and "num_held_out=32" in printed
+
+
+def test_corpus_smaller_than_a_batch(lmops, tmp_path, target):
+  small = _jsonl(tmp_path / "small.jsonl", _texts(12, 1))
+  code, printed = lmops(small, target, "--gin.BATCH_SIZE=512")
+  assert code == 2 and "batch_size=512" in printed and "fewer than one batch" in printed
+
+
+def test_target_of_one_document(lmops, corpus, tmp_path):
+  code, printed = lmops(corpus, _jsonl(tmp_path / "one.jsonl", _texts(1, 2)))
+  assert code == 2 and "1 documents cannot be split" in printed
+
+
+def test_documents_shared_with_the_target_are_reported_and_left_out(lmops, tmp_path, target):
+  shared = _texts(20, 2)[:7]
+  mixed = _jsonl(tmp_path / "mixed.jsonl", _texts(120, 1) + shared)
+  code, printed = lmops(mixed, target, stages='["prepare"]')
+  assert code == 0 and "7 corpus documents share their text with the target" in printed
+  statistics = json.loads((tmp_path / "run" / "prepare" / "statistics.json").read_text())
+  assert len(statistics["corpus"]["overlaps_with_target"]) == 7
+  assert statistics["corpus"]["num_documents"] == 120
+
+
+def test_undecodable_rows_are_counted(lmops, tmp_path, target):
+  file = _jsonl(tmp_path / "bytes.jsonl", _texts(120, 1))
+  with file.open("ab") as out:
+    out.write(b'{"text": "\xff\xfe\xfa broken"}\n')
+  code, _ = lmops(file, target, stages='["prepare"]')
+  statistics = json.loads((tmp_path / "run" / "prepare" / "statistics.json").read_text())
+  assert code == 0 and statistics["corpus"]["dropped"] == {"undecodable": 1}
+
+
+def test_truncated_gzip(lmops, tmp_path, target):
+  file = tmp_path / "cut.jsonl.gz"
+  rows = "".join(json.dumps({"text": text}) + "\n" for text in _texts(300, 1)).encode()
+  file.write_bytes(gzip.compress(rows)[:-200])
+  code, printed = lmops(file, target)
+  assert code == 2 and "cut.jsonl.gz" in printed
+
+
+def test_more_proxies_than_instances(lmops, corpus, target):
+  code, printed = lmops(
+    corpus, target, "--gin.PROXIES=100000", stages='["prepare", "proxy", "solve"]'
+  )
+  assert code == 2 and "num_proxies=100000" in printed
+
+
+def test_sequences_longer_than_the_model(lmops, corpus, target):
+  code, printed = lmops(corpus, target, "--gin.LENGTH=256")
+  assert code == 2 and "length=256" in printed and "max_length=128" in printed
+
+
+def test_workdir_of_something_else(lmops, corpus, target, tmp_path):
+  (tmp_path / "photos").mkdir()
+  (tmp_path / "photos" / "cat.jpg").write_bytes(b"meow")
+  code, printed = lmops(corpus, target, workdir=tmp_path / "photos")
+  assert code == 2 and "photos" in printed
+  assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"meow"
+
+
+def test_full_disk(lmops, corpus, target, tmp_path):
+  small = tmp_path / "small_disk"
+  small.mkdir()
+  if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=48k tmpfs {small} 2>/dev/null"):
+    pytest.skip("mounting a small tmpfs needs root")
+  try:
+    code, printed = lmops(corpus, target, workdir=small / "run")
+    assert code == 2 and "no space" in printed.lower() and str(small) in printed
+    assert not (small / "run" / "prepare").exists()
+  finally:
+    os.system(f"umount {small}")
+    shutil.rmtree(small, ignore_errors=True)
+
+
+SGD = optimizers.sgd(0.1)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: select.Select(ratio=0), "ratio=0"),
+    (lambda: select.Select(ratio=1.2), "ratio=1.2"),
+    (lambda: select.Select(tau=-1), "tau=-1"),
+    (lambda: select.Select(formats=("csv",)), "'csv'"),
+    (lambda: pretrain.Pretrain(None, SGD, num_steps=0), "num_steps=0"),
+    (lambda: pretrain.Pretrain(None, SGD, 10, batch_size=6, accumulate=4), "multiple"),
+    (lambda: pretrain.Pretrain(None, SGD, 10, keep_steps=(20,)), "step 20"),
+    (lambda: scorer.Scorer(SGD, validation_fraction=1.0), "validation_fraction=1.0"),
+    (lambda: scorer.Scorer(SGD, eval_every=0), "eval_every=0"),
+    (lambda: methods.PMP(), "pds.PMP.optimizer"),
+    (lambda: methods.PMP(SGD, num_steps=0), "num_steps=0"),
+    (lambda: methods.PMP(SGD, every_k=0), "every_k=0"),
+    (lambda: methods.PMP(SGD, num_steps=4, groups=5), "groups=5"),
+    (lambda: methods.PMP(SGD, objective="mean"), "objective='mean'"),
+    (lambda: methods.Perplexity(prefer="high"), "prefer='high'"),
+    (lambda: methods.ProxySet(num_proxies=1), "num_proxies=1"),
+  ],
+)
+def test_settings_are_checked_when_they_are_built(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
