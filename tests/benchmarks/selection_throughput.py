@@ -146,8 +146,9 @@ def table(num_examples: int, repeats: int) -> str:
     "`select_stream` and `gumbel_top_k` chose the same ids in every run, in the same order.",
     "",
     "What bounds it: one core's integer and float arithmetic. Of `select_stream`'s CPU time",
-    "somewhat over half is noise (drawn in both passes rather than kept) and a quarter the few sorts",
-    "of candidates; reading is 4 bytes a score a pass. Memory is the candidates, one shard and fixed buffers.",
+    "somewhat over half is noise (drawn in both passes rather than kept) and a quarter the few",
+    "sorts of candidates; reading is 4 bytes a score a pass. Memory is the candidates, one shard",
+    "and fixed buffers.",
     "",
   ]
   return "\n".join(lines)
