@@ -29,12 +29,16 @@ class Select:
     ratio: share of the corpus that is kept, in (0, 1].
     tau: scale of the Gumbel noise in standard deviations of the scores; 0: plain top-k.
     seed: of the noise.
+    standardize: bring the corpus's scores to deviation 1 first, so that tau means the same for
+      every method and every scorer. False takes a scorer's output as it is, as the paper does; a
+      scorer whose best parameters come early predicts small deviations, which tau then drowns.
     formats: further exports beside the ids: "tfds", "jsonl", "parquet", "mmididx".
   """
 
   ratio: float = 0.4
   tau: float = 0.1
   seed: int = 0
+  standardize: bool = True
   formats: tuple[str, ...] = ()
 
   def __post_init__(self):
@@ -49,14 +53,12 @@ class Select:
       )
 
 
-def run(
-  context: pipeline.StageContext, config: Select, annotate_stage: str, *, standardize: bool
-) -> None:
-  """Selects `floor(ratio * N)` instances; `standardize` puts raw scores on the scale of tau."""
+def run(context: pipeline.StageContext, config: Select, annotate_stage: str) -> None:
+  """Selects `floor(ratio * N)` instances."""
   prepared = prepare.Prepared(context.input("prepare"))
   corpus = prepared.corpus
   folder = context.input(annotate_stage)
-  shift, scale = _moments(folder, len(corpus)) if standardize else (0.0, 1.0)
+  shift, scale = _moments(folder, len(corpus)) if config.standardize else (0.0, 1.0)
 
   def shards():
     for ids, values in scores.read_shards(folder, len(corpus)):

@@ -111,8 +111,7 @@ class Pipeline:
       solve, fit, annotate, choose = (
         f"{stage}/{method.name}" for stage in ("solve", "scorer", "annotate", "select")
       )
-      from_proxies = hasattr(method, "score_proxies")
-      if from_proxies:
+      if hasattr(method, "score_proxies"):
         stages += [
           pipeline.Stage(
             solve, functools.partial(self._solve, method=method, partitioner=partitioner),
@@ -142,9 +141,7 @@ class Pipeline:
         ))
       stages.append(pipeline.Stage(
         choose,
-        functools.partial(
-          select.run, config=self.select, annotate_stage=annotate, standardize=not from_proxies
-        ),
+        functools.partial(select.run, config=self.select, annotate_stage=annotate),
         inputs=("prepare", annotate), settings=part("select"),
       ))
       for seed in self.seeds:

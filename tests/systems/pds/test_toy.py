@@ -47,13 +47,15 @@ def summary(tmp_path_factory):
       print(json.dumps({"text": text, "kind": "target"}), file=file)
   (folder / "toy.gin").write_text(
     """
-include 'pds/smoke.gin'
+include 'pds/baselines.gin'
+include 'pds/smoke_sizes.gin'
 include 'data/jsonl.gin'
 include 'data/target_jsonl.gin'
 data.TrainSentencePiece.sample_bytes = 200_000
 data.Jsonl.kind_field = "kind"
-METHODS = [@pds.PMP(), @pds.OneStep(), @pds.Random()]
 RATIO = 0.3333
+pds.InfluenceScores.num_hessian = 64
+pds.InfluenceScores.iterations = 8
 PROXY_STEPS = 60
 CHECKPOINTS = (60,)
 INNER_STEPS = 12
@@ -82,6 +84,20 @@ def test_selection_is_four_fifths_target_like(summary):
 def test_model_on_the_selection_beats_random(summary):
   methods = summary["methods"]
   assert methods["pds"]["target_test_loss"][0] < methods["random"]["target_test_loss"][0] - 0.05
+
+
+@pytest.mark.parametrize("name", ["no_hessian", "one_step", "if_score", "rho_loss", "dsir"])
+def test_baselines_prefer_the_target_too(summary, name):
+  assert summary["selected_share_by_kind"][name]["target_like"] > 0.5
+
+
+def test_every_method_is_measured(summary):
+  names = {"pds", "random", "no_hessian", "one_step", "if_score", "rho_loss", "dsir", "perplexity",
+           "length"}
+  assert set(summary["methods"]) == set(summary["selected_share_by_kind"]) == names
+  assert set(summary["scorer"]["validation_spearman_by_method"]) == {
+    "pds", "no_hessian", "one_step", "if_score", "rho_loss"
+  }
 
 
 def test_costs_are_logged(summary):
