@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,25 @@ def _summary_writer(directory):
   if missing:
     progress.log(f"No TensorBoard files are written: {' and '.join(missing)} is not installed.")
     return None
-  from clu import metric_writers
+  with _hidden_native_stderr():
+    from clu import metric_writers
 
-  return metric_writers.SummaryWriter(str(directory))
+    return metric_writers.SummaryWriter(str(directory))
+
+
+@contextlib.contextmanager
+def _hidden_native_stderr():
+  """Hides what TensorFlow's C++ code says about absent GPUs while it is loaded.
+
+  It writes to the file descriptor, before any of its own settings can stop it; Python errors still
+  come through as exceptions.
+  """
+  sys.stderr.flush()
+  kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(nowhere, 2)
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)

@@ -170,8 +170,10 @@ class _View:
   def selection_section(self, summary) -> html.Section:
     shares = {"corpus": summary["corpus_share_by_kind"], **summary["selected_share_by_kind"]}
     shown = {name: shares[name] for name in ["corpus", *self.method_names[:3]]}
-    figure = plots.grouped_bars(shown, x_label="share of tokens",
-                                order=list(summary["corpus_share_by_kind"]))
+    figure = plots.grouped_bars(
+      shown, x_label="share of tokens", styles=self.styles,
+      order=list(summary["corpus_share_by_kind"]),
+    )
     kinds = list(summary["corpus_share_by_kind"])
     rows = [[kind, *(share.get(kind, 0.0) for share in shares.values())] for kind in kinds]
     columns = ["kind", *(html.Column(name, ".1%") for name in shares)]
