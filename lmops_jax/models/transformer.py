@@ -13,7 +13,7 @@ unrolled, so that checkpoints do not depend on that choice:
     layers/attention/{query [L,D,H,E], key, value [L,D,K,E], out [L,H,E,D]}/kernel
     layers/mlp/{gate, up [L,D,F], down [L,F,D]}/kernel
     final_norm/scale [D]
-    unembedding [V,D]                    (absent when tied)
+    unembedding [D,V]                    (absent when tied)
 
 Left out: sliding-window attention, dropout, key/value caches.
 """
@@ -141,21 +141,27 @@ def num_params(config: TransformerConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-  """Turns the pairs `(x[i], x[i + E/2])` by `positions * base ** (-2i / E)`.
+def rotary_angles(positions: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of `positions * base ** (-2i / E)` for `i < E/2`.
 
   Args:
-    x: `[B,S,H,E]`.
     positions: `[B,S]` or `[1,S]` int32.
+    width: E.
     base: of the frequencies.
 
   Returns:
-    Like `x`; angles and products are float32.
+    Two `[B or 1,S,1,E/2] float32`.
   """
-  half = x.shape[-1] // 2
-  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  frequencies = base ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
   angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  # The barrier keeps XLA from computing them again for every head, layer and example.
+  return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+
+
+def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Turns the pairs `(x[i], x[i + E/2])` of `[B,S,H,E]` by their angle; products are float32."""
+  cos, sin = angles
+  half = x.shape[-1] // 2
   first, second = x[..., :half], x[..., half:]
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return turned.astype(x.dtype)
@@ -213,15 +219,15 @@ class Attention(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, positions, segment_ids):
+  def __call__(self, x, angles, segment_ids):
     c = self.config
     d, e = c.width, c.head_width
 
     def project(name, num_heads, axis):
       return Projection(c, (d,), (num_heads, e), ("embed", axis, "head_dim"), name=name)(x)
 
-    q = rotary(project("query", c.num_heads, "heads"), positions, c.rope_base)
-    k = rotary(project("key", c.key_heads, "kv_heads"), positions, c.rope_base)
+    q = rotary(project("query", c.num_heads, "heads"), angles)
+    k = rotary(project("key", c.key_heads, "kv_heads"), angles)
     v = project("value", c.key_heads, "kv_heads")
     out = causal_attention(q, k, v, segment_ids, kind=c.attention, chunk=c.attention_chunk)
     return Projection(c, (c.num_heads, e), (d,), ("heads", "head_dim", "embed"), name="out")(out)
@@ -247,11 +253,11 @@ class Block(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, positions, segment_ids):
+  def __call__(self, x, angles, segment_ids):
     c = self.config
     x = nn.with_logical_constraint(x, ("batch", "sequence", "embed"))
     x = x + Attention(c, name="attention")(
-      RMSNorm(c, name="attention_norm")(x), positions, segment_ids
+      RMSNorm(c, name="attention_norm")(x), angles, segment_ids
     )
     x = x + SwiGLU(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
     return nn.with_logical_constraint(x, ("batch", "sequence", "embed")), None
@@ -282,7 +288,10 @@ class Transformer(nn.Module):
     shape = (c.vocab_size, c.width)
     self.embedding = self.param("embedding", table, shape, jnp.dtype(c.param_dtype))
     if self.with_unembedding and not c.tied_embeddings:
-      self.unembedding = self.param("unembedding", table, shape, jnp.dtype(c.param_dtype))
+      matrix = nn.with_logical_partitioning(
+        nn.initializers.normal(_INIT_STDDEV), ("embed", "vocab")
+      )
+      self.unembedding = self.param("unembedding", matrix, shape[::-1], jnp.dtype(c.param_dtype))
     block = Block
     if c.remat != "none":
       block = nn.remat(Block, prevent_cse=False, policy=_remat_policy(c.remat))
@@ -324,43 +333,56 @@ class Transformer(nn.Module):
       )
     if positions is None:
       positions = jnp.arange(length, dtype=jnp.int32)[None]
+    angles = rotary_angles(positions, c.head_width, c.rope_base)
     # Gathered over embed before the lookup: XLA would otherwise replicate the activations.
     table = nn.with_logical_constraint(self.embedding, ("vocab", None))
     x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(c.dtype)
     x = nn.with_logical_constraint(x, ("batch", "sequence", "embed"))
     if c.scan_layers or self.is_initializing():
-      x, _ = self.layers(x, positions, segment_ids)
+      x, _ = self.layers(x, angles, segment_ids)
     else:
-      x = self._unrolled(x, positions, segment_ids)
+      x = self._unrolled(x, angles, segment_ids)
     return self.final_norm(x)
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Logits `[...,V] float32` of hidden states `[...,D]`."""
+    return project_to_vocabulary(hidden, self.output_matrix())
+
+  def output_matrix(self) -> jax.Array:
+    """The matrix `[D,V]` in `config.dtype` that takes hidden states to logits."""
     c = self.config
-    table = self.embedding if c.tied_embeddings else self.unembedding
-    wide = jnp.promote_types(c.dtype, jnp.float32)
-    logits = jnp.einsum(
-      "nd,vd->nv", hidden.reshape(-1, c.width), table.astype(c.dtype), preferred_element_type=wide
-    )
-    return logits.reshape(*hidden.shape[:-1], c.vocab_size)
+    if not c.tied_embeddings:
+      return self.unembedding.astype(c.dtype)
+    # Transposed once, behind a barrier: folded into the products, XLA on a CPU computes the
+    # gradient [V,D] from strided operands, 2.3 times slower than [D,V].
+    return jax.lax.optimization_barrier(self.embedding.astype(c.dtype).T)
 
   def logits(self, tokens, positions=None, segment_ids=None) -> jax.Array:
     """Next-token logits `[B,S,V] float32`; arguments as in `__call__`."""
     return self.unembed(self(tokens, positions, segment_ids))
 
-  def _unrolled(self, x, positions, segment_ids):
+  def _unrolled(self, x, angles, segment_ids):
     """The blocks one by one on slices of the stacked parameters."""
     c = self.config
     stacked = nn.unbox(self.variables["params"]["layers"])
 
     def layer(params, x):
-      return Block(c, parent=None).apply({"params": params}, x, positions, segment_ids)[0]
+      return Block(c, parent=None).apply({"params": params}, x, angles, segment_ids)[0]
 
     if c.remat != "none":
       layer = jax.checkpoint(layer, prevent_cse=True, policy=_remat_policy(c.remat))
     for i in range(c.num_layers):
       x = layer(jax.tree.map(lambda p, i=i: p[i], stacked), x)
     return x
+
+
+def project_to_vocabulary(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
+  """Logits `[...,V]`, at least float32, of hidden states `[...,D]` and a matrix `[D,V]`."""
+  flat = hidden.reshape(-1, hidden.shape[-1])
+  logits = jnp.matmul(
+    flat, matrix, preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32)
+  )
+  return logits.reshape(*hidden.shape[:-1], matrix.shape[-1])
 
 
 def _remat_policy(name: str):

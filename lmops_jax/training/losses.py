@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models.heads import SequenceRegressor
-from lmops_jax.models.transformer import Transformer
+from lmops_jax.models.transformer import Transformer, project_to_vocabulary
 
 # Logits of one chunk, bytes a device. On a CPU they should stay in the caches, elsewhere they
 # should be large enough to keep the matrix unit busy. See tests/benchmarks/train_step.py.
@@ -62,10 +62,10 @@ class LMExampleLosses:
     hidden = self.model.apply(
       {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids")
     )
+    matrix = self.model.apply({"params": params}, method="output_matrix")
 
     def chunk_nats(hidden, targets):
-      logits = self.model.apply({"params": params}, hidden, method="unembed")
-      return _cross_entropy(logits, targets)
+      return _cross_entropy(project_to_vocabulary(hidden, matrix), targets)
 
     b, s = batch["targets"].shape
     chunk = self.chunk or _default_chunk(b, s, self.model.config.vocab_size)

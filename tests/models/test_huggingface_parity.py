@@ -72,7 +72,7 @@ def _params(state, config):
     },
   }
   if not config.tied_embeddings:
-    params["unembedding"] = state["lm_head.weight"]
+    params["unembedding"] = state["lm_head.weight"].T
   return params
 
 

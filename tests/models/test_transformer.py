@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from lmops_jax.models.flops import matmul_params
-from lmops_jax.models.transformer import RMSNorm, Transformer, TransformerConfig, num_params, rotary
+from lmops_jax.models.transformer import (
+  RMSNorm,
+  Transformer,
+  TransformerConfig,
+  num_params,
+  rotary,
+  rotary_angles,
+)
 
 CONFIG = TransformerConfig(
   vocab_size=40, num_layers=2, width=16, num_heads=4, num_kv_heads=2, mlp_width=24, max_length=32
@@ -145,13 +152,14 @@ def test_rotary_products_depend_on_distance_only():
   q, k = rng.normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
   def product(i, j):
-    a = rotary(jnp.asarray(q), jnp.array([[i]]), 100.0)
-    b = rotary(jnp.asarray(k), jnp.array([[j]]), 100.0)
+    a = rotary(jnp.asarray(q), rotary_angles(jnp.array([[i]]), 8, 100.0))
+    b = rotary(jnp.asarray(k), rotary_angles(jnp.array([[j]]), 8, 100.0))
     return float(jnp.vdot(a, b))
 
   assert product(7, 4) == pytest.approx(product(103, 100), abs=1e-4)
   assert product(7, 4) != pytest.approx(product(7, 5), abs=1e-3)
-  np.testing.assert_allclose(rotary(jnp.asarray(q), jnp.array([[0]]), 100.0), q, rtol=1e-6)
+  at_zero = rotary(jnp.asarray(q), rotary_angles(jnp.array([[0]]), 8, 100.0))
+  np.testing.assert_allclose(at_zero, q, rtol=1e-6)
 
 
 def test_rms_norm_equals_its_formula():

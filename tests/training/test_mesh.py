@@ -78,7 +78,7 @@ def test_other_rules_by_name_and_by_table():
   replicated = MeshConfig(2, 2, 2, rules="replicated").build().shardings(_abstract())
   assert all(all(a is None for a in s.spec) for s in jax.tree.leaves(replicated))
   table = MeshConfig(2, 2, 2, rules=[["batch", ["data", "fsdp"]], ["vocab", "tensor"]]).build()
-  assert table.shardings(_abstract()).params["unembedding"].spec == P("tensor", None)
+  assert table.shardings(_abstract()).params["unembedding"].spec == P(None, "tensor")
 
 
 def test_axis_that_does_not_divide_is_named():
