@@ -39,6 +39,8 @@ class Prepare:
     target_test: text of the test part; None takes `test_fraction` of the target's documents.
     test_fraction: share of the target's documents that become the test part.
     sentence_ends: cut instances back to the last sentence end, as the paper's code does.
+    pack_target: pack the target like the corpus; False makes one instance of each document, as the
+      paper does, so that every document counts once in J; what exceeds the length is cut, counted.
     num_held_out: instances at the corpus's end that are never selected (corpus loss).
     max_target_instances: most instances of each target part; the rest is counted as unused.
     seed: of the target's split.
@@ -51,6 +53,7 @@ class Prepare:
   target_test: Any = None
   test_fraction: float = 0.5
   sentence_ends: bool = False
+  pack_target: bool = True
   num_held_out: int = 256
   max_target_instances: int | None = None
   seed: int = 0
@@ -206,16 +209,20 @@ def _write(directory: Path, instances, vocabulary, config: Prepare) -> int:
 
 
 def _write_target(directory: Path, documents, vocabulary, config: Prepare) -> dict[str, int]:
-  """Packs a target part without sentence cuts; what exceeds the cap is counted, not hidden."""
+  """Writes a target part, without sentence cuts; what exceeds a limit is counted, not hidden."""
+  ids = {"bos_id": vocabulary.bos_id, "eos_id": vocabulary.eos_id}
   encoded = _encoded(documents, vocabulary)
-  packed = list(packing.pack(
-    encoded, length=config.length, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id
-  ))
+  cut: collections.Counter[str] = collections.Counter()
+  if config.pack_target:
+    packed = list(packing.pack(encoded, length=config.length, **ids))
+  else:
+    packed = list(packing.one_per_document(encoded, length=config.length, counts=cut, **ids))
   order = np.random.default_rng(config.seed).permutation(len(packed))
   kept = np.sort(order[: config.max_target_instances])
   num = _write(directory, _renumber(packed[i] for i in kept), vocabulary, config)
   return {
     "num_documents": len(documents), "num_instances": num, "num_unused": len(packed) - num,
+    **cut,
   }
 
 

@@ -1,0 +1,49 @@
+"""Every packaged gin file resolves, and the published runs resolve to the texts in golden/.
+
+A change of any default shows here. To accept one: LMOPS_UPDATE_GOLDEN=1 pytest tests/test_gin_files.py
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lmops_jax import config, gin_files
+
+GOLDEN = Path(__file__).parent / "golden"
+OWED = {
+  "pds/paper.gin": [
+    "CORPUS_PATH = '/data/corpus'", "TARGET_PATH = '/data/target.jsonl'",
+    "VOCABULARY_PATH = '/data/tokenizer.model'",
+  ],
+}
+RUNS = ["pds/baselines.gin", "pds/default.gin", "pds/paper.gin", "pds/smoke.gin"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_published_runs_resolve_to_their_golden_text(name):
+  text = config.load([name], OWED.get(name, [])).text()
+  path = GOLDEN / f"{name.replace('/', '_')}.txt"
+  if os.environ.get("LMOPS_UPDATE_GOLDEN"):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+  assert text == path.read_text()
+
+
+def test_every_file_that_describes_a_run_is_covered():
+  described = [
+    name for name in gin_files.packaged()
+    if name.split("/")[0] in gin_files.systems() and "pipeline" not in name and "sizes" not in name
+  ]
+  assert sorted(described) == RUNS
+
+
+@pytest.mark.parametrize("name", [n for n in gin_files.packaged() if n.startswith("models/pds_")])
+def test_a_final_model_of_another_size_keeps_the_proxy(name, tmp_path):
+  size = Path(name).stem
+  own = tmp_path / "own.gin"
+  own.write_text(f"include 'pds/paper.gin'\ninclude '{name}'\ninclude 'optim/{size}.gin'\n")
+  system = config.load([str(own)], OWED["pds/paper.gin"]).build()
+  proxy = system.proxy.model
+  assert (proxy.num_layers, proxy.width, proxy.num_heads, proxy.mlp_width) == (12, 768, 12, 3072)
+  assert system.pretrain.model.width >= 768
