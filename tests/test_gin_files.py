@@ -1,6 +1,6 @@
 """Every packaged gin file resolves, and the published runs resolve to the texts in golden/.
 
-A change of any default shows here. To accept one: LMOPS_UPDATE_GOLDEN=1 pytest tests/test_gin_files.py
+A change of any default shows here. To accept it, run the test with LMOPS_UPDATE_GOLDEN=1.
 """
 
 import os

@@ -71,7 +71,8 @@ class Prepare:
 
   def fingerprints(self) -> dict[str, str]:
     """What the text is made from, as settings of the stage: a changed file re-runs it."""
-    sources = {"corpus": self.corpus, "target": self.target, "target_test": self.target_test}
+    names = ("corpus", "target", "target_test", "vocabulary")
+    sources = {name: getattr(self, name) for name in names}
     return {f"{k}.fingerprint": v.fingerprint() for k, v in sources.items() if v is not None}
 
 

@@ -16,13 +16,15 @@ import numpy as np
 
 from lmops_jax import pipeline
 from lmops_jax.data import batches as batches_lib
+from lmops_jax.data import vocabularies
 from lmops_jax.evaluation import correlation, examples
 from lmops_jax.models import flops, heads
-from lmops_jax.systems.pds import prepare, pretrain, scores
+from lmops_jax.systems.pds import convert, prepare, pretrain, scores
 from lmops_jax.training import checkpoints, loop, losses
 
-PARAMS_FOLDER = "scorer"
+PARAMS_FOLDER, VOCABULARY_FOLDER = "scorer", "vocabulary"
 VALIDATION_FILE = "validation.npz"
+_NUM_COMPARED = 64  # instances whose conversion is read back and compared
 
 
 @gin.register(module="pds")
@@ -38,6 +40,8 @@ class Scorer:
     validation_fraction: share of the proxy set, drawn by `seed`, that is never trained on.
     clip: largest absolute standardised score.
     model: `models.TransformerConfig` of the trunk; None takes the proxy's.
+    vocabulary: an existing vocabulary of the scorer's own (`data.SentencePieceFile`, ...), to which
+      instances are converted; None takes the corpus's.
     from_proxy: start the trunk from the proxy's last parameters.
     pooling: "mean", "last" or "first" position.
     inference_batch_size: of the annotation.
@@ -52,6 +56,7 @@ class Scorer:
   validation_fraction: float = 0.1
   clip: float | None = 3.0
   model: Any = None
+  vocabulary: Any = None
   from_proxy: bool = True
   pooling: str = "mean"
   inference_batch_size: int = 64
@@ -67,11 +72,17 @@ class Scorer:
         f"pds.Scorer.validation_fraction={self.validation_fraction} is not between 0 and 1; set a "
         "fraction such as 0.1."
       )
-    if self.model is not None and self.from_proxy:
-      raise ValueError(
-        "pds.Scorer.model is set, so its trunk cannot start from the proxy's parameters; set "
-        "pds.Scorer.from_proxy=False."
-      )
+    for name in ("model", "vocabulary"):
+      if getattr(self, name) is not None and self.from_proxy:
+        raise ValueError(
+          f"pds.Scorer.{name} is set, so its trunk cannot start from the proxy's parameters; set "
+          "pds.Scorer.from_proxy=False."
+        )
+
+  def fingerprints(self) -> dict[str, str]:
+    """Of the files that the scorer reads besides its inputs."""
+    own = self.vocabulary
+    return {} if own is None else {"vocabulary.fingerprint": own.fingerprint()}
 
   def trunk(self, proxy: pretrain.Pretrain):
     return proxy.model if self.model is None else self.model
@@ -89,18 +100,60 @@ def split(num: int, validation_fraction: float, seed: int) -> tuple[np.ndarray, 
   return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 
 
-def scorer_model(config: Scorer, proxy: pretrain.Pretrain, corpus) -> heads.SequenceRegressor:
-  trunk = pretrain.language_model(config.trunk(proxy), corpus.vocab_size, corpus.length)
+def scorer_model(config: Scorer, proxy: pretrain.Pretrain, view: View) -> heads.SequenceRegressor:
+  trunk = pretrain.language_model(config.trunk(proxy), view.vocab_size, view.length)
   return heads.SequenceRegressor(trunk.config, pooling=config.pooling)
 
 
-def scorer_rows(instances, ids: np.ndarray) -> dict[str, np.ndarray]:
-  """The scorer's view of instances: all real tokens, BOS and separators included."""
-  tokens = instances.tokens(ids)[:, : instances.length]
-  # Packing puts padding at the end only, and padding may share its id with EOS.
-  lengths = np.minimum(instances.num_tokens(ids), instances.length)
-  mask = (np.arange(instances.length)[None] < lengths[:, None]).astype(np.float32)
-  return {"tokens": tokens, "mask": mask, "example_id": ids}
+class View:
+  """Instances as the scorer sees them: all real tokens, BOS and separators included.
+
+  Args:
+    prepared: the finished stage `prepare`.
+    vocabulary: of a scorer with a vocabulary of its own; tokens are then converted.
+
+  Raises:
+    ValueError: converted instances do not read like the originals.
+  """
+
+  def __init__(self, prepared: prepare.Prepared, vocabulary=None):
+    self.instances, self.vocabulary = prepared.corpus, vocabulary
+    self.length = self.instances.length
+    self.vocab_size = self.instances.vocab_size if vocabulary is None else vocabulary.vocab_size
+    if vocabulary is not None:
+      self._source = prepared.vocabulary
+      sample = np.random.default_rng(0).choice(
+        len(self.instances), min(_NUM_COMPARED, len(self.instances)), replace=False
+      )
+      convert.check_same_text(
+        (self._source.decode(row.tolist()) for row in self._originals(sample)),
+        (vocabulary.decode(row.tolist()) for row in self._converted(sample)),
+      )
+
+  def rows(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """`tokens [n,S] int32`, `mask [n,S] float32`, `example_id [n]`."""
+    if self.vocabulary is None:
+      tokens = self.instances.tokens(ids)[:, : self.length]
+      # Padding stands at the end only, and may share its id with EOS.
+      lengths = np.minimum(self.instances.num_tokens(ids), self.length)
+    else:
+      converted = self._converted(ids)
+      lengths = np.array([len(row) for row in converted])
+      tokens = np.full((len(ids), self.length), self.vocabulary.pad_id, np.int32)
+      for i, row in enumerate(converted):
+        tokens[i, : len(row)] = row
+    mask = (np.arange(self.length)[None] < lengths[:, None]).astype(np.float32)
+    return {"tokens": tokens, "mask": mask, "example_id": ids}
+
+  def _originals(self, ids) -> list[np.ndarray]:
+    rows = zip(self.instances.tokens(ids), self.instances.num_tokens(ids), strict=True)
+    return [row[:num] for row, num in rows]
+
+  def _converted(self, ids) -> list[np.ndarray]:
+    return [
+      convert.convert_tokens(row, self._source, self.vocabulary, self.length)
+      for row in self._originals(ids)
+    ]
 
 
 def fit(
@@ -108,18 +161,22 @@ def fit(
   solve_stage: str,
 ) -> None:
   """Fits the scorer; leaves its parameters, and its validation predictions for the report."""
-  corpus = prepare.Prepared(context.input("prepare")).corpus
+  prepared = prepare.Prepared(context.input("prepare"))
+  vocabulary = None
+  if config.vocabulary is not None:
+    vocabulary = config.vocabulary.build((), context.directory / VOCABULARY_FOLDER)
+  view = View(prepared, vocabulary)
   scored = scores.load_proxy_scores(context.input(solve_stage))
   targets = scores.standardize(scored.scores, clip=config.clip)
   train, validation = split(len(targets), config.validation_fraction, config.seed)
-  rows = scorer_rows(corpus, scored.ids) | {"score": targets.astype(np.float32)}
+  rows = view.rows(scored.ids) | {"score": targets.astype(np.float32)}
   if config.batch_size > len(train):
     raise ValueError(
       f"pds.Scorer.batch_size={config.batch_size} exceeds the {len(train)} proxies to train on; "
       "lower it or raise num_proxies."
     )
 
-  model = scorer_model(config, proxy, corpus)
+  model = scorer_model(config, proxy, view)
   example_losses = losses.regression_example_losses(model)
   predict = jax.jit(example_losses.predict)
   held_out = {k: v[validation] for k, v in rows.items()}
@@ -135,7 +192,7 @@ def fit(
 
   initial_params = None
   if config.from_proxy:
-    language_model = pretrain.language_model(proxy.model, corpus.vocab_size, corpus.length)
+    language_model = pretrain.language_model(proxy.model, view.vocab_size, view.length)
     initial_params = heads.regressor_params(
       model, jax.random.key(config.seed),
       pretrain.load_params(context.input("proxy"), proxy.num_steps, language_model, partitioner),
@@ -184,10 +241,8 @@ def fit(
     num_validation=len(validation), validation_curve=sorted(curve.items()),
     top_30_percent=threshold,
   )
-  per_token = flops.forward_flops_per_token(
-    model.config, corpus.length, unembedding=False
-  )
-  context.flops += 3 * config.num_steps * config.batch_size * corpus.length * per_token
+  per_token = flops.forward_flops_per_token(model.config, view.length, unembedding=False)
+  context.flops += 3 * config.num_steps * config.batch_size * view.length * per_token
 
 
 def initializer(model: heads.SequenceRegressor):
@@ -201,28 +256,31 @@ def annotate(
   scorer_stage: str,
 ) -> None:
   """Scores every instance of the corpus, shard by shard; finished shards are not done again."""
-  corpus = prepare.Prepared(context.input("prepare")).corpus
-  model = scorer_model(config, proxy, corpus)
+  own = context.input(scorer_stage) / VOCABULARY_FOLDER
+  view = View(
+    prepare.Prepared(context.input("prepare")),
+    vocabularies.load_vocabulary(own) if config.vocabulary is not None else None,
+  )
+  num = len(view.instances)
+  model = scorer_model(config, proxy, view)
   params = checkpoints.load_params(
     context.input(scorer_stage) / PARAMS_FOLDER,
     pretrain.abstract_params(initializer(model), partitioner),
   )
   predict = jax.jit(losses.regression_example_losses(model).predict)
   num_new = 0
-  with context.progress(len(corpus), "instances", context.name) as bar:
-    for shard, start in enumerate(range(0, len(corpus), config.shard_size)):
-      ids = np.arange(start, min(start + config.shard_size, len(corpus)), dtype=np.int64)
+  with context.progress(num, "instances", context.name) as bar:
+    for shard, start in enumerate(range(0, num, config.shard_size)):
+      ids = np.arange(start, min(start + config.shard_size, num), dtype=np.int64)
       if not scores.shard_path(context.directory, shard).exists():
         values = examples.map_examples(
-          predict, params, scorer_rows(corpus, ids), config.inference_batch_size, partitioner
+          predict, params, view.rows(ids), config.inference_batch_size, partitioner
         )
         scores.save_shard(context.directory, shard, start, values)
         num_new += len(ids)
       bar.update(len(ids))
-  per_token = flops.forward_flops_per_token(
-    model.config, corpus.length, unembedding=False
-  )
-  context.flops += num_new * corpus.length * per_token
+  per_token = flops.forward_flops_per_token(model.config, view.length, unembedding=False)
+  context.flops += num_new * view.length * per_token
 
 
 def write_scores(

@@ -123,7 +123,8 @@ class Pipeline:
               scorer.fit, config=self.scorer, proxy=self.proxy, partitioner=partitioner,
               solve_stage=solve,
             ),
-            inputs=("prepare", "proxy", solve), settings=part("scorer"),
+            inputs=("prepare", "proxy", solve),
+            settings=part("scorer") | self.scorer.fingerprints(),
           ),
           pipeline.Stage(
             annotate,

@@ -30,7 +30,8 @@ def _instance(*documents, open_end=False):
 
 @pytest.mark.parametrize("open_end", [False, True])
 def test_documents_and_separators_survive(open_end):
-  got = convert.convert_tokens(_instance("one", "two", "three", open_end=open_end), OURS, THEIRS, 64)
+  instance = _instance("one", "two", "three", open_end=open_end)
+  got = convert.convert_tokens(instance, OURS, THEIRS, 64)
   assert got[0] == THEIRS.bos_id
   pieces, piece = [], []
   for token in [*got[1:].tolist(), THEIRS.eos_id]:
