@@ -17,7 +17,7 @@ from lmops_jax.data import export
 from lmops_jax.systems.pds import prepare, scores, selection
 
 IDS_FILE = "ids.npy"
-FORMATS = ("tfds", "jsonl", "parquet", "mmididx")
+FORMATS = tuple(name for name in export.FORMATS if name != "ids")  # ids are always written
 
 
 @gin.register(module="pds")
