@@ -29,7 +29,7 @@ bindings:
 examples:
   lmops pds
   lmops pds --workdir /tmp/pds --gin.TRAIN_STEPS=400
-  lmops run gin/pds/paper.gin --workdir /data/pds
+  lmops run gin/pds/smoke.gin --workdir /tmp/smoke
   lmops show pds
 """
 

@@ -27,11 +27,13 @@ import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmops_jax.models.attention import causal_attention
 
 REMAT_POLICIES = ("none", "full", "dots")
 _INIT_STDDEV = 0.02
+_CONSTANT_ANGLES = 1 << 20  # rotary numbers that a program may hold as constants
 
 
 @gin.register(module="models")
@@ -141,21 +143,22 @@ def num_params(config: TransformerConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def rotary_angles(positions: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(positions, width: int, base: float):
   """Cosines and sines of `positions * base ** (-2i / E)` for `i < E/2`.
 
   Args:
-    positions: `[B,S]` or `[1,S]` int32.
+    positions: `[B,S]` or `[1,S]` int32. A NumPy array gives NumPy results, which a traced program
+      holds as constants; traced, XLA on a CPU computes them again for every head and layer.
     width: E.
     base: of the frequencies.
 
   Returns:
     Two `[B or 1,S,1,E/2] float32`.
   """
-  frequencies = base ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
-  angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-  # The barrier keeps XLA from computing them again for every head, layer and example.
-  return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+  xp = np if isinstance(positions, np.ndarray) else jnp
+  frequencies = base ** (-np.arange(width // 2, dtype=np.float32) / np.float32(width // 2))
+  angles = positions[:, :, None, None].astype(np.float32) * frequencies.astype(np.float32)
+  return xp.cos(angles), xp.sin(angles)
 
 
 def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -332,7 +335,8 @@ class Transformer(nn.Module):
         f"{c.max_length}; raise it or use shorter sequences."
       )
     if positions is None:
-      positions = jnp.arange(length, dtype=jnp.int32)[None]
+      arange = np.arange if length * c.head_width <= _CONSTANT_ANGLES else jnp.arange
+      positions = arange(length, dtype=np.int32)[None]
     angles = rotary_angles(positions, c.head_width, c.rope_base)
     # Gathered over embed before the lookup: XLA would otherwise replicate the activations.
     table = nn.with_logical_constraint(self.embedding, ("vocab", None))
