@@ -11,16 +11,31 @@ where the vjp of the whole step takes four to eight times), and the tangents of 
 same pass are the directional derivatives of all examples: in-batch scores cost nothing.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lmops_jax.control.dynamics import State, apply_update, sum_over_micro_batches, weighted_loss
+from lmops_jax.control import checks
+from lmops_jax.control.callables import as_pytree
+from lmops_jax.control.dynamics import (
+  State,
+  apply_update,
+  strong,
+  sum_over_micro_batches,
+  weighted_loss,
+)
 from lmops_jax.control.guards import finite_derivatives
 
-HVP_MODES = ("jvp_of_grad", "vjp_of_grad")
+HVP_MODES = checks.HVP_MODES
+
+
+def _like(tangent: Any, params: Any) -> Any:
+  """A tangent in the dtypes of the parameters."""
+  return jax.tree.map(
+    lambda u, p: jnp.asarray(u).astype(jnp.result_type(p)), tangent, params)
 
 
 def is_inexact(x: Any) -> bool:
@@ -71,7 +86,7 @@ def hvp_scores_losses(example_losses: Callable, params: Any, cotangent: Any, bat
       with a `custom_vjp` whose backward pass has no forward-mode rule; more memory).
     micro_batch_size: examples differentiated at once (divides `B`); all by default.
   """
-  cotangent = jax.tree.map(lambda u, p: u.astype(p.dtype), cotangent, params)
+  params, cotangent = strong(params), _like(cotangent, params)
 
   def part(batch, weights):
     if mode == "jvp_of_grad":
@@ -108,7 +123,7 @@ def directional_derivatives(example_losses: Callable, params: Any, direction: An
   With `mode="vjp_of_grad"` the jvp is built from two transposes instead, for losses that have no
   forward-mode rule.
   """
-  direction = jax.tree.map(lambda u, p: u.astype(p.dtype), direction, params)
+  params, direction = strong(params), _like(direction, params)
   def losses_of(p):
     losses = example_losses(p, batch)
     return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
@@ -133,7 +148,17 @@ def directional_scores(example_losses: Callable, params: Any, direction: Any, da
   Returns:
     `[M] float32` (or wider, as the losses).
   """
-  num_rows = jax.tree.leaves(data)[0].shape[0]
+  data = jax.tree.map(jnp.asarray, data)
+  num_rows, = checks.leading_axes(data, "data", 1, "M")
+  if batch_size is not None:
+    batch_size = checks.integer(batch_size, "batch_size", 1)
+  return _directional_scores(
+    as_pytree(example_losses), strong(params), _like(direction, params), data, num_rows, batch_size,
+    checks.one_of(mode, "mode", HVP_MODES))
+
+
+@functools.partial(jax.jit, static_argnames=("num_rows", "batch_size", "mode"))
+def _directional_scores(example_losses, params, direction, data, num_rows, batch_size, mode):
   if batch_size is None or batch_size >= num_rows:
     return directional_derivatives(example_losses, params, direction, data, mode=mode)[0]
   num_parts = -(-num_rows // batch_size)

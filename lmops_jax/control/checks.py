@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.control.adjoint import HVP_MODES
 from lmops_jax.control.trajectory import POLICIES
 
+HVP_MODES = ("jvp_of_grad", "vjp_of_grad")
 OBJECTIVES = ("area", "terminal")
 
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from lmops_jax.control import checks
 from lmops_jax.control.adjoint import directional_scores, hvp_scores_losses
+from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import gradient, strong
-from lmops_jax.control.pmp import as_pytree, batch_getter
+from lmops_jax.control.pmp import batch_getter
 from lmops_jax.control.problem import tree_norm
 
 METHODS = ("cg", "lissa")

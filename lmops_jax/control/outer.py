@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 from lmops_jax.control import checks
+from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state, strong
-from lmops_jax.control.pmp import as_pytree, check_settings, constrain, shardings_of, solve
+from lmops_jax.control.pmp import check_settings, constrain, shardings_of, solve
 from lmops_jax.control.problem import Problem, Settings
 
 

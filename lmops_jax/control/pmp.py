@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 
 from lmops_jax.control import checks
 from lmops_jax.control import trajectory as trajectories
+from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state, strong
 from lmops_jax.control.problem import Outputs, Problem, Settings
 
@@ -219,20 +220,6 @@ def batch_getter(batches: Any) -> Callable:
   """`t -> batch` over leaves `[T, B, ...]`."""
   return lambda t: jax.tree.map(
     lambda x: jax.lax.dynamic_index_in_dim(x, t, keepdims=False), batches)
-
-
-def as_pytree(fn: Callable) -> Callable:
-  """`fn` as an argument of a jitted function: arrays traced if it is a pytree, the rest static.
-
-  A plain function is compared by identity, so the same function object compiles once.
-  """
-  if not jax.tree_util.treedef_is_leaf(jax.tree.structure(fn)):
-    return fn
-  try:
-    hash(fn)
-  except TypeError:  # compiled anew at each call
-    return jax.tree_util.Partial(functools.partial(fn))
-  return jax.tree_util.Partial(fn)
 
 
 def shardings_of(tree: Any) -> tuple:

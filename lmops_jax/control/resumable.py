@@ -19,10 +19,10 @@ import numpy as np
 
 from lmops_jax.control import checks
 from lmops_jax.control import trajectory as trajectories
+from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state
 from lmops_jax.control.pmp import (
   PmpResult,
-  as_pytree,
   batch_getter,
   constrain,
   make_result,

@@ -1,0 +1,158 @@
+"""The simplex projection and the outer loop over data weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lmops_jax.control import pmp_scores, project_simplex, solve_weights
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+def _by_bisection(values):
+  values = np.asarray(values, np.float64)
+  low, high = values.max() - 1, values.max()
+  for _ in range(200):
+    middle = (low + high) / 2
+    low, high = (middle, high) if np.maximum(values - middle, 0).sum() > 1 else (low, middle)
+  return np.maximum(values - low, 0)
+
+
+VECTORS = {
+  "one_element": [3.7], "ties": [0.2, 0.2, 0.2, -5.0], "all_equal": [1.0] * 7,
+  "inside": [0.1, 0.2, 0.7], "vertex": [0.0, 10.0, 0.0], "negative": [-3.0, -3.1, -9.0],
+  "large": [1e6, 1e6 + 0.25, 1e6 - 3.0], "small": [1e-6, -1e-6, 3e-6, 0.0],
+  "random": np.random.default_rng(0).normal(size=50),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_projection(x64, name):
+  v = np.asarray(VECTORS[name], np.float64)
+  gamma = np.asarray(project_simplex(v))
+  np.testing.assert_allclose(gamma, _by_bisection(v), atol=1e-9)
+  np.testing.assert_allclose(gamma.sum(), 1, atol=1e-12)
+  assert (gamma >= 0).all()
+  # KKT: v - gamma is a constant tau on the support and at most tau off it.
+  tau = (v - gamma)[gamma > 0]
+  np.testing.assert_allclose(tau, tau[0], atol=1e-9)
+  assert ((v - gamma)[gamma == 0] <= tau[0] + 1e-9).all()
+  np.testing.assert_allclose(project_simplex(gamma), gamma, atol=1e-12)  # idempotent
+  np.testing.assert_allclose(project_simplex(v + 0.5), gamma, atol=1e-9)  # shift
+  order = np.random.default_rng(1).permutation(len(v))
+  np.testing.assert_allclose(project_simplex(v[order]), gamma[order], atol=1e-12)
+
+
+def test_projection_keeps_its_digits_in_float32():
+  got = project_simplex(np.float32([1e6, 1e6 + 0.25, 1e6 - 3]))
+  np.testing.assert_allclose(got, [0.375, 0.625, 0.0], atol=1e-6)
+  assert got[2] == 0
+
+
+def test_projection_is_non_expansive_and_exactly_sparse(x64):
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    a, b = rng.normal(size=(2, 12))
+    assert np.linalg.norm(project_simplex(a) - project_simplex(b)) <= np.linalg.norm(a - b) + 1e-12
+  assert (np.asarray(project_simplex([0.9, 0.1, -0.5, -0.6])) == 0).sum() == 2
+
+
+def test_projection_refuses_what_is_not_a_vector():
+  for bad in (np.zeros((2, 2)), np.zeros(0), 1.0):
+    with pytest.raises(ValueError, match="non-empty vector"):
+      project_simplex(bad)
+
+
+def _data(problem):
+  return jax.tree.map(lambda x: x[0], problem.batches)
+
+
+def _full_batch(problem, num_steps, gamma):
+  batches = jax.tree.map(lambda x: np.repeat(x[None], num_steps, axis=0), _data(problem))
+  return problem._replace(batches=batches, weights=np.repeat(gamma[None], num_steps, axis=0))
+
+
+def test_outer_loop_is_projected_steps_by_hand(x64, toy):
+  problem, optimizer = toy.regression(batch_size=5), optax.sgd(0.2)
+  got = solve_weights(problem.example_losses, problem.target_loss, optimizer, problem.params,
+                      _data(problem), 4, outer_lr=0.01, outer_epochs=3)
+  gamma = np.full(5, 0.2)
+  for epoch in range(3):
+    np.testing.assert_allclose(got.gammas[epoch], gamma, atol=1e-10)
+    area, by_step, _ = toy.unrolled(_full_batch(problem, 4, gamma), optimizer)
+    np.testing.assert_allclose(got.objective[epoch], area, rtol=1e-10)
+    np.testing.assert_allclose(got.scores[epoch], by_step.sum(0), atol=1e-9)
+    gamma = _by_bisection(gamma + 0.01 * by_step.sum(0))
+  np.testing.assert_allclose(got.gamma, gamma, atol=1e-9)
+  area, _, _ = toy.unrolled(_full_batch(problem, 4, gamma), optimizer)
+  np.testing.assert_allclose(got.objective[3], area, rtol=1e-9)
+
+
+def test_objective_does_not_increase_and_weights_stay_on_the_simplex(toy):
+  problem = toy.regression(batch_size=8)
+  got = solve_weights(problem.example_losses, problem.target_loss, optax.sgd(0.1, momentum=0.5),
+                      problem.params, _data(problem), 4, outer_lr=0.01, outer_epochs=12)
+  assert (np.diff(got.objective) <= 1e-5).all()
+  assert got.objective[-1] < got.objective[0] - 0.01
+  np.testing.assert_allclose(got.gammas.sum(1), 1, atol=1e-5)
+  assert (got.gammas >= 0).all()
+
+
+def test_no_outer_rate_leaves_the_weights(toy):
+  problem = toy.regression()
+  start = np.float32([0.1, 0.2, 0.3, 0.4])
+  got = solve_weights(problem.example_losses, problem.target_loss, optax.sgd(0.1), problem.params,
+                      _data(problem), 3, outer_lr=0.0, gamma=start)
+  np.testing.assert_allclose(got.gamma, start, rtol=1e-6)
+
+
+def test_mini_batches_of_the_outer_loop(x64, toy):
+  problem, optimizer = toy.regression(batch_size=6), optax.sgd(0.2)
+  rows = np.array([[0, 3], [3, 3], [5, 1], [0, 2]])
+  gamma = np.random.default_rng(0).dirichlet(np.ones(6))
+  got = solve_weights(problem.example_losses, problem.target_loss, optimizer, problem.params,
+                      _data(problem), 4, outer_lr=0.01, batch_indices=rows, gamma=gamma,
+                      objective="terminal", trajectory=2)
+  drawn = problem._replace(batches=jax.tree.map(lambda x: x[rows], _data(problem)),
+                           weights=3 * gamma[rows])  # N / B = 3
+  value, by_step, _ = toy.unrolled(drawn, optimizer, "terminal")
+  want = np.zeros(6)
+  np.add.at(want, rows, 3 * by_step)
+  np.testing.assert_allclose(got.scores[0], want, atol=1e-10)
+  assert want[4] == 0  # never drawn
+  np.testing.assert_allclose(got.objective[0], value, rtol=1e-12)
+  np.testing.assert_allclose(got.gamma, _by_bisection(gamma + 0.01 * want), atol=1e-9)
+
+
+def test_uniform_weights_are_the_mean_over_the_batch(x64, toy):
+  problem = toy.regression(batch_size=6)
+  rows = np.array([[0, 3, 1], [3, 5, 2]])
+  got = solve_weights(problem.example_losses, problem.target_loss, optax.sgd(0.2), problem.params,
+                      _data(problem), 2, outer_lr=0.0, batch_indices=rows)
+  want = pmp_scores(problem.example_losses, problem.target_loss, optax.sgd(0.2), problem.params,
+                    jax.tree.map(lambda x: x[rows], _data(problem)), None)
+  np.testing.assert_allclose(got.objective[0], want.target_losses[1:].sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("change, message", [
+  (dict(outer_lr=-1.0), "outer_lr must be finite and >= 0"),
+  (dict(outer_lr=float("nan")), "outer_lr must be finite and >= 0"),
+  (dict(outer_epochs=0), "outer_epochs must be an integer >= 1"),
+  (dict(num_steps=0), "num_steps must be an integer >= 1"),
+  (dict(gamma=np.full(3, 1 / 3)), r"gamma has shape \(3,\)"),
+  (dict(gamma=np.array([0.5, 0.6, -0.1, 0.0])), r"gamma\[2\] is -0.1"),
+  (dict(gamma=np.array([0.5, np.nan, 0.5, 0.0])), r"gamma\[1\] is nan"),
+  (dict(gamma=np.full(4, 0.3)), "gamma sums to 1.2, not 1"),
+  (dict(batch_indices=np.array([[0, 4]] * 3)), r"batch_indices\[0, 1\] is 4; data has rows 0 to 3"),
+  (dict(batch_indices=np.array([[0, -1]] * 3)), r"batch_indices\[0, 1\] is -1"),
+  (dict(batch_indices=np.array([[0, 1]] * 2)), "with T=3"),
+  (dict(batch_indices=np.zeros((3, 2))), "expected integers"),
+  (dict(data={"x": jnp.zeros((0, 3)), "y": jnp.zeros(0)}), "each must be at least 1"),
+])
+def test_bad_arguments_of_the_outer_loop(toy, change, message):
+  problem = toy.regression()
+  kw = dict(data=_data(problem), num_steps=3, outer_lr=0.1) | change
+  with pytest.raises(ValueError, match=message):
+    solve_weights(problem.example_losses, problem.target_loss, optax.sgd(0.1), problem.params, **kw)
