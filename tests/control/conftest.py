@@ -56,8 +56,9 @@ _MLP_DEV = {"x": _MLP_DEV.normal(size=(6, 3)), "y": _MLP_DEV.normal(size=6)}
 
 
 def _mlp_target(params):
-  # jnp.asarray: jax 0.10.2 keeps the dtype of a NumPy constant from one x64 mode in the other.
-  return jnp.mean(_mlp_losses(params, jax.tree.map(jnp.asarray, _MLP_DEV)))
+  # A new array: jax 0.10.2 remembers the dtype of a NumPy constant across x64 modes.
+  dtype = jax.dtypes.canonicalize_dtype(np.float64)
+  return jnp.mean(_mlp_losses(params, {k: v.astype(dtype) for k, v in _MLP_DEV.items()}))
 
 
 def _regression(num_steps=5, batch_size=4, num_proxies=7, seed=0):

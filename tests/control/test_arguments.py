@@ -1,0 +1,236 @@
+"""What `pmp_scores` accepts, and what it refuses with one sentence before compiling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lmops_jax.control import (
+  PmpResult,
+  check_result,
+  hvp_and_scores,
+  mean_target_loss,
+  pmp_scores,
+)
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+SGD = optax.sgd(0.1)
+
+
+def _kw(problem):
+  return dict(
+    example_losses=problem.example_losses, target_loss=problem.target_loss, optimizer=SGD,
+    params=problem.params, batches=problem.batches, weights=problem.weights, proxy=problem.proxy)
+
+
+def _with(tree, **leaves):
+  return {**tree, **leaves}
+
+
+BAD = {
+  "no_steps": (lambda p: dict(batches=jax.tree.map(lambda x: x[:0], p.batches),
+                              weights=p.weights[:0]), "each must be at least 1"),
+  "empty_batch": (lambda p: dict(batches=jax.tree.map(lambda x: x[:, :0], p.batches),
+                                 weights=p.weights[:, :0]), "each must be at least 1"),
+  "no_leaf": (lambda p: dict(batches={}), "batches has no array leaf"),
+  "uneven_leaves": (lambda p: dict(batches=_with(p.batches, y=p.batches["y"][:, :2])),
+                    r"batches\['y'\] has leading axes \(5, 2\), other leaves have \(5, 4\)"),
+  "flat_leaf": (lambda p: dict(batches=_with(p.batches, y=p.batches["y"][0])),
+                r"batches\['y'\] has shape \(4,\); expected leading axes \[T, B\]"),
+  "weights_shape": (lambda p: dict(weights=p.weights[:, :3]),
+                    r"weights has shape \(5, 3\); expected \[T, B\] = \(5, 4\)"),
+  "negative_weight": (lambda p: dict(weights=-p.weights), r"weights\[0, 0\] is -0"),
+  "nan_weight": (lambda p: dict(weights=p.weights * np.nan), "must be finite and >= 0"),
+  "infinite_weight": (lambda p: dict(weights=p.weights + np.inf), "must be finite and >= 0"),
+  "every_k": (lambda p: dict(every_k=0), "every_k must be an integer >= 1, got 0"),
+  "every_k_float": (lambda p: dict(every_k=1.5), "every_k must be an integer >= 1, got 1.5"),
+  "groups_low": (lambda p: dict(groups=0), r"groups .* must be an integer in \[1, 5\], got 0"),
+  "groups_high": (lambda p: dict(groups=6), r"groups .* must be an integer in \[1, 5\], got 6"),
+  "both": (lambda p: dict(groups=2, every_k=2), "both choose when proxies are scored"),
+  "objective": (lambda p: dict(objective="Area"),
+                "objective must be one of 'area', 'terminal', got 'Area'"),
+  "trajectory": (lambda p: dict(trajectory="disk"), "trajectory .* must be one of"),
+  "slots": (lambda p: dict(trajectory=0), "trajectory .* must be an integer >= 1, got 0"),
+  "hvp_mode": (lambda p: dict(hvp_mode="double_vjp"), "hvp_mode must be one of"),
+  "micro_batch": (lambda p: dict(micro_batch_size=3), "micro_batch_size=3 does not divide"),
+  "proxy_batch": (lambda p: dict(proxy_batch_size=0), "proxy_batch_size must be an integer >= 1"),
+  "no_proxies": (lambda p: dict(proxy=jax.tree.map(lambda x: x[:0], p.proxy)),
+                 "proxy has leading axes"),
+  "integer_params": (lambda p: dict(params=_with(p.params, b=np.zeros(4, int))),
+                     r"params\['b'\] has dtype int"),
+  "no_params": (lambda p: dict(params={}), "params has no array leaf"),
+  "optimizer": (lambda p: dict(optimizer=0.1), "optimizer must be an optax.GradientTransformation"),
+  "target_not_scalar": (lambda p: dict(target_loss=lambda q: q["v"]),
+                        r"target_loss returned an array of shape \(4,\); expected a scalar"),
+  "losses_scalar": (lambda p: dict(example_losses=lambda q, b: jnp.mean(b["y"])),
+                    r"example_losses returned an array of shape \(\) for a batch of 4"),
+  "losses_tuple": (lambda p: dict(example_losses=lambda q, b: (b["y"], b["y"])),
+                   "example_losses returned a tuple"),
+  "losses_integer": (lambda p: dict(example_losses=lambda q, b: b["y"].astype(int)),
+                     "expected floating point"),
+  "not_a_function": (lambda p: dict(target_loss=1.0), "target_loss must be a function"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused(toy, name):
+  problem = toy.regression()
+  change, message = BAD[name]
+  with pytest.raises(ValueError, match=message) as error:
+    pmp_scores(**_kw(problem) | change(problem))
+  assert "\n" not in str(error.value)
+
+
+def test_empty_target_data_is_refused(toy):
+  problem = toy.regression()
+  with pytest.raises(ValueError, match="the target data has leading axes"):
+    mean_target_loss(problem.example_losses, jax.tree.map(lambda x: x[:0], problem.proxy))
+  with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
+    mean_target_loss(problem.example_losses, problem.proxy, 0)
+
+
+def test_inside_jit_as_written_in_the_signature(toy):
+  problem = toy.regression()
+  want = pmp_scores(**_kw(problem))
+
+  @jax.jit
+  def solve(params, batches, weights, proxy):
+    return pmp_scores(problem.example_losses, problem.target_loss, SGD, params, batches, weights,
+                      objective="area", trajectory="all", proxy=proxy, every_k=1, groups=None)
+  got = solve(problem.params, problem.batches, problem.weights, problem.proxy)
+  assert isinstance(got, PmpResult)
+  assert got.scores.shape == (5, 4) and got.proxy_scores.shape == (7,)
+  assert got.target_losses.shape == (6,) and got.costates is None
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_second_call_does_not_trace_again(toy):
+  problem = toy.regression()
+  calls = []
+  def losses(params, batch):
+    calls.append(1)
+    return problem.example_losses(params, batch)
+  kw = _kw(problem) | dict(example_losses=losses)
+  pmp_scores(**kw)
+  first = len(calls)
+  pmp_scores(**kw | dict(weights=problem.weights * 2))
+  assert len(calls) - first <= 2  # the argument checks alone (abstract evaluation)
+
+
+def test_any_pytree_of_parameters_and_batches(x64, toy):
+  # Tuples, a scalar, a matrix; integer and boolean batch leaves; a closure over a captured array.
+  table = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)))
+  params = ((jnp.ones((2, 2)), [jnp.asarray(0.5)]), {"bias": jnp.zeros(2)})
+  def losses(p, batch):
+    (matrix, [scale]), rest = p
+    index, (flip,) = batch
+    value = jnp.sum((table[index] @ matrix * scale + rest["bias"]) ** 2, axis=-1)
+    return jnp.where(flip, -value, value)
+  def target(p):
+    return jnp.sum(p[0][0] ** 2) * p[0][1][0] + jnp.sum(jnp.sin(p[1]["bias"] + 1))
+  rng = np.random.default_rng(1)
+  problem = toy.Problem(
+    losses, target, params, (rng.integers(0, 5, size=(4, 3)), (rng.integers(0, 2, (4, 3)) > 0,)),
+    np.full((4, 3), 0.2), (np.arange(5), (np.zeros(5, bool),)))
+  optimizer = optax.adam(0.05, eps_root=1e-12)
+  _, want, want_proxy = toy.unrolled(problem, optimizer, with_proxy=True)
+  got = pmp_scores(losses, target, optimizer, *problem.args, proxy=problem.proxy, trajectory=2)
+  np.testing.assert_allclose(got.scores, want, atol=1e-9)
+  np.testing.assert_allclose(got.proxy_scores, want_proxy.sum(0), atol=1e-9)
+
+
+def test_bfloat16_leaves(toy):
+  problem = toy.regression()
+  params = {**problem.params, "w": jnp.asarray(problem.params["w"], jnp.bfloat16)}
+  for optimizer in (SGD, optax.adamw(0.01)):
+    got = check_result(pmp_scores(
+      problem.example_losses, problem.target_loss, optimizer, params, problem.batches,
+      problem.weights, proxy=problem.proxy, groups=2, trajectory=2, micro_batch_size=2))
+    assert got.params["w"].dtype == jnp.bfloat16
+    assert got.scores.dtype == got.proxy_scores.dtype == jnp.float32
+  got = pmp_scores(problem.example_losses, problem.target_loss, SGD, params, problem.batches,
+                   problem.weights)
+  want = toy.unrolled(problem, SGD)[1]
+  np.testing.assert_allclose(got.scores, want, atol=0.1 * np.abs(want).max())
+
+
+def test_numpy_and_python_scalars(toy):
+  got = pmp_scores(lambda p, b: (p - b) ** 2, lambda p: p ** 2, SGD, 1.5,
+                   np.ones((2, 3), np.float32), [[0.1, 0.2, 0.3]] * 2)
+  assert got.params.shape == () and got.scores.shape == (2, 3)
+  assert (got.scores > 0).all()
+
+
+def test_uniform_weights_by_default(toy):
+  problem = toy.regression()
+  kw = _kw(problem)
+  got, want = pmp_scores(**kw | dict(weights=None)), pmp_scores(
+    **kw | dict(weights=np.full((5, 4), 0.25)))
+  np.testing.assert_array_equal(got.scores, want.scores)
+
+
+def test_losses_as_pytrees(toy):
+  # Arrays inside a Partial are arguments of the compiled program: new data, no new compilation.
+  problem = toy.regression()
+  num_traces = []
+  def target(data, params):
+    num_traces.append(1)
+    return jnp.mean(problem.example_losses(params, data))
+  kw = _kw(problem)
+  for scale in (1.0, 2.0):
+    data = jax.tree.map(lambda x: scale * x, problem.proxy)  # noqa: B023
+    got = pmp_scores(**kw | dict(target_loss=jax.tree_util.Partial(target, data)))
+    if scale == 1.0:
+      first = len(num_traces)
+  assert len(num_traces) == first + 1  # the argument check
+  want = pmp_scores(**kw | dict(
+    target_loss=lambda p: jnp.mean(problem.example_losses(p, jax.tree.map(jnp.asarray, data)))))
+  np.testing.assert_allclose(got.scores, want.scores, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2, 3, 7, 50])
+def test_mean_target_loss(x64, toy, batch_size):
+  problem = toy.regression()
+  params = jax.tree.map(jnp.asarray, problem.params)
+  target = mean_target_loss(problem.example_losses, problem.proxy, batch_size)
+  want = lambda p: jnp.mean(problem.example_losses(p, problem.proxy))  # noqa: E731
+  np.testing.assert_allclose(target(params), want(params), rtol=1e-12)
+  got, want = jax.grad(target)(params), jax.grad(want)(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), got, want)
+
+
+def test_hvp_and_scores_is_the_dense_hessian(x64, toy):
+  problem = toy.regression()
+  params = jax.tree.map(jnp.asarray, problem.params)
+  batch = jax.tree.map(lambda x: x[0], problem.batches)
+  flat, unravel = jax.flatten_util.ravel_pytree(params)
+  losses = lambda v: problem.example_losses(unravel(v), batch)  # noqa: E731
+  u = jnp.cos(flat)
+  hvp, scores = hvp_and_scores(problem.example_losses, params, unravel(u), batch,
+                               jnp.asarray(problem.weights[0]))
+  hessian = jax.hessian(lambda v: problem.weights[0] @ losses(v))(flat)
+  np.testing.assert_allclose(jax.flatten_util.ravel_pytree(hvp)[0], hessian @ u, rtol=1e-9)
+  np.testing.assert_allclose(scores, jax.jacobian(losses)(flat) @ u, rtol=1e-10)
+  v = jnp.sin(flat)
+  hv, _ = hvp_and_scores(problem.example_losses, params, unravel(v), batch,
+                         jnp.asarray(problem.weights[0]))
+  np.testing.assert_allclose(u @ jax.flatten_util.ravel_pytree(hv)[0],
+                             v @ jax.flatten_util.ravel_pytree(hvp)[0], rtol=1e-10)
+
+
+def test_divergence_is_reported_with_its_step(toy):
+  def run(eta, num_steps, target=lambda p: jnp.sum(jnp.square(p))):
+    return pmp_scores(lambda p, b: b * jnp.sum(jnp.square(p)) / 2, target, optax.sgd(eta),
+                      jnp.ones(2), np.ones((num_steps, 1)), None)
+  check_result(run(0.5, 5))
+  # eta = 4 is above 2 / lambda_max: |lambda_{T-k}| = sqrt(2) 3^{k+1} / 4, beyond 1e4 T at k = 12.
+  linear = lambda p: jnp.sum(p)  # noqa: E731
+  with pytest.raises(FloatingPointError, match=r"costate diverged.* at step 18 of 30"):
+    check_result(run(4.0, 30, linear))
+  with pytest.raises(FloatingPointError, match=r"target loss is inf at step \d+ of 200"):
+    check_result(run(4.0, 200))
+  with pytest.raises(FloatingPointError, match="training loss is nan at step 0 of 3"):
+    check_result(pmp_scores(lambda p, b: b * p, lambda p: p ** 2, SGD, 1.0,
+                            np.full((3, 1), np.nan), None))
