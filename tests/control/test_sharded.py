@@ -1,0 +1,91 @@
+"""One device and eight virtual ones give the same scores, whatever the mesh."""
+
+import contextlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lmops_jax.control import mean_target_loss, pmp_scores, pmp_scores_resumable
+from lmops_jax.models.transformer import Transformer, TransformerConfig
+from lmops_jax.training.losses import lm_example_losses
+from lmops_jax.training.mesh import BATCH_AXES, MeshConfig
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+CONFIG = TransformerConfig(
+  vocab_size=32, num_layers=2, width=16, num_heads=4, num_kv_heads=2, mlp_width=24)
+LOSSES = lm_example_losses(Transformer(CONFIG))
+# A large eps: Adam's first step is else the sign of the gradient, which multiplies rounding errors.
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.01, eps=1e-2))
+
+
+def _sequences(seed, *shape):
+  tokens = np.random.default_rng(seed).integers(0, 30, size=(*shape, 9)).astype(np.int32)
+  mask = np.ones((*shape, 8), np.float32)
+  mask[..., 6:] = tokens[..., :1] % 2
+  return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "loss_mask": mask}
+
+
+def _solve(partitioner=None, solver=pmp_scores, **kw):
+  """Three steps of 16 sequences, 24 proxies, 8 target sequences; placed on the mesh if given."""
+  boxed = Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  params, batches = nn.unbox(boxed), _sequences(0, 3, 16)
+  proxy, dev = _sequences(1, 24), _sequences(2, 8)
+  if partitioner is not None:
+    params = jax.device_put(params, partitioner.shardings(boxed))
+    place = lambda tree, *axes: jax.device_put(  # noqa: E731
+      tree, NamedSharding(partitioner.mesh, PartitionSpec(*axes)))
+    batches, proxy, dev = (
+      place(batches, None, BATCH_AXES), place(proxy, BATCH_AXES), place(dev, BATCH_AXES))
+  with partitioner.activate() if partitioner is not None else contextlib.nullcontext():
+    return params, solver(
+      LOSSES, mean_target_loss(LOSSES, dev), OPTIMIZER, params, batches,
+      np.full((3, 16), 1 / 16, np.float32), proxy=proxy, **kw)
+
+
+@pytest.fixture(scope="module")
+def single(fast_compile):
+  return _solve(groups=2)[1]
+
+
+def _assert_close(got, want):
+  for name in ("scores", "proxy_scores"):
+    a, b = np.asarray(getattr(got, name)), np.asarray(getattr(want, name))
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-4)
+  np.testing.assert_allclose(got.target_losses, want.target_losses, rtol=1e-6)
+  np.testing.assert_allclose(got.costate_norms, want.costate_norms, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.params, want.params)
+
+
+@pytest.mark.parametrize("sizes, kw", [
+  ((8, 1, 1), dict()),
+  ((4, 2, 1), dict(trajectory=2, micro_batch_size=8, proxy_batch_size=8)),
+  ((2, 2, 2), dict(trajectory="host")),
+])
+def test_meshes_agree_with_one_device(single, sizes, kw):
+  partitioner = MeshConfig(*sizes, rules="sharded" if sizes[1] > 1 else "default").build()
+  params, got = _solve(partitioner, groups=2, **kw)
+  _assert_close(got, single)
+  for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(params)):
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def test_resumable_solve_on_a_mesh(single):
+  partitioner = MeshConfig(2, 2, 2, rules="sharded").build()
+  saved = []
+  solver = lambda *args, **kw: pmp_scores_resumable(  # noqa: E731
+    *args, **kw, segment_steps=2, load=lambda: saved[-1] if saved else None,
+    save=lambda tree: saved.append(jax.tree.map(np.asarray, tree)))
+  _, got = _solve(partitioner, solver, groups=2)
+  _assert_close(got, single)
+  assert len(saved) == 4
+  for keep in (1, 3):  # as if stopped in the forward or in the reverse pass
+    del saved[keep:]
+    _, again = _solve(partitioner, solver, groups=2)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+                 again, got)
