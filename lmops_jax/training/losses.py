@@ -16,10 +16,11 @@ import numpy as np
 from lmops_jax.models.heads import SequenceRegressor
 from lmops_jax.models.transformer import Transformer, project_to_vocabulary
 
-# Logits of one chunk, bytes a device. On a CPU they should stay in the caches, elsewhere they
-# should be large enough to keep the matrix unit busy. See tests/benchmarks/train_step.py.
-_CHUNK_BYTES = {"cpu": 4 << 20}
-_CHUNK_BYTES_ELSEWHERE = 256 << 20
+# Logits of a batch up to the first size, in bytes a device, are computed whole: chunks are computed
+# twice. Chunks have the second size. On a CPU that is what its caches hold, elsewhere what keeps a
+# matrix unit busy. See tests/benchmarks/train_step.py.
+_CHUNK_BYTES = {"cpu": (64 << 20, 4 << 20)}
+_CHUNK_BYTES_ELSEWHERE = (256 << 20, 256 << 20)
 
 
 def lm_example_losses(model: Transformer, *, chunk: int | None = None) -> LMExampleLosses:
@@ -182,7 +183,10 @@ def _default_chunk(batch_size: int, length: int, vocab_size: int) -> int:
   shards = 1
   if not mesh.empty:
     shards = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-  limit = _CHUNK_BYTES.get(jax.default_backend(), _CHUNK_BYTES_ELSEWHERE)
-  chunk = max(1, limit * shards // (4 * batch_size * vocab_size))
+  whole, chunked = _CHUNK_BYTES.get(jax.default_backend(), _CHUNK_BYTES_ELSEWHERE)
+  position_bytes = -(-4 * batch_size * vocab_size // shards)
+  if length * position_bytes <= whole:
+    return length
+  chunk = max(1, chunked // position_bytes)
   num_chunks = -(-length // chunk)
   return -(-length // num_chunks)  # even chunks, so that little is padded

@@ -11,11 +11,13 @@ import pytest
 from lmops_jax.models.heads import SequenceRegressor
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training.losses import (
+  _default_chunk,
   check_batch,
   lm_example_losses,
   map_sequence_chunks,
   regression_example_losses,
 )
+from lmops_jax.training.mesh import MeshConfig
 
 CONFIG = TransformerConfig(
   vocab_size=50, num_layers=1, width=16, num_heads=2, mlp_width=24, max_length=16
@@ -144,6 +146,16 @@ def test_chunks_cover_every_position_in_order():
   np.testing.assert_array_equal(got, hidden[..., 0] * 100 + targets)
   with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
     lm_example_losses(MODEL, chunk=0)
+
+
+def test_chosen_chunks_keep_small_logits_whole_and_cut_large_ones_to_the_cache():
+  assert _default_chunk(16, 128, 4096) == 128  # 32 MiB
+  for batch_size, length, vocab_size in ((16, 1024, 32_000), (32, 128, 32_000), (8, 4096, 50_257)):
+    chunk = _default_chunk(batch_size, length, vocab_size)
+    assert 4 * batch_size * chunk * vocab_size <= 4 << 20 or chunk == 1
+    assert chunk < length
+  with MeshConfig(4, 2).build().activate():  # eight devices hold an eighth each
+    assert _default_chunk(128, 128, 4096) == 128
 
 
 def test_loss_objects_are_equal_when_they_compute_the_same():
