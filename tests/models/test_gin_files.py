@@ -1,0 +1,86 @@
+"""The gin files of models, optimizers and meshes build what their headers say."""
+
+import dataclasses
+from pathlib import Path
+
+import gin
+import pytest
+
+from lmops_jax.models.transformer import TransformerConfig, num_params
+from lmops_jax.training.mesh import MeshConfig
+
+GIN = Path(__file__).parents[2] / "gin"
+
+
+@gin.register(module="test_gin_files")
+def _identity(value):
+  return value
+
+
+@pytest.fixture(autouse=True)
+def _clean_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def _build(path, reference, *bindings):
+  gin.parse_config_files_and_bindings(
+    [str(GIN / path)], [*bindings, f"test_gin_files._identity.value = {reference}"]
+  )
+  return gin.get_configurable(_identity)()
+
+
+@pytest.mark.parametrize(
+  "name,count",
+  [
+    ("pds_160m", 162_417_408),
+    ("pds_470m", 468_239_360),
+    ("pds_1b", 1_004_348_928),
+    ("pds_1.7b", 1_741_785_088),
+  ],
+)
+def test_paper_models_have_the_published_parameters(name, count):
+  config = _build(f"models/{name}.gin", "%MODEL")
+  assert config.vocab_size is None and config.max_length == 1024
+  assert num_params(dataclasses.replace(config, vocab_size=32_000)) == count
+  assert f"{count:,}" in (GIN / f"models/{name}.gin").read_text()
+
+
+@pytest.mark.parametrize("name,low,high", [("tiny", 5e4, 2e5), ("small_cpu", 8.5e5, 9.5e5)])
+def test_small_models_have_about_the_named_parameters(name, low, high):
+  config = _build(f"models/{name}.gin", "%MODEL")
+  assert isinstance(config, TransformerConfig)
+  assert low < num_params(dataclasses.replace(config, vocab_size=4096)) < high
+
+
+@pytest.mark.parametrize(
+  "name,peak,end",
+  [
+    ("pds_160m", 6e-4, 6e-5),
+    ("pds_470m", 3e-4, 3e-5),
+    ("pds_1b", 2.5e-4, 2.5e-5),
+    ("pds_1.7b", 2e-4, 2e-5),
+  ],
+)
+def test_paper_schedules_at_published_steps(name, peak, end):
+  schedule = _build(f"optim/{name}.gin", "@optim.warmup_cosine()", "TRAIN_STEPS = 100_000")
+  want = {0: 0, 1: peak / 2000, 2000: peak, 51_000: (peak + end) / 2, 100_000: end}
+  for step, rate in want.items():
+    assert float(schedule(step)) == pytest.approx(rate, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("path", sorted((GIN / "optim").glob("*.gin")), ids=lambda p: p.stem)
+def test_every_optimizer_file_builds_with_the_macros_it_asks_for(path):
+  header = path.read_text().split("import ")[0]
+  values = {"LEARNING_RATE": "0.1", "WARMUP_STEPS": "2", "TRAIN_STEPS": "9_000"}
+  bindings = [f"{name} = {value}" for name, value in values.items() if name in header]
+  optimizer = _build(path.relative_to(GIN), "%OPTIMIZER", *bindings)
+  assert callable(optimizer.init) and callable(optimizer.update)
+
+
+@pytest.mark.parametrize("path", sorted((GIN / "mesh").glob("*.gin")), ids=lambda p: p.stem)
+def test_every_mesh_file_fits_eight_devices(path):
+  mesh = _build(path.relative_to(GIN), "%MESH")
+  assert isinstance(mesh, MeshConfig)
+  assert mesh.build().mesh.size == 8
