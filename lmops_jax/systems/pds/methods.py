@@ -267,6 +267,8 @@ class InfluenceScores(_DirectionMethod):
   """IF-score: `<(H + damping I)^-1 grad J, grad l_n>` at one checkpoint, H of the corpus loss.
 
   Attributes:
+    curvature: "fisher" (positive semi-definite) or "hessian", which far from a minimum has negative
+      eigenvalues that the damping must exceed.
     damping: added to the Hessian's diagonal; None: a hundredth of its mean eigenvalue.
     solver: "cg" or "lissa".
     iterations: Hessian-vector products.
@@ -274,6 +276,7 @@ class InfluenceScores(_DirectionMethod):
   """
 
   name: str = "if_score"
+  curvature: str = "fisher"
   damping: float | None = None
   solver: str = "cg"
   iterations: int = 20
@@ -283,10 +286,12 @@ class InfluenceScores(_DirectionMethod):
   def direction(self, bench, params, target_grad):
     source = pretrain.batch_source(bench.corpus, None, self.num_hessian, self.data_seed)
     batch = jax.tree.map(lambda leaf: leaf[None], bench.place(source(0)))
-    bench.add_flops(self.iterations * self.num_hessian * bench.corpus.length, 8)
+    passes = 8 if self.curvature == "hessian" else 6
+    bench.add_flops(self.iterations * self.num_hessian * bench.corpus.length, passes)
     return control.influence_direction(
       bench.example_losses, target_grad, params, batch, damping=self.damping,
-      method=self.solver, iterations=self.iterations, micro_batch_size=self.micro_batch_size,
+      curvature=self.curvature, method=self.solver, iterations=self.iterations,
+      micro_batch_size=self.micro_batch_size,
     )
 
 
