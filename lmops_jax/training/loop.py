@@ -25,7 +25,7 @@ from lmops_jax.training.checkpoints import CheckpointStore, load_params, save_pa
 from lmops_jax.training.mesh import Partitioner, single_device
 from lmops_jax.training.metrics import MetricsLog
 from lmops_jax.training.step import make_train_step
-from lmops_jax.training.train_state import TrainState, abstract_state, init_state, new_state
+from lmops_jax.training.train_state import TrainState, abstract_state, new_state
 
 Evaluators = Mapping[str, tuple[int, Callable[[Any], Mapping[str, float]]]]
 _MAX_IDS_SHOWN = 16
@@ -129,9 +129,8 @@ def train(
     "num_processes": jax.process_count(),
   }
   positions = _positions(first_batch)
-  step_fn = _compiled_step(
-    example_losses, optimizer, accumulate, partitioner, *_hashable(shardings)
-  )
+  placed = _hashable(shardings)
+  step_fn = _compiled_step(example_losses, optimizer, accumulate, partitioner, *placed)
   check_batch = getattr(example_losses, "check_batch", None)
   kept = sorted(set(params_at))
 
@@ -142,9 +141,10 @@ def train(
       pending = _Pending()
       if start is None:
         if initial_params is None:
-          state = init_state(init_params, optimizer, key, shardings)
+          state = _compiled_init(init_params, optimizer, *placed)(key)
         else:
-          state = _place_state(initial_params, optimizer, shardings)
+          copy = _compiled_init(_copy_params, optimizer, *placed)
+          state = copy(jax.device_put(nn.unbox(initial_params), shardings.params))
       else:
         state, extra = _restore(store, start, abstract, shardings, settings, directory)
         pending = _Pending(**extra["pending"])
@@ -281,17 +281,23 @@ def _compiled_step(example_losses, optimizer, accumulate, partitioner, leaves, t
   )
 
 
+@functools.lru_cache(maxsize=16)
+def _compiled_init(make_params, optimizer, leaves, treedef):
+  """Makes a new state in place on its mesh; its values do not depend on the mesh."""
+  return jax.jit(
+    lambda source: new_state(nn.unbox(make_params(source)), optimizer),
+    out_shardings=jax.tree.unflatten(treedef, leaves),
+  )
+
+
+def _copy_params(params):
+  # The step donates its state, and the caller keeps what it gave.
+  return jax.tree.map(jnp.copy, params)
+
+
 def _hashable(tree):
   leaves, treedef = jax.tree.flatten(tree)
   return tuple(leaves), treedef
-
-
-def _place_state(params, optimizer, shardings):
-  # Computed under jit from copies: the step donates its state, and the caller keeps the originals.
-  copy = jax.jit(
-    lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings
-  )
-  return copy(jax.device_put(nn.unbox(params), shardings.params))
 
 
 def _restore(store, step, abstract, shardings, settings, directory):

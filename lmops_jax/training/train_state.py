@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -32,11 +31,3 @@ def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:
 def abstract_state(init_params, optimizer: optax.GradientTransformation, key) -> TrainState:
   """Shapes of the state, with Linen's boxes where `init_params(key)` makes them."""
   return jax.eval_shape(lambda key: new_state(init_params(key), optimizer), key)
-
-
-def init_state(init_params, optimizer: optax.GradientTransformation, key, shardings) -> TrainState:
-  """A new state, made in place on its mesh; values do not depend on the mesh."""
-  make = jax.jit(
-    lambda key: new_state(nn.unbox(init_params(key)), optimizer), out_shardings=shardings
-  )
-  return make(key)

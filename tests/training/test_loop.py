@@ -304,15 +304,22 @@ def test_arguments_out_of_range_are_refused(tmp_path, options, message):
 
 
 def test_runs_with_equal_parts_compile_once(tmp_path):
-  traces = []
+  traces = {"loss": 0, "init": 0}
 
   def losses(params, batch):
-    traces.append(1)
+    traces["loss"] += 1
     return _linear_losses(params, batch)
 
-  for seed in (1, 2):
-    _linear(tmp_path / str(seed), example_losses=losses, seed=seed)
-  assert len(traces) == 1
+  def init(key):
+    traces["init"] += 1
+    return _linear_init(key)
+
+  runs = [
+    _linear(tmp_path / str(seed), example_losses=losses, init_params=init, seed=seed)
+    for seed in (1, 2)
+  ]
+  assert traces == {"loss": 1, "init": 3}  # the shapes of each run, and one program
+  assert np.any(runs[0].state.params["w"] != runs[1].state.params["w"])
 
 
 def test_tensorboard_files_hold_the_records(tmp_path):
