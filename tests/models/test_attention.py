@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lmops_jax.models.attention import (
   ATTENTION_KINDS,
-  _splash,
+  _splash_sharded,
   causal_attention,
   check_platform,
   first_order_only,
   supports_forward_mode,
 )
+from lmops_jax.training.mesh import MeshConfig, single_device
 
 B, S, H, K, E = 2, 11, 4, 2, 6
 
@@ -131,12 +133,25 @@ def test_first_order_kernels_refuse_second_derivatives_with_advice():
     jax.grad(lambda q: jnp.sum(jax.grad(loss(wrapped))(q)))(q)
 
 
-def test_splash_lowers_for_tpu_with_its_gradient():
-  def grad(q, k, v):
-    return jax.grad(lambda q: jnp.sum(_splash(q, k, v, None).astype(jnp.float32)))(q)
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_splash_lowers_for_tpu_with_its_gradient(sizes):
+  """Each device of a mesh runs the kernel on its own examples and heads."""
+  partitioner = MeshConfig(*sizes).build() if sizes else single_device()
 
-  q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
-  kv = jax.ShapeDtypeStruct((1, 256, 1, 128), jnp.bfloat16)
-  exported = jax.export.export(jax.jit(grad), platforms=["tpu"])(q, kv, kv)
-  assert exported.out_avals[0].shape == (1, 256, 2, 128)
+  def grad(q, k, v, segments):
+    return jax.grad(
+      lambda q: jnp.sum(_splash_sharded(q, k, v, segments).astype(jnp.float32))
+    )(q)
+
+  def array(shape, dtype, *spec):
+    sharding = NamedSharding(partitioner.mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  axes = (("data", "fsdp"), None, "tensor", None)
+  q = array((8, 256, 4, 128), jnp.bfloat16, *axes)
+  kv = array((8, 256, 2, 128), jnp.bfloat16, *axes)
+  segments = array((8, 256), jnp.int32, *axes[:2])
+  with partitioner.activate():
+    exported = jax.export.export(jax.jit(grad), platforms=["tpu"])(q, kv, kv, segments)
+  assert exported.out_avals[0].shape == (8, 256, 4, 128)
   assert "tpu_custom_call" in exported.mlir_module()
