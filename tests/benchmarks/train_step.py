@@ -7,10 +7,10 @@
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python tests/benchmarks/train_step.py --plain-malloc
 
 Variants take turns, a few steps each, so that a busy moment of the machine hits all of them; the
-table gives the median and the fastest step, the processor time of a step (summed over cores: what a
-busy machine disturbs least), the rate of the fastest step, the operations a second of processor time
-as a share of one core's matrix-product speed (measured in the same run, float32, 2,048 squared),
-page faults, and XLA's temporary memory.
+table gives the median and the fastest step, the processor time of a step (summed over cores: what
+a busy machine disturbs least), the rate of the fastest step, the operations a second of processor
+time as a share of one core's matrix-product speed (measured in the same run, float32, 2,048
+squared), page faults, and XLA's temporary memory.
 Batches hold text tokens of the installed Python library's own documentation, split into words, so
 that embedding rows repeat as they do in text.
 """
