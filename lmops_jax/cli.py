@@ -121,13 +121,12 @@ def _default_workdir(file: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns its exit code: 0, 2 for an error, 130 or 143 if stopped."""
-  restartable = argv is None
   argv = list(sys.argv[1:] if argv is None else argv)
   show_traceback = "--traceback" in argv
   try:
     with contextlib.suppress(ValueError):  # not in the main thread
       signal.signal(signal.SIGTERM, _on_sigterm)
-    return _dispatch(argv, restartable)
+    return _dispatch(argv)
   except KeyboardInterrupt:
     return _stopped("interrupted", 130)
   except _Terminated:
@@ -164,7 +163,7 @@ def _one_line(error: Exception) -> str:
   return f"{stage}{type(error).__name__}: {text} (--traceback shows where)"
 
 
-def _dispatch(argv: list[str], restartable: bool) -> int:
+def _dispatch(argv: list[str]) -> int:
   rest, bindings = _split_bindings(argv)
   from lmops_jax import gin_files, settings  # neither loads gin or jax
   systems = gin_files.systems()
@@ -185,9 +184,10 @@ def _dispatch(argv: list[str], restartable: bool) -> int:
   files = _files(arguments, systems)
   for file in files:
     gin_files.find(file)
-  if restartable and arguments.command != "show":
-    _use_huge_pages()
   _set_environment()
+  from lmops_jax.training import memory  # loads no jax, and must be first
+  if arguments.command != "show":
+    memory.keep_freed_memory()
   from lmops_jax import config
   resolved = config.load(files, bindings)
   if arguments.command == "show":
@@ -228,23 +228,6 @@ def _set_environment() -> None:
     "GRPC_VERBOSITY": "ERROR",
   }.items():
     os.environ.setdefault(name, value)
-
-
-def _use_huge_pages() -> None:
-  """Starts the command anew with huge pages for large allocations; no return if it does.
-
-  A training step on a CPU is mostly memory traffic and becomes about a quarter faster. glibc reads
-  the setting only at program start. Whoever has set GLIBC_TUNABLES, if to nothing, keeps that.
-  """
-  try:
-    glibc = os.confstr("CS_GNU_LIBC_VERSION")
-    with open("/sys/kernel/mm/transparent_hugepage/enabled", encoding="ascii") as file:
-      allowed = "[never]" not in file.read()
-  except (OSError, ValueError):  # not Linux, not glibc, or a kernel without huge pages
-    return
-  if glibc and allowed and "GLIBC_TUNABLES" not in os.environ and sys.executable:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _run(resolved, workdir: Path) -> int:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 
@@ -207,20 +206,6 @@ def test_environment_defaults_do_not_override(monkeypatch, tmp_path):
   assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
   assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "lmops_jax" / "xla")
   monkeypatch.undo()
-
-
-@pytest.mark.parametrize("own, seen", [(None, "glibc.malloc.hugetlb=1"), ("", "")])
-def test_huge_pages_are_asked_for_unless_the_user_has_chosen(toy, monkeypatch, own, seen):
-  kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-  if not kernel.exists() or "[never]" in kernel.read_text():
-    pytest.skip("needs a kernel that gives huge pages")
-  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-  if own is not None:
-    monkeypatch.setenv("GLIBC_TUNABLES", own)
-  (toy / "modules" / "looks.py").write_text("import os; print(repr(os.environ['GLIBC_TUNABLES']))")
-  done = lmops("run", "toy.gin", "--gin_import", "looks", "--gin.STEPS=2")
-  assert done.stdout.splitlines()[0] == repr(seen)
-  assert "counted 2" in done.stdout  # the arguments arrived
 
 
 # ------------------------------------------------------------------------------------------ show

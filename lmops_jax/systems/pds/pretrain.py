@@ -7,6 +7,7 @@ The proxy is trained on the whole corpus, a final model on a selection; nothing 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,9 @@ def language_model(config: transformer.TransformerConfig, vocab_size: int, lengt
   return transformer.Transformer(dataclasses.replace(config, vocab_size=vocab_size))
 
 
+@functools.lru_cache
 def initializer(model) -> Callable[[jax.Array], Any]:
-  """`key -> parameters` (with their logical axes) of a language model."""
+  """`key -> parameters` (with their logical axes); one object a model, so that it compiles once."""
   tokens = np.zeros((1, 1), np.int32)
   return lambda key: model.init(key, tokens)["params"]
 

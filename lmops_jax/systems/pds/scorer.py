@@ -8,6 +8,7 @@ section 3; spec section 3).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import gin
@@ -245,8 +246,9 @@ def fit(
   context.flops += 3 * config.num_steps * config.batch_size * view.length * per_token
 
 
+@functools.lru_cache
 def initializer(model: heads.SequenceRegressor):
-  """`key -> parameters` (with their logical axes) of a scorer."""
+  """`key -> parameters` (with their logical axes); one object a model, so that it compiles once."""
   one = np.ones((1, 1), np.int32)
   return lambda key: model.init(key, one, one)["params"]
 
