@@ -147,7 +147,8 @@ class PMP:
     hessian: False drops the Hessian term, a cheap ablation.
     trajectory: "all", "sqrt", "host" or a number of slots.
     segment_steps: steps between two points that an interrupted solve resumes from.
-    micro_batch_size: instances that are differentiated at a time (target, proxies).
+    micro_batch_size: target and proxy instances that are differentiated at a time.
+    inner_micro_batch_size: the same for an inner batch, of which it is a divisor; None: all.
   """
 
   optimizer: Any = None
@@ -163,6 +164,7 @@ class PMP:
   trajectory: Any = "all"
   segment_steps: int = 10
   micro_batch_size: int = 64
+  inner_micro_batch_size: int | None = None
   data_seed: int = 0
 
   def __post_init__(self):
@@ -171,6 +173,11 @@ class PMP:
     for name in ("num_steps", "batch_size", "every_k", "segment_steps", "micro_batch_size"):
       if getattr(self, name) < 1:
         raise ValueError(f"pds.PMP.{name}={getattr(self, name)}; set it to 1 or more.")
+    if self.inner_micro_batch_size is not None and self.batch_size % self.inner_micro_batch_size:
+      raise ValueError(
+        f"pds.PMP.inner_micro_batch_size={self.inner_micro_batch_size} does not divide "
+        f"batch_size={self.batch_size}; choose a divisor."
+      )
     if self.groups is not None and not 1 <= self.groups <= self.num_steps:
       raise ValueError(
         f"pds.PMP.groups={self.groups} is not between 1 and num_steps={self.num_steps}."
@@ -203,7 +210,8 @@ class PMP:
           bench.example_losses, target_loss, self.optimizer, params, batches,
           weights, objective=self.objective, trajectory=self.trajectory, proxy=proxies,
           every_k=self.every_k, groups=self.groups, hessian=self.hessian,
-          proxy_batch_size=self.micro_batch_size, segment_steps=self.segment_steps,
+          proxy_batch_size=self.micro_batch_size,
+          micro_batch_size=self.inner_micro_batch_size, segment_steps=self.segment_steps,
           load=functools.partial(scores.load_arrays, path),
           save=functools.partial(scores.save_arrays, path),
           progress=lambda done, _, bar=bar: bar.update(done - bar.done),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gin
+import jax
 import numpy as np
 
 from lmops_jax import pipeline
@@ -83,6 +84,11 @@ class Pipeline:
       settings: the resolved settings of this object, a `config.Settings`.
       partitioner: places parameters and batches on the mesh; None is one device.
     """
+    if jax.process_count() > 1:
+      raise ValueError(
+        f"this job has {jax.process_count()} processes, and PDS scores and annotates in one; start "
+        "it once, on a machine that holds all the devices."
+      )
     partitioner = partitioner or mesh.single_device()
 
     def part(*names: str) -> dict[str, str]:
