@@ -278,7 +278,8 @@ class InfluenceScores(_DirectionMethod):
     curvature: "fisher" (positive semi-definite) or "hessian", which far from a minimum has negative
       eigenvalues that the damping must exceed.
     damping: added to the Hessian's diagonal; None: a hundredth of its mean eigenvalue.
-    solver: "cg" or "lissa".
+    solver: "lissa" or "cg". The matrix is so ill-conditioned with a small damping that conjugate
+      gradients need hundreds of products before they are better than nothing.
     iterations: Hessian-vector products.
     num_hessian: corpus instances that estimate the Hessian.
   """
@@ -286,8 +287,8 @@ class InfluenceScores(_DirectionMethod):
   name: str = "if_score"
   curvature: str = "fisher"
   damping: float | None = None
-  solver: str = "cg"
-  iterations: int = 20
+  solver: str = "lissa"
+  iterations: int = 50
   num_hessian: int = 256
   data_seed: int = 0
 
