@@ -22,7 +22,7 @@ from lmops_jax.control import checks
 from lmops_jax.control import trajectory as trajectories
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state, strong
-from lmops_jax.control.problem import Outputs, Problem, Settings
+from lmops_jax.control.problem import Outputs, Problem, Settings, Target
 
 # The costate grows like T times the target gradient; beyond this factor the adjoint has diverged.
 _MAX_GROWTH = 1e4
@@ -116,21 +116,20 @@ def _solve(example_losses, target_loss, init, update, params, batches, weights, 
 
 def solve(problem: Problem, state: State) -> PmpResult:
   """Both passes of `problem` from `state` (traceable core of `pmp_scores`)."""
-  first_target_loss = problem.target_loss(state.params)
-  carry, outs, final_params = trajectories.run(
-    problem.forward, problem.reverse, problem.first_carry, state, problem.num_steps,
-    problem.settings.trajectory)
-  return make_result(first_target_loss, outs, carry.proxy_scores, final_params)
+  carry, outs, final_target, last = trajectories.run(
+    problem.forward, problem.reverse, problem.first_carry, problem.constrain_state(state),
+    problem.num_steps, problem.settings.trajectory)
+  return make_result(outs, final_target, carry.proxy_scores, problem.constrain(last.params))
 
 
-def make_result(first_target_loss: jax.Array, outs: Outputs, proxy_scores: Any,
+def make_result(outs: Outputs, final_target: Target, proxy_scores: Any,
                 final_params: Any) -> PmpResult:
   """Puts the stacked outputs of the reverse pass together."""
-  target_losses = jnp.concatenate(
-    [first_target_loss[None].astype(outs.target_loss.dtype), outs.target_loss])
+  target = jax.tree.map(lambda x, last: jnp.append(x, last.astype(x.dtype)), outs.target,
+                        final_target)
   return PmpResult(
-    scores=outs.scores, proxy_scores=proxy_scores, target_losses=target_losses,
-    params=final_params, costate_norms=outs.costate_norm, target_grad_norms=outs.target_grad_norm,
+    scores=outs.scores, proxy_scores=proxy_scores, target_losses=target.loss, params=final_params,
+    costate_norms=outs.costate_norm, target_grad_norms=target.grad_norm[1:],
     step_losses=outs.step_loss, costates=outs.costate)
 
 

@@ -2,9 +2,10 @@
 
 `Problem` ties a loss, a target, an optimizer and the data of T steps together; trajectory policies
 and the resumable driver run it without knowing the mathematics. The reverse step at t does at once
-what the code of arXiv 2410.07064 does in separate passes: the target gradient at `params_{t+1}`,
-the adjoint of the optimizer, the Hessian-vector product, the scores of the examples trained on, and
-(at the steps that `every_k` or `groups` choose) those of the proxy examples.
+what the code of arXiv 2410.07064 does in separate passes: the adjoint of the optimizer, the
+Hessian-vector product, the scores of the examples trained on, those of the proxy examples (at the
+steps that `every_k` or `groups` choose), and the target gradient. It holds four parameter-sized
+arrays at a time: the parameters, the costate, the cotangent u and the product H u.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Settings(NamedTuple):
 
 class Carry(NamedTuple):
   """What the reverse pass hands from step t to step t - 1."""
-  costate: Any  # cotangent of params_{t+1} without the target loss's own gradient there
+  costate: Any  # lambda_{t+1}, the cotangent of params_{t+1}
   opt_cotangent: list[jax.Array]  # of the floating-point leaves of opt_state_{t+1}
   proxy_scores: jax.Array | None  # [M], of the steps done
   group: "Group | None"
@@ -47,13 +48,18 @@ class Group(NamedTuple):
   weight: jax.Array  # [] sum of |u_t|
 
 
+class Target(NamedTuple):
+  """The target loss at some parameters."""
+  loss: jax.Array  # []
+  grad_norm: jax.Array  # [], 0 where the loss is not part of the objective
+
+
 class Outputs(NamedTuple):
   """Results of one reverse step."""
   scores: jax.Array  # [B]
   step_loss: jax.Array  # [] weighted loss at params_t
-  target_loss: jax.Array  # [] J(params_{t+1})
+  target: "Target"  # at params_t
   costate_norm: jax.Array  # [] |lambda_{t+1}|
-  target_grad_norm: jax.Array  # [] |grad J| at params_{t+1}, 0 outside A
   costate: Any  # lambda_{t+1}, or None
 
 
@@ -106,17 +112,30 @@ class Problem:
   def forward(self, state: State, t: jax.Array) -> State:
     """The state after step t."""
     grads = self._gradient(state.params, t)
-    state = apply_update(self.update, state, grads)
-    return state._replace(params=self.constrain(state.params))
+    return self.constrain_state(apply_update(self.update, state, grads))
+
+  def constrain_state(self, state: State) -> State:
+    """`state` with the parameters, and all that an optimizer keeps in their image, pinned."""
+    structure = jax.tree.structure(state.params)
+    shapes = [x.shape for x in jax.tree.leaves(state.params)]
+
+    def is_image(tree):
+      return jax.tree.structure(tree) == structure and shapes == [
+        jnp.shape(x) for x in jax.tree.leaves(tree)]
+
+    opt_state = jax.tree.map(
+      lambda x: self.constrain(x) if is_image(x) else x, state.opt_state, is_leaf=is_image)
+    return State(self.constrain(state.params), opt_state)
 
   def _gradient(self, params, t):
     return self.constrain(gradient(
       self.example_losses, params, self.batch_at(t), self.weights[t],
       micro_batch_size=self.settings.micro_batch_size))
 
-  def first_carry(self, state: State) -> Carry:
-    """The carry before the first reverse step: nothing follows step T - 1."""
-    zeros = self.constrain(jax.tree.map(jnp.zeros_like, state.params))
+  def first_carry(self, state: State) -> tuple[Carry, Target]:
+    """The carry before the first reverse step, lambda_T = grad J(params_T), from the last state."""
+    loss, costate = jax.value_and_grad(self.target_loss)(state.params)
+    costate = self.constrain(costate)
     opt_zeros = [jnp.zeros_like(x) for x in adjoint.float_leaves(state.opt_state)]
     proxy_scores, group = None, None
     if self.proxy is not None:
@@ -126,13 +145,11 @@ class Problem:
       wide = self.constrain(jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), state.params))
       group = Group(wide, wide, jnp.zeros_like(tree_norm(wide)))
-    return Carry(zeros, opt_zeros, proxy_scores, group)
+    return Carry(costate, opt_zeros, proxy_scores, group), Target(loss, tree_norm(costate))
 
-  def reverse(self, carry: Carry, state: State, next_params: Any, t: jax.Array):
-    """One step of the adjoint recursion at `state = S_t`; returns `(carry, Outputs)`."""
-    settings = self.settings
-    target_loss, target_grad = self._target(next_params, t)
-    costate = self.constrain(jax.tree.map(jnp.add, carry.costate, target_grad))
+  def reverse(self, carry: Carry, state: State, t: jax.Array) -> tuple[Carry, Outputs]:
+    """One step of the adjoint recursion, at `state = S_t`."""
+    settings, costate = self.settings, carry.costate
     direct, opt_cotangent, u = adjoint.update_pullback(
       self.update, state, self._gradient(state.params, t), costate, carry.opt_cotangent)
     u = self.constrain(u)
@@ -147,22 +164,31 @@ class Problem:
       slopes, losses = adjoint.directional_derivatives(
         self.example_losses, state.params, u, batch, mode=settings.hvp_mode)
       previous = direct
-    carry = Carry(previous, opt_cotangent, carry.proxy_scores, carry.group)
+    carry = carry._replace(opt_cotangent=opt_cotangent)
     if self.proxy is not None:
       carry = self._score_proxies(carry, state.params, u, t)
+    # In this order: the activations of the two passes never exist at the same time.
+    params, previous = jax.lax.optimization_barrier((state.params, previous))
+    target, previous = self._add_target(params, previous, t)
+    carry = carry._replace(costate=previous)
     dtype = jnp.promote_types(losses.dtype, weights.dtype)
     return carry, Outputs(
-      scores=-slopes.astype(dtype), step_loss=jnp.sum(weights * losses), target_loss=target_loss,
-      costate_norm=tree_norm(costate), target_grad_norm=tree_norm(target_grad),
-      costate=costate if settings.keep_costates else None)
+      scores=-slopes.astype(dtype), step_loss=jnp.sum(weights * losses), target=target,
+      costate_norm=tree_norm(costate), costate=costate if settings.keep_costates else None)
 
-  def _target(self, params, t):
-    """`(J, grad J)` at `params_{t+1}`; the gradient is 0 where J is not part of the objective."""
-    if self.settings.objective == "area":
-      return jax.value_and_grad(self.target_loss)(params)
-    return jax.lax.cond(
-      t == self.num_steps - 1, jax.value_and_grad(self.target_loss),
-      lambda p: (self.target_loss(p), jax.tree.map(jnp.zeros_like, p)), params)
+  def _add_target(self, params, costate, t):
+    """J at `params_t`, and the costate with its gradient added where J is in the objective."""
+    def loss_only(params, costate):
+      loss = self.target_loss(params)
+      return Target(loss, jnp.zeros_like(tree_norm(params))), costate
+
+    def with_gradient(params, costate):
+      loss, grad = jax.value_and_grad(self.target_loss)(params)
+      return Target(loss, tree_norm(grad)), self.constrain(jax.tree.map(jnp.add, costate, grad))
+
+    if self.settings.objective == "terminal":
+      return loss_only(params, costate)
+    return jax.lax.cond(t > 0, with_gradient, loss_only, params, costate)
 
   def _score_proxies(self, carry: Carry, params, u, t) -> Carry:
     settings = self.settings

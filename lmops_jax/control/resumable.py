@@ -89,24 +89,22 @@ def pmp_scores_resumable(
   def steps_of(i):
     return jnp.arange(starts[i], min(starts[i] + segment_steps, num_steps))
 
-  def first_run():
-    target_loss_0 = jax.jit(lambda f, p: f(p))(data.target_loss, first_state.params)
-    return _Run(False, 0, [first_state], target_loss_0, None, None, None, [])
+  first_run = _Run(False, 0, [first_state], None, None, None, [])
 
   def templates(is_reverse, done):
     """A run as it would be after `done` segments of a pass, with arrays of the right types."""
     num_states = len(starts) - done if is_reverse else done + 1
-    carry = _first_carry(data, first_state, **static) if is_reverse else None
-    outs = []
-    for i in range(len(starts) - done, len(starts)) if is_reverse else ():
-      outs.append(jax.eval_shape(functools.partial(_reverse_segment, **static), data, first_state,
-                                 first_state.params, carry, steps_of(i))[1])
-    end = first_state.params if is_reverse else None
-    return _Run(is_reverse, done, [first_state] * num_states,
-                jax.eval_shape(data.target_loss, first_state.params), end, end, carry, outs)
+    if not is_reverse:
+      return _Run(is_reverse, done, [first_state] * num_states, None, None, None, [])
+    carry, final_target = _first_carry(data, first_state, **static)
+    reverse = functools.partial(_reverse_segment, **static)
+    outs = [jax.eval_shape(reverse, data, first_state, carry, steps_of(i))[1]
+            for i in range(len(starts) - done, len(starts))]
+    return _Run(is_reverse, done, [first_state] * num_states, first_state.params, final_target,
+                carry, outs)
 
   saved = load()
-  run = first_run() if saved is None else _unpack(saved, fingerprint, templates, len(starts))
+  run = first_run if saved is None else _unpack(saved, fingerprint, templates, len(starts))
 
   def keep():
     save(_pack(run, fingerprint))
@@ -119,20 +117,18 @@ def pmp_scores_resumable(
     if run.done + 1 < len(starts):
       run = dataclasses.replace(run, done=run.done + 1, states=[*run.states, state])
     else:
-      run = dataclasses.replace(
-        run, is_reverse=True, done=0, final_params=state.params, next_params=state.params,
-        carry=_first_carry(data, state, **static))
+      carry, final_target = _first_carry(data, state, **static)
+      run = dataclasses.replace(run, is_reverse=True, done=0, final_params=state.params,
+                                final_target=final_target, carry=carry)
     keep()
   while run.done < len(starts):
     i = len(starts) - 1 - run.done
-    carry, outs = _reverse_segment(
-      data, run.states[-1], run.next_params, run.carry, steps_of(i), **static)
-    run = dataclasses.replace(
-      run, done=run.done + 1, states=run.states[:-1], next_params=run.states[-1].params,
-      carry=_place(carry, run.carry), outs=[outs, *run.outs])
+    carry, outs = _reverse_segment(data, run.states[-1], run.carry, steps_of(i), **static)
+    run = dataclasses.replace(run, done=run.done + 1, states=run.states[:-1],
+                              carry=_place(carry, run.carry), outs=[outs, *run.outs])
     keep()
   outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *run.outs)
-  return make_result(run.target_loss_0, outs, run.carry.proxy_scores, run.final_params)
+  return make_result(outs, run.final_target, run.carry.proxy_scores, run.final_params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +137,8 @@ class _Run:
   is_reverse: bool
   done: int  # segments of the current pass
   states: list[Any]  # at the starts of the segments that the reverse pass still needs
-  target_loss_0: jax.Array
-  final_params: Any  # params_T once known
-  next_params: Any  # at the end of the segment that comes next in the reverse pass
+  final_params: Any  # params_T, once known
+  final_target: Any
   carry: Any
   outs: list[Any]  # of the segments reversed, in step order
 
@@ -178,15 +173,16 @@ def _first_carry(data, state, *, settings, shardings):
 @functools.partial(jax.jit, static_argnames=("settings", "shardings"))
 def _forward_segment(data, state, steps, *, settings, shardings):
   problem = _problem(data, settings, shardings)
-  return jax.lax.scan(lambda s, t: (problem.forward(s, t), None), state, steps)[0]
+  state = problem.constrain_state(state)
+  state, _ = jax.lax.scan(lambda s, t: (problem.forward(s, t), None), state, steps)
+  return problem.constrain_state(state)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "shardings"))
-def _reverse_segment(data, state, next_params, carry, steps, *, settings, shardings):
+def _reverse_segment(data, state, carry, steps, *, settings, shardings):
   problem = _problem(data, settings, shardings)
-  return trajectories.run_segment(
-    problem.forward, problem.reverse, state, next_params, carry, steps,
-    settings.trajectory == "host")
+  return trajectories.run_segment(problem.forward, problem.reverse, state, carry, steps,
+                                  settings.trajectory == "host")
 
 
 def _place(tree: Any, like: Any) -> Any:

@@ -26,14 +26,15 @@ POLICIES = ("all", "sqrt", "host")
 
 
 class Schedule(NamedTuple):
-  """A table of actions, one row each, as equal-length arrays.
+  """Where the forward pass stores states, and the table of actions of the reverse pass.
 
   An action first loads a slot into the working state, then stores the working state into a slot,
-  then either advances it by one step or runs the adjoint of the step from it.
+  then either advances it by one step or runs the adjoint of the step from it. The working state is
+  `S_{T-1}` at first.
   """
+  first_store: np.ndarray  # [T] int32: slot for the state before step t of the forward pass, or -1
   step: np.ndarray  # [A] int32: index t of the working state after the load
   is_reverse: np.ndarray  # [A] bool
-  is_last_step: np.ndarray  # [A] bool: the advance from T-1 to T, which leaves the state at T-1
   load: np.ndarray  # [A] int32 slot, or -1
   store: np.ndarray  # [A] int32 slot, or -1
 
@@ -51,38 +52,35 @@ def run(forward: Callable, reverse: Callable, first_carry: Callable, state: Any,
 
   Args:
     forward: `(state, t) -> state` after step t.
-    reverse: `(carry, state_t, params_{t+1}, t) -> (carry, outputs)`, called for t = T-1 .. 0.
-    first_carry: `(state) -> carry` before the first reverse step; uses shapes and dtypes only.
-    state: `S_0`, with a field `params`. num_steps: T >= 1.
+    reverse: `(carry, state_t, t) -> (carry, outputs)`, called for t = T-1 .. 0.
+    first_carry: `(state_T) -> (carry, final)` before the first reverse step.
+    state: `S_0`. num_steps: T >= 1.
     policy: see the module docstring.
   Returns:
-    `(carry, outputs, params_T)` with the outputs of all steps stacked, `[T, ...]`, in step order.
+    `(carry, outputs, final, state_T)` with the outputs of all steps stacked, `[T, ...]`, in step
+    order.
   """
   if num_slots(policy, num_steps) >= num_steps:
-    return _run_stored(forward, reverse, first_carry, state, num_steps, policy == "host")
-  return _run_schedule(forward, reverse, first_carry, state, num_steps,
-                       make_schedule(num_steps, num_slots(policy, num_steps)))
+    steps = jnp.arange(num_steps)
+    last, states = _store_states(forward, state, steps, policy == "host")
+    carry, final = first_carry(last)
+    carry, outs = _reverse_stored(reverse, carry, states, steps, policy == "host")
+    return carry, outs, final, last
+  schedule = make_schedule(num_steps, num_slots(policy, num_steps))
+  return _run_schedule(forward, reverse, first_carry, state, schedule)
 
 
-def _run_stored(forward, reverse, first_carry, state, num_steps, on_host):
-  steps = jnp.arange(num_steps)
-  final, states = _store_states(forward, state, steps, on_host)
-  carry, outs = _reverse_stored(reverse, first_carry(final), states, final.params, steps, on_host)
-  return carry, outs, final.params
-
-
-def run_segment(forward: Callable, reverse: Callable, state: Any, next_params: Any, carry: Any,
-                steps: jax.Array, on_host: bool = False):
+def run_segment(forward: Callable, reverse: Callable, state: Any, carry: Any, steps: jax.Array,
+                on_host: bool = False):
   """The adjoint of consecutive `steps` from the state before the first of them.
 
   Args:
-    next_params: parameters after the last of the steps (kept, so that step is not run again).
     carry: what the reverse step after the last one returned.
   Returns:
     `(carry, outputs)` after the first of the steps, with outputs stacked in step order.
   """
   _, states = _store_states(forward, state, steps, on_host)
-  return _reverse_stored(reverse, carry, states, next_params, steps, on_host)
+  return _reverse_stored(reverse, carry, states, steps, on_host)
 
 
 def _move(tree, space, on_host):
@@ -94,61 +92,65 @@ def _store_states(forward, state, steps, on_host):
     lambda s, t: (forward(s, t), _move(s, jax.memory.Space.Host, on_host)), state, steps)
 
 
-def _reverse_stored(reverse, carry, states, next_params, steps, on_host):
-  def go_back(loop, xs):
-    carry, next_params = loop
+def _reverse_stored(reverse, carry, states, steps, on_host):
+  def go_back(carry, xs):
     state, t = xs
-    state = _move(state, jax.memory.Space.Device, on_host)
-    carry, outs = reverse(carry, state, next_params, t)
-    return (carry, state.params), outs
+    return reverse(carry, _move(state, jax.memory.Space.Device, on_host), t)
 
-  (carry, _), outs = jax.lax.scan(go_back, (carry, next_params), (states, steps), reverse=True)
-  return carry, outs
+  return jax.lax.scan(go_back, carry, (states, steps), reverse=True)
 
 
-def _run_schedule(forward, reverse, first_carry, state, num_steps, schedule):
-  slots = jax.tree.map(
-    lambda x: jnp.zeros((int(schedule.store.max()) + 1, *x.shape), x.dtype), state)
+def _choose(pred, new, old):
+  return jax.tree.map(lambda a, b: jnp.where(pred, a, b), new, old)
 
-  def choose(pred, new, old):
-    return jax.tree.map(lambda a, b: jnp.where(pred, a, b), new, old)
 
-  def read(slots, i):
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), slots)
+def _read(slots, i):
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), slots)
 
-  def write(slots, tree, i):
-    return jax.tree.map(
-      lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, i, axis=0), slots, tree)
 
-  def go_back(state, next_params, final_params, carry, action):
-    carry, outs = reverse(carry, state, next_params, action.step)
-    return (state, state.params, final_params, carry), outs
+def _write(slots, tree, i):
+  """`slots` with `tree` in slot `i`, or as they are if `i` is -1."""
+  slot = jnp.maximum(i, 0)
+  tree = _choose(i >= 0, tree, _read(slots, slot))
+  return jax.tree.map(
+    lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, slot, axis=0), slots, tree)
 
-  out_shapes = jax.eval_shape(
-    lambda s: reverse(first_carry(s), s, s.params, jnp.zeros((), jnp.int32))[1], state)
 
-  def advance(state, next_params, final_params, carry, action):
-    new = forward(state, action.step)
-    final_params = choose(action.is_last_step, new.params, final_params)
-    next_params = choose(action.is_last_step, new.params, next_params)
-    state = choose(action.is_last_step, state, new)
-    outs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shapes)
-    return (state, next_params, final_params, carry), outs
+def _run_schedule(forward, reverse, first_carry, state, schedule):
+  num_steps = len(schedule.first_store)
+  num_used = 1 + max(int(schedule.first_store.max()), int(schedule.store.max()))
+  slots = jax.tree.map(lambda x: jnp.zeros((num_used, *x.shape), x.dtype), state)
+
+  def sweep(loop, xs):
+    (state, _), slots = loop
+    t, slot = xs
+    return ((forward(state, t), state), _write(slots, state, slot)), None
+
+  (((last, working), slots), _) = jax.lax.scan(
+    sweep, ((state, state), slots), (jnp.arange(num_steps), jnp.asarray(schedule.first_store)))
+  carry, final = first_carry(last)
+  out_shapes = jax.eval_shape(reverse, carry, working, jnp.zeros((), jnp.int32))[1]
+
+  def go_back(carry, state, t):
+    carry, outs = reverse(carry, state, t)
+    return carry, state, outs
+
+  def advance(carry, state, t):
+    return carry, forward(state, t), jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), out_shapes)
 
   def act(loop, action):
-    (state, next_params, final_params, carry), slots = loop
-    state = choose(action.load >= 0, read(slots, jnp.maximum(action.load, 0)), state)
-    slot = jnp.maximum(action.store, 0)
-    slots = write(slots, choose(action.store >= 0, state, read(slots, slot)), slot)
-    working, outs = jax.lax.cond(
-      action.is_reverse, go_back, advance, state, next_params, final_params, carry, action)
-    return (working, slots), outs
+    carry, state, slots = loop
+    t, is_reverse, load, store = action
+    state = _choose(load >= 0, _read(slots, jnp.maximum(load, 0)), state)
+    slots = _write(slots, state, store)
+    carry, state, outs = jax.lax.cond(is_reverse, go_back, advance, carry, state, t)
+    return (carry, state, slots), outs
 
-  working = (state, state.params, state.params, first_carry(state))
-  (working, _), outs = jax.lax.scan(act, (working, slots), jax.tree.map(jnp.asarray, schedule))
+  (carry, _, _), outs = jax.lax.scan(
+    act, (carry, working, slots), tuple(map(jnp.asarray, schedule[1:])))
   rows = np.flatnonzero(schedule.is_reverse)[::-1]  # reverse actions run from T-1 to 0
-  _, _, final_params, carry = working
-  return carry, jax.tree.map(lambda x: x[rows], outs), final_params
+  return carry, jax.tree.map(lambda x: x[rows], outs), final, last
 
 
 @functools.lru_cache(maxsize=64)
@@ -159,15 +161,17 @@ def make_schedule(num_steps: int, slots: int) -> Schedule:
     num_steps: T >= 1. slots: >= 1; slot 0 holds the first state throughout.
   """
   split = _best_splits(num_steps, slots)
+  first_store = np.full(num_steps, -1, np.int32)
+  first_store[0] = 0
   actions = []
-  pending = {"load": -1, "store": 0}  # the first action stores S_0 in slot 0
-  position = 0
+  pending = {"load": -1, "store": -1}
+  position = num_steps - 1  # where the forward pass leaves the working state
 
-  def emit(is_reverse, is_last_step=False):
-    actions.append((position, is_reverse, is_last_step, pending["load"], pending["store"]))
+  def emit(is_reverse):
+    actions.append((position, is_reverse, pending["load"], pending["store"]))
     pending.update(load=-1, store=-1)
 
-  def advance_to(start, slot, stop):
+  def advance(start, slot, stop):
     nonlocal position
     if position != start:
       pending["load"], position = slot, start
@@ -176,36 +180,30 @@ def make_schedule(num_steps: int, slots: int) -> Schedule:
       position += 1
 
   # Intervals [start, stop) whose first state is in `slot`; slots above it are free. A stack instead
-  # of recursion: T may exceed Python's recursion limit.
+  # of recursion: T may exceed Python's recursion limit. Until the first adjoint step, the forward
+  # pass does the advancing.
   stack = [(0, num_steps, 0)]
-  first_sweep = True
   while stack:
     start, stop, slot = stack.pop()
-    if stop - start == 1:
-      advance_to(start, slot, start)
-      if first_sweep:
-        emit(False, is_last_step=True)
-        first_sweep = False
+    if stop - start == 1 or slot == slots - 1:  # the last step of the interval, from its start
+      if stop - start > 1:
+        stack.append((start, stop - 1, slot))
+      if actions:
+        advance(start, slot, stop - 1)
       emit(True)
-      position = -1  # the working state is behind the adjoint now: load before the next action
-    elif slot == slots - 1:
-      stack.append((start, stop - 1, slot))
-      advance_to(start, slot, stop - 1)
-      if first_sweep:
-        emit(False, is_last_step=True)
-        first_sweep = False
-      emit(True)
-      position = -1
+      position = -1  # behind the adjoint now: load before the next action
     else:
       middle = start + int(split[slots - 1 - slot, stop - start])
-      advance_to(start, slot, middle)
-      pending["store"] = slot + 1
+      if actions:
+        advance(start, slot, middle)
+        pending["store"] = slot + 1
+      else:
+        first_store[middle] = slot + 1
       stack.append((start, middle, slot))
       stack.append((middle, stop, slot + 1))
-  columns = list(zip(*actions))
-  return Schedule(np.array(columns[0], np.int32), np.array(columns[1], bool),
-                  np.array(columns[2], bool), np.array(columns[3], np.int32),
-                  np.array(columns[4], np.int32))
+  step, is_reverse, load, store = zip(*actions)
+  return Schedule(first_store, np.array(step, np.int32), np.array(is_reverse, bool),
+                  np.array(load, np.int32), np.array(store, np.int32))
 
 
 def _best_splits(num_steps: int, slots: int) -> np.ndarray:

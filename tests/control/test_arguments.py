@@ -229,7 +229,7 @@ def test_divergence_is_reported_with_its_step(toy):
   linear = lambda p: jnp.sum(p)  # noqa: E731
   with pytest.raises(FloatingPointError, match=r"costate diverged.* at step 18 of 30"):
     check_result(run(4.0, 30, linear))
-  with pytest.raises(FloatingPointError, match=r"target loss is inf at step \d+ of 200"):
+  with pytest.raises(FloatingPointError, match=r"training loss is inf at step \d+ of 200"):
     check_result(run(4.0, 200))
   with pytest.raises(FloatingPointError, match="training loss is nan at step 0 of 3"):
     check_result(pmp_scores(lambda p, b: b * p, lambda p: p ** 2, SGD, 1.0,

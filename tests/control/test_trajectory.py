@@ -16,8 +16,9 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 def _execute(num_steps, slots):
   """Runs a schedule on step indices; returns the reverse order, the slots used and the advances."""
   schedule = make_schedule(num_steps, slots)
-  memory, state, order, advances = {}, 0, [], 0
-  for step, is_reverse, is_last, load, store in zip(*schedule):
+  memory = {int(slot): t for t, slot in enumerate(schedule.first_store) if slot >= 0}
+  state, order, advances = num_steps - 1, [], num_steps
+  for step, is_reverse, load, store in zip(*schedule[1:]):
     if load >= 0:
       state = memory[int(load)]
     if store >= 0:
@@ -25,13 +26,11 @@ def _execute(num_steps, slots):
     assert state == step
     assert len(memory) <= slots
     if is_reverse:
-      assert not is_last
       order.append(state)
       state = None  # not to be used again without a load
     else:
       advances += 1
-      assert is_last == (state == num_steps - 1)
-      state = state if is_last else state + 1
+      state += 1
   return order, set(memory), advances
 
 
