@@ -118,7 +118,7 @@ def solve(problem: Problem, state: State) -> PmpResult:
   """Both passes of `problem` from `state` (traceable core of `pmp_scores`)."""
   carry, outs, final_target, last = trajectories.run(
     problem.forward, problem.reverse, problem.first_carry, problem.constrain_state(state),
-    problem.num_steps, problem.settings.trajectory)
+    jnp.arange(problem.num_steps), problem.settings.trajectory)
   return make_result(outs, final_target, carry.proxy_scores, problem.constrain(last.params))
 
 

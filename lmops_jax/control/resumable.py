@@ -62,15 +62,11 @@ def pmp_scores_resumable(
     save: called after each segment with a flat dict from names to arrays (host or device arrays,
       also sharded ones): the segment starts still needed and, in the reverse pass, the carry.
     progress: called with (segments done, segments in both passes).
-    trajectory: "all" or "host", for the states inside one segment.
+    trajectory: for the states inside one segment.
   Raises:
     ValueError: also if what `load` returns belongs to another solve (other settings, parameters,
       batches or weights).
   """
-  if trajectory not in ("all", "host"):
-    raise ValueError(
-      f"trajectory must be 'all' or 'host' in a resumable solve (segment_steps bounds the memory), "
-      f"got {trajectory!r}.")
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
     Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
@@ -181,8 +177,8 @@ def _forward_segment(data, state, steps, *, settings, shardings):
 @functools.partial(jax.jit, static_argnames=("settings", "shardings"))
 def _reverse_segment(data, state, carry, steps, *, settings, shardings):
   problem = _problem(data, settings, shardings)
-  return trajectories.run_segment(problem.forward, problem.reverse, state, carry, steps,
-                                  settings.trajectory == "host")
+  return trajectories.run(problem.forward, problem.reverse, lambda _: (carry, None), state, steps,
+                          settings.trajectory)[:2]
 
 
 def _place(tree: Any, like: Any) -> Any:

@@ -46,41 +46,29 @@ def num_slots(policy: Policy, num_steps: int) -> int:
   return min(num_steps, math.ceil(math.sqrt(2 * num_steps)) if policy == "sqrt" else int(policy))
 
 
-def run(forward: Callable, reverse: Callable, first_carry: Callable, state: Any, num_steps: int,
+def run(forward: Callable, reverse: Callable, first_carry: Callable, state: Any, steps: jax.Array,
         policy: Policy):
   """Forward pass from `state`, then the adjoint recursion from the last step to the first.
 
   Args:
     forward: `(state, t) -> state` after step t.
-    reverse: `(carry, state_t, t) -> (carry, outputs)`, called for t = T-1 .. 0.
-    first_carry: `(state_T) -> (carry, final)` before the first reverse step.
-    state: `S_0`. num_steps: T >= 1.
+    reverse: `(carry, state_t, t) -> (carry, outputs)`.
+    first_carry: `(last_state) -> (carry, final)` before the first reverse step.
+    state: before the first step.
+    steps: `[T] int32`, the consecutive values of t, T >= 1.
     policy: see the module docstring.
   Returns:
-    `(carry, outputs, final, state_T)` with the outputs of all steps stacked, `[T, ...]`, in step
+    `(carry, outputs, final, last_state)` with the outputs of all steps stacked, `[T, ...]`, in step
     order.
   """
+  num_steps = steps.shape[0]
   if num_slots(policy, num_steps) >= num_steps:
-    steps = jnp.arange(num_steps)
     last, states = _store_states(forward, state, steps, policy == "host")
     carry, final = first_carry(last)
     carry, outs = _reverse_stored(reverse, carry, states, steps, policy == "host")
     return carry, outs, final, last
   schedule = make_schedule(num_steps, num_slots(policy, num_steps))
-  return _run_schedule(forward, reverse, first_carry, state, schedule)
-
-
-def run_segment(forward: Callable, reverse: Callable, state: Any, carry: Any, steps: jax.Array,
-                on_host: bool = False):
-  """The adjoint of consecutive `steps` from the state before the first of them.
-
-  Args:
-    carry: what the reverse step after the last one returned.
-  Returns:
-    `(carry, outputs)` after the first of the steps, with outputs stacked in step order.
-  """
-  _, states = _store_states(forward, state, steps, on_host)
-  return _reverse_stored(reverse, carry, states, steps, on_host)
+  return _run_schedule(forward, reverse, first_carry, state, steps, schedule)
 
 
 def _move(tree, space, on_host):
@@ -116,8 +104,7 @@ def _write(slots, tree, i):
     lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, slot, axis=0), slots, tree)
 
 
-def _run_schedule(forward, reverse, first_carry, state, schedule):
-  num_steps = len(schedule.first_store)
+def _run_schedule(forward, reverse, first_carry, state, steps, schedule):
   num_used = 1 + max(int(schedule.first_store.max()), int(schedule.store.max()))
   slots = jax.tree.map(lambda x: jnp.zeros((num_used, *x.shape), x.dtype), state)
 
@@ -127,7 +114,7 @@ def _run_schedule(forward, reverse, first_carry, state, schedule):
     return ((forward(state, t), state), _write(slots, state, slot)), None
 
   (((last, working), slots), _) = jax.lax.scan(
-    sweep, ((state, state), slots), (jnp.arange(num_steps), jnp.asarray(schedule.first_store)))
+    sweep, ((state, state), slots), (steps, jnp.asarray(schedule.first_store)))
   carry, final = first_carry(last)
   out_shapes = jax.eval_shape(reverse, carry, working, jnp.zeros((), jnp.int32))[1]
 
@@ -148,7 +135,8 @@ def _run_schedule(forward, reverse, first_carry, state, schedule):
     return (carry, state, slots), outs
 
   (carry, _, _), outs = jax.lax.scan(
-    act, (carry, working, slots), tuple(map(jnp.asarray, schedule[1:])))
+    act, (carry, working, slots),
+    (steps[schedule.step], *map(jnp.asarray, schedule[2:])))
   rows = np.flatnonzero(schedule.is_reverse)[::-1]  # reverse actions run from T-1 to 0
   return carry, jax.tree.map(lambda x: x[rows], outs), final, last
 

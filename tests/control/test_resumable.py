@@ -72,11 +72,11 @@ def test_every_interruption_gives_the_same_bits(toy, tmp_path):
   _assert_same_bits(_solve(problem, _Keeper(tmp_path / "6.npz")), want)  # finished: only assembled
 
 
-@pytest.mark.parametrize("segment_steps", [2, 100])
-def test_resumable_is_the_plain_solve(x64, toy, tmp_path, segment_steps):
+@pytest.mark.parametrize("segment_steps, trajectory", [(2, "all"), (100, 3)])
+def test_resumable_is_the_plain_solve(x64, toy, tmp_path, segment_steps, trajectory):
   problem = toy.regression(num_steps=7)
   got = _solve(problem, _Keeper(tmp_path / "x.npz"), segment_steps=segment_steps,
-               keep_costates=True)
+               trajectory=trajectory, keep_costates=True)
   want = pmp_scores(problem.example_losses, problem.target_loss, OPTIMIZER, *problem.args,
                     proxy=problem.proxy, groups=2, keep_costates=True)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), got, want)
@@ -109,8 +109,3 @@ def test_a_damaged_save_is_named(toy, tmp_path):
   np.savez(path, **{**tree, "states|0": tree["states|0"][..., :0]})
   with pytest.raises(ValueError, match="holds an array of"):
     _solve(problem, _Keeper(path))
-
-
-def test_slots_are_refused_in_favour_of_segments(toy, tmp_path):
-  with pytest.raises(ValueError, match="segment_steps"):
-    _solve(_problem(toy), _Keeper(tmp_path / "x.npz"), trajectory="sqrt")
