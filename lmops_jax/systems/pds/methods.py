@@ -74,7 +74,9 @@ class Bench:
   @functools.cached_property
   def proxies(self) -> dict[str, np.ndarray]:
     """The proxy set as one host batch."""
-    return self.corpus.batch(self.proxy_set.ids(len(self.corpus)))
+    batch = self.corpus.batch(self.proxy_set.ids(len(self.corpus)))
+    self.example_losses.check_batch(batch)
+    return batch
 
   @functools.cached_property
   def model(self):
@@ -110,14 +112,17 @@ class Bench:
     )
 
   def target_batch(self, num: int | None) -> dict[str, np.ndarray]:
-    """The first `num` instances of the target's dev part (None: all)."""
+    """`num` random instances of the target's dev part, the same for every method (None: all)."""
     target = self.prepared.target_dev
     num = len(target) if num is None else num
     if num > len(target):
       raise ValueError(
         f"num_target={num} exceeds the target's {len(target)} dev instances; lower it."
       )
-    return target.batch(np.arange(num))
+    order = np.random.default_rng(self.proxy_set.seed).permutation(len(target))
+    batch = target.batch(np.sort(order[:num]))
+    self.example_losses.check_batch(batch)
+    return batch
 
   def target_loss(self, num: int | None, micro_batch_size: int) -> Callable[[Any], jax.Array]:
     """`params -> J`, the mean loss over the target's dev part, a micro-batch at a time."""
@@ -141,7 +146,7 @@ class PMP:
     num_steps: inner steps, T.
     batch_size: instances of an inner step, drawn from the corpus by `data_seed`.
     checkpoints: proxy steps to start from; None: the proxy's last.
-    num_target: instances of the target's dev part in J; None: all.
+    num_target: random instances of the target's dev part in J; None: all.
     objective: "area" (the paper's) or "terminal".
     every_k, groups: which costates score the proxies, see `control.pmp_scores`.
     hessian: False drops the Hessian term, a cheap ablation.
