@@ -1,313 +1,439 @@
-"""The PMP solve here against the same solve in PyTorch: time, peak memory, agreement.
 
-  pip install -e '.[parity]'
-  python tests/benchmarks/pmp_scores_vs_torch.py [--output FILE.md]
+"""PDS scores in JAX against the same solve in PyTorch, on one CPU, one model and one set of data.
 
-The peer follows the published code of PDS (arXiv 2410.07064): a forward pass of plain SGD that
-keeps its states, then for each step back the gradient of the target loss over sequential batches,
-at every tenth step a `vmap` over examples of a forward-mode JVP for the proxies, and a separate
-Hessian-vector product by forward-over-reverse, all with `torch.func`. Both sides run the same
-Mistral-type model from the same parameters on the same words of the Python language reference, in
-float32, on the same threads. Every row is a process of its own; memory is the growth of its peak
-over what it needed before the solve. Steps, proxies and sizes are options.
+    python tests/benchmarks/pmp_scores_vs_torch.py --output FILE
+
+The PyTorch side is the algorithm of the code of arXiv 2410.07064 (spec section 2.4) with
+`torch.func`: SGD steps with a checkpoint every floor(sqrt(T)) steps, segments recomputed, the
+target gradient over sequential batches, a Hessian-vector product by `jvp` of `grad`, and for
+proxies, every 10th step, `vmap` over examples of a `jvp`. Both sides differentiate as many examples
+at once, which is far faster on a CPU than the 2, 4 and 8 of the published script. The model is the
+Mistral-type network of `gin/models/small_cpu.gin`; its parameters come from a short training run on
+the data: source code of the standard library as the corpus, the language reference as the target.
+
+Each measurement is a process of its own. Times are of the second and later calls (the first, which
+compiles, is given apart); memory is the rise of the peak resident size over a call, above what the
+process held before it. `--threads` restricts all processes to so many cores: with one, processor
+time is comparable on a machine that other work shares, while a PyTorch of several threads loses most
+of its time there in OpenMP's barriers. Both sides run with malloc keeping freed memory for the times (`lmops` does
+so, see training/memory.py) and with stock malloc for the memory.
 """
+
+from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
+import gc
 import json
 import os
 import platform
+import pydoc_data.topics
 import re
 import resource
-import statistics
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
+from lmops_jax.training.memory import keep_freed_memory
 
-ROWS = {
-  "torch, every_k=10": {"library": "torch", "every_k": 10},
-  "ours, every_k=10": {"every_k": 10},
-  "ours, groups=1": {"groups": 1},
-  "ours, groups=T/10": {"groups": -10},
-  "ours, in-batch scores only": {"proxy": False},
-  "torch, every_k=1": {"library": "torch", "every_k": 1, "once": True},
-  "ours, every_k=1": {"every_k": 1, "once": True},
-}
-BOUNDS = {
-  "torch, every_k=10": "target gradients and proxy JVPs; dispatch and element-wise passes",
-  "ours, every_k=10": "matrix products of target gradients",
-  "ours, groups=1": "matrix products of target gradients",
-  "ours, groups=T/10": "matrix products of target gradients",
-  "ours, in-batch scores only": "matrix products of target gradients",
-  "torch, every_k=1": "proxy JVPs",
-  "ours, every_k=1": "proxy JVPs",
-}
+VOCAB, LENGTH, PAD = 4096, 128, 0
 LEARNING_RATE = 0.1
+DEVICE_BATCH = {"train": 16, "proxy": 32, "target": 32}  # differentiated at once, both sides
+MODEL = dict(vocab_size=VOCAB, num_layers=2, width=128, num_heads=2, mlp_width=320,
+             max_length=LENGTH, tied_embeddings=True, scan_layers=False)
+
+# name -> (framework, options of the solve)
+ROWS = {
+  "PyTorch, every 10th step": ("torch", dict(every_k=10)),
+  "JAX, every 10th step": ("jax", dict(every_k=10)),
+  "JAX, every 10th step, sqrt trajectory": ("jax", dict(every_k=10, trajectory="sqrt")),
+  "JAX, two groups": ("jax", dict(groups=2)),
+  "JAX, one group": ("jax", dict(groups=1)),
+  "JAX, every step": ("jax", dict(every_k=1)),
+}
 
 
-def problem(options):
-  """Parameters (nested dicts of arrays), batches, target and proxies, the same for all rows."""
-  import jax
+# --- data and parameters, the same files for every process -------------------------------------
 
-  from lmops_jax.models.transformer import Transformer, TransformerConfig
 
-  model = Transformer(TransformerConfig(
-    vocab_size=options.vocab_size, num_layers=2, width=options.width, num_heads=2,
-    mlp_width=5 * options.width // 2, max_length=options.length, tied_embeddings=True,
-    scan_layers=False,
-  ))
-  import flax.linen as nn
-  tokens = np.zeros((1, options.length), np.int32)
-  params = nn.unbox(model.init(jax.random.key(0), tokens)["params"])
+def make_data(directory: Path, sizes: argparse.Namespace) -> None:
+  """Writes tokens of both texts and a trained set of parameters to `directory`."""
+  import numpy as np
 
-  from pydoc_data import topics
-  words = re.findall(r"\w+|[^\w\s]", " ".join(text for _, text in sorted(topics.topics.items())))
-  ranks = {w: i for i, (w, _) in enumerate(collections.Counter(words).most_common())}
-  ids = np.array([ranks[w] % options.vocab_size for w in words], np.int32)
-  rows = len(ids) // (options.length + 1)
-  ids = ids[: rows * (options.length + 1)].reshape(rows, -1)
+  target = " ".join(pydoc_data.topics.topics.values())
+  stdlib = Path(sysconfig.get_path("stdlib"))
+  corpus = "\n".join(
+    path.read_text(errors="replace") for path in sorted(stdlib.glob("*.py"))[:120])
+  words = [re.findall(r"\w+|[^\w\s]", text) for text in (corpus, target)]
+  counts = collections.Counter(words[0]) + collections.Counter(words[1])
+  ranks = {w: 1 + i % (VOCAB - 1) for i, (w, _) in enumerate(counts.most_common())}
   rng = np.random.default_rng(0)
 
-  def draw(*shape):
-    chosen = ids[rng.integers(rows, size=shape)]
-    return {
-      "tokens": chosen[..., :-1], "targets": chosen[..., 1:],
-      "loss_mask": np.ones(chosen[..., 1:].shape, np.float32),
-    }
+  def rows(words, count):
+    tokens = np.array([ranks[w] for w in words], np.int32)
+    tokens = tokens[:len(tokens) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1)
+    return tokens[rng.permutation(len(tokens))[:count]]
 
-  data = (draw(options.steps, options.batch), draw(options.target), draw(options.proxies))
-  return model, params, *data
+  num_pretrain = 16 * 64
+  needed = num_pretrain + sizes.steps * sizes.batch + sizes.proxies
+  code = rows(words[0], needed)
+  if len(code) < needed:
+    raise ValueError(f"The standard library holds {len(code)} sequences, {needed} are needed.")
+  pretrain, code = code[:num_pretrain], code[num_pretrain:]
+  arrays = {"batches": code[:sizes.steps * sizes.batch].reshape(sizes.steps, sizes.batch, -1),
+            "proxy": code[sizes.steps * sizes.batch:], "target": rows(words[1], sizes.target)}
+  for name, leaf in _pretrained(pretrain).items():
+    arrays[f"params/{name}"] = leaf
+  np.savez(directory / "data.npz", **arrays)
 
 
-def solve_ours(options, row):
+def _pretrained(tokens):
+  """64 AdamW steps from random parameters, so that losses and gradients are not those of noise."""
+  import flax.linen as nn
+  import flax.traverse_util
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import optax
+
+  losses, _ = _jax_losses()
+  model = losses.model
+  params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+  optimizer = optax.adamw(2e-3)
+  state = optimizer.init(params)
+
+  @jax.jit
+  def step(params, state, batch):
+    grads = jax.grad(lambda p: jnp.mean(losses(p, batch)))(params)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  for batch in tokens.reshape(64, 16, -1):
+    params, state = step(params, state, _as_batch(batch))
+  flat = flax.traverse_util.flatten_dict(params, sep=".")
+  return {k: np.asarray(v) for k, v in flat.items()}
+
+
+def _as_batch(tokens):
+  import numpy as np
+
+  return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:],
+          "loss_mask": np.ones(tokens[..., 1:].shape, np.float32)}
+
+
+def load_data(directory: Path):
+  import numpy as np
+
+  data = dict(np.load(directory / "data.npz"))
+  params = {k.removeprefix("params/"): v for k, v in data.items() if k.startswith("params/")}
+  return params, data["batches"], data["proxy"], data["target"]
+
+
+# --- JAX ----------------------------------------------------------------------------------------
+
+
+def _jax_losses():
+  from lmops_jax.models.transformer import Transformer, TransformerConfig
+  from lmops_jax.training.losses import lm_example_losses
+
+  config = TransformerConfig(**MODEL)
+  return lm_example_losses(Transformer(config)), config
+
+
+def jax_solver(directory: Path, options: dict):
+  import flax.traverse_util
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import optax
+
+  from lmops_jax.control import mean_target_loss, pmp_scores
+
+  flat, batches, proxy, target = load_data(directory)
+  params = jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat, sep="."))
+  losses, _ = _jax_losses()
+  target_loss = mean_target_loss(losses, _as_batch(target), DEVICE_BATCH["target"])
+  batches, proxy = (jax.tree.map(jnp.asarray, _as_batch(x)) for x in (batches, proxy))
+  optimizer = optax.sgd(LEARNING_RATE)
+
+  def solve():
+    result = pmp_scores(losses, target_loss, optimizer, params, batches, None, proxy=proxy,
+                        micro_batch_size=DEVICE_BATCH["train"],
+                        proxy_batch_size=DEVICE_BATCH["proxy"], **options)
+    return np.asarray(result.proxy_scores), {}
+
+  return solve
+
+
+# --- PyTorch ------------------------------------------------------------------------------------
+
+
+def torch_losses(params, tokens):
+  """`[B]` mean nats of `tokens [B, LENGTH + 1]`; the network of models/transformer.py."""
+  import torch
+  import torch.nn.functional as F
+
+  num_heads, eps, base = MODEL["num_heads"], 1e-5, 1e4
+  inputs, targets = tokens[:, :-1], tokens[:, 1:]
+  x = params["embedding"][inputs]
+  half = MODEL["width"] // num_heads // 2
+  frequencies = base ** (-torch.arange(half, dtype=torch.float32) / half)
+  angles = torch.arange(LENGTH, dtype=torch.float32)[:, None] * frequencies
+  cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+  causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+
+  def norm(x, scale):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * scale
+
+  def rotary(x):  # [B, S, H, E]
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+  for layer in range(MODEL["num_layers"]):
+    part = lambda name: params[f"layers.{name}"][layer]  # noqa: B023, E731
+    h = norm(x, part("attention_norm.scale"))
+    q, k, v = (torch.einsum("bsd,dhe->bshe", h, part(f"attention.{n}.kernel"))
+               for n in ("query", "key", "value"))
+    scores = torch.einsum("bqhe,bkhe->bhqk", rotary(q), rotary(k)) / (2 * half) ** 0.5
+    weights = torch.softmax(scores.masked_fill(~causal, -1e30), dim=-1)
+    out = torch.einsum("bhqk,bkhe->bqhe", weights, v)
+    x = x + torch.einsum("bqhe,hed->bqd", out, part("attention.out.kernel"))
+    h = norm(x, part("mlp_norm.scale"))
+    x = x + (F.silu(h @ part("mlp.gate.kernel")) * (h @ part("mlp.up.kernel"))) @ part(
+      "mlp.down.kernel")
+  logits = norm(x, params["final_norm.scale"]) @ params["embedding"].T
+  nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+  return nats.view(targets.shape).mean(1)
+
+
+def torch_solver(directory: Path, options: dict):
+  import numpy as np
+  import torch
+  from torch.func import grad, jvp, vmap
+
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  params, batches, proxy, target = load_data(directory)
+  params = {k: torch.tensor(v) for k, v in params.items()}
+  batches, proxy, target = (torch.tensor(x).long() for x in (batches, proxy, target))
+  num_steps, batch_size = batches.shape[:2]
+  every_k = options["every_k"]
+  size = DEVICE_BATCH
+  loss_grad = grad(lambda p, tokens: torch_losses(p, tokens).sum())
+  seconds = collections.Counter()
+
+  def mean_gradient(params, tokens, part_size):
+    total = {k: torch.zeros_like(v) for k, v in params.items()}
+    for part in tokens.split(part_size):
+      for k, g in loss_grad(params, part).items():
+        total[k] += g / len(tokens)
+    return total
+
+  def sgd_step(params, tokens):
+    grads = mean_gradient(params, tokens, size["train"])
+    return {k: p - LEARNING_RATE * grads[k] for k, p in params.items()}
+
+  def hessian_product(params, costate, tokens):
+    total = {k: torch.zeros_like(v) for k, v in params.items()}
+    for part in tokens.split(size["train"]):
+      product = jvp(lambda p: loss_grad(p, part), (params,), (costate,))[1]  # noqa: B023
+      for k, h in product.items():
+        total[k] += h / len(tokens)
+    return total
+
+  def proxy_slopes(params, costate):
+    one = lambda row: jvp(  # noqa: E731
+      lambda p: torch_losses(p, row[None])[0], (params,), (costate,))[1]
+    return torch.cat([vmap(one)(part) for part in proxy.split(size["proxy"])])
+
+  def timed(name, fn, *args):
+    start = time.perf_counter()
+    out = fn(*args)
+    seconds[name] += time.perf_counter() - start
+    return out
+
+  def solve():
+    seconds.clear()
+    interval = int(num_steps ** 0.5)
+    stored, state = {}, params
+    for t in range(num_steps):
+      if t % interval == 0:
+        stored[t] = state
+      state = timed("trajectory", sgd_step, state, batches[t])
+    costate = timed("target", mean_gradient, state, target, size["target"])
+    scores = torch.zeros(len(proxy))
+    for start in sorted(stored, reverse=True):
+      states = [stored[start]]
+      for t in range(start, min(start + interval, num_steps) - 1):
+        states.append(timed("trajectory", sgd_step, states[-1], batches[t]))
+      for t in range(start + len(states) - 1, start - 1, -1):
+        state = states.pop()
+        if t % every_k == 0:
+          scores += LEARNING_RATE * timed("proxies", proxy_slopes, state, costate)
+        product = timed("hessian", hessian_product, state, costate, batches[t])
+        target_grad = timed("target", mean_gradient, state, target, size["target"])
+        costate = {k: target_grad[k] + c - LEARNING_RATE * product[k] for k, c in costate.items()}
+    return np.asarray(scores), dict(seconds)
+
+  return solve
+
+
+# --- measurement --------------------------------------------------------------------------------
+
+
+def _settled() -> int:
+  """Resident bytes now, after what is free has gone back to the kernel."""
+  gc.collect()
+  ctypes.CDLL(None).malloc_trim(0)
+  return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _peak() -> int:
+  """Largest resident bytes so far."""
+  line = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+  return int(line.group(1)) * 1024
+
+
+def worker(args: argparse.Namespace) -> None:
+  """One row in this process: times, or memory. Prints a JSON line."""
+  framework, options = ROWS[args.row]
+  solver = {"jax": jax_solver, "torch": torch_solver}[framework]
+  solve = solver(Path(args.data), options)
+  out = {}
+  if args.measure == "memory":
+    before = _settled()
+    solve()
+    out["first_call_bytes"] = _peak() - before
+    before = _settled()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    solve()
+    out["call_bytes"] = _peak() - before
+  else:
+    start = time.perf_counter()
+    scores, _ = solve()
+    first = time.perf_counter() - start
+    wall, processor = [], []
+    for _ in range(args.repeats):
+      start, start_cpu = time.perf_counter(), time.process_time()
+      scores, seconds = solve()
+      wall.append(time.perf_counter() - start)
+      processor.append(time.process_time() - start_cpu)
+    out = {"first_s": first, "wall_s": wall, "processor_s": processor, "phases": seconds,
+           "scores": scores.tolist()}
+  print(json.dumps(out))
+
+
+def matmul_flops_per_second() -> float:
+  """Fastest of ten float32 products of 2,048 squared, on the cores in use."""
   import jax
   import jax.numpy as jnp
 
-  from lmops_jax import control
-  from lmops_jax.training import losses, optimizers
-
-  model, params, batches, target, proxy = problem(options)
-  example_losses = losses.lm_example_losses(model)
-  target_loss = control.mean_target_loss(example_losses, target, options.micro)
-  optimizer = optimizers.sgd(LEARNING_RATE)
-  weights = np.full((options.steps, options.batch), 1 / options.batch, np.float32)
-  groups = row.get("groups")
-  groups = -(options.steps // groups) if groups and groups < 0 else groups
-  batches, proxy = jax.tree.map(jnp.asarray, (batches, proxy))
-
-  def run():
-    out = control.pmp_scores(
-      example_losses, target_loss, optimizer, params, batches, weights,
-      proxy=proxy if row.get("proxy", True) else None, every_k=row.get("every_k", 1),
-      groups=groups, proxy_batch_size=options.micro,
-    )
-    return jax.block_until_ready(out)
-
-  return run, lambda out: None if out.proxy_scores is None else np.asarray(out.proxy_scores)
-
-
-def torch_losses(options):
-  """`(params, tokens [B,S], targets, mask) -> [B]`, the model of `lmops_jax.models` in PyTorch."""
-  import torch
-
-  def norm(x, scale):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * scale
-
-  def rotary(x):
-    half = x.shape[-1] // 2
-    inverse = 1e4 ** (-torch.arange(half, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * inverse
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-  future = torch.ones(options.length, options.length, dtype=torch.bool).triu(1)
-
-  def losses(params, tokens, targets, mask):
-    x = params["embedding"][tokens]
-    layers = params["layers"]
-    for i in range(layers["mlp_norm"]["scale"].shape[0]):
-      attention, mlp = layers["attention"], layers["mlp"]
-      h = norm(x, layers["attention_norm"]["scale"][i])
-      q, k, v = (
-        torch.einsum("bsd,dhe->bshe", h, attention[n]["kernel"][i])
-        for n in ("query", "key", "value")
-      )
-      q, k = rotary(q), rotary(k)
-      scores = torch.einsum("bshe,bmhe->bhsm", q, k) / q.shape[-1] ** 0.5
-      weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-      out = torch.einsum("bhsm,bmhe->bshe", weights, v)
-      x = x + torch.einsum("bshe,hed->bsd", out, attention["out"]["kernel"][i])
-      h = norm(x, layers["mlp_norm"]["scale"][i])
-      gate = torch.nn.functional.silu(h @ mlp["gate"]["kernel"][i])
-      x = x + (gate * (h @ mlp["up"]["kernel"][i])) @ mlp["down"]["kernel"][i]
-    logits = norm(x, params["final_norm"]["scale"]) @ params["embedding"].T
-    nats = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
-    return (nats * mask).sum(-1) / mask.sum(-1)
-
-  return losses
-
-
-def solve_torch(options, row):
-  import torch
-  from torch.utils import _pytree
-
-  torch.set_num_threads(os.cpu_count())
-  _, params, batches, target, proxy = problem(options)
-  losses = torch_losses(options)
-
-  def tensors(tree):
-    return _pytree.tree_map(lambda x: torch.from_numpy(np.array(x)), tree)
-
-  def fields(batch):
-    return (
-      torch.from_numpy(np.array(batch["tokens"])).long(),
-      torch.from_numpy(np.array(batch["targets"])).long(),
-      torch.from_numpy(np.array(batch["loss_mask"])),
-    )
-
-  initial = tensors(params)
-  batches, target, proxy = fields(batches), fields(target), fields(proxy)
-
-  def mean_loss(params, *batch):
-    return losses(params, *batch).mean()
-
-  grad = torch.func.grad(mean_loss)
-
-  def add(a, b, scale=1.0):
-    return _pytree.tree_map(lambda x, y: x + scale * y, a, b)
-
-  def zeros(tree):
-    return _pytree.tree_map(torch.zeros_like, tree)
-
-  def target_grad(params):
-    total, num = zeros(params), len(target[0])
-    for start in range(0, num, options.micro):
-      part = tuple(x[start : start + options.micro] for x in target)
-      total = add(total, grad(params, *part), len(part[0]) / num)
-    return total
-
-  def hvp(params, direction, batch):
-    return torch.func.jvp(lambda p: grad(p, *batch), (params,), (direction,))[1]
-
-  def slope(params, direction, tokens, targets, mask):
-    one = (tokens[None], targets[None], mask[None])
-    return torch.func.jvp(lambda p: losses(p, *one)[0], (params,), (direction,))[1]
-
-  slopes = torch.func.vmap(slope, in_dims=(None, None, 0, 0, 0))
-
-  def run():
-    states = [initial]
-    for t in range(options.steps):
-      step = tuple(x[t] for x in batches)
-      states.append(add(states[-1], grad(states[-1], *step), -LEARNING_RATE))
-    scores = torch.zeros(options.proxies)
-    costate = target_grad(states[options.steps])
-    for t in reversed(range(options.steps)):
-      if t % row["every_k"] == 0:
-        for start in range(0, options.proxies, options.micro):
-          part = tuple(x[start : start + options.micro] for x in proxy)
-          scores[start : start + options.micro] += LEARNING_RATE * slopes(
-            states[t], costate, *part
-          )
-      step = tuple(x[t] for x in batches)
-      change = hvp(states[t], costate, step)
-      costate = add(add(costate, change, -LEARNING_RATE), target_grad(states[t]))
-    return scores
-
-  return run, lambda scores: scores.numpy()
-
-
-def measure(options, name):
-  row = ROWS[name]
-  make = solve_torch if row.get("library") == "torch" else solve_ours
-  run, scores_of = make(options, row)
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  seconds = []
-  for _ in range(1 if row.get("once") else options.repeats + 1):
+  x = jnp.ones((2048, 2048))
+  product = jax.jit(jnp.dot)
+  product(x, x).block_until_ready()
+  times = []
+  for _ in range(10):
     start = time.perf_counter()
-    out = run()
-    seconds.append(time.perf_counter() - start)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  scores = scores_of(out)
-  warm = seconds[1:] or seconds
-  return {
-    "first": seconds[0], "seconds": statistics.median(warm), "fastest": min(warm),
-    "peak_mib": (peak - before) / 1024, "scores": None if scores is None else scores.tolist(),
-  }
+    product(x, x).block_until_ready()
+    times.append(time.perf_counter() - start)
+  return 2 * 2048 ** 3 / min(times)
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--steps", type=int, default=20)
-  parser.add_argument("--batch", type=int, default=32)
-  parser.add_argument("--target", type=int, default=128)
-  parser.add_argument("--proxies", type=int, default=512)
-  parser.add_argument("--micro", type=int, default=32, help="examples differentiated at a time")
-  parser.add_argument("--length", type=int, default=128)
-  parser.add_argument("--width", type=int, default=128)
-  parser.add_argument("--vocab-size", type=int, default=4096)
-  parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--output", type=Path)
-  parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
-  options = parser.parse_args()
-  if options.row:
-    print(json.dumps(measure(options, options.row)))
-    return
+def flops_of(row: str, sizes: argparse.Namespace) -> dict[str, float]:
+  """Arithmetic of a row by part, in the multiples of a forward pass of spec section 8.1."""
+  from lmops_jax.models.flops import forward_flops_per_token
+
+  _, config = _jax_losses()
+  sequence = LENGTH * forward_flops_per_token(config, LENGTH)
+  framework, options = ROWS[row]
+  passes = options.get("groups") or -(-sizes.steps // options["every_k"])
+  recomputed = 1 if framework == "torch" or options.get("trajectory") == "sqrt" else 0
+  batch = sizes.steps * sizes.batch * sequence
+  targets = sizes.steps * sizes.target * sequence
+  return {"trajectory": 3 * (1 + recomputed) * batch,
+          "hessian": (9 if framework == "torch" else 8) * batch,
+          "target": 3 * (targets + (sizes.target * sequence if framework == "torch" else 0)),
+          "proxies": 3 * passes * sizes.proxies * sequence}
+
+
+def run_rows(args: argparse.Namespace) -> str:
+  import jax
+  import torch
+  from scipy.stats import spearmanr
 
   results = {}
-  for name in ROWS:
-    command = [sys.executable, __file__, *sys.argv[1:], "--row", name]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-      sys.exit(f"{name} failed:\n{done.stderr}")
-    results[name] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{name}: {results[name]['seconds']:.1f} s", file=sys.stderr)
-  text = report(options, results)
-  print(text)
-  if options.output:
-    options.output.write_text(text)
+  with tempfile.TemporaryDirectory() as directory:
+    make_data(Path(directory), args)
 
+    def measure(row, what, repeats):
+      command = [sys.executable, __file__, "--row", row, "--data", directory, "--measure", what,
+                 "--repeats", str(repeats)]
+      out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+      return json.loads(out.splitlines()[-1])
 
-def report(options, results):
-  import importlib.metadata
+    for row in ROWS:
+      results[row] = measure(row, "memory", 1)
+      results[row] |= measure(row, "time", 1 if row == "JAX, every step" else args.repeats)
+      print(row, {k: v for k, v in results[row].items() if k != "scores"}, file=sys.stderr)
 
-  from scipy import stats
-
-  exact = results["ours, every_k=1"]["scores"]
-  peer = results["torch, every_k=10"]
-  versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "torch", "numpy"))
+  peak = matmul_flops_per_second()
+  exact = results["JAX, every step"]["scores"]
+  tenth = results["JAX, every 10th step"]["scores"]
+  median = lambda x: sorted(x)[len(x) // 2]  # noqa: E731
   lines = [
-    "# The PMP solve against PyTorch", "",
-    "Written by `tests/benchmarks/pmp_scores_vs_torch.py`.", "",
-    f"CPU, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, load "
-    f"{os.getloadavg()[0]:.1f}; T={options.steps} SGD steps of {options.batch} x {options.length} "
-    f"tokens, {options.target} target and {options.proxies} proxy instances, {options.micro} at a "
-    f"time; 2 layers, width {options.width}, vocabulary {options.vocab_size}, float32. Median of "
-    f"{options.repeats} solves after the first, which compiles (rows with every_k=1 ran once, "
-    "compilation included). Memory is the growth of the process's peak.", "",
-    "| row | seconds | fastest | first | ratio to torch every_k=10 | peak MiB | Spearman to exact |"
-    " bound by |",
-    "|---|---|---|---|---|---|---|---|",
+    f"cpu, {args.threads} of {os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}, "
+    f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; float32 matrix products "
+    f"{peak / 1e9:.0f} GFLOP/s on them. {args.steps} SGD steps of {args.batch} sequences of "
+    f"{LENGTH}, {args.target} target sequences, {args.proxies} proxies; median of {args.repeats} "
+    "calls.",
+    "",
+    "| row | wall s | processor s | first call s | peak MiB | peak MiB with first call | TFLOP | "
+    "of product speed, processor time | Spearman, every step | Spearman, JAX every 10th |",
+    "|---|---|---|---|---|---|---|---|---|---|",
   ]
-  for name, result in results.items():
-    rank = "-"
-    if result["scores"] is not None:
-      rank = f"{stats.spearmanr(result['scores'], exact).statistic:.4f}"
+  for row, r in results.items():
+    flops, wall = sum(flops_of(row, args).values()), median(r["wall_s"])
+    busy = median(r["processor_s"]) / args.threads
     lines.append(
-      f"| {name} | {result['seconds']:.2f} | {result['fastest']:.2f} | {result['first']:.2f} | "
-      f"{peer['seconds'] / result['seconds']:.2f} | {result['peak_mib']:.0f} | {rank} | "
-      f"{BOUNDS[name]} |"
-    )
-  ours, theirs = (np.array(results[f"{who}, every_k=10"]["scores"]) for who in ("ours", "torch"))
-  error = np.abs(ours - theirs).max() / np.abs(theirs).max()
-  lines += ["", f"Largest difference between ours and torch at every_k=10: {error:.1e} of the "
-            "largest score.", ""]
-  return "\n".join(lines)
+      f"| {row} | {wall:.1f} | {median(r['processor_s']):.1f} | {r['first_s']:.1f} | "
+      f"{r['call_bytes'] / 2**20:.0f} | {r['first_call_bytes'] / 2**20:.0f} | "
+      f"{flops / 1e12:.2f} | {flops / busy / peak:.0%} | {spearmanr(exact, r['scores'])[0]:.4f} | "
+      f"{spearmanr(tenth, r['scores'])[0]:.6f} |")
+  lines += ["", "Parts of a row, TFLOP (and, for PyTorch, seconds of the last call):", "",
+            "| row | trajectory | Hessian | target | proxies |", "|---|---|---|---|---|"]
+  for row, r in results.items():
+    cells = [f"{v / 1e12:.2f}" + (f" ({r['phases'][k]:.1f} s)" if r["phases"] else "")
+             for k, v in flops_of(row, args).items()]
+    lines.append(f"| {row} | " + " | ".join(cells) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--steps", type=int, default=20)
+  parser.add_argument("--batch", type=int, default=16)
+  parser.add_argument("--target", type=int, default=48)
+  parser.add_argument("--proxies", type=int, default=384)
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--threads", type=int, default=os.cpu_count())
+  parser.add_argument("--output", type=Path)
+  parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+  parser.add_argument("--data", help=argparse.SUPPRESS)
+  parser.add_argument("--measure", choices=("time", "memory"), help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])  # and of child processes
+  if args.row is not None:
+    if args.measure == "time":
+      keep_freed_memory()
+    worker(args)
+    return
+  table = run_rows(args)
+  print(table)
+  if args.output is not None:
+    args.output.write_text(table)
 
 
 if __name__ == "__main__":
