@@ -2,8 +2,14 @@
 
 import os
 
-_FLAG = "--xla_force_host_platform_device_count"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# On a busy machine eight threads on two cores can be late to a collective; by default XLA then
+# aborts the process after 40 seconds.
+_FLAGS = {
+  "--xla_force_host_platform_device_count": 8,
+  "--xla_cpu_collective_call_terminate_timeout_seconds": 3600,
+}
+for _flag, _value in _FLAGS.items():
+  if _flag not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

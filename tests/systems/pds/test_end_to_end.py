@@ -18,8 +18,10 @@ STAGES = [
 
 
 def _environment(num_devices=1):
-  flags = f"--xla_force_host_platform_device_count={num_devices}"
-  return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  flags = os.environ["XLA_FLAGS"].split()  # as conftest.py sets them
+  flags = [flag for flag in flags if "device_count" not in flag]
+  flags.append(f"--xla_force_host_platform_device_count={num_devices}")
+  return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
 
 
 def lmops(*arguments, num_devices=1):
