@@ -1,6 +1,10 @@
 """Eight virtual CPU devices for every test, set before anything imports jax."""
 
+import gc
 import os
+import sys
+
+import pytest
 
 # On a busy machine eight threads on two cores can be late to a collective; by default XLA then
 # aborts the process after 40 seconds.
@@ -13,3 +17,12 @@ for _flag, _value in _FLAGS.items():
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs():
+  """Each compiled program takes memory maps, of which a process may have 65,530 by default."""
+  yield
+  if "jax" in sys.modules:
+    sys.modules["jax"].clear_caches()
+    gc.collect()
