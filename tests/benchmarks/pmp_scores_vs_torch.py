@@ -14,9 +14,9 @@ the data: source code of the standard library as the corpus, the language refere
 Each measurement is a process of its own. Times are of the second and later calls (the first, which
 compiles, is given apart); memory is the rise of the peak resident size over a call, above what the
 process held before it. `--threads` restricts all processes to so many cores: with one, processor
-time is comparable on a machine that other work shares, while a PyTorch of several threads loses most
-of its time there in OpenMP's barriers. Both sides run with malloc keeping freed memory for the times (`lmops` does
-so, see training/memory.py) and with stock malloc for the memory.
+time is comparable on a machine that other work shares, where several threads of PyTorch lose most
+of their time in OpenMP's barriers. Both sides run with malloc keeping freed memory for the times
+(`lmops` does so, see training/memory.py) and with stock malloc for the memory.
 """
 
 from __future__ import annotations
@@ -384,8 +384,8 @@ def run_rows(args: argparse.Namespace) -> str:
   tenth = results["JAX, every 10th step"]["scores"]
   median = lambda x: sorted(x)[len(x) // 2]  # noqa: E731
   lines = [
-    f"cpu, {args.threads} of {os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}, "
-    f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; float32 matrix products "
+    f"cpu, {args.threads} of {os.cpu_count()} cores, Python {platform.python_version()}, "
+    f"jax {jax.__version__}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; float32 matrix products "
     f"{peak / 1e9:.0f} GFLOP/s on them. {args.steps} SGD steps of {args.batch} sequences of "
     f"{LENGTH}, {args.target} target sequences, {args.proxies} proxies; median of {args.repeats} "
     "calls.",
@@ -424,7 +424,7 @@ def main() -> None:
   parser.add_argument("--data", help=argparse.SUPPRESS)
   parser.add_argument("--measure", choices=("time", "memory"), help=argparse.SUPPRESS)
   args = parser.parse_args()
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])  # and of child processes
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])  # also of children
   if args.row is not None:
     if args.measure == "time":
       keep_freed_memory()

@@ -36,7 +36,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# The others show that nothing is special about these.
+COMMON = ("nesterov", "adam_clip_schedule", "adagrad", "injected_hyperparameters", "two_optimizers",
+          "gradient_accumulation")
+
+
+@pytest.mark.parametrize("name", [
+  name if name in COMMON else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS])
 def test_scores_are_the_gradient_for_any_optimizer(x64, toy, name):
   problem = toy.regression()
   _, want, want_proxy = toy.unrolled(problem, OPTIMIZERS[name], with_proxy=True)

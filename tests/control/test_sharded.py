@@ -18,7 +18,7 @@ from lmops_jax.training.mesh import BATCH_AXES, MeshConfig
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 CONFIG = TransformerConfig(
-  vocab_size=32, num_layers=2, width=16, num_heads=4, num_kv_heads=2, mlp_width=24)
+  vocab_size=32, num_layers=1, width=16, num_heads=4, num_kv_heads=2, mlp_width=24)
 LOSSES = lm_example_losses(Transformer(CONFIG))
 # A large eps: Adam's first step is else the sign of the gradient, which multiplies rounding errors.
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.01, eps=1e-2))
@@ -75,6 +75,7 @@ def test_meshes_agree_with_one_device(single, sizes, kw):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
+@pytest.mark.slow
 def test_resumable_solve_on_a_mesh(single):
   partitioner = MeshConfig(2, 2, 2, rules="sharded").build()
   saved = []

