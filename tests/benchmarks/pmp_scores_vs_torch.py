@@ -385,8 +385,8 @@ def run_rows(args: argparse.Namespace) -> str:
   median = lambda x: sorted(x)[len(x) // 2]  # noqa: E731
   lines = [
     f"cpu, {args.threads} of {os.cpu_count()} cores, Python {platform.python_version()}, "
-    f"jax {jax.__version__}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; float32 matrix products "
-    f"{peak / 1e9:.0f} GFLOP/s on them. {args.steps} SGD steps of {args.batch} sequences of "
+    f"jax {jax.__version__}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; "
+    f"float32 matrix products {peak / 1e9:.0f} GFLOP/s on them. {args.steps} SGD steps of {args.batch} sequences of "
     f"{LENGTH}, {args.target} target sequences, {args.proxies} proxies; median of {args.repeats} "
     "calls.",
     "",
