@@ -386,7 +386,8 @@ def run_rows(args: argparse.Namespace) -> str:
   lines = [
     f"cpu, {args.threads} of {os.cpu_count()} cores, Python {platform.python_version()}, "
     f"jax {jax.__version__}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; "
-    f"float32 matrix products {peak / 1e9:.0f} GFLOP/s on them. {args.steps} SGD steps of {args.batch} sequences of "
+    f"float32 matrix products {peak / 1e9:.0f} GFLOP/s on them. "
+    f"{args.steps} SGD steps of {args.batch} sequences of "
     f"{LENGTH}, {args.target} target sequences, {args.proxies} proxies; median of {args.repeats} "
     "calls.",
     "",
