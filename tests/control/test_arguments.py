@@ -144,12 +144,11 @@ def test_any_pytree_of_parameters_and_batches(x64, toy):
 def test_bfloat16_leaves(toy):
   problem = toy.regression()
   params = {**problem.params, "w": jnp.asarray(problem.params["w"], jnp.bfloat16)}
-  for optimizer in (SGD, optax.adamw(0.01)):
-    got = check_result(pmp_scores(
-      problem.example_losses, problem.target_loss, optimizer, params, problem.batches,
-      problem.weights, proxy=problem.proxy, groups=2, trajectory=2, micro_batch_size=2))
-    assert got.params["w"].dtype == jnp.bfloat16
-    assert got.scores.dtype == got.proxy_scores.dtype == jnp.float32
+  got = check_result(pmp_scores(
+    problem.example_losses, problem.target_loss, optax.adamw(0.01), params, problem.batches,
+    problem.weights, proxy=problem.proxy, groups=2, trajectory=2, micro_batch_size=2))
+  assert got.params["w"].dtype == jnp.bfloat16
+  assert got.scores.dtype == got.proxy_scores.dtype == jnp.float32
   got = pmp_scores(problem.example_losses, problem.target_loss, SGD, params, problem.batches,
                    problem.weights)
   want = toy.unrolled(problem, SGD)[1]

@@ -10,6 +10,8 @@ from lmops_jax.control import pmp_scores, project_simplex, solve_weights
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
+SGD = optax.sgd(0.2)
+
 
 def _by_bisection(values):
   values = np.asarray(values, np.float64)
@@ -75,7 +77,7 @@ def _full_batch(problem, num_steps, gamma):
 
 
 def test_outer_loop_is_projected_steps_by_hand(x64, toy):
-  problem, optimizer = toy.regression(batch_size=5), optax.sgd(0.2)
+  problem, optimizer = toy.regression(batch_size=5), SGD
   got = solve_weights(problem.example_losses, problem.target_loss, optimizer, problem.params,
                       _data(problem), 4, outer_lr=0.01, outer_epochs=3)
   gamma = np.full(5, 0.2)
@@ -109,7 +111,7 @@ def test_no_outer_rate_leaves_the_weights(toy):
 
 
 def test_mini_batches_of_the_outer_loop(x64, toy):
-  problem, optimizer = toy.regression(batch_size=6), optax.sgd(0.2)
+  problem, optimizer = toy.regression(batch_size=6), SGD
   rows = np.array([[0, 3], [3, 3], [5, 1], [0, 2]])
   gamma = np.random.default_rng(0).dirichlet(np.ones(6))
   got = solve_weights(problem.example_losses, problem.target_loss, optimizer, problem.params,
@@ -129,9 +131,9 @@ def test_mini_batches_of_the_outer_loop(x64, toy):
 def test_uniform_weights_are_the_mean_over_the_batch(x64, toy):
   problem = toy.regression(batch_size=6)
   rows = np.array([[0, 3, 1], [3, 5, 2]])
-  got = solve_weights(problem.example_losses, problem.target_loss, optax.sgd(0.2), problem.params,
+  got = solve_weights(problem.example_losses, problem.target_loss, SGD, problem.params,
                       _data(problem), 2, outer_lr=0.0, batch_indices=rows)
-  want = pmp_scores(problem.example_losses, problem.target_loss, optax.sgd(0.2), problem.params,
+  want = pmp_scores(problem.example_losses, problem.target_loss, SGD, problem.params,
                     jax.tree.map(lambda x: x[rows], _data(problem)), None)
   np.testing.assert_allclose(got.objective[0], want.target_losses[1:].sum(), rtol=1e-12)
 

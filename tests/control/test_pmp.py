@@ -1,5 +1,7 @@
 """`pmp_scores` against autodiff through the run, finite differences, closed forms and mutations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,11 @@ from lmops_jax.control import check_result, pmp_scores
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
+# One object each: the compiled solve is shared by all tests that pass the same functions.
 SGD = optax.sgd(0.5)
+SLOW_SGD = optax.sgd(0.2)
+RATES = np.array([0.6, 0.5, 0.4, 0.3, 0.2])
+SCHEDULED_SGD = optax.sgd(lambda count: jnp.asarray(RATES)[count])
 # Clipping is active (checked below). eps_root only so that the independent gradient exists: some
 # entries never have a gradient.
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.2), optax.sgd(1.0))
@@ -105,7 +111,7 @@ def test_the_two_hessian_paths_agree(x64, toy):
 
 def test_costates_are_gradients_of_the_remaining_area(x64, toy):
   problem = toy.regression()
-  optimizer = optax.sgd(0.2)
+  optimizer = SLOW_SGD
   result = pmp_scores(problem.example_losses, problem.target_loss, optimizer, *problem.args,
                       keep_costates=True)
 
@@ -133,18 +139,23 @@ def test_costates_are_gradients_of_the_remaining_area(x64, toy):
   jax.tree.map(np.testing.assert_allclose, result.params, params)
 
 
+@functools.lru_cache(maxsize=1)
+def _dense_functions(example_losses, target_loss, unravel):
+  """Target gradient, Jacobian of the losses, and Hessian, on flat parameters."""
+  losses = lambda p, batch: example_losses(unravel(p), batch)  # noqa: E731
+  return (jax.jit(jax.grad(lambda p: target_loss(unravel(p)))), jax.jit(jax.jacobian(losses)),
+          jax.jit(jax.hessian(lambda p, batch, weights: weights @ losses(p, batch))))
+
+
 def _dense_recursion(problem, rates, mutation=None):
   """Costate recursion of SGD with a dense Hessian, spec 1.2 and 1.3, optionally made wrong."""
   flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, problem.params))
   rates = np.broadcast_to(rates, len(problem.weights))
-
-  def losses(p, t):
-    return problem.example_losses(unravel(p), jax.tree.map(lambda x: x[t], problem.batches))
-
-  target_grad = jax.jit(jax.grad(lambda p: problem.target_loss(unravel(p))))
-  slopes = jax.jit(jax.jacobian(losses), static_argnums=1)
-  hessian = jax.jit(jax.hessian(lambda p, t: jnp.sum(problem.weights[t] * losses(p, t))),
-                    static_argnums=1)
+  target_grad, slopes_of, hessian_of = _dense_functions(
+    problem.example_losses, problem.target_loss, unravel)
+  batch = lambda t: jax.tree.map(lambda x: x[t], problem.batches)  # noqa: E731
+  slopes = lambda p, t: slopes_of(p, batch(t))  # noqa: E731
+  hessian = lambda p, t: hessian_of(p, batch(t), problem.weights[t])  # noqa: E731
   states = [flat]
   for t, rate in enumerate(rates):
     states.append(states[-1] - rate * problem.weights[t] @ slopes(states[-1], t))
@@ -166,19 +177,17 @@ def _dense_recursion(problem, rates, mutation=None):
   "target_twice_at_the_end"])
 def test_problem_detects_a_wrong_recursion(x64, toy, mutation):
   problem = toy.regression()
-  rates = np.array([0.6, 0.5, 0.4, 0.3, 0.2])
-  optimizer = optax.sgd(lambda count: jnp.asarray(rates)[count])
-  got = np.asarray(pmp_scores(problem.example_losses, problem.target_loss, optimizer,
+  got = np.asarray(pmp_scores(problem.example_losses, problem.target_loss, SCHEDULED_SGD,
                               *problem.args).scores)
-  np.testing.assert_allclose(got, _dense_recursion(problem, rates), atol=1e-10)
-  wrong = _dense_recursion(problem, rates, mutation)
+  np.testing.assert_allclose(got, _dense_recursion(problem, RATES), atol=1e-10)
+  wrong = _dense_recursion(problem, RATES, mutation)
   error = np.abs(wrong - got).max() / np.abs(got).max()
   assert error > (0.3 if mutation == "no_hessian" else 0.1), error
 
 
 def test_without_hessian_is_the_ablated_recursion(x64, toy):
   problem = toy.regression()
-  got = pmp_scores(problem.example_losses, problem.target_loss, optax.sgd(0.2), *problem.args,
+  got = pmp_scores(problem.example_losses, problem.target_loss, SLOW_SGD, *problem.args,
                    hessian=False)
   np.testing.assert_allclose(got.scores, _dense_recursion(problem, 0.2, "no_hessian"), atol=1e-10)
 
@@ -214,7 +223,7 @@ def test_scalar_quadratic_closed_form(x64):
 
 def test_one_step_is_gradient_similarity(x64, toy):
   problem = toy.regression(num_steps=1)
-  got = pmp_scores(problem.example_losses, problem.target_loss, optax.sgd(0.2), *problem.args)
+  got = pmp_scores(problem.example_losses, problem.target_loss, SLOW_SGD, *problem.args)
   params = jax.tree.map(jnp.asarray, problem.params)
   batch = jax.tree.map(lambda x: x[0], problem.batches)
   grads = jax.jacobian(problem.example_losses)(params, batch)
@@ -246,7 +255,7 @@ def test_scale_identity(x64, toy):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=eta)
     return toy.unrolled(problem, optimizer)[0]
 
-  got = pmp_scores(problem.example_losses, problem.target_loss, optax.sgd(0.2), *problem.args)
+  got = pmp_scores(problem.example_losses, problem.target_loss, SLOW_SGD, *problem.args)
   slope = (area(0.2 + 1e-6) - area(0.2 - 1e-6)) / 2e-6
   np.testing.assert_allclose(np.sum(problem.weights * got.scores), -0.2 * slope, rtol=1e-6)
 
@@ -282,7 +291,7 @@ def test_symmetries_of_the_examples(x64, toy):
   batches["constant"] = np.zeros((5, 5), bool)
   batches["constant"][:, 4] = True
   run = lambda batches, weights, proxy=None: pmp_scores(  # noqa: E731
-    losses, problem.target_loss, optax.sgd(0.2), problem.params, batches, weights, proxy=proxy)
+    losses, problem.target_loss, SLOW_SGD, problem.params, batches, weights, proxy=proxy)
   # Examples of weight 0 do not change the run, only their own sensitivity is measured.
   got = run(batches, weights).scores
   np.testing.assert_allclose(got[:, 3], got[:, 1], rtol=1e-12)
@@ -299,14 +308,14 @@ def test_examples_never_drawn_get_zero(x64, toy):
   rows = np.random.default_rng(0).integers(0, 6, size=(5, 3))
   data = {"x": np.random.default_rng(1).normal(size=(8, 3)),
           "y": np.random.default_rng(2).normal(size=8)}
-  got = pmp_scores(problem.example_losses, problem.target_loss, optax.sgd(0.2), problem.params,
+  got = pmp_scores(problem.example_losses, problem.target_loss, SLOW_SGD, problem.params,
                    jax.tree.map(lambda x: x[rows], data), problem.weights).scores
   def area(gamma):
     drawn = problem._replace(batches=jax.tree.map(lambda x: x[rows], data), weights=gamma[rows])
-    return toy.unrolled(drawn, optax.sgd(0.2))[0]
+    return toy.unrolled(drawn, SLOW_SGD)[0]
   gamma = np.full(8, 1 / 8)
   by_example = np.zeros(8)
-  uniform = pmp_scores(problem.example_losses, problem.target_loss, optax.sgd(0.2), problem.params,
+  uniform = pmp_scores(problem.example_losses, problem.target_loss, SLOW_SGD, problem.params,
                        jax.tree.map(lambda x: x[rows], data), gamma[rows]).scores
   np.add.at(by_example, rows, uniform)
   assert got.shape == (5, 3)
