@@ -1,6 +1,7 @@
 """Target losses from data: the mean over a dev set as a function of the parameters alone."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,9 @@ def mean_target_loss(example_losses: Callable, data: Any,
   Args:
     example_losses: `(params, batch) -> [B]`.
     data: leaves `[M, ...]`, M >= 1; traced as an argument of whatever is jitted, never compiled in.
-    batch_size: rows evaluated at once (any size). Each part is rematerialised, so that the gradient
-      needs the memory of one part.
+    batch_size: rows evaluated at once (any size). The gradient of a part is taken together with its
+      loss, so it needs the memory of one part and recomputes nothing; it is of first order then
+      (reverse mode only).
   Raises:
     ValueError: if `data` has no row, or leaves of different lengths.
   """
@@ -50,16 +52,40 @@ class MeanTargetLoss:
     is_row = jnp.arange(num_parts * size) < num_rows
     parts = split_rows((data, is_row), size, num_parts)
 
-    @jax.checkpoint
-    def part(params, parts, j):
+    def loss_of_part(params, parts, j):
       batch, is_row = take_part(parts, j)
-      return jnp.sum(jnp.where(is_row, self._losses(params, batch), 0))
+      return jnp.sum(jnp.where(is_row, self._losses(params, batch), 0)) / num_rows
 
-    dtype = jax.eval_shape(part, params, parts, jnp.zeros((), jnp.int32)).dtype
-    total, _ = jax.lax.scan(lambda total, j: (total + part(params, parts, j), None),
-                            jnp.zeros((), dtype), jnp.arange(num_parts))
-    return total / num_rows
+    return _sum_of_parts(loss_of_part, num_parts, params, parts)
 
   def _losses(self, params, batch):
     losses = self.example_losses(params, batch)
     return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_of_parts(loss_of_part: Callable, num_parts: int, params: Any, parts: Any) -> jax.Array:
+  """`sum_j loss_of_part(params, parts, j)`."""
+  return _accumulate(loss_of_part, num_parts, params, parts)
+
+
+def _forward(loss_of_part, num_parts, params, parts):
+  return _accumulate(jax.value_and_grad(loss_of_part), num_parts, params, parts)
+
+
+def _backward(loss_of_part, num_parts, grads, cotangent):
+  return jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), grads), None
+
+
+_sum_of_parts.defvjp(_forward, _backward)
+
+
+def _accumulate(fn, num_parts, params, parts):
+  """Sum over j of a pytree, in float32 or wider."""
+  shapes = jax.eval_shape(fn, params, parts, jnp.zeros((), jnp.int32))
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+  total, _ = jax.lax.scan(
+    lambda total, j: (jax.tree.map(lambda a, b: a + b, total, fn(params, parts, j)), None),
+    zeros, jnp.arange(num_parts))
+  return jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes)
