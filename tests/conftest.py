@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 
 import pytest
@@ -16,6 +17,8 @@ for _flag, _value in _FLAGS.items():
   if _flag not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 

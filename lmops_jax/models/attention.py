@@ -1,4 +1,4 @@
-"""Causal self-attention, one function for each kind that a configuration can name.
+"""Self-attention, one function for each kind that a configuration can name.
 
 - `xla`: scores written out, `[B,H,S,S]` in memory, differentiable to any order. Fastest for short
   sequences on a CPU.
@@ -9,17 +9,21 @@
 - `splash`: fused kernel on TPUs. First derivatives only.
 
 All take `q [B,S,H,E]` and `k, v [B,S,K,E]` with `H` a multiple of `K`, and return `[B,S,H,E]`.
-Query head `h` reads key head `h // (H // K)`. A position sees itself and earlier positions of its
-own segment. Softmax is float32. Left out: sliding windows, dropout, bidirectional attention.
+Query head `h` reads key head `h // (H // K)`. A position sees itself and, within its own segment
+and window, earlier positions, or all of them where attention is not causal. ALiBi adds to a score
+the head's slope times the (negative) distance. Softmax is float32. `cached_attention` is the one
+for keys and values of earlier calls. Left out: dropout.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
@@ -58,32 +62,78 @@ def check_platform(kind: str, platform: str | None = None) -> None:
     )
 
 
-def causal_attention(
+class Pattern(NamedTuple):
+  """Who sees whom, besides segments.
+
+  Attributes:
+    causal: a position sees no later ones.
+    window: latest positions seen, itself included; None for all.
+    slopes: ALiBi's `[H] float32`, or None.
+  """
+
+  causal: bool = True
+  window: int | None = None
+  slopes: np.ndarray | None = None
+
+
+CAUSAL = Pattern()
+
+
+def self_attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
   segment_ids: jax.Array | None = None,
   *,
+  pattern: Pattern = CAUSAL,
   kind: str = "xla",
   chunk: int = 128,
 ) -> jax.Array:
-  """Causal attention `[B,S,H,E]`, scaled by `E ** -0.5`.
+  """Attention `[B,S,H,E]` of a sequence to itself, scores scaled by `E ** -0.5`.
 
   Args:
     q: `[B,S,H,E]`.
     k: `[B,S,K,E]`, `K` divides `H`.
     v: like `k`.
     segment_ids: `[B,S] int32`; attention stays within equal ids. None is one segment.
+    pattern: who sees whom; distances are those of the sequence axis.
     kind: one of `ATTENTION_KINDS`.
     chunk: queries a block, for `chunked` only.
+
+  Raises:
+    ValueError: for a kind that the platform lacks, or that cannot do the pattern.
   """
   check_platform(kind)
   if kind == "xla":
-    return _xla(q, k, v, segment_ids)
+    return _xla(q, k, v, segment_ids, pattern)
   if kind == "chunked":
-    return _chunked(q, k, v, segment_ids, chunk)
+    return _chunked(q, k, v, segment_ids, pattern, chunk)
+  if kind == "splash" and pattern.slopes is not None:
+    raise ValueError(
+      "attention='splash' has no ALiBi positions; set models.TransformerConfig.attention to 'xla' "
+      "or 'chunked'."
+    )
   kernel = _cudnn if kind == "cudnn" else _splash_sharded
+  kernel = functools.partial(kernel, pattern=pattern)
   return first_order_only(kernel, kind)(q, k, v, segment_ids)
+
+
+def cached_attention(q, keys, values, mask, distance, slopes=None) -> jax.Array:
+  """Attention `[B,S,H,E]` of new positions over slots of a cache.
+
+  Args:
+    q: `[B,S,H,E]`.
+    keys: `[B,K,M,E]`.
+    values: like `keys`.
+    mask: `[B,S,M] bool`, which slots a query sees.
+    distance: `[B,S,M]`, key position minus query position; read for ALiBi only.
+    slopes: ALiBi's `[H] float32`, or None.
+  """
+  b, s, h, e = q.shape
+  q_BKGSE = q.reshape(b, s, keys.shape[1], -1, e).transpose(0, 2, 3, 1, 4)
+  bias = None if slopes is None else _alibi(slopes, keys.shape[1], distance[:, None, None])
+  out = _softmax_attention(q_BKGSE, keys, values, mask[:, None, None], bias)
+  return out.transpose(0, 3, 1, 2, 4).reshape(b, s, h, e)
 
 
 def first_order_only(kernel: Callable, kind: str) -> Callable:
@@ -125,8 +175,8 @@ def _check_known(kind: str) -> None:
     )
 
 
-def _softmax_attention(q_BKGSE, k_BKME, v_BKME, mask):
-  """Attention of some queries over some keys; `mask` broadcasts to `[B,K,G,S,M]`."""
+def _softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None):
+  """Attention of some queries over some keys; `mask`, `bias` broadcast to `[B,K,G,S,M]`."""
   b, kv_heads, groups, length, width = q_BKGSE.shape
   # Query heads of a group are rows of one product: XLA then multiplies without copies.
   q_BKRE = q_BKGSE.reshape(b, kv_heads, groups * length, width)
@@ -134,7 +184,8 @@ def _softmax_attention(q_BKGSE, k_BKME, v_BKME, mask):
     "bkre,bkme->bkrm", q_BKRE, k_BKME,
     preferred_element_type=jnp.promote_types(q_BKRE.dtype, jnp.float32),
   ).reshape(b, kv_heads, groups, length, -1)
-  scores = jnp.where(mask, scores * width**-0.5, _MASKED)
+  scores = scores * width**-0.5
+  scores = jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
   probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKME.dtype)
   out = jnp.einsum(
     "bkrm,bkme->bkre", probabilities.reshape(b, kv_heads, groups * length, -1), v_BKME
@@ -152,22 +203,41 @@ def _heads_first(q, k, v):
   return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
-def _mask(query_index, key_index, query_segments, key_segments):
+def _mask(query_index, key_index, query_segments, key_segments, pattern):
   """`[1 or B, 1, 1, s, M] bool`."""
-  mask = (query_index[:, None] >= key_index[None, :])[None]
+  distance = key_index[None, :] - query_index[:, None]
+  mask = jnp.ones((1, *distance.shape), bool)
+  if pattern.causal:
+    mask = (distance <= 0)[None]
+  if pattern.window is not None:
+    mask = mask & (jnp.abs(distance) < pattern.window)[None]
   if query_segments is not None:
     mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
   return mask[:, None, None]
 
 
-def _xla(q, k, v, segment_ids):
+def _bias(query_index, key_index, pattern, kv_heads):
+  """ALiBi's `[K,G,s,M] float32`, or None."""
+  if pattern.slopes is None:
+    return None
+  return _alibi(pattern.slopes, kv_heads, key_index[None, :] - query_index[:, None])
+
+
+def _alibi(slopes, kv_heads, distance):
+  """`slope * -|distance|`, with heads as `[K,G,1,1]` in front of the last two axes."""
+  slopes = slopes.reshape(kv_heads, -1, 1, 1)
+  return slopes * -jnp.abs(distance).astype(jnp.float32)
+
+
+def _xla(q, k, v, segment_ids, pattern):
   index = jnp.arange(q.shape[1])
-  mask = _mask(index, index, segment_ids, segment_ids)
-  out = _softmax_attention(*_heads_first(q, k, v), mask)
+  mask = _mask(index, index, segment_ids, segment_ids, pattern)
+  bias = _bias(index, index, pattern, k.shape[2])
+  out = _softmax_attention(*_heads_first(q, k, v), mask, bias)
   return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def _chunked(q, k, v, segment_ids, chunk):
+def _chunked(q, k, v, segment_ids, pattern, chunk):
   shape, length = q.shape, q.shape[1]
   num_chunks = -(-length // chunk)
   q, k, v = _heads_first(q, k, v)
@@ -186,7 +256,7 @@ def _chunked(q, k, v, segment_ids, chunk):
   chunks_a_prefix = -(-num_chunks // _NUM_PREFIXES)
   for first in range(0, num_chunks, chunks_a_prefix):
     last = min(first + chunks_a_prefix, num_chunks)
-    prefix = min(last * chunk, length)
+    prefix = min(last * chunk, length) if pattern.causal else length
     keys, values = k[:, :, :prefix], v[:, :, :prefix]
     key_segments = None if segment_ids is None else segment_ids[:, :prefix]
 
@@ -194,8 +264,10 @@ def _chunked(q, k, v, segment_ids, chunk):
     def one_chunk(inputs, keys=keys, values=values, key_segments=key_segments):
       i, q_chunk, query_segments = inputs
       query_index = i * chunk + jnp.arange(chunk)
-      mask = _mask(query_index, jnp.arange(keys.shape[2]), query_segments, key_segments)
-      return _softmax_attention(q_chunk, keys, values, mask)
+      key_index = jnp.arange(keys.shape[2])
+      mask = _mask(query_index, key_index, query_segments, key_segments, pattern)
+      bias = _bias(query_index, key_index, pattern, keys.shape[1])
+      return _softmax_attention(q_chunk, keys, values, mask, bias)
 
     segments = None if segment_chunks is None else segment_chunks[first:last]
     inputs = (jnp.arange(first, last), q_chunks[first:last], segments)
@@ -205,20 +277,33 @@ def _chunked(q, k, v, segment_ids, chunk):
   return out[:, :length]
 
 
-def _cudnn(q, k, v, segment_ids):
-  mask = None
+def _cudnn(q, k, v, segment_ids, pattern=CAUSAL):
+  mask, bias, window = None, None, None
   if segment_ids is not None:
     mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+  if pattern.slopes is not None:
+    index = jnp.arange(q.shape[1])
+    bias = _bias(index, index, pattern, q.shape[2])[None, :, 0].astype(q.dtype)
+  if pattern.window is not None:
+    window = (pattern.window - 1, 0 if pattern.causal else pattern.window - 1)
+  return jax.nn.dot_product_attention(
+    q, k, v, bias=bias, mask=mask, is_causal=pattern.causal, local_window_size=window,
+    implementation="cudnn",
+  )
 
 
-def _splash(q, k, v, segment_ids):
+def _splash(q, k, v, segment_ids, pattern):
   """One device's share. The kernel wants heads first and no scale."""
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   length, num_heads = q.shape[1:3]
   groups = num_heads // k.shape[2]
-  mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * num_heads)
+  shape = (length, length)
+  mask = splash.CausalMask(shape) if pattern.causal else splash.FullMask(shape)
+  if pattern.window is not None:
+    ahead = 0 if pattern.causal else pattern.window - 1
+    mask = splash.LocalMask(shape, (pattern.window - 1, ahead), 0)
+  mask = splash.MultiHeadMask([mask] * num_heads)
   kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
   q = jnp.swapaxes(q * q.shape[-1] ** -0.5, 1, 2)
   k, v = (jnp.swapaxes(jnp.repeat(x, groups, axis=2), 1, 2) for x in (k, v))
@@ -229,15 +314,16 @@ def _splash(q, k, v, segment_ids):
   return jnp.swapaxes(out, 1, 2)
 
 
-def _splash_sharded(q, k, v, segment_ids):
+def _splash_sharded(q, k, v, segment_ids, pattern=CAUSAL):
   """XLA cannot split a Pallas kernel, so each device of the mesh runs its own."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return _splash(q, k, v, segment_ids)
+    return _splash(q, k, v, segment_ids, pattern)
   batch = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
   heads = "tensor" if "tensor" in mesh.axis_names else None
   spec = PartitionSpec(batch, None, heads, None)
   shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=spec, check_vma=False)
   if segment_ids is None:
-    return shard(lambda *qkv: _splash(*qkv, None), in_specs=(spec,) * 3)(q, k, v)
-  return shard(_splash, in_specs=(spec,) * 3 + (PartitionSpec(batch, None),))(q, k, v, segment_ids)
+    return shard(lambda *qkv: _splash(*qkv, None, pattern), in_specs=(spec,) * 3)(q, k, v)
+  one = functools.partial(_splash, pattern=pattern)
+  return shard(one, in_specs=(spec,) * 3 + (PartitionSpec(batch, None),))(q, k, v, segment_ids)

@@ -13,8 +13,9 @@ from lmops_jax.models.transformer import TransformerConfig
 def matmul_params(config: TransformerConfig, *, unembedding: bool = True) -> int:
   """Parameters in a matrix product with every token: no lookup, the output matrix if asked for."""
   attention = config.width * config.head_width * 2 * (config.num_heads + config.key_heads)
-  blocks = config.num_layers * (attention + 3 * config.width * config.mlp_width)
-  return blocks + (config.width * config.vocab_size if unembedding else 0)
+  mlp = (3 if config.gated_mlp else 2) * config.width * config.mlp_width
+  blocks = config.num_layers * (attention + mlp)
+  return blocks + (config.token_width * config.vocab_size if unembedding else 0)
 
 
 def forward_flops_per_token(

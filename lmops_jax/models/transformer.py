@@ -1,9 +1,10 @@
-"""Decoder-only transformer of the Mistral and Llama type (arXiv:2310.06825, arXiv:2302.13971).
+"""The transformer of all language models here: decoders, encoders, and the text tower of CLIP.
 
-RMSNorm before each part, rotary positions (arXiv:2104.09864, the half-rotating form of the
-Hugging Face checkpoints), SwiGLU (arXiv:2002.05202), grouped key/value heads (arXiv:2305.13245),
-no biases, embeddings tied or not. Every parameter and every block input carries logical axis names
-(batch, sequence, embed, mlp, heads, kv_heads, head_dim, vocab, layers).
+One module whose parts `TransformerConfig` chooses. The defaults are those of Mistral and Llama
+(arXiv:2310.06825, arXiv:2302.13971): RMSNorm before each part, rotary positions (arXiv:2104.09864,
+the half-rotating form of the Hugging Face checkpoints), SwiGLU (arXiv:2002.05202), grouped
+key/value heads (arXiv:2305.13245), no biases. Every parameter and every block input carries logical
+axis names (batch, sequence, embed, mlp, heads, kv_heads, head_dim, vocab, layers).
 
 Parameters, with layers always stacked on a leading axis, whether the blocks run under `scan` or
 unrolled, so that checkpoints do not depend on that choice:
@@ -15,124 +16,30 @@ unrolled, so that checkpoints do not depend on that choice:
     final_norm/scale [D]
     unembedding [D,V]                    (absent when tied)
 
-Left out: sliding-window attention, dropout, key/value caches.
+and, where the configuration asks for them, `bias` beside each `kernel` and each layer norm's
+`scale`, position_embedding [max_length + position_offset, D], token_type_embedding [N,D],
+embedding_norm, embedding_in [W,D] and embedding_out [D,W] for embeddings of width W,
+head_transform, head_norm, unembedding_bias [V], pooler.
+
+Left out: dropout.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.models.attention import causal_attention
+from lmops_jax.models import cache as cache_lib
+from lmops_jax.models import layers as layers_lib
+from lmops_jax.models import positions as positions_lib
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.layers import INIT_STDDEV, Block, Projection, Sequence, Slots
 
-REMAT_POLICIES = ("none", "full", "dots")
-_INIT_STDDEV = 0.02
 _CONSTANT_ANGLES = 1 << 20  # rotary numbers that a program may hold as constants
-
-
-@gin.register(module="models")
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-  """Shape and execution choices of a `Transformer`.
-
-  Attributes:
-    vocab_size: V; None until a system fills it from its vocabulary with `dataclasses.replace`.
-    num_layers: L.
-    width: D.
-    num_heads: H query heads.
-    num_kv_heads: K key/value heads, a divisor of H; None is H.
-    head_dim: E, even; None is D / H.
-    mlp_width: F.
-    max_length: longest sequence accepted.
-    tied_embeddings: the output matrix is the embedding.
-    rope_base: base of the rotary frequencies.
-    norm_eps: added to the mean square in RMSNorm.
-    attention: one of `attention.ATTENTION_KINDS`.
-    attention_chunk: queries a block, for "chunked".
-    scan_layers: run the blocks under `lax.scan` (compiles once) or unrolled (more to compile,
-      fewer copies). Parameters and results are the same.
-    remat: what the backward pass recomputes in each block: "none", "full" (all of it), "dots" (all
-      but the products with weights).
-    dtype: of activations and products. Norms, softmax and logits are float32.
-    param_dtype: of parameters.
-
-  Raises:
-    ValueError: naming the field, for values that do not make a model.
-  """
-
-  vocab_size: int | None = None
-  num_layers: int = 2
-  width: int = 64
-  num_heads: int = 2
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
-  mlp_width: int = 192
-  max_length: int = 1024
-  tied_embeddings: bool = False
-  rope_base: float = 1e4
-  norm_eps: float = 1e-5
-  attention: str = "xla"
-  attention_chunk: int = 128
-  scan_layers: bool = True
-  remat: str = "none"
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-
-  def __post_init__(self):
-    from lmops_jax.models.attention import supports_forward_mode  # also refuses unknown kinds
-
-    supports_forward_mode(self.attention)
-    name = "models.TransformerConfig"
-    for field in (
-      "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width",
-      "max_length", "attention_chunk",
-    ):
-      value = getattr(self, field)
-      optional = field in ("vocab_size", "num_kv_heads", "head_dim")
-      if not (value is None and optional) and (
-        not isinstance(value, int) or isinstance(value, bool) or value < 1
-      ):
-        raise ValueError(f"{name}.{field}={value!r} must be an integer of at least 1.")
-    if self.head_dim is None and self.width % self.num_heads:
-      raise ValueError(
-        f"{name}.width={self.width} is not a multiple of num_heads={self.num_heads}; "
-        "change one of them or set head_dim."
-      )
-    if self.key_heads > self.num_heads or self.num_heads % self.key_heads:
-      raise ValueError(
-        f"{name}.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}."
-      )
-    if self.head_width % 2:
-      raise ValueError(
-        f"{name}.head_dim={self.head_width} must be even, rotary positions turn pairs of numbers."
-      )
-    if self.remat not in REMAT_POLICIES:
-      raise ValueError(f"{name}.remat={self.remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
-    for field in ("rope_base", "norm_eps"):
-      if not getattr(self, field) > 0:
-        raise ValueError(f"{name}.{field}={getattr(self, field)!r} must be positive.")
-    for field in ("dtype", "param_dtype"):
-      if getattr(self, field) not in ("float32", "bfloat16", "float16", "float64"):
-        raise ValueError(
-          f"{name}.{field}={getattr(self, field)!r} is not one of float32, bfloat16, float16, "
-          "float64."
-        )
-
-  @property
-  def head_width(self) -> int:
-    """E."""
-    return self.head_dim or self.width // self.num_heads
-
-  @property
-  def key_heads(self) -> int:
-    """K."""
-    return self.num_kv_heads or self.num_heads
 
 
 def num_params(config: TransformerConfig) -> int:
@@ -143,127 +50,22 @@ def num_params(config: TransformerConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def rotary_angles(positions, width: int, base: float):
-  """Cosines and sines of `positions * base ** (-2i / E)` for `i < E/2`.
+def unstack_layers(params):
+  """The same parameters with `layers` a tuple of L trees instead of one stacked tree.
 
-  Args:
-    positions: `[B,S]` or `[1,S]` int32. A NumPy array gives NumPy results, which a traced program
-      holds as constants; traced, XLA on a CPU computes them again for every head and layer.
-    width: E.
-    base: of the frequencies.
-
-  Returns:
-    Two `[B or 1,S,1,E/2] float32`.
+  Cached decoding reads every weight at every token; from separate arrays it does so without slicing
+  them out first. `Transformer.extend` takes both forms. The stacked arrays stay as they are.
   """
-  xp = np if isinstance(positions, np.ndarray) else jnp
-  frequencies = base ** (-np.arange(width // 2, dtype=np.float32) / np.float32(width // 2))
-  angles = positions[:, :, None, None].astype(np.float32) * frequencies.astype(np.float32)
-  return xp.cos(angles), xp.sin(angles)
+  stacked = params["layers"]
+  if isinstance(stacked, tuple):
+    return params
+  num_layers = jax.tree.leaves(stacked)[0].shape[0]
+  return {**params, "layers": tuple(_one_layer(stacked, i) for i in range(num_layers))}
 
 
-def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Turns the pairs `(x[i], x[i + E/2])` of `[B,S,H,E]` by their angle; products are float32."""
-  cos, sin = angles
-  half = x.shape[-1] // 2
-  first, second = x[..., :half], x[..., half:]
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-  """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv:1910.07467)."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    c = self.config
-    scale = self.param(
-      "scale",
-      nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)),
-      (x.shape[-1],),
-      jnp.dtype(c.param_dtype),
-    )
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + c.norm_eps)
-    return (wide * inverse * scale).astype(c.dtype)
-
-
-class Projection(nn.Module):
-  """A linear map without bias from the axes `inputs` to the axes `outputs`, `[B,S,*inputs]` first.
-
-  Written as a product of two matrices: with more axes XLA on a CPU copies an operand of the weight
-  gradient into another order, at twice the cost of the step.
-  """
-
-  config: TransformerConfig
-  inputs: tuple[int, ...]
-  outputs: tuple[int, ...]
-  axes: tuple[str, ...]
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    c = self.config
-    kernel = self.param(
-      "kernel",
-      nn.with_logical_partitioning(nn.initializers.normal(_INIT_STDDEV), self.axes),
-      (*self.inputs, *self.outputs),
-      jnp.dtype(c.param_dtype),
-    )
-    leading = x.shape[: x.ndim - len(self.inputs)]
-    width = math.prod(self.inputs)
-    out = x.reshape(-1, width) @ kernel.astype(c.dtype).reshape(width, -1)
-    return out.reshape(*leading, *self.outputs)
-
-
-class Attention(nn.Module):
-  """Causal self-attention with rotary positions and grouped key/value heads, `[B,S,D]` to same."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x, angles, segment_ids):
-    c = self.config
-    d, e = c.width, c.head_width
-
-    def project(name, num_heads, axis):
-      return Projection(c, (d,), (num_heads, e), ("embed", axis, "head_dim"), name=name)(x)
-
-    q = rotary(project("query", c.num_heads, "heads"), angles)
-    k = rotary(project("key", c.key_heads, "kv_heads"), angles)
-    v = project("value", c.key_heads, "kv_heads")
-    out = causal_attention(q, k, v, segment_ids, kind=c.attention, chunk=c.attention_chunk)
-    return Projection(c, (c.num_heads, e), (d,), ("heads", "head_dim", "embed"), name="out")(out)
-
-
-class SwiGLU(nn.Module):
-  """`down(silu(gate(x)) * up(x))`, `[B,S,D]` to same."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x):
-    c = self.config
-    d, f = (c.width,), (c.mlp_width,)
-    gate = Projection(c, d, f, ("embed", "mlp"), name="gate")(x)
-    up = Projection(c, d, f, ("embed", "mlp"), name="up")(x)
-    return Projection(c, f, d, ("mlp", "embed"), name="down")(nn.silu(gate) * up)
-
-
-class Block(nn.Module):
-  """One pre-norm layer, `[B,S,D]` to `([B,S,D], None)` as `nn.scan` wants it."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x, angles, segment_ids):
-    c = self.config
-    x = nn.with_logical_constraint(x, ("batch", "sequence", "embed"))
-    x = x + Attention(c, name="attention")(
-      RMSNorm(c, name="attention_norm")(x), angles, segment_ids
-    )
-    x = x + SwiGLU(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
-    return nn.with_logical_constraint(x, ("batch", "sequence", "embed")), None
+@jax.jit
+def _one_layer(stacked, i):
+  return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), stacked)
 
 
 class Transformer(nn.Module):
@@ -271,30 +73,27 @@ class Transformer(nn.Module):
 
   Attributes:
     config: with `vocab_size` set.
-    with_unembedding: False leaves out the output matrix of an untied model, for a trunk that
-      feeds another head.
+    with_unembedding: False leaves out the head (output matrix of an untied model, its bias, the
+      masked-LM transform), for a trunk that feeds another head.
+    with_embedding: False leaves out the token embeddings too, for a trunk that is fed vectors
+      through `encode`.
   """
 
   config: TransformerConfig
   with_unembedding: bool = True
+  with_embedding: bool = True
 
   def setup(self):
     c = self.config
-    if c.vocab_size is None:
+    if c.vocab_size is None and self.with_embedding:
       raise ValueError(
         "models.TransformerConfig.vocab_size is not set; take it from the vocabulary with "
         "dataclasses.replace(config, vocab_size=...)."
       )
-    table = nn.with_logical_partitioning(
-      nn.initializers.normal(_INIT_STDDEV), ("vocab", "embed")
-    )
-    shape = (c.vocab_size, c.width)
-    self.embedding = self.param("embedding", table, shape, jnp.dtype(c.param_dtype))
-    if self.with_unembedding and not c.tied_embeddings:
-      matrix = nn.with_logical_partitioning(
-        nn.initializers.normal(_INIT_STDDEV), ("embed", "vocab")
-      )
-      self.unembedding = self.param("unembedding", matrix, shape[::-1], jnp.dtype(c.param_dtype))
+    if self.with_embedding:
+      self._setup_embedding()
+      if self.with_unembedding:
+        self._setup_head()
     block = Block
     if c.remat != "none":
       block = nn.remat(Block, prevent_cse=False, policy=_remat_policy(c.remat))
@@ -306,20 +105,64 @@ class Transformer(nn.Module):
       length=c.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c)
-    self.final_norm = RMSNorm(c)
+    if c.final_norm:
+      self.final_norm = layers_lib.norm(c)
+    if c.pooler:
+      self.pooler = Projection(c, (c.width,), (c.width,), ("embed", None), True)
+
+  def _matrix(self, name, shape, axes):
+    init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), axes)
+    return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+
+  def _setup_embedding(self):
+    c = self.config
+    self.embedding = self._matrix("embedding", (c.vocab_size, c.token_width), ("vocab", "embed"))
+    if c.positions == "learned":
+      self.position_embedding = self._matrix(
+        "position_embedding", (c.max_length + c.position_offset, c.width), (None, "embed")
+      )
+    if c.num_token_types:
+      self.token_type_embedding = self._matrix(
+        "token_type_embedding", (c.num_token_types, c.width), (None, "embed")
+      )
+    if c.embedding_norm:
+      self.embedding_norm = layers_lib.norm(c)
+    if c.token_width != c.width:
+      self.embedding_in = Projection(c, (c.token_width,), (c.width,), (None, "embed"))
+
+  def _setup_head(self):
+    c = self.config
+    if c.token_width != c.width:
+      self.embedding_out = Projection(c, (c.width,), (c.token_width,), ("embed", None))
+    if c.head_transform:
+      self.head_transform = Projection(c, (c.width,), (c.width,), ("embed", None), True)
+      self.head_norm = layers_lib.norm(c)
+    if not c.tied_embeddings:
+      shape = (c.token_width, c.vocab_size)
+      self.unembedding = self._matrix("unembedding", shape, ("embed", "vocab"))
+    if c.unembedding_bias:
+      self.unembedding_bias = self.param(
+        "unembedding_bias",
+        nn.with_logical_partitioning(nn.initializers.zeros_init(), ("vocab",)),
+        (c.vocab_size,), jnp.dtype(c.param_dtype),
+      )
 
   def __call__(
     self,
     tokens: jax.Array,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """Hidden states after the final norm.
+    """Hidden states after the last block and the final norm.
 
     Args:
       tokens: `[B,S] int32`, below `vocab_size`; an id outside makes the result NaN.
-      positions: `[B,S] int32` for the rotary embedding; None is 0..S-1.
-      segment_ids: `[B,S] int32`; attention stays within equal ids. None is one segment.
+      positions: `[B,S] int32` for rotary, learned and sinusoidal positions; None is 0..S-1. ALiBi
+        and windows go by the distance on the sequence axis.
+      segment_ids: `[B,S] int32`; attention stays within equal ids. None is one segment. Padding of
+        an encoder is a segment of its own.
+      token_types: `[B,S] int32`, for models that have them; None is 0.
 
     Returns:
       `[B,S,D]` in `config.dtype`.
@@ -327,8 +170,118 @@ class Transformer(nn.Module):
     Raises:
       ValueError: if `S` exceeds `config.max_length`.
     """
+    if self.is_initializing():
+      self._touch_everything(tokens)
+    x, positions = self._embed(tokens, positions, token_types)
+    return self.encode(x, positions, segment_ids)
+
+  def encode(self, x: jax.Array, positions=None, segment_ids=None) -> jax.Array:
+    """The blocks and the final norm on embeddings `[B,S,D]`; other arguments as in `__call__`."""
     c = self.config
-    length = tokens.shape[1]
+    sequence = Sequence(self._angles(self._positions(x, positions)), segment_ids)
+    if c.scan_layers or self.is_initializing():
+      x, _ = self.layers(x, sequence)
+    else:
+      x = self._unrolled(x, sequence)[-1]
+    return self.final_norm(x) if c.final_norm else x
+
+  def all_hidden(self, tokens, positions=None, segment_ids=None, token_types=None) -> jax.Array:
+    """Embeddings and each block's output, `[L+1,B,S,D]`; the last one after the final norm."""
+    x, positions = self._embed(tokens, positions, token_types)
+    states = self._unrolled(x, Sequence(self._angles(self._positions(x, positions)), segment_ids))
+    if self.config.final_norm:
+      states[-1] = self.final_norm(states[-1])
+    return jnp.stack([x, *states])
+
+  def extend(
+    self, tokens, cache: cache_lib.KVCache, *, positions, valid=None, branch=None, fresh=False
+  ) -> tuple[jax.Array, cache_lib.KVCache]:
+    """Hidden states of new tokens that also see the cache, and the cache with them added.
+
+    Args:
+      tokens: `[B,S] int32`, written to the next S slots of every row.
+      cache: with S free slots; more tokens than slots overwrite the last ones, which the caller
+        must rule out.
+      positions: `[B,S] int32`, below `config.max_length`, which is not checked.
+      valid: `[B,S] bool`, False for padding, which no token ever sees; None is all True.
+      branch: `[B,S] int32`, see `KVCache.branch`; None is 0.
+      fresh: promises (statically) an empty cache, so that attention looks at the new tokens only.
+
+    Returns:
+      `[B,S,D]` in `config.dtype`, as `__call__`; and the cache.
+
+    Raises:
+      ValueError: for a model that is not causal.
+    """
+    c = self.config
+    if not c.causal:
+      raise ValueError(
+        "models.TransformerConfig.causal is False: an encoder sees later tokens, so it has no "
+        "cache."
+      )
+    num_new = tokens.shape[1]
+    valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+    alone = fresh and branch is None
+    branch = jnp.zeros(tokens.shape, jnp.int32) if branch is None else branch
+    x, positions = self._embed(tokens, positions, None)
+    cache = cache_lib.with_slots(cache, positions, valid, branch)
+    slots = Slots(self._angles(positions), cache.length)
+    if alone:
+      slots = slots._replace(segment_ids=valid.astype(jnp.int32))
+    else:
+      mask, distance = cache_lib.visible(cache, num_new, c.sliding_window)
+      slots = slots._replace(mask=mask, distance=distance)
+    keys, values = list(cache.keys), list(cache.values)
+    for i, params in enumerate(self._layer_params()):
+      x, keys[i], values[i] = Block(c, parent=None).apply(
+        {"params": params}, x, slots, keys[i], values[i], method="extend"
+      )
+    x = self.final_norm(x) if c.final_norm else x
+    return x, cache._replace(
+      keys=tuple(keys), values=tuple(values), length=cache.length + num_new
+    )
+
+  def unembed(self, hidden: jax.Array) -> jax.Array:
+    """Logits `[...,V] float32` of hidden states `[...,D]`."""
+    c = self.config
+    matrix = self.embedding if c.tied_embeddings else self.unembedding
+    return project_to_vocabulary(
+      self.readout(hidden), matrix.astype(c.dtype), self.output_bias(), transposed=c.tied_embeddings
+    )
+
+  def readout(self, hidden: jax.Array) -> jax.Array:
+    """What the output matrix multiplies, `[...,W]`; hidden states `[...,D]` themselves for most."""
+    c = self.config
+    if c.head_transform:
+      hidden = layers_lib.activation(c.activation)(self.head_transform(hidden))
+      hidden = self.head_norm(hidden)
+    return self.embedding_out(hidden) if c.token_width != c.width else hidden
+
+  def output_matrix(self) -> jax.Array:
+    """The matrix `[W,V]` in `config.dtype` that takes `readout` to logits, to multiply by often."""
+    c = self.config
+    if not c.tied_embeddings:
+      return self.unembedding.astype(c.dtype)
+    # Transposed once, behind a barrier: folded into the products, XLA on a CPU computes the
+    # gradient [V,D] from strided operands, 2.3 times slower than [D,V].
+    return jax.lax.optimization_barrier(self.embedding.astype(c.dtype).T)
+
+  def output_bias(self) -> jax.Array | None:
+    """`[V]` to add to the logits, or None."""
+    return self.unembedding_bias if self.config.unembedding_bias else None
+
+  def logits(self, tokens, positions=None, segment_ids=None, token_types=None) -> jax.Array:
+    """Next-token (or masked-token) logits `[B,S,V] float32`; arguments as in `__call__`."""
+    return self.unembed(self(tokens, positions, segment_ids, token_types))
+
+  def pooled(self, hidden: jax.Array) -> jax.Array:
+    """BERT's sentence vector `[B,D]`: product and tanh on the first position of `[B,S,D]`."""
+    return jnp.tanh(self.pooler(hidden[:, 0]))
+
+  def _positions(self, x, positions):
+    """Positions as given, or 0..S-1 as a constant where that is small; checks the length."""
+    c = self.config
+    length = x.shape[1]
     if length > c.max_length:
       raise ValueError(
         f"A batch has {length} positions and models.TransformerConfig.max_length is "
@@ -337,56 +290,82 @@ class Transformer(nn.Module):
     if positions is None:
       arange = np.arange if length * c.head_width <= _CONSTANT_ANGLES else jnp.arange
       positions = arange(length, dtype=np.int32)[None]
-    angles = rotary_angles(positions, c.head_width, c.rope_base)
+    return positions
+
+  def _angles(self, positions):
+    c = self.config
+    if c.positions != "rotary":
+      return None
+    frequencies = positions_lib.rotary_frequencies(c.rotary_width, c.rope_base, c.rope_scaling)
+    return positions_lib.rotary_angles(positions, frequencies)
+
+  def _embed(self, tokens, positions, token_types):
+    """Embeddings `[B,S,D]` and the positions."""
+    c = self.config
+    positions = self._positions(tokens, positions)
     # Gathered over embed before the lookup: XLA would otherwise replicate the activations.
     table = nn.with_logical_constraint(self.embedding, ("vocab", None))
     x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(c.dtype)
-    x = nn.with_logical_constraint(x, ("batch", "sequence", "embed"))
-    if c.scan_layers or self.is_initializing():
-      x, _ = self.layers(x, angles, segment_ids)
-    else:
-      x = self._unrolled(x, angles, segment_ids)
-    return self.final_norm(x)
+    if c.embedding_scale != 1.0:
+      x = x * jnp.asarray(c.embedding_scale, x.dtype)
+    if c.token_width != c.width:
+      x = self.embedding_in(x)
+    if c.num_token_types:
+      types = jnp.zeros(tokens.shape, jnp.int32) if token_types is None else token_types
+      x = x + jnp.take(self.token_type_embedding, types, axis=0, mode="fill").astype(c.dtype)
+    if c.positions == "learned":
+      rows = positions + c.position_offset
+      x = x + jnp.take(self.position_embedding, rows, axis=0, mode="fill").astype(c.dtype)
+    elif c.positions == "sinusoidal":
+      x = x + positions_lib.sinusoids(positions + c.position_offset, c.width).astype(c.dtype)
+    if c.embedding_norm:
+      x = self.embedding_norm(x)
+    return nn.with_logical_constraint(x, ("batch", "sequence", "embed")), positions
 
-  def unembed(self, hidden: jax.Array) -> jax.Array:
-    """Logits `[...,V] float32` of hidden states `[...,D]`."""
-    return project_to_vocabulary(hidden, self.output_matrix())
-
-  def output_matrix(self) -> jax.Array:
-    """The matrix `[D,V]` in `config.dtype` that takes hidden states to logits."""
+  def _touch_everything(self, tokens):
+    """Makes the parameters that `__call__` does not use; Linen makes what it sees used."""
     c = self.config
-    if not c.tied_embeddings:
-      return self.unembedding.astype(c.dtype)
-    # Transposed once, behind a barrier: folded into the products, XLA on a CPU computes the
-    # gradient [V,D] from strided operands, 2.3 times slower than [D,V].
-    return jax.lax.optimization_barrier(self.embedding.astype(c.dtype).T)
+    hidden = jnp.zeros((*tokens.shape, c.width), c.dtype)
+    if self.with_unembedding:
+      self.readout(hidden)
+    if c.pooler:
+      self.pooled(hidden)
 
-  def logits(self, tokens, positions=None, segment_ids=None) -> jax.Array:
-    """Next-token logits `[B,S,V] float32`; arguments as in `__call__`."""
-    return self.unembed(self(tokens, positions, segment_ids))
+  def _layer_params(self):
+    layers = nn.unbox(self.variables["params"]["layers"])
+    if isinstance(layers, tuple):
+      return layers
+    return [
+      jax.tree.map(lambda p, i=i: p[i], layers) for i in range(self.config.num_layers)
+    ]
 
-  def _unrolled(self, x, angles, segment_ids):
-    """The blocks one by one on slices of the stacked parameters."""
+  def _unrolled(self, x, sequence):
+    """The blocks one by one; the output of each, `L x [B,S,D]`."""
     c = self.config
-    stacked = nn.unbox(self.variables["params"]["layers"])
 
     def layer(params, x):
-      return Block(c, parent=None).apply({"params": params}, x, angles, segment_ids)[0]
+      return Block(c, parent=None).apply({"params": params}, x, sequence)[0]
 
     if c.remat != "none":
       layer = jax.checkpoint(layer, prevent_cse=True, policy=_remat_policy(c.remat))
-    for i in range(c.num_layers):
-      x = layer(jax.tree.map(lambda p, i=i: p[i], stacked), x)
-    return x
+    states = []
+    for params in self._layer_params():
+      x = layer(params, x)
+      states.append(x)
+    return states
 
 
-def project_to_vocabulary(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
-  """Logits `[...,V]`, at least float32, of hidden states `[...,D]` and a matrix `[D,V]`."""
+def project_to_vocabulary(
+  hidden: jax.Array, matrix: jax.Array, bias: jax.Array | None = None, *, transposed: bool = False
+) -> jax.Array:
+  """Logits `[...,V]`, at least float32, of `[...,W]` and a matrix `[W,V]` (`[V,W]` transposed)."""
   flat = hidden.reshape(-1, hidden.shape[-1])
-  logits = jnp.matmul(
-    flat, matrix, preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32)
-  )
-  return logits.reshape(*hidden.shape[:-1], matrix.shape[-1])
+  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+  contracted = (((1,), (1 if transposed else 0,)), ((), ()))
+  logits = jax.lax.dot_general(flat, matrix, contracted, preferred_element_type=dtype)
+  if bias is not None:
+    logits = logits + bias.astype(dtype)
+  return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
 
 def _remat_policy(name: str):

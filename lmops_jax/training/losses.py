@@ -63,10 +63,10 @@ class LMExampleLosses:
     hidden = self.model.apply(
       {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids")
     )
-    matrix = self.model.apply({"params": params}, method="output_matrix")
+    hidden, matrix, bias = self.model.apply({"params": params}, hidden, method=_output_parts)
 
     def chunk_nats(hidden, targets):
-      return _cross_entropy(project_to_vocabulary(hidden, matrix), targets)
+      return _cross_entropy(project_to_vocabulary(hidden, matrix, bias), targets)
 
     b, s = batch["targets"].shape
     chunk = self.chunk or _default_chunk(b, s, self.model.config.vocab_size)
@@ -75,6 +75,10 @@ class LMExampleLosses:
   def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
     """Refuses on the host what would be silently wrong on the device; see `check_batch`."""
     check_batch(batch, vocab_size=self.model.config.vocab_size)
+
+
+def _output_parts(model: Transformer, hidden):
+  return model.readout(hidden), model.output_matrix(), model.output_bias()
 
 
 def regression_example_losses(model: SequenceRegressor) -> RegressionExampleLosses:

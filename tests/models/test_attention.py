@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lmops_jax.models.attention import (
   ATTENTION_KINDS,
   _splash_sharded,
-  causal_attention,
   check_platform,
   first_order_only,
+  self_attention,
   supports_forward_mode,
 )
 from lmops_jax.training.mesh import MeshConfig, single_device
@@ -50,7 +50,7 @@ def _loop(q, k, v, segments):
 def test_equals_a_loop_over_positions(kind, chunk, with_segments):
   q, k, v, segments = _inputs()
   segments = segments if with_segments else None
-  got = jax.jit(functools.partial(causal_attention, kind=kind, chunk=chunk))(q, k, v, segments)
+  got = jax.jit(functools.partial(self_attention, kind=kind, chunk=chunk))(q, k, v, segments)
   np.testing.assert_allclose(got, _loop(q, k, v, segments), rtol=1e-5, atol=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_chunked_equals_xla_in_value_gradient_and_hessian_product():
 
   def all_orders(kind):
     def f(q, k, v):
-      return jnp.vdot(readout, causal_attention(q, k, v, segments, kind=kind, chunk=2) ** 2)
+      return jnp.vdot(readout, self_attention(q, k, v, segments, kind=kind, chunk=2) ** 2)
 
     grad = jax.grad(f, argnums=(0, 1, 2))
     return jax.jit(lambda *x: (f(*x), *jax.jvp(grad, x, tangents)))(q, k, v)
@@ -77,7 +77,7 @@ def test_hessian_product_equals_finite_differences_in_float64():
     q, k, v, _ = (jnp.asarray(x, jnp.float64) for x in _inputs(4, length=5))
 
     def f(q):
-      return jnp.sum(jnp.sin(causal_attention(q, k, v, kind="chunked", chunk=2)))
+      return jnp.sum(jnp.sin(self_attention(q, k, v, kind="chunked", chunk=2)))
 
     direction = jnp.cos(q)
     grad = jax.jit(jax.grad(f))
@@ -90,7 +90,7 @@ def test_hessian_product_equals_finite_differences_in_float64():
 def test_chunked_memory_grows_linearly_and_xla_quadratically():
   def temp_bytes(kind, length):
     shape = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
-    grad = jax.grad(lambda q, k, v: jnp.sum(causal_attention(q, k, v, kind=kind, chunk=64) ** 2))
+    grad = jax.grad(lambda q, k, v: jnp.sum(self_attention(q, k, v, kind=kind, chunk=64) ** 2))
     return jax.jit(grad).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
   assert temp_bytes("xla", 2048) > 3 * temp_bytes("xla", 1024)
@@ -102,7 +102,7 @@ def test_kernels_are_refused_where_they_do_not_run():
   q, k, v, _ = _inputs()
   for kind in ("cudnn", "splash"):
     with pytest.raises(ValueError, match=f"attention='{kind}' needs a .*set models.Trans"):
-      causal_attention(q, k, v, kind=kind)
+      self_attention(q, k, v, kind=kind)
     assert not supports_forward_mode(kind)
   check_platform("cudnn", "gpu")
   check_platform("splash", "tpu")
@@ -110,7 +110,7 @@ def test_kernels_are_refused_where_they_do_not_run():
     check_platform("splash", "gpu")
   assert supports_forward_mode("xla") and supports_forward_mode("chunked")
   with pytest.raises(ValueError, match="'flash' is not one of xla, chunked, cudnn, splash"):
-    causal_attention(q, k, v, kind="flash")
+    self_attention(q, k, v, kind="flash")
   assert len(ATTENTION_KINDS) == 4
 
 
@@ -118,7 +118,7 @@ def test_first_order_kernels_refuse_second_derivatives_with_advice():
   q, k, v, segments = _inputs(5)
 
   def kernel(q, k, v, segment_ids):
-    return causal_attention(q, k, v, segment_ids)
+    return self_attention(q, k, v, segment_ids)
 
   wrapped = first_order_only(kernel, "cudnn")
 

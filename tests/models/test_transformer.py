@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 
 from lmops_jax.models.flops import matmul_params
-from lmops_jax.models.transformer import (
-  RMSNorm,
-  Transformer,
-  TransformerConfig,
-  num_params,
-  rotary,
-  rotary_angles,
-)
+from lmops_jax.models.layers import RMSNorm
+from lmops_jax.models.positions import rotary, rotary_angles, rotary_frequencies
+from lmops_jax.models.transformer import Transformer, TransformerConfig, num_params
 
 CONFIG = TransformerConfig(
   vocab_size=40, num_layers=2, width=16, num_heads=4, num_kv_heads=2, mlp_width=24, max_length=32
@@ -151,14 +146,16 @@ def test_rotary_products_depend_on_distance_only():
   rng = np.random.default_rng(0)
   q, k = rng.normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
+  frequencies = rotary_frequencies(8, 100.0)
+
   def product(i, j):
-    a = rotary(jnp.asarray(q), rotary_angles(jnp.array([[i]]), 8, 100.0))
-    b = rotary(jnp.asarray(k), rotary_angles(jnp.array([[j]]), 8, 100.0))
+    a = rotary(jnp.asarray(q), rotary_angles(jnp.array([[i]]), frequencies))
+    b = rotary(jnp.asarray(k), rotary_angles(jnp.array([[j]]), frequencies))
     return float(jnp.vdot(a, b))
 
   assert product(7, 4) == pytest.approx(product(103, 100), abs=1e-4)
   assert product(7, 4) != pytest.approx(product(7, 5), abs=1e-3)
-  at_zero = rotary(jnp.asarray(q), rotary_angles(jnp.array([[0]]), 8, 100.0))
+  at_zero = rotary(jnp.asarray(q), rotary_angles(jnp.array([[0]]), frequencies))
   np.testing.assert_allclose(at_zero, q, rtol=1e-6)
 
 

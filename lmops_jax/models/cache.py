@@ -1,0 +1,95 @@
+"""Keys and values of earlier positions, so that decoding computes each position once.
+
+A cache has M slots a row, filled in the order in which `Transformer.extend` is called, at the same
+slot for all rows. Rows of unequal prompts are padded, on either side; padded slots are marked and
+never seen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmops_jax.models.config import TransformerConfig
+
+
+class KVCache(NamedTuple):
+  """Keys, values and what each slot holds.
+
+  Attributes:
+    keys: for each of the L layers `[B,K,M,E]`, heads first as attention reads them.
+    values: like `keys`.
+    positions: `[B,M] int32`, of the token in each slot.
+    valid: `[B,M] bool`, False for padding and for slots not yet written.
+    branch: `[B,M] int32`; a slot of branch 0 is seen by all later tokens, others by their own
+      branch only.
+    length: `[] int32`, slots written.
+  """
+
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+  positions: jax.Array
+  valid: jax.Array
+  branch: jax.Array
+  length: jax.Array
+
+  @property
+  def num_slots(self) -> int:
+    """M."""
+    return self.valid.shape[1]
+
+
+def empty_cache(config: TransformerConfig, batch_size: int, max_slots: int, dtype=None) -> KVCache:
+  """A cache without tokens.
+
+  Args:
+    config: of the model.
+    batch_size: B.
+    max_slots: M, slots for prompt and generated tokens together.
+    dtype: of keys and values; None is `config.dtype`.
+  """
+  shape = (batch_size, config.key_heads, max_slots, config.head_width)
+
+  def zeros():
+    return tuple(jnp.zeros(shape, dtype or config.dtype) for _ in range(config.num_layers))
+
+  integers = jnp.zeros((batch_size, max_slots), jnp.int32)
+  return KVCache(
+    zeros(), zeros(), integers, jnp.zeros((batch_size, max_slots), bool), integers,
+    jnp.zeros((), jnp.int32),
+  )
+
+
+def with_slots(cache: KVCache, positions, valid, branch) -> KVCache:
+  """Marks the next S slots, each argument `[B,S]`; keys, values and `length` stay as they are."""
+
+  def put(old, new):
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, cache.length))
+
+  return cache._replace(
+    positions=put(cache.positions, positions), valid=put(cache.valid, valid),
+    branch=put(cache.branch, branch),
+  )
+
+
+def visible(cache: KVCache, num_new: int, window: int | None) -> tuple[jax.Array, jax.Array]:
+  """What the newest `num_new` slots see, after `with_slots`.
+
+  Returns:
+    mask `[B,S,M] bool` and distance `[B,S,M] int32`, key position minus query position.
+  """
+  slots = jnp.arange(cache.num_slots)
+  own = cache.length + jnp.arange(num_new)
+
+  def newest(x):
+    return jax.lax.dynamic_slice_in_dim(x, cache.length, num_new, axis=1)
+
+  distance = cache.positions[:, None, :] - newest(cache.positions)[:, :, None]
+  branch = cache.branch[:, None, :]
+  mask = (slots[None, :] <= own[:, None])[None] & cache.valid[:, None, :]
+  mask = mask & ((branch == 0) | (branch == newest(cache.branch)[:, :, None]))
+  if window is not None:
+    mask = mask & (-distance < window)
+  return mask, distance

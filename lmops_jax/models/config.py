@@ -1,0 +1,223 @@
+"""What a transformer is made of: one frozen configuration for every family of language model.
+
+The defaults are Mistral's and Llama's parts. `lmops_jax.pretrained` fills the fields from a
+published `config.json`; a gin file sets them one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gin
+
+from lmops_jax.models import attention as attention_lib
+
+NORMS = ("rms", "layer")
+NORM_PLACEMENTS = ("pre", "post", "parallel")
+POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
+REMAT_POLICIES = ("none", "full", "dots")
+ROPE_SCALINGS = ("linear", "llama3")
+
+
+@gin.register(module="models")
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched to contexts longer than those of the first training.
+
+  Attributes:
+    kind: "linear" divides every frequency by `factor` (arXiv:2306.15595); "llama3" divides those
+      whose wavelength exceeds `original_max_length / low_freq_factor`, keeps those below
+      `original_max_length / high_freq_factor`, and goes smoothly between (Llama 3.1).
+    factor: of the stretch.
+    low_freq_factor, high_freq_factor, original_max_length: of "llama3".
+  """
+
+  kind: str = "linear"
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_length: int = 8192
+
+  def __post_init__(self):
+    if self.kind not in ROPE_SCALINGS:
+      raise ValueError(
+        f"models.RopeScaling.kind={self.kind!r} is not one of {', '.join(ROPE_SCALINGS)}."
+      )
+    if not self.factor >= 1:
+      raise ValueError(f"models.RopeScaling.factor={self.factor} must be at least 1.")
+    if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+      raise ValueError(
+        f"models.RopeScaling has low_freq_factor={self.low_freq_factor} and high_freq_factor="
+        f"{self.high_freq_factor}; the first must be positive and below the second."
+      )
+
+
+@gin.register(module="models")
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Shape, parts and execution choices of a `Transformer`.
+
+  Attributes:
+    vocab_size: V; None until a system fills it from its vocabulary with `dataclasses.replace`.
+    num_layers: L.
+    width: D.
+    num_heads: H query heads.
+    num_kv_heads: K key/value heads, a divisor of H; None is H.
+    head_dim: E; None is D / H.
+    mlp_width: F.
+    max_length: longest sequence accepted, and the number of learned positions.
+    tied_embeddings: the output matrix is the embedding.
+    rope_base: base of the rotary frequencies.
+    norm_eps: added to the mean square (or variance) in a norm.
+    norm: "rms" (scale) or "layer" (mean removed, scale and bias).
+    norm_placement: "pre" each part; "post", after each part's residual sum (BERT); "parallel", one
+      norm that feeds attention and MLP, whose outputs are added together (GPT-J).
+    final_norm: a norm after the last block.
+    positions: "rotary"; "learned" table; "sinusoidal" table, fixed (fairseq's order: all sines,
+      then all cosines); "alibi" biases; "none".
+    position_offset: rows of a position table in front of position 0 (OPT, XGLM and RoBERTa: 2).
+    rotary_dim: leading dimensions of a head that turn; None is all.
+    rotary_interleaved: pairs are neighbours `(2i, 2i+1)` (GPT-J) instead of halves `(i, i + E/2)`.
+    rope_scaling: `RopeScaling` or None.
+    activation: of the MLP, one of `ACTIVATIONS`; "gelu" is exact, "gelu_tanh" its approximation.
+    gated_mlp: `down(act(gate(x)) * up(x))`, else `down(act(up(x)))`.
+    qkv_bias, out_bias, mlp_bias: biases of the attention's and the MLP's products.
+    embedding_norm: a norm right after the embeddings (BLOOM, BERT).
+    embedding_scale: factor of token embeddings (XGLM: sqrt(D)).
+    embedding_width: width of the token embeddings where it is not D; products without bias lead to
+      D and back (OPT-350m).
+    num_token_types: rows of the token-type table (BERT); 0 for none.
+    causal: a position sees itself and earlier ones; False sees all.
+    sliding_window: a position sees this many latest positions, itself included; None is all.
+    unembedding_bias: bias of the logits.
+    head_transform: product, activation and norm in front of the output matrix (BERT's masked LM).
+    pooler: product and tanh on the first position (BERT), `Transformer.pooled`.
+    attention: one of `attention.ATTENTION_KINDS`.
+    attention_chunk: queries a block, for "chunked".
+    scan_layers: run the blocks under `lax.scan` (compiles once) or unrolled (more to compile,
+      fewer copies). Parameters and results are the same.
+    remat: what the backward pass recomputes in each block: "none", "full" (all of it), "dots" (all
+      but the products with weights).
+    dtype: of activations and products. Norms, softmax and logits are float32.
+    param_dtype: of parameters.
+
+  Raises:
+    ValueError: naming the field, for values that do not make a model.
+  """
+
+  vocab_size: int | None = None
+  num_layers: int = 2
+  width: int = 64
+  num_heads: int = 2
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  mlp_width: int = 192
+  max_length: int = 1024
+  tied_embeddings: bool = False
+  rope_base: float = 1e4
+  norm_eps: float = 1e-5
+  norm: str = "rms"
+  norm_placement: str = "pre"
+  final_norm: bool = True
+  positions: str = "rotary"
+  position_offset: int = 0
+  rotary_dim: int | None = None
+  rotary_interleaved: bool = False
+  rope_scaling: RopeScaling | None = None
+  activation: str = "silu"
+  gated_mlp: bool = True
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  embedding_norm: bool = False
+  embedding_scale: float = 1.0
+  embedding_width: int | None = None
+  num_token_types: int = 0
+  causal: bool = True
+  sliding_window: int | None = None
+  unembedding_bias: bool = False
+  head_transform: bool = False
+  pooler: bool = False
+  attention: str = "xla"
+  attention_chunk: int = 128
+  scan_layers: bool = True
+  remat: str = "none"
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+
+  def __post_init__(self):
+    attention_lib.supports_forward_mode(self.attention)  # also refuses unknown kinds
+    name = "models.TransformerConfig"
+    optional = {
+      "vocab_size", "num_kv_heads", "head_dim", "rotary_dim", "embedding_width", "sliding_window"
+    }
+    for field in (
+      "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width",
+      "max_length", "attention_chunk", "rotary_dim", "embedding_width", "sliding_window",
+    ):
+      value = getattr(self, field)
+      if not (value is None and field in optional) and (
+        not isinstance(value, int) or isinstance(value, bool) or value < 1
+      ):
+        raise ValueError(f"{name}.{field}={value!r} must be an integer of at least 1.")
+    for field in ("position_offset", "num_token_types"):
+      if getattr(self, field) < 0:
+        raise ValueError(f"{name}.{field}={getattr(self, field)!r} must not be negative.")
+    if self.head_dim is None and self.width % self.num_heads:
+      raise ValueError(
+        f"{name}.width={self.width} is not a multiple of num_heads={self.num_heads}; "
+        "change one of them or set head_dim."
+      )
+    if self.key_heads > self.num_heads or self.num_heads % self.key_heads:
+      raise ValueError(
+        f"{name}.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}."
+      )
+    if self.positions == "rotary":
+      field = "head_dim" if self.rotary_dim is None else "rotary_dim"
+      if self.rotary_width % 2:
+        raise ValueError(
+          f"{name}.{field}={self.rotary_width} must be even, rotary positions turn pairs of "
+          "numbers."
+        )
+      if self.rotary_width > self.head_width:
+        raise ValueError(
+          f"{name}.rotary_dim={self.rotary_dim} must not exceed head_dim={self.head_width}."
+        )
+    for field, choices in (
+      ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS), ("positions", POSITIONS),
+      ("activation", ACTIVATIONS), ("remat", REMAT_POLICIES),
+    ):
+      if getattr(self, field) not in choices:
+        raise ValueError(
+          f"{name}.{field}={getattr(self, field)!r} is not one of {', '.join(choices)}."
+        )
+    for field in ("rope_base", "norm_eps"):
+      if not getattr(self, field) > 0:
+        raise ValueError(f"{name}.{field}={getattr(self, field)!r} must be positive.")
+    for field in ("dtype", "param_dtype"):
+      if getattr(self, field) not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(
+          f"{name}.{field}={getattr(self, field)!r} is not one of float32, bfloat16, float16, "
+          "float64."
+        )
+
+  @property
+  def head_width(self) -> int:
+    """E."""
+    return self.head_dim or self.width // self.num_heads
+
+  @property
+  def key_heads(self) -> int:
+    """K."""
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def rotary_width(self) -> int:
+    """Dimensions of a head that turn."""
+    return self.rotary_dim or self.head_width
+
+  @property
+  def token_width(self) -> int:
+    """Width of the token embeddings."""
+    return self.embedding_width or self.width

@@ -1,0 +1,253 @@
+"""The parts of a transformer's blocks: norms, products, attention, MLP, and the block itself."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmops_jax.models import attention as attention_lib
+from lmops_jax.models import positions as positions_lib
+from lmops_jax.models.config import TransformerConfig
+
+INIT_STDDEV = 0.02
+_ACTIVATIONS = {
+  "silu": nn.silu,
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+  "relu": nn.relu,
+}
+
+
+class Sequence(NamedTuple):
+  """What attention needs to know besides the hidden states.
+
+  Attributes:
+    angles: rotary cosines and sines, or None.
+    segment_ids: `[B,S] int32`, or None for one segment.
+  """
+
+  angles: tuple[jax.Array, jax.Array] | None = None
+  segment_ids: jax.Array | None = None
+
+
+class Slots(NamedTuple):
+  """Where cached attention writes and what it sees.
+
+  Attributes:
+    angles: rotary cosines and sines of the new tokens, or None.
+    start: `[] int32`, the first slot to write.
+    mask: `[B,S,M] bool`, or None for `fresh` tokens, which see each other only.
+    distance: `[B,S,M] int32`, key position minus query position; None with `mask` None.
+    segment_ids: `[B,S] int32` for `fresh` tokens, which keeps padding apart.
+  """
+
+  angles: tuple[jax.Array, jax.Array] | None
+  start: jax.Array
+  mask: jax.Array | None = None
+  distance: jax.Array | None = None
+  segment_ids: jax.Array | None = None
+
+
+def activation(name: str):
+  """The function of one of `config.ACTIVATIONS`."""
+  return _ACTIVATIONS[name]
+
+
+class RMSNorm(nn.Module):
+  """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv:1910.07467)."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    scale = _vector(self, "scale", nn.initializers.ones_init(), x.shape[-1], c)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + c.norm_eps)
+    return (wide * inverse * scale).astype(c.dtype)
+
+
+class LayerNorm(nn.Module):
+  """`(x - mean) / sqrt(variance + eps) * scale + bias` over the last axis, in float32."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    scale = _vector(self, "scale", nn.initializers.ones_init(), x.shape[-1], c)
+    bias = _vector(self, "bias", nn.initializers.zeros_init(), x.shape[-1], c)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + c.norm_eps)
+    return (centred * inverse * scale + bias).astype(c.dtype)
+
+
+def norm(config: TransformerConfig, name: str | None = None) -> nn.Module:
+  """The norm that a configuration names."""
+  return (RMSNorm if config.norm == "rms" else LayerNorm)(config, name=name)
+
+
+def _vector(module, name, init, width, config):
+  return module.param(
+    name, nn.with_logical_partitioning(init, ("embed",)), (width,), jnp.dtype(config.param_dtype)
+  )
+
+
+class Projection(nn.Module):
+  """A linear map from the axes `inputs` to the axes `outputs`, `[B,S,*inputs]` first.
+
+  Written as a product of two matrices: with more axes XLA on a CPU copies an operand of the weight
+  gradient into another order, at twice the cost of the step.
+  """
+
+  config: TransformerConfig
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  axes: tuple[str, ...]
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    kernel = self.param(
+      "kernel",
+      nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes),
+      (*self.inputs, *self.outputs),
+      jnp.dtype(c.param_dtype),
+    )
+    leading = x.shape[: x.ndim - len(self.inputs)]
+    width = math.prod(self.inputs)
+    out = x.reshape(-1, width) @ kernel.astype(c.dtype).reshape(width, -1)
+    out = out.reshape(*leading, *self.outputs)
+    if self.use_bias:
+      bias = self.param(
+        "bias",
+        nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.inputs) :]),
+        self.outputs,
+        jnp.dtype(c.param_dtype),
+      )
+      out = out + bias.astype(c.dtype)
+    return out
+
+
+class Attention(nn.Module):
+  """Self-attention with grouped key/value heads, `[B,S,D]` to same."""
+
+  config: TransformerConfig
+
+  def setup(self):
+    c = self.config
+    d, h, k, e = (c.width,), c.num_heads, c.key_heads, c.head_width
+    self.query = Projection(c, d, (h, e), ("embed", "heads", "head_dim"), c.qkv_bias)
+    self.key = Projection(c, d, (k, e), ("embed", "kv_heads", "head_dim"), c.qkv_bias)
+    self.value = Projection(c, d, (k, e), ("embed", "kv_heads", "head_dim"), c.qkv_bias)
+    self.out = Projection(c, (h, e), d, ("heads", "head_dim", "embed"), c.out_bias)
+
+  def __call__(self, x, sequence: Sequence):
+    q, k, v = self._project(x, sequence.angles)
+    return self.out(self._attend(q, k, v, sequence.segment_ids))
+
+  def extend(self, x, slots: Slots, keys, values):
+    """Writes the new keys and values and attends; returns the output and both caches."""
+    q, k, v = self._project(x, slots.angles)
+    start = (0, 0, slots.start, 0)
+    keys, values = (
+      jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start)
+      for old, new in ((keys, k), (values, v))
+    )
+    if slots.mask is None:
+      out = self._attend(q, k, v, slots.segment_ids)
+    else:
+      out = attention_lib.cached_attention(
+        q, keys.astype(q.dtype), values.astype(q.dtype), slots.mask, slots.distance, self._slopes()
+      )
+    return self.out(out), keys, values
+
+  def _project(self, x, angles):
+    q, k, v = self.query(x), self.key(x), self.value(x)
+    if angles is not None:
+      interleaved = self.config.rotary_interleaved
+      q, k = (positions_lib.rotary(y, angles, interleaved) for y in (q, k))
+    return q, k, v
+
+  def _attend(self, q, k, v, segment_ids):
+    c = self.config
+    pattern = attention_lib.Pattern(c.causal, c.sliding_window, self._slopes())
+    return attention_lib.self_attention(
+      q, k, v, segment_ids, pattern=pattern, kind=c.attention, chunk=c.attention_chunk
+    )
+
+  def _slopes(self):
+    c = self.config
+    return positions_lib.alibi_slopes(c.num_heads) if c.positions == "alibi" else None
+
+
+class MLP(nn.Module):
+  """`down(act(gate(x)) * up(x))`, or without gate `down(act(up(x)))`, `[B,S,D]` to same."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    d, f = (c.width,), (c.mlp_width,)
+    act = activation(c.activation)
+    if c.gated_mlp:
+      gate = Projection(c, d, f, ("embed", "mlp"), c.mlp_bias, name="gate")(x)
+      up = Projection(c, d, f, ("embed", "mlp"), c.mlp_bias, name="up")(x)
+      hidden = act(gate) * up
+    else:
+      hidden = act(Projection(c, d, f, ("embed", "mlp"), c.mlp_bias, name="up")(x))
+    return Projection(c, f, d, ("mlp", "embed"), c.mlp_bias, name="down")(hidden)
+
+
+class Block(nn.Module):
+  """One layer, `[B,S,D]` to `([B,S,D], None)` as `nn.scan` wants it."""
+
+  config: TransformerConfig
+
+  def setup(self):
+    c = self.config
+    self.attention_norm = norm(c)
+    self.attention = Attention(c)
+    self.mlp = MLP(c)
+    if c.norm_placement != "parallel":
+      self.mlp_norm = norm(c)
+
+  def __call__(self, x, sequence: Sequence):
+    x, _ = self._wired(x, lambda y: (self.attention(y, sequence), None))
+    return x, None
+
+  def extend(self, x, slots: Slots, keys, values):
+    """The layer on new tokens; returns `[B,S,D]`, keys and values with them added."""
+
+    def attend(y):
+      out, *caches = self.attention.extend(y, slots, keys, values)
+      return out, caches
+
+    x, (keys, values) = self._wired(x, attend)
+    return x, keys, values
+
+  def _wired(self, x, attend):
+    """The two parts, their norms and residual sums; `attend` also returns what it updates."""
+    placement = self.config.norm_placement
+    x = nn.with_logical_constraint(x, ("batch", "sequence", "embed"))
+    if placement == "post":
+      out, updated = attend(x)
+      x = self.attention_norm(x + out)
+      x = self.mlp_norm(x + self.mlp(x))
+    elif placement == "parallel":
+      normed = self.attention_norm(x)
+      out, updated = attend(normed)
+      x = x + out + self.mlp(normed)
+    else:
+      out, updated = attend(self.attention_norm(x))
+      x = x + out
+      x = x + self.mlp(self.mlp_norm(x))
+    return nn.with_logical_constraint(x, ("batch", "sequence", "embed")), updated

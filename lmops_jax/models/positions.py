@@ -1,0 +1,99 @@
+"""How a transformer knows where a token stands: rotary, sinusoidal and ALiBi positions.
+
+Angles, tables and slopes that do not depend on the batch are NumPy arrays, which a traced program
+holds as constants; traced, XLA on a CPU computes them again for every head and layer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.models.config import RopeScaling
+
+_SINUSOID_BASE = 1e4
+
+
+def rotary_frequencies(width: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
+  """Radians a position for each pair: `base ** (-2i / width)`, `[width/2] float32`, stretched."""
+  half = width // 2
+  frequencies = base ** (-np.arange(half, dtype=np.float32) / np.float32(half))
+  frequencies = frequencies.astype(np.float32)
+  if scaling is None:
+    return frequencies
+  stretched = frequencies / np.float32(scaling.factor)
+  if scaling.kind == "linear":
+    return stretched
+  turns = scaling.original_max_length * frequencies / (2 * np.pi)  # over the original context
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return (kept * frequencies + (1 - kept) * stretched).astype(np.float32)
+
+
+def rotary_angles(positions, frequencies: np.ndarray):
+  """Cosines and sines of `positions * frequencies`.
+
+  Args:
+    positions: `[B,S]` or `[1,S]` int32; a NumPy array gives NumPy results.
+    frequencies: `[R/2] float32`, see `rotary_frequencies`.
+
+  Returns:
+    Two `[B or 1,S,1,R/2] float32`.
+  """
+  xp = np if isinstance(positions, np.ndarray) else jnp
+  angles = positions[:, :, None, None].astype(np.float32) * frequencies
+  return xp.cos(angles), xp.sin(angles)
+
+
+def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool = False):
+  """Turns pairs of `[B,S,H,E]` by their angle; products are float32 (arXiv:2104.09864).
+
+  The first `R` of the E dimensions turn, R being twice the angles' number. Pairs are
+  `(x[i], x[i + R/2])`, or `(x[2i], x[2i + 1])` when interleaved.
+  """
+  cos, sin = angles
+  half = cos.shape[-1]
+  turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+  if interleaved:
+    pairs = turning.reshape(*turning.shape[:-1], half, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = turned.reshape(turning.shape)
+  else:
+    first, second = turning[..., :half], turning[..., half:]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  if rest.shape[-1]:
+    turned = jnp.concatenate([turned, rest], axis=-1)
+  return turned.astype(x.dtype)
+
+
+def sinusoids(positions, width: int):
+  """Fixed position vectors `[...,width] float32`: sines, then cosines, of falling frequencies.
+
+  The order and the spacing, `10000 ** (-i / (width/2 - 1))`, are those of fairseq.
+  """
+  xp = np if isinstance(positions, np.ndarray) else jnp
+  half = width // 2
+  step = math.log(_SINUSOID_BASE) / max(half - 1, 1)
+  frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-step))
+  angles = positions[..., None].astype(np.float32) * frequencies
+  table = xp.concatenate([xp.sin(angles), xp.cos(angles)], axis=-1)
+  return table if width % 2 == 0 else xp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, 1)])
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+  """Bias a position of distance for each head, `[H] float32` (arXiv:2108.12409).
+
+  `2 ** (-8h / n)` for h = 1..n with n the largest power of two in H; further heads take every other
+  slope of the series for 2n.
+  """
+  power = 2 ** math.floor(math.log2(num_heads))
+
+  def series(n):
+    return 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
+
+  slopes = np.concatenate([series(power), series(2 * power)[::2][: num_heads - power]])
+  return slopes.astype(np.float32)
