@@ -1,0 +1,1 @@
+"""Published models: import, tokenizers, export."""

@@ -1,0 +1,214 @@
+"""Every family equals PyTorch on tiny random models: logits, states, gradients, padding."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
+transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+
+from lmops_jax.models.transformer import Transformer  # noqa: E402
+from lmops_jax.pretrained import families, importing  # noqa: E402
+from tests.pretrained.tiny_models import (  # noqa: E402
+  CASES,
+  CAUSAL,
+  ENCODERS,
+  DictSource,
+  make,
+  randomise,
+)
+
+
+@functools.cache
+def _imported(family, variant):
+  peer = make(family, variant)
+  table = families.by_name(family)
+  config = table.read_config(families.ConfigReader(peer.config.to_dict(), "config.json"))
+  source = DictSource(peer)
+  names = importing.NameTable(source, table.prefix)
+  if config.pooler and not names.has((r"pooler\.",)):
+    config = dataclasses.replace(config, pooler=False)
+  config = dataclasses.replace(config, scan_layers=variant == 0)
+  return peer, table, config, importing.load_params(source, table, config)
+
+
+def _tokens(batch=3, length=17, seed=0):
+  return np.random.default_rng(seed).integers(3, 61, (batch, length)).astype(np.int32)
+
+
+def _close(got, want, **tolerance):
+  np.testing.assert_allclose(np.asarray(got), np.asarray(want.detach()), **tolerance)
+
+
+@pytest.mark.parametrize("family,variant", CASES)
+def test_logits_and_gradients_equal_torch(family, variant):
+  peer, table, config, params = _imported(family, variant)
+  tokens = _tokens()
+  model = Transformer(config)
+  peer.zero_grad()
+  logits = peer(torch.tensor(tokens.astype(np.int64))).logits
+  loss = torch.nn.functional.cross_entropy(
+    logits[:, :-1].flatten(0, 1), torch.tensor(tokens[:, 1:].astype(np.int64)).flatten()
+  )
+  loss.backward()
+
+  def value(params):
+    logits = model.apply({"params": params}, tokens, method="logits")
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)), logits
+
+  (got_loss, got_logits), grads = jax.jit(jax.value_and_grad(value, has_aux=True))(params)
+  _close(got_logits, logits, rtol=1e-4, atol=2e-5)
+  assert float(got_loss) == pytest.approx(float(loss.detach()), rel=1e-5)
+  # Gradients go through the table in the direction of export, tensor by tensor.
+  leaves = {
+    importing.joined(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+  }
+  theirs = {name: p.grad for name, p in peer.named_parameters()}
+  floor = 1e-3 * max(float(g.abs().max()) for g in theirs.values() if g is not None)
+  checked = 0
+  for rule in table.rules(config):
+    for i, name in enumerate(rule.names(config.num_layers)):
+      if theirs.get(name) is None:
+        continue
+      own = [leaves[path][i] if rule.of_layers else leaves[path] for path in rule.ours]
+      want = theirs[name].numpy()
+      scale = np.abs(want).max() + floor  # of a key's bias the exact gradient is 0
+      np.testing.assert_allclose(rule.join(own) / scale, want / scale, atol=1e-4, err_msg=name)
+      checked += 1
+  assert checked >= 9 * config.num_layers
+
+
+@pytest.mark.parametrize("family,variant", CASES)
+def test_hidden_states_equal_torch(family, variant):
+  peer, _, config, params = _imported(family, variant)
+  tokens = _tokens(2, 9, seed=1)
+  want = peer(torch.tensor(tokens.astype(np.int64)), output_hidden_states=True).hidden_states
+  got = jax.jit(
+    lambda p, t: Transformer(config).apply({"params": p}, t, method="all_hidden")
+  )(params, tokens)
+  assert len(want) == config.num_layers + 1
+  for layer, state in enumerate(want):
+    if state.shape[-1] != config.width:  # OPT-350m's last one is projected already
+      continue
+    _close(got[layer], state, rtol=1e-4, atol=5e-5, err_msg=f"layer {layer}")
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ragged_rows_equal_torch_alone(family, side):
+  """Padding on either side, by segments and positions, changes nothing at real tokens."""
+  peer, _, config, params = _imported(family, 0)
+  lengths, width = (4, 7), 7
+  tokens, valid = np.full((2, width), 1, np.int32), np.zeros((2, width), bool)
+  rows = [_tokens(1, n, seed=n)[0] for n in lengths]
+  for row, ids in enumerate(rows):
+    place = slice(width - len(ids), None) if side == "left" else slice(len(ids))
+    tokens[row, place], valid[row, place] = ids, True
+  positions = np.maximum(np.cumsum(valid, 1) - 1, 0).astype(np.int32)
+  got = jax.jit(
+    lambda p: Transformer(config).apply(
+      {"params": p}, tokens, positions, valid.astype(np.int32), method="logits"
+    )
+  )(params)
+  for row, ids in enumerate(rows):
+    want = peer(torch.tensor(ids[None].astype(np.int64))).logits[0]
+    _close(got[row][valid[row]], want, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders_ignore_padding_and_know_token_types(family):
+  peer, _, config, params = _imported(family, 2 if family == "bert" else 0)
+  tokens, mask = _tokens(2, 8, seed=3), np.ones((2, 8), np.int32)
+  tokens[0, 5:], mask[0, 5:] = 1, 0  # the padding id, which RoBERTa's positions go by
+  types = np.random.default_rng(0).integers(0, config.num_token_types, (2, 8)).astype(np.int32)
+  want = peer(
+    torch.tensor(tokens.astype(np.int64)), attention_mask=torch.tensor(mask.astype(np.int64)),
+    token_type_ids=torch.tensor(types.astype(np.int64)),
+  ).logits
+  got = Transformer(config).apply(
+    {"params": params}, tokens, None, mask, types, method="logits"
+  )
+  _close(got[0, :5], want[0, :5], rtol=1e-4, atol=2e-5)
+  _close(got[1], want[1], rtol=1e-4, atol=2e-5)
+
+
+def test_bare_body_with_pooler_equals_torch():
+  config = transformers.BertConfig(
+    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+    max_position_embeddings=40,
+  )
+  torch.manual_seed(0)
+  peer = randomise(transformers.BertModel(config))
+  ours = families.by_name("bert").read_config(
+    families.ConfigReader(config.to_dict(), "config.json")
+  )
+  ours = dataclasses.replace(
+    ours, tied_embeddings=True, head_transform=False, unembedding_bias=False
+  )
+  params = importing.load_params(DictSource(peer), families.by_name("bert"), ours)
+  tokens = _tokens(2, 6)
+  want = peer(torch.tensor(tokens.astype(np.int64)))
+  model = Transformer(ours)
+  hidden = model.apply({"params": params}, tokens)
+  _close(hidden, want.last_hidden_state, rtol=1e-4, atol=2e-5)
+  _close(
+    model.apply({"params": params}, hidden, method="pooled"), want.pooler_output, rtol=1e-4,
+    atol=2e-5,
+  )
+
+
+@pytest.mark.parametrize("eos_id", [2, 7])
+def test_clip_towers_equal_torch(eos_id):
+  tower = dict(
+    hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+    projection_dim=10,
+  )
+  config = transformers.CLIPConfig(
+    text_config=dict(
+      **tower, vocab_size=61, max_position_embeddings=16, eos_token_id=eos_id, bos_token_id=1,
+      pad_token_id=1,
+    ),
+    vision_config=dict(**tower, image_size=12, patch_size=4), projection_dim=10,
+  )
+  torch.manual_seed(0)
+  peer = randomise(transformers.CLIPModel(config))
+  family = families.by_name("clip")
+  ours = family.read_config(families.ConfigReader(config.to_dict(), "config.json"))
+  params = importing.load_params(DictSource(peer), family, ours)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(8, 60, (3, 9)).astype(np.int32)
+  last = 60 if eos_id == 2 else eos_id  # the first checkpoints read at the largest id
+  tokens[0, 4:], tokens[1, 8], tokens[2, 2] = last, last, last
+  images = rng.normal(size=(2, 12, 12, 3)).astype(np.float32)
+  want = peer(
+    input_ids=torch.tensor(tokens.astype(np.int64)),
+    pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)),
+  )
+  model = family.module(ours)
+  got = model.apply({"params": params}, tokens, images)
+  _close(got, want.logits_per_image, rtol=1e-4, atol=2e-5)
+  text = model.apply({"params": params}, tokens, method="text_features")
+  _close(text, want.text_embeds, rtol=1e-4, atol=1e-5)
+
+
+def test_a_misfit_lists_both_sides_by_name_and_shape():
+  peer = make("llama", 0)
+  family = families.by_name("llama")
+  config = family.read_config(families.ConfigReader(peer.config.to_dict(), "config.json"))
+  source = DictSource(peer)
+  source.tensors["model.norm.scale"] = source.tensors.pop("model.norm.weight")
+  source.tensors["model.embed_tokens.weight"] = np.zeros((60, 24), np.float32)
+  with pytest.raises(ValueError) as error:
+    importing.load_params(source, family, config)
+  for part in (
+    "it lacks model.norm.weight [24]", "model.embed_tokens.weight is [60, 24] and should be [61, 2",
+    "no place for its model.norm.scale [24]",
+  ):
+    assert part in str(error.value), error.value
