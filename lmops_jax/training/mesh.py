@@ -124,13 +124,15 @@ class Partitioner:
     with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
       yield self
 
-  def shardings(self, abstract):
+  def shardings(self, abstract, *, uneven: str = "refuse"):
     """A `NamedSharding` for every leaf.
 
     Args:
       abstract: tree of `ShapeDtypeStruct`s or arrays as from `jax.eval_shape`, with Linen's boxes
         around leaves that have logical axes (an optax state of boxed parameters has them too).
         Leaves without box are replicated.
+      uneven: what to do with an axis that its mesh axes do not divide: "refuse" it, or leave it
+        "whole" on each device (for models whose sizes are given).
 
     Returns:
       The unboxed tree of shardings.
@@ -138,19 +140,25 @@ class Partitioner:
     Raises:
       ValueError: naming a parameter that a mesh axis does not divide.
     """
+    if uneven not in ("refuse", "whole"):
+      raise ValueError(f'uneven={uneven!r} is neither "refuse" nor "whole".')
     specs = nn.get_partition_spec(abstract)
     shardings = nn.logical_to_mesh_sharding(specs, self.mesh, self.rules)
-    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract))
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+
+    def even(path, leaf, sharding):
+      spec = []
       for size, axes in zip(leaf.shape, sharding.spec):
-        axes = axes if isinstance(axes, tuple) else (axes,)
-        parts = math.prod(self.mesh.shape[a] for a in axes if a is not None)
-        if size % parts:
+        names = axes if isinstance(axes, tuple) else (axes,)
+        parts = math.prod(self.mesh.shape[a] for a in names if a is not None)
+        if size % parts and uneven == "refuse":
           raise ValueError(
             f"{jax.tree_util.keystr(path)} of shape {leaf.shape} has an axis of {size} that the "
-            f"mesh axes {axes} cannot split into {parts}; change mesh.make or the model's sizes."
+            f"mesh axes {names} cannot split into {parts}; change mesh.make or the model's sizes."
           )
-    return shardings
+        spec.append(None if size % parts else axes)
+      return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(even, nn.unbox(abstract), shardings)
 
   def batch_sharding(self, ndim: int) -> NamedSharding:
     """First axis over (data, fsdp), the others whole. `ndim` 0 is replicated."""
