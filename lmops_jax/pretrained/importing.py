@@ -109,7 +109,7 @@ def place(names, table: Mapping[str, tuple[Rule, int]], boxed, partitioner):
 
 def _shardings(boxed, partitioner):
   if partitioner is not None:
-    return partitioner.shardings(boxed)
+    return partitioner.shardings(boxed, uneven="whole")
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(lambda _: device, nn.unbox(boxed))
 

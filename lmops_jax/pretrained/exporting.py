@@ -1,0 +1,115 @@
+"""Parameters to a folder that transformers loads unchanged: config.json, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.pretrained import families, importing
+from lmops_jax.pretrained.families.family import ConfigReader, Family
+from lmops_jax.pretrained.model import PretrainedModel, copy_tokenizer, new_folder
+from lmops_jax.pretrained.sources import write_safetensors
+
+MAX_SHARD_BYTES = 5_000_000_000
+_PLAIN = dict(
+  attention="xla", scan_layers=True, remat="none", dtype="float32", param_dtype="float32"
+)
+
+
+def export(
+  directory: Path | str,
+  source: PretrainedModel,
+  params=None,
+  *,
+  dtype: str | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes a model folder for transformers; it becomes visible when it is complete.
+
+  What was imported and is exported in the dtype that it was stored in is the same bit for bit.
+
+  Args:
+    directory: must not exist yet, or be empty.
+    source: the model; its family's table and its original `config.json` are used.
+    params: tree like `source.params()`; None reads those.
+    dtype: of the tensors; None is that of the parameters.
+    max_shard_bytes: largest file.
+
+  Raises:
+    ValueError: `directory` holds something already, or a dtype that does not exist.
+  """
+  if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+    raise ValueError(f"dtype={dtype!r} is not one of float32, bfloat16, float16.")
+  if jax.process_count() > 1:
+    raise ValueError("A model is exported by one process; run lmops export outside of the job.")
+  family = families.by_name(source.family)
+  partial = new_folder(Path(directory).expanduser().absolute())
+  try:
+    params = source.params() if params is None else params
+    stored = jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
+    config = config_json(family, source, str(stored))
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_tokenizer(source, partial)
+    write_safetensors(
+      partial / "model.safetensors", tensors(family, source.config, params, stored),
+      max_shard_bytes=max_shard_bytes,
+    )
+    target = Path(directory).expanduser().absolute()
+    if target.exists():
+      target.rmdir()
+    partial.rename(target)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def config_json(family: Family, source: PretrainedModel, dtype: str) -> dict[str, Any]:
+  """The published `config.json` where it still describes the model, else one written anew."""
+  fields, architecture = dict(source.original), family.architecture
+  if fields:
+    architecture = (fields.get("architectures") or [architecture])[0]
+    published = family.read_config(ConfigReader(fields, "config.json"))
+    if _shape(family, published) != _shape(family, source.config):
+      fields |= family.write_config(source.config)
+  else:
+    fields = {**family.write_config(source.config), "model_type": family.name}
+  fields.pop("torch_dtype", None)
+  return {**fields, "architectures": [architecture], "dtype": dtype}
+
+
+def _shape(family: Family, config):
+  """A configuration without how it runs and which head its checkpoint happens to hold."""
+  if not isinstance(config, TransformerConfig):
+    return family.with_choices(config, **_PLAIN)
+  heads = dict(head_transform=False, unembedding_bias=False, pooler=False, tied_embeddings=True)
+  return dataclasses.replace(config, **_PLAIN, **heads)
+
+
+def tensors(family: Family, config, params, dtype) -> Iterator[tuple]:
+  """`(name, shape, dtype, make)` of every tensor of the checkpoint, in the family's order."""
+  leaves = {
+    importing.joined(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  for rule in family.rules(config):
+    own = [leaves[path] for path in rule.ours]
+    for i, name in enumerate(rule.names(own[0].shape[0] if own[0].ndim else 0)):
+      shape = rule.shape
+      if shape is None:
+        shape = own[0].shape[1:] if rule.of_layers else own[0].shape
+      make = functools.partial(_make, rule, own, i if rule.of_layers else None, dtype)
+      yield name, tuple(shape), dtype, make
+
+
+def _make(rule, leaves, layer, dtype) -> np.ndarray:
+  own = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
+  return np.ascontiguousarray(rule.join(own)).astype(dtype)

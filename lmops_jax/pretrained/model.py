@@ -1,0 +1,349 @@
+"""A published model as a user names it: a folder, a GGUF file, or a model written here.
+
+`load` reads configurations and headers only, so that a bad path is found before any work;
+`PretrainedModel.params` then reads the weights. A model written here is a folder with `model.json`
+(what the model is), a parameter tree, and the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+
+from lmops_jax.models.clip import ClipConfig
+from lmops_jax.models.config import RopeScaling, TransformerConfig
+from lmops_jax.models.vision import VisionConfig
+from lmops_jax.pretrained import families, importing
+from lmops_jax.pretrained.families.gguf import read_gguf
+from lmops_jax.pretrained.sources import open_source
+
+DESCRIPTION = "model.json"
+PARAMS_FOLDER, TOKENIZER_FOLDER = "params", "tokenizer"
+_CONFIG = "config.json"
+_FORMAT = 1
+TOKENIZER_FILES = (
+  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+  "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+  "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+  "generation_config.json", "preprocessor_config.json", "config.json",
+)
+_NESTED = {
+  "rope_scaling": RopeScaling, "text": TransformerConfig, "trunk": TransformerConfig,
+  "vision": VisionConfig,
+}
+_EXECUTION = ("attention", "attention_chunk", "scan_layers", "remat", "dtype", "param_dtype")
+_HASHED_BYTES = 1 << 20  # of each end of a large file
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedModel:
+  """A model on disk whose weights have not been read yet.
+
+  Attributes:
+    path: as given: a folder or a `.gguf` file.
+    family: name of its family ("gpt2", "llama", ...).
+    config: `TransformerConfig` (`ClipConfig` of the family "clip"), execution choices included.
+    original: the `config.json` that it was published with, {} where there is none.
+    ignore: patterns of tensor names to leave out.
+  """
+
+  path: Path
+  family: str
+  config: Any
+  original: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+  ignore: tuple[str, ...] = ()
+
+  @property
+  def model(self) -> nn.Module:
+    """The module that the parameters belong to: a `Transformer`, or a `Clip`."""
+    return families.by_name(self.family).module(self.config)
+
+  @property
+  def vocab_size(self) -> int:
+    """V."""
+    return getattr(self.config, "text", self.config).vocab_size
+
+  def params(self, partitioner=None):
+    """Reads the weights, in `config.param_dtype`, straight onto the mesh.
+
+    Args:
+      partitioner: a `training.mesh.Partitioner`; None is this process's first device.
+
+    Raises:
+      ValueError: the weights do not fit the configuration, or a file is damaged.
+    """
+    if (self.path / DESCRIPTION).is_file():
+      from lmops_jax.training import checkpoints
+
+      folder = self.path / _description(self.path)["params"]
+      family = families.by_name(self.family)
+      return checkpoints.load_params(folder, _abstract(family, self.config, partitioner))
+    with open_source(self.path) as source:
+      family = families.by_name(self.family)
+      if self.path.suffix == ".gguf":
+        family, _ = _gguf(source)
+      return importing.load_params(
+        source, family, self.config, partitioner=partitioner, ignore=self.ignore
+      )
+
+  def tokenizer(self):
+    """The model's tokenizer; raises ValueError where it has ids that the model has not."""
+    from lmops_jax.pretrained import tokenizer
+
+    found = tokenizer.load_tokenizer(self.tokenizer_path)
+    found.check_fits(self.vocab_size)
+    return found
+
+  @property
+  def tokenizer_path(self) -> Path:
+    """The folder or file that the tokenizer is read from."""
+    if (self.path / DESCRIPTION).is_file():
+      return self.path / _description(self.path)["tokenizer"]
+    return self.path
+
+  def fingerprint(self) -> str:
+    """A hash of names, sizes and contents (of large files, both ends) of the model's files."""
+    state = hashlib.blake2b(repr((self.config, self.ignore)).encode(), digest_size=16)
+    files = [self.path] if self.path.is_file() else sorted(
+      path for path in self.path.rglob("*") if path.is_file()
+    )
+    for path in files:
+      size = path.stat().st_size
+      state.update(f"{path.name} {size} ".encode())
+      with path.open("rb") as file:
+        state.update(file.read(_HASHED_BYTES))
+        if size > _HASHED_BYTES:
+          file.seek(max(_HASHED_BYTES, size - _HASHED_BYTES))
+          state.update(file.read())
+    return state.hexdigest()
+
+
+@gin.register(module="pretrained")
+def load(
+  path: str,
+  dtype: str = "float32",
+  param_dtype: str = "float32",
+  attention: str = "xla",
+  scan_layers: bool = True,
+  remat: str = "none",
+  ignore: Sequence[str] = (),
+) -> PretrainedModel:
+  """Opens a published model; see the module's docstring for what `path` may be.
+
+  Args:
+    path: a folder with config.json and weights (safetensors or PyTorch `.bin`), a `.gguf` file, or
+      a model that `lmops convert` or a training run wrote.
+    dtype, param_dtype, attention, scan_layers, remat: execution choices of
+      `models.TransformerConfig`.
+    ignore: regular expressions for names of tensors to leave out, such as "classifier.*".
+
+  Raises:
+    ValueError: nothing readable there, or a kind of model that is not modelled.
+  """
+  folder = Path(path).expanduser()
+  choices = dict(
+    dtype=dtype, param_dtype=param_dtype, attention=attention, scan_layers=scan_layers, remat=remat
+  )
+  make = functools.partial(_make, folder, choices, tuple(ignore))
+  if folder.suffix == ".gguf" and folder.is_file():
+    with open_source(folder) as source:
+      family, config = _gguf(source)
+    return make(family, config, {})
+  if not folder.is_dir():
+    raise ValueError(
+      f"pretrained.load.path={str(path)!r} is neither a folder nor a .gguf file; give a folder "
+      "with config.json and weights, a GGUF file, or what lmops convert wrote."
+    )
+  if (folder / DESCRIPTION).is_file():
+    described = _description(folder)
+    return make(
+      families.by_name(described["family"]), described["config"], described["original"]
+    )
+  original = _read_json(folder / _CONFIG)
+  family = families.find(original, str(folder / _CONFIG))
+  try:
+    config = family.read_config(families.ConfigReader(original, str(folder / _CONFIG)))
+  except (TypeError, KeyError) as error:
+    raise ValueError(f"{folder / _CONFIG} is not a configuration of {family.name}: {error}.") from (
+      error
+    )
+  with open_source(folder) as source:
+    config = _as_stored(config, family, importing.NameTable(source, family.prefix))
+  return make(family, config, original)
+
+
+def _make(path, choices, ignore, family, config, original) -> PretrainedModel:
+  config = family.with_choices(config, **choices)
+  return PretrainedModel(path, family.name, config, original, ignore)
+
+
+def _gguf(source) -> tuple[families.Family, TransformerConfig]:
+  names = source.names()
+  if "token_embd.weight" not in names:
+    raise ValueError(f"{source.where} holds no tensor token_embd.weight; it is no language model.")
+  vocab_size = source.shape("token_embd.weight")[0]
+  return read_gguf(source.metadata, vocab_size, "output.weight" in names, source.where)
+
+
+def _as_stored(config, family, names):
+  """Drops parts that a checkpoint of the bare body, or of one head only, does not hold."""
+  if not isinstance(config, TransformerConfig):
+    return config
+  changes: dict[str, Any] = {}
+  if not names.has(family.head):
+    changes |= dict(tied_embeddings=True, head_transform=False, unembedding_bias=False)
+  if config.pooler and not names.has((r"pooler\.",)):
+    changes["pooler"] = False
+  if config.final_norm and family.name == "opt" and not names.has((r"decoder\.final_layer_norm",)):
+    changes["final_norm"] = False
+  return dataclasses.replace(config, **changes)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise ValueError(
+      f"{path} cannot be read ({error.strerror}); a model folder holds config.json beside its "
+      "weights."
+    ) from error
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error}); fetch it again.") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} holds a {type(value).__name__}, not an object with fields.")
+  return value
+
+
+def _description(folder: Path) -> dict[str, Any]:
+  """`model.json`, with its configuration as a `TransformerConfig`."""
+  described = _read_json(folder / DESCRIPTION)
+  try:
+    kind = ClipConfig if described["family"] == "clip" else TransformerConfig
+    return {**described, "config": _from_fields(kind, described["config"])}
+  except (KeyError, TypeError) as error:
+    raise ValueError(
+      f"{folder / DESCRIPTION} does not describe a model of this version ({error}); write it again "
+      "with lmops convert."
+    ) from error
+
+
+def _from_fields(kind, fields: dict[str, Any]):
+  """A configuration from its JSON."""
+  return kind(**{
+    name: _from_fields(_NESTED[name], value) if isinstance(value, dict) else value
+    for name, value in fields.items()
+  })
+
+
+def _fields(config) -> dict[str, Any]:
+  """A configuration without execution choices, as JSON."""
+
+  def kept(pairs):
+    return {name: value for name, value in pairs if name not in _EXECUTION}
+
+  return dataclasses.asdict(config, dict_factory=kept)
+
+
+def _abstract(family, config, partitioner):
+  boxed = importing.abstract_params(family, config)
+  if partitioner is None:
+    return nn.unbox(boxed)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    nn.unbox(boxed), partitioner.shardings(boxed, uneven="whole"),
+  )
+
+
+def describe(
+  directory: Path, config, *, family: str = "llama", params: str = PARAMS_FOLDER,
+  tokenizer: str = TOKENIZER_FOLDER, original: dict[str, Any] | None = None,
+) -> None:
+  """Writes `model.json`, which makes a folder with parameters a model that `load` opens.
+
+  Args:
+    directory: of the model.
+    config: of the model.
+    family: whose parts the configuration uses, for export.
+    params, tokenizer: where they lie, relative to `directory`.
+    original: the published `config.json`, which an export starts from.
+  """
+  text = json.dumps({
+    "format": _FORMAT, "family": family, "config": _fields(config), "params": params,
+    "tokenizer": tokenizer, "original": original or {},
+  }, indent=1)
+  partial = directory / (DESCRIPTION + ".partial")
+  partial.write_text(text + "\n", encoding="utf-8")
+  os.replace(partial, directory / DESCRIPTION)
+
+
+def save_model(directory: Path, source: PretrainedModel, params) -> None:
+  """Writes a model folder: parameters, tokenizer and description; visible when complete.
+
+  Args:
+    directory: must not exist yet, or be empty.
+    source: the model that the parameters belong to; its tokenizer's files are copied.
+    params: tree like `source.params()`.
+
+  Raises:
+    ValueError: `directory` holds something already.
+  """
+  from lmops_jax.training import checkpoints
+
+  directory = Path(directory).expanduser().absolute()
+  partial = new_folder(directory)
+  try:
+    checkpoints.save_params(partial / PARAMS_FOLDER, params)
+    copy_tokenizer(source, partial / TOKENIZER_FOLDER)
+    describe(partial, source.config, family=source.family, original=source.original)
+    if directory.exists():
+      directory.rmdir()
+    partial.rename(directory)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:
+  """Copies what tokenises, ends and formats text for a model into a folder, made if needed.
+
+  Of a model folder the files themselves; of a GGUF file's vocabulary a `tokenizer.json` and
+  `tokenizer_config.json` that say the same. A model without tokenizer copies nothing.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
+  folder = source.tokenizer_path
+  if folder.is_file():
+    from lmops_jax.pretrained import tokenizer
+
+    tokenizer.load_tokenizer(folder).save(directory)
+    return
+  for name in TOKENIZER_FILES:
+    if (folder / name).is_file() and not (directory / name).exists():
+      shutil.copyfile(folder / name, directory / name)
+
+
+def new_folder(directory: Path) -> Path:
+  """An empty folder beside `directory` to write into, before it is renamed to it.
+
+  Raises:
+    ValueError: `directory` is there and not empty, or cannot be made.
+  """
+  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    raise ValueError(f"{directory} exists already; choose a new folder, or delete it first.")
+  partial = directory.with_name(directory.name + ".partial")
+  try:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+  except OSError as error:
+    raise ValueError(f"{directory} cannot be written ({error.strerror}).") from error
+  return partial

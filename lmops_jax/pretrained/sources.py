@@ -1,0 +1,208 @@
+"""Where published weights are read from: one interface over safetensors, PyTorch and GGUF files.
+
+Opening reads headers only. A tensor is a view of its mapped file wherever the format allows it, so
+that slicing one reads just the part that is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmops_jax.pretrained.gguf_files import QuantizedTensor, map_gguf
+from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
+from lmops_jax.pretrained.torch_pickle import map_torch_file
+
+__all__ = ["GGUFSource", "TensorSource", "open_source", "write_safetensors"]
+
+_MAPPERS = {
+  ".safetensors": map_safetensors,
+  ".bin": map_torch_file, ".pt": map_torch_file, ".pth": map_torch_file,
+}
+_GGUF = ".gguf"
+_FOLDER_FILES = (  # the first that is there is read, as transformers does it
+  "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+  "pytorch_model.bin.index.json",
+)
+_POINTER = b"version https://git-lfs"
+_MAX_LISTED = 8
+
+
+class TensorSource:
+  """Named tensors of a checkpoint, read one at a time. Also a context manager.
+
+  Attributes:
+    where: the path, for error messages.
+  """
+
+  def __init__(self, where: Path | str, tensors: Mapping[str, np.ndarray | QuantizedTensor]):
+    self.where = str(where)
+    self._tensors: Mapping[str, np.ndarray | QuantizedTensor] | None = tensors
+
+  def names(self) -> list[str]:
+    """Every tensor's name, in the order of the checkpoint."""
+    return list(self._opened())
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """As NumPy has it: a matrix of PyTorch or GGUF is `(outputs, inputs)`."""
+    return tuple(self._find(name).shape)
+
+  def dtype(self, name: str) -> np.dtype:
+    """Of what `read` gives: bfloat16 and float8 are those of ml_dtypes, quantised is float32."""
+    return self._find(name).dtype
+
+  def read(self, name: str) -> np.ndarray:
+    """The tensor, read-only: a mapped view that reads nothing yet, unless it is quantised.
+
+    Raises:
+      ValueError: no tensor of that name.
+    """
+    found = self._find(name)
+    return found.read() if isinstance(found, QuantizedTensor) else found
+
+  def close(self) -> None:
+    """Lets go of the files; a file stays mapped as long as an array of it is in use."""
+    self._tensors = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.close()
+
+  def _opened(self) -> Mapping[str, np.ndarray | QuantizedTensor]:
+    if self._tensors is None:
+      raise ValueError(f"{self.where} was closed; open it again to read from it.")
+    return self._tensors
+
+  def _find(self, name: str) -> np.ndarray | QuantizedTensor:
+    tensors = self._opened()
+    if name not in tensors:
+      raise ValueError(
+        f"{self.where} holds no tensor {name}; its {len(tensors)} tensors are "
+        f"{_listed(list(tensors))}."
+      )
+    return tensors[name]
+
+
+class GGUFSource(TensorSource):
+  """The tensors of a GGUF file.
+
+  Attributes:
+    metadata: its keys and values, decoded: strings, numbers, lists of them.
+  """
+
+  def __init__(self, where: Path | str, tensors, metadata: dict[str, Any]):
+    super().__init__(where, tensors)
+    self.metadata = metadata
+
+
+def open_source(path: Path | str) -> TensorSource:
+  """Opens a checkpoint and checks that it is complete.
+
+  Args:
+    path: a folder with `model.safetensors`, `pytorch_model.bin` or the index of a sharded one, or
+      one `.safetensors`, `.bin`, `.pt`, `.pth` or `.gguf` file (this gives a `GGUFSource`).
+
+  Raises:
+    ValueError: nothing readable there, or a file that is missing, damaged or truncated.
+  """
+  path = Path(path)
+  if not path.is_dir():
+    if path.suffix == _GGUF:
+      metadata, tensors = _mapped(path, map_gguf)
+      return GGUFSource(path, tensors, metadata)
+    return TensorSource(path, _map_file(path))
+  for name in _FOLDER_FILES:
+    if (path / name).is_file():
+      if name.endswith(".index.json"):
+        return TensorSource(path, _map_shards(path / name))
+      return TensorSource(path, _map_file(path / name))
+  there = sorted(p.name for p in path.iterdir() if p.suffix in (*_MAPPERS, _GGUF))
+  found = f"it holds {_listed(there)}, of which one can be named itself" if there else "it has none"
+  raise ValueError(f"{path} should hold one of {', '.join(_FOLDER_FILES)}, but {found}.")
+
+
+def _map_file(path: Path) -> dict[str, np.ndarray]:
+  if path.suffix not in _MAPPERS:
+    raise ValueError(
+      f"{path} is neither a folder nor a file that ends in one of "
+      f"{', '.join((*_MAPPERS, _GGUF))}; name one of these."
+    )
+  return _mapped(path, _MAPPERS[path.suffix])
+
+
+def _mapped(path: Path, mapper):
+  try:
+    with path.open("rb") as file:
+      start = file.read(len(_POINTER))
+    if not start:
+      raise ValueError(f"{path} is empty; fetch the file again.")
+    if start == _POINTER:
+      raise ValueError(
+        f"{path} is a pointer of Git LFS, not the weights; run git lfs pull in its folder."
+      )
+    return mapper(path)
+  except OSError as error:
+    raise ValueError(
+      f"{path} cannot be read ({error.strerror or error}); give an existing model file."
+    ) from error
+
+
+def _map_shards(index: Path) -> dict[str, np.ndarray]:
+  """The tensors of all files that an index names."""
+  weight_map = _weight_map(index)
+  for file in sorted(set(weight_map.values())):
+    if not (index.parent / file).is_file():
+      name = next(name for name, of in weight_map.items() if of == file)
+      raise ValueError(
+        f"{index} places {name} and others in {file}, but there is no such file in its folder; "
+        "fetch the missing file."
+      )
+  tensors: dict[str, np.ndarray] = {}
+  holder: dict[str, str] = {}
+  for file in sorted(set(weight_map.values())):
+    for name, tensor in _map_file(index.parent / file).items():
+      if name in holder:
+        raise ValueError(
+          f"{index.parent} holds the tensor {name} twice, in {holder[name]} and in {file}; fetch "
+          "the files of one model anew, into an empty folder."
+        )
+      tensors[name], holder[name] = tensor, file
+  for name, file in weight_map.items():
+    if holder.get(name) != file:
+      there = f"it is in {holder[name]}" if name in holder else "it is in no file"
+      raise ValueError(
+        f"{index} places the tensor {name} in {file}, but {there}; fetch {index.name} and {file} "
+        "again."
+      )
+  return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+  """Tensor name to file name."""
+  try:
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+      raise ValueError("weight_map is not a filled map from tensors to files")
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError(
+      f"{index} is not the index of a sharded checkpoint ({type(error).__name__}: {error}); fetch "
+      "the file again."
+    ) from error
+  for name, file in weight_map.items():
+    if not file or Path(file).name != file:
+      raise ValueError(
+        f"{index} places the tensor {name} in {file!r}, outside of its folder; an index may name "
+        "files beside it only."
+      )
+  return weight_map
+
+
+def _listed(items: list[str]) -> str:
+  more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
+  return ", ".join(items[:_MAX_LISTED]) + more

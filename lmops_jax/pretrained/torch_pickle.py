@@ -1,0 +1,305 @@
+"""Tensors of a file that `torch.save` wrote, without torch and without running what it asks for.
+
+Such a file is a pickle, and a pickle names functions to call. Here a name is looked up in a short
+table of what plain tensors need, and any other one is refused before anything is called. The table
+makes descriptions, checked after the pickle is read; the numbers stay in the file, mapped.
+Both layouts are read: the zip archive (torch 1.6 and later) and the plain file before it.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_STORAGES = {
+  "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+  "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
+  "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+  "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
+}
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+_DTYPES = {
+  **{name: np.dtype(name) for name in _STORAGES.values() if name != "bfloat16"},
+  **{name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", *_FLOAT8)},
+  **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64")},
+}
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_ARCHIVE_MAGIC, _LOCAL_HEADER_BYTES, _COUNT_BYTES = b"PK\x03\x04", 30, 8
+_CONVERT = "where you trust it, load it with torch and save its state dict as safetensors"
+
+
+def map_torch_file(path: Path) -> dict[str, np.ndarray]:
+  """Every tensor of a saved state dict as a read-only view of the mapped file.
+
+  Values that are not tensors (an epoch, options) are left out. A state dict inside another dict is
+  found under state_dict, model_state_dict, model or module. Strides are kept, and tensors that
+  share storage share it here.
+
+  Raises:
+    ValueError: the file asks for more than plain tensors need, is damaged or truncated, was
+      written on a big-endian machine, or holds no named tensors.
+  """
+  data = np.memmap(path, np.uint8, mode="r")
+  is_archive = data[:4].tobytes() == _ARCHIVE_MAGIC
+  read = _read_archive if is_archive else _read_legacy
+  try:
+    content, storage_bytes = read(path, data)
+    tensors = _named_tensors(path, content)
+    return {name: _view(path, name, tensor, storage_bytes) for name, tensor in tensors.items()}
+  except _RefusedError:
+    raise
+  except zipfile.BadZipFile as error:
+    raise ValueError(
+      f"{path} is damaged or truncated: the directory that ends its zip archive cannot be read; "
+      "fetch the file again."
+    ) from error
+  except Exception as error:  # whatever the bytes of a damaged file make of pickle
+    raise ValueError(
+      f"{path} is not a readable file of torch.save ({type(error).__name__}: {error}); fetch the "
+      "file again."
+    ) from error
+
+
+class _RefusedError(ValueError):
+  """A sentence for the user that must not be wrapped in another."""
+
+
+class _Kind(NamedTuple):
+  """A dtype, also standing for the storage classes of that dtype."""
+
+  dtype: np.dtype
+
+
+class _Storage(NamedTuple):
+  key: str
+  dtype: np.dtype
+  first: int  # in elements; not 0 for the views of old files
+  end: int
+
+
+class _Tensor(NamedTuple):
+  storage: _Storage
+  dtype: np.dtype
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+class _Function:
+  """What a name in the pickle stands for. A pickle can call it but not change it."""
+
+  __slots__ = ("_make",)
+
+  def __init__(self, make: Callable):
+    self._make = make
+
+  def __call__(self, *args):
+    return self._make(*args)
+
+  def __setstate__(self, state):
+    raise ValueError("it tries to change a function")
+
+
+def _tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
+  if not isinstance(storage, _Storage):
+    raise ValueError("a tensor without storage")
+  return _checked(storage, storage.dtype, offset, shape, strides, metadata)
+
+
+def _tensor_of_dtype(
+  storage, offset, shape, strides, requires_grad, hooks, kind, metadata=None
+):
+  if not isinstance(storage, _Storage) or not isinstance(kind, _Kind):
+    raise ValueError("a tensor without storage or dtype")
+  return _checked(storage, kind.dtype, offset, shape, strides, metadata)
+
+
+def _checked(storage, dtype, offset, shape, strides, metadata) -> _Tensor:
+  shape, strides = tuple(shape), tuple(strides)
+  numbers = (offset, *shape, *strides)
+  if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
+    raise ValueError("a tensor without valid offset, shape and strides")
+  if metadata:
+    raise ValueError(f"a tensor with the flags {sorted(map(str, metadata))}")
+  return _Tensor(storage, dtype, offset, shape, strides)
+
+
+def _parameter(tensor, requires_grad=True, hooks=None):
+  return tensor
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+  ("collections", "OrderedDict"): collections.OrderedDict,
+  ("torch._utils", "_rebuild_tensor"): _Function(_tensor),
+  ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
+  ("torch._utils", "_rebuild_tensor_v3"): _Function(_tensor_of_dtype),
+  ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
+  ("torch", "Size"): _Function(tuple),
+  ("torch", "device"): _Function(lambda *args: None),
+  ("torch.storage", "UntypedStorage"): _Kind(np.dtype(np.uint8)),
+  ("torch", "UntypedStorage"): _Kind(np.dtype(np.uint8)),
+  **{("torch", name): _Kind(dtype) for name, dtype in _DTYPES.items()},
+  **{
+    (module, name): _Kind(_DTYPES[dtype])
+    for name, dtype in _STORAGES.items() for module in ("torch", "torch.cuda")
+  },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+  """Finds only the names of `_ALLOWED`. One object is read by one instance."""
+
+  def __init__(self, file: BinaryIO, path: Path):
+    super().__init__(file, encoding="utf-8")
+    self._path = path
+    self.widths: dict[str, int] = {}  # bytes of an element of each storage
+
+  def find_class(self, module, name):
+    try:
+      return _ALLOWED[module, name]
+    except KeyError:
+      raise _RefusedError(
+        f"{self._path} asks for {module}.{name}, which plain tensors do not need, so it was "
+        f"refused and nothing was run; take the model as safetensors, or, {_CONVERT}."
+      ) from None
+
+  def persistent_load(self, pid):
+    tag, kind, key, _, num_elements, *view = pid
+    if tag != "storage" or not isinstance(kind, _Kind) or type(key) is not str:
+      raise ValueError(f"a reference to {tag!r} where a storage was expected")
+    first, end = 0, num_elements
+    if view and view[0] is not None:
+      _, first, num_viewed = view[0]
+      end = first + num_viewed
+    if any(type(n) is not int or n < 0 for n in (first, end, num_elements)) or end > num_elements:
+      raise ValueError(f"storage {key} without valid size")
+    self.widths.setdefault(key, kind.dtype.itemsize)
+    return _Storage(key, kind.dtype, first, end)
+
+
+def _read_archive(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndarray]]:
+  """The pickled object, and what gives the bytes of a storage."""
+  with zipfile.ZipFile(path) as archive:
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    names = [name for name in entries if name.split("/", 1)[-1] == "data.pkl"]
+    if len(names) != 1:
+      raise _RefusedError(
+        f"{path} is a zip archive without the one data.pkl that torch.save writes; give a file of "
+        "torch.save or of safetensors."
+      )
+    folder = names[0].removesuffix("data.pkl")
+    order = folder + "byteorder"
+    if order in entries and archive.read(order) != b"little":
+      raise _big_endian(path)
+    content = _Unpickler(io.BytesIO(archive.read(names[0])), path).load()
+
+  @functools.cache
+  def storage_bytes(key: str) -> np.ndarray:
+    entry = entries.get(f"{folder}data/{key}")
+    if entry is None:
+      raise ValueError(f"no entry data/{key}")
+    if entry.compress_type != zipfile.ZIP_STORED:  # torch stores; other tools may compress
+      with zipfile.ZipFile(path) as archive:
+        return np.frombuffer(archive.read(entry), np.uint8)
+    header = data[entry.header_offset : entry.header_offset + _LOCAL_HEADER_BYTES].tobytes()
+    if header[:4] != _ARCHIVE_MAGIC:
+      raise ValueError(f"no entry data/{key} at byte {entry.header_offset}")
+    begin = entry.header_offset + _LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", header[26:30]))
+    return data[begin : begin + entry.file_size]
+
+  return content, storage_bytes
+
+
+def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndarray]]:
+  """As `_read_archive`: five pickles, then of each storage its number of elements and its bytes."""
+  with path.open("rb") as file:
+    try:
+      known = [_Unpickler(file, path).load() for _ in range(2)] == [
+        _LEGACY_MAGIC, _LEGACY_PROTOCOL
+      ]
+    except _RefusedError:
+      raise
+    except Exception:  # any bytes can come here
+      known = False
+    if not known:
+      raise _RefusedError(
+        f"{path} is not a file of torch.save (neither its zip archive nor its older layout); fetch "
+        "the file again, or take the model as safetensors."
+      )
+    if not _Unpickler(file, path).load().get("little_endian", True):
+      raise _big_endian(path)
+    unpickler = _Unpickler(file, path)
+    content, keys = unpickler.load(), _Unpickler(file, path).load()
+    at = file.tell()
+  spans: dict[str, tuple[int, int]] = {}
+  for key in keys:
+    header = data[at : at + _COUNT_BYTES].tobytes()
+    if len(header) < _COUNT_BYTES:
+      break  # the tensors behind this are missed below, by name
+    at += _COUNT_BYTES
+    end = at + struct.unpack("<q", header)[0] * unpickler.widths[key]
+    spans[key] = at, end
+    at = end
+  return content, lambda key: data[slice(*spans.get(key, (0, 0)))]
+
+
+def _big_endian(path: Path) -> _RefusedError:
+  return _RefusedError(
+    f"{path} was written on a big-endian machine; save the model anew on a little-endian one, or "
+    "take it as safetensors."
+  )
+
+
+def _named_tensors(path: Path, content) -> dict[str, _Tensor]:
+  """The state dict, looked for in the object itself and then under the usual names."""
+  candidates = [content]
+  if isinstance(content, dict):
+    candidates += [dict.get(content, name) for name in _WRAPPERS]
+  for candidate in candidates:
+    if isinstance(candidate, dict):
+      named = {
+        name: value for name, value in dict.items(candidate)
+        if isinstance(name, str) and isinstance(value, _Tensor)
+      }
+      if named:
+        return named
+  raise _RefusedError(
+    f"{path} holds no dict from names to tensors; save the model's state_dict(), best as "
+    "safetensors."
+  )
+
+
+def _view(
+  path: Path, name: str, tensor: _Tensor, storage_bytes: Callable[[str], np.ndarray]
+) -> np.ndarray:
+  """The tensor as a strided view, checked against the storage that is really there."""
+  storage, width = tensor.storage, tensor.dtype.itemsize
+  if 0 in tensor.shape:
+    return np.empty(tensor.shape, tensor.dtype)
+  raw = storage_bytes(storage.key)
+  first, end = (n * storage.dtype.itemsize for n in (storage.first, storage.end))
+  if end > len(raw):
+    raise _RefusedError(
+      f"{path} is truncated: the storage of its tensor {name} should have {end} bytes and has "
+      f"{len(raw)}; fetch the file again."
+    )
+  last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides))
+  if first + (last + 1) * width > end:
+    raise _RefusedError(
+      f"{path} lets its tensor {name} reach beyond the end of its storage; fetch the file again."
+    )
+  return np.ndarray(
+    tensor.shape, tensor.dtype, buffer=raw, offset=first + tensor.offset * width,
+    strides=[stride * width for stride in tensor.strides],
+  )
