@@ -12,6 +12,7 @@ import collections
 import functools
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
@@ -34,6 +35,8 @@ _DTYPES = {
   **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64")},
 }
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_NEEDLESS = ("EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER")
+_MEMO_WRITES = ("PUT", "BINPUT", "LONG_BINPUT")  # a high index would take any amount of memory
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _ARCHIVE_MAGIC, _LOCAL_HEADER_BYTES, _COUNT_BYTES = b"PK\x03\x04", 30, 8
 _CONVERT = "where you trust it, load it with torch and save its state dict as safetensors"
@@ -157,13 +160,24 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
+def _load(file: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
+  """One pickled object, and the bytes of an element of each storage that it mentions."""
+  start = file.tell()
+  for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+    if opcode.name in _NEEDLESS or opcode.name in _MEMO_WRITES and argument > count:
+      raise ValueError(f"the opcode {opcode.name}, or its argument, is none of torch.save")
+  file.seek(start)
+  unpickler = _Unpickler(file, path)
+  return unpickler.load(), unpickler.widths
+
+
 class _Unpickler(pickle.Unpickler):
   """Finds only the names of `_ALLOWED`. One object is read by one instance."""
 
   def __init__(self, file: BinaryIO, path: Path):
     super().__init__(file, encoding="utf-8")
     self._path = path
-    self.widths: dict[str, int] = {}  # bytes of an element of each storage
+    self.widths: dict[str, int] = {}
 
   def find_class(self, module, name):
     try:
@@ -202,7 +216,7 @@ def _read_archive(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np
     order = folder + "byteorder"
     if order in entries and archive.read(order) != b"little":
       raise _big_endian(path)
-    content = _Unpickler(io.BytesIO(archive.read(names[0])), path).load()
+    content, _ = _load(io.BytesIO(archive.read(names[0])), path)
 
   @functools.cache
   def storage_bytes(key: str) -> np.ndarray:
@@ -225,9 +239,7 @@ def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np.
   """As `_read_archive`: five pickles, then of each storage its number of elements and its bytes."""
   with path.open("rb") as file:
     try:
-      known = [_Unpickler(file, path).load() for _ in range(2)] == [
-        _LEGACY_MAGIC, _LEGACY_PROTOCOL
-      ]
+      known = [_load(file, path)[0] for _ in range(2)] == [_LEGACY_MAGIC, _LEGACY_PROTOCOL]
     except _RefusedError:
       raise
     except Exception:  # any bytes can come here
@@ -237,10 +249,11 @@ def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np.
         f"{path} is not a file of torch.save (neither its zip archive nor its older layout); fetch "
         "the file again, or take the model as safetensors."
       )
-    if not _Unpickler(file, path).load().get("little_endian", True):
+    system, _ = _load(file, path)
+    if not system.get("little_endian", True):
       raise _big_endian(path)
-    unpickler = _Unpickler(file, path)
-    content, keys = unpickler.load(), _Unpickler(file, path).load()
+    content, widths = _load(file, path)
+    keys, _ = _load(file, path)
     at = file.tell()
   spans: dict[str, tuple[int, int]] = {}
   for key in keys:
@@ -248,7 +261,7 @@ def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np.
     if len(header) < _COUNT_BYTES:
       break  # the tensors behind this are missed below, by name
     at += _COUNT_BYTES
-    end = at + struct.unpack("<q", header)[0] * unpickler.widths[key]
+    end = at + struct.unpack("<q", header)[0] * widths[key]
     spans[key] = at, end
     at = end
   return content, lambda key: data[slice(*spans.get(key, (0, 0)))]

@@ -316,6 +316,11 @@ def test_attributes_of_a_dict_do_not_stand_for_its_methods(tmp_path):
   (b"(lI1\na.", "holds no dict from names to tensors"),
   (b"(dI7\nI1\ns.", "holds no dict from names to tensors"),
   (b"(d", "not a readable file of torch.save"),
+  (b"}r\xff\xff\xff\x7f.", "LONG_BINPUT, or its argument"),  # would take 32 GB
+  (b"}p4294967295\n.", "PUT, or its argument"),
+  (b"\x82\x01.", "the opcode EXT1"),
+  (b"\x80\x05\x96\x00\x00\x00\x00\x00\x00\x00\x00.", "the opcode BYTEARRAY8"),
+  (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "not a readable file"),
   (b"", "not a readable file of torch.save"),
   (b"}q\x00Vmodel\nh\x00sVstate_dict\nh\x00s.", "holds no dict"),  # inside itself
 ])
