@@ -1,4 +1,4 @@
-"""The `lmops` command: run a system or any gin file, show a resolved configuration, list both.
+"""The `lmops` command: run a system or any gin file, show a configuration, use published models.
 
 Nothing heavy is imported before the arguments are understood: `lmops --help` and `lmops list` load
 neither jax nor TensorFlow.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lmops_jax
+from lmops_jax import model_commands
 
 _COMMANDS = {
   "run": "run gin files",
@@ -31,6 +32,7 @@ examples:
   lmops pds --workdir /tmp/pds --gin.TRAIN_STEPS=400
   lmops run gin/pds/smoke.gin --workdir /tmp/smoke
   lmops show pds
+  lmops generate --model MODEL --prompt "The capital of France is"
 """
 
 
@@ -101,6 +103,8 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
     add_gin(command)
     if name == "run":
       add_workdir(command)
+  model_commands.add_parsers(commands, {
+    "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter})
   return parser
 
 
@@ -167,7 +171,7 @@ def _dispatch(argv: list[str]) -> int:
   rest, bindings = _split_bindings(argv)
   from lmops_jax import gin_files, settings  # neither loads gin or jax
   systems = gin_files.systems()
-  names = [*systems, *_COMMANDS]
+  names = [*systems, *_COMMANDS, *model_commands.COMMANDS]
   command = next((argument for argument in rest if not argument.startswith("-")), None)
   if command is not None and command not in names:
     if command.endswith(".gin"):
@@ -181,6 +185,12 @@ def _dispatch(argv: list[str]) -> int:
       raise _UsageError("lmops list takes no bindings; they belong to a run.")
     print(_listing(systems))
     return 0
+  if arguments.command in model_commands.COMMANDS:
+    if bindings:
+      raise _UsageError(f"lmops {arguments.command} takes no bindings; it has options of its own, "
+                        f"see lmops {arguments.command} --help.")
+    _set_environment()
+    return model_commands.run(arguments)
   files = _files(arguments, systems)
   for file in files:
     gin_files.find(file)

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as a seqio vocabulary. Importing this module imports seqio."""
+"""Any vocabulary of this package as a seqio vocabulary. Importing this module imports seqio."""
 
 import numpy as np
 import seqio

@@ -1,8 +1,9 @@
 """Vocabularies: text to token ids and back, without TensorFlow; the same as seqio vocabularies.
 
 A gin file names a spec: train a SentencePiece model on a sample of the corpus, take an existing
-SentencePiece model, or take a Hugging Face `tokenizer.json`. `spec.build` writes the vocabulary
-into a folder, `load_vocabulary` opens that folder, `as_seqio` gives the seqio object for tasks.
+SentencePiece model, a Hugging Face `tokenizer.json`, or whatever tokenizer a published model has.
+`spec.build` writes the vocabulary into a folder, `load_vocabulary` opens that folder, `as_seqio`
+gives the seqio object for tasks.
 A missing BOS or pad token is EOS, as with GPT-2 and as in the PDS code.
 """
 
@@ -23,6 +24,7 @@ from lmops_jax.data.hashing import order_key
 METADATA_FILE = "vocabulary.json"
 _SENTENCEPIECE_FILE = "sentencepiece.model"
 _TOKENIZER_FILE = "tokenizer.json"
+_FAIRSEQ_UNK = 3
 _MAX_LINE_BYTES = 4000  # the trainer leaves out longer ones
 _COMMON_NAMES = {
   "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
@@ -91,24 +93,65 @@ class Vocabulary(abc.ABC):
 
 
 class SentencePieceVocabulary(Vocabulary):
-  """A SentencePiece model (Kudo and Richardson, EMNLP 2018)."""
+  """A SentencePiece model (Kudo and Richardson, EMNLP 2018).
+
+  A published model may have tokens after those of the SentencePiece model; no text has them.
+  """
 
   def __init__(self, directory: Path, metadata: dict):
     super().__init__(directory, metadata)
     self._processor = _sentencepiece(directory / _SENTENCEPIECE_FILE)
 
+  @property
+  def num_pieces(self) -> int:
+    """Ids that the SentencePiece model itself has."""
+    return self._processor.get_piece_size()
+
   def encode_batch(self, texts):
     return self._processor.encode(list(texts), out_type=int)
 
   def _decode(self, ids):
+    ids = [i for i in ids if i < self.num_pieces]
     return self._processor.decode(ids) if ids else ""
 
   def _token_text(self, identifier):
+    if identifier >= self.num_pieces:
+      return ""
     piece = self._processor.id_to_piece(identifier)
     if self._processor.is_byte(identifier):
       byte = bytes([int(piece[3:-1], 16)])
       return byte.decode("ascii") if byte.isascii() else ""
     return piece.replace("\u2581", " ")
+
+
+class FairseqVocabulary(SentencePieceVocabulary):
+  """A SentencePiece model with fairseq's ids, as XGLM and XLM-R have them; see `fairseq_ids`."""
+
+  def encode_batch(self, texts):
+    return [fairseq_ids(ids) for ids in super().encode_batch(texts)]
+
+  def _decode(self, ids):
+    return super()._decode([p for p in map(fairseq_piece, ids) if p is not None])
+
+  def _token_text(self, identifier):
+    piece = fairseq_piece(identifier)
+    return "" if piece is None else super()._token_text(piece)
+
+
+def fairseq_ids(pieces: Iterable[int]) -> list[int]:
+  """Ids of fairseq's dictionary for pieces of a text.
+
+  It begins with <s>, <pad>, </s>, <unk>; a SentencePiece model with <unk>, <s>, </s>. What follows
+  is the same, one further.
+  """
+  return [_FAIRSEQ_UNK if piece == 0 else piece + 1 for piece in pieces]
+
+
+def fairseq_piece(identifier: int) -> int | None:
+  """The piece behind an id of fairseq's dictionary; None for a special one."""
+  if identifier == _FAIRSEQ_UNK:
+    return 0
+  return identifier - 1 if identifier > _FAIRSEQ_UNK else None
 
 
 class HuggingFaceVocabulary(Vocabulary):
@@ -134,6 +177,13 @@ class HuggingFaceVocabulary(Vocabulary):
     return self._tokenizer.decode([identifier], skip_special_tokens=False)
 
 
+_KINDS = {
+  "sentencepiece": (SentencePieceVocabulary, _SENTENCEPIECE_FILE),
+  "fairseq_sentencepiece": (FairseqVocabulary, _SENTENCEPIECE_FILE),
+  "hugging_face": (HuggingFaceVocabulary, _TOKENIZER_FILE),
+}
+
+
 def load_vocabulary(directory: Path | str) -> Vocabulary:
   """Opens a vocabulary that a spec's `build` has written.
 
@@ -145,10 +195,7 @@ def load_vocabulary(directory: Path | str) -> Vocabulary:
     metadata = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise ValueError(f"{directory} holds no vocabulary ({METADATA_FILE}: {error}).") from error
-  cls, name = {
-    "sentencepiece": (SentencePieceVocabulary, _SENTENCEPIECE_FILE),
-    "hugging_face": (HuggingFaceVocabulary, _TOKENIZER_FILE),
-  }[metadata["kind"]]
+  cls, name = _KINDS[metadata["kind"]]
   model = directory / name
   if not model.is_file() or _fingerprint(model.read_bytes(), metadata) != metadata["fingerprint"]:
     raise ValueError(f"{model} is missing or is not the model that {METADATA_FILE} describes.")
@@ -159,7 +206,8 @@ def as_seqio(vocabulary: Vocabulary):
   """The same vocabulary as a `seqio.Vocabulary`; imports seqio and with it TensorFlow."""
   import seqio
 
-  if isinstance(vocabulary, SentencePieceVocabulary):
+  plain = type(vocabulary) is SentencePieceVocabulary
+  if plain and vocabulary.vocab_size == vocabulary.num_pieces:
     return seqio.SentencePieceVocabulary(str(vocabulary.directory / _SENTENCEPIECE_FILE))
   from lmops_jax.data import seqio_vocabulary
 
@@ -245,8 +293,8 @@ class TrainSentencePiece:
         f"data.TrainSentencePiece cannot make vocab_size={self.vocab_size} from {num_bytes:,} "
         f"bytes of text ({_last_clause(error)}); set a smaller vocab_size or give more text."
       ) from error
-    return _write(
-      Path(directory), "sentencepiece", _SENTENCEPIECE_FILE, model.getvalue(),
+    return write_vocabulary(
+      directory, "sentencepiece", model.getvalue(),
       _sentencepiece_ids(model.getvalue(), "data.TrainSentencePiece"),
     )
 
@@ -301,7 +349,7 @@ class SentencePieceFile:
     del texts
     data = self._read()
     ids = _sentencepiece_ids(data, f"data.SentencePieceFile.path={self.path!r}")
-    return _write(Path(directory), "sentencepiece", _SENTENCEPIECE_FILE, data, ids)
+    return write_vocabulary(directory, "sentencepiece", data, ids)
 
   def _read(self) -> bytes:
     return _read_model(self.path, "data.SentencePieceFile.path")
@@ -359,7 +407,7 @@ class HuggingFaceTokenizer:
       "eos_id": found["eos"],
       "unk_id": None if unknown is None else tokenizer.token_to_id(unknown),
     }
-    return _write(Path(directory), "hugging_face", _TOKENIZER_FILE, data, ids)
+    return write_vocabulary(directory, "hugging_face", data, ids)
 
   def _special(self, tokenizer, name: str) -> int | None:
     given = getattr(self, name)
@@ -377,6 +425,38 @@ class HuggingFaceTokenizer:
     path = Path(self.path).expanduser()
     path = path / _TOKENIZER_FILE if path.is_dir() else path
     return _read_model(str(path), "data.HuggingFaceTokenizer.path")
+
+
+@gin.register(module="data")
+@dataclasses.dataclass(frozen=True)
+class ModelTokenizer:
+  """The tokenizer of a published model, in whatever form the model brings it.
+
+  Attributes:
+    path: the model's folder, or its `.gguf` file.
+  """
+
+  path: str
+
+  def fingerprint(self) -> str:
+    return self._load().fingerprint
+
+  def build(self, texts: Iterable[str], directory: Path | str) -> Vocabulary:
+    """Writes the vocabulary; `texts` are not read.
+
+    Raises:
+      ValueError: no tokenizer there, one of an unknown kind, or one without an end token.
+    """
+    del texts
+    return self._load().vocabulary(directory)
+
+  def _load(self):
+    from lmops_jax.pretrained import tokenizer
+
+    try:
+      return tokenizer.load_tokenizer(Path(self.path).expanduser())
+    except ValueError as error:
+      raise ValueError(f"data.ModelTokenizer.path={self.path!r}: {error}") from error
 
 
 def _read_model(path: str, parameter: str) -> bytes:
@@ -422,9 +502,18 @@ def _hugging_face(path: Path):
   return tokenizer
 
 
-def _write(directory: Path, kind: str, name: str, data: bytes, ids: dict) -> Vocabulary:
+def write_vocabulary(directory: Path | str, kind: str, data: bytes, ids: dict) -> Vocabulary:
+  """Writes a vocabulary into a folder and opens it.
+
+  Args:
+    directory: made where it is missing.
+    kind: "sentencepiece", "fairseq_sentencepiece" or "hugging_face".
+    data: the SentencePiece model, or the `tokenizer.json`.
+    ids: `vocab_size`, `pad_id`, `bos_id`, `eos_id` and `unk_id` of `Vocabulary`.
+  """
+  directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  (directory / name).write_bytes(data)
+  (directory / _KINDS[kind][1]).write_bytes(data)
   metadata = {"kind": kind, **ids}
   metadata["fingerprint"] = _fingerprint(data, metadata)
   (directory / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")

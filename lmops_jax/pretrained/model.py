@@ -32,12 +32,7 @@ DESCRIPTION = "model.json"
 PARAMS_FOLDER, TOKENIZER_FOLDER = "params", "tokenizer"
 _CONFIG = "config.json"
 _FORMAT = 1
-TOKENIZER_FILES = (
-  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-  "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-  "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-  "generation_config.json", "preprocessor_config.json", "config.json",
-)
+_IMAGES = "preprocessor_config.json"
 _NESTED = {
   "rope_scaling": RopeScaling, "text": TransformerConfig, "trunk": TransformerConfig,
   "vision": VisionConfig,
@@ -320,14 +315,14 @@ def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:
   Of a model folder the files themselves; of a GGUF file's vocabulary a `tokenizer.json` and
   `tokenizer_config.json` that say the same. A model without tokenizer copies nothing.
   """
+  from lmops_jax.pretrained import tokenizer, tokenizer_folder
+
   directory.mkdir(parents=True, exist_ok=True)
   folder = source.tokenizer_path
   if folder.is_file():
-    from lmops_jax.pretrained import tokenizer
-
     tokenizer.load_tokenizer(folder).save(directory)
     return
-  for name in TOKENIZER_FILES:
+  for name in (*tokenizer_folder.FILES, _IMAGES):
     if (folder / name).is_file() and not (directory / name).exists():
       shutil.copyfile(folder / name, directory / name)
 

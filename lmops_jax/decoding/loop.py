@@ -1,0 +1,317 @@
+"""The two compiled programs of generation: `prefill` reads the prompts, `decode` goes on.
+
+`decode` is one `lax.while_loop` over tokens: the model with its cache, the filters, the choice. It
+ends when all rows are done or `stop_at` tokens are there; all three are values, not shapes, so that
+the same program serves any number of tokens and any temperature. The state that it takes is
+donated: the cache is updated in place.
+
+Letters besides the design's: R rows of the model's batch, B prompts times c copies (beams, or
+answers sampled for one prompt); M slots for prompt and new tokens, N of them for new ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.decoding import beam as beam_lib
+from lmops_jax.decoding import sampling
+from lmops_jax.decoding.options import GenerationOptions
+from lmops_jax.models.cache import KVCache, empty_cache
+
+
+class Plan(NamedTuple):
+  """What a program is compiled for; hashable.
+
+  Attributes:
+    copies: c.
+    eos_ids: tokens that end a row.
+    repetition, min_new, scaled, top_p, min_p: which filters there are.
+    ngram: `no_repeat_ngram`.
+    top_k: of the options.
+    sampled: draws, else takes the best.
+    beam: of beam search, or None.
+  """
+
+  copies: int
+  eos_ids: tuple[int, ...]
+  repetition: bool
+  ngram: int
+  min_new: bool
+  sampled: bool
+  scaled: bool
+  top_k: int
+  top_p: bool
+  min_p: bool
+  beam: beam_lib.BeamPlan | None
+
+
+class Knobs(NamedTuple):
+  """Numbers of the options that change without a new program."""
+
+  repetition_penalty: jax.Array
+  min_new_tokens: jax.Array
+  temperature: jax.Array
+  top_p: jax.Array
+  min_p: jax.Array
+  seed: jax.Array
+  beam: beam_lib.BeamKnobs | None
+
+
+class Rows(NamedTuple):
+  """Tokens chosen so far, without beam search.
+
+  Attributes:
+    history: `[R,M] int32`, prompt and new tokens, then anything.
+    log_probs: `[R,N] float32` of new tokens, unfiltered.
+    num_new: `[R] int32`.
+    done: `[R] bool`.
+  """
+
+  history: jax.Array
+  log_probs: jax.Array
+  num_new: jax.Array
+  done: jax.Array
+
+
+class State(NamedTuple):
+  """Between two tokens.
+
+  Attributes:
+    cache: of all tokens but the last, R rows.
+    token: `[R] int32`, the last one.
+    prompt_length: `[B] int32`.
+    row_id: `[B] int32`, from which random numbers derive.
+    step: `[] int32`, tokens chosen.
+    chosen: `Rows` or `beam.Beams`.
+  """
+
+  cache: KVCache
+  token: jax.Array
+  prompt_length: jax.Array
+  row_id: jax.Array
+  step: jax.Array
+  chosen: Rows | beam_lib.Beams
+
+  @property
+  def done(self) -> jax.Array:
+    """`[B,c] bool`; of beams, whether the whole search is done."""
+    if isinstance(self.chosen, Rows):
+      return self.chosen.done.reshape(self.prompt_length.shape[0], -1)
+    done = jnp.all(self.chosen.done, axis=1, keepdims=True)
+    return jnp.broadcast_to(done, (done.shape[0], self.token.shape[0] // done.shape[0]))
+
+
+def plan_of(options: GenerationOptions, eos_ids: tuple[int, ...]) -> Plan:
+  """The program that the options need."""
+  beam = None
+  if options.num_beams > 1:
+    beam = beam_lib.BeamPlan(
+      options.num_beams, options.num_beam_groups, eos_ids, options.early_stopping
+    )
+  return Plan(
+    copies=options.num_beams if beam else options.num_return_sequences,
+    eos_ids=eos_ids,
+    repetition=options.repetition_penalty != 1,
+    ngram=options.no_repeat_ngram,
+    min_new=options.min_new_tokens > 0 and bool(eos_ids),
+    sampled=options.temperature > 0,
+    scaled=options.temperature not in (0, 1),
+    top_k=options.top_k,
+    top_p=options.top_p < 1,
+    min_p=options.min_p > 0,
+    beam=beam,
+  )
+
+
+def knobs_of(options: GenerationOptions, num_new: int) -> Knobs:
+  """The numbers, for N new slots, on the host."""
+  beam = None
+  if options.num_beams > 1:
+    beam = beam_lib.knobs(
+      options.length_penalty, options.diversity_penalty, options.max_new_tokens, num_new
+    )
+  return Knobs(
+    np.float32(options.repetition_penalty), np.int32(options.min_new_tokens),
+    np.float32(options.temperature), np.float32(options.top_p), np.float32(options.min_p),
+    np.uint32(options.seed), beam,
+  )
+
+
+def prefill(model, plan: Plan, num_new: int, params, knobs, tokens, valid, row_id, exists) -> State:
+  """Reads the prompts and chooses the first token.
+
+  Args:
+    model: `Transformer`, or an object with `config` and the same `apply`.
+    plan: static.
+    num_new: N, static.
+    params: of the model.
+    knobs: of the options.
+    tokens: `[B,P] int32`.
+    valid: `[B,P] bool`, False for padding on either side; a row has at least one token.
+    row_id: `[B] int32`.
+    exists: `[B] bool`, False for a row that only fills the batch.
+  """
+  b, p = tokens.shape
+  cache = empty_cache(model.config, b, p + num_new)
+  positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
+  hidden, cache = model.apply(
+    {"params": params}, tokens, cache, positions=positions, valid=valid, fresh=True,
+    method="extend",
+  )
+  length = jnp.sum(valid, axis=1).astype(jnp.int32)
+  last = p - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+  hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+  logits = model.apply({"params": params}, hidden, method="unembed")
+
+  # Tokens without the padding between them, new ones to follow right behind.
+  where = jnp.where(valid, positions, p + num_new)
+  history = jnp.zeros((b, p + num_new), jnp.int32)
+  history = jax.vmap(lambda row, i, t: row.at[i].set(t, mode="drop"))(history, where, tokens)
+  if plan.beam:
+    chosen = beam_lib.start(plan.beam, history, num_new, ~exists)
+  else:
+    chosen = Rows(
+      _repeat(history, plan.copies), jnp.zeros((b * plan.copies, num_new), jnp.float32),
+      jnp.zeros(b * plan.copies, jnp.int32), _repeat(~exists, plan.copies),
+    )
+  cache = cache._replace(**{
+    name: jax.tree.map(lambda x: _repeat(x, plan.copies), getattr(cache, name))
+    for name in ("keys", "values", "positions", "valid", "branch")
+  })
+  state = State(
+    cache, jnp.zeros(b * plan.copies, jnp.int32), length, row_id, jnp.zeros((), jnp.int32), chosen
+  )
+  return _placed(_choose(plan, knobs, state, _repeat(logits, plan.copies), reorder=False))
+
+
+def decode(model, plan: Plan, params, knobs, state: State, stop_at, stopped) -> State:
+  """Chooses tokens until all rows are done or there are `stop_at` of them.
+
+  Args:
+    model: as in `prefill`, and so `plan`, `params`, `knobs`.
+    state: donated.
+    stop_at: `[] int32`, at most N.
+    stopped: `[B,c] bool`, rows that the caller ends.
+  """
+  if isinstance(state.chosen, Rows):
+    done = state.chosen.done | stopped.reshape(-1)
+    state = state._replace(chosen=state.chosen._replace(done=done))
+
+  def body(state):
+    position = _repeat(state.prompt_length, plan.copies) + state.step - 1
+    # A row that is done goes on without effect; its positions stay within the tables.
+    hidden, cache = model.apply(
+      {"params": params}, state.token[:, None], state.cache, positions=position[:, None],
+      method="extend",
+    )
+    logits = model.apply({"params": params}, hidden[:, 0], method="unembed")
+    return _placed(_choose(plan, knobs, state._replace(cache=cache), logits, reorder=True))
+
+  return jax.lax.while_loop(
+    lambda state: (state.step < stop_at) & ~jnp.all(state.done), body, _placed(state)
+  )
+
+
+def _choose(plan, knobs, state: State, logits, reorder) -> State:
+  """The next token of every row from its logits `[R,V]`."""
+  choose = _choose_beams if plan.beam else _choose_tokens
+  return choose(plan, knobs, state, logits, reorder)._replace(step=state.step + 1)
+
+
+def _choose_tokens(plan, knobs, state, logits, reorder):
+  del reorder  # rows stay where they are
+  rows = state.chosen
+  lengths = _repeat(state.prompt_length, plan.copies) + rows.num_new
+  scores = _forbidding(plan, knobs, logits, rows.history, lengths, rows.num_new)
+  if plan.sampled:
+    scores = scores / knobs.temperature if plan.scaled else scores
+    scores = sampling.top_k(scores, plan.top_k) if plan.top_k else scores
+    scores = sampling.top_p(scores, knobs.top_p) if plan.top_p else scores
+    scores = sampling.min_p(scores, knobs.min_p) if plan.min_p else scores
+    token = sampling.sample(_keys(plan, knobs, state), scores)
+  else:
+    token = sampling.best(scores)
+  alive = ~rows.done
+  here = alive[:, None] & (jnp.arange(rows.history.shape[1])[None] == lengths[:, None])
+  column = alive[:, None] & (jnp.arange(rows.log_probs.shape[1])[None] == state.step)
+  log_probs = sampling.token_log_probs(logits, token)
+  ended = rows.done
+  if plan.eos_ids:
+    ended = ended | jnp.isin(token, jnp.asarray(plan.eos_ids, jnp.int32))
+  chosen = Rows(
+    jnp.where(here, token[:, None], rows.history),
+    jnp.where(column, log_probs[:, None], rows.log_probs),
+    rows.num_new + alive, ended,
+  )
+  return state._replace(token=token, chosen=chosen)
+
+
+def _choose_beams(plan, knobs, state, logits, reorder):
+  beams = state.chosen
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  lengths = state.prompt_length + state.step
+  history = beams.history.reshape(-1, beams.history.shape[-1])
+  scores = _forbidding(
+    plan, knobs, log_probs, history, _repeat(lengths, plan.copies),
+    jnp.broadcast_to(state.step, history.shape[:1]),
+  )
+  shape = (*beams.scores.shape, logits.shape[-1])
+  beams, token, parents = beam_lib.advance(
+    plan.beam, knobs.beam, beams, scores.reshape(shape), log_probs.reshape(shape), lengths,
+    state.step,
+  )
+  cache = state.cache
+  if reorder:
+    keys, values = jax.tree.map(
+      lambda part: beam_lib.reorder(part, parents), (cache.keys, cache.values)
+    )
+    cache = cache._replace(keys=keys, values=values)
+  return state._replace(cache=cache, token=token.reshape(-1), chosen=beams)
+
+
+def _forbidding(plan, knobs, scores, history, lengths, num_new):
+  """The filters that greedy search and beam search have too."""
+  if plan.repetition:
+    scores = sampling.repetition_penalty(scores, history, lengths, knobs.repetition_penalty)
+  if plan.ngram:
+    scores = sampling.no_repeat_ngram(scores, history, lengths, plan.ngram)
+  if plan.min_new:
+    scores = sampling.forbid_while(scores, plan.eos_ids, num_new < knobs.min_new_tokens)
+  return scores
+
+
+def _keys(plan, knobs, state):
+  """A key `[R]` for each row, from (seed, row id, copy, step)."""
+  seed = jax.random.key(knobs.seed)
+
+  def key(row_id, copy):
+    key = jax.random.fold_in(jax.random.fold_in(seed, row_id), copy)
+    return jax.random.fold_in(key, state.step)
+
+  copy = jnp.tile(jnp.arange(plan.copies), state.row_id.shape[0])
+  return jax.vmap(key)(_repeat(state.row_id, plan.copies), copy)
+
+
+def _repeat(x, copies):
+  """Each of the rows `copies` times, one after the other."""
+  return x if copies == 1 else jnp.repeat(x, copies, axis=0)
+
+
+def _placed(state: State) -> State:
+  """Keeps the batch over the mesh's batch axes and heads over its tensor axis."""
+
+  def rows(x):
+    return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1)) if x.ndim else x
+
+  def heads(x):
+    return nn.with_logical_constraint(x, ("batch", "kv_heads", "sequence", "head_dim"))
+
+  cache = state.cache
+  keys, values = jax.tree.map(heads, (cache.keys, cache.values))
+  rest = jax.tree.map(rows, state._replace(cache=cache._replace(keys=(), values=())))
+  return rest._replace(cache=rest.cache._replace(keys=keys, values=values))

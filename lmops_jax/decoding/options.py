@@ -1,0 +1,142 @@
+"""What a user chooses about generation: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import gin
+
+_NAME = "decoding.GenerationOptions"
+
+
+@gin.register(module="decoding")
+@dataclasses.dataclass(frozen=True)
+class GenerationOptions:
+  """How tokens are chosen. The defaults are greedy.
+
+  Filters act on the logits in the order in which they stand here, as in transformers' `generate`.
+  Beam search takes the first three, on log-probabilities, without renormalising.
+
+  Attributes:
+    max_new_tokens: most tokens after the prompt, the end token included.
+    repetition_penalty: divides positive scores and multiplies negative ones of tokens that stand in
+      the prompt or were generated (Keskar et al. 2019, arXiv:1909.05858); 1 is off.
+    no_repeat_ngram: no n-gram of this size occurs twice in prompt and generated tokens; 0 is off.
+    min_new_tokens: no end token before this many tokens.
+    temperature: divides the logits; 0 takes the most probable token (greedy).
+    top_k: only the k best tokens, and those level with the last of them; 0 is off.
+    top_p: the smallest set of best tokens that holds this probability (Holtzman et al. 2020,
+      arXiv:1904.09751); 1 is off.
+    min_p: only tokens with this fraction of the best token's probability (arXiv:2407.01082); 0 is
+      off.
+    seed: of all random choices, 0 .. 2**32 - 1.
+    num_return_sequences: answers a prompt, with sampling or beam search.
+    num_beams: hypotheses kept a prompt; 1 is no beam search. Needs temperature 0.
+    num_beam_groups: diverse beam search (Vijayakumar et al. 2016, arXiv:1610.02424): beams in
+      groups that avoid the tokens of earlier groups; 1 is off.
+    diversity_penalty: subtracted from a token's score for each beam of an earlier group that chose
+      it at the same step.
+    length_penalty: a finished hypothesis scores sum of log-probabilities / length**length_penalty,
+      its length in generated tokens with the end token. Above 0 favours longer ones.
+    early_stopping: True ends a search when `num_beams` hypotheses are finished; False when the best
+      running one, scored at its present length, cannot beat the worst finished one; "never" when it
+      could not at any length up to `max_new_tokens`.
+    eos_ids: tokens that end a text; None takes the tokenizer's.
+
+  Raises:
+    ValueError: naming the field.
+  """
+
+  max_new_tokens: int = 64
+  repetition_penalty: float = 1.0
+  no_repeat_ngram: int = 0
+  min_new_tokens: int = 0
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  seed: int = 0
+  num_return_sequences: int = 1
+  num_beams: int = 1
+  num_beam_groups: int = 1
+  diversity_penalty: float = 0.0
+  length_penalty: float = 1.0
+  early_stopping: bool | str = False
+  eos_ids: tuple[int, ...] | None = None
+
+  def __post_init__(self):
+    for field, least in (
+      ("max_new_tokens", 1), ("no_repeat_ngram", 0), ("min_new_tokens", 0), ("top_k", 0),
+      ("seed", 0), ("num_return_sequences", 1), ("num_beams", 1), ("num_beam_groups", 1),
+    ):
+      value = getattr(self, field)
+      if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{_NAME}.{field}={value!r} must be an integer of at least {least}.")
+    for field, low, high in (
+      ("repetition_penalty", 0, math.inf), ("temperature", 0, math.inf), ("top_p", 0, 1),
+      ("min_p", 0, 1), ("diversity_penalty", 0, math.inf),
+      ("length_penalty", -math.inf, math.inf),
+    ):
+      value = getattr(self, field)
+      if not isinstance(value, (int, float)) or not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(
+          f"{_NAME}.{field}={value!r} must be a number"
+          + ("" if low == -math.inf else f" of at least {low}" if high > 1 else " from 0 to 1")
+          + "."
+        )
+    for field in ("repetition_penalty", "top_p"):
+      if not getattr(self, field):
+        raise ValueError(f"{_NAME}.{field}=0 leaves no token; set it above 0, or to 1 for none.")
+    if self.seed >= 2**32:
+      raise ValueError(f"{_NAME}.seed={self.seed} must be below 2**32.")
+    if self.early_stopping not in (True, False, "never"):
+      raise ValueError(
+        f'{_NAME}.early_stopping={self.early_stopping!r} is none of True, False and "never".'
+      )
+    if self.min_new_tokens > self.max_new_tokens:
+      raise ValueError(
+        f"{_NAME}.min_new_tokens={self.min_new_tokens} is more than max_new_tokens="
+        f"{self.max_new_tokens}."
+      )
+    if self.eos_ids is not None:
+      ids = tuple(self.eos_ids)
+      if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"{_NAME}.eos_ids={self.eos_ids!r} must be token ids, integers from 0.")
+      object.__setattr__(self, "eos_ids", ids)
+    self._check_search()
+
+  def _check_search(self):
+    filters = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    useless = [name for name, off in filters.items() if getattr(self, name) != off]
+    if self.temperature == 0 and useless:
+      raise ValueError(
+        f"{_NAME}.{useless[0]}={getattr(self, useless[0])} filters what is sampled from, and "
+        "temperature=0 samples nothing; set a temperature above 0."
+      )
+    if self.num_beams > 1 and self.temperature:
+      raise ValueError(
+        f"{_NAME} has num_beams={self.num_beams} and temperature={self.temperature}; beam search "
+        "takes the most probable, so set temperature to 0 or num_beams to 1."
+      )
+    if self.num_beams % self.num_beam_groups:
+      raise ValueError(
+        f"{_NAME}.num_beams={self.num_beams} is not a multiple of num_beam_groups="
+        f"{self.num_beam_groups}."
+      )
+    if self.diversity_penalty and self.num_beam_groups == 1:
+      raise ValueError(
+        f"{_NAME}.diversity_penalty={self.diversity_penalty} works between groups of beams; set "
+        "num_beam_groups to 2 or more."
+      )
+    if self.num_return_sequences > 1 and not self.temperature:
+      if self.num_beams == 1:
+        raise ValueError(
+          f"{_NAME}.num_return_sequences={self.num_return_sequences} and greedy search has one "
+          "answer; set a temperature or num_beams."
+        )
+      if self.num_return_sequences > self.num_beams:
+        raise ValueError(
+          f"{_NAME}.num_return_sequences={self.num_return_sequences} is more than num_beams="
+          f"{self.num_beams}."
+        )

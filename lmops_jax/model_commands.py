@@ -1,0 +1,247 @@
+"""`lmops generate`, `score`, `convert` and `export`: what a user does with one published model.
+
+The parsers stand here without anything heavy; jax and the model code are imported when a command
+runs. Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+COMMANDS = {
+  "generate": "continue prompts with a published model",
+  "score": "measure a published model on a labelled task by scoring its answer options",
+  "convert": "write a published model as parameters that any gin file can start from",
+  "export": "write a model trained or converted here as a folder that transformers loads",
+}
+EPILOG = """\
+examples:
+  lmops generate --model MODEL --prompt "The capital of France is" --max-new-tokens 16
+  lmops generate --model MODEL --prompt "..." --temperature 0.8 --top-p 0.9 --seed 1
+  lmops generate --model MODEL --chat --prompt "Name three rivers." --beams 4
+  lmops score --model MODEL --task sst2.jsonl --labels negative,positive --shots 8 \\
+      --template "Review: {text}\\nSentiment:{label}"
+  lmops convert --model MODEL --to CONVERTED
+  lmops export --checkpoint WORKDIR/train --to EXPORTED
+
+MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what lmops wrote.
+"""
+_NORMALISATIONS = ("sum", "token", "char", "null")
+
+
+def add_parsers(commands, options: dict) -> None:
+  """Adds the four commands to argparse's subparsers."""
+  for name, text in COMMANDS.items():
+    parser = commands.add_parser(
+      name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG, **options
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    {"generate": _generate_parser, "score": _score_parser, "convert": _convert_parser,
+     "export": _export_parser}[name](parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+  """Runs one of the commands and returns the exit code."""
+  {"generate": _generate, "convert": _convert, "export": _export}[
+    arguments.command
+  ](arguments)
+  return 0
+
+
+def _model_options(parser) -> None:
+  parser.add_argument("--model", required=True, metavar="PATH", help="folder or .gguf file")
+  parser.add_argument("--dtype", default="float32", help="of activations (default float32)")
+  parser.add_argument("--param-dtype", default="float32", help="of parameters (default float32)")
+
+
+def _running_options(parser) -> None:
+  _model_options(parser)
+  parser.add_argument("--attention", default="xla", help="xla, chunked, cudnn or splash")
+  parser.add_argument("--mesh", metavar="AXIS=N,...", help="such as data=2,tensor=4; default: one "
+                      "device")
+
+
+def _generate_parser(parser) -> None:
+  _running_options(parser)
+  add = parser.add_argument
+  add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+  add("--prompts", metavar="FILE", help='further prompts: JSON lines with "prompt", or plain lines')
+  add("--chat", action="store_true", help="put each prompt into the model's chat template")
+  add("--system", metavar="TEXT", help="system message in front of a chat")
+  add("--max-new-tokens", type=int, default=64)
+  add("--temperature", type=float, help="sample; default: greedy")
+  add("--top-k", type=int)
+  add("--top-p", type=float)
+  add("--min-p", type=float)
+  add("--repetition-penalty", type=float)
+  add("--no-repeat-ngram", type=int)
+  add("--beams", type=int, dest="num_beams", help="beam search")
+  add("--beam-groups", type=int, dest="num_beam_groups", help="diverse beam search")
+  add("--diversity-penalty", type=float)
+  add("--length-penalty", type=float)
+  add("--num-return", type=int, dest="num_return_sequences", help="answers a prompt")
+  add("--seed", type=int)
+  add("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
+  add("--json", action="store_true", help="a JSON object a text, with tokens and log-probabilities")
+
+
+def _score_parser(parser) -> None:
+  _running_options(parser)
+  add = parser.add_argument
+  add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields")
+  add("--template", required=True, help='such as "Review: {text}\\nSentiment:{label}"')
+  add("--labels", required=True, help="label words in the order of the label ids, by commas")
+  add("--shots", type=int, default=0, help="demonstrations in front of each row (default 0)")
+  add("--train", metavar="FILE", help="rows to draw demonstrations from; default: the task's own")
+  add("--balanced", action="store_true", help="as many demonstrations of each label")
+  add("--limit", type=int, help="score the first rows only")
+  add("--seed", type=int, default=0, help="of the demonstrations")
+  add("--normalise", default="sum", choices=_NORMALISATIONS, help="of an option's log-likelihood")
+  add("--batch-tokens", type=int, default=4096)
+  add("--output", metavar="FILE", help="write every row's scores as JSON lines")
+
+
+def _convert_parser(parser) -> None:
+  _model_options(parser)
+  parser.add_argument("--to", required=True, metavar="DIR", help="a new folder")
+
+
+def _export_parser(parser) -> None:
+  add = parser.add_argument
+  add("--checkpoint", required=True, metavar="PATH", help="a model that lmops wrote, or any other")
+  add("--to", required=True, metavar="DIR", help="a new folder")
+  add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+
+
+def _load(arguments):
+  """The model, its tokenizer, and the mesh: all checks that need no weights."""
+  from lmops_jax.pretrained import model as model_lib
+
+  partitioner = _partitioner(arguments.mesh)
+  source = model_lib.load(
+    arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
+    attention=arguments.attention,
+  )
+  return source, source.tokenizer(), partitioner
+
+
+def _partitioner(text: str | None):
+  from lmops_jax.training.mesh import AXES, MeshConfig
+
+  if text is None:
+    return None
+  sizes = {"data": 1}
+  for part in text.split(","):
+    axis, _, size = part.partition("=")
+    if axis not in AXES or not size.lstrip("-").isdigit():
+      raise ValueError(
+        f"--mesh {text!r}: {part!r} is not AXIS=N with an axis of {', '.join(AXES)}; write for "
+        "example data=2,tensor=4."
+      )
+    sizes[axis] = int(size)
+  return MeshConfig(**sizes).build()
+
+
+def _generate(arguments) -> None:
+  prompts = _prompts(arguments)
+  from lmops_jax.decoding import GenerationOptions, Generator
+
+  names = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "no_repeat_ngram", "num_beams", "num_beam_groups", "diversity_penalty", "length_penalty",
+    "num_return_sequences", "seed",
+  )
+  given = {name: getattr(arguments, name) for name in names}
+  options = GenerationOptions(**{k: v for k, v in given.items() if v is not None})
+  source, tokenizer, partitioner = _load(arguments)
+  texts = prompts
+  if arguments.chat:
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    texts = [
+      tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
+      for text in prompts
+    ]
+  generator = Generator(source.model, source.params(partitioner), tokenizer, partitioner)
+  if len(texts) == 1 and options.num_beams == options.num_return_sequences == 1 and not (
+    arguments.json
+  ):
+    _stream(generator, texts, options, arguments)
+    return
+  answers = generator.generate(
+    texts, options, stop=arguments.stop, add_special=not arguments.chat
+  )
+  per_prompt = len(answers) // len(texts)
+  for i, answer in enumerate(answers):
+    if arguments.json:
+      print(json.dumps({"prompt": prompts[i // per_prompt], **answer._asdict()}))
+    else:
+      print(answer.text if len(answers) == 1 else f"[{i // per_prompt}] {answer.text}")
+
+
+def _stream(generator, texts, options, arguments) -> None:
+  def show(row: int, text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+  generator.generate(
+    texts, options, stop=arguments.stop, callback=show, add_special=not arguments.chat
+  )
+  print()
+
+
+def _prompts(arguments) -> list[str]:
+  prompts = list(arguments.prompt)
+  if arguments.prompts:
+    path = Path(arguments.prompts).expanduser()
+    try:
+      lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise ValueError(f"--prompts {arguments.prompts} cannot be read ({error}).") from error
+    for number, line in enumerate(lines, 1):
+      if path.suffix != ".jsonl":
+        prompts.append(line)
+        continue
+      try:
+        prompts.append(json.loads(line)["prompt"])
+      except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+          f'{path}:{number} is not a JSON object with a field "prompt" ({error!r}).'
+        ) from error
+  if not prompts:
+    raise ValueError("there is nothing to continue; give --prompt TEXT or --prompts FILE.")
+  return prompts
+
+
+def _convert(arguments) -> None:
+  from lmops_jax.pretrained import model as model_lib
+
+  source = model_lib.load(
+    arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype
+  )
+  model_lib.save_model(Path(arguments.to), source, source.params())
+  print(f"{source.family}, {_count(source)} parameters: {arguments.to}")
+
+
+def _export(arguments) -> None:
+  from lmops_jax.pretrained import exporting
+  from lmops_jax.pretrained import model as model_lib
+
+  source = model_lib.load(arguments.checkpoint)
+  exporting.export(arguments.to, source, dtype=arguments.dtype)
+  print(f"{source.family}, {_count(source)} parameters: {arguments.to}")
+
+
+def _count(source) -> str:
+  import math
+
+  import flax.linen as nn
+  import jax
+
+  from lmops_jax import progress
+  from lmops_jax.pretrained import families, importing
+
+  shapes = nn.unbox(importing.abstract_params(families.by_name(source.family), source.config))
+  return progress.format_count(sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)))

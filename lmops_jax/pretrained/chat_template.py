@@ -1,0 +1,124 @@
+"""Chat templates: Jinja programs in a checkpoint that write a conversation as one text.
+
+They are other people's code, so they run in Jinja's immutable sandbox, with the few names that
+Hugging Face's own renderer offers: `raise_exception`, `strftime_now`, a `tojson` that leaves HTML
+characters alone, `break` and `continue`, and the tag `generation` around an assistant's words.
+Left out: tool functions as Python objects (give schemas) and masks of the assistant's tokens.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def render(
+  template: str,
+  messages: Sequence[Mapping[str, Any]],
+  *,
+  where: str,
+  add_generation_prompt: bool = True,
+  **variables: Any,
+) -> str:
+  """The text of a conversation.
+
+  Args:
+    template: Jinja source.
+    messages: each with `role` ("system", "user", "assistant", ...) and `content`.
+    where: the model, for errors.
+    add_generation_prompt: end with the beginning of an assistant's turn.
+    variables: what else the template may ask for, such as `bos_token` or `tools`.
+
+  Raises:
+    ValueError: no messages, one without a role, or a template that does not compile or objects.
+  """
+  import jinja2
+
+  messages = [_checked(i, message) for i, message in enumerate(messages)]
+  if not messages:
+    raise ValueError("a chat needs at least one message; give one with a role and a content.")
+  try:
+    return _compile(template).render(**{
+      "tools": None, "documents": None, **variables, "messages": messages,
+      "add_generation_prompt": add_generation_prompt,
+    })
+  except jinja2.TemplateSyntaxError as error:
+    raise ValueError(f"the chat template of {where} is no Jinja template: {error}.") from error
+  except Exception as error:  # the template is a program: anything may go wrong in it
+    raise ValueError(
+      f"the chat template of {where} refuses this conversation: {str(error).rstrip('.')}."
+    ) from error
+
+
+def _checked(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+  if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    raise ValueError(
+      f"message {i} of the chat is {message!r}; it must be a mapping with a role and a content."
+    )
+  return dict(message)
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(template: str):
+  import jinja2
+  import jinja2.ext
+  import jinja2.nodes
+  import jinja2.sandbox
+
+  class Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` stands for what is between."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+      line = next(parser.stream).lineno
+      body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+      return jinja2.nodes.Scope(body, lineno=line)
+
+  def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+  )
+  environment.filters["tojson"] = _to_json
+  environment.globals["raise_exception"] = raise_exception
+  environment.globals["strftime_now"] = _now
+  return environment.from_string(template)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+  return json.dumps(
+    value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+  )
+
+
+def _now(form: str) -> str:
+  return datetime.datetime.now().strftime(form)
+
+
+def choose(value: Any, where: str) -> str | None:
+  """The template among what a configuration holds: a text, or a list or mapping of named ones.
+
+  Raises:
+    ValueError: several, and none is named "default".
+  """
+  if isinstance(value, list):
+    try:
+      value = {entry["name"]: entry["template"] for entry in value}
+    except (TypeError, KeyError) as error:
+      raise ValueError(f"{where} lists chat templates without name and template.") from error
+  if not value or isinstance(value, str):
+    return value or None
+  if not isinstance(value, dict):
+    raise ValueError(f"{where} holds a {type(value).__name__} as chat template, not a text.")
+  if "default" in value:
+    return value["default"]
+  if len(value) == 1:
+    return next(iter(value.values()))
+  raise ValueError(
+    f"{where} holds the chat templates {', '.join(value)} and no default; name one of them default."
+  )

