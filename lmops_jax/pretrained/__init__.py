@@ -1,1 +1,8 @@
-"""Published models: import, tokenizers, export."""
+"""Published models: import, tokenizers, export.
+
+Importing this package registers `pretrained.load` with gin.
+"""
+
+from lmops_jax.pretrained.model import PretrainedModel, load
+
+__all__ = ["PretrainedModel", "load"]

@@ -1,0 +1,123 @@
+"""`lmops generate`, `score`, `convert` and `export` on a tiny model folder."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from lmops_jax import cli
+from lmops_jax.pretrained import sources
+from tests import model_folders
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return str(model_folders.write(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def lmops(capsys):
+  def run(*arguments, fails=False):
+    code = cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert (code != 0) == fails, err
+    return err if fails else out
+
+  return run
+
+
+def test_a_prompt_is_continued_and_streamed_as_it_is_returned(lmops, folder):
+  base = ("generate", "--model", folder, "--prompt", "abc", "--max-new-tokens", 12)
+  streamed = lmops(*base)
+  answer = json.loads(lmops(*base, "--json"))
+  assert streamed == answer["text"] + "\n"
+  assert answer["prompt"] == "abc" and len(answer["ids"]) <= 12
+  assert len(answer["logprobs"]) == len(answer["ids"])
+
+
+def test_many_prompts_and_answers_are_numbered(lmops, folder, tmp_path):
+  prompts = tmp_path / "prompts.jsonl"
+  prompts.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+  out = lmops(
+    "generate", "--model", folder, "--prompt", "zero", "--prompts", prompts, "--temperature", 1,
+    "--num-return", 2, "--max-new-tokens", 4, "--json",
+  )
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert [row["prompt"] for row in rows] == ["zero", "zero", "one", "one", "two", "two"]
+  again = lmops(
+    "generate", "--model", folder, "--prompt", "zero", "--temperature", 1, "--num-return", 2,
+    "--max-new-tokens", 4, "--json",
+  )
+  again = [json.loads(line) for line in again.splitlines()]
+  assert [row["ids"] for row in again] == [row["ids"] for row in rows[:2]]
+
+
+def test_chat_goes_through_the_template(lmops, folder):
+  chat = lmops(
+    "generate", "--model", folder, "--chat", "--system", "Be brief.", "--prompt", "Hi",
+    "--max-new-tokens", 6,
+  )
+  text = "[system] Be brief.\n[user] Hi\n[assistant] "
+  plain = lmops("generate", "--model", folder, "--prompt", text, "--max-new-tokens", 6)
+  # A template writes its own BOS; this one has none, and plain text gets one.
+  assert isinstance(chat, str) and isinstance(plain, str) and chat != plain
+
+
+def test_convert_export_and_generate_agree(lmops, folder, tmp_path):
+  assert "llama" in lmops("convert", "--model", folder, "--to", tmp_path / "converted")
+  lmops("export", "--checkpoint", tmp_path / "converted", "--to", tmp_path / "exported")
+  base = ("--prompt", "abc", "--max-new-tokens", 8, "--beams", 3, "--json")
+  answers = [
+    lmops("generate", "--model", path, *base)
+    for path in (folder, tmp_path / "converted", tmp_path / "exported")
+  ]
+  assert answers[0] == answers[1] == answers[2]
+  with (
+    sources.open_source(tmp_path / "exported") as ours, sources.open_source(folder) as theirs
+  ):
+    assert set(ours.names()) == set(theirs.names())
+    for name in ours.names():
+      np.testing.assert_array_equal(ours.read(name), theirs.read(name))
+  half = tmp_path / "half"
+  lmops("export", "--checkpoint", tmp_path / "converted", "--to", half, "--dtype", "bfloat16")
+  with sources.open_source(half) as source:
+    assert {str(source.dtype(name)) for name in source.names()} == {"bfloat16"}
+
+
+def test_a_mesh_of_eight_devices_gives_the_same_text(lmops, folder):
+  base = ("generate", "--model", folder, "--prompt", "abc", "--max-new-tokens", 12)
+  assert lmops(*base, "--mesh", "data=2,fsdp=2,tensor=2") == lmops(*base)
+
+
+@pytest.mark.parametrize(
+  "arguments,message",
+  [
+    (("--model", "absent", "--prompt", "x"), "neither a folder nor a .gguf file"),
+    (("--model", "FOLDER"), "nothing to continue; give --prompt"),
+    (("--model", "FOLDER", "--prompts", "absent.txt"), "absent.txt cannot be read"),
+    (("--model", "FOLDER", "--prompt", "x", "--top-p", "0.9"), "temperature=0 samples nothing"),
+    (("--model", "FOLDER", "--prompt", "x", "--mesh", "rows=2"), "'rows=2' is not AXIS=N"),
+    (("--model", "FOLDER", "--prompt", "x", "--attention", "flash"), "'flash' is not one of"),
+    (("--model", "FOLDER", "--prompt", "x" * 300), "300|301"),
+    (("--model", "FOLDER", "--prompt", "x", "--max-new-tokens", "300"), "256"),
+    (("--model", "FOLDER", "--prompt", "x", "--gin.X=1"), "takes no bindings"),
+    (("--prompt", "x"), "--model"),
+  ],
+)
+def test_bad_input_is_one_sentence(lmops, folder, arguments, message):
+  arguments = [folder if a == "FOLDER" else a for a in arguments]
+  error = lmops("generate", *arguments, fails=True)
+  assert error.startswith("lmops: error: ") and error.count("\n") == 1
+  assert re.search(message, error), error
+
+
+def test_nothing_is_left_of_a_conversion_that_fails(lmops, folder, tmp_path):
+  broken = tmp_path / "broken"
+  shutil.copytree(folder, broken)
+  data = (broken / "model.safetensors").read_bytes()
+  (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+  error = lmops("convert", "--model", broken, "--to", tmp_path / "out", fails=True)
+  assert "truncated" in error
+  assert [p.name for p in tmp_path.iterdir()] == ["broken"]
