@@ -19,6 +19,7 @@ from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
 from lmops_jax.data.vocabularies import (
   HuggingFaceTokenizer,
+  ModelTokenizer,
   SentencePieceFile,
   TrainSentencePiece,
   Vocabulary,
@@ -35,6 +36,7 @@ __all__ = [
   "Instance",
   "Instances",
   "Jsonl",
+  "ModelTokenizer",
   "OverlapIndex",
   "Parquet",
   "PythonReference",

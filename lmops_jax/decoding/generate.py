@@ -121,7 +121,6 @@ class Generator:
     row_ids: Sequence[int] | None = None,
     *,
     add_special: bool = True,
-    add_special: bool = True,
   ) -> list[text_lib.Generation]:
     """Continues texts.
 
@@ -146,8 +145,8 @@ class Generator:
     stop = text_lib.check_stop(stop)
     prompts = [list(self._tokenizer.encode(text, add_special)) for text in texts]
     streams = [
-      text_lib.TextStream(self._tokenizer, stop)
-      for _ in range(len(texts) * options.num_return_sequences)
+      text_lib.TextStream(self._tokenizer, stop, prompt)
+      for prompt in prompts for _ in range(options.num_return_sequences)
     ]
 
     def watch(i, ids):

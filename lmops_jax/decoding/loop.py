@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +21,7 @@ from lmops_jax.decoding import beam as beam_lib
 from lmops_jax.decoding import sampling
 from lmops_jax.decoding.options import GenerationOptions
 from lmops_jax.models.cache import KVCache, empty_cache
+from lmops_jax.models.partitioning import constrain
 
 
 class Plan(NamedTuple):
@@ -306,10 +306,10 @@ def _placed(state: State) -> State:
   """Keeps the batch over the mesh's batch axes and heads over its tensor axis."""
 
   def rows(x):
-    return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1)) if x.ndim else x
+    return constrain(x, ("batch",) + (None,) * (x.ndim - 1)) if x.ndim else x
 
   def heads(x):
-    return nn.with_logical_constraint(x, ("batch", "kv_heads", "sequence", "head_dim"))
+    return constrain(x, ("batch", "kv_heads", "sequence", "head_dim"))
 
   cache = state.cache
   keys, values = jax.tree.map(heads, (cache.keys, cache.values))

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
   from lmops_jax.data.vocabularies import ModelTokenizer, Vocabulary
 
 NESTED = "tokenizer"  # where a model that was written here has its tokenizer's files
-_INCOMPLETE = "\ufffd"  # how decoders show the first bytes of a character
 
 
 class Tokenizer:
@@ -221,42 +220,3 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     path = nested
   contents = tokenizer_folder.read(path)
   return Tokenizer(path, contents.backend, contents.special, contents.stop_ids, contents.template)
-
-
-class IncrementalDecoder:
-  """Decodes ids as they come, handing out text that does not have to be taken back.
-
-  Bytes of an unfinished character wait for the rest. Only the ids since the last text are decoded
-  again, with those of that text before them, because the blank before a word may depend on what
-  precedes it.
-  """
-
-  def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-    self._tokenizer = tokenizer
-    self._skip_special = skip_special
-    self._ids: list[int] = []  # of the last text handed out, then those that wait
-    self._num_done = 0
-
-  def push(self, ids: Iterable[int]) -> str:
-    """Takes ids; returns the text that is complete now, often empty."""
-    pieces = []
-    for i in ids:
-      self._ids.append(int(i))
-      pieces.append(self._take(final=False))
-    return "".join(pieces)
-
-  def flush(self) -> str:
-    """The text that still waits, when no more ids will come; unfinished characters as U+FFFD."""
-    return self._take(final=True)
-
-  def _take(self, final: bool) -> str:
-    before = self._decode(self._ids[: self._num_done])
-    text = self._decode(self._ids)
-    if len(text) <= len(before) or text.endswith(_INCOMPLETE) and not final:
-      return ""
-    self._ids = self._ids[self._num_done :]
-    self._num_done = len(self._ids)
-    return text[len(before) :]
-
-  def _decode(self, ids: list[int]) -> str:
-    return self._tokenizer.decode(ids, self._skip_special)

@@ -135,7 +135,8 @@ class _Settings:
       self.own = {**self.own, **map_}
     name = self.own.get("tokenizer_class") or self.model.get("tokenizer_class") or ""
     name = str(name).removesuffix("Fast")
-    by_model = _BY_MODEL.get(self.model.get("model_type"), "")
+    kind = self.model.get("model_type") or ""
+    by_model = _BY_MODEL.get(kind, kind)
     of_kind = by_model == "OPT" and name == "GPT2Tokenizer"
     self.class_name = by_model if of_kind or not name or name in _GENERIC else name
     # A class without rules of its own, for a vocabulary that says everything itself.
@@ -148,9 +149,9 @@ class _Settings:
     if family is None or family.form not in forms:
       known = [name for name, f in _FAMILIES.items() if f.form in forms and name != "OPT"]
       raise ValueError(
-        f"{self.folder} names the tokenizer class {self.class_name!r}, whose rules for such files "
-        f"lmops_jax does not know (it knows {', '.join(known)}); save the tokenizer with "
-        f"transformers, which writes {FAST}."
+        f"{self.folder} has a tokenizer of {self.class_name!r}, whose rules for such files "
+        f"lmops_jax does not know (it knows {', '.join(known)}); save it with transformers, which "
+        f"writes {FAST}."
       )
     return family
 
@@ -164,18 +165,25 @@ class _Settings:
         found[name] = _token(value, self.folder / CONFIG)
     return found
 
-  def added(self) -> Iterator[tuple[int | None, dict[str, Any]]]:
-    """Further tokens, `(id, arguments)` in the order of ids; None where the next id is due."""
-    decoder = self.own.get("added_tokens_decoder") or {}
-    listed = [(int(i), _token(token, self.folder / CONFIG)) for i, token in decoder.items()]
-    if not decoder:
-      older = _read_json(self.folder / "added_tokens.json")
-      listed = [(int(i), {"content": text, "special": False}) for text, i in older.items()]
+  def added(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Tokens outside of the vocabulary, `(id, arguments)` in the order of ids."""
+    path, decoder = self.folder / CONFIG, self.own.get("added_tokens_decoder")
+    older = {} if decoder else _read_json(self.folder / "added_tokens.json")
+    try:
+      if not decoder:
+        path = self.folder / "added_tokens.json"
+        decoder = {i: {"content": text, "special": False} for text, i in older.items()}
+      listed = [(int(i), _token(token, path)) for i, token in decoder.items()]
+    except (TypeError, AttributeError) as error:
+      raise ValueError(f"{path} does not list added tokens with their ids ({error}).") from error
     yield from sorted(listed, key=lambda pair: pair[0])
+
+  def extra(self) -> Iterator[dict[str, Any]]:
+    """Special tokens that have no name."""
     for key in ("additional_special_tokens", "extra_special_tokens"):
       value = self.own.get(key) or ()
       for token in value.values() if isinstance(value, dict) else value:
-        yield None, _token(token, self.folder / CONFIG)
+        yield _token(token, self.folder / CONFIG)
 
   def special(self, backend) -> dict[str, str]:
     """Special tokens by name, as far as the vocabulary has them."""
@@ -334,7 +342,7 @@ def _add_tokens(tokenizer, settings: _Settings, family: _Family | None) -> None:
     given = f"{name}_token" in settings.own
     if given or tokenizer.token_to_id(token["content"]) is not None:
       wanted.append(token)
-  for token in wanted:
+  for token in [*wanted, *settings.extra()]:
     if token["content"] in known:
       continue
     known.add(token["content"])
@@ -373,11 +381,12 @@ def _sentencepiece(settings: _Settings, path: Path) -> SentencePieceBackend:
       add(token, pieces[token["content"]])
   for text, i in pieces.items():
     add({"content": text, "special": True}, i)
-  further = list(settings.added())
+  further: list[tuple[int | None, dict[str, Any]]] = list(settings.added())
   if settings.class_name == "XGLMTokenizer":
     further = [(None, {"content": f"<madeupword{i}>", "special": True})
                for i in range(_XGLM_UNUSED)] + further
-  for identifier, token in [*further, *((None, t) for t in settings.tokens(family).values())]:
+  unplaced = [*settings.tokens(family).values(), *settings.extra()]
+  for identifier, token in [*further, *((None, token) for token in unplaced)]:
     text = token["content"]
     if text in added:
       continue

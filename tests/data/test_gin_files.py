@@ -44,6 +44,7 @@ EXPECTED = {
   "target_text_folder": (None, data.TextFolder("/target"), None),
   "sentencepiece": (None, None, data.SentencePieceFile("/vocabulary")),
   "hugging_face": (None, None, data.HuggingFaceTokenizer("/vocabulary")),
+  "model_tokenizer": (None, None, data.vocabularies.ModelTokenizer("/vocabulary")),
 }
 
 

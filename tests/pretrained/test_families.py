@@ -11,6 +11,7 @@ import pytest
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+torch.set_num_threads(1)  # more of them get into the way of XLA's
 
 from lmops_jax.models.transformer import Transformer  # noqa: E402
 from lmops_jax.pretrained import families, importing  # noqa: E402

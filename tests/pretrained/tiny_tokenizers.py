@@ -17,7 +17,8 @@ TEXTS = [
 
 def sentences():
   generator = random.Random(0)
-  words = ["".join(generator.choices("etaoinshrdlu", k=generator.randint(1, 7))) for _ in range(150)]
+  letters = "etaoinshrdlu"
+  words = ["".join(generator.choices(letters, k=generator.randint(1, 7))) for _ in range(150)]
   fixed = ["Hello world! don't, I'll; it's 12345", "def f(x):\n    return x + 1", "naïve café 漢字"]
   return fixed * 5 + [" ".join(generator.choices(words, k=12)) for _ in range(80)] + [
     "the quick brown fox jumps over the lazy dog and returns " * 3] * 5
@@ -40,7 +41,7 @@ def byte_level(special, words=None):
 
 
 def llama():
-  """Llama's kind in the tokenizers package: BPE over blanks written as U+2581, bytes for the rest."""
+  """Llama's kind in the tokenizers package: BPE, blanks written as U+2581, bytes for the rest."""
   bytes_ = [f"<0x{i:02X}>" for i in range(256)]
   tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
   tokenizer.normalizer = normalizers.Sequence(
