@@ -118,7 +118,25 @@ def self_attention(
   return first_order_only(kernel, kind)(q, k, v, segment_ids)
 
 
-def cached_attention(q, keys, values, mask, distance, slopes=None) -> jax.Array:
+class Shared(NamedTuple):
+  """Keys and values that all rows of a batch see, held once.
+
+  Attributes:
+    keys: `[1,K,P,E]`.
+    values: like `keys`.
+    mask: `[B,S,P] bool`.
+    distance: `[B,S,P]`, key position minus query position.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  mask: jax.Array
+  distance: jax.Array
+
+
+def cached_attention(
+  q, keys, values, mask, distance, slopes=None, shared: Shared | None = None
+) -> jax.Array:
   """Attention `[B,S,H,E]` of new positions over slots of a cache.
 
   Args:
@@ -128,11 +146,20 @@ def cached_attention(q, keys, values, mask, distance, slopes=None) -> jax.Array:
     mask: `[B,S,M] bool`, which slots a query sees.
     distance: `[B,S,M]`, key position minus query position; read for ALiBi only.
     slopes: ALiBi's `[H] float32`, or None.
+    shared: more keys and values, of all rows.
   """
   b, s, h, e = q.shape
   q_BKGSE = q.reshape(b, s, keys.shape[1], -1, e).transpose(0, 2, 3, 1, 4)
-  bias = None if slopes is None else _alibi(slopes, keys.shape[1], distance[:, None, None])
-  out = _softmax_attention(q_BKGSE, keys, values, mask[:, None, None], bias)
+
+  def bias(distance):
+    return None if slopes is None else _alibi(slopes, keys.shape[1], distance[:, None, None])
+
+  own = keys, values, mask[:, None, None], bias(distance)
+  if shared is None:
+    out = _softmax_attention(q_BKGSE, *own)
+  else:
+    before = shared.keys, shared.values, shared.mask[:, None, None], bias(shared.distance)
+    out = _joint_attention(q_BKGSE, own, before)
   return out.transpose(0, 3, 1, 2, 4).reshape(b, s, h, e)
 
 
@@ -189,6 +216,39 @@ def _softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None):
   probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKME.dtype)
   out = jnp.einsum(
     "bkrm,bkme->bkre", probabilities.reshape(b, kv_heads, groups * length, -1), v_BKME
+  )
+  return out.reshape(q_BKGSE.shape)
+
+
+def _joint_attention(q_BKGSE, own, shared):
+  """As `_softmax_attention` over both sets of keys; those of `shared` have no batch to copy."""
+  b, kv_heads, groups, length, width = q_BKGSE.shape
+  keys, values, *masked = own
+  shared_keys, shared_values, *shared_masked = shared
+  wide = jnp.promote_types(q_BKGSE.dtype, jnp.float32)
+  q_BKRE = q_BKGSE.reshape(b, kv_heads, groups * length, width)
+  q_KRE = q_BKRE.swapaxes(0, 1).reshape(kv_heads, -1, width)
+  scores = jnp.einsum("bkre,bkme->bkrm", q_BKRE, keys, preferred_element_type=wide)
+  shared_scores = jnp.einsum(
+    "kre,kme->krm", q_KRE, shared_keys[0], preferred_element_type=wide
+  ).reshape(kv_heads, b, groups * length, -1).swapaxes(0, 1)
+
+  def finish(scores, mask, bias):
+    scores = scores.reshape(b, kv_heads, groups, length, -1) * width**-0.5
+    return jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
+
+  scores = jnp.concatenate(
+    [finish(shared_scores, *shared_masked), finish(scores, *masked)], axis=-1
+  )
+  probabilities = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  num_shared = shared_keys.shape[2]
+  before, after = probabilities[..., :num_shared], probabilities[..., num_shared:]
+  before = before.reshape(b, kv_heads, groups * length, -1).swapaxes(0, 1)
+  out = jnp.einsum(
+    "krm,kme->kre", before.reshape(kv_heads, -1, num_shared), shared_values[0]
+  ).reshape(kv_heads, b, groups * length, width).swapaxes(0, 1)
+  out = out + jnp.einsum(
+    "bkrm,bkme->bkre", after.reshape(b, kv_heads, groups * length, -1), values
   )
   return out.reshape(q_BKGSE.shape)
 

@@ -45,6 +45,7 @@ class Slots(NamedTuple):
     mask: `[B,S,M] bool`, or None for `fresh` tokens, which see each other only.
     distance: `[B,S,M] int32`, key position minus query position; None with `mask` None.
     segment_ids: `[B,S] int32` for `fresh` tokens, which keeps padding apart.
+    shared: mask and distance `[B,S,P]` of keys that all rows share, or None.
   """
 
   angles: tuple[jax.Array, jax.Array] | None
@@ -52,6 +53,7 @@ class Slots(NamedTuple):
   mask: jax.Array | None = None
   distance: jax.Array | None = None
   segment_ids: jax.Array | None = None
+  shared: tuple[jax.Array, jax.Array] | None = None
 
 
 def activation(name: str):
@@ -154,8 +156,11 @@ class Attention(nn.Module):
     q, k, v = self._project(x, sequence.angles)
     return self.out(self._attend(q, k, v, sequence.segment_ids))
 
-  def extend(self, x, slots: Slots, keys, values):
-    """Writes the new keys and values and attends; returns the output and both caches."""
+  def extend(self, x, slots: Slots, keys, values, shared=None):
+    """Writes the new keys and values and attends; returns the output and both caches.
+
+    `shared` are keys and values `[1,K,P,E]` of all rows, or None.
+    """
     q, k, v = self._project(x, slots.angles)
     start = (0, 0, slots.start, 0)
     keys, values = (
@@ -165,8 +170,11 @@ class Attention(nn.Module):
     if slots.mask is None:
       out = self._attend(q, k, v, slots.segment_ids)
     else:
+      if shared is not None:
+        shared = attention_lib.Shared(*(x.astype(q.dtype) for x in shared), *slots.shared)
       out = attention_lib.cached_attention(
-        q, keys.astype(q.dtype), values.astype(q.dtype), slots.mask, slots.distance, self._slopes()
+        q, keys.astype(q.dtype), values.astype(q.dtype), slots.mask, slots.distance,
+        self._slopes(), shared,
       )
     return self.out(out), keys, values
 
@@ -225,11 +233,11 @@ class Block(nn.Module):
     x, _ = self._wired(x, lambda y: (self.attention(y, sequence), None))
     return x, None
 
-  def extend(self, x, slots: Slots, keys, values):
+  def extend(self, x, slots: Slots, keys, values, shared=None):
     """The layer on new tokens; returns `[B,S,D]`, keys and values with them added."""
 
     def attend(y):
-      out, *caches = self.attention.extend(y, slots, keys, values)
+      out, *caches = self.attention.extend(y, slots, keys, values, shared)
       return out, caches
 
     x, (keys, values) = self._wired(x, attend)

@@ -195,7 +195,8 @@ class Transformer(nn.Module):
     return jnp.stack([x, *states])
 
   def extend(
-    self, tokens, cache: cache_lib.KVCache, *, positions, valid=None, branch=None, fresh=False
+    self, tokens, cache: cache_lib.KVCache, *, positions, valid=None, branch=None, fresh=False,
+    shared: cache_lib.KVCache | None = None,
   ) -> tuple[jax.Array, cache_lib.KVCache]:
     """Hidden states of new tokens that also see the cache, and the cache with them added.
 
@@ -207,6 +208,7 @@ class Transformer(nn.Module):
       valid: `[B,S] bool`, False for padding, which no token ever sees; None is all True.
       branch: `[B,S] int32`, see `KVCache.branch`; None is 0.
       fresh: promises (statically) an empty cache, so that attention looks at the new tokens only.
+      shared: a cache of one row whose valid slots stand in front of every row, held once.
 
     Returns:
       `[B,S,D]` in `config.dtype`, as `__call__`; and the cache.
@@ -222,7 +224,7 @@ class Transformer(nn.Module):
       )
     num_new = tokens.shape[1]
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
-    alone = fresh and branch is None
+    alone = fresh and branch is None and shared is None
     branch = jnp.zeros(tokens.shape, jnp.int32) if branch is None else branch
     x, positions = self._embed(tokens, positions, None)
     cache = cache_lib.with_slots(cache, positions, valid, branch)
@@ -232,10 +234,14 @@ class Transformer(nn.Module):
     else:
       mask, distance = cache_lib.visible(cache, num_new, c.sliding_window)
       slots = slots._replace(mask=mask, distance=distance)
+    if shared is not None:
+      seen = cache_lib.visible_shared(shared, positions, c.sliding_window)
+      slots = slots._replace(shared=seen)
     keys, values = list(cache.keys), list(cache.values)
     for i, params in enumerate(self._layer_params()):
+      before = None if shared is None else (shared.keys[i], shared.values[i])
       x, keys[i], values[i] = Block(c, parent=None).apply(
-        {"params": params}, x, slots, keys[i], values[i], method="extend"
+        {"params": params}, x, slots, keys[i], values[i], before, method="extend"
       )
     x = self.final_norm(x) if c.final_norm else x
     return x, cache._replace(

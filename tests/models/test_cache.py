@@ -104,6 +104,26 @@ def test_branches_see_the_shared_context_and_themselves():
         np.testing.assert_allclose(hidden[0, place], alone, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shared_context_is_a_context_of_every_row(name):
+  model, params = _model(name)
+  context, rows = _tokens(1, 4), _tokens(3, 5, seed=1)
+  padded = np.concatenate([np.full((1, 2), 9, np.int32), context], 1)
+  valid = np.array([[False] * 2 + [True] * 4])
+  positions = np.maximum(np.cumsum(valid, 1) - 1, 0)
+  _, shared = _extend(
+    model, params, padded, empty_cache(model.config, 1, 6), positions=positions, valid=valid,
+    fresh=True,
+  )
+  cache = empty_cache(model.config, 3, 5)
+  hidden, _ = model.apply(
+    {"params": params}, rows, cache, positions=np.broadcast_to(4 + np.arange(5), (3, 5)),
+    shared=shared, method="extend",
+  )
+  want = model.apply({"params": params}, np.concatenate([np.repeat(context, 3, 0), rows], 1))
+  np.testing.assert_allclose(hidden, want[:, 4:], rtol=2e-5, atol=2e-5)
+
+
 def test_an_encoder_has_no_cache():
   config = TransformerConfig(**BASE, causal=False)
   cache = empty_cache(config, 1, 4)
