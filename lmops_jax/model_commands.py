@@ -45,7 +45,7 @@ def add_parsers(commands, options: dict) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
   """Runs one of the commands and returns the exit code."""
-  {"generate": _generate, "convert": _convert, "export": _export}[
+  {"generate": _generate, "score": _score, "convert": _convert, "export": _export}[
     arguments.command
   ](arguments)
   return 0
@@ -91,13 +91,14 @@ def _generate_parser(parser) -> None:
 def _score_parser(parser) -> None:
   _running_options(parser)
   add = parser.add_argument
-  add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields")
-  add("--template", required=True, help='such as "Review: {text}\\nSentiment:{label}"')
-  add("--labels", required=True, help="label words in the order of the label ids, by commas")
+  add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields and "
+      "label, or the name of a task that tfds has")
+  add("--template", help='such as "Review: {text}\\nSentiment: {label}"; the label comes last')
+  add("--labels", help="label words in the order of the label ids, by commas")
   add("--shots", type=int, default=0, help="demonstrations in front of each row (default 0)")
   add("--train", metavar="FILE", help="rows to draw demonstrations from; default: the task's own")
   add("--balanced", action="store_true", help="as many demonstrations of each label")
-  add("--limit", type=int, help="score the first rows only")
+  add("--limit", type=int, help="read the first rows only")
   add("--seed", type=int, default=0, help="of the demonstrations")
   add("--normalise", default="sum", choices=_NORMALISATIONS, help="of an option's log-likelihood")
   add("--batch-tokens", type=int, default=4096)
@@ -190,6 +191,48 @@ def _stream(generator, texts, options, arguments) -> None:
     texts, options, stop=arguments.stop, callback=show, add_special=not arguments.chat
   )
   print()
+
+
+def _score(arguments) -> None:
+  from lmops_jax import progress as progress_lib
+  from lmops_jax.data import classification_tasks
+  from lmops_jax.decoding.scoring import OptionScorer
+  from lmops_jax.evaluation import in_context
+
+  def read(path, limit=None):
+    named = arguments.template is None and arguments.labels is None
+    if named and not Path(path).suffix:
+      return classification_tasks.tfds_task(path, limit=limit)
+    if arguments.template is None or arguments.labels is None:
+      raise ValueError(
+        f"--task {path} is a file, so it needs --template and --labels; see lmops score --help."
+      )
+    template = arguments.template.replace("\\n", "\n")
+    words = [word.strip() for word in arguments.labels.split(",")]
+    return classification_tasks.jsonl_task(path, template, words, limit)
+
+  task = read(arguments.task, arguments.limit)
+  train = read(arguments.train).rows if arguments.train else None
+  source, tokenizer, partitioner = _load(arguments)
+  scorer = OptionScorer(
+    source.model, source.params(partitioner), partitioner, batch_tokens=arguments.batch_tokens
+  )
+  with progress_lib.Progress(len(task.rows), "rows", "scoring") as bar:
+    result = in_context.evaluate(
+      scorer, tokenizer, task, shots=arguments.shots, seed=arguments.seed, train=train,
+      balanced=arguments.balanced, normalisation=arguments.normalise, progress=bar.update,
+    )
+  if arguments.output:
+    with Path(arguments.output).expanduser().open("w", encoding="utf-8") as file:
+      for i in range(len(result.labels)):
+        file.write(json.dumps(in_context.record(task, result, i)) + "\n")
+  print(f"accuracy {result.accuracy:.4f} (standard error {result.standard_error:.4f}), "
+        f"{len(result.labels)} rows, {result.num_shots} shots, by {arguments.normalise}")
+  width = max(map(len, task.words))
+  print(f"  {'label':{width}}  rows  predicted  right")
+  for i, word in enumerate(task.words):
+    print(f"  {word:{width}}  {result.confusion[i].sum():4}  {result.confusion[:, i].sum():9}  "
+          f"{result.confusion[i, i]:5}")
 
 
 def _prompts(arguments) -> list[str]:

@@ -121,3 +121,25 @@ def test_nothing_is_left_of_a_conversion_that_fails(lmops, folder, tmp_path):
   error = lmops("convert", "--model", broken, "--to", tmp_path / "out", fails=True)
   assert "truncated" in error
   assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+
+
+def test_score_prints_accuracy_and_writes_every_row(lmops, folder, tmp_path):
+  task = tmp_path / "task.jsonl"
+  task.write_text("".join(
+    json.dumps({"text": "ab" * (i % 4 + 1), "label": i % 2}) + "\n" for i in range(9)
+  ))
+  base = ("score", "--model", folder, "--task", task, "--labels", "no, yes")
+  out = lmops(
+    *base, "--template", r"{text}\nAnswer: {label}", "--shots", 2, "--output", tmp_path / "o.jsonl"
+  )
+  assert re.search(r"accuracy 0\.\d+ \(standard error 0\.\d+\), 7 rows, 2 shots, by sum", out)
+  rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+  assert len(rows) == 7 and set(rows[0]["scores"]) == {"no", "yes"}
+  accuracy = np.mean([row["label"] == row["prediction"] for row in rows])
+  assert f"accuracy {accuracy:.4f}" in out
+  error = lmops(*base, "--template", "{body} {label}", fails=True)
+  assert "task.jsonl:1 has no field 'body'" in error
+  error = lmops("score", "--model", folder, "--task", task, fails=True)
+  assert "needs --template and --labels" in error
+  error = lmops("score", "--model", folder, "--task", "sst", fails=True)
+  assert "no task 'sst'" in error and "sst2" in error

@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import gin
 
@@ -96,17 +96,8 @@ class Jsonl(_Files):
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:
     for name, path in self._paths():
-      for number, line in _lines(path):
+      for number, row in jsonl_rows(path, counts):
         where = f"{path}:{number}"
-        try:
-          row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-          counts["undecodable"] += 1
-          continue
-        except json.JSONDecodeError as error:
-          raise ValueError(f"{where} is not valid JSON: {error.msg}.") from error
-        if not isinstance(row, dict):
-          raise ValueError(f"{where} holds a {type(row).__name__}, not an object with fields.")
         _check_field(row, self.text_field, where, "data.Jsonl.text_field")
         text = row[self.text_field]
         if not isinstance(text, str):
@@ -126,6 +117,34 @@ class Jsonl(_Files):
           counts["undecodable"] += 1
           continue
         yield Document(identifier, text, kind, source)
+
+
+def jsonl_rows(
+  path: Path | str, counts: Counter[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  """The objects of one file of JSON lines (`.gz`, `.zst` or plain) and their line numbers, from 1.
+
+  Args:
+    path: of the file.
+    counts: gets the lines that are not UTF-8 under "undecodable"; without it they are an error.
+
+  Raises:
+    ValueError: naming file and line, for what cannot be read or is not an object.
+  """
+  for number, line in _lines(Path(path).expanduser()):
+    where = f"{path}:{number}"
+    try:
+      row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+      if counts is None:
+        raise ValueError(f"{where} is not UTF-8 text ({error.reason}).") from error
+      counts["undecodable"] += 1
+      continue
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{where} is not valid JSON: {error.msg}.") from error
+    if not isinstance(row, dict):
+      raise ValueError(f"{where} holds a {type(row).__name__}, not an object with fields.")
+    yield number, row
 
 
 def _has_surrogates(text: str) -> bool:

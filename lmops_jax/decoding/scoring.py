@@ -1,0 +1,270 @@
+"""Log-likelihoods of continuations: of answer options after a context, and of whole texts.
+
+Rows that begin alike pay for their common beginning once: it is read into a cache of one row that
+all batches attend to. All options of a row are scored in one pass, as branches after its context.
+Rows are sorted by length into a few widths, and logits exist only where a continuation's token is
+predicted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.decoding.generate import bucket
+from lmops_jax.models.cache import empty_cache
+from lmops_jax.models.transformer import Transformer, unstack_layers
+
+_MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a cache of its own
+_LOGITS_TOKENS = 8  # what the logits of one predicted token weigh against a token of the batch
+
+
+class Request(NamedTuple):
+  """A context and what may follow it.
+
+  Attributes:
+    context: token ids, at least one.
+    options: token ids of each continuation, at least one each.
+  """
+
+  context: Sequence[int]
+  options: Sequence[Sequence[int]]
+
+
+class OptionScorer:
+  """Scores continuations with one model; programs are compiled when first needed and kept.
+
+  Attributes:
+    params: as the programs take them.
+  """
+
+  def __init__(self, model: Transformer, params, partitioner=None, *, batch_tokens: int = 4096):
+    """
+    Args:
+      model: a causal `Transformer`.
+      params: its parameters, with stacked or unstacked layers.
+      partitioner: a `training.mesh.Partitioner`; None is the default device.
+      batch_tokens: most token positions of a batch.
+
+    Raises:
+      ValueError: for an encoder, or `batch_tokens` below 1.
+    """
+    if not model.config.causal:
+      raise ValueError(
+        "models.TransformerConfig.causal is False: an encoder has no likelihood of a continuation; "
+        "load a decoder to score options."
+      )
+    if batch_tokens < 1:
+      raise ValueError(f"batch_tokens={batch_tokens} must be at least 1.")
+    self._model, self._partitioner, self._batch_tokens = model, partitioner, batch_tokens
+    self.params = unstack_layers(nn.unbox(params))
+
+  def score(
+    self, requests: Sequence[Request], progress: Callable[[int], None] | None = None
+  ) -> list[list[np.ndarray]]:
+    """Log-probabilities of the tokens of every option, nats.
+
+    Args:
+      requests: in any order.
+      progress: called with the number of requests done since the last call.
+
+    Returns:
+      For each request, for each option `[its tokens] float32`.
+
+    Raises:
+      ValueError: an empty context or option, an id outside of the vocabulary, or more tokens than
+        the model has positions; names the request by its index.
+    """
+    self._check(requests)
+    shared = _common_prefix(requests)
+    results: list[list[np.ndarray]] = [[] for _ in requests]
+    with _on_mesh(self._partitioner):
+      cache = self._encode(requests[0].context[:shared]) if shared else None
+      rows = [_Row.of(request, shared) for request in requests]
+      for width, targets, part in self._batches(rows):
+        scores = self._run(cache, [rows[i] for i in part], width, targets, shared)
+        for i, row_scores in zip(part, scores):
+          ends = np.cumsum([len(option) for option in requests[i].options])
+          results[i] = np.split(row_scores[: ends[-1]], ends[:-1])
+        if progress:
+          progress(len(part))
+    return results
+
+  def _check(self, requests):
+    config = self._model.config
+    for i, request in enumerate(requests):
+      if not len(request.context) or not request.options or not all(map(len, request.options)):
+        raise ValueError(
+          f"request {i} has an empty context or option; begin with the model's BOS token and give "
+          "every option at least one token."
+        )
+      longest = len(request.context) + max(map(len, request.options))
+      if longest > config.max_length:
+        raise ValueError(
+          f"request {i} has {longest} tokens with its longest option, the model "
+          f"{config.max_length} positions; give a shorter text or fewer demonstrations."
+        )
+      largest = max(max(ids) for ids in (request.context, *request.options))
+      if largest >= config.vocab_size or min(request.context) < 0:
+        raise ValueError(
+          f"request {i} holds id {largest}, outside of the model's vocabulary of "
+          f"{config.vocab_size}; encode it with the model's own tokenizer."
+        )
+
+  def _encode(self, prefix):
+    """The common beginning as a cache of one row, padded on the left to a bucket."""
+    width = min(bucket(len(prefix)), self._model.config.max_length)
+    tokens, valid = np.zeros((1, width), np.int32), np.zeros((1, width), bool)
+    tokens[0, width - len(prefix) :], valid[0, width - len(prefix) :] = prefix, True
+    return _read(self._model, self.params, tokens, valid)
+
+  def _batches(self, rows):
+    """`(width, targets, indices)`, shapes few and similar rows together."""
+    shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].width, rows[i].targets))
+    start = 0
+    while start < len(order):
+      width = _step(rows[order[start]].width)
+      part = [i for i in order[start:] if rows[i].width <= width]
+      targets = _step(max(rows[i].targets for i in part), 1)
+      size = self._batch_tokens // max(width, _LOGITS_TOKENS * targets)
+      size = shards * 2 ** max(0, (size // shards).bit_length() - 1)
+      for first in range(0, len(part), size):
+        yield width, targets, part[first : first + size]
+      start += len(part)
+
+  def _run(self, cache, rows, width, targets, shared):
+    shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
+    size = shards * 2 ** max(0, -(-len(rows) // shards) - 1).bit_length()
+    batch = {
+      name: np.zeros((size, length), np.int32)
+      for name, length in (
+        ("tokens", width), ("positions", width), ("branch", width), ("valid", width),
+        ("queries", targets), ("targets", targets),
+      )
+    }
+    for i, row in enumerate(rows):
+      n = len(row.tokens)
+      batch["tokens"][i, :n], batch["branch"][i, :n] = row.tokens, row.branch
+      batch["positions"][i, :n] = shared + np.asarray(row.positions)
+      batch["valid"][i, :n] = 1
+      m = len(row.queries)
+      batch["queries"][i, :m], batch["targets"][i, :m] = row.queries, row.answers
+    if self._partitioner is not None:
+      batch = self._partitioner.place_batch(batch)
+    return np.asarray(_score(self._model, self.params, cache, batch))[: len(rows)]
+
+
+class _Row(NamedTuple):
+  """A request without the common beginning: context, then options without their last tokens."""
+
+  tokens: list[int]
+  positions: list[int]
+  branch: list[int]
+  queries: list[int]  # places whose logits predict an option's token
+  answers: list[int]  # the tokens predicted there
+
+  @classmethod
+  def of(cls, request: Request, shared: int) -> _Row:
+    tokens = list(request.context[shared:])
+    context = len(tokens)
+    row = cls(tokens, list(range(context)), [0] * context, [], [])
+    for number, option in enumerate(request.options, 1):
+      row.queries.append(context - 1)
+      row.queries.extend(range(len(row.tokens), len(row.tokens) + len(option) - 1))
+      row.answers.extend(option)
+      row.tokens.extend(option[:-1])
+      row.positions.extend(range(context, context + len(option) - 1))
+      row.branch.extend([number] * (len(option) - 1))
+    return row
+
+  @property
+  def width(self) -> int:
+    return len(self.tokens)
+
+  @property
+  def targets(self) -> int:
+    return len(self.answers)
+
+
+def total(scores: Sequence[np.ndarray]) -> np.ndarray:
+  """Log-likelihood of each option, `[options] float64`, from the tokens' log-probabilities."""
+  return np.array([np.sum(score, dtype=np.float64) for score in scores])
+
+
+def rolling_requests(ids: Sequence[int], first: int, max_length: int) -> list[Request]:
+  """Windows that score every token of a text once, each with as much context as fits.
+
+  Args:
+    ids: of the text.
+    first: token in front of the text (BOS or EOS), which is not scored.
+    max_length: positions of the model.
+
+  Returns:
+    Windows of up to `max_length` predicted tokens; after the first, a window's context is its
+    predecessor's last token, or more where the last window is short.
+  """
+  whole, requests, done = [first, *ids], [], 0
+  while done < len(ids):
+    count = min(max_length - 1, len(ids) - done)
+    start = max(0, done + count + 1 - max_length)
+    requests.append(Request(whole[start : done + 1], [whole[done + 1 : done + count + 1]]))
+    done += count
+  return requests
+
+
+def _common_prefix(requests: Sequence[Request]) -> int:
+  """Tokens that all contexts begin with; at least one of each context's own is left."""
+  if len(requests) < 2:
+    return 0
+  first = requests[0].context
+  length = min(len(request.context) for request in requests) - 1
+  for request in requests:
+    length = min(length, next(
+      (i for i, (a, b) in enumerate(zip(first, request.context)) if a != b), length
+    ))
+  return length if length >= _MIN_SHARED else 0
+
+
+def _step(length: int, smallest: int = 16) -> int:
+  """The next of 16, 24, 32, 48, 64, 96, ...: few shapes, a fifth of padding on average."""
+  size = smallest
+  while size < length:
+    size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else -(-size * 4 // 3)
+  return size
+
+
+def _on_mesh(partitioner):
+  import contextlib
+
+  return contextlib.nullcontext() if partitioner is None else partitioner.activate()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(model, params, tokens, valid):
+  cache = empty_cache(model.config, *tokens.shape)
+  positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
+  return model.apply(
+    {"params": params}, tokens, cache, positions=positions, valid=valid, fresh=True,
+    method="extend",
+  )[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(model, params, shared, batch):
+  """Log-probabilities `[R,T] float32` of the targets."""
+  cache = empty_cache(model.config, *batch["tokens"].shape)
+  hidden, _ = model.apply(
+    {"params": params}, batch["tokens"], cache, positions=batch["positions"],
+    valid=batch["valid"] > 0, branch=batch["branch"], shared=shared, method="extend",
+  )
+  hidden = jnp.take_along_axis(hidden, batch["queries"][:, :, None], axis=1)
+  logits = model.apply({"params": params}, hidden, method="unembed")
+  chosen = jnp.take_along_axis(logits, batch["targets"][:, :, None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)

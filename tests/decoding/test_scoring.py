@@ -1,0 +1,118 @@
+"""Scores of continuations equal those of a full forward pass on each context and option alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmops_jax.decoding import scoring
+from lmops_jax.decoding.scoring import OptionScorer, Request
+from lmops_jax.training.mesh import MeshConfig
+
+
+def _naive(tiny, request):
+  out = []
+  for option in request.options:
+    ids = [*request.context, *option]
+    logits = tiny.model.apply(
+      {"params": tiny.params}, jnp.asarray([ids], jnp.int32), method="logits"
+    )
+    log_probs = np.asarray(jax.nn.log_softmax(logits[0]))
+    start = len(request.context)
+    out.append([log_probs[start + i - 1, token] for i, token in enumerate(option)])
+  return out
+
+
+def _requests(prefix=0, seed=0):
+  rng = np.random.default_rng(seed)
+  front = rng.integers(3, 32, prefix).tolist()
+
+  def ids(n):
+    return rng.integers(3, 32, n).tolist()
+
+  return [
+    Request(front + ids(rng.integers(1, 9)), [ids(n) for n in lengths])
+    for lengths in ((1, 1), (2, 3, 1), (1,), (4, 1), (1, 1), (3, 3), (1, 2))
+  ]
+
+
+def _same(got, want):
+  for row, wanted in zip(got, want, strict=True):
+    for a, b in zip(row, wanted, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "alibi"}, {"sliding_window": 3}])
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_equals_each_option_alone(make_tiny, prefix, changes):
+  tiny = make_tiny(**changes)
+  requests = _requests(prefix)
+  got = OptionScorer(tiny.model, tiny.params, batch_tokens=64).score(requests)
+  _same(got, [_naive(tiny, request) for request in requests])
+
+
+def test_a_common_beginning_is_read_once(make_tiny, monkeypatch):
+  tiny = make_tiny()
+  scorer = OptionScorer(tiny.model, tiny.params)
+  widths = []
+  run = OptionScorer._run
+  monkeypatch.setattr(
+    OptionScorer, "_run", lambda *args: widths.append((args[3], args[5])) or run(*args)
+  )
+  scorer.score(_requests(20))
+  assert all(width <= 16 and shared == 20 for width, shared in widths)
+  widths.clear()
+  scorer.score(_requests(20)[:1])  # nothing to share
+  assert widths == [(24, 0)] or widths == [(32, 0)]
+
+
+def test_order_and_batch_size_do_not_matter(tiny):
+  requests = _requests(20, seed=1)
+  want = OptionScorer(tiny.model, tiny.params).score(requests)
+  done = []
+  got = OptionScorer(tiny.model, tiny.params, batch_tokens=16).score(
+    requests[::-1], progress=done.append
+  )
+  _same(got[::-1], want)
+  assert sum(done) == len(requests)
+
+
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_a_mesh_gives_the_same_scores(tiny, prefix):
+  requests = _requests(prefix)
+  partitioner = MeshConfig(data=2, fsdp=2, tensor=2).build()
+  got = OptionScorer(tiny.model, tiny.params, partitioner).score(requests)
+  _same(got, OptionScorer(tiny.model, tiny.params).score(requests))
+
+
+def test_rolling_windows_score_every_token_once(tiny):
+  ids = np.random.default_rng(3).integers(3, 32, 23).tolist()
+  for limit in (6, 7, 23, 24, 40):
+    windows = scoring.rolling_requests(ids, first=1, max_length=limit)
+    assert [t for w in windows for t in w.options[0]] == ids
+    assert all(len(w.context) + len(w.options[0]) <= limit for w in windows)
+  whole, = scoring.rolling_requests(ids, first=1, max_length=40)
+  assert whole.context == [1]
+  scores = OptionScorer(tiny.model, tiny.params).score([whole])
+  _same(scores, [_naive(tiny, whole)])
+  assert scoring.total(scores[0])[0] == pytest.approx(float(np.sum(scores[0][0])), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  "request_,message",
+  [
+    (Request([], [[3]]), "request 0 has an empty context or option"),
+    (Request([3], [[4], []]), "request 0 has an empty context or option"),
+    (Request([3] * 47, [[4], [4, 5]]), "has 49 tokens with its longest option, the model 48"),
+    (Request([3], [[32]]), "holds id 32, outside of the model's vocabulary of 32"),
+  ],
+)
+def test_bad_requests_are_named(tiny, request_, message):
+  with pytest.raises(ValueError, match=message):
+    OptionScorer(tiny.model, tiny.params).score([request_])
+
+
+def test_encoders_are_refused(make_tiny):
+  tiny = make_tiny(causal=False)
+  with pytest.raises(ValueError, match="causal is False"):
+    OptionScorer(tiny.model, tiny.params)
