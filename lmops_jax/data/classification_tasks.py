@@ -263,13 +263,15 @@ def register_seqio_tasks(data_dir: str | None = None) -> list[str]:
       label = tf.maximum(tf.cast(example[named.label_field], tf.int32), 0)
       return {"inputs": tf.strings.join(pieces), "targets": tf.gather(words, label)}
 
+    def read(split, shuffle_files, seed=None, named=named):
+      config = tfds.ReadConfig(shuffle_seed=seed)
+      builder = tfds.builder(named.dataset, data_dir=data_dir)
+      part = named.train if split == "train" else named.test
+      return builder.as_dataset(split=part, shuffle_files=shuffle_files, read_config=config)
+
     seqio.TaskRegistry.add(
       task,
-      source=seqio.TfdsDataSource(
-        tfds_name=f"{named.dataset}:{tfds.builder(named.dataset, data_dir=data_dir).version}",
-        tfds_data_dir=data_dir,
-        splits={"train": named.train, "test": named.test},
-      ),
+      source=seqio.FunctionDataSource(read, splits=("train", "test")),
       preprocessors=[seqio.map_over_dataset(fill)],
       output_features={
         feature: seqio.Feature(seqio.PassThroughVocabulary(size=1), add_eos=False, rank=0,
