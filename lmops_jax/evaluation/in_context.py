@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmops_jax.data.classification_tasks import Row, Task, demonstrations
+from lmops_jax.data.supervised import front_ids
 from lmops_jax.decoding.scoring import OptionScorer, Request, total
 
 NORMALISATIONS = ("sum", "token", "char", "null")
@@ -61,10 +62,7 @@ class Encoder:
 
   def __init__(self, tokenizer):
     self._tokenizer = tokenizer
-    plain, full = tokenizer.encode("a", False), tokenizer.encode("a", True)
-    starts = range(len(full) - len(plain) + 1)
-    start = next((i for i in starts if full[i : i + len(plain)] == plain), 0)
-    self.start = full[:start]
+    self.start = front_ids(tokenizer)
 
   def encode(self, text: str) -> list[int]:
     """A prompt with what the model wants in front of it."""

@@ -8,6 +8,12 @@ import flax.linen as nn
 import jax
 
 
+def unboxed(tree):
+  """A tree of shapes without Linen's boxes; `nn.unbox` would place them on the mesh in use."""
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+  return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
+
+
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   """`nn.with_logical_constraint`, leaving whole what the mesh axes do not divide.
 

@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import flax.linen as nn
 import jax
 import numpy as np
 
+from lmops_jax.models.partitioning import unboxed
 from lmops_jax.pretrained.families.family import Family
 from lmops_jax.pretrained.rules import Rule
 
@@ -90,7 +90,7 @@ def load_params(
   ignored = (*family.ignored, *ignore)
   tied = family.tied if getattr(config, "tied_embeddings", False) else ()
   rules = family.rules(config)
-  table = check_fit(names, source, rules, nn.unbox(boxed), ignored, tied)
+  table = check_fit(names, source, rules, unboxed(boxed), ignored, tied)
   _check_tied(names, rules, tied)
   return place(names, table, boxed, partitioner)
 
@@ -104,14 +104,14 @@ def place(names, table: Mapping[str, tuple[Rule, int]], boxed, partitioner):
     read = functools.partial(_read_leaf, names, rule, which, leaf)
     return jax.make_array_from_callback(leaf.shape, sharding, _once_a_part(read))
 
-  return jax.tree_util.tree_map_with_path(make, nn.unbox(boxed), shardings)
+  return jax.tree_util.tree_map_with_path(make, unboxed(boxed), shardings)
 
 
 def _shardings(boxed, partitioner):
   if partitioner is not None:
     return partitioner.shardings(boxed, uneven="whole")
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.tree.map(lambda _: device, nn.unbox(boxed))
+  return jax.tree.map(lambda _: device, unboxed(boxed))
 
 
 def joined(path) -> str:

@@ -23,6 +23,7 @@ import jax
 
 from lmops_jax.models.clip import ClipConfig
 from lmops_jax.models.config import RopeScaling, TransformerConfig
+from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.vision import VisionConfig
 from lmops_jax.pretrained import families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
@@ -253,10 +254,10 @@ def _fields(config) -> dict[str, Any]:
 def _abstract(family, config, partitioner):
   boxed = importing.abstract_params(family, config)
   if partitioner is None:
-    return nn.unbox(boxed)
+    return unboxed(boxed)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    nn.unbox(boxed), partitioner.shardings(boxed, uneven="whole"),
+    unboxed(boxed), partitioner.shardings(boxed, uneven="whole"),
   )
 
 

@@ -89,7 +89,8 @@ def train(
     partitioner: mesh and rules; None is one device.
     checkpoint_every: steps between checkpoints; None writes the last one only.
     params_at: steps (0 to num_steps) whose parameters stay in `params/<step>`.
-    initial_params: plain tree that replaces the values of `init_params`; it is copied.
+    initial_params: plain tree that replaces the values of `init_params`; it is copied. Or a
+      function that returns one, called when a run begins and not when it resumes.
     accumulate: micro-batches a step.
     log_every: steps between records; the last step always makes one.
     evaluators: name to `(every, params -> figures)`, called before the first step, every `every`
@@ -115,9 +116,10 @@ def train(
   partitioner = partitioner or single_device()
   key = jax.random.key(seed)
   abstract = abstract_state(init_params, optimizer, key)
-  shardings = partitioner.shardings(abstract)
+  uneven = "refuse" if initial_params is None else "whole"
+  shardings = partitioner.shardings(abstract, uneven=uneven)
   abstract = nn.unbox(abstract)
-  if initial_params is not None:
+  if initial_params is not None and not callable(initial_params):
     _check_initial(initial_params, abstract.params)
   first_batch = batch_at(0)
   settings = {
@@ -143,8 +145,12 @@ def train(
         if initial_params is None:
           state = _compiled_init(init_params, optimizer, *placed)(key)
         else:
+          if callable(initial_params):
+            initial_params = initial_params()
+            _check_initial(initial_params, abstract.params)
           copy = _compiled_init(_copy_params, optimizer, *placed)
           state = copy(jax.device_put(nn.unbox(initial_params), shardings.params))
+          initial_params = None  # free what only this run held
       else:
         state, extra = _restore(store, start, abstract, shardings, settings, directory)
         pending = _Pending(**extra["pending"])
@@ -202,6 +208,13 @@ def train(
     store.close()
   flops = float(flops_per_token or 0) * positions * num_steps
   return TrainResult(state, log.history, flops, time.monotonic() - began)
+
+
+@functools.lru_cache
+def initializer(model) -> Callable[[jax.Array], Any]:
+  """`key -> parameters` (with their logical axes); one object a model, so that it compiles once."""
+  tokens = np.zeros((1, 1), np.int32)
+  return lambda key: model.init(key, tokens)["params"]
 
 
 def load_kept_params(directory: Path, step: int, abstract=None):

@@ -37,6 +37,28 @@ def lm_example_losses(model: Transformer, *, chunk: int | None = None) -> LMExam
   return LMExampleLosses(model, chunk)
 
 
+def weighted_example_losses(inner) -> WeightedExampleLosses:
+  """`inner` times `batch["weight"] [B] float32`.
+
+  With weights `tokens_n * B / sum(tokens)` the mean over examples is one over tokens.
+  """
+  return WeightedExampleLosses(inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedExampleLosses:
+  """Losses of `inner`, each times its example's weight."""
+
+  inner: LMExampleLosses
+
+  def __call__(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return self.inner(params, batch) * batch["weight"]
+
+  def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
+    """As `inner`'s."""
+    self.inner.check_batch(batch)
+
+
 @dataclasses.dataclass(frozen=True)
 class LMExampleLosses:
   """Masked token-mean cross-entropy of each example (arXiv:2410.07064; token mean, not sum).

@@ -21,6 +21,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lmops_jax.models.partitioning import unboxed
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 HOST_FIELDS = ("example_id",)  # 63-bit, and read on the host only
@@ -158,7 +160,7 @@ class Partitioner:
         spec.append(None if size % parts else axes)
       return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(even, nn.unbox(abstract), shardings)
+    return jax.tree_util.tree_map_with_path(even, unboxed(abstract), shardings)
 
   def batch_sharding(self, ndim: int) -> NamedSharding:
     """First axis over (data, fsdp), the others whole. `ndim` 0 is replicated."""

@@ -7,7 +7,6 @@ The proxy is trained on the whole corpus, a final model on a selection; nothing 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,13 +84,6 @@ def language_model(config: transformer.TransformerConfig, vocab_size: int, lengt
   return transformer.Transformer(dataclasses.replace(config, vocab_size=vocab_size))
 
 
-@functools.lru_cache
-def initializer(model) -> Callable[[jax.Array], Any]:
-  """`key -> parameters` (with their logical axes); one object a model, so that it compiles once."""
-  tokens = np.zeros((1, 1), np.int32)
-  return lambda key: model.init(key, tokens)["params"]
-
-
 def batch_source(
   instances, ids: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True
 ) -> Callable[[int], dict[str, np.ndarray]]:
@@ -112,7 +104,7 @@ def fit(
 ):
   """Trains `model` by `config` in `directory` and returns the last parameters."""
   result = loop.train(
-    init_params=initializer(model),
+    init_params=loop.initializer(model),
     example_losses=example_losses,
     optimizer=config.optimizer,
     batch_at=batch_at,
@@ -167,5 +159,5 @@ def abstract_params(init_params: Callable[[jax.Array], Any], partitioner):
 
 def load_params(directory: Path, step: int, model, partitioner):
   """Language-model parameters that a finished stage kept at `step`, placed on the mesh."""
-  abstract = abstract_params(initializer(model), partitioner)
+  abstract = abstract_params(loop.initializer(model), partitioner)
   return loop.load_kept_params(directory, step, abstract)

@@ -2,16 +2,21 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from lmops_jax import config
+from lmops_jax.control import pmp, targets
+from lmops_jax.control.callables import as_pytree
+from lmops_jax.control.problem import Settings
 from lmops_jax.systems.pds import pretrain
-from lmops_jax.training import train_state
+from lmops_jax.training import loop, losses, train_state
 
 PATHS = [
   "CORPUS_PATH = '/c.jsonl'", "TARGET_PATH = '/t.jsonl'", "VOCABULARY_PATH = '/v.model'",
+  "TARGET_TEST_PATH = '/test.jsonl'",
 ]
 NUM_PARAMS = {
   "160m": 162_417_408, "470m": 468_239_360, "1b": 1_004_348_928, "1.7b": 1_741_785_088,
@@ -24,8 +29,9 @@ def paper():
 
 
 def test_paths_are_owed():
-  with pytest.raises(config.ConfigError, match="CORPUS_PATH"):
-    config.load(["pds/paper.gin"], PATHS[1:])
+  for i, path in enumerate(PATHS):
+    with pytest.raises(config.ConfigError, match=path.split(" = ")[0]):
+      config.load(["pds/paper.gin"], PATHS[:i] + PATHS[i + 1:])
 
 
 def test_published_numbers(paper):
@@ -40,6 +46,22 @@ def test_published_numbers(paper):
   assert (system.scorer.num_steps, system.scorer.batch_size) == (1440, 512)
   # 5 epochs over nine tenths of the proxies, as the reference splits them
   assert system.scorer.num_steps == 5 * round(0.9 * 163_840) // 512
+
+
+def test_published_choices(paper):
+  """J is over all of one set and the test part another; float32, corpus order, memory (spec 2)."""
+  system = paper.build()
+  assert system.prepare.target.path == "/t.jsonl"
+  assert system.prepare.target_test.path == "/test.jsonl"
+  solve = system.methods[0]
+  assert solve.num_target is None and system.prepare.max_target_instances is None
+  assert (system.proxy.model.dtype, system.proxy.model.param_dtype) == ("float32", "float32")
+  assert solve.matmul_precision == "highest"
+  assert system.pretrain.model.dtype == "bfloat16"
+  assert not (solve.shuffle or system.proxy.shuffle or system.pretrain.shuffle)
+  for model in (system.proxy.model, system.pretrain.model):
+    assert (model.attention, model.remat) == ("chunked", "full")
+  assert system.pretrain.accumulate == system.proxy.accumulate == 4
 
 
 def _schedule(settings, *path):
@@ -70,7 +92,7 @@ def test_sizes_and_shardings(tmp_path, size):
   system, partitioner = run.system, run.mesh.build()
   model = pretrain.language_model(system.pretrain.model, 32_000, 1024)
   abstract = train_state.abstract_state(
-    pretrain.initializer(model), system.pretrain.optimizer, jax.random.key(0)
+    loop.initializer(model), system.pretrain.optimizer, jax.random.key(0)
   )
   shardings = jax.tree.leaves(partitioner.shardings(abstract))
   leaves = jax.tree.leaves(jax.tree.map(lambda x: x, abstract.params))
@@ -83,21 +105,20 @@ def test_sizes_and_shardings(tmp_path, size):
   assert per_device < 1.01 * whole / 8
   proxy = pretrain.language_model(system.proxy.model, 32_000, 1024)
   proxy_leaves = jax.tree.leaves(
-    jax.eval_shape(pretrain.initializer(proxy), jax.random.key(0))
+    jax.eval_shape(loop.initializer(proxy), jax.random.key(0))
   )
   assert sum(math.prod(leaf.shape) for leaf in proxy_leaves) == NUM_PARAMS["160m"]
 
 
-def test_solve_is_abstractly_sound():
-  """The whole reverse pass of the 160M proxy traces at T = 2 without allocating anything."""
-  from lmops_jax import control
-  from lmops_jax.training import losses, optimizers
-
-  system = config.load(["pds/paper.gin"], PATHS).build()
+def test_a_segment_of_the_solve_fits_one_accelerator(paper):
+  """The compiled reverse segment of the 160M proxy at full size; nothing is allocated."""
+  system = paper.build()
+  solve = system.methods[0]
   model = pretrain.language_model(system.proxy.model, 32_000, 1024)
-  example_losses = losses.lm_example_losses(model)
+  # What a batch of 64 gets on an accelerator; on a CPU the chunks are smaller.
+  example_losses = losses.lm_example_losses(model, chunk=32)
 
-  def batch(*leading):
+  def rows(*leading):
     shape = (*leading, 1024)
     return {
       "tokens": jax.ShapeDtypeStruct(shape, np.int32),
@@ -105,18 +126,24 @@ def test_solve_is_abstractly_sound():
       "loss_mask": jax.ShapeDtypeStruct(shape, np.float32),
     }
 
-  def solve(params, batches, weights, proxy, target):
-    return control.pmp_scores(
-      example_losses, lambda p: example_losses(p, target).mean(), optimizers.sgd(0.008), params,
-      batches, weights, proxy=proxy, every_k=10, proxy_batch_size=8, micro_batch_size=2,
-    )
-
-  params = jax.eval_shape(pretrain.initializer(model), jax.random.key(0))
-  import flax.linen as nn
-
-  out = jax.eval_shape(
-    solve, nn.unbox(params), batch(2, 256), jax.ShapeDtypeStruct((2, 256), np.float32),
-    batch(1024), batch(16),
+  num_steps = solve.segment_steps
+  params = nn.unbox(jax.eval_shape(loop.initializer(model), jax.random.key(0)))
+  target_loss = targets.MeanTargetLoss(
+    rows(1035), example_losses, solve.micro_batch_size, num_rows=1030
   )
-  assert out.scores.shape == (2, 256) and out.proxy_scores.shape == (1024,)
-  assert out.target_losses.shape == (3,)
+  settings = Settings(
+    every_k=solve.every_k, micro_batch_size=solve.inner_micro_batch_size,
+    proxy_batch_size=solve.micro_batch_size,
+  )
+  lowered = pmp._solve.lower(
+    as_pytree(example_losses), as_pytree(target_loss), as_pytree(solve.optimizer.init),
+    as_pytree(solve.optimizer.update), params, rows(num_steps, solve.batch_size),
+    jax.ShapeDtypeStruct((num_steps, solve.batch_size), np.float32),
+    rows(system.proxy_set.num_proxies), settings, pmp.shardings_of(params),
+  )
+  assert lowered.out_info.scores.shape == (num_steps, 256)
+  assert lowered.out_info.proxy_scores.shape == (163_840,)
+  memory = lowered.compile().memory_analysis()
+  starts = solve.num_steps // num_steps * NUM_PARAMS["160m"] * 4  # kept for the other segments
+  total = memory.temp_size_in_bytes + memory.argument_size_in_bytes + starts
+  assert 20e9 < total < 72e9, total

@@ -1,0 +1,238 @@
+"""Rows to learn from, each with the tokens that count: texts, prompts with completions, chats.
+
+A row is {"text"}, learned whole; {"prompt", "completion"}, of which the completion and the end
+token are learned; or {"messages"}, a conversation through the model's chat template, of which the
+assistant's turns are learned. Prompt and completion are encoded apart, so that a prompt has the
+same tokens in training and in use. Short rows share a sequence: attention stays within a row
+(`segment_ids`) and positions start anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmops_jax.data.documents import document_id
+from lmops_jax.data.files import jsonl_rows
+
+TOO_LONG = ("drop", "cut", "error")
+_FIELDS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
+_COUNTS = "counts.json"
+
+
+class Example(NamedTuple):
+  """One row.
+
+  Attributes:
+    id: from file and line.
+    tokens: all of them, with what the model wants in front and an end token.
+    learned: for each token whether its prediction counts; the first one's never does.
+  """
+
+  id: int
+  tokens: list[int]
+  learned: list[bool]
+
+
+class SupervisedSet(NamedTuple):
+  """Sequences of one length, as arrays that a batch is a choice of rows of.
+
+  Attributes:
+    arrays: `tokens`, `targets`, `positions`, `segment_ids [N,S] int32`, `loss_mask [N,S] float32`.
+    counts: `rows`, `sequences`, `tokens`, `learned_tokens`, and rows "dropped" or "cut".
+  """
+
+  arrays: Mapping[str, np.ndarray]
+  counts: Mapping[str, int]
+
+  def __len__(self) -> int:
+    return len(self.arrays["tokens"])
+
+  def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    """Rows as a batch; `weight [B] float32` makes the mean over rows one over learned tokens."""
+    rows = np.asarray(rows)
+    batch = {name: np.asarray(array[rows]) for name, array in self.arrays.items()}
+    learned = batch["loss_mask"].sum(axis=1)
+    return {
+      **batch, "weight": (learned * len(rows) / learned.sum()).astype(np.float32),
+      "example_id": rows.astype(np.int64),
+    }
+
+
+def front_ids(tokenizer) -> list[int]:
+  """What a tokenizer, with `encode(text, add_special)`, puts in front of every text."""
+  plain, full = tokenizer.encode("a", False), tokenizer.encode("a", True)
+  starts = range(len(full) - len(plain) + 1)
+  return full[: next((i for i in starts if full[i : i + len(plain)] == plain), 0)]
+
+
+def encode_row(tokenizer, row: Mapping[str, Any], identifier: int, where: str) -> Example:
+  """The tokens of a row.
+
+  Args:
+    tokenizer: of `lmops_jax.pretrained`.
+    row: see the module.
+    identifier: of the row.
+    where: file and line, for errors.
+
+  Raises:
+    ValueError: a row of another form, an empty one, or a conversation without a chat template.
+  """
+  front = front_ids(tokenizer)
+  end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  if "messages" in row:
+    return _conversation(tokenizer, row["messages"], identifier, where)
+  if {"prompt", "completion"} <= row.keys():
+    prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
+    given = front + tokenizer.encode(prompt, False)
+    answer = tokenizer.encode(completion, False) + end
+  elif "text" in row:
+    given, answer = list(front), tokenizer.encode(_text(row, "text", where), False) + end
+  else:
+    raise ValueError(
+      f'{where} has the fields {", ".join(sorted(row)) or "none"}; a row has "text", "prompt" and '
+      '"completion", or "messages".'
+    )
+  tokens, learned = given + answer, [False] * len(given) + [True] * len(answer)
+  learned[0] = False
+  if not any(learned):
+    raise ValueError(f"{where} has no token to learn; leave empty rows out.")
+  return Example(identifier, tokens, learned)
+
+
+def _text(row, field, where):
+  if not isinstance(row[field], str):
+    raise ValueError(f"{where}: field {field!r} holds a {type(row[field]).__name__}, not a text.")
+  return row[field]
+
+
+def _conversation(tokenizer, messages, identifier, where) -> Example:
+  """The template's text up to each turn shows which of its tokens are the assistant's."""
+  roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+  if "assistant" not in roles:
+    raise ValueError(f"{where} has messages without a turn of the assistant to learn.")
+  tokens, learned = [], []
+  for i, role in enumerate(roles):
+    whole = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
+    done = tokenizer.encode(whole, False)
+    if role == "assistant":
+      opened = tokenizer.encode(tokenizer.apply_chat_template(messages[:i]), False)
+    else:
+      opened = done
+    if done[: len(opened)] != opened or done[: len(tokens)] != tokens:
+      raise ValueError(
+        f"{where}: the chat template rewrites earlier turns when it adds one, so it does not show "
+        "which tokens are the assistant's; give prompt and completion."
+      )
+    learned += [False] * (len(opened) - len(tokens)) + [True] * (len(done) - len(opened))
+    tokens = done
+  learned[0] = False
+  return Example(identifier, tokens, learned)
+
+
+def read_examples(path: Path | str, tokenizer) -> list[Example]:
+  """Encodes a file of JSON lines (`.gz`, `.zst` or plain).
+
+  Raises:
+    ValueError: naming the line.
+  """
+  name = Path(path).name
+  return [
+    encode_row(tokenizer, row, document_id(f"{name}:{number}"), f"{path}:{number}")
+    for number, row in jsonl_rows(path)
+  ]
+
+
+def build(
+  examples: Iterable[Example], length: int, *, pad_id: int, pack: bool = True,
+  too_long: str = "drop",
+) -> SupervisedSet:
+  """Sequences of `length` predicted positions.
+
+  Args:
+    examples: in the order of the file.
+    length: S; a row of more than S + 1 tokens is too long.
+    pad_id: stands where nothing does.
+    pack: several rows to a sequence, first fit in order; else one each.
+    too_long: "drop" such rows or "cut" them, counted, or make them an "error".
+
+  Raises:
+    ValueError: a row is too long (with "error"), or none is left.
+  """
+  if too_long not in TOO_LONG:
+    raise ValueError(f"too_long={too_long!r} is not one of {', '.join(TOO_LONG)}.")
+  counts: Counter[str] = Counter(dropped=0, cut=0)
+  sequences: list[list[Example]] = []
+  room: list[int] = []
+  open_from = 0
+  for example in examples:
+    size = len(example.tokens) - 1
+    if size > length:
+      if too_long == "error":
+        raise ValueError(
+          f"a row of {size + 1} tokens exceeds the length {length}; raise the length, or set "
+          'too_long to "drop" or "cut".'
+        )
+      example = Example(
+        example.id, example.tokens[: length + 1], example.learned[: length + 1]
+      )
+      counts["dropped" if too_long == "drop" or not any(example.learned) else "cut"] += 1
+      if too_long == "drop" or not any(example.learned):
+        continue
+      size = length
+    if size < 1:
+      counts["dropped"] += 1
+      continue
+    counts["rows"] += 1
+    place = len(room)
+    if pack:
+      place = next((i for i in range(open_from, len(room)) if room[i] >= size), len(room))
+    if place == len(room):
+      sequences.append([])
+      room.append(length)
+      if len(room) - open_from > 64:  # the oldest open ones are nearly full
+        open_from += 1
+    sequences[place].append(example)
+    room[place] -= size
+  if not sequences:
+    raise ValueError(
+      f"no row is left of {sum(counts.values())}: {counts['dropped']} have more than {length} "
+      "tokens; raise the length, or set too_long to \"cut\"."
+    )
+  arrays = {name: np.zeros((len(sequences), length), np.int32) for name in _FIELDS}
+  arrays["loss_mask"] = arrays["loss_mask"].astype(np.float32)
+  arrays["tokens"][:], arrays["targets"][:] = pad_id, pad_id
+  for row, sequence in enumerate(sequences):
+    start = 0
+    for segment, example in enumerate(sequence, 1):
+      n = len(example.tokens) - 1
+      place = slice(start, start + n)
+      arrays["tokens"][row, place] = example.tokens[:-1]
+      arrays["targets"][row, place] = example.tokens[1:]
+      arrays["loss_mask"][row, place] = example.learned[1:]
+      arrays["positions"][row, place] = np.arange(n)
+      arrays["segment_ids"][row, place] = segment
+      counts["tokens"] += n
+      start += n
+  counts["sequences"] = len(sequences)
+  counts["learned_tokens"] = int(arrays["loss_mask"].sum())
+  return SupervisedSet(arrays, dict(counts))
+
+
+def save(directory: Path, data: SupervisedSet) -> None:
+  """Writes the arrays into a folder, made if needed."""
+  directory.mkdir(parents=True, exist_ok=True)
+  for name, array in data.arrays.items():
+    np.save(directory / f"{name}.npy", array)
+  (directory / _COUNTS).write_text(json.dumps(data.counts))
+
+
+def load(directory: Path) -> SupervisedSet:
+  """Opens what `save` wrote; the arrays are mapped, not read."""
+  arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in _FIELDS}
+  return SupervisedSet(arrays, json.loads((directory / _COUNTS).read_text()))

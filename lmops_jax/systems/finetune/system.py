@@ -1,0 +1,277 @@
+"""Fine-tuning as stages: prepare, train, report.
+
+The stage `train` is a model folder: `pretrained.load` opens it, `lmops generate --model` runs it,
+and `lmops export --checkpoint` writes it for transformers. All learned tokens of a batch count
+alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gin
+import numpy as np
+
+from lmops_jax import pipeline
+from lmops_jax.data import batches as batches_lib
+from lmops_jax.data import files, supervised
+from lmops_jax.data.hashing import order_key
+from lmops_jax.evaluation.lm import mean_loss, perplexity
+from lmops_jax.models import flops
+from lmops_jax.pretrained import model as model_lib
+from lmops_jax.reporting import html, plots
+from lmops_jax.reporting.summary import write_summary
+from lmops_jax.training import loop, losses
+from lmops_jax.training.mesh import single_device
+from lmops_jax.training.metrics import read_records
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+@gin.register(module="finetune")
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+  """One fine-tuning run.
+
+  Attributes:
+    init: the model to start from, `@pretrained.load()`.
+    train: JSON lines, see `data.supervised`.
+    optimizer: an optax transformation.
+    num_steps: optimizer steps.
+    batch_size: sequences of a batch.
+    length: predicted positions of a sequence.
+    validation: JSON lines; None takes `validation_fraction` of the training rows.
+    validation_fraction: share of rows by (seed, row id); 0 for none.
+    eval_every: steps between two validations.
+    checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
+    accumulate: micro-batches of a step.
+    pack: several short rows to a sequence.
+    too_long: "drop" rows that are longer, "cut" them, or make them an "error".
+    seed: of the validation split and the order.
+
+  Raises:
+    ValueError: for values out of range, a length beyond the model's, or a file that is not there.
+  """
+
+  init: Any
+  train: str
+  optimizer: Any
+  num_steps: int
+  batch_size: int = 8
+  length: int = 512
+  validation: str | None = None
+  validation_fraction: float = 0.05
+  eval_every: int = 50
+  checkpoint_every: int | None = 100
+  accumulate: int = 1
+  pack: bool = True
+  too_long: str = "drop"
+  seed: int = 0
+  name = "finetune"
+
+  def __post_init__(self):
+    for field in ("num_steps", "batch_size", "length", "eval_every", "accumulate"):
+      if getattr(self, field) < 1:
+        raise ValueError(f"{field}={getattr(self, field)} must be at least 1.")
+    if self.batch_size % self.accumulate:
+      raise ValueError(
+        f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}."
+      )
+    if not 0 <= self.validation_fraction < 1:
+      raise ValueError(f"validation_fraction={self.validation_fraction} must be in [0, 1).")
+    if self.too_long not in supervised.TOO_LONG:
+      raise ValueError(
+        f"too_long={self.too_long!r} is not one of {', '.join(supervised.TOO_LONG)}."
+      )
+    config = self.init.config
+    if not getattr(config, "causal", False):
+      raise ValueError(
+        f"init is a {self.init.family} model, which does not predict the next token; take a "
+        "decoder."
+      )
+    if self.length > config.max_length:
+      raise ValueError(
+        f"length={self.length} is beyond the {config.max_length} positions of {self.init.path}; "
+        "lower it."
+      )
+    for field in ("train", "validation"):
+      path = getattr(self, field)
+      if path is not None and not Path(path).expanduser().is_file():
+        raise ValueError(f"{field}={path!r} is not a file; give JSON lines.")
+
+  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+    """The stages, whose settings are this run's settings and the files' contents."""
+    flat = settings.flatten()
+    of_prepare = (
+      "train", "validation", "validation_fraction", "length", "pack", "too_long", "seed"
+    )
+    own = {name: flat[name] for name in of_prepare}
+    sources = {name: files.Jsonl(str(Path(path).expanduser())).fingerprint()
+               for name in ("train", "validation") if (path := getattr(self, name)) is not None}
+    own |= {f"{name}.fingerprint": value for name, value in sources.items()}
+    start = {"init.fingerprint": self.init.fingerprint()}
+    return [
+      pipeline.Stage("prepare", self._prepare, settings=own | start),
+      pipeline.Stage(
+        "train", functools.partial(self._train, partitioner=partitioner or single_device()),
+        inputs=("prepare",),
+        settings={k: v for k, v in flat.items() if k not in of_prepare} | start,
+      ),
+      pipeline.Stage("report", self._report, inputs=("prepare", "train")),
+    ]
+
+  def _prepare(self, context: pipeline.StageContext) -> None:
+    tokenizer = self.init.tokenizer()
+    examples = supervised.read_examples(self.train, tokenizer)
+    if not examples:
+      raise ValueError(f"finetune.Finetune.train={self.train!r} holds no row.")
+    if self.validation is not None:
+      held_out = supervised.read_examples(self.validation, tokenizer)
+    else:
+      limit = self.validation_fraction * 2.0**64
+      chosen = [order_key(example.id, self.seed) < limit for example in examples]
+      held_out = [e for e, held in zip(examples, chosen) if held]
+      examples = [e for e, held in zip(examples, chosen) if not held]
+    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else (tokenizer.eos_id or 0)
+    for name, part in ((TRAIN, examples), (VALIDATION, held_out)):
+      if not part and name == VALIDATION:
+        continue
+      data = supervised.build(
+        part, self.length, pad_id=pad_id, pack=self.pack, too_long=self.too_long
+      )
+      supervised.save(context.directory / name, data)
+      context.extra[name] = data.counts
+      context.log(", ".join(f"{value} {key}" for key, value in data.counts.items()) + f" ({name})")
+    num = context.extra[TRAIN]["sequences"]
+    if num < self.batch_size:
+      raise ValueError(
+        f"the training rows make {num} sequences of length {self.length}, fewer than one batch of "
+        f"{self.batch_size}; lower the batch size or the length, or set pack to False."
+      )
+
+  def _train(self, context: pipeline.StageContext, partitioner) -> None:
+    data = supervised.load(context.input("prepare") / TRAIN)
+    model = self.init.model
+    loss = losses.weighted_example_losses(losses.lm_example_losses(model))
+    evaluators = {}
+    folder = context.input("prepare") / VALIDATION
+    if folder.is_dir():
+      evaluators[VALIDATION] = (
+        self.eval_every, _validation(loss, supervised.load(folder), self.batch_size, partitioner)
+      )
+    per_token = 3 * flops.forward_flops_per_token(model.config, self.length)
+    result = loop.train(
+      init_params=loop.initializer(model), example_losses=loss, optimizer=self.optimizer,
+      batch_at=_batch_source(data, self.batch_size, self.seed), num_steps=self.num_steps,
+      seed=self.seed, directory=context.directory, partitioner=partitioner,
+      checkpoint_every=self.checkpoint_every, params_at=(self.num_steps,),
+      initial_params=lambda: self.init.params(partitioner), accumulate=self.accumulate,
+      evaluators=evaluators, flops_per_token=per_token, description=context.name,
+    )
+    context.flops = result.flops
+    shutil.rmtree(context.directory / "checkpoints")  # of resuming; the parameters stay
+    model_lib.copy_tokenizer(self.init, context.directory / model_lib.TOKENIZER_FOLDER)
+    model_lib.describe(
+      context.directory, self.init.config, family=self.init.family,
+      params=f"params/{self.num_steps}", original=self.init.original,
+    )
+
+  def _report(self, context: pipeline.StageContext) -> None:
+    records = read_records(context.input("train") / "metrics.jsonl")
+    counts = context.manifest("prepare")["extra"]
+    manifest = context.manifest("train")
+    curves = {
+      label: [(r["step"], r[key]) for r in records if key in r]
+      for label, key in (("training", "loss"), ("validation", f"{VALIDATION}/loss"))
+    }
+    curves = {label: points for label, points in curves.items() if points}
+    summary = {
+      "num_steps": self.num_steps, "counts": counts,
+      "train_loss": curves["training"][-1][1],
+      "validation_loss": [
+        {"step": step, "loss": value} for step, value in curves.get("validation", [])
+      ],
+      "seconds": manifest["seconds"], "flops": manifest["flops"],
+    }
+    write_summary(context.directory / "summary.json", summary)
+    figure = plots.save(context.directory / "loss.png", plots.curves(
+      {label: [plots.Run(*zip(*points))] for label, points in curves.items()},
+      x_label="optimizer steps", y_label="loss (nats per learned token)",
+    ))
+    shown = curves.get("validation", curves["training"])
+    first, last = shown[0][1], shown[-1][1]
+    kind = "validation" if "validation" in curves else "training"
+    html.write_report(context.directory / "index.html", html.Report(
+      title=f"Fine-tuning of {self.init.path.name}",
+      lead=f"The {kind} loss went from {first:.3f} to {last:.3f} nats a learned token "
+           f"(perplexity {perplexity(first):.2f} to {perplexity(last):.2f}) in {self.num_steps} "
+           f"steps of {self.batch_size} sequences of {self.length}.",
+      key_figures=[
+        html.KeyFigure(f"{last:.3f}", f"{kind} loss", f"{first:.3f} before"),
+        html.KeyFigure(f"{perplexity(last):.2f}", "perplexity", f"{perplexity(first):.2f} before"),
+        html.KeyFigure(f"{counts[TRAIN]['learned_tokens']:,}", "learned tokens",
+                       f"in {counts[TRAIN]['rows']:,} rows"),
+      ],
+      sections=[
+        html.Section("Loss", figures=[html.Figure(figure, "Loss by step; lower is better.")]),
+        html.Section("Data", "Rows longer than a sequence are dropped or cut.", tables=[html.Table(
+          ["part", *(html.Column(name, ",d") for name in sorted(counts[TRAIN]))],
+          [[part, *(of[name] for name in sorted(of))] for part, of in counts.items()],
+        )]),
+      ],
+      facts={"model": str(self.init.path), "family": self.init.family,
+             "seconds": f"{manifest['seconds']:.0f}", "FLOPs": f"{manifest['flops']:.3g}"},
+    ))
+
+  def summary(self, workdir: Path) -> str:
+    """A short table of the finished run, for the terminal."""
+    folder = Path(workdir) / "report"
+    found = json.loads((folder / "summary.json").read_text())
+    lines = [f"  {'step':>8}  validation loss  perplexity"]
+    lines += [
+      f"  {row['step']:8}  {row['loss']:15.4f}  {perplexity(row['loss']):10.2f}"
+      for row in found["validation_loss"]
+    ]
+    if not found["validation_loss"]:
+      lines = [f"  training loss at the end: {found['train_loss']:.4f}"]
+    return "\n".join([
+      *lines, f"\nmodel:  {Path(workdir) / 'train'}", f"report: {folder / 'index.html'}"
+    ])
+
+
+def _batch_source(data, batch_size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+  """`step -> batch`, this process's rows, with weights of the whole batch."""
+  import jax
+
+  rows = batches_lib.host_rows(batch_size, jax.process_index(), jax.process_count())
+
+  def batch_at(step: int) -> dict[str, np.ndarray]:
+    batch = data.batch(batches_lib.batch_indices(len(data), batch_size, seed, step))
+    return {name: value[rows] for name, value in batch.items()}
+
+  return batch_at
+
+
+def _validation(loss, data, batch_size: int, partitioner):
+  """`params -> {"loss": mean over all learned tokens}`."""
+  learned = np.asarray(data.arrays["loss_mask"]).sum(axis=1)
+
+  def evaluate(params):
+    def batches():
+      for start in range(0, len(data), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(data)))
+        weight = (learned[rows] * len(data) / learned.sum()).astype(np.float32)
+        yield {**data.batch(rows), "weight": weight}
+
+    return {"loss": mean_loss(
+      loss, params, batches(), place=partitioner.place_batch,
+      multiple_of=partitioner.num_batch_shards,
+    )}
+
+  return evaluate
