@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 OWED = {
   "pds/paper.gin": [
     "CORPUS_PATH = '/data/corpus'", "TARGET_PATH = '/data/target.jsonl'",
-    "VOCABULARY_PATH = '/data/tokenizer.model'",
+    "TARGET_TEST_PATH = '/data/test.jsonl'", "VOCABULARY_PATH = '/data/tokenizer.model'",
   ],
 }
 RUNS = ["pds/baselines.gin", "pds/default.gin", "pds/paper.gin", "pds/smoke.gin"]

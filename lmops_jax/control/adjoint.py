@@ -117,22 +117,26 @@ def hvp_and_scores(example_losses: Callable, params: Any, cotangent: Any, batch:
 
 
 def directional_derivatives(example_losses: Callable, params: Any, direction: Any, batch: Any, *,
-                            mode: str = "jvp_of_grad"):
+                            mode: str = "jvp_of_grad", micro_batch_size: int | None = None):
   """`([<grad l_n, direction>] [B], [l_n] [B])` in one forward-mode pass.
 
   With `mode="vjp_of_grad"` the jvp is built from two transposes instead, for losses that have no
-  forward-mode rule.
+  forward-mode rule. `micro_batch_size` examples (a divisor of B; all by default) at once.
   """
   params, direction = strong(params), _like(direction, params)
-  def losses_of(p):
-    losses = example_losses(p, batch)
-    return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
-  if mode == "jvp_of_grad":
-    losses, slopes = jax.jvp(losses_of, (params,), (direction,))
-    return slopes, losses
-  losses, pull = jax.vjp(losses_of, params)
-  _, pull_pull = jax.vjp(lambda w: pull(w)[0], jnp.zeros_like(losses))
-  return pull_pull(direction)[0], losses
+  def part(batch, _):
+    def losses_of(p):
+      losses = example_losses(p, batch)
+      return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    if mode == "jvp_of_grad":
+      losses, slopes = jax.jvp(losses_of, (params,), (direction,))
+      return (), (slopes, losses)
+    losses, pull = jax.vjp(losses_of, params)
+    _, pull_pull = jax.vjp(lambda w: pull(w)[0], jnp.zeros_like(losses))
+    return (), (pull_pull(direction)[0], losses)
+
+  num_rows = jax.tree.leaves(batch)[0].shape[0]
+  return sum_over_micro_batches(part, batch, jnp.ones(num_rows), micro_batch_size)[1]
 
 
 def directional_scores(example_losses: Callable, params: Any, direction: Any, data: Any,
@@ -166,8 +170,6 @@ def _directional_scores(example_losses, params, direction, data, num_rows, batch
   padding = num_parts * batch_size - num_rows
   if padding:  # repeat the first rows; their second scores are cut off below
     data = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), data)
-  _, scores = sum_over_micro_batches(
-    lambda batch, _: (
-      (), directional_derivatives(example_losses, params, direction, batch, mode=mode)[0]),
-    data, jnp.ones(num_parts * batch_size), batch_size)
+  scores, _ = directional_derivatives(
+    example_losses, params, direction, data, mode=mode, micro_batch_size=batch_size)
   return scores[:num_rows]

@@ -19,6 +19,7 @@ import numpy as np
 from lmops_jax.control import checks
 from lmops_jax.control.adjoint import directional_scores, hvp_scores_losses
 from lmops_jax.control.callables import as_pytree
+from lmops_jax.control.cost import NUM_PROBES, POWER_STEPS
 from lmops_jax.control.dynamics import gradient, strong
 from lmops_jax.control.pmp import batch_getter
 from lmops_jax.control.problem import tree_norm
@@ -144,7 +145,7 @@ def _solve(example_losses, target_grad, params, batches, damping, tolerance, sca
   return direction, jnp.where(norm > 0, tree_norm(left) / jnp.where(norm > 0, norm, 1), 0)
 
 
-def _mean_eigenvalue(product: Callable, params: Any, key: jax.Array, num_probes: int = 8):
+def _mean_eigenvalue(product: Callable, params: Any, key: jax.Array, num_probes: int = NUM_PROBES):
   """Hutchinson's estimate of trace(H) / P with Rademacher probes."""
   size = sum(x.size for x in jax.tree.leaves(params))
   def probe(key):
@@ -153,7 +154,8 @@ def _mean_eigenvalue(product: Callable, params: Any, key: jax.Array, num_probes:
   return jnp.mean(jax.lax.map(probe, jax.random.split(key, num_probes)))
 
 
-def _largest_eigenvalue(product: Callable, params: Any, key: jax.Array, iterations: int = 20):
+def _largest_eigenvalue(product: Callable, params: Any, key: jax.Array,
+                        iterations: int = POWER_STEPS):
   """Norm growth of a power iteration (a lower bound on the largest absolute eigenvalue)."""
   def normalise(v):
     norm = jnp.maximum(tree_norm(v), jnp.finfo(jnp.float32).tiny)

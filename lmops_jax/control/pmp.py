@@ -141,30 +141,35 @@ def check_result(result: PmpResult) -> PmpResult:
       the costate is not finite or exceeds `1e4 * T * max |grad J|`: the adjoint explodes when the
       learning rate is above 2 / (largest Hessian eigenvalue), even where training looks fine.
   """
-  losses = {"training loss": np.asarray(result.step_losses, np.float64),
-            "target loss": np.asarray(result.target_losses, np.float64)}
-  for name, values in losses.items():
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-      raise FloatingPointError(
-        f"The {name} is {values[bad[0]]} at step {bad[0]} of {len(result.step_losses)}; lower the "
-        "learning rate or check the data.")
-  norms = np.asarray(result.costate_norms, np.float64)
-  num_steps = len(norms)
-  bound = _MAX_GROWTH * num_steps * np.max(np.asarray(result.target_grad_norms, np.float64))
-  for t in range(num_steps, 0, -1):  # in the order of the recursion
-    if not np.isfinite(norms[t - 1]) or norms[t - 1] > bound:
-      raise FloatingPointError(
-        f"The costate diverged: its norm is {norms[t - 1]:.3g} at step {t} of {num_steps} (bound "
-        f"{bound:.3g}); lower the learning rate below 2 / (largest Hessian eigenvalue).")
-  scores = np.asarray(result.scores)
-  if not np.isfinite(scores).all():
-    t = int(np.argwhere(~np.isfinite(scores))[0][0])
-    raise FloatingPointError(f"A score is not finite at step {t} of {num_steps}.")
+  num_steps = len(result.step_losses)
+  check_steps(result.step_losses, result.target_losses, result.costate_norms, result.scores,
+              np.max(np.asarray(result.target_grad_norms, np.float64)), num_steps)
   if result.proxy_scores is not None and not np.isfinite(np.asarray(result.proxy_scores)).all():
     raise FloatingPointError("A proxy score is not finite although the costates are; check the "
                              "proxy examples.")
   return result
+
+
+def check_steps(step_losses, target_losses, costate_norms, scores, target_grad_norm: float,
+                num_steps: int, start: int = 0) -> None:
+  """`check_result` for the steps from `start` on; `target_grad_norm` is the largest known."""
+  for name, values in (("training loss", step_losses), ("target loss", target_losses)):
+    values = np.asarray(values, np.float64)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+      raise FloatingPointError(
+        f"The {name} is {values[bad[0]]} at step {start + bad[0]} of {num_steps}; lower the "
+        "learning rate or check the data.")
+  norms = np.asarray(costate_norms, np.float64)
+  bound = _MAX_GROWTH * num_steps * target_grad_norm
+  for i in range(len(norms) - 1, -1, -1):  # in the order of the recursion
+    if not np.isfinite(norms[i]) or norms[i] > bound:
+      raise FloatingPointError(
+        f"The costate diverged: its norm is {norms[i]:.3g} at step {start + i + 1} of {num_steps} "
+        f"(bound {bound:.3g}); lower the learning rate below 2 / (largest Hessian eigenvalue).")
+  bad = np.argwhere(~np.isfinite(np.asarray(scores)))
+  if bad.size:
+    raise FloatingPointError(f"A score is not finite at step {start + bad[0][0]} of {num_steps}.")
 
 
 def prepare(example_losses, target_loss, optimizer, params, batches, weights, proxy, settings):

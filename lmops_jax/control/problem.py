@@ -162,7 +162,8 @@ class Problem:
       previous = self.constrain(jax.tree.map(jnp.add, direct, hvp))
     else:
       slopes, losses = adjoint.directional_derivatives(
-        self.example_losses, state.params, u, batch, mode=settings.hvp_mode)
+        self.example_losses, state.params, u, batch, mode=settings.hvp_mode,
+        micro_batch_size=settings.micro_batch_size)
       previous = direct
     carry = carry._replace(opt_cotangent=opt_cotangent)
     if self.proxy is not None:

@@ -4,7 +4,8 @@
 cuts the T steps into segments: the forward pass keeps the state at each segment's start, the
 reverse pass recomputes one segment's states at a time. After each segment of either pass the driver
 calls `save(tree)`; a later call whose `load()` returns that tree goes on from there, with the same
-compiled programs on the same bits, so the result is bitwise that of an undisturbed run.
+compiled programs on the same bits, so the result is bitwise that of an undisturbed run. A solve
+that diverges stops at the end of the segment in which it does, with the step in the message.
 """
 
 import dataclasses
@@ -24,12 +25,13 @@ from lmops_jax.control.dynamics import init_state
 from lmops_jax.control.pmp import (
   PmpResult,
   batch_getter,
+  check_steps,
   constrain,
   make_result,
   prepare,
   shardings_of,
 )
-from lmops_jax.control.problem import Problem, Settings
+from lmops_jax.control.problem import Problem, Settings, tree_norm
 
 
 def pmp_scores_resumable(
@@ -48,6 +50,7 @@ def pmp_scores_resumable(
     load: Callable[[], Any],
     save: Callable[[Any], None],
     progress: Callable[[int, int], None] | None = None,
+    log: Callable[[str], None] | None = None,
     hessian: bool = True,
     hvp_mode: str = "jvp_of_grad",
     micro_batch_size: int | None = None,
@@ -62,10 +65,14 @@ def pmp_scores_resumable(
     save: called after each segment with a flat dict from names to arrays (host or device arrays,
       also sharded ones): the segment starts still needed and, in the reverse pass, the carry.
     progress: called with (segments done, segments in both passes).
+    log: called with a line on the norms of costate and target gradient after each segment of the
+      reverse pass.
     trajectory: for the states inside one segment.
   Raises:
     ValueError: also if what `load` returns belongs to another solve (other settings, parameters,
       batches or weights).
+    FloatingPointError: naming the step, where the run or its adjoint diverges (see `check_result`).
+      The segment is not saved: what was saved is sound.
   """
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
@@ -110,6 +117,12 @@ def pmp_scores_resumable(
   while not run.is_reverse:
     state = _place(_forward_segment(data, run.states[-1], steps_of(run.done), **static),
                    first_state)
+    norm = float(_params_norm(state))
+    if not np.isfinite(norm):
+      last = int(steps_of(run.done)[-1])
+      raise FloatingPointError(
+        f"The parameters of the inner run have norm {norm} after step {last} of {num_steps}, and "
+        f"were finite before step {starts[run.done]}; lower the learning rate or check the data.")
     if run.done + 1 < len(starts):
       run = dataclasses.replace(run, done=run.done + 1, states=[*run.states, state])
     else:
@@ -122,6 +135,7 @@ def pmp_scores_resumable(
     carry, outs = _reverse_segment(data, run.states[-1], run.carry, steps_of(i), **static)
     run = dataclasses.replace(run, done=run.done + 1, states=run.states[:-1],
                               carry=_place(carry, run.carry), outs=[outs, *run.outs])
+    _check_segment(run, starts[i], num_steps, log)
     keep()
   outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *run.outs)
   return make_result(outs, run.final_target, run.carry.proxy_scores, run.final_params)
@@ -159,6 +173,24 @@ class _Data:
 def _problem(data: _Data, settings: Settings, shardings: tuple) -> Problem:
   return Problem(data.example_losses, data.target_loss, data.update, batch_getter(data.batches),
                  data.weights, data.proxy, settings, functools.partial(constrain, shardings))
+
+
+def _check_segment(run: _Run, start: int, num_steps: int, log: Callable | None) -> None:
+  """Logs the norms of the segment reversed last, which begins at `start`; raises if it diverged."""
+  outs = run.outs[0]
+  norms = np.asarray(outs.costate_norm, np.float64)
+  # lambda_{t+1} sums over the gradients at later parameters only, all of them known by now.
+  grads = np.concatenate([np.asarray(o.target.grad_norm, np.float64) for o in run.outs]
+                         + [np.asarray(run.final_target.grad_norm, np.float64)[None]])
+  if log is not None:
+    log(f"steps {start + 1} to {start + len(norms)} of {num_steps}: |lambda| {norms[-1]:.4g} to "
+        f"{norms[0]:.4g} backwards, largest |grad J| so far {grads.max():.4g}")
+  check_steps(outs.step_loss, outs.target.loss, norms, outs.scores, grads.max(), num_steps, start)
+
+
+@jax.jit
+def _params_norm(state):
+  return tree_norm(state.params)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "shardings"))

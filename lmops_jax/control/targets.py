@@ -12,8 +12,8 @@ from lmops_jax.control import checks
 from lmops_jax.control.dynamics import split_rows, take_part
 
 
-def mean_target_loss(example_losses: Callable, data: Any,
-                     batch_size: int | None = None) -> "MeanTargetLoss":
+def mean_target_loss(example_losses: Callable, data: Any, batch_size: int | None = None, *,
+                     num_rows: int | None = None) -> "MeanTargetLoss":
   """`params -> mean_n l_n(params)` over the rows of `data`.
 
   Args:
@@ -22,13 +22,17 @@ def mean_target_loss(example_losses: Callable, data: Any,
     batch_size: rows evaluated at once (any size). The gradient of a part is taken together with its
       loss, so it needs the memory of one part and recomputes nothing; it is of first order then
       (reverse mode only).
+    num_rows: the mean is over the first so many rows; what follows fills the data up to a size
+      that a mesh divides and does not count (its losses must be finite). By default all rows.
   Raises:
-    ValueError: if `data` has no row, or leaves of different lengths.
+    ValueError: if `data` has no row, or leaves of different lengths, or fewer rows than `num_rows`.
   """
-  checks.leading_axes(data, "the target data", 1, "M")
+  size, = checks.leading_axes(data, "the target data", 1, "M")
+  if num_rows is not None:
+    num_rows = checks.integer(num_rows, "num_rows", 1, size)
   if batch_size is not None:
     batch_size = checks.integer(batch_size, "batch_size", 1)
-  return MeanTargetLoss(jax.tree.map(jnp.asarray, data), example_losses, batch_size)
+  return MeanTargetLoss(jax.tree.map(jnp.asarray, data), example_losses, batch_size, num_rows)
 
 
 @jax.tree_util.register_dataclass
@@ -38,14 +42,19 @@ class MeanTargetLoss:
   data: Any
   example_losses: Callable = dataclasses.field(metadata={"static": True})
   batch_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+  num_rows: int | None = dataclasses.field(default=None, metadata={"static": True})
 
   def __call__(self, params: Any) -> jax.Array:
-    num_rows = jax.tree.leaves(self.data)[0].shape[0]
-    if self.batch_size is None or self.batch_size >= num_rows:
-      return jnp.mean(self._losses(params, self.data))
-    num_parts = -(-num_rows // self.batch_size)
-    size = -(-num_rows // num_parts)
-    padding = num_parts * size - num_rows
+    size_of_data = jax.tree.leaves(self.data)[0].shape[0]
+    num_rows = size_of_data if self.num_rows is None else self.num_rows
+    if self.batch_size is None or self.batch_size >= size_of_data:
+      losses = self._losses(params, self.data)
+      if num_rows == size_of_data:
+        return jnp.mean(losses)
+      return jnp.sum(jnp.where(jnp.arange(size_of_data) < num_rows, losses, 0)) / num_rows
+    num_parts = -(-size_of_data // self.batch_size)
+    size = -(-size_of_data // num_parts)
+    padding = num_parts * size - size_of_data
     data = self.data
     if padding:  # repeated rows, masked out below
       data = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), data)

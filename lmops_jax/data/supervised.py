@@ -150,7 +150,7 @@ def read_examples(path: Path | str, tokenizer) -> list[Example]:
 
 def build(
   examples: Iterable[Example], length: int, *, pad_id: int, pack: bool = True,
-  too_long: str = "drop",
+  too_long: str = "drop", name: str = "train",
 ) -> SupervisedSet:
   """Sequences of `length` predicted positions.
 
@@ -160,6 +160,7 @@ def build(
     pad_id: stands where nothing does.
     pack: several rows to a sequence, first fit in order; else one each.
     too_long: "drop" such rows or "cut" them, counted, or make them an "error".
+    name: of the part, for errors.
 
   Raises:
     ValueError: a row is too long (with "error"), or none is left.
@@ -201,7 +202,7 @@ def build(
     room[place] -= size
   if not sequences:
     raise ValueError(
-      f"no row is left of {sum(counts.values())}: {counts['dropped']} have more than {length} "
+      f"no row of the {name} part is left: {counts['dropped']} have more than {length} "
       "tokens; raise the length, or set too_long to \"cut\"."
     )
   arrays = {name: np.zeros((len(sequences), length), np.int32) for name in _FIELDS}

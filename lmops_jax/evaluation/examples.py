@@ -20,13 +20,16 @@ def map_examples(
     function: jitted, so that repeated calls reuse what was compiled.
     params: its first argument.
     rows: a batch of host arrays `[N, ...]`.
-    batch_size: rows at a time; the last batch is padded by repeating its first row.
+    batch_size: rows at a time, rounded up to a multiple of what the mesh splits a batch into; the
+      last batch is padded by repeating its first row.
     partitioner: places the batches on a mesh; None leaves that to jax.
 
   Returns:
     `[N] float64`, in the order of the rows.
   """
   num = len(next(iter(rows.values())))
+  if partitioner is not None:
+    batch_size = -(-batch_size // partitioner.num_batch_shards) * partitioner.num_batch_shards
   values = []
   with contextlib.nullcontext() if partitioner is None else partitioner.activate():
     for start in range(0, num, batch_size):

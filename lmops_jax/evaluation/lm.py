@@ -23,11 +23,13 @@ def mean_loss(
   batches: Iterable[Batch],
   *,
   place: Callable[[Batch], Batch] | None = None,
+  multiple_of: int = 1,
 ) -> float:
   """Mean of per-document losses; every document counts once, whatever its length.
 
   Compiles once for a given `example_losses` object: a smaller last batch is filled up to the first
-  one's size with rows that do not count. All batches are dispatched before a value is read.
+  one's size, and that to a multiple of `multiple_of`, with rows that do not count. All batches are
+  dispatched before a value is read.
 
   Args:
     example_losses: `(params, batch) -> [B] float32`, nats per token. Reuse one object over calls.
@@ -35,6 +37,8 @@ def mean_loss(
     batches: dicts of arrays with leaves `[B,...]`, this process's rows, as many batches on every
       process; B may only shrink.
     place: turns such a dict into (sharded) device arrays, e.g. `Partitioner.place_batch`.
+    multiple_of: what the rows of a batch must divide by to be placed, e.g. this process's share of
+      `Partitioner.num_batch_shards`.
 
   Returns:
     Nats per token, float.
@@ -44,7 +48,7 @@ def mean_loss(
     FloatingPointError: the loss of a batch is not finite.
   """
   sums = []
-  for batch, valid in _filled(batches):
+  for batch, valid in _filled(batches, multiple_of):
     batch = {name: leaf for name, leaf in batch.items() if name != "example_id"}  # 63 bits
     batch[_VALID] = valid
     batch = place(batch) if place else batch
@@ -78,9 +82,11 @@ def _loss_sum(example_losses, params, batch):
   return jnp.sum(losses), jnp.sum(valid, dtype=losses.dtype)
 
 
-def _filled(batches: Iterable[Batch]) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-  """Yields batches of the first one's size with a `[B] bool` of the rows that count."""
-  size = None
+def _filled(
+  batches: Iterable[Batch], multiple_of: int
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+  """Yields batches of the first one's size, rounded up, and a `[B] bool` of the rows that count."""
+  first = None
   for i, batch in enumerate(batches):
     num_rows = {len(leaf) for leaf in batch.values()}
     if len(num_rows) != 1 or 0 in num_rows:
@@ -89,11 +95,12 @@ def _filled(batches: Iterable[Batch]) -> Iterator[tuple[dict[str, np.ndarray], n
         f"but they have {sorted(num_rows)}."
       )
     n = num_rows.pop()
-    size = n if size is None else size
-    if n > size:
+    first = n if first is None else first
+    if n > first:
       raise ValueError(
-        f"Evaluation batch {i} has {n} rows, more than the first one's {size}; put it first."
+        f"Evaluation batch {i} has {n} rows, more than the first one's {first}; put it first."
       )
+    size = -(-first // multiple_of) * multiple_of
     if "loss_mask" in batch:
       tokens = np.asarray(batch["loss_mask"]).reshape(n, -1).sum(-1)
       if not np.all(tokens > 0):

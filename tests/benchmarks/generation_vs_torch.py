@@ -10,7 +10,7 @@ numbers. Both take turns, and the table gives the median. What is timed:
 * prefill: prompts of 512 tokens of the text until the first new token (`max_new_tokens=1`),
 * decode: 64 further tokens after prompts of 64, the time until the first token taken off,
 * beam 8: the same with eight beams of one prompt,
-* scoring: 500 rows after 8 demonstrations, two answer options each. PyTorch does one forward pass a
+* scoring (once after a first call): 500 rows after 8 demonstrations, two answer options each. PyTorch does one forward pass a
   row, rows sorted by length in batches of 16, logits at the last position only; and, a second time,
   with the demonstrations' keys and values computed once and repeated for each batch.
 
@@ -44,6 +44,7 @@ import torch
 import transformers
 
 from lmops_jax.decoding import GenerationOptions, Generator
+from lmops_jax.decoding.scoring import OptionScorer, Request, total
 from lmops_jax.models.flops import forward_flops_per_token, matmul_params
 from lmops_jax.pretrained import exporting
 from lmops_jax.pretrained import model as model_lib
@@ -188,8 +189,6 @@ def generation_rows(generator, peers, ids, repeats):
 
 def scoring_rows(source, params, tokenizer, peer, args, repeats):
   """Rows of the table for option scoring, and the accuracy of each side."""
-  from lmops_jax.evaluation import in_context
-
   words = (" negative", " positive")
   read = lambda path: [json.loads(line) for line in Path(path).open(encoding="utf-8")]  # noqa: E731
   test, train = read(args.task)[:ROWS], read(args.train)
@@ -202,10 +201,11 @@ def scoring_rows(source, params, tokenizer, peer, args, repeats):
   options = [tokenizer.encode(word, add_special=False) for word in words]
   labels = [row["label"] for row in test]
   answers = {}
-  scorer = in_context.option_scorer(source.model, params)
+  scorer = OptionScorer(source.model, params)
+  requests = [Request(prefix_ids + ids, options) for ids in row_ids]
 
   def ours():
-    answers["JAX"] = scorer.choose(prefix_ids, row_ids, options)
+    answers["JAX"] = [int(np.argmax(total(scores))) for scores in scorer.score(requests)]
 
   def theirs(share):
     return lambda: answers.update({
@@ -282,7 +282,7 @@ def main() -> None:
     )
   if args.task:
     scored, prefix, rest = scoring_rows(
-      source, params, tokenizer, peers["PyTorch"], args, args.repeats
+      source, params, tokenizer, peers["PyTorch"], args, 1
     )
     peer = scored[1]["rows_per_sec"]
     lines += [

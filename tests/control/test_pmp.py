@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,9 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from lmops_jax.control import check_result, pmp_scores
+from lmops_jax.control import check_result, mean_target_loss, pmp_scores
+from lmops_jax.models.transformer import Transformer, TransformerConfig
+from lmops_jax.training.losses import lm_example_losses
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -75,7 +78,7 @@ def test_the_clipping_case_clips(x64, toy):
   assert optax.tree.norm(grads) > 0.2
 
 
-@pytest.mark.parametrize("name", ["mini_batches_with_repeats", "adamw"])
+@pytest.mark.parametrize("name", CASES)
 def test_scores_in_float32_are_close_to_float64(toy, name):
   problem, optimizer, objective = _case(toy, name)
   with jax.enable_x64(True):
@@ -350,3 +353,35 @@ def test_padding_and_masked_tokens_change_nothing(x64, toy):
   changed["tokens"][..., -2:] = (changed["tokens"][..., -2:] + 1) % 7
   changed["targets"][..., -2:] = (changed["targets"][..., -2:] + 3) % 7
   np.testing.assert_allclose(run(changed), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("padding", [1, 7])
+def test_the_amount_of_padding_changes_nothing(x64, padding):
+  """Scores of all three kinds of data, each with positions appended that do not count."""
+  model = Transformer(TransformerConfig(
+    vocab_size=16, num_layers=1, width=8, num_heads=2, mlp_width=12, dtype="float64",
+    param_dtype="float64"))
+  losses = lm_example_losses(model)
+  params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+  rng = np.random.default_rng(0)
+
+  def sequences(*shape):
+    tokens = rng.integers(0, 16, (*shape, 6)).astype(np.int32)
+    return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:],
+            "loss_mask": np.ones((*shape, 5))}
+
+  def padded(rows, num):
+    width = lambda x: [(0, 0)] * (x.ndim - 1) + [(0, num)]  # noqa: E731
+    return {k: np.pad(v, width(v), constant_values=0 if k == "loss_mask" else 3)
+            for k, v in rows.items()}
+
+  data = sequences(2, 4), sequences(6), sequences(5)
+  def run(num):
+    batches, proxy, target = (padded(rows, num) for rows in data)
+    return pmp_scores(losses, mean_target_loss(losses, target), SLOW_SGD, params, batches, None,
+                      proxy=proxy)
+  got, want = run(padding), run(0)
+  assert np.abs(want.scores).min() > 0
+  for a, b in ((got.scores, want.scores), (got.proxy_scores, want.proxy_scores),
+               (got.target_losses, want.target_losses)):
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)

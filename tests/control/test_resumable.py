@@ -82,6 +82,38 @@ def test_resumable_is_the_plain_solve(x64, toy, tmp_path, segment_steps, traject
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), got, want)
 
 
+def test_norms_are_logged_segment_by_segment(toy, tmp_path):
+  problem, lines = _problem(toy), []
+  result = _solve(problem, _Keeper(tmp_path / "x.npz"), log=lines.append)
+  assert [line.split(":")[0] for line in lines] == [
+    "steps 7 to 7 of 7", "steps 4 to 6 of 7", "steps 1 to 3 of 7"]
+  norms, grads = np.asarray(result.costate_norms), np.asarray(result.target_grad_norms)
+  assert f"|lambda| {norms[5]:.4g} to {norms[3]:.4g} backwards" in lines[1]
+  assert lines[-1].endswith(f"{grads.max():.4g}")
+
+
+def test_a_run_that_diverges_stops_in_its_segment(tmp_path):
+  keeper = _Keeper(tmp_path / "x.npz")
+  # theta is multiplied by -999 a step: 13 steps leave float32.
+  losses = lambda theta, batch: 0.5 * jnp.square(theta[0]) + 0 * batch  # noqa: E731
+  with pytest.raises(FloatingPointError, match="after step 14 of 40, .* finite before step 10"):
+    pmp_scores_resumable(
+      losses, lambda theta: theta[0], optax.sgd(1e3), jnp.ones(1), np.zeros((40, 2)), None,
+      segment_steps=5, load=lambda: None, save=keeper.save)
+  assert keeper.num_saves == 2  # segments of five that were sound
+
+
+def test_an_adjoint_that_diverges_stops_in_its_segment(tmp_path):
+  # At theta = 0 the run stands still whatever the rate, but the costate grows 999-fold a step.
+  keeper = _Keeper(tmp_path / "x.npz")
+  losses = lambda theta, batch: 0.5 * jnp.square(theta[0]) + 0 * batch  # noqa: E731
+  with pytest.raises(FloatingPointError, match="costate diverged: its norm is .* at step 38 of 40"):
+    pmp_scores_resumable(
+      losses, lambda theta: theta[0], optax.sgd(1e3), jnp.zeros(1), np.zeros((40, 2)), None,
+      segment_steps=10, load=lambda: None, save=keeper.save)
+  assert keeper.num_saves == 4  # the forward pass; no segment of the reverse pass
+
+
 @pytest.mark.parametrize("change", ["groups", "weights", "params", "segment_steps"])
 def test_resuming_another_solve_is_refused(toy, tmp_path, change):
   problem = _problem(toy)

@@ -100,7 +100,7 @@ def test_too_long_rows_are_dropped_cut_or_refused_and_counted():
   assert cut.arrays["tokens"][0].tolist() == examples[0].tokens[:8]
   with pytest.raises(ValueError, match="a row of 12 tokens exceeds the length 8"):
     supervised.build(examples, 8, pad_id=0, too_long="error")
-  with pytest.raises(ValueError, match="no row is left of 1: 1 have more than 8 tokens"):
+  with pytest.raises(ValueError, match="no row of the train part is left: 1 have more than 8 tok"):
     supervised.build(examples[:1], 8, pad_id=0)
   with pytest.raises(ValueError, match="too_long='skip' is not one of"):
     supervised.build(examples, 8, pad_id=0, too_long="skip")

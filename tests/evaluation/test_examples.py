@@ -35,5 +35,6 @@ def test_a_mesh_gives_the_same_values():
   n = 2 * jax.device_count()
   function = jax.jit(lambda params, batch: batch["x"] ** 2)
   rows = {"x": np.arange(n + 1, dtype=np.float32)}
-  got = examples.map_examples(function, None, rows, n, partitioner)
-  np.testing.assert_array_equal(got, np.arange(n + 1.0) ** 2)
+  for batch_size in (n, 3):  # the latter is rounded up to what the mesh divides
+    got = examples.map_examples(function, None, rows, batch_size, partitioner)
+    np.testing.assert_array_equal(got, np.arange(n + 1.0) ** 2)

@@ -143,7 +143,7 @@ class Finetune:
       if not part and name == VALIDATION:
         continue
       data = supervised.build(
-        part, self.length, pad_id=pad_id, pack=self.pack, too_long=self.too_long
+        part, self.length, pad_id=pad_id, pack=self.pack, too_long=self.too_long, name=name
       )
       supervised.save(context.directory / name, data)
       context.extra[name] = data.counts

@@ -67,7 +67,7 @@ def run(
           means = {
             name: lm.mean_loss(
               example_losses, params, _batches(rows, config.batch_size),
-              place=partitioner.place_batch,
+              place=partitioner.place_batch, multiple_of=partitioner.num_batch_shards,
             )
             for name, rows in wanted.items()
           }

@@ -9,8 +9,10 @@ your own needs a `name` and either `score_proxies(bench)` or `score_corpus(bench
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +27,8 @@ from lmops_jax.evaluation import examples
 from lmops_jax.models import flops
 from lmops_jax.systems.pds import dsir, prepare, pretrain, scores
 from lmops_jax.training import losses, mesh, optimizers
+
+MATMUL_PRECISIONS = ("default", "high", "highest")
 
 
 @gin.register(module="pds")
@@ -50,8 +54,8 @@ class ProxySet:
     """`[M] int64`, ascending."""
     if self.num_proxies > num_examples:
       raise ValueError(
-        f"pds.ProxySet.num_proxies={self.num_proxies} exceeds the corpus's {num_examples} "
-        "instances; lower it or enlarge the corpus."
+        f"pds.ProxySet.num_proxies={self.num_proxies} (PROXIES) exceeds the corpus's "
+        f"{num_examples} instances; lower it or enlarge the corpus."
       )
     rng = np.random.default_rng(self.seed)
     return np.sort(rng.choice(num_examples, self.num_proxies, replace=False)).astype(np.int64)
@@ -89,6 +93,20 @@ class Bench:
   def place(self, batch):
     return self.partitioner.place_batch(batch)
 
+  def place_rows(self, rows, micro_batch_size: int) -> tuple[dict[str, jax.Array], int]:
+    """Places any number of rows, filled up with repeats of the first so that the mesh divides them.
+
+    Returns:
+      The placed rows, whose number is a multiple of the micro-batch size, and that size: at most
+      `micro_batch_size` rounded up to a multiple of the mesh's shards.
+    """
+    num, shards = len(next(iter(rows.values()))), self.partitioner.num_batch_shards
+    num_parts = -(-num // (-(-micro_batch_size // shards) * shards))
+    size = -(-num // (num_parts * shards)) * shards
+    filler = num_parts * size - num
+    filled = {k: np.concatenate([v, np.repeat(v[:1], filler, axis=0)]) for k, v in rows.items()}
+    return self.place(filled), size
+
   def proxy_params(self, step: int | None = None):
     """Parameters of the proxy at a kept step (None: its last)."""
     step = self.proxy.num_steps if step is None else step
@@ -115,10 +133,6 @@ class Bench:
     """`num` random instances of the target's dev part, the same for every method (None: all)."""
     target = self.prepared.target_dev
     num = len(target) if num is None else num
-    if num > len(target):
-      raise ValueError(
-        f"num_target={num} exceeds the target's {len(target)} dev instances; lower it."
-      )
     order = np.random.default_rng(self.proxy_set.seed).permutation(len(target))
     batch = target.batch(np.sort(order[:num]))
     self.example_losses.check_batch(batch)
@@ -126,13 +140,66 @@ class Bench:
 
   def target_loss(self, num: int | None, micro_batch_size: int) -> Callable[[Any], jax.Array]:
     """`params -> J`, the mean loss over the target's dev part, a micro-batch at a time."""
-    batch = self.place(self.target_batch(num))
-    return control.mean_target_loss(self.example_losses, batch, micro_batch_size)
+    rows = self.target_batch(num)
+    placed, size = self.place_rows(rows, micro_batch_size)
+    return control.mean_target_loss(
+      self.example_losses, placed, size, num_rows=len(rows["example_id"])
+    )
+
+  def check_sizes(self, method) -> None:
+    """Refuses, before anything is placed or compiled, sizes that the data or the mesh cannot give.
+
+    Raises:
+      ValueError: naming the macro of the PDS gin files to change.
+    """
+    check_sizes(
+      method, self.proxy_set, num_corpus=len(self.corpus), num_target=len(self.prepared.target_dev),
+      num_shards=self.partitioner.num_batch_shards,
+    )
 
   def add_flops(self, num_positions: float, passes: float) -> None:
     """Counts `passes` forward passes' worth of arithmetic over `num_positions` tokens."""
     per_token = flops.forward_flops_per_token(self.model.config, self.corpus.length)
     self.context.flops += passes * num_positions * per_token
+
+
+def check_sizes(
+  method, proxy_set: ProxySet, *, num_corpus: int, num_target: int, num_shards: int = 1
+) -> None:
+  """Refuses a proxy method's sizes that do not fit corpus, target or mesh.
+
+  Args:
+    method: any of those here, or one's own.
+    proxy_set: that a proxy method scores.
+    num_corpus: instances of the corpus.
+    num_target: instances of the target's dev part.
+    num_shards: parts that the mesh splits a batch into.
+  """
+  if not hasattr(method, "score_proxies"):
+    return
+  proxy_set.ids(num_corpus)
+  wanted = getattr(method, "num_target", None)
+  if wanted is not None and wanted > num_target:
+    raise ValueError(
+      f"method {method.name!r} has num_target={wanted} (TARGET_INSTANCES), but the target's dev "
+      f"part has {num_target} instances; lower it, or set None for all."
+    )
+  if isinstance(method, PMP):
+    size, what = method.batch_size, "batch_size (INNER_BATCH_SIZE)"
+  elif isinstance(method, InfluenceScores):
+    size, what = method.num_hessian, "num_hessian"
+  else:
+    return
+  if size > num_corpus:
+    raise ValueError(
+      f"method {method.name!r} has {what} of {size}, more than the corpus's {num_corpus} "
+      "instances; lower it or enlarge the corpus."
+    )
+  if size % num_shards:
+    raise ValueError(
+      f"method {method.name!r} has {what} of {size}, which does not split over the mesh's "
+      f"{num_shards} data shards; set it to a multiple of {num_shards}."
+    )
 
 
 @gin.register(module="pds")
@@ -154,6 +221,10 @@ class PMP:
     segment_steps: steps between two points that an interrupted solve resumes from.
     micro_batch_size: target and proxy instances that are differentiated at a time.
     inner_micro_batch_size: the same for an inner batch, of which it is a divisor; None: all.
+    matmul_precision: of the solve's products, as jax names it; "highest" is full float32 also on
+      GPUs and TPUs, None their default.
+    shuffle: draw the inner batches by `data_seed`; False takes the corpus's first instances in
+      order, as the reference does.
   """
 
   optimizer: Any = None
@@ -170,7 +241,9 @@ class PMP:
   segment_steps: int = 10
   micro_batch_size: int = 64
   inner_micro_batch_size: int | None = None
+  matmul_precision: str | None = None
   data_seed: int = 0
+  shuffle: bool = True
 
   def __post_init__(self):
     if self.optimizer is None:
@@ -191,46 +264,57 @@ class PMP:
       raise ValueError(
         f"pds.PMP.objective={self.objective!r}; set it to 'area' or 'terminal'."
       )
+    if self.matmul_precision not in (None, *MATMUL_PRECISIONS):
+      raise ValueError(
+        f"pds.PMP.matmul_precision={self.matmul_precision!r} is not None or one of "
+        f"{', '.join(MATMUL_PRECISIONS)}."
+      )
 
   def score_proxies(self, bench: Bench) -> np.ndarray:
     """`[C,M]`: the proxies' scores from each checkpoint."""
-    corpus = bench.corpus
-    proxies = bench.place(bench.proxies)
-    source = pretrain.batch_source(corpus, None, self.batch_size, self.data_seed)
+    bench.check_sizes(self)
+    corpus, num_proxies = bench.corpus, bench.proxy_set.num_proxies
+    proxies, proxy_batch_size = bench.place_rows(bench.proxies, self.micro_batch_size)
+    source = pretrain.batch_source(corpus, None, self.batch_size, self.data_seed, self.shuffle)
     steps = [bench.place(source(t)) for t in range(self.num_steps)]
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
     weights = jnp.full((self.num_steps, self.batch_size), 1 / self.batch_size, jnp.float32)
     target_loss = bench.target_loss(self.num_target, self.micro_batch_size)
     num_target = len(bench.target_batch(self.num_target)["example_id"])
     num_segments = 2 * -(-self.num_steps // self.segment_steps)
-    rows, curves = [], []
+    rows, norms = [], collections.defaultdict(list)
     for step in self.checkpoints or (bench.proxy.num_steps,):
       params = bench.proxy_params(step)
-      path = bench.context.directory / f"solve_{step}.npz"
+      path, title = bench.context.directory / f"solve_{step}.npz", f"{self.name}@{step}"
       with (
-        bench.context.progress(num_segments, "segments", f"{self.name}@{step}") as bar,
+        bench.context.progress(num_segments, "segments", title) as bar,
         bench.partitioner.activate(),
+        jax.default_matmul_precision(self.matmul_precision),
       ):
         result = control.pmp_scores_resumable(
           bench.example_losses, target_loss, self.optimizer, params, batches,
           weights, objective=self.objective, trajectory=self.trajectory, proxy=proxies,
           every_k=self.every_k, groups=self.groups, hessian=self.hessian,
-          proxy_batch_size=self.micro_batch_size,
+          proxy_batch_size=proxy_batch_size,
           micro_batch_size=self.inner_micro_batch_size, segment_steps=self.segment_steps,
           load=functools.partial(scores.load_arrays, path),
           save=functools.partial(scores.save_arrays, path),
           progress=lambda done, _, bar=bar: bar.update(done - bar.done),
+          log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )
       control.check_result(result)
-      rows.append(np.asarray(result.proxy_scores))
-      curves.append(np.asarray(result.target_losses).tolist())
-    bench.context.extra["target_losses"] = curves
-    length, num_flushes = corpus.length, self.groups or -(-self.num_steps // self.every_k)
-    inner = self.num_steps * self.batch_size * length * len(rows)
-    # Trajectory 3, gradient and Hessian-vector product 8, of one forward pass each (spec 8.1).
-    bench.add_flops(inner, 3 + (8 if self.hessian else 0))
-    bench.add_flops(self.num_steps * num_target * length * len(rows), 3)
-    bench.add_flops(num_flushes * bench.proxy_set.num_proxies * length * len(rows), 3)
+      rows.append(np.asarray(result.proxy_scores)[:num_proxies])
+      for name in ("target_losses", "costate_norms", "target_grad_norms"):
+        norms[name].append(np.asarray(getattr(result, name), np.float64).tolist())
+    bench.context.extra.update(norms)
+    passes = control.solve_passes(
+      self.optimizer, params, self.num_steps, segment_steps=self.segment_steps,
+      trajectory=self.trajectory, objective=self.objective, every_k=self.every_k,
+      groups=self.groups, hessian=self.hessian,
+    )
+    sizes = control.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
+    for num_passes, size in zip(passes, sizes, strict=True):
+      bench.add_flops(size * corpus.length * len(rows), num_passes)
     return np.stack(rows)
 
 
@@ -246,7 +330,8 @@ class _DirectionMethod:
     raise NotImplementedError
 
   def score_proxies(self, bench: Bench) -> np.ndarray:
-    proxies = bench.place(bench.proxies)
+    bench.check_sizes(self)
+    proxies, proxy_batch_size = bench.place_rows(bench.proxies, self.micro_batch_size)
     target_loss = bench.target_loss(self.num_target, self.micro_batch_size)
     gradient = jax.jit(jax.grad(target_loss))
     rows = []
@@ -255,8 +340,8 @@ class _DirectionMethod:
       with bench.partitioner.activate():
         direction = self.direction(bench, params, gradient(params))
         rows.append(np.asarray(control.directional_scores(
-          bench.example_losses, params, direction, proxies, self.micro_batch_size
-        )))
+          bench.example_losses, params, direction, proxies, proxy_batch_size
+        ))[: bench.proxy_set.num_proxies])
     num_target = len(bench.target_batch(self.num_target)["example_id"])
     num_scored = num_target + bench.proxy_set.num_proxies
     bench.add_flops(num_scored * bench.corpus.length * len(rows), 3)
@@ -286,7 +371,7 @@ class InfluenceScores(_DirectionMethod):
     solver: "lissa" or "cg". The matrix is so ill-conditioned with a small damping that conjugate
       gradients need hundreds of products before they are better than nothing.
     iterations: Hessian-vector products.
-    num_hessian: corpus instances that estimate the Hessian.
+    num_hessian: corpus instances that estimate the Hessian, a multiple of `micro_batch_size`.
   """
 
   name: str = "if_score"
@@ -297,11 +382,25 @@ class InfluenceScores(_DirectionMethod):
   num_hessian: int = 256
   data_seed: int = 0
 
+  def __post_init__(self):
+    for name in ("iterations", "num_hessian", "micro_batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"pds.InfluenceScores.{name}={getattr(self, name)}; set it to 1 or more."
+        )
+    if self.num_hessian % min(self.micro_batch_size, self.num_hessian):
+      raise ValueError(
+        f"pds.InfluenceScores.num_hessian={self.num_hessian} is not a multiple of "
+        f"micro_batch_size={self.micro_batch_size}; choose one."
+      )
+
   def direction(self, bench, params, target_grad):
     source = pretrain.batch_source(bench.corpus, None, self.num_hessian, self.data_seed)
     batch = jax.tree.map(lambda leaf: leaf[None], bench.place(source(0)))
-    passes = 8 if self.curvature == "hessian" else 6
-    bench.add_flops(self.iterations * self.num_hessian * bench.corpus.length, passes)
+    passes = control.influence_passes(
+      self.solver, self.iterations, curvature=self.curvature, damping=self.damping
+    )
+    bench.add_flops(self.num_hessian * bench.corpus.length, passes)
     return control.influence_direction(
       bench.example_losses, target_grad, params, batch, damping=self.damping,
       curvature=self.curvature, method=self.solver, iterations=self.iterations,
@@ -318,7 +417,7 @@ class RhoLoss:
     optimizer: of the fine-tuning; None: AdamW at the constant `learning_rate`.
     learning_rate: of that AdamW.
     epochs: over the target's dev part.
-    batch_size: of the fine-tuning.
+    batch_size: of the fine-tuning; at most the target's size, in multiples of the mesh's shards.
   """
 
   name: str = "rho_loss"
@@ -330,16 +429,20 @@ class RhoLoss:
   data_seed: int = 0
 
   def score_proxies(self, bench: Bench) -> np.ndarray:
+    bench.check_sizes(self)
     optimizer = self.optimizer or optimizers.adamw(self.learning_rate)
-    target = bench.prepared.target_dev
-    size = min(self.batch_size, len(target))
-    num_steps = self.epochs * (len(target) // size)
+    target, shards = bench.prepared.target_dev, bench.partitioner.num_batch_shards
+    # A target smaller than the mesh is repeated until every shard has a row.
+    ids = np.resize(np.arange(len(target)), max(len(target), shards))
+    size = max(min(self.batch_size, len(ids)) // shards, 1) * shards
+    num_steps = self.epochs * (len(ids) // size)
     config = dataclasses.replace(
-      bench.proxy, optimizer=optimizer, num_steps=num_steps, keep_every=None, keep_steps=(),
+      bench.proxy, optimizer=optimizer, num_steps=num_steps, batch_size=size, keep_every=None,
+      keep_steps=(), accumulate=math.gcd(bench.proxy.accumulate, size // shards),
     )
     after = pretrain.fit(
       bench.model, bench.example_losses, config,
-      pretrain.batch_source(target, None, size, self.data_seed), bench.partitioner,
+      pretrain.batch_source(target, ids, size, self.data_seed), bench.partitioner,
       directory=bench.context.directory / "fine_tuning", seed=self.data_seed,
       initial_params=bench.proxy_params(), description=f"{self.name} fine-tuning",
     )

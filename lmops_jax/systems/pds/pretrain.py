@@ -74,13 +74,18 @@ class Pretrain:
     return sorted({*every, *self.keep_steps, self.num_steps})
 
 
-def language_model(config: transformer.TransformerConfig, vocab_size: int, length: int):
-  """The model for a vocabulary. Raises where the instances are longer than its positions."""
+def check_length(config: transformer.TransformerConfig, length: int) -> None:
+  """Raises ValueError where instances of this length have more tokens than the model positions."""
   if length > config.max_length:
     raise ValueError(
       f"instances of pds.Prepare.length={length} are longer than "
       f"models.TransformerConfig.max_length={config.max_length}; raise the latter."
     )
+
+
+def language_model(config: transformer.TransformerConfig, vocab_size: int, length: int):
+  """The model for a vocabulary. Raises where the instances are longer than its positions."""
+  check_length(config, length)
   return transformer.Transformer(dataclasses.replace(config, vocab_size=vocab_size))
 
 

@@ -150,8 +150,8 @@ class _View:
         name, result["target_test_loss_mean"],
         ", ".join(f"{loss:.3f}" for loss in result["target_test_loss"]),
         result["target_test_loss_mean"] - reference[0] if reference else None,
-        ", ".join(_steps_text(s) for s in result["steps_to_match_random"])
-        if name != BASELINE else None,
+        ", ".join(map(_steps_text, result["steps_to_match_random"]))
+        if reference and name != BASELINE else None,
       ])
       if with_corpus:
         rows[-1].append(float(np.mean(result["corpus_loss"])))
@@ -346,7 +346,8 @@ def terminal_table(summary: Mapping[str, Any]) -> str:
     rows.append((
       name, f"{result['target_test_loss_mean']:.3f}",
       " ".join(f"{loss:.3f}" for loss in result["target_test_loss"]),
-      "" if name == BASELINE else " ".join(map(_steps_text, result["steps_to_match_random"])),
+      " ".join(map(_steps_text, result["steps_to_match_random"]))
+      if BASELINE in results and name != BASELINE else "",
     ))
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   return "\n".join(

@@ -1,12 +1,15 @@
 """Stage `select/<method>`: Gumbel top-k over the score shards, and the exports.
 
-Two streaming passes over the shards with flat memory; the noise is a function of (seed, instance
-id), so the selection depends on neither shard sizes nor their order (PDS, section 3; spec 4).
+Two streaming passes over the shards with flat memory, and one before them for mean and deviation
+where scores are standardised; the noise is a function of (seed, instance id), so the selection
+depends on neither shard sizes nor their order (PDS, section 3; spec 4).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from pathlib import Path
 
 import gin
@@ -44,8 +47,14 @@ class Select:
   def __post_init__(self):
     if not 0 < self.ratio <= 1:
       raise ValueError(f"pds.Select.ratio={self.ratio} is not in (0, 1]; set a share such as 0.4.")
-    if self.tau < 0:
-      raise ValueError(f"pds.Select.tau={self.tau} is negative; set 0 (no noise) or more.")
+    if not 0 <= self.tau < math.inf:
+      raise ValueError(
+        f"pds.Select.tau={self.tau} is not a finite number of 0 (no noise) or more; set one."
+      )
+    if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral) or not (
+      0 <= self.seed < 1 << 64
+    ):
+      raise ValueError(f"pds.Select.seed={self.seed} is not an integer in [0, 2^64); set one.")
     unknown = [f for f in self.formats if f not in FORMATS]
     if unknown:
       raise ValueError(

@@ -74,6 +74,16 @@ class Pipeline:
             f"method {method.name!r} starts from proxy step {step}, which is not kept "
             f"({self.proxy.kept_steps()}); add it to proxy/pds.Pretrain.keep_steps."
           )
+    for config in (self.proxy.model, self.pretrain.model, self.scorer.trunk(self.proxy)):
+      pretrain.check_length(config, self.prepare.length)
+    if any(hasattr(method, "score_proxies") for method in self.methods):
+      train, _ = scorer.split(self.proxy_set.num_proxies, self.scorer.validation_fraction, 0)
+      if len(train) < self.scorer.batch_size:
+        raise ValueError(
+          f"pds.Scorer.batch_size={self.scorer.batch_size} is more than the {len(train)} proxies "
+          f"that are left to train on of pds.ProxySet.num_proxies={self.proxy_set.num_proxies}; "
+          "raise PROXIES or lower the batch size."
+        )
     if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
       raise ValueError(f"pds.Pipeline.seeds={list(self.seeds)}; name one or more different seeds.")
 
@@ -104,9 +114,7 @@ class Pipeline:
       ),
       pipeline.Stage(
         "proxy",
-        functools.partial(
-          pretrain.run, config=self.proxy, partitioner=partitioner, seed=self.proxy_seed
-        ),
+        functools.partial(self._train_proxy, partitioner=partitioner),
         inputs=("prepare",),
         settings=part("proxy") | {"seed": str(self.proxy_seed)},
       ),
@@ -179,6 +187,16 @@ class Pipeline:
       inputs=tuple(s.name for s in stages), settings=part("report"),
     ))
     return stages
+
+  def _train_proxy(self, context, partitioner) -> None:
+    """Trains the proxy, after all that prepared data can be too small for is checked."""
+    prepared = prepare.Prepared(context.input("prepare"))
+    for method in self.methods:
+      methods.check_sizes(
+        method, self.proxy_set, num_corpus=len(prepared.corpus),
+        num_target=len(prepared.target_dev), num_shards=partitioner.num_batch_shards,
+      )
+    pretrain.run(context, config=self.proxy, partitioner=partitioner, seed=self.proxy_seed)
 
   def _bench(self, context, partitioner) -> methods.Bench:
     return methods.Bench(

@@ -111,8 +111,8 @@ def test_the_step_learns_tokens_not_sequences(folder):
   [
     (["--gin.TRAIN='absent.jsonl'"], "train='absent.jsonl' is not a file"),
     (["--gin.LENGTH=300"], "length=300 is beyond the 256 positions"),
-    (["--gin.LENGTH=8", "--gin.BATCH_SIZE=60"], "sequences of length 8, fewer than one batch"),
-    (["--gin.LENGTH=2"], "no row is left of"),
+    (["--gin.LENGTH=12", "--gin.BATCH_SIZE=60"], "sequences of length 12, fewer than one batch"),
+    (["--gin.LENGTH=2"], "no row of the train part is left"),
     (["--gin.finetune.Finetune.too_long='keep'"], "too_long='keep' is not one of"),
     (["--gin.MODEL='absent'"], "neither a folder nor a .gguf file"),
   ],

@@ -70,9 +70,12 @@ def test_corpus_smaller_than_what_is_held_out(lmops, tmp_path, target):
   assert code == 2 and "num_held_out=32" in printed
 
 
+SMALL_SCORER = "--gin.pds.Scorer.batch_size=8"
+
+
 def test_corpus_smaller_than_a_batch(lmops, tmp_path, target):
   small = _jsonl(tmp_path / "small.jsonl", _texts(12, 1))
-  code, printed = lmops(small, target, "--gin.BATCH_SIZE=512")
+  code, printed = lmops(small, target, "--gin.BATCH_SIZE=512", "--gin.PROXIES=24", SMALL_SCORER)
   assert code == 2 and "batch_size=512" in printed and "fewer than one batch" in printed
 
 
@@ -151,6 +154,12 @@ SGD = optimizers.sgd(0.1)
     (lambda: select.Select(ratio=0), "ratio=0"),
     (lambda: select.Select(ratio=1.2), "ratio=1.2"),
     (lambda: select.Select(tau=-1), "tau=-1"),
+    (lambda: select.Select(tau=float("nan")), "tau=nan"),
+    (lambda: select.Select(tau=float("inf")), "tau=inf"),
+    (lambda: select.Select(ratio=float("nan")), "ratio=nan"),
+    (lambda: select.Select(seed=-1), "seed=-1"),
+    (lambda: select.Select(seed=0.5), "seed=0.5"),
+    (lambda: select.Select(seed=1 << 64), "seed=18446744073709551616"),
     (lambda: select.Select(formats=("csv",)), "'csv'"),
     (lambda: pretrain.Pretrain(None, SGD, num_steps=0), "num_steps=0"),
     (lambda: pretrain.Pretrain(None, SGD, 10, batch_size=6, accumulate=4), "multiple"),
@@ -162,6 +171,8 @@ SGD = optimizers.sgd(0.1)
     (lambda: methods.PMP(SGD, every_k=0), "every_k=0"),
     (lambda: methods.PMP(SGD, num_steps=4, groups=5), "groups=5"),
     (lambda: methods.PMP(SGD, objective="mean"), "objective='mean'"),
+    (lambda: methods.PMP(SGD, matmul_precision="double"), "matmul_precision='double'"),
+    (lambda: methods.InfluenceScores(num_hessian=100), "num_hessian=100"),
     (lambda: methods.Perplexity(prefer="high"), "prefer='high'"),
     (lambda: methods.ProxySet(num_proxies=1), "num_proxies=1"),
   ],

@@ -1,0 +1,119 @@
+"""What a solve computes, counted in forward passes: for the accounting of its cost.
+
+Over the same examples a gradient is worth 3 forward passes, a forward-mode derivative of the losses
+3, and a Hessian-vector product with the slopes that come with it 8 (tests/control/test_cost.py
+measures them). Rematerialisation inside a model is not counted.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+
+from lmops_jax.control import adjoint, checks
+from lmops_jax.control import trajectory as trajectories
+from lmops_jax.control.dynamics import init_state
+
+GRADIENT = 3
+SLOPES = 3
+HESSIAN_AND_SLOPES = 8
+NUM_PROBES = 8  # of the mean eigenvalue
+POWER_STEPS = 20  # of the largest eigenvalue
+
+
+class Passes(NamedTuple):
+  """Forward passes' worth of arithmetic over the examples of each kind."""
+  batch: int  # over one step's batch
+  target: int  # over the target's rows
+  proxy: int  # over the proxies
+
+
+def solve_passes(
+    optimizer: Any,
+    params: Any,
+    num_steps: int,
+    *,
+    segment_steps: int | None = None,
+    trajectory: str | int = "all",
+    objective: str = "area",
+    every_k: int = 1,
+    groups: int | None = None,
+    hessian: bool = True) -> Passes:
+  """What `pmp_scores`, or `pmp_scores_resumable` with `segment_steps`, computes over T steps.
+
+  Args:
+    optimizer: decides whether the reverse pass needs the gradient again: clipping, Adam and sums
+      with a traced learning rate do, plain SGD with momentum and decay does not.
+    params: of its state, arrays or shapes.
+    num_steps: T. The other arguments are those of the solve.
+  """
+  checks.integer(num_steps, "num_steps", 1)
+  num_gradients = _trajectory_gradients(num_steps, segment_steps, trajectory)
+  if _reverse_reads_gradient(optimizer, params):
+    num_gradients += num_steps
+  reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
+  # J and its gradient at params_T; then at params_{T-1} .. params_1, and J alone at params_0.
+  target = GRADIENT * num_steps + 1 if objective == "area" else GRADIENT + num_steps
+  num_scored = groups or -(-num_steps // every_k)
+  return Passes(GRADIENT * num_gradients + reverse * num_steps, target, SLOPES * num_scored)
+
+
+def influence_passes(
+    method: str,
+    iterations: int,
+    *,
+    curvature: str,
+    damping: float | None = None,
+    scale: float | None = None,
+    num_batches: int = 1) -> int:
+  """Forward passes over one batch in `influence_direction`; for "cg" the most that it takes."""
+  product = HESSIAN_AND_SLOPES if curvature == "hessian" else SLOPES + GRADIENT
+  whole = 1 + (NUM_PROBES if damping is None else 0)  # products with all batches: the residual last
+  single = 0
+  if method == "cg":
+    whole += iterations + 1  # the first residual
+  else:
+    single += iterations + (POWER_STEPS if scale is None else 0)
+  return product * (whole * num_batches + single)
+
+
+def _trajectory_gradients(num_steps: int, segment_steps: int | None, policy: str | int) -> int:
+  """Training gradients that advance the state, in both passes together."""
+  if segment_steps is None:
+    return _run_gradients(num_steps, policy)
+  sizes = [min(segment_steps, num_steps - i) for i in range(0, num_steps, segment_steps)]
+  return num_steps + sum(_run_gradients(size, policy) for size in sizes)
+
+
+def _run_gradients(num_steps: int, policy: str | int) -> int:
+  slots = trajectories.num_slots(policy, num_steps)
+  if slots >= num_steps:
+    return num_steps
+  return num_steps + int((~trajectories.make_schedule(num_steps, slots).is_reverse).sum())
+
+
+def _reverse_reads_gradient(optimizer: Any, params: Any) -> bool:
+  """Whether any cotangent of the update depends on the gradient; if none does, XLA drops it."""
+  def start(params):
+    state = init_state(optimizer.init, optimizer.update, params)
+    return state, adjoint.float_leaves(state.opt_state)
+
+  state, floats = jax.eval_shape(start, params)
+
+  def pull(state, grads, costate, opt_cotangent):
+    return adjoint.update_pullback(optimizer.update, state, grads, costate, opt_cotangent)
+
+  jaxpr = jax.make_jaxpr(pull)(state, state.params, state.params, floats).jaxpr
+  first = len(jax.tree.leaves(state))
+  return _reaches(jaxpr, jaxpr.invars[first:first + len(jax.tree.leaves(state.params))])
+
+
+def _reaches(jaxpr: Any, variables: list) -> bool:
+  """Whether an output of `jaxpr` is computed from one of `variables` (calls taken as a whole)."""
+  found = set(variables)
+  def is_found(atom):
+    return not isinstance(atom, jex.Literal) and atom in found
+  for eqn in jaxpr.eqns:
+    if any(map(is_found, eqn.invars)):
+      found.update(eqn.outvars)
+  return any(map(is_found, jaxpr.outvars))

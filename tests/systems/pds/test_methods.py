@@ -1,0 +1,224 @@
+"""What the scoring methods ask of data and mesh, and how they count their cost."""
+
+import dataclasses
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmops_jax import control
+from lmops_jax.models import flops
+from lmops_jax.models.transformer import Transformer, TransformerConfig
+from lmops_jax.systems.pds import methods, pretrain
+from lmops_jax.training import mesh, optimizers
+
+LENGTH, VOCAB = 8, 32
+CONFIG = TransformerConfig(
+  vocab_size=VOCAB, num_layers=1, width=16, num_heads=2, mlp_width=24, max_length=LENGTH
+)
+SGD = optimizers.sgd(0.1)
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+@pytest.fixture(scope="module")
+def fast_compile():
+  """Compiles with few optimizations: compiling is most of the time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+class _Instances:
+  """Random sequences, with what the methods read of `data.instances.Instances`."""
+
+  length, vocab_size = LENGTH, VOCAB
+
+  def __init__(self, num, seed):
+    rng = np.random.default_rng(seed)
+    self.rows = rng.integers(0, VOCAB, (num, LENGTH + 1)).astype(np.int32)
+    self.mask = (np.arange(LENGTH) < rng.integers(2, LENGTH + 1, (num, 1))).astype(np.float32)
+
+  def __len__(self):
+    return len(self.rows)
+
+  def batch(self, ids):
+    return {
+      "tokens": self.rows[ids, :-1], "targets": self.rows[ids, 1:], "loss_mask": self.mask[ids],
+      "example_id": np.asarray(ids),
+    }
+
+
+class _Context:
+  """Of a stage: the folder, the manifest's values and the log."""
+
+  def __init__(self, directory):
+    self.directory, self.extra, self.flops, self.lines = directory, {}, 0.0, []
+
+  def log(self, text):
+    self.lines.append(text)
+
+  def progress(self, total, unit, description):
+    from lmops_jax import progress
+    return progress.Progress(total, unit, description, quiet=True)
+
+
+class _Bench(methods.Bench):
+  """A bench whose proxy is at its initialisation."""
+
+  def proxy_params(self, step=None):
+    return nn.unbox(Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))[
+      "params"]
+
+
+def _bench(directory, *, num_target, num_proxies, devices=8, num_corpus=64, **proxy):
+  directory.mkdir(exist_ok=True)
+  prepared = types.SimpleNamespace(
+    corpus=_Instances(num_corpus, 0), target_dev=_Instances(num_target, 1)
+  )
+  config = pretrain.Pretrain(CONFIG, SGD, num_steps=4, batch_size=8, **proxy)
+  partitioner = mesh.MeshConfig(data=devices).build(jax.devices()[:devices])
+  return _Bench(
+    _Context(directory), prepared, config, methods.ProxySet(num_proxies), partitioner
+  )
+
+
+@pytest.mark.parametrize("micro_batch_size", [5, 64])
+def test_the_target_loss_is_the_exact_mean_whatever_the_mesh_divides(tmp_path, micro_batch_size):
+  bench = _bench(tmp_path, num_target=33, num_proxies=20)
+  params = bench.proxy_params()
+  rows = {k: v for k, v in bench.target_batch(None).items() if k != "example_id"}
+  assert len(rows["tokens"]) == 33
+  want, want_grad = jax.value_and_grad(lambda p: bench.example_losses(p, rows).mean())(params)
+  with bench.partitioner.activate():
+    target_loss = bench.target_loss(None, micro_batch_size)
+    got, got_grad = jax.jit(jax.value_and_grad(target_loss))(params)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got_grad, want_grad)
+  assert len(target_loss.data["tokens"]) % target_loss.batch_size == 0
+  assert target_loss.batch_size % 8 == 0
+
+
+def test_scores_do_not_depend_on_whether_the_mesh_divides_the_rows(tmp_path):
+  """33 target instances and 21 proxies on 8 devices and on one; the norms are kept and logged."""
+  method = methods.PMP(SGD, num_steps=3, batch_size=8, segment_steps=2, micro_batch_size=12)
+  benches = [
+    _bench(tmp_path / str(n), num_target=33, num_proxies=21, devices=n) for n in (1, 8)
+  ]
+  want, got = (method.score_proxies(bench) for bench in benches)
+  assert want.shape == (1, 21) and np.abs(want).min() > 0
+  np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=1e-4)
+  context = benches[0].context
+  sizes = {"costate_norms": [3], "target_grad_norms": [3], "target_losses": [4]}
+  assert {name: [len(row) for row in rows] for name, rows in context.extra.items()} == sizes
+  np.testing.assert_allclose(  # lambda_T is the target's gradient
+    context.extra["costate_norms"][0][-1], context.extra["target_grad_norms"][0][-1], rtol=1e-6
+  )
+  assert [line.split(":")[0:2] for line in context.lines] == [
+    ["pds@4", " steps 3 to 3 of 3"], ["pds@4", " steps 1 to 2 of 3"]
+  ]
+  assert "|lambda|" in context.lines[0]
+
+
+def test_direction_scores_of_any_number_of_rows(tmp_path):
+  benches = [
+    _bench(tmp_path / str(n), num_target=33, num_proxies=21, devices=n) for n in (1, 2)
+  ]
+  want, got = (methods.OneStep(micro_batch_size=12).score_proxies(bench) for bench in benches)
+  np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_target", [3, 13])
+def test_rho_loss_fits_its_batches_to_target_and_mesh(tmp_path, num_target):
+  bench = _bench(tmp_path, num_target=num_target, num_proxies=11, accumulate=4)
+  got = methods.RhoLoss(learning_rate=1e-2, epochs=2).score_proxies(bench)
+  assert got.shape == (1, 11) and np.isfinite(got).all()
+  num_steps = 2  # of eight rows, once an epoch
+  per_token = flops.forward_flops_per_token(CONFIG, LENGTH)
+  assert bench.context.flops == (3 * num_steps * 8 + 2 * 11) * LENGTH * per_token
+
+
+def test_rho_loss_prefers_what_the_target_teaches(tmp_path):
+  """Its sign (spec section 7): loss before less loss after fine-tuning on the target."""
+  bench = _bench(tmp_path, num_target=16, num_proxies=32, devices=1)
+  like_target = bench.prepared.target_dev.rows
+  bench.prepared.corpus.rows[::2] = like_target[np.arange(32) % 16]  # every other instance
+  ids = bench.proxies["example_id"]
+  scores = methods.RhoLoss(learning_rate=1e-2, epochs=20).score_proxies(bench)[0]
+  assert scores[ids % 2 == 0].min() > 0
+  assert scores[ids % 2 == 0].min() > scores[ids % 2 == 1].max()
+
+
+def _counted(bench, method):
+  """Operations over those of one forward pass over one instance."""
+  bench.context.flops = 0.0
+  method.score_proxies(bench)
+  return bench.context.flops / (LENGTH * flops.forward_flops_per_token(CONFIG, LENGTH))
+
+
+def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
+  def solve(losses, target_loss, optimizer, params, batches, weights, *, proxy, **_):
+    zeros = jnp.zeros((len(weights), weights.shape[1]))
+    return control.PmpResult(
+      zeros, jnp.zeros(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
+      *jnp.ones((3, len(weights))), None)
+
+  monkeypatch.setattr(control, "pmp_scores_resumable", solve)
+  zeros = lambda *args: jnp.zeros(len(args[3]["tokens"]))  # noqa: E731
+  monkeypatch.setattr(control, "directional_scores", zeros)
+  monkeypatch.setattr(control, "influence_direction", lambda losses, grad, *_, **__: grad)
+  bench = _bench(tmp_path, num_target=16, num_proxies=24, devices=1)
+  base = methods.PMP(SGD, num_steps=5, batch_size=8, segment_steps=2, micro_batch_size=8)
+  replace = lambda name, **kw: dataclasses.replace(base, name=name, **kw)  # noqa: E731
+  # A step: forward 3, once more in its segment 3, Hessian product with slopes 8. The target: five
+  # gradients and the loss at the start. The proxies: every step.
+  solve = 5 * 8 * (3 + 3 + 8) + 16 * (5 * 3 + 1) + 24 * 5 * 3
+  for method, want in [
+    (base, solve),
+    (replace("b", groups=2), solve - 24 * 3 * 3),
+    (replace("c", every_k=2), solve - 24 * 2 * 3),
+    (replace("d", hessian=False), solve - 5 * 8 * (8 - 3)),
+    (replace("e", objective="terminal"), solve - 16 * 4 * 2),
+    (replace("f", optimizer=optimizers.sgd(0.1, clip_norm=1.0)), solve + 5 * 8 * 3),
+    (methods.OneStep(), (16 + 24) * 3),
+    # 50 products, 8 probes, 20 power steps and a residual, of 6 passes each.
+    (methods.InfluenceScores(num_hessian=8), (16 + 24) * 3 + (50 + 8 + 20 + 1) * 8 * 6),
+    (methods.InfluenceScores(num_hessian=8, damping=1.0, curvature="hessian", iterations=2),
+     (16 + 24) * 3 + (2 + 20 + 1) * 8 * 8),
+  ]:
+    assert _counted(bench, method) == pytest.approx(want), method
+
+
+def test_passes_of_the_plain_solve_and_of_other_trajectories():
+  params = {"w": jnp.ones(3)}
+  count = lambda **kw: control.solve_passes(SGD, params, 7, **kw).batch  # noqa: E731
+  assert count() == 7 * (3 + 8)
+  assert count(segment_steps=100) == 7 * (3 + 3 + 8)
+  assert count(trajectory=1) == 7 * (3 + 8) + 3 * (6 * 5 // 2)  # again from the start each time
+  assert count(segment_steps=7, trajectory=1) == count(trajectory=1) + 7 * 3
+  reads = lambda optimizer: (  # noqa: E731
+    control.solve_passes(optimizer, params, 7).batch > count())
+  assert not reads(optimizers.sgd(0.1, momentum=0.9, weight_decay=0.1))
+  assert reads(optimizers.adamw(0.1, clip_norm=None))
+
+
+@pytest.mark.parametrize(("method", "sizes", "message"), [
+  (methods.PMP(SGD, num_target=40), {}, r"num_target=40 \(TARGET_INSTANCES\).* 33 instances"),
+  (methods.OneStep(num_target=34), {}, r"TARGET_INSTANCES"),
+  (methods.PMP(SGD, batch_size=65), {}, r"INNER_BATCH_SIZE\) of 65, more than the corpus's 64"),
+  (methods.PMP(SGD, batch_size=12), {}, r"INNER_BATCH_SIZE\) of 12, which does not split"),
+  (methods.InfluenceScores(num_hessian=128), {}, "num_hessian of 128"),
+  (methods.RhoLoss(), {"num_proxies": 65}, r"num_proxies=65 \(PROXIES\) exceeds"),
+])
+def test_sizes_that_do_not_fit_are_refused_first(tmp_path, method, sizes, message):
+  bench = _bench(tmp_path, **{"num_target": 33, "num_proxies": 8} | sizes)
+  with pytest.raises(ValueError, match=message):
+    method.score_proxies(bench)
+
+
+def test_methods_of_the_whole_corpus_need_no_proxies():
+  methods.check_sizes(
+    methods.Perplexity(), methods.ProxySet(100), num_corpus=10, num_target=1, num_shards=7
+  )
