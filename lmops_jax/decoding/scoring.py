@@ -81,17 +81,24 @@ class OptionScorer:
       ValueError: an empty context or option, an id outside of the vocabulary, or more tokens than
         the model has positions; names the request by its index.
     """
+    return [[scores for scores, _ in row] for row in self.score_and_rank(requests, progress)]
+
+  def score_and_rank(
+    self, requests: Sequence[Request], progress: Callable[[int], None] | None = None
+  ) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """As `score`, and for each token whether it is the most probable one, `[its tokens] bool`."""
     self._check(requests)
     shared = _common_prefix(requests)
-    results: list[list[np.ndarray]] = [[] for _ in requests]
+    results: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in requests]
     with _on_mesh(self._partitioner):
       cache = self._encode(requests[0].context[:shared]) if shared else None
       rows = [_Row.of(request, shared) for request in requests]
       for width, targets, part in self._batches(rows):
-        scores = self._run(cache, [rows[i] for i in part], width, targets, shared)
-        for i, row_scores in zip(part, scores):
+        found = self._run(cache, [rows[i] for i in part], width, targets, shared)
+        for i, *of_row in zip(part, *found):
           ends = np.cumsum([len(option) for option in requests[i].options])
-          results[i] = np.split(row_scores[: ends[-1]], ends[:-1])
+          scores, best = (np.split(x[: ends[-1]], ends[:-1]) for x in of_row)
+          results[i] = list(zip(scores, best))
         if progress:
           progress(len(part))
     return results
@@ -158,7 +165,8 @@ class OptionScorer:
       batch["queries"][i, :m], batch["targets"][i, :m] = row.queries, row.answers
     if self._partitioner is not None:
       batch = self._partitioner.place_batch(batch)
-    return np.asarray(_score(self._model, self.params, cache, batch))[: len(rows)]
+    found = _score(self._model, self.params, cache, batch)
+    return [np.asarray(x)[: len(rows)] for x in found]
 
 
 class _Row(NamedTuple):
@@ -258,7 +266,7 @@ def _read(model, params, tokens, valid):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model, params, shared, batch):
-  """Log-probabilities `[R,T] float32` of the targets."""
+  """Log-probabilities `[R,T] float32` of the targets, and which are the most probable tokens."""
   cache = empty_cache(model.config, *batch["tokens"].shape)
   hidden, _ = model.apply(
     {"params": params}, batch["tokens"], cache, positions=batch["positions"],
@@ -267,4 +275,4 @@ def _score(model, params, shared, batch):
   hidden = jnp.take_along_axis(hidden, batch["queries"][:, :, None], axis=1)
   logits = model.apply({"params": params}, hidden, method="unembed")
   chosen = jnp.take_along_axis(logits, batch["targets"][:, :, None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
+  return chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= jnp.max(logits, axis=-1)

@@ -51,6 +51,8 @@ class SequenceRegressor(nn.Module):
     """
     if self.pooling not in POOLINGS:
       raise ValueError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}.")
+    if segment_ids is None and not self.config.causal:
+      segment_ids = (mask != 0).astype(jnp.int32)  # an encoder must not see padding
     trunk = Transformer(self.config, with_unembedding=False, name="trunk")
     hidden = trunk(tokens, positions, segment_ids)
     hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))

@@ -10,9 +10,10 @@ numbers. Both take turns, and the table gives the median. What is timed:
 * prefill: prompts of 512 tokens of the text until the first new token (`max_new_tokens=1`),
 * decode: 64 further tokens after prompts of 64, the time until the first token taken off,
 * beam 8: the same with eight beams of one prompt,
-* scoring (once after a first call): 500 rows after 8 demonstrations, two answer options each. PyTorch does one forward pass a
-  row, rows sorted by length in batches of 16, logits at the last position only; and, a second time,
-  with the demonstrations' keys and values computed once and repeated for each batch.
+* scoring: 500 rows after 8 demonstrations, two answer options each; once after a first call.
+  PyTorch does one forward pass a row, rows sorted by length in batches of 16, logits at the last
+  position only; and, a second time, with the demonstrations' keys and values computed once and
+  repeated for each batch.
 
 PyTorch runs with its SDPA attention and key/value cache; "compiled" is its static cache under
 torch.compile. Bounds: bytes of weights read for each step against the bandwidth of reading the

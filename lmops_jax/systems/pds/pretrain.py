@@ -39,6 +39,8 @@ class Pretrain:
     accumulate: micro-batches of a step.
     shuffle: order the instances by seed; False keeps the corpus order, as the reference does.
     loss_chunk: sequence positions whose logits exist at a time; None leaves the default.
+    init: a published model to start from, `@pretrained.load()`, whose configuration then replaces
+      `model`; the instances must be in its own vocabulary.
   """
 
   model: Any
@@ -51,8 +53,16 @@ class Pretrain:
   accumulate: int = 1
   shuffle: bool = True
   loss_chunk: int | None = None
+  init: Any = None
 
   def __post_init__(self):
+    if self.init is not None:
+      if not getattr(self.init.config, "causal", False):
+        raise ValueError(
+          f"pds.Pretrain.init is a {self.init.family} model, which does not predict the next "
+          "token; take a decoder."
+        )
+      object.__setattr__(self, "model", self.init.config)
     for name in ("num_steps", "batch_size", "accumulate"):
       if getattr(self, name) < 1:
         raise ValueError(f"pds.Pretrain.{name}={getattr(self, name)}; set it to 1 or more.")
@@ -83,9 +93,29 @@ def check_length(config: transformer.TransformerConfig, length: int) -> None:
     )
 
 
+def check_vocabulary(init, vocabulary, name: str) -> None:
+  """Raises ValueError where a published model would read ids of another vocabulary."""
+  if vocabulary.fingerprint() != init.tokenizer().fingerprint:
+    raise ValueError(
+      f"pds.{name}.init is {init.path}, but the instances are in another vocabulary; include "
+      "'data/model_tokenizer.gin' and set VOCABULARY_PATH to that model."
+    )
+
+
 def language_model(config: transformer.TransformerConfig, vocab_size: int, length: int):
-  """The model for a vocabulary. Raises where the instances are longer than its positions."""
+  """The model for a vocabulary; a published one keeps its own, perhaps larger, size.
+
+  Raises:
+    ValueError: the instances are longer than its positions, or have more ids than it.
+  """
   check_length(config, length)
+  if config.vocab_size is not None:
+    if config.vocab_size < vocab_size:
+      raise ValueError(
+        f"the vocabulary has {vocab_size} ids and models.TransformerConfig.vocab_size is "
+        f"{config.vocab_size}; leave it out, or use the model's own vocabulary."
+      )
+    return transformer.Transformer(config)
   return transformer.Transformer(dataclasses.replace(config, vocab_size=vocab_size))
 
 
@@ -144,6 +174,7 @@ def run(
     model, losses.lm_example_losses(model, chunk=config.loss_chunk), config,
     batch_source(corpus, ids, config.batch_size, seed, config.shuffle), partitioner,
     directory=context.directory, seed=seed, description=context.name,
+    initial_params=None if config.init is None else lambda: config.init.params(partitioner),
   )
   num_positions = config.num_steps * config.batch_size * corpus.length
   context.flops += 3 * num_positions * flops.forward_flops_per_token(model.config, corpus.length)

@@ -44,6 +44,8 @@ class Scorer:
     vocabulary: an existing vocabulary of the scorer's own (`data.SentencePieceFile`, ...), to which
       instances are converted; None takes the corpus's.
     from_proxy: start the trunk from the proxy's last parameters.
+    init: a published model to start the trunk from, `@pretrained.load()`, instead of `model`; the
+      scorer's vocabulary must be its own.
     pooling: "mean", "last" or "first" position.
     inference_batch_size: of the annotation.
     shard_size: instances of a score shard; an interrupted annotation resumes at a shard.
@@ -59,6 +61,7 @@ class Scorer:
   model: Any = None
   vocabulary: Any = None
   from_proxy: bool = True
+  init: Any = None
   pooling: str = "mean"
   inference_batch_size: int = 64
   shard_size: int = 8192
@@ -73,17 +76,19 @@ class Scorer:
         f"pds.Scorer.validation_fraction={self.validation_fraction} is not between 0 and 1; set a "
         "fraction such as 0.1."
       )
-    for name in ("model", "vocabulary"):
+    for name in ("model", "vocabulary", "init"):
       if getattr(self, name) is not None and self.from_proxy:
         raise ValueError(
           f"pds.Scorer.{name} is set, so its trunk cannot start from the proxy's parameters; set "
           "pds.Scorer.from_proxy=False."
         )
+    if self.init is not None:
+      object.__setattr__(self, "model", self.init.config)
 
   def fingerprints(self) -> dict[str, str]:
     """Of the files that the scorer reads besides its inputs."""
-    own = self.vocabulary
-    return {} if own is None else {"vocabulary.fingerprint": own.fingerprint()}
+    own = {"vocabulary": self.vocabulary, "init": self.init}
+    return {f"{k}.fingerprint": v.fingerprint() for k, v in own.items() if v is not None}
 
   def trunk(self, proxy: pretrain.Pretrain):
     return proxy.model if self.model is None else self.model
@@ -197,6 +202,11 @@ def fit(
     initial_params = heads.regressor_params(
       model, jax.random.key(config.seed),
       pretrain.load_params(context.input("proxy"), proxy.num_steps, language_model, partitioner),
+    )
+
+  elif config.init is not None:
+    initial_params = heads.regressor_params(
+      model, jax.random.key(config.seed), config.init.params(partitioner)
     )
 
   def batch_at(step: int) -> dict[str, np.ndarray]:

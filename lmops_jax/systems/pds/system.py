@@ -74,6 +74,13 @@ class Pipeline:
             f"method {method.name!r} starts from proxy step {step}, which is not kept "
             f"({self.proxy.kept_steps()}); add it to proxy/pds.Pretrain.keep_steps."
           )
+    for name, config, vocabulary in (
+      ("Pretrain", self.proxy, self.prepare.vocabulary),
+      ("Pretrain", self.pretrain, self.prepare.vocabulary),
+      ("Scorer", self.scorer, self.scorer.vocabulary or self.prepare.vocabulary),
+    ):
+      if config.init is not None:
+        pretrain.check_vocabulary(config.init, vocabulary, name)
     for config in (self.proxy.model, self.pretrain.model, self.scorer.trunk(self.proxy)):
       pretrain.check_length(config, self.prepare.length)
     if any(hasattr(method, "score_proxies") for method in self.methods):
@@ -116,7 +123,7 @@ class Pipeline:
         "proxy",
         functools.partial(self._train_proxy, partitioner=partitioner),
         inputs=("prepare",),
-        settings=part("proxy") | {"seed": str(self.proxy_seed)},
+        settings=part("proxy") | _started(self.proxy) | {"seed": str(self.proxy_seed)},
       ),
     ]
     runs: dict[tuple[str, int], str] = {}
@@ -168,7 +175,8 @@ class Pipeline:
             pretrain.run, config=self.pretrain, partitioner=partitioner, seed=seed,
             ids_of=functools.partial(select.selected_ids, stage=choose),
           ),
-          inputs=("prepare", choose), settings=part("pretrain") | {"seed": str(seed)},
+          inputs=("prepare", choose),
+          settings=part("pretrain") | _started(self.pretrain) | {"seed": str(seed)},
         ))
     stages.append(pipeline.Stage(
       "evaluate",
@@ -226,3 +234,8 @@ class Pipeline:
     return report.terminal_table(json.loads((folder / "summary.json").read_text())) + (
       f"\n\nreport: {folder / 'index.html'}"
     )
+
+
+def _started(config: pretrain.Pretrain) -> dict[str, str]:
+  """What a training starts from besides its settings."""
+  return {} if config.init is None else {"init.fingerprint": config.init.fingerprint()}
