@@ -41,6 +41,7 @@ class PmpResult(NamedTuple):
   target_grad_norms: jax.Array  # [T] |grad J| at params_1 .. params_T, 0 outside A
   step_losses: jax.Array  # [T] weighted training loss before each step
   costates: Any  # leaves [T, ...] lambda_1 .. lambda_T, or None
+  monitors: Any = None  # leaves [T + 1, ...] at params_0 .. params_T, or None
 
 
 def pmp_scores(
@@ -130,7 +131,7 @@ def make_result(outs: Outputs, final_target: Target, proxy_scores: Any,
   return PmpResult(
     scores=outs.scores, proxy_scores=proxy_scores, target_losses=target.loss, params=final_params,
     costate_norms=outs.costate_norm, target_grad_norms=target.grad_norm[1:],
-    step_losses=outs.step_loss, costates=outs.costate)
+    step_losses=outs.step_loss, costates=outs.costate, monitors=target.monitor)
 
 
 def check_result(result: PmpResult) -> PmpResult:

@@ -52,6 +52,7 @@ class Target(NamedTuple):
   """The target loss at some parameters."""
   loss: jax.Array  # []
   grad_norm: jax.Array  # [], 0 where the loss is not part of the objective
+  monitor: Any = None  # what `Problem.monitor` returned
 
 
 class Outputs(NamedTuple):
@@ -89,6 +90,7 @@ class Problem:
     proxy: pytree with leaves `[M, ...]`, or None.
     settings: see `Settings`.
     constrain: pins a tree like the parameters to their sharding (identity on one device).
+    monitor: `params -> pytree` recorded at every params_t, such as losses on other data; or None.
   """
   example_losses: Callable
   target_loss: Callable
@@ -98,6 +100,7 @@ class Problem:
   proxy: Any
   settings: Settings
   constrain: Callable = lambda tree: tree
+  monitor: Callable | None = None
 
   @property
   def num_steps(self) -> int:
@@ -145,7 +148,11 @@ class Problem:
       wide = self.constrain(jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), state.params))
       group = Group(wide, wide, jnp.zeros_like(tree_norm(wide)))
-    return Carry(costate, opt_zeros, proxy_scores, group), Target(loss, tree_norm(costate))
+    target = Target(loss, tree_norm(costate), self._monitored(state.params))
+    return Carry(costate, opt_zeros, proxy_scores, group), target
+
+  def _monitored(self, params):
+    return None if self.monitor is None else self.monitor(params)
 
   def reverse(self, carry: Carry, state: State, t: jax.Array) -> tuple[Carry, Outputs]:
     """One step of the adjoint recursion, at `state = S_t`."""
@@ -171,6 +178,7 @@ class Problem:
     # In this order: the activations of the two passes never exist at the same time.
     params, previous = jax.lax.optimization_barrier((state.params, previous))
     target, previous = self._add_target(params, previous, t)
+    target = target._replace(monitor=self._monitored(params))
     carry = carry._replace(costate=previous)
     dtype = jnp.promote_types(losses.dtype, weights.dtype)
     return carry, Outputs(

@@ -96,11 +96,15 @@ class SentencePieceVocabulary(Vocabulary):
   """A SentencePiece model (Kudo and Richardson, EMNLP 2018).
 
   A published model may have tokens after those of the SentencePiece model; no text has them.
+
+  Attributes:
+    file: the serialized model.
   """
 
   def __init__(self, directory: Path, metadata: dict):
     super().__init__(directory, metadata)
-    self._processor = _sentencepiece(directory / _SENTENCEPIECE_FILE)
+    self.file = directory / _SENTENCEPIECE_FILE
+    self._processor = _sentencepiece(self.file)
 
   @property
   def num_pieces(self) -> int:
@@ -155,11 +159,16 @@ def fairseq_piece(identifier: int) -> int | None:
 
 
 class HuggingFaceVocabulary(Vocabulary):
-  """A fast tokenizer of Hugging Face, as saved in `tokenizer.json`."""
+  """A fast tokenizer of Hugging Face.
+
+  Attributes:
+    file: its `tokenizer.json`.
+  """
 
   def __init__(self, directory: Path, metadata: dict):
     super().__init__(directory, metadata)
-    self._tokenizer = _hugging_face(directory / _TOKENIZER_FILE)
+    self.file = directory / _TOKENIZER_FILE
+    self._tokenizer = _hugging_face(self.file)
 
   def encode_batch(self, texts):
     encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

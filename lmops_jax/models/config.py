@@ -12,7 +12,8 @@ import gin
 
 from lmops_jax.models import attention as attention_lib
 
-NORMS = ("rms", "layer")
+NORMS = ("rms", "layer", "rms_outside")
+INITIALIZATIONS = ("normal", "fan_in")
 NORM_PLACEMENTS = ("pre", "post", "parallel")
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
@@ -70,7 +71,8 @@ class TransformerConfig:
     tied_embeddings: the output matrix is the embedding.
     rope_base: base of the rotary frequencies.
     norm_eps: added to the mean square (or variance) in a norm.
-    norm: "rms" (scale) or "layer" (mean removed, scale and bias).
+    norm: "rms" (scale), "layer" (mean removed, scale and bias) or "rms_outside" (scale and bias,
+      `norm_eps` outside of the root).
     norm_placement: "pre" each part; "post", after each part's residual sum (BERT); "parallel", one
       norm that feeds attention and MLP, whose outputs are added together (GPT-J).
     final_norm: a norm after the last block.
@@ -93,6 +95,9 @@ class TransformerConfig:
     unembedding_bias: bias of the logits.
     head_transform: product, activation and norm in front of the output matrix (BERT's masked LM).
     pooler: product and tanh on the first position (BERT), `Transformer.pooled`.
+    attention_scale: factor of the products of queries and keys; None is E^-0.5.
+    initialization: "normal" with deviation 0.02 everywhere; or "fan_in", tables standard normal and
+      products uniform up to 1 / sqrt(inputs).
     attention: one of `attention.ATTENTION_KINDS`.
     attention_chunk: queries a block, for "chunked".
     scan_layers: run the blocks under `lax.scan` (compiles once) or unrolled (more to compile,
@@ -139,6 +144,8 @@ class TransformerConfig:
   unembedding_bias: bool = False
   head_transform: bool = False
   pooler: bool = False
+  attention_scale: float | None = None
+  initialization: str = "normal"
   attention: str = "xla"
   attention_chunk: int = 128
   scan_layers: bool = True
@@ -186,13 +193,15 @@ class TransformerConfig:
         )
     for field, choices in (
       ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS), ("positions", POSITIONS),
-      ("activation", ACTIVATIONS), ("remat", REMAT_POLICIES),
+      ("activation", ACTIVATIONS), ("remat", REMAT_POLICIES), ("initialization", INITIALIZATIONS),
     ):
       if getattr(self, field) not in choices:
         raise ValueError(
           f"{name}.{field}={getattr(self, field)!r} is not one of {', '.join(choices)}."
         )
-    for field in ("rope_base", "norm_eps"):
+    for field in ("rope_base", "norm_eps", "attention_scale"):
+      if getattr(self, field) is None and field == "attention_scale":
+        continue
       if not getattr(self, field) > 0:
         raise ValueError(f"{name}.{field}={getattr(self, field)!r} must be positive.")
     for field in ("dtype", "param_dtype"):

@@ -75,6 +75,25 @@ class RMSNorm(nn.Module):
     return (wide * inverse * scale).astype(c.dtype)
 
 
+class OutsideRMSNorm(nn.Module):
+  """`x / (sqrt(mean(x^2)) + eps) * scale + bias` over the last axis, in float32.
+
+  The norm of the code of arXiv 2402.17759; finite derivatives where `x` is 0.
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    scale = _vector(self, "scale", nn.initializers.ones_init(), x.shape[-1], c)
+    bias = _vector(self, "bias", nn.initializers.zeros_init(), x.shape[-1], c)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    root = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return (wide / (root + c.norm_eps) * scale + bias).astype(c.dtype)
+
+
 class LayerNorm(nn.Module):
   """`(x - mean) / sqrt(variance + eps) * scale + bias` over the last axis, in float32."""
 
@@ -93,7 +112,23 @@ class LayerNorm(nn.Module):
 
 def norm(config: TransformerConfig, name: str | None = None) -> nn.Module:
   """The norm that a configuration names."""
-  return (RMSNorm if config.norm == "rms" else LayerNorm)(config, name=name)
+  return _NORMS[config.norm](config, name=name)
+
+
+_NORMS = {"rms": RMSNorm, "layer": LayerNorm, "rms_outside": OutsideRMSNorm}
+
+
+def table_init(config: TransformerConfig):
+  """Initializer of embeddings and other tables."""
+  return nn.initializers.normal(INIT_STDDEV if config.initialization == "normal" else 1.0)
+
+
+def product_init(config: TransformerConfig, num_inputs: int):
+  """Initializer of a matrix that `num_inputs` numbers are multiplied with."""
+  if config.initialization == "normal":
+    return nn.initializers.normal(INIT_STDDEV)
+  bound = num_inputs**-0.5
+  return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _vector(module, name, init, width, config):
@@ -120,7 +155,7 @@ class Projection(nn.Module):
     c = self.config
     kernel = self.param(
       "kernel",
-      nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes),
+      nn.with_logical_partitioning(product_init(c, math.prod(self.inputs)), self.axes),
       (*self.inputs, *self.outputs),
       jnp.dtype(c.param_dtype),
     )
@@ -180,8 +215,11 @@ class Attention(nn.Module):
 
   def _project(self, x, angles):
     q, k, v = self.query(x), self.key(x), self.value(x)
+    c = self.config
+    if c.attention_scale is not None:  # every kind of attention scales by E^-0.5
+      q = q * jnp.asarray(c.attention_scale * c.head_width**0.5, q.dtype)
     if angles is not None:
-      interleaved = self.config.rotary_interleaved
+      interleaved = c.rotary_interleaved
       q, k = (positions_lib.rotary(y, angles, interleaved) for y in (q, k))
     return q, k, v
 

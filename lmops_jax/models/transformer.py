@@ -26,6 +26,7 @@ Left out: dropout.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
@@ -37,7 +38,7 @@ from lmops_jax.models import cache as cache_lib
 from lmops_jax.models import layers as layers_lib
 from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.layers import INIT_STDDEV, Block, Projection, Sequence, Slots
+from lmops_jax.models.layers import Block, Projection, Sequence, Slots
 from lmops_jax.models.partitioning import constrain
 
 _CONSTANT_ANGLES = 1 << 20  # rotary numbers that a program may hold as constants
@@ -111,8 +112,8 @@ class Transformer(nn.Module):
     if c.pooler:
       self.pooler = Projection(c, (c.width,), (c.width,), ("embed", None), True)
 
-  def _matrix(self, name, shape, axes):
-    init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), axes)
+  def _matrix(self, name, shape, axes, init=layers_lib.table_init):
+    init = nn.with_logical_partitioning(init(self.config), axes)
     return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
 
   def _setup_embedding(self):
@@ -140,7 +141,10 @@ class Transformer(nn.Module):
       self.head_norm = layers_lib.norm(c)
     if not c.tied_embeddings:
       shape = (c.token_width, c.vocab_size)
-      self.unembedding = self._matrix("unembedding", shape, ("embed", "vocab"))
+      self.unembedding = self._matrix(
+        "unembedding", shape, ("embed", "vocab"),
+        functools.partial(layers_lib.product_init, num_inputs=c.token_width),
+      )
     if c.unembedding_bias:
       self.unembedding_bias = self.param(
         "unembedding_bias",

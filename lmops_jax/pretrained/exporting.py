@@ -16,14 +16,11 @@ import numpy as np
 
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import families, importing
-from lmops_jax.pretrained.families.family import ConfigReader, Family
+from lmops_jax.pretrained.families.family import PLAIN, ConfigReader, Family
 from lmops_jax.pretrained.model import PretrainedModel, copy_tokenizer, new_folder
 from lmops_jax.pretrained.sources import write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000
-_PLAIN = dict(
-  attention="xla", scan_layers=True, remat="none", dtype="float32", param_dtype="float32"
-)
 
 
 def export(
@@ -90,9 +87,9 @@ def config_json(family: Family, source: PretrainedModel, dtype: str) -> dict[str
 def _shape(family: Family, config):
   """A configuration without how it runs and which head its checkpoint happens to hold."""
   if not isinstance(config, TransformerConfig):
-    return family.with_choices(config, **_PLAIN)
+    return family.with_choices(config, **PLAIN)
   heads = dict(head_transform=False, unembedding_bias=False, pooler=False, tied_embeddings=True)
-  return dataclasses.replace(config, **_PLAIN, **heads)
+  return dataclasses.replace(config, **PLAIN, **heads)
 
 
 def tensors(family: Family, config, params, dtype) -> Iterator[tuple]:

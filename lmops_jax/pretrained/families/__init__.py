@@ -3,20 +3,46 @@
 `FAMILIES` is what import and export look a model up in.
 """
 
+import dataclasses
+
+from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained.families import bert, bloom, clip, gpt2, gptj, llama, opt, xglm
-from lmops_jax.pretrained.families.family import ConfigReader, Family
+from lmops_jax.pretrained.families.family import PLAIN, ConfigReader, Family
 
 FAMILIES: tuple[Family, ...] = (
   gpt2.FAMILY, opt.FAMILY, xglm.FAMILY, bloom.FAMILY, gptj.FAMILY, llama.LLAMA, llama.MISTRAL,
   llama.QWEN2, bert.BERT, bert.ROBERTA, clip.FAMILY,
 )
 
-__all__ = ["FAMILIES", "ConfigReader", "Family", "by_name", "find"]
+__all__ = ["FAMILIES", "ConfigReader", "Family", "by_name", "find", "matching"]
 
 
 def by_name(name: str) -> Family:
   """The family called `name`, for example "llama"."""
   return next(family for family in FAMILIES if family.name == name)
+
+
+def matching(config: TransformerConfig) -> Family | None:
+  """A family whose `config.json` says all that `config` does; Llama's before others."""
+  wanted = _explicit(config)
+  for family in sorted(FAMILIES, key=lambda family: family is not llama.LLAMA):
+    try:
+      written = {**family.write_config(config), "model_type": family.name}
+      read = family.read_config(ConfigReader(written, "config.json"))
+    except (ValueError, TypeError, KeyError, AttributeError):  # parts that it cannot say
+      continue
+    if isinstance(read, TransformerConfig) and _explicit(read) == wanted:
+      return family
+  return None
+
+
+def _explicit(config: TransformerConfig) -> TransformerConfig:
+  """The same model, with every width written out and no choice of how it runs."""
+  return dataclasses.replace(
+    config, **PLAIN, attention_chunk=1, num_kv_heads=config.key_heads, head_dim=config.head_width,
+    embedding_width=config.token_width,
+    rotary_dim=config.rotary_width if config.positions == "rotary" else None,
+  )
 
 
 def find(config: dict, where: str) -> Family:

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.pretrained.rules import Rule
 
+# How a model runs, which no `config.json` says.
+PLAIN = dict(
+  attention="xla", scan_layers=True, remat="none", dtype="float32", param_dtype="float32"
+)
 # Names of activations in `config.json` and here.
 ACTIVATIONS = {
   "silu": "silu",

@@ -19,6 +19,8 @@ import numpy as np
 from lmops_jax import pipeline
 from lmops_jax.data import batches as batches_lib
 from lmops_jax.models import flops, transformer
+from lmops_jax.pretrained import families, trained_vocabulary
+from lmops_jax.pretrained import model as model_lib
 from lmops_jax.systems.pds import prepare as prepare_lib
 from lmops_jax.training import loop, losses
 
@@ -161,7 +163,8 @@ def run(
   ids_of: Callable[[pipeline.StageContext], np.ndarray] | None = None,
 ) -> None:
   """Trains on the instances that `ids_of` names (None: the whole corpus); keeps parameters."""
-  corpus = prepare_lib.Prepared(context.input("prepare")).corpus
+  prepared = prepare_lib.Prepared(context.input("prepare"))
+  corpus = prepared.corpus
   ids = None if ids_of is None else ids_of(context)
   num = len(corpus) if ids is None else len(ids)
   if num < config.batch_size:
@@ -182,6 +185,28 @@ def run(
     num_steps=config.num_steps, num_positions=num_positions,
     epochs=config.num_steps * config.batch_size / num,
   )
+  _describe(context, config, model.config, prepared.vocabulary)
+
+
+def _describe(context, config: Pretrain, model_config, vocabulary) -> None:
+  """Makes the stage a model folder, which `pretrained.load` and `lmops export` open."""
+  params, folder = f"params/{config.num_steps}", context.directory / model_lib.TOKENIZER_FOLDER
+  if config.init is not None:
+    model_lib.copy_tokenizer(config.init, folder)
+    model_lib.describe(
+      context.directory, model_config, family=config.init.family, params=params,
+      original=config.init.original,
+    )
+    return
+  family = families.matching(model_config)
+  if family is None:
+    context.log("no published family has these parts, so the model stays without model.json")
+    return
+  try:
+    trained_vocabulary.save(vocabulary, folder)
+  except ValueError as error:
+    context.log(f"the model's folder has no tokenizer: {error}")
+  model_lib.describe(context.directory, model_config, family=family.name, params=params)
 
 
 def abstract_params(init_params: Callable[[jax.Array], Any], partitioner):

@@ -10,6 +10,9 @@ import time
 import numpy as np
 import pytest
 
+from lmops_jax import pretrained
+from lmops_jax.data import load_vocabulary
+
 STAGES = [
   "prepare", "proxy", "solve/pds", "scorer/pds", "annotate/pds", "select/pds", "pretrain/pds/seed0",
   "pretrain/pds/seed1", "annotate/random", "select/random", "pretrain/random/seed0",
@@ -72,6 +75,29 @@ def test_every_stage_finishes_and_the_summary_is_complete(finished):
   assert str(workdir / "report" / "index.html") in printed
   page = (workdir / "report" / "index.html").read_text()
   assert "http://" not in page.split("<main")[0] and "data:image/png;base64," in page
+
+
+@pytest.mark.parity
+def test_the_trained_model_is_exported_for_transformers(finished, tmp_path):
+  torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
+  transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+  workdir, _ = finished
+  stage = workdir / "pretrain" / "pds" / "seed0"
+  code, printed = lmops("export", "--checkpoint", stage, "--to", tmp_path / "out")
+  assert code == 0, printed
+  vocabulary = load_vocabulary(workdir / "prepare" / "vocabulary")
+  text = "The class of an object, and its type.\n"
+  ids = [vocabulary.bos_id, *vocabulary.encode(text)]
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert theirs(text)["input_ids"] == ids
+  source = pretrained.load(stage)
+  ours = source.model.apply(
+    {"params": source.params()}, np.asarray([ids], np.int32), method="logits"
+  )
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+  with torch.no_grad():
+    wanted = np.asarray(model(torch.tensor([ids])).logits)
+  np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
 def test_a_finished_run_is_free_and_a_changed_binding_says_why(finished):

@@ -1,0 +1,73 @@
+"""The vocabulary that a corpus was prepared with, as a tokenizer of a published model.
+
+It makes a model trained here complete: `lmops generate` runs it, and an export holds a tokenizer
+that transformers opens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+
+from lmops_jax.data import vocabularies
+from lmops_jax.pretrained import gguf_tokenizer
+from lmops_jax.pretrained.tokenizer import Tokenizer
+from lmops_jax.pretrained.tokenizer_backends import FastBackend, surround
+
+_NAMES = ("bos", "eos", "pad", "unk")
+_BPE = 2  # sentencepiece's trainer_spec.model_type
+
+
+def tokenizer_of(vocabulary: vocabularies.Vocabulary) -> Tokenizer:
+  """The tokenizer with the same ids, which puts BOS before a text as instances begin with it.
+
+  Raises:
+    ValueError: a kind of vocabulary that no `tokenizer.json` says: SentencePiece models other than
+      BPE, or with fairseq's ids.
+  """
+  if isinstance(vocabulary, vocabularies.HuggingFaceVocabulary):
+    backend = FastBackend(tokenizers.Tokenizer.from_file(str(vocabulary.file)))
+    special = _special(vocabulary, backend.id_to_token)
+    surround(backend.tokenizer, [special["bos"]])
+    return Tokenizer(vocabulary.file, backend, special)
+  if type(vocabulary) is not vocabularies.SentencePieceVocabulary:
+    raise ValueError(
+      f"{vocabulary.directory} is a {type(vocabulary).__name__}, which has no tokenizer.json."
+    )
+  metadata = _metadata(vocabulary)
+  tokenizer, special, stop_ids, _ = gguf_tokenizer.build(metadata, str(vocabulary.file))
+  return Tokenizer(vocabulary.file, FastBackend(tokenizer), special, stop_ids)
+
+
+def save(vocabulary: vocabularies.Vocabulary, directory: Path) -> None:
+  """Writes `tokenizer_of(vocabulary)` with its configuration into a folder."""
+  tokenizer_of(vocabulary).save(directory)
+
+
+def _special(vocabulary, text_of) -> dict[str, str]:
+  ids = {name: getattr(vocabulary, f"{name}_id") for name in _NAMES}
+  return {name: text_of(i) for name, i in ids.items() if i is not None}
+
+
+def _metadata(vocabulary: vocabularies.SentencePieceVocabulary) -> dict:
+  """A SentencePiece model in the words of GGUF, which number kinds of tokens alike."""
+  from sentencepiece import sentencepiece_model_pb2
+
+  model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.file.read_bytes())
+  if model.trainer_spec.model_type != _BPE:
+    raise ValueError(
+      f"{vocabulary.file} is no BPE model, and tokenizer.json is written for BPE only."
+    )
+  pieces, spec = model.pieces, model.normalizer_spec
+  if spec.precompiled_charsmap or spec.remove_extra_whitespaces:
+    raise ValueError(
+      f"{vocabulary.file} normalises text ({spec.name}), which tokenizer.json would not repeat."
+    )
+  values = {
+    "model": "llama", "tokens": [p.piece for p in pieces], "scores": [p.score for p in pieces],
+    "token_type": [p.type for p in pieces], "add_space_prefix": spec.add_dummy_prefix,
+    "bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id,
+    "padding_token_id": vocabulary.pad_id, "unknown_token_id": vocabulary.unk_id,
+  }
+  return {f"tokenizer.ggml.{name}": value for name, value in values.items() if value is not None}
