@@ -1,4 +1,4 @@
-"""Optimal control of training: exact adjoints of optimizer runs, data scores, influence."""
+"""Optimal control of training: exact adjoints, data scores, learning policies, influence."""
 
 from lmops_jax.control.adjoint import (
   directional_derivatives,
@@ -9,27 +9,55 @@ from lmops_jax.control.adjoint import (
 from lmops_jax.control.cost import Passes, influence_passes, solve_passes
 from lmops_jax.control.guards import finite_derivatives
 from lmops_jax.control.influence import influence_direction
-from lmops_jax.control.outer import WeightSolution, project_simplex, solve_weights
+from lmops_jax.control.outer import WeightSolution, solve_weights
 from lmops_jax.control.pmp import PmpResult, check_result, pmp_scores
+from lmops_jax.control.policy import (
+  ControlledRun,
+  ExponentiatedGradient,
+  FrankWolfe,
+  Improvement,
+  ProjectedGradient,
+  Signals,
+  Simulation,
+  check_policy,
+  controlled_run,
+  improve_policy,
+  policy_gradient,
+  simulate,
+)
 from lmops_jax.control.resumable import pmp_scores_resumable
+from lmops_jax.control.simplex import project_simplex, stationarity_gap
 from lmops_jax.control.targets import mean_target_loss
 
 __all__ = [
+  "ControlledRun",
+  "ExponentiatedGradient",
+  "FrankWolfe",
+  "Improvement",
   "Passes",
   "PmpResult",
+  "ProjectedGradient",
+  "Signals",
+  "Simulation",
   "WeightSolution",
+  "check_policy",
   "check_result",
+  "controlled_run",
   "directional_derivatives",
   "directional_scores",
   "finite_derivatives",
   "hvp_and_scores",
+  "improve_policy",
   "influence_direction",
   "influence_passes",
   "mean_target_loss",
   "pmp_scores",
   "pmp_scores_resumable",
+  "policy_gradient",
   "project_simplex",
+  "simulate",
   "solve_passes",
   "solve_weights",
+  "stationarity_gap",
   "update_pullback",
 ]

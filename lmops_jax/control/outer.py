@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state, strong
 from lmops_jax.control.pmp import check_settings, constrain, shardings_of, solve
 from lmops_jax.control.problem import Problem, Settings
+from lmops_jax.control.simplex import project_simplex
 
 
 class WeightSolution(NamedTuple):
@@ -31,23 +31,9 @@ class WeightSolution(NamedTuple):
   costate_norms: jax.Array  # [E, T]
 
 
-def project_simplex(values: Any) -> jax.Array:
-  """Euclidean projection of `[N]` values onto `{gamma >= 0, sum(gamma) = 1}`.
-
-  optax's sort-based projection, after moving the largest value to 0 and everything that is sure to
-  become 0 to -1: neither changes the projection, both keep its running sums small, so that values
-  around 1e6 lose no digits.
-
-  Raises:
-    ValueError: if `values` is not a non-empty vector.
-  """
-  values = jnp.asarray(values)
-  if values.ndim != 1 or values.shape[0] < 1:
-    raise ValueError(f"values has shape {values.shape}; expected a non-empty vector.")
-  if not jnp.issubdtype(values.dtype, jnp.floating):
-    values = values.astype(jnp.result_type(float))
-  values = jnp.clip(values - jnp.max(values), -1, None)
-  return optax.projections.projection_simplex(values)
+def _area_or_last(target_losses: jax.Array, objective: str) -> jax.Array:
+  """The objective from J at params_1 .. params_T."""
+  return jnp.sum(target_losses) if objective == "area" else target_losses[-1]
 
 
 def solve_weights(
@@ -125,31 +111,31 @@ def _solve_weights(example_losses, target_loss, init, update, params, data, batc
   def batch_at(t):
     return data if batch_indices is None else jax.tree.map(lambda x: x[rows[t]], data)
 
-  def problem_of(gamma):
-    return Problem(example_losses, target_loss, update, batch_at, scale * gamma[rows], None,
-                   settings, functools.partial(constrain, shardings))
+  def problem_of(weights):
+    return Problem(example_losses, target_loss, update, batch_at, weights, None, settings,
+                   functools.partial(constrain, shardings))
 
-  def sum_by_example(scores):
-    return scale * jnp.zeros(num_examples, scores.dtype).at[rows].add(scores)
+  def weights_of(gamma):
+    return scale * gamma[rows]
 
-  def value_of(target_losses):  # of J at params_1 .. params_T
-    return jnp.sum(target_losses) if settings.objective == "area" else target_losses[-1]
+  def move(gamma, scores):  # the projection ignores a common shift; without it the digits are kept
+    return project_simplex(gamma + outer_lr * (scores - jnp.mean(scores))).astype(gamma.dtype)
 
   def outer_step(gamma, _):
-    result = solve(problem_of(gamma), state)
-    scores = sum_by_example(result.scores)
-    # The projection ignores a common shift; without it the digits are kept.
-    new = project_simplex(gamma + outer_lr * (scores - jnp.mean(scores))).astype(gamma.dtype)
-    return new, (value_of(result.target_losses[1:]), gamma, scores, result.costate_norms)
+    weights, pull = jax.vjp(weights_of, gamma)
+    result = solve(problem_of(weights), state)
+    scores, = pull(result.scores.astype(weights.dtype))
+    value = _area_or_last(result.target_losses[1:], settings.objective)
+    return move(gamma, scores), (value, gamma, scores, result.costate_norms)
 
   gamma, (values, gammas, scores, norms) = jax.lax.scan(outer_step, gamma, length=outer_epochs)
-  problem = problem_of(gamma)
+  problem = problem_of(weights_of(gamma))
   def train(state, t):
     state = problem.forward(state, t)
     return state, target_loss(state.params)
   _, target_losses = jax.lax.scan(train, state, jnp.arange(num_steps))
   return WeightSolution(
-    gamma, jnp.append(values, value_of(target_losses)),
+    gamma, jnp.append(values, _area_or_last(target_losses, settings.objective)),
     jnp.concatenate([gammas, gamma[None]]), scores, norms)
 
 

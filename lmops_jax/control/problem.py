@@ -148,10 +148,11 @@ class Problem:
       wide = self.constrain(jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), state.params))
       group = Group(wide, wide, jnp.zeros_like(tree_norm(wide)))
-    target = Target(loss, tree_norm(costate), self._monitored(state.params))
+    target = Target(loss, tree_norm(costate), self.monitored(state.params))
     return Carry(costate, opt_zeros, proxy_scores, group), target
 
-  def _monitored(self, params):
+  def monitored(self, params: Any) -> Any:
+    """What `monitor` makes of the parameters, None without one."""
     return None if self.monitor is None else self.monitor(params)
 
   def reverse(self, carry: Carry, state: State, t: jax.Array) -> tuple[Carry, Outputs]:
@@ -178,7 +179,7 @@ class Problem:
     # In this order: the activations of the two passes never exist at the same time.
     params, previous = jax.lax.optimization_barrier((state.params, previous))
     target, previous = self._add_target(params, previous, t)
-    target = target._replace(monitor=self._monitored(params))
+    target = target._replace(monitor=self.monitored(params))
     carry = carry._replace(costate=previous)
     dtype = jnp.promote_types(losses.dtype, weights.dtype)
     return carry, Outputs(

@@ -61,9 +61,9 @@ def test_projection_is_non_expansive_and_exactly_sparse(x64):
   assert (np.asarray(project_simplex([0.9, 0.1, -0.5, -0.6])) == 0).sum() == 2
 
 
-def test_projection_refuses_what_is_not_a_vector():
-  for bad in (np.zeros((2, 2)), np.zeros(0), 1.0):
-    with pytest.raises(ValueError, match="non-empty vector"):
+def test_projection_refuses_what_has_no_entries():
+  for bad in (np.zeros((2, 0)), np.zeros(0), 1.0):
+    with pytest.raises(ValueError, match="non-empty last axis"):
       project_simplex(bad)
 
 

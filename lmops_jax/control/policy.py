@@ -1,0 +1,374 @@
+"""Learning policies: data weights gamma[t, n] that change with the step, and their improvement.
+
+"Towards Optimal Learning of Language Models", arXiv 2402.17759: full-batch training under a policy
+with rows on the simplex, the area under a desired loss as objective, its exact gradient in every
+weight by the reverse recursion of `problem`, and a step on all rows at once. One improvement
+(forward pass, reverse pass, line search, projection of every row) is one compiled program; examples
+may be sharded over a mesh, since nothing but sums and maxima crosses them.
+
+The paper trains by plain gradient descent; here any optax transformation takes the weighted
+gradient, with the general adjoint.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.control import adjoint, checks
+from lmops_jax.control.callables import as_pytree
+from lmops_jax.control.dynamics import init_state, strong
+from lmops_jax.control.pmp import PmpResult, check_settings, constrain, shardings_of, solve
+from lmops_jax.control.problem import Problem, Settings
+from lmops_jax.control.simplex import project_simplex, stationarity_gap
+
+_ARMIJO = 1e-4
+_MAX_HALVINGS = 40
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ControlledRun:
+  """A training run of T full-batch steps whose data weights are to be chosen; see `controlled_run`.
+
+  A pytree, so that it is an argument of compiled functions: data and parameters are traced.
+  """
+  example_losses: Callable
+  target_loss: Callable
+  init: Callable
+  update: Callable
+  params: Any
+  data: Any  # leaves [N, ...]
+  mask: jax.Array | None  # [N] bool, False for rows that are no examples
+  monitor: Callable | None
+  num_steps: int = dataclasses.field(metadata={"static": True})
+  num_examples: int = dataclasses.field(metadata={"static": True})
+  settings: Settings = dataclasses.field(metadata={"static": True})
+  shardings: tuple = dataclasses.field(metadata={"static": True})
+
+  def problem(self, weights: jax.Array | None) -> Problem:
+    """The control problem under `[T, N]` weights."""
+    return Problem(
+      self.example_losses, self.target_loss, self.update, lambda t: self.data, weights, None,
+      self.settings, functools.partial(constrain, self.shardings), self.monitor)
+
+  def first_state(self):
+    return init_state(self.init, self.update, self.params)
+
+  def uniform(self) -> jax.Array:
+    """The policy of conventional training, `[T, N]`."""
+    is_example = jnp.ones(self.num_examples) if self.mask is None else self.mask
+    row = is_example / jnp.sum(is_example)
+    row = row.astype(jnp.result_type(float))
+    return jnp.broadcast_to(row, (self.num_steps, self.num_examples))
+
+
+def controlled_run(
+    example_losses: Callable,
+    target_loss: Callable,
+    optimizer: Any,
+    params: Any,
+    data: Any,
+    num_steps: int,
+    *,
+    mask: Any = None,
+    monitor: Callable | None = None,
+    trajectory: str | int = "all",
+    hvp_mode: str = "jvp_of_grad",
+    micro_batch_size: int | None = None) -> ControlledRun:
+  """Checks and bundles what a policy controls.
+
+  Args:
+    example_losses: `(params, batch) -> [B]`.
+    target_loss: `params -> []`, the desired loss L (`mean_target_loss` makes one).
+    optimizer: any `optax.GradientTransformation`.
+    params: before the first step.
+    data: leaves `[N, ...]`, all of them in every step.
+    num_steps: T.
+    mask: `[N] bool`; False marks rows that only fill the data up to a size that a mesh divides.
+    monitor: `params -> pytree` recorded at every params_t, such as losses on held-out data.
+    trajectory, hvp_mode, micro_batch_size: see `pmp_scores`.
+  Raises:
+    ValueError: for arguments that do not fit together, in one sentence, before compilation.
+  """
+  for name, fn in (("example_losses", example_losses), ("target_loss", target_loss)):
+    if not callable(fn):
+      raise ValueError(f"{name} must be a function, got {fn!r}.")
+  checks.optimizer(optimizer)
+  checks.parameters(params)
+  num_examples, = checks.leading_axes(data, "data", 1, "N")
+  num_steps = checks.integer(num_steps, "num_steps", 1)
+  params, data = strong(params), jax.tree.map(jnp.asarray, data)
+  if mask is not None:
+    mask = jnp.asarray(mask, bool)
+    if mask.shape != (num_examples,) or (checks.is_concrete(mask) and not np.asarray(mask).any()):
+      raise ValueError(
+        f"mask has shape {mask.shape}; expected one flag for each of the {num_examples} rows, at "
+        "least one of them True.")
+  checks.losses(example_losses, params, data, num_examples, "data")
+  checks.target(target_loss, params)
+  settings = check_settings(
+    Settings("area", trajectory, hvp_mode=hvp_mode, micro_batch_size=micro_batch_size), num_steps,
+    num_examples)
+  return ControlledRun(
+    as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
+    as_pytree(optimizer.update), params, data, mask,
+    None if monitor is None else as_pytree(monitor), num_steps, num_examples, settings,
+    shardings_of(params))
+
+
+def check_policy(run: ControlledRun, gamma: Any) -> jax.Array:
+  """`gamma` as an array, or a ValueError: its shape, or the first row that is off the simplex."""
+  gamma = jnp.asarray(gamma)
+  wanted = (run.num_steps, run.num_examples)
+  if gamma.shape != wanted:
+    raise ValueError(
+      f"the policy has shape {gamma.shape}; expected [T, N] = {wanted}, one row for each step and "
+      "one weight for each training example.")
+  if checks.is_concrete(gamma):
+    values = np.asarray(gamma, np.float64)
+    bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
+    if bad.size:
+      t, n = bad[0]
+      raise ValueError(
+        f"the policy has the weight {values[t, n]} at step {t}, example {n}; weights must be "
+        "finite and >= 0.")
+    sums = values.sum(axis=1)
+    t = int(np.argmax(np.abs(sums - 1)))
+    if abs(sums[t] - 1) > 1e-4:
+      raise ValueError(
+        f"the policy's row of step {t} sums to {sums[t]:.6g}, not 1; project it with "
+        "control.project_simplex.")
+    if run.mask is not None and (values[:, ~np.asarray(run.mask)] > 0).any():
+      raise ValueError("the policy gives weight to rows that the mask says are no examples.")
+  return gamma
+
+
+# ------------------------------------------------------------------------------- training under one
+
+
+class Simulation(NamedTuple):
+  """A run under a policy: index t belongs to params_t."""
+  params: Any  # params_T
+  target_losses: jax.Array  # [T + 1]
+  monitors: Any  # leaves [T + 1, ...], or None
+  step_losses: jax.Array  # [T] weighted training loss before each step
+  weights: jax.Array  # [T, N]
+  statistics: Any  # leaves [T, ...]: what `observe` returned
+
+
+class Signals(NamedTuple):
+  """What a policy that reads local signals, or an observer, sees before a step."""
+  step: jax.Array  # [] t
+  losses: jax.Array  # [N] training losses at params_t
+  contributions: Any  # {name: [N]} <grad L(params_t), grad l_n(params_t)>
+  weights: jax.Array | None = None  # [N] of the step, for an observer
+
+
+def simulate(run: ControlledRun, policy: Any = None, *,
+             directions: dict[str, Callable] | None = None,
+             observe: Callable | None = None) -> Simulation:
+  """Trains under a policy.
+
+  Args:
+    policy: `[T, N]`; None is uniform; or a function `Signals -> [N]` that chooses each step's
+      weights as training goes.
+    directions: losses `params -> []` whose gradients give `Signals.contributions` their names.
+    observe: `Signals -> pytree`, recorded at every step (reduce there what is too large to keep).
+  Raises:
+    ValueError: a policy that is not one, see `check_policy`.
+  """
+  directions = {name: as_pytree(fn) for name, fn in (directions or {}).items()}
+  observe = None if observe is None else as_pytree(observe)
+  if callable(policy):
+    return _simulate_online(run, as_pytree(policy), directions, observe)
+  gamma = run.uniform() if policy is None else check_policy(run, policy)
+  return _simulate(run, gamma, directions, observe)
+
+
+@jax.jit
+def _simulate(run, gamma, directions, observe):
+  return _train(run, lambda signals: gamma[signals.step], directions, observe)
+
+
+@jax.jit
+def _simulate_online(run, choose, directions, observe):
+  return _train(run, choose, directions, observe)
+
+
+def _train(run, choose, directions, observe):
+  problem = run.problem(None)
+  wide = functools.partial(jnp.asarray, dtype=jnp.result_type(float))
+
+  def signals_at(params, t):
+    losses = run.example_losses(params, run.data)
+    found = {}
+    for name, loss in directions.items():
+      found[name], losses = adjoint.directional_derivatives(
+        run.example_losses, params, jax.grad(loss)(params), run.data,
+        mode=run.settings.hvp_mode, micro_batch_size=run.settings.micro_batch_size)
+    return Signals(t, losses, found)
+
+  def step(state, t):
+    target, monitor = problem.target_loss(state.params), problem.monitored(state.params)
+    signals = signals_at(state.params, t)
+    weights = wide(choose(signals))
+    seen = None if observe is None else observe(signals._replace(weights=weights))
+    new = dataclasses.replace(problem, weights=weights[None]).forward(state, 0)
+    loss = jnp.sum(weights * signals.losses)
+    return new, (target, monitor, loss, weights, seen)
+
+  state = problem.constrain_state(run.first_state())
+  last, (targets, monitors, losses, weights, seen) = jax.lax.scan(
+    step, state, jnp.arange(run.num_steps))
+  end = problem.target_loss(last.params), problem.monitored(last.params)
+  targets, monitors = jax.tree.map(
+    lambda x, y: jnp.concatenate([x, y[None].astype(x.dtype)]), (targets, monitors), end)
+  return Simulation(last.params, targets, monitors, losses, weights, seen)
+
+
+@jax.jit
+def policy_gradient(run: ControlledRun, gamma: jax.Array) -> PmpResult:
+  """Both passes under `[T, N]` weights; `scores` are -dJ/dgamma of `J = sum_{t=1..T} L`.
+
+  Divided by the learning rate of plain gradient descent they are the adjoint contributions
+  `<costate_{t+1}, grad l_n(params_t)>`.
+  """
+  return solve(run.problem(gamma), run.first_state())
+
+
+# ------------------------------------------------------------------------------- improving a policy
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectedGradient:
+  """`project(gamma + rate * scores)` in each row, the paper's step.
+
+  Attributes:
+    method: of the projection, "sort" or "bisect".
+  """
+  method: str = "sort"
+  max_rate = float("inf")
+
+  def move(self, gamma, scores, rate, mask=None):
+    """The rows after a step of `rate` along `scores`, like `gamma`."""
+    # The projection ignores a common shift of a row; without it the digits are kept.
+    shift = _masked_mean(scores, mask)
+    return project_simplex(gamma + rate * (scores - shift), mask, self.method).astype(gamma.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExponentiatedGradient:
+  """`gamma * exp(rate * scores)`, normalised in each row: mirror descent with entropy.
+
+  Weights stay positive; small ones vanish geometrically and may underflow to 0 in the end.
+  """
+  max_rate = float("inf")
+
+  def move(self, gamma, scores, rate, mask=None):
+    """See `ProjectedGradient.move`."""
+    best = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+    new = gamma * jnp.exp(jnp.minimum(rate * (scores - jnp.max(best, -1, keepdims=True)), 0))
+    return (new / jnp.sum(new, -1, keepdims=True)).astype(gamma.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrankWolfe:
+  """`(1 - rate) gamma + rate * best vertex` in each row; a rate is between 0 and 1."""
+  max_rate = 1.0
+
+  def move(self, gamma, scores, rate, mask=None):
+    """See `ProjectedGradient.move`."""
+    best = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+    vertex = jax.nn.one_hot(jnp.argmax(best, -1), gamma.shape[-1], dtype=gamma.dtype)
+    return gamma + jnp.asarray(rate, gamma.dtype) * (vertex - gamma)
+
+
+RULES = (ProjectedGradient, ExponentiatedGradient, FrankWolfe)
+
+
+def _masked_mean(scores, mask):
+  if mask is None:
+    return jnp.mean(scores, axis=-1, keepdims=True)
+  return jnp.sum(jnp.where(mask, scores, 0), -1, keepdims=True) / jnp.sum(mask)
+
+
+class Improvement(NamedTuple):
+  """One step on a policy, with what was seen under the policy before it."""
+  gamma: jax.Array  # [T, N] after the step
+  objective: jax.Array  # [] J = sum_{t=1..T} L(params_t), before the step
+  gap: jax.Array  # [T] Frank-Wolfe gap of each row, of J
+  target_losses: jax.Array  # [T + 1]
+  monitors: Any  # leaves [T + 1, ...], or None
+  costate_norms: jax.Array  # [T]
+  step_losses: jax.Array  # [T]
+  target_grad_norms: jax.Array  # [T]
+  rate: jax.Array  # [] that was taken; 0 where no rate lowered the objective
+  scores: jax.Array  # [T, N] -dJ/dgamma
+
+
+def improve_policy(run: ControlledRun, gamma: jax.Array, rule: Any, rate: Any, *,
+                   frozen_steps: int = 0, line_search: bool = False) -> Improvement:
+  """Forward pass, reverse pass, and one step of `rule` on all rows, as one compiled program.
+
+  Args:
+    gamma: `[T, N]` on the simplex.
+    rule: `ProjectedGradient()` or another of `RULES`.
+    rate: of the step on J, a sum over steps (for the mean over steps multiply by T); 0 leaves the
+      policy as it is, bit for bit.
+    frozen_steps: rows before this step stay as they are.
+    line_search: halve the rate until J falls by a share of what its gradient promises (Armijo);
+      without it the step is taken whatever it does.
+  """
+  return _improve(run, gamma, rate, rule, frozen_steps, line_search)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _improve(run, gamma, rate, rule, frozen_steps, line_search):
+  is_free = (jnp.arange(run.num_steps) >= frozen_steps)[:, None]
+  taken = jnp.minimum(jnp.asarray(rate, jnp.result_type(float)), rule.max_rate)
+
+  def candidate(gamma, scores, rate):
+    new = rule.move(gamma, scores, rate, run.mask)
+    return jnp.where(is_free & (rate > 0), new, gamma)
+
+  result = solve(run.problem(gamma), run.first_state())
+  scores = result.scores
+  objective = jnp.sum(result.target_losses[1:])
+  if line_search:
+    taken = _search(run, gamma, scores, objective, taken, candidate)
+  new = candidate(gamma, scores, taken)
+  return Improvement(
+    new, objective, stationarity_gap(gamma, scores, run.mask), result.target_losses,
+    result.monitors, result.costate_norms, result.step_losses, result.target_grad_norms, taken,
+    scores)
+
+
+def _search(run, gamma, scores, objective, rate, candidate):
+  """The first of rate, rate / 2, ... that satisfies Armijo's condition, or 0."""
+  state = run.first_state()
+
+  def area(gamma):
+    problem = run.problem(gamma)
+    def step(state, t):
+      state = problem.forward(state, t)
+      return state, problem.target_loss(state.params)
+    return jnp.sum(jax.lax.scan(step, state, jnp.arange(run.num_steps))[1])
+
+  def fails(rate):
+    new = candidate(gamma, scores, rate)
+    promised = jnp.sum(scores * (new - gamma))
+    return ~(area(new) <= objective - _ARMIJO * promised)
+
+  def body(carry):
+    rate, tries, _ = carry
+    rate = rate / 2
+    return rate, tries + 1, fails(rate)
+
+  rate, _, failed = jax.lax.while_loop(
+    lambda carry: carry[2] & (carry[1] < _MAX_HALVINGS), body, (rate, 0, fails(rate)))
+  return jnp.where(failed, 0, rate)
