@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lmops_jax
-from lmops_jax import model_commands
+from lmops_jax import gin_files, model_commands, settings  # none of them loads gin or jax
 
 _COMMANDS = {
   "run": "run gin files",
@@ -30,6 +30,7 @@ bindings:
 examples:
   lmops pds
   lmops pds --workdir /tmp/pds --gin.TRAIN_STEPS=400
+  lmops learning-law evaluate --policy lmops_runs/learning_law/policy/clean/projected/seed0
   lmops run gin/pds/smoke.gin --workdir /tmp/smoke
   lmops show pds
   lmops generate --model MODEL --prompt "The capital of France is"
@@ -92,7 +93,10 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
                          help="where the stages write and resume (default lmops_runs/NAME)")
 
   for system in systems:
-    command = add(system, f"run gin/{system}/default.gin")
+    command = add(system, f"run gin/{gin_files.system_file(system)}")
+    command.add_argument("action", nargs="?", default="default", metavar="ACTION",
+                         help="another gin file of the system, such as smoke (default: default); "
+                              "a macro NAME that it requires is also the option --name VALUE")
     add_gin(command)
     add_workdir(command)
   for name, text in _COMMANDS.items():
@@ -109,14 +113,33 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _files(arguments: argparse.Namespace, systems: Sequence[str]) -> list[str]:
-  named = [arguments.command] if arguments.command in systems else arguments.files
-  return [f"{name}/default.gin" if name in systems else name for name in named
-          ] + arguments.gin_file
+  if arguments.command in systems:
+    named = [gin_files.system_file(arguments.command, arguments.action)]
+  else:
+    named = [gin_files.system_file(n) if n in systems else n for n in arguments.files]
+  return named + arguments.gin_file
+
+
+def _required_options(options: Sequence[str], file: str) -> list[str]:
+  """Bindings from `--name VALUE` for the macros that a gin file requires; no other option."""
+  names = {f"--{name.lower().replace('_', '-')}": name
+           for name in gin_files.required(gin_files.find(file))}
+  bindings, rest = [], iter(options)
+  for option in rest:
+    flag, equals, value = option.partition("=")
+    if flag not in names:
+      known = [*names, "--workdir", "--gin_file", "--gin_import", "--traceback"]
+      raise _UsageError(f"there is no option {flag!r}{settings.nearest(flag, known)}")
+    if not equals:
+      value = next(rest, None)
+      if value is None:
+        raise _UsageError(f"{flag} has no value; write {flag} VALUE.")
+    bindings.append(f"{names[flag]} = {value!r}")
+  return bindings
 
 
 def _default_workdir(file: Path) -> Path:
   """`lmops_runs/pds` for gin/pds/default.gin, `pds-smoke` for smoke.gin, `mine` for mine.gin."""
-  from lmops_jax import gin_files
   name = gin_files.display(file)
   if name.startswith("gin/"):
     name = "-".join(Path(name).parts[1:])
@@ -169,7 +192,6 @@ def _one_line(error: Exception) -> str:
 
 def _dispatch(argv: list[str]) -> int:
   rest, bindings = _split_bindings(argv)
-  from lmops_jax import gin_files, settings  # neither loads gin or jax
   systems = gin_files.systems()
   names = [*systems, *_COMMANDS, *model_commands.COMMANDS]
   command = next((argument for argument in rest if not argument.startswith("-")), None)
@@ -179,7 +201,13 @@ def _dispatch(argv: list[str]) -> int:
                         f"{command}.")
     raise _UsageError(f"there is no system or command {command!r}"
                       f"{settings.nearest(command, names)}")
-  arguments = _parser(systems).parse_args(rest)
+  parser = _parser(systems)
+  arguments, options = parser.parse_known_args(rest)
+  if arguments.command in systems:
+    bindings += _required_options(
+      options, gin_files.system_file(arguments.command, arguments.action))
+  elif options:
+    parser.error(f"unrecognized arguments: {' '.join(options)}")
   if arguments.command == "list":
     if bindings:
       raise _UsageError("lmops list takes no bindings; they belong to a run.")
@@ -208,12 +236,11 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _listing(systems: Sequence[str]) -> str:
-  from lmops_jax import gin_files
   root = gin_files.root()
   files = gin_files.packaged()
   width = max(map(len, [*systems, *files]), default=0)
   lines = ["systems (lmops NAME)"]
-  lines += [f"  {name:{width}}  {gin_files.describe(root / name / 'default.gin')}"
+  lines += [f"  {name:{width}}  {gin_files.describe(root / gin_files.system_file(name))}"
             for name in systems]
   lines += ["", f"gin files (lmops run FILE, lmops show FILE), in {root}"]
   lines += [f"  {name:{width}}  {gin_files.describe(root / name)}" for name in files]

@@ -25,10 +25,31 @@ def packaged() -> list[str]:
 
 
 def systems() -> list[str]:
-  """Names of the packaged systems: the folders of `root()` that hold a `default.gin`."""
-  return sorted(name for name in (Path(file).parent.as_posix() for file in packaged()
-                                  if file.count("/") == 1 and file.endswith("/default.gin"))
-                if name not in _NOT_SYSTEMS)
+  """Names of the packaged systems: the folders of `root()` that hold a `default.gin`.
+
+  A folder `learning_law` is the system `learning-law`.
+  """
+  folders = (Path(file).parent.as_posix() for file in packaged()
+             if file.count("/") == 1 and file.endswith("/default.gin"))
+  return sorted(name.replace("_", "-") for name in folders if name not in _NOT_SYSTEMS)
+
+
+def system_file(system: str, action: str = "default") -> str:
+  """The gin file of a system's action, relative to `root()`: "learning_law/evaluate.gin".
+
+  Raises:
+    ConfigError: for an action that the system does not have.
+  """
+  folder = system.replace("-", "_")
+  actions = [Path(file).stem for file in packaged() if Path(file).parent.as_posix() == folder]
+  if action not in actions:
+    raise ConfigError(f"lmops {system} has no action {action!r}{nearest(action, actions)}")
+  return f"{folder}/{action}.gin"
+
+
+def required(path: Path) -> list[str]:
+  """Macros that a gin file leaves to its user, `NAME = %gin.REQUIRED`, includes not followed."""
+  return re.findall(r"^(\w+) *= *%gin\.REQUIRED", Path(path).read_text(encoding="utf-8"), re.M)
 
 
 def describe(path: Path) -> str:

@@ -259,6 +259,74 @@ def _label_ends(figure, axes, ends):
     )
 
 
+@_plot
+def paths(
+  series: Mapping[str, Sequence[Run]],
+  *,
+  x_label: str,
+  y_label: str,
+  styles: Mapping[str, Look] | None = None,
+  values: Mapping[str, float] | None = None,
+  value_label: str = "",
+  log_x: bool = False,
+  log_y: bool = False,
+  falling_x: bool = False,
+  title: str = "",
+  height: float = 3.9,
+) -> Figure:
+  """Lines through points in their order, each run with x values of its own.
+
+  Args:
+    series: name to runs; points with a value that is not finite (or, on a logarithmic axis, not
+      positive) are left out.
+    values: a number for each series that colours it, with a colour bar, instead of `styles`.
+    value_label: of the colour bar.
+    log_x, log_y: logarithmic axes.
+    falling_x: large x at the left, as for a loss that falls while training goes on.
+
+  Raises:
+    ValueError: no series, or not one point to draw.
+  """
+  if not series:
+    raise ValueError("A plot of paths needs at least one series.")
+  styles = styles or looks(list(series))
+  figure, axes = _new(height)
+  if values is not None:
+    scale = matplotlib.colors.Normalize(min(values.values()), max(values.values()))
+    colours = matplotlib.colormaps["viridis"]
+    mapped = matplotlib.cm.ScalarMappable(scale, colours)
+    figure.colorbar(mapped, ax=axes, pad=0.01, label=value_label).outline.set_visible(False)
+  ends = []
+  for name, runs in series.items():
+    look = styles.get(name, NEUTRAL)
+    if values is not None:
+      look = Look(matplotlib.colors.to_hex(colours(scale(values[name]))), "-", 1.6)
+    for i, run in enumerate(runs):
+      x, y = (np.asarray(v, np.float64) for v in run)
+      good = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
+      x, y = x[good], y[good]
+      if not len(x):
+        continue
+      axes.plot(x, y, color=look.colour, linestyle=look.dashes, linewidth=look.width,
+                alpha=1.0 if i == 0 else 0.45)
+      if i == 0:
+        ends.append((name, float(x[-1]), float(y[-1]), look))
+  if not ends:
+    raise ValueError("A plot of paths has no point that can be drawn.")
+  if log_x:
+    axes.set_xscale("log")
+  if log_y:
+    axes.set_yscale("log")
+  if falling_x:
+    axes.invert_xaxis()
+  axes.set_xlabel(x_label)
+  axes.set_ylabel(y_label)
+  axes.set_title(title)
+  if values is None:
+    _label_ends(figure, axes, ends)
+  return figure
+
+
 # --- bars -----------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models.heads import SequenceRegressor
+from lmops_jax.models.perceptron import Perceptron
 from lmops_jax.models.transformer import Transformer, project_to_vocabulary
 
 # Logits of a batch up to the first size, in bytes a device, are computed whole: chunks are computed
@@ -131,6 +132,32 @@ class RegressionExampleLosses:
   def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
     """Refuses rows without a real position and tokens outside the vocabulary."""
     check_batch(batch, vocab_size=self.model.config.vocab_size, mask="mask")
+
+
+def binary_example_losses(model: Perceptron) -> BinaryExampleLosses:
+  """`f(params, batch) -> [B] float32`, cross-entropy (nats) of the labels 0 and 1."""
+  return BinaryExampleLosses(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryExampleLosses:
+  """Binary cross-entropy of a classifier's logits.
+
+  The batch holds `inputs [B,D] float32` and `labels [B] float32`, each 0 or 1.
+  """
+
+  model: Perceptron
+
+  def __call__(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    logits = self.model.apply({"params": params}, batch["inputs"])
+    return jax.nn.softplus(logits) - batch["labels"] * logits
+
+  def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
+    """Refuses labels other than 0 and 1."""
+    labels = np.asarray(batch["labels"])
+    bad = np.flatnonzero((labels != 0) & (labels != 1))
+    if bad.size:
+      raise ValueError(f"the label of row {bad[0]} is {labels[bad[0]]}; labels must be 0 or 1.")
 
 
 def check_batch(

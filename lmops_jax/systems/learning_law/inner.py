@@ -1,0 +1,177 @@
+"""The inner run: full-batch training of a task's model, whose weights a policy chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax import control
+from lmops_jax.control import cost
+from lmops_jax.systems.learning_law.tasks import Task, check_at_least_one
+from lmops_jax.training.mesh import BATCH_AXES, Partitioner
+
+MONITORED = ("select", "test")  # parts whose loss is recorded and steers nothing within a run
+
+
+@gin.register(module="learning_law")
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """How the model is trained under a policy.
+
+  Attributes:
+    num_steps: T.
+    optimizer: any optax transformation; the paper's is plain gradient descent, rate 0.1.
+    trajectory: what the reverse pass keeps, "all", "sqrt", "host" or a number of states.
+    micro_batch_size: training examples differentiated at once; None: all.
+    target_batch_size: examples of the other parts evaluated at once; None: all.
+  """
+
+  num_steps: int
+  optimizer: Any
+  trajectory: Any = "all"
+  micro_batch_size: int | None = None
+  target_batch_size: int | None = None
+
+  def __post_init__(self):
+    check_at_least_one(self, "num_steps")
+
+  def on(self, task: Task, init_seed: int, partitioner: Partitioner) -> InnerRun:
+    """The run on a task's data from the initialisation of `init_seed`."""
+    return InnerRun(self, task, init_seed, partitioner)
+
+
+class InnerRun:
+  """A `control.ControlledRun` on a mesh, and how arrays of a task get in and out of it.
+
+  Attributes:
+    control: the run; its rows are the training examples, then copies that fill up the mesh and
+      never get weight.
+    target_losses: part to `params -> loss`.
+  """
+
+  def __init__(self, training: Training, task: Task, init_seed: int, partitioner: Partitioner):
+    self.training, self.task, self.partitioner = training, task, partitioner
+    self.init_seed = init_seed
+    shards = partitioner.num_batch_shards
+    self.num_rows = -(-task.num_train // shards) * shards
+    self.params = self._initial(init_seed)
+    self.target_losses = {
+      part: self._target(part) for part in ("dev", *MONITORED)
+    }
+    mask = None
+    if self.num_rows > task.num_train:
+      mask = jax.device_put(np.arange(self.num_rows) < task.num_train,
+                            partitioner.batch_sharding(1))
+    monitored = {part: self.target_losses[part] for part in MONITORED}
+    with partitioner.activate():
+      self.control = control.controlled_run(
+        task.example_losses, self.target_losses["dev"], training.optimizer, self.params,
+        self._placed(task.parts["train"], self.num_rows), training.num_steps, mask=mask,
+        monitor=jax.tree_util.Partial(losses_at, monitored), trajectory=training.trajectory,
+        micro_batch_size=training.micro_batch_size,
+      )
+
+  def _initial(self, seed: int) -> Any:
+    boxed = jax.eval_shape(self.task.boxed_params, jax.random.key(seed))
+    shardings = self.partitioner.shardings(boxed, uneven="whole")
+    with self.partitioner.activate():
+      make = jax.jit(lambda key: nn.unbox(self.task.boxed_params(key)), out_shardings=shardings)
+      return make(jax.random.key(seed))
+
+  def _placed(self, batch, num_rows):
+    """A part filled up to `num_rows` with copies of its first rows, over the mesh."""
+    rows = np.arange(num_rows) % len(next(iter(batch.values())))
+    return self.partitioner.place_batch({name: value[rows] for name, value in batch.items()})
+
+  def _target(self, part: str) -> control.targets.MeanTargetLoss:
+    batch = self.task.parts[part]
+    num = len(next(iter(batch.values())))
+    shards = self.partitioner.num_batch_shards
+    return control.mean_target_loss(
+      self.task.example_losses, self._placed(batch, -(-num // shards) * shards),
+      self.training.target_batch_size, num_rows=num,
+    )
+
+  def padded(self, values: np.ndarray) -> jax.Array:
+    """`[N]` values of the training examples as `[rows]`, 0 where there is no example."""
+    values = np.asarray(values)
+    filled = np.zeros(self.num_rows, values.dtype)
+    filled[:len(values)] = values
+    return jax.device_put(filled, self.partitioner.batch_sharding(1))
+
+  def place_policy(self, gamma: np.ndarray) -> jax.Array:
+    """`[T,N]` weights as `[T,rows]`, split over the mesh by example."""
+    gamma = np.asarray(gamma, np.float32)
+    filled = np.zeros((len(gamma), self.num_rows), np.float32)
+    filled[:, :gamma.shape[1]] = gamma
+    spec = jax.sharding.PartitionSpec(None, BATCH_AXES)
+    return jax.device_put(filled, jax.sharding.NamedSharding(self.partitioner.mesh, spec))
+
+  def policy_of(self, weights: jax.Array) -> np.ndarray:
+    """`[T,rows]` weights back as `[T,N]` on the host."""
+    return np.asarray(weights)[:, :self.task.num_train]
+
+  def uniform(self) -> np.ndarray:
+    """Conventional training, `[T,N]`."""
+    num = self.task.num_train
+    return np.full((self.training.num_steps, num), 1 / num, np.float32)
+
+  def forward_flops(self, *, monitored: bool = True) -> float:
+    """Operations of training once, with the losses that are recorded."""
+    parts = ["dev", *(MONITORED if monitored else ())]
+    num = sum(len(next(iter(self.task.parts[part].values()))) for part in parts)
+    steps = self.training.num_steps
+    return self.task.forward_flops * steps * (cost.GRADIENT * self.task.num_train + num)
+
+  def solve_flops(self) -> float:
+    """Operations of a forward and a reverse pass."""
+    passes = control.solve_passes(
+      self.training.optimizer, self.params, self.training.num_steps,
+      trajectory=self.training.trajectory,
+    )
+    sizes = {part: len(next(iter(batch.values()))) for part, batch in self.task.parts.items()}
+    monitored = sum(sizes[part] for part in MONITORED) * (self.training.num_steps + 1)
+    return self.task.forward_flops * (
+      passes.batch * sizes["train"] + passes.target * sizes["dev"] + monitored)
+
+  def contribution_flops(self, num_directions: int) -> float:
+    """Operations of the contributions along the gradients of so many parts, at every step."""
+    num_desired = len(next(iter(self.task.parts["dev"].values())))
+    each = cost.SLOPES * self.task.num_train + cost.GRADIENT * num_desired
+    return self.task.forward_flops * self.training.num_steps * num_directions * each
+
+
+@jax.jit
+def losses_at(losses: Mapping[str, Any], params: Any) -> dict[str, jax.Array]:
+  """Losses of several parts."""
+  return {part: loss(params) for part, loss in losses.items()}
+
+
+def num_params(task: Task) -> int:
+  """Parameters of a task's model."""
+  shapes = jax.eval_shape(task.boxed_params, jax.random.key(0))
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(nn.unbox(shapes)))
+
+
+def check_finite(losses: np.ndarray, what: str) -> None:
+  """Refuses a diverged run, naming the first step whose loss is not finite."""
+  losses = np.asarray(losses, np.float64)
+  bad = np.flatnonzero(~np.isfinite(losses))
+  if bad.size:
+    raise FloatingPointError(
+      f"{what} diverged: the desired loss is {losses[bad[0]]} after step {bad[0]} of "
+      f"{len(losses) - 1}; lower the inner learning rate."
+    )
+
+
+def host(tree: Any) -> Any:
+  """Arrays of a result on the host."""
+  return jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), tree)

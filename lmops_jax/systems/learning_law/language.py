@@ -1,0 +1,306 @@
+"""Text tasks: short texts of a corpus, half of them spoilt, against clean ones.
+
+The setting of arXiv 2402.17759, section 4.1 (TinyStories, sentences of at most 64 tokens, half of
+the training sentences perturbed), for any corpus and vocabulary. Texts are read and tokenised once
+for all seeds (`texts`); a seed then draws its examples and perturbs them (`make`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gin
+import numpy as np
+
+from lmops_jax import pipeline
+from lmops_jax.data import OverlapIndex, packing, vocabularies
+from lmops_jax.manifests import write_json
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.systems.learning_law.tasks import Task, check_at_least_one
+
+UNKNOWN, PAD, BOS, EOS = range(4)  # ids of a reduced vocabulary
+_TEXTS_FILE = "texts.npz"
+_BLOCK = 256
+
+
+@gin.register(module="learning_law")
+def paper_transformer(
+  width: int = 128, num_heads: int = 8, num_layers: int = 2, max_length: int = 64
+) -> TransformerConfig:
+  """The transformer of the paper's code, with its odd parts, at any size.
+
+  Attention is divided by sqrt(width) instead of sqrt(head_dim), norms have a bias and epsilon
+  outside the root, positions are learned, the MLP is 4 times as wide with ReLU, the output matrix
+  is untied. With a vocabulary of 5,000 the defaults have 1,682,688 parameters.
+  """
+  return TransformerConfig(
+    num_layers=num_layers, width=width, num_heads=num_heads, mlp_width=4 * width,
+    max_length=max_length, norm="rms_outside", norm_eps=1e-8, positions="learned",
+    activation="relu", gated_mlp=False, attention_scale=width**-0.5, initialization="fan_in",
+  )
+
+
+@gin.register(module="learning_law")
+@dataclasses.dataclass(frozen=True)
+class Language:
+  """Next-token prediction on short texts.
+
+  Attributes:
+    corpus: what training examples come from.
+    vocabulary: a vocabulary of module `data`.
+    model: a `models.TransformerConfig`; its `vocab_size` is set here.
+    name: of the task in stages and reports.
+    desired: what dev, select and test come from; None takes them from documents of the corpus
+      that no training example comes from.
+    length: S, tokens that the model reads; an example has at most S + 1, BOS and EOS included.
+    num_train, num_desired, num_select: examples of train, of dev and of test each, of select.
+    min_tokens: shorter texts are left out, and counted.
+    pieces_per_document: a longer document gives up to so many examples; None: all it holds.
+    num_frequent: reduce the vocabulary to so many ids, the most frequent tokens of the corpus
+      beside unknown, pad, BOS and EOS (the paper: 5,000); None keeps it whole.
+    noise_fraction: share of the training examples that are perturbed.
+    noise_iterations: perturbations of each, see `perturb_tokens`.
+
+  Raises:
+    ValueError: for values out of range.
+  """
+
+  corpus: Any
+  vocabulary: Any
+  model: TransformerConfig
+  name: str = "language"
+  desired: Any = None
+  length: int = 64
+  num_train: int = 16384
+  num_desired: int = 512
+  num_select: int = 512
+  min_tokens: int = 8
+  pieces_per_document: int | None = 1
+  num_frequent: int | None = None
+  noise_fraction: float = 0.5
+  noise_iterations: int = 20
+
+  def __post_init__(self):
+    for field in ("num_train", "num_desired", "num_select", "min_tokens", "noise_iterations"):
+      check_at_least_one(self, field)
+    if self.pieces_per_document is not None:
+      check_at_least_one(self, "pieces_per_document")
+    if self.length < 2:
+      raise ValueError(f"learning_law.Language.length={self.length} is too short; set 2 or more.")
+    if self.length > self.model.max_length:
+      raise ValueError(
+        f"learning_law.Language.length={self.length} is beyond models.TransformerConfig.max_length="
+        f"{self.model.max_length}; raise the latter."
+      )
+    if not 0 <= self.noise_fraction <= 1:
+      raise ValueError(
+        f"learning_law.Language.noise_fraction={self.noise_fraction} must be in [0, 1]."
+      )
+    if self.num_frequent is not None and self.num_frequent <= EOS + 1:
+      raise ValueError(
+        f"learning_law.Language.num_frequent={self.num_frequent} must exceed {EOS + 1}, the ids of "
+        "unknown, pad, BOS and EOS."
+      )
+
+  def fingerprints(self) -> dict[str, str]:
+    """What the text is made from, as settings of the stages."""
+    sources = {name: getattr(self, name) for name in ("corpus", "desired", "vocabulary")}
+    return {f"{k}.fingerprint": v.fingerprint() for k, v in sources.items() if v is not None}
+
+  def texts(self, context: pipeline.StageContext) -> None:
+    """Stage: reads and tokenises; writes rows of at most S + 1 ids and the vocabulary."""
+    dropped: collections.Counter[str] = collections.Counter()
+    documents = list(self.corpus.documents(dropped))
+    desired, desired_dropped = [], collections.Counter()
+    if self.desired is not None:
+      desired = list(self.desired.documents(desired_dropped))
+      index = OverlapIndex(desired)
+      kept = [d for d in documents if index.find(d) is None]
+      dropped["shared_with_desired"] += len(documents) - len(kept)
+      documents = kept
+    self.vocabulary.build((d.text for d in documents), context.directory / "vocabulary")
+    vocabulary = vocabularies.load_vocabulary(context.directory / "vocabulary")
+    rows = {"train": self._pieces(documents, vocabulary, dropped)}
+    if self.desired is not None:
+      rows["desired"] = self._pieces(desired, vocabulary, desired_dropped)
+    context.extra["dropped"] = {"train": _nonzero(dropped), "desired": _nonzero(desired_dropped)}
+    ids = (vocabulary.vocab_size, vocabulary.pad_id, _specials(vocabulary))
+    if self.num_frequent is not None:
+      tokens, lengths, _ = rows["train"]
+      table = frequent_table(
+        tokens[_is_real(tokens, lengths)], vocabulary.vocab_size, self.num_frequent,
+        bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
+      )
+      rows = {
+        part: (np.where(_is_real(tokens, lengths), table[tokens], PAD), lengths, owners)
+        for part, (tokens, lengths, owners) in rows.items()
+      }
+      ids = (self.num_frequent, PAD, [UNKNOWN, PAD, BOS, EOS])
+    for part, (tokens, _, documents_of) in rows.items():
+      context.log(
+        f"{part}: {len(tokens)} texts from {len(set(documents_of.tolist()))} documents; left out: "
+        + (", ".join(f"{n} {why}" for why, n in context.extra["dropped"][part].items()) or "none")
+      )
+    arrays = {f"{part}/{name}": value for part, values in rows.items()
+              for name, value in zip(("tokens", "lengths", "documents"), values)}
+    with (context.directory / _TEXTS_FILE).open("wb") as file:
+      np.savez_compressed(file, **arrays)
+    write_json(context.directory / "ids.json",
+               {"vocab_size": ids[0], "pad_id": ids[1], "special": ids[2]})
+
+  def _pieces(self, documents, vocabulary, dropped):
+    """`([M,S+1] tokens, [M] lengths, [M] document ids)`, in the documents' order."""
+    found, owners = [], []
+    for start in range(0, len(documents), _BLOCK):
+      block = documents[start:start + _BLOCK]
+      for document, ids in zip(block, vocabulary.encode_batch([d.text for d in block])):
+        pieces = list(packing.pack(
+          [(document.id, ids)], length=self.length, bos_id=vocabulary.bos_id,
+          eos_id=vocabulary.eos_id,
+        ))
+        kept = [p.tokens for p in pieces if len(p.tokens) >= self.min_tokens]
+        dropped["too_short_texts"] += len(pieces) - len(kept)
+        dropped["surplus_texts"] += max(0, len(kept) - (self.pieces_per_document or len(kept)))
+        kept = kept[:self.pieces_per_document]
+        found += kept
+        owners += [document.id] * len(kept)
+    if not found:
+      raise ValueError(
+        f"no text has learning_law.Language.min_tokens={self.min_tokens} tokens; lower it or give "
+        "longer texts."
+      )
+    lengths = np.array([len(tokens) for tokens in found], np.int32)
+    tokens = np.full((len(found), self.length + 1), vocabulary.pad_id, np.int32)
+    for row, values in zip(tokens, found):
+      row[:len(values)] = values
+    return tokens, lengths, np.array(owners, np.int64)
+
+  def make(self, seed: int, folder: Path) -> Task:
+    """The task of a seed from what `texts` wrote into `folder`."""
+    with np.load(folder / _TEXTS_FILE, allow_pickle=False) as arrays:
+      rows = {part: tuple(arrays[f"{part}/{name}"] for name in ("tokens", "lengths", "documents"))
+              for part in ("train", "desired") if f"{part}/tokens" in arrays.files}
+    ids = json.loads((folder / "ids.json").read_text())
+    rng = np.random.default_rng(seed)
+    sizes = {"dev": self.num_desired, "select": self.num_select, "test": self.num_desired}
+    if "desired" in rows:
+      desired = self._drawn(rows["desired"], sizes, rng, "desired text")
+      train = self._drawn(rows["train"], {"train": self.num_train}, rng, "corpus")["train"]
+    else:
+      desired = self._drawn(rows["train"], sizes | {"train": self.num_train}, rng, "corpus")
+      train = desired.pop("train")
+    tokens, lengths, is_noise = perturb_tokens(
+      seed, *train, fraction=self.noise_fraction, iterations=self.noise_iterations,
+      vocab_size=ids["vocab_size"], special=ids["special"], pad_id=ids["pad_id"],
+    )
+    parts = {"train": as_batch(tokens, lengths)}
+    parts |= {part: as_batch(*desired[part]) for part in ("dev", "select", "test")}
+    config = dataclasses.replace(self.model, vocab_size=ids["vocab_size"])
+    return Task(self.name, seed, parts, is_noise, lengths.astype(np.float64), config).check()
+
+  def _drawn(self, rows, sizes, rng, source):
+    """Part to its (tokens, lengths): random texts, no document in two parts."""
+    tokens, lengths, owners = rows
+    documents = rng.permutation(np.unique(owners))
+    rank = np.empty(len(documents), np.int64)
+    rank[np.argsort(documents)] = np.arange(len(documents))
+    order = np.argsort(rank[np.searchsorted(np.sort(documents), owners)], kind="stable")
+    owners = owners[order]
+    starts = np.append(np.flatnonzero(np.append(True, owners[1:] != owners[:-1])), len(owners))
+    parts, start = {}, 0
+    for part, size in sizes.items():
+      if start + size > len(order):
+        raise ValueError(
+          f"the {source} of task {self.name!r} gives {len(tokens)} texts of {len(documents)} "
+          f"documents, too few for {', '.join(f'{n} {p}' for p, n in sizes.items())} without a "
+          "document in two parts; give more text, raise pieces_per_document, or lower num_train, "
+          "num_desired or num_select of learning_law.Language."
+        )
+      chosen = rng.permutation(order[start:start + size])
+      parts[part] = tokens[chosen], lengths[chosen]
+      start = int(starts[np.searchsorted(starts, start + size)])
+    return parts
+
+
+def _nonzero(counts: collections.Counter[str]) -> dict[str, int]:
+  return {reason: n for reason, n in sorted(counts.items()) if n}
+
+
+def _is_real(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+  return np.arange(tokens.shape[1]) < lengths[:, None]
+
+
+def _specials(vocabulary) -> list[int]:
+  ids = {vocabulary.pad_id, vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id}
+  return sorted(i for i in ids if i is not None)
+
+
+def as_batch(tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+  """Rows `[n,S+1]` with `[n]` real tokens as `tokens`, `targets`, `loss_mask` `[n,S]`."""
+  return {
+    "tokens": tokens[:, :-1].astype(np.int32), "targets": tokens[:, 1:].astype(np.int32),
+    "loss_mask": _is_real(tokens[:, 1:], lengths - 1).astype(np.float32),
+  }
+
+
+def frequent_table(
+  tokens: np.ndarray, vocab_size: int, num_frequent: int, *, bos_id: int, eos_id: int
+) -> np.ndarray:
+  """`[vocab_size]` old id to new id: the most frequent tokens keep an id, the rest is unknown.
+
+  New ids are unknown, pad, BOS, EOS, then tokens by falling frequency (ties by id). Pad is never
+  looked up, rows are padded again by length.
+  """
+  counts = np.bincount(tokens, minlength=vocab_size).astype(np.int64)
+  counts[[bos_id, eos_id]] = -1
+  order = np.lexsort((np.arange(vocab_size), -counts))
+  kept = [i for i in order[:num_frequent - EOS - 1] if counts[i] > 0]
+  table = np.full(vocab_size, UNKNOWN, np.int32)
+  table[kept] = np.arange(EOS + 1, EOS + 1 + len(kept))
+  table[bos_id], table[eos_id] = BOS, EOS
+  return table
+
+
+def perturb_tokens(
+  seed: int, tokens: np.ndarray, lengths: np.ndarray, *, fraction: float = 0.5,
+  iterations: int = 20, vocab_size: int, special=(), pad_id: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Spoils a share of the rows: `iterations` times one of three edits, each as likely.
+
+  A token is replaced by a random one of the vocabulary (no special one), the last token is deleted
+  (while two are left besides the first), or a token is repeated in place (a row that is full loses
+  its last token). The first token, BOS, stays. (The paper names the edits and not their odds.)
+
+  Args:
+    tokens: `[N,M] int32`, padded. lengths: `[N]`, real tokens, at least 2.
+    fraction: exactly `round(fraction N)` rows are chosen.
+
+  Returns:
+    New tokens and lengths, and `[N] bool`, the rows chosen.
+  """
+  rng = np.random.default_rng([seed, 1])
+  tokens, lengths = np.array(tokens, np.int32), np.array(lengths, np.int32)
+  num, width = tokens.shape
+  chosen = np.zeros(num, bool)
+  chosen[rng.permutation(num)[:round(fraction * num)]] = True
+  ordinary = np.setdiff1d(np.arange(vocab_size), np.asarray(special, int))
+  for row in np.flatnonzero(chosen):
+    words = tokens[row, :lengths[row]].tolist()
+    for edit in rng.integers(3, size=iterations):
+      place = int(rng.integers(1, len(words)))
+      if edit == 0:
+        words[place] = int(rng.choice(ordinary))
+      elif edit == 1:
+        if len(words) > 3:
+          words.pop()
+      else:
+        words.insert(place, words[place])
+        del words[width:]
+    tokens[row] = pad_id
+    tokens[row, :len(words)] = words
+    lengths[row] = len(words)
+  return tokens, lengths, chosen
