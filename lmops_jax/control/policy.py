@@ -21,7 +21,7 @@ import numpy as np
 
 from lmops_jax.control import adjoint, checks
 from lmops_jax.control.callables import as_pytree
-from lmops_jax.control.dynamics import init_state, strong
+from lmops_jax.control.dynamics import init_state, strong, sum_over_micro_batches
 from lmops_jax.control.pmp import PmpResult, check_settings, constrain, shardings_of, solve
 from lmops_jax.control.problem import Problem, Settings
 from lmops_jax.control.simplex import project_simplex, stationarity_gap
@@ -111,6 +111,8 @@ def controlled_run(
         "least one of them True.")
   checks.losses(example_losses, params, data, num_examples, "data")
   checks.target(target_loss, params)
+  if monitor is not None and not callable(monitor):
+    raise ValueError(f"monitor must be a function of params or None, got {monitor!r}.")
   settings = check_settings(
     Settings("area", trajectory, hvp_mode=hvp_mode, micro_batch_size=micro_batch_size), num_steps,
     num_examples)
@@ -123,12 +125,7 @@ def controlled_run(
 
 def check_policy(run: ControlledRun, gamma: Any) -> jax.Array:
   """`gamma` as an array, or a ValueError: its shape, or the first row that is off the simplex."""
-  gamma = jnp.asarray(gamma)
-  wanted = (run.num_steps, run.num_examples)
-  if gamma.shape != wanted:
-    raise ValueError(
-      f"the policy has shape {gamma.shape}; expected [T, N] = {wanted}, one row for each step and "
-      "one weight for each training example.")
+  gamma = _shaped(run, gamma)
   if checks.is_concrete(gamma):
     values = np.asarray(gamma, np.float64)
     bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
@@ -145,6 +142,19 @@ def check_policy(run: ControlledRun, gamma: Any) -> jax.Array:
         "control.project_simplex.")
     if run.mask is not None and (values[:, ~np.asarray(run.mask)] > 0).any():
       raise ValueError("the policy gives weight to rows that the mask says are no examples.")
+  return gamma
+
+
+def _shaped(run: ControlledRun, gamma: Any) -> jax.Array:
+  """`gamma` as floating-point numbers, or a ValueError if it is not `[T, N]`."""
+  gamma = jnp.asarray(gamma)
+  wanted = (run.num_steps, run.num_examples)
+  if gamma.shape != wanted:
+    raise ValueError(
+      f"the policy has shape {gamma.shape}; expected [T, N] = {wanted}, one row for each step and "
+      "one weight for each training example.")
+  if not jnp.issubdtype(gamma.dtype, jnp.floating):
+    gamma = gamma.astype(jnp.result_type(float))
   return gamma
 
 
@@ -176,11 +186,12 @@ def simulate(run: ControlledRun, policy: Any = None, *,
 
   Args:
     policy: `[T, N]`; None is uniform; or a function `Signals -> [N]` that chooses each step's
-      weights as training goes.
+      weights as training goes: on the simplex, and 0 for rows that are no examples.
     directions: losses `params -> []` whose gradients give `Signals.contributions` their names.
     observe: `Signals -> pytree`, recorded at every step (reduce there what is too large to keep).
   Raises:
-    ValueError: a policy that is not one, see `check_policy`.
+    ValueError: a policy that is not one, see `check_policy`, or a function that does not return
+      one weight for each example.
   """
   directions = {name: as_pytree(fn) for name, fn in (directions or {}).items()}
   observe = None if observe is None else as_pytree(observe)
@@ -204,8 +215,14 @@ def _train(run, choose, directions, observe):
   problem = run.problem(None)
   wide = functools.partial(jnp.asarray, dtype=jnp.result_type(float))
 
+  def losses_of(batch, params):
+    losses = run.example_losses(params, batch)
+    return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+
   def signals_at(params, t):
-    losses = run.example_losses(params, run.data)
+    _, losses = sum_over_micro_batches(
+      lambda batch, _: ((), losses_of(batch, params)), run.data, jnp.ones(run.num_examples),
+      run.settings.micro_batch_size)
     found = {}
     for name, loss in directions.items():
       found[name], losses = adjoint.directional_derivatives(
@@ -217,6 +234,10 @@ def _train(run, choose, directions, observe):
     target, monitor = problem.target_loss(state.params), problem.monitored(state.params)
     signals = signals_at(state.params, t)
     weights = wide(choose(signals))
+    if weights.shape != (run.num_examples,):
+      raise ValueError(
+        f"the policy returned weights of shape {weights.shape} for a step; expected one for each "
+        f"of the {run.num_examples} training examples.")
     seen = None if observe is None else observe(signals._replace(weights=weights))
     new = dataclasses.replace(problem, weights=weights[None]).forward(state, 0)
     loss = jnp.sum(weights * signals.losses)
@@ -238,7 +259,7 @@ def policy_gradient(run: ControlledRun, gamma: jax.Array) -> PmpResult:
   Divided by the learning rate of plain gradient descent they are the adjoint contributions
   `<costate_{t+1}, grad l_n(params_t)>`.
   """
-  return solve(run.problem(gamma), run.first_state())
+  return solve(run.problem(_shaped(run, gamma)), run.first_state())
 
 
 # ------------------------------------------------------------------------------- improving a policy
@@ -265,14 +286,15 @@ class ProjectedGradient:
 class ExponentiatedGradient:
   """`gamma * exp(rate * scores)`, normalised in each row: mirror descent with entropy.
 
-  Weights stay positive; small ones vanish geometrically and may underflow to 0 in the end.
+  Weights vanish geometrically and may underflow to 0 in the end; a weight of 0 stays 0.
   """
   max_rate = float("inf")
 
   def move(self, gamma, scores, rate, mask=None):
     """See `ProjectedGradient.move`."""
-    best = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
-    new = gamma * jnp.exp(jnp.minimum(rate * (scores - jnp.max(best, -1, keepdims=True)), 0))
+    # The best of those with weight: against a better one without, all weights could underflow.
+    best = jnp.max(jnp.where(gamma > 0, scores, -jnp.inf), -1, keepdims=True)
+    new = gamma * jnp.exp(jnp.minimum(rate * (scores - best), 0))
     return (new / jnp.sum(new, -1, keepdims=True)).astype(gamma.dtype)
 
 
@@ -323,14 +345,21 @@ def improve_policy(run: ControlledRun, gamma: jax.Array, rule: Any, rate: Any, *
     frozen_steps: rows before this step stay as they are.
     line_search: halve the rate until J falls by a share of what its gradient promises (Armijo);
       without it the step is taken whatever it does.
+  Raises:
+    ValueError: a policy that is not `[T, N]` (its values are not looked at, see `check_policy`), a
+      rate that is negative or not finite, frozen steps below 0 or above T.
   """
-  return _improve(run, gamma, rate, rule, frozen_steps, line_search)
+  frozen_steps = checks.integer(frozen_steps, "frozen_steps", 0, run.num_steps)
+  if checks.is_concrete(rate) and not (np.isfinite(rate) and rate >= 0):
+    raise ValueError(f"rate must be finite and >= 0, got {rate}.")
+  rate = jnp.asarray(rate, jnp.result_type(float))  # one type for 0 and 0.0: compiled once
+  return _improve(run, _shaped(run, gamma), rate, rule, frozen_steps, bool(line_search))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _improve(run, gamma, rate, rule, frozen_steps, line_search):
   is_free = (jnp.arange(run.num_steps) >= frozen_steps)[:, None]
-  taken = jnp.minimum(jnp.asarray(rate, jnp.result_type(float)), rule.max_rate)
+  taken = jnp.minimum(rate, rule.max_rate)
 
   def candidate(gamma, scores, rate):
     new = rule.move(gamma, scores, rate, run.mask)
@@ -370,5 +399,6 @@ def _search(run, gamma, scores, objective, rate, candidate):
     return rate, tries + 1, fails(rate)
 
   rate, _, failed = jax.lax.while_loop(
-    lambda carry: carry[2] & (carry[1] < _MAX_HALVINGS), body, (rate, 0, fails(rate)))
+    lambda carry: carry[2] & (carry[0] > 0) & (carry[1] < _MAX_HALVINGS), body,
+    (rate, 0, fails(rate)))
   return jnp.where(failed, 0, rate)

@@ -13,8 +13,9 @@ _HALVINGS = 50  # of an interval of length 1; the last digits come from the clos
 def project_simplex(values: Any, mask: Any = None, method: str = "sort") -> jax.Array:
   """Euclidean projection of each row onto `{gamma >= 0, sum(gamma) = 1}`.
 
-  Rows are first moved to a maximum of 0, and what is sure to become 0 to -1: neither changes the
-  projection, both keep sums small, so that values around 1e6 lose no digits.
+  Rows are first moved to a maximum of 0, and what is sure to become 0, all from -1 on, to -2: the
+  projection stays the same, sums stay small, so that values around 1e6 lose no digits, and rounding
+  cannot give weight to what is masked or far behind.
 
   Args:
     values: `[..., N]`.
@@ -36,7 +37,8 @@ def project_simplex(values: Any, mask: Any = None, method: str = "sort") -> jax.
     values = values.astype(jnp.result_type(float))
   if mask is not None:
     values = jnp.where(mask, values, -jnp.inf)
-  values = jnp.clip(values - jnp.max(values, axis=-1, keepdims=True), -1, None)
+  values = values - jnp.max(values, axis=-1, keepdims=True)
+  values = jnp.where(values <= -1, -2, values)
   if method == "bisect":
     return _bisect(values)
   rows = values.reshape(-1, values.shape[-1])
@@ -72,4 +74,6 @@ def stationarity_gap(gamma: jax.Array, scores: jax.Array, mask: Any = None) -> j
     mask: `bool`, False for entries that are no examples.
   """
   best = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
-  return jnp.max(best, axis=-1) - jnp.sum(gamma * scores, axis=-1)
+  # The differences first: a common shift of the scores then costs no digits.
+  behind = jnp.max(best, axis=-1, keepdims=True) - scores
+  return jnp.sum(gamma * behind, axis=-1)

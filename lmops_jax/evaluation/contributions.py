@@ -46,11 +46,20 @@ def exclusion(weights: jax.Array, contributions: jax.Array, mask: jax.Array | No
   return Exclusion(jnp.sum(harmful), jnp.sum(harmful & (weights == 0)))
 
 
-def learned_histogram(weights: jax.Array, losses: jax.Array) -> jax.Array:
-  """`[NUM_BINS]` counts of weight over the step's largest weight, of perfectly learned examples."""
+def learned_histogram(
+  weights: jax.Array, losses: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+  """`[NUM_BINS]` counts of weight over the step's largest weight, of perfectly learned examples.
+
+  Args:
+    weights, losses: `[N]`. mask: False for rows that are no examples.
+  """
   share = weights / jnp.max(weights)
   place = jnp.minimum((share * NUM_BINS).astype(jnp.int32), NUM_BINS - 1)
-  return jnp.zeros(NUM_BINS, jnp.int32).at[place].add((losses < LEARNED_LOSS).astype(jnp.int32))
+  learned = losses < LEARNED_LOSS
+  if mask is not None:
+    learned = learned & mask
+  return jnp.zeros(NUM_BINS, jnp.int32).at[place].add(learned.astype(jnp.int32))
 
 
 def series(found: Similarity) -> np.ndarray:
@@ -69,8 +78,9 @@ def mean_similarity(found: Similarity) -> tuple[float | None, int]:
 
 def excluded_share(found: Exclusion) -> float | None:
   """Share without weight of all pairs (step, example) with CT <= 0; None if there are none."""
-  harmful = float(np.sum(found.num_harmful, dtype=np.float64))
-  return float(np.sum(found.num_excluded, dtype=np.float64)) / harmful if harmful else None
+  # On the host: jax would sum in float32, which counts to 2^24.
+  harmful, excluded = (float(np.asarray(x).sum(dtype=np.float64)) for x in found)
+  return excluded / harmful if harmful else None
 
 
 def learned_share_below(histogram, threshold: float = 0.2) -> float | None:
@@ -78,6 +88,12 @@ def learned_share_below(histogram, threshold: float = 0.2) -> float | None:
 
   Args:
     histogram: `[..., NUM_BINS]`, summed over steps. threshold: a multiple of 1 / NUM_BINS.
+
+  Raises:
+    ValueError: for another threshold.
   """
+  num_below = round(threshold * NUM_BINS)
+  if abs(num_below - threshold * NUM_BINS) > 1e-9 or not 0 <= num_below <= NUM_BINS:
+    raise ValueError(f"threshold={threshold} is not a multiple of 1/{NUM_BINS} in [0, 1].")
   counts = np.asarray(histogram, np.float64).reshape(-1, NUM_BINS).sum(axis=0)
-  return float(counts[: round(threshold * NUM_BINS)].sum() / counts.sum()) if counts.sum() else None
+  return float(counts[:num_below].sum() / counts.sum()) if counts.sum() else None

@@ -6,6 +6,7 @@ ill-conditioned in L0, and B more so: every fit says so where it holds, and come
 over L0 and bootstrap intervals.
 """
 
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -27,7 +28,8 @@ class PowerLaw(NamedTuple):
     B, beta: of the curve. L0: shared by the curves fitted together, same unit as the losses.
     t0: the first step that is not used.
     r2: squared correlation of ln(L - L0) and ln t.
-    samples: `[num_bootstrap, 2]`, (ln B, beta) refitted with resampled blocks of residuals.
+    samples: `[num_bootstrap, 2]`, (ln B, beta) refitted at the same L0 with resampled blocks of
+      residuals.
   """
 
   B: float
@@ -81,30 +83,41 @@ def fit_power_laws(
     seed: of the bootstrap.
 
   Raises:
-    ValueError: a t0 that leaves fewer than 3 points, or a loss at or below L0 after it.
+    ValueError: no curves, curves that are not finite; a t0 that leaves fewer than 3 points, or a
+      loss at or below L0 (0 where it is searched) after it.
 
   Warns:
     IllConditioned: very different L0 fit as well.
   """
   curves = {name: np.asarray(losses, np.float64) for name, losses in curves.items()}
-  starts = [t0] if np.isscalar(t0) else list(t0)
+  if not curves:
+    raise ValueError("there are no loss curves to fit.")
+  for name, losses in curves.items():
+    if losses.ndim != 1:
+      raise ValueError(f"the losses of {name!r} have shape {losses.shape}; expected [T + 1].")
+  starts = [operator.index(start) for start in ([t0] if np.ndim(t0) == 0 else t0)]
   shortest = min(len(losses) - 1 for losses in curves.values())
-  for start in starts:
-    if not 0 <= start <= shortest - _MIN_POINTS:
-      raise ValueError(
-        f"t0={start} leaves {max(shortest - start, 0)} of {shortest} steps; a fit needs "
-        f"{_MIN_POINTS} or more."
-      )
+  if not starts or min(starts) < 0:
+    raise ValueError(f"t0={t0} must be one or more steps >= 0.")
+  if max(starts) > shortest - _MIN_POINTS:
+    raise ValueError(
+      f"t0={max(starts)} leaves {max(shortest - max(starts), 0)} of {shortest} steps; a fit needs "
+      f"{_MIN_POINTS} or more."
+    )
+  for name, losses in curves.items():
+    bad = np.flatnonzero(~np.isfinite(losses[min(starts) + 1 :]))
+    if bad.size:
+      raise ValueError(f"the loss of {name!r} is not finite at step {min(starts) + 1 + bad[0]}.")
   found = []
   for start in starts:
     used = {name: losses[start + 1 :] for name, losses in curves.items()}
     lowest = min(losses.min() for losses in used.values())
-    if L0 is not None and lowest <= L0:
+    if lowest <= (0 if L0 is None else L0):
       name = min(used, key=lambda name: used[name].min())
       step = start + 1 + int(np.argmin(used[name]))
       raise ValueError(
-        f"the loss of {name!r} is {lowest:.6g} at step {step}, not above L0={L0}; choose a lower "
-        "L0."
+        f"the loss of {name!r} is {lowest:.6g} at step {step}, not above L0={L0 or 0}; "
+        + ("a search of L0 needs losses above 0." if L0 is None else "choose a lower L0.")
       )
     # Denser towards the lowest loss, where the fit changes fastest.
     grid = np.array([L0]) if L0 is not None else lowest * (1 - np.geomspace(1, 1e-3, 200))
@@ -130,7 +143,15 @@ def fit_power_laws(
 
 
 def predicted_acceleration(base: PowerLaw, new: PowerLaw, num_steps: float) -> float:
-  """`B1^(beta1/beta2) / B2 * T^(1 - beta1/beta2)`: T over `new`'s steps to base's loss at T."""
+  """`B1^(beta1/beta2) / B2 * T^(1 - beta1/beta2)`: T over `new`'s steps to base's loss at T.
+
+  Raises:
+    ValueError: laws with different L0.
+  """
+  if base.L0 != new.L0:
+    raise ValueError(
+      f"the laws have L0={base.L0:.6g} and L0={new.L0:.6g}; fit the curves together, with one L0."
+    )
   ratio = base.beta / new.beta
   log = ratio * np.log(base.B) - np.log(new.B) + (1 - ratio) * np.log(num_steps)
   return float(np.exp(log))

@@ -1,4 +1,4 @@
-"""The simplex projection and the outer loop over data weights."""
+"""The outer loop over data weights."""
 
 import jax
 import jax.numpy as jnp
@@ -11,60 +11,6 @@ from lmops_jax.control import pmp_scores, project_simplex, solve_weights
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 SGD = optax.sgd(0.2)
-
-
-def _by_bisection(values):
-  values = np.asarray(values, np.float64)
-  low, high = values.max() - 1, values.max()
-  for _ in range(200):
-    middle = (low + high) / 2
-    low, high = (middle, high) if np.maximum(values - middle, 0).sum() > 1 else (low, middle)
-  return np.maximum(values - low, 0)
-
-
-VECTORS = {
-  "one_element": [3.7], "ties": [0.2, 0.2, 0.2, -5.0], "all_equal": [1.0] * 7,
-  "inside": [0.1, 0.2, 0.7], "vertex": [0.0, 10.0, 0.0], "negative": [-3.0, -3.1, -9.0],
-  "large": [1e6, 1e6 + 0.25, 1e6 - 3.0], "small": [1e-6, -1e-6, 3e-6, 0.0],
-  "random": np.random.default_rng(0).normal(size=50),
-}
-
-
-@pytest.mark.parametrize("name", VECTORS)
-def test_projection(x64, name):
-  v = np.asarray(VECTORS[name], np.float64)
-  gamma = np.asarray(project_simplex(v))
-  np.testing.assert_allclose(gamma, _by_bisection(v), atol=1e-9)
-  np.testing.assert_allclose(gamma.sum(), 1, atol=1e-12)
-  assert (gamma >= 0).all()
-  # KKT: v - gamma is a constant tau on the support and at most tau off it.
-  tau = (v - gamma)[gamma > 0]
-  np.testing.assert_allclose(tau, tau[0], atol=1e-9)
-  assert ((v - gamma)[gamma == 0] <= tau[0] + 1e-9).all()
-  np.testing.assert_allclose(project_simplex(gamma), gamma, atol=1e-12)  # idempotent
-  np.testing.assert_allclose(project_simplex(v + 0.5), gamma, atol=1e-9)  # shift
-  order = np.random.default_rng(1).permutation(len(v))
-  np.testing.assert_allclose(project_simplex(v[order]), gamma[order], atol=1e-12)
-
-
-def test_projection_keeps_its_digits_in_float32():
-  got = project_simplex(np.float32([1e6, 1e6 + 0.25, 1e6 - 3]))
-  np.testing.assert_allclose(got, [0.375, 0.625, 0.0], atol=1e-6)
-  assert got[2] == 0
-
-
-def test_projection_is_non_expansive_and_exactly_sparse(x64):
-  rng = np.random.default_rng(0)
-  for _ in range(20):
-    a, b = rng.normal(size=(2, 12))
-    assert np.linalg.norm(project_simplex(a) - project_simplex(b)) <= np.linalg.norm(a - b) + 1e-12
-  assert (np.asarray(project_simplex([0.9, 0.1, -0.5, -0.6])) == 0).sum() == 2
-
-
-def test_projection_refuses_what_has_no_entries():
-  for bad in (np.zeros((2, 0)), np.zeros(0), 1.0):
-    with pytest.raises(ValueError, match="non-empty last axis"):
-      project_simplex(bad)
 
 
 def _data(problem):
@@ -86,7 +32,7 @@ def test_outer_loop_is_projected_steps_by_hand(x64, toy):
     area, by_step, _ = toy.unrolled(_full_batch(problem, 4, gamma), optimizer)
     np.testing.assert_allclose(got.objective[epoch], area, rtol=1e-10)
     np.testing.assert_allclose(got.scores[epoch], by_step.sum(0), atol=1e-9)
-    gamma = _by_bisection(gamma + 0.01 * by_step.sum(0))
+    gamma = np.asarray(project_simplex(gamma + 0.01 * by_step.sum(0)))
   np.testing.assert_allclose(got.gamma, gamma, atol=1e-9)
   area, _, _ = toy.unrolled(_full_batch(problem, 4, gamma), optimizer)
   np.testing.assert_allclose(got.objective[3], area, rtol=1e-9)
@@ -125,7 +71,7 @@ def test_mini_batches_of_the_outer_loop(x64, toy):
   np.testing.assert_allclose(got.scores[0], want, atol=1e-10)
   assert want[4] == 0  # never drawn
   np.testing.assert_allclose(got.objective[0], value, rtol=1e-12)
-  np.testing.assert_allclose(got.gamma, _by_bisection(gamma + 0.01 * want), atol=1e-9)
+  np.testing.assert_allclose(got.gamma, project_simplex(gamma + 0.01 * want), atol=1e-9)
 
 
 def test_uniform_weights_are_the_mean_over_the_batch(x64, toy):

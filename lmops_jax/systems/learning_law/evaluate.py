@@ -40,8 +40,8 @@ class Evaluate:
   Attributes:
     other_inits: seeds of further initialisations under which the uniform and the optimised policies
       are trained too; a policy is made for one.
-    adjoint: also run the costates back under each policy, for the exact contributions and the
-      Frank-Wolfe gap.
+    adjoint: also run the costates back under uniform and optimised weights, for the exact
+      contributions and the Frank-Wolfe gap.
     sampled_batch_size: also train on batches of so many examples drawn by each optimised policy and
       uniformly, through the training loop; None: not.
     sampled_every: steps between two evaluations of these runs.
@@ -87,7 +87,7 @@ def run(
       bar.update()
     for policy in practical:
       choose = policy.choose(_bench(context, inner))
-      records.append(_measured(context, inner, policy.name, seed, choose, config.adjoint, series))
+      records.append(_measured(context, inner, policy.name, seed, choose, False, series))
       bar.update()
     for other in config.other_inits:
       inner = training.on(task, other, partitioner)
@@ -118,7 +118,7 @@ def _bench(context, inner: InnerRun) -> Bench:
       is_noise=np.zeros(len(next(iter(task.parts["dev"].values()))), bool))
     training = dataclasses.replace(inner.training, micro_batch_size=None)
     other = training.on(swapped, inner.init_seed, inner.partitioner)
-    context.flops += other.forward_flops()
+    context.flops += other.cost.run_flops
     return control.simulate(other.control).params
 
   return Bench(inner.task, inner.control, inner.padded, train_on_dev)
@@ -132,7 +132,7 @@ def _measured(context, inner: InnerRun, name, seed, policy, adjoint, series) -> 
   observe = jax.tree_util.Partial(_observed, noise, inner.control.mask)
   result = inner_lib.host(control.simulate(
     inner.control, policy, directions=directions, observe=observe))
-  context.flops += inner.forward_flops() + inner.contribution_flops(len(directions))
+  context.flops += inner.cost.run_flops + len(directions) * inner.cost.contribution_flops
   losses = {"dev": result.target_losses, **result.monitors}
   inner_lib.check_finite(losses["dev"], f"training under the policy {name!r} (seed {seed})")
   record = {"policy": name, "kind": "weights", "init_seed": seed, "task": task.name}
@@ -170,7 +170,7 @@ def _observed(noise, mask, signals: control.Signals) -> dict[str, Any]:
                    for part, values in signals.contributions.items()},
     "exclusion": {part: contributions.exclusion(weights, values, mask)
                   for part, values in signals.contributions.items()},
-    "learned": contributions.learned_histogram(weights, signals.losses),
+    "learned": contributions.learned_histogram(weights, signals.losses, mask),
     "noise_weight": weights @ noise,
   }
 
@@ -178,7 +178,7 @@ def _observed(noise, mask, signals: control.Signals) -> dict[str, Any]:
 def _adjoint(context, inner: InnerRun, weights, mine) -> dict[str, Any]:
   """The exact contributions' similarity and the gap, under `[T,rows]` weights."""
   found = control.policy_gradient(inner.control, jax.numpy.asarray(weights))
-  context.flops += inner.solve_flops()
+  context.flops += inner.cost.epoch_flops
   gap, similar = inner_lib.host(_optimality(weights, found.scores, inner.control.mask))
   mine["gap"], mine["adjoint_similarity"] = gap, contributions.series(similar)
   mean, left_out = contributions.mean_similarity(similar)

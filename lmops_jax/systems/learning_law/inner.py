@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import gin
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax import control
-from lmops_jax.control import cost
 from lmops_jax.systems.learning_law.tasks import Task, check_at_least_one
 from lmops_jax.training.mesh import BATCH_AXES, Partitioner
 
@@ -124,41 +124,68 @@ class InnerRun:
     num = self.task.num_train
     return np.full((self.training.num_steps, num), 1 / num, np.float32)
 
-  def forward_flops(self, *, monitored: bool = True) -> float:
-    """Operations of training once, with the losses that are recorded."""
-    parts = ["dev", *(MONITORED if monitored else ())]
-    num = sum(len(next(iter(self.task.parts[part].values()))) for part in parts)
-    steps = self.training.num_steps
-    return self.task.forward_flops * steps * (cost.GRADIENT * self.task.num_train + num)
-
-  def solve_flops(self) -> float:
-    """Operations of a forward and a reverse pass."""
-    passes = control.solve_passes(
-      self.training.optimizer, self.params, self.training.num_steps,
-      trajectory=self.training.trajectory,
-    )
+  @functools.cached_property
+  def cost(self) -> Cost:
+    """What this run computes and holds."""
     sizes = {part: len(next(iter(batch.values()))) for part, batch in self.task.parts.items()}
-    monitored = sum(sizes[part] for part in MONITORED) * (self.training.num_steps + 1)
-    return self.task.forward_flops * (
-      passes.batch * sizes["train"] + passes.target * sizes["dev"] + monitored)
+    return cost_of(self.training, self.params, self.task.forward_flops, sizes)
 
-  def contribution_flops(self, num_directions: int) -> float:
-    """Operations of the contributions along the gradients of so many parts, at every step."""
-    num_desired = len(next(iter(self.task.parts["dev"].values())))
-    each = cost.SLOPES * self.task.num_train + cost.GRADIENT * num_desired
-    return self.task.forward_flops * self.training.num_steps * num_directions * each
+
+class Cost(NamedTuple):
+  """Operations and bytes of an inner run, over all devices.
+
+  Attributes:
+    num_params: P.
+    run_flops: of training once, with the losses that are recorded.
+    epoch_flops: of a forward and a reverse pass, one outer epoch without line search.
+    contribution_flops: of the contributions to one part's loss at all steps.
+    trajectory_bytes: of the states that the reverse pass keeps.
+    policy_bytes: of the weights `[T,N] float32`.
+  """
+
+  num_params: int
+  run_flops: float
+  epoch_flops: float
+  contribution_flops: float
+  trajectory_bytes: int
+  policy_bytes: int
+
+
+def cost_of(
+  training: Training, params: Any, forward_flops: float, sizes: Mapping[str, int]
+) -> Cost:
+  """The cost of a run, from shapes alone.
+
+  Args:
+    params: arrays or `ShapeDtypeStruct`s.
+    forward_flops: of one example.
+    sizes: examples of each part.
+  """
+  num_steps = training.num_steps
+  passes = control.solve_passes(
+    training.optimizer, params, num_steps, trajectory=training.trajectory)
+  monitored = sum(sizes[part] for part in MONITORED) * (num_steps + 1)
+  state = jax.eval_shape(
+    lambda p: control.dynamics.init_state(training.optimizer.init, training.optimizer.update, p),
+    params)
+  state_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+  desired = sizes["dev"] * (num_steps + 1) + monitored
+  contributions = control.cost.SLOPES * sizes["train"] + control.cost.GRADIENT * sizes["dev"]
+  return Cost(
+    num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
+    run_flops=forward_flops * (control.cost.GRADIENT * sizes["train"] * num_steps + desired),
+    epoch_flops=forward_flops * (
+      passes.batch * sizes["train"] + passes.target * sizes["dev"] + monitored),
+    contribution_flops=forward_flops * num_steps * contributions,
+    trajectory_bytes=state_bytes * control.trajectory.num_slots(training.trajectory, num_steps),
+    policy_bytes=4 * num_steps * sizes["train"],
+  )
 
 
 @jax.jit
 def losses_at(losses: Mapping[str, Any], params: Any) -> dict[str, jax.Array]:
   """Losses of several parts."""
   return {part: loss(params) for part, loss in losses.items()}
-
-
-def num_params(task: Task) -> int:
-  """Parameters of a task's model."""
-  shapes = jax.eval_shape(task.boxed_params, jax.random.key(0))
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(nn.unbox(shapes)))
 
 
 def check_finite(losses: np.ndarray, what: str) -> None:

@@ -134,6 +134,12 @@ def run(
   optimizer.check_steps(training.num_steps)
   inner = training.on(task, seed, partitioner)
   state = _read_state(context.directory, inner)
+  cost = inner.cost
+  context.log(
+    f"{cost.num_params:,} parameters; an epoch takes {cost.epoch_flops:.3g} operations, the "
+    f"trajectory {cost.trajectory_bytes / 2**20:,.1f} MiB, the policy "
+    f"{cost.policy_bytes / 2**20:,.1f} MiB"
+  )
   with partitioner.activate():
     state = _optimise(context, inner, optimizer, state)
   records = state.history
@@ -180,10 +186,10 @@ def _optimise(context, inner: InnerRun, optimizer: PolicyOptimizer, state: _Stat
           f"{context.directory / _STATE_FILE}."
         ) from error
       record = _record(step, epoch, gamma, inner)
-      context.flops += inner.solve_flops()
+      context.flops += inner.cost.epoch_flops
       if is_last or _is_measured(optimizer, epoch):
         record |= _similarities(inner, gamma)
-        context.flops += inner.forward_flops() + inner.contribution_flops(2)
+        context.flops += inner.cost.run_flops + 2 * inner.cost.contribution_flops
       history.append(record)
       if best_epoch(history) == epoch:
         best = inner.policy_of(gamma)

@@ -261,10 +261,10 @@ class _Writer:
     figures = []
     for key, label, log, caption in (
       ("auc_dev", "AUC on dev (nats a label)", False, "Area under the loss that the policy sees."),
-      ("auc_test", "AUC on test (nats a label)", False, "The same on unseen desired examples; "
-       "kept is the epoch that is best on a third part, select."),
-      ("gap", "Frank-Wolfe gap (mean over steps)", True, "How far from first-order optimal a policy "
-       "is: 0 where no change of weights helps."),
+      ("auc_test", "AUC on test (nats a label)", False,
+       "The same on unseen examples; kept is the epoch that is best on a third part, select."),
+      ("gap", "Frank-Wolfe gap (mean over steps)", True,
+       "How far from first-order optimal a policy is: 0 where no change of weights helps."),
     ):
       series = {}
       for name in results[0].policies:
@@ -339,9 +339,9 @@ class _Writer:
         {n: [plots.Run(x, r.curve(n, "noise_weight")) for r in results] for n in names},
         x_label="steps", y_label="weight on spoilt examples", styles=styles, height=3.4)
       figures.append(self._figure(f"{task}_noise", mass, "Weight on spoilt examples by step."))
-      half = len(x) // 2
+      half = max(1, len(x) // 2)
       rows = [[n, *(_text([float(r.curve(n, "noise_weight")[part].mean()) for r in results], ".4f")
-                    for part in (slice(None), slice(half), slice(half, None)))] for n in names]
+                    for part in (slice(None), slice(half), slice(-half, None)))] for n in names]
       tables.append(html.Table(
         ["policy", "weight on spoilt examples", "first half", "second half"], rows,
         note=f"{noise.mean():.1%} of the examples are spoilt. {_note(len(results))}"))
