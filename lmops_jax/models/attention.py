@@ -53,8 +53,8 @@ def check_platform(kind: str, platform: str | None = None) -> None:
   if kind not in _PLATFORMS:
     return
   if platform is None:
-    mesh = jax.sharding.get_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.devices.flat[0].platform
+    device = jax.sharding.get_abstract_mesh().abstract_device  # also known while tracing
+    platform = jax.default_backend() if device is None else device.platform
   if platform not in _PLATFORMS[kind]:
     raise ValueError(
       f"attention={kind!r} needs a {_PLATFORMS[kind][0]} and this program runs on {platform!r}; "

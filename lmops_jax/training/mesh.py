@@ -117,6 +117,11 @@ class Partitioner:
     return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
   @property
+  def platform(self) -> str:
+    """Of the mesh's devices, "cpu", "gpu" or "tpu"."""
+    return self.mesh.devices.flat[0].platform
+
+  @property
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 

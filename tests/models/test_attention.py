@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from lmops_jax.models.attention import (
   ATTENTION_KINDS,
@@ -103,6 +103,11 @@ def test_kernels_are_refused_where_they_do_not_run():
   for kind in ("cudnn", "splash"):
     with pytest.raises(ValueError, match=f"attention='{kind}' needs a .*set models.Trans"):
       self_attention(q, k, v, kind=kind)
+    with pytest.raises(ValueError, match=f"attention='{kind}' needs a .*set models.Trans"):
+      jax.jit(functools.partial(self_attention, kind=kind))(q, k, v)
+    with MeshConfig(8).build().activate():
+      with pytest.raises(ValueError, match=f"attention='{kind}' needs a .*set models.Trans"):
+        jax.jit(functools.partial(self_attention, kind=kind))(q, k, v)
     assert not supports_forward_mode(kind)
   check_platform("cudnn", "gpu")
   check_platform("splash", "tpu")
@@ -131,6 +136,21 @@ def test_first_order_kernels_refuse_second_derivatives_with_advice():
     jax.jvp(jax.grad(loss(wrapped)), (q,), (q,))
   with pytest.raises(NotImplementedError, match="attention='cudnn' has first derivatives only"):
     jax.grad(lambda q: jnp.sum(jax.grad(loss(wrapped))(q)))(q)
+
+
+@pytest.mark.parametrize("kind, platform", [("cudnn", "gpu"), ("cudnn", "cuda"), ("splash", "tpu")])
+def test_the_platform_is_that_of_the_mesh_also_under_jit(kind, platform):
+  device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+  mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+  @jax.jit
+  def attention(q):
+    check_platform(kind)
+    return self_attention(q, q, q, kind=kind) if kind == "splash" else q  # cudnn asks for a GPU
+
+  q = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert jax.eval_shape(attention, q).shape == q.shape
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)])

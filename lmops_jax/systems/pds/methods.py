@@ -531,6 +531,11 @@ class DSIR:
         bar.update(len(ids))
 
 
+def needs_forward_mode(method) -> bool:
+  """Whether the method differentiates the proxy's losses along a direction (see `control`)."""
+  return isinstance(method, (PMP, _DirectionMethod))
+
+
 def blocks(num: int, size: int) -> Iterator[np.ndarray]:
   """Consecutive ids `0 .. num` in blocks of `size`."""
   for start in range(0, num, size):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from lmops_jax import pipeline
+from lmops_jax.models import attention
 from lmops_jax.systems.pds import (
   evaluate,
   methods,
@@ -81,8 +82,15 @@ class Pipeline:
     ):
       if config.init is not None:
         pretrain.check_vocabulary(config.init, vocabulary, name)
-    for config in (self.proxy.model, self.pretrain.model, self.scorer.trunk(self.proxy)):
+    for config in self._models():
       pretrain.check_length(config, self.prepare.length)
+    kind = self.proxy.model.attention
+    for method in self.methods:
+      if methods.needs_forward_mode(method) and not attention.supports_forward_mode(kind):
+        raise ValueError(
+          f"method {method.name!r} differentiates the proxy in forward mode, which its "
+          f"attention={kind!r} cannot; give PROXY_MODEL 'xla' or 'chunked'."
+        )
     if any(hasattr(method, "score_proxies") for method in self.methods):
       train, _ = scorer.split(self.proxy_set.num_proxies, self.scorer.validation_fraction, 0)
       if len(train) < self.scorer.batch_size:
@@ -93,6 +101,9 @@ class Pipeline:
         )
     if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
       raise ValueError(f"pds.Pipeline.seeds={list(self.seeds)}; name one or more different seeds.")
+
+  def _models(self):
+    return self.proxy.model, self.pretrain.model, self.scorer.trunk(self.proxy)
 
   def stages(self, settings, partitioner) -> list[pipeline.Stage]:
     """The run as stages.
@@ -107,6 +118,8 @@ class Pipeline:
         "it once, on a machine that holds all the devices."
       )
     partitioner = partitioner or mesh.single_device()
+    for config in self._models():
+      attention.check_platform(config.attention, partitioner.platform)
 
     def part(*names: str) -> dict[str, str]:
       return {

@@ -123,6 +123,15 @@ def test_sequences_longer_than_the_model(lmops, corpus, target):
   assert code == 2 and "length=256" in printed and "max_length=128" in printed
 
 
+def test_attention_that_the_machine_or_the_solve_cannot_use(lmops, corpus, target, tmp_path):
+  binding = "--gin.models.TransformerConfig.attention='cudnn'"
+  code, printed = lmops(corpus, target, binding)
+  assert code == 2 and "method 'pds' differentiates the proxy in forward mode" in printed
+  code, printed = lmops(corpus, target, binding, "--gin.METHODS=[@pds.RhoLoss(), @pds.Random()]")
+  assert code == 2 and "attention='cudnn' needs a gpu" in printed
+  assert not (tmp_path / "run").exists()
+
+
 def test_workdir_of_something_else(lmops, corpus, target, tmp_path):
   (tmp_path / "photos").mkdir()
   (tmp_path / "photos" / "cat.jpg").write_bytes(b"meow")
