@@ -215,6 +215,17 @@ class _ZstdFile(io.RawIOBase):
     super().close()
 
 
+def _is_text(arrow_type) -> bool:
+  """Whether a column's values are strings, categories of strings included."""
+  from pyarrow import types
+
+  if types.is_dictionary(arrow_type):
+    arrow_type = arrow_type.value_type
+  return any(
+    check(arrow_type) for check in (types.is_string, types.is_large_string, types.is_string_view)
+  )
+
+
 @gin.register(module="data")
 @dataclasses.dataclass(frozen=True)
 class Parquet(_Files):
@@ -252,9 +263,7 @@ class Parquet(_Files):
               file.schema_arrow.names, column, str(path), f"data.Parquet.{parameter}"
             )
           text_type = file.schema_arrow.field(self.text_field).type
-          if not (
-            pyarrow.types.is_string(text_type) or pyarrow.types.is_large_string(text_type)
-          ):
+          if not _is_text(text_type):
             raise ValueError(
               f"{path}: column {self.text_field!r} holds {text_type}, not text; set "
               "data.Parquet.text_field to a text column."

@@ -160,6 +160,25 @@ def test_parquet_without_values_and_with_bad_bytes(tmp_path):
   assert document.text == "good" and counts == {"empty": 1, "undecodable": 1}
 
 
+@pytest.mark.parametrize("kind", [
+  pyarrow.large_string(), pyarrow.string_view(),
+  pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+])
+def test_parquet_with_other_kinds_of_text(tmp_path, kind):
+  texts = ["one", "two", "one more"]
+  column = pyarrow.array(texts, kind)
+  pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+  assert sorted(d.text for d in Parquet(str(tmp_path)).documents()) == sorted(texts)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("corpus", [Jsonl, Parquet])
+def test_unreadable_files_are_named(corpus):
+  """One that opens and fails at the first read, whoever asks."""
+  with pytest.raises(ValueError, match="^/proc/self/mem cannot be read"):
+    list(corpus("/proc/self/mem").documents())
+
+
 def test_text_folder(tmp_path):
   (tmp_path / "law").mkdir()
   (tmp_path / "law" / "act.txt").write_text("\ufeffAn act.", encoding="utf-8")
