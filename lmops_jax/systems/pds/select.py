@@ -73,19 +73,21 @@ def run(context: pipeline.StageContext, config: Select, annotate_stage: str) -> 
     for ids, values in scores.read_shards(folder, len(corpus)):
       yield ids, (values.astype(np.float64) - shift) / scale
 
-  chosen: list[np.ndarray] = []
-  selection.select_stream(
-    shards, num_examples=len(corpus), ratio=config.ratio, tau=config.tau, seed=config.seed,
-    write=chosen.append,
-  )
-  ids = np.concatenate(chosen)
-  np.save(context.directory / IDS_FILE, ids)
-  vocabulary = prepared.vocabulary
-  for name in config.formats:
-    export.export_selection(
-      corpus, ids, context.directory / name, format=name, vocabulary=vocabulary
+  num_selected = selection.num_selected(len(corpus), ratio=config.ratio)
+  with (context.directory / IDS_FILE).open("wb") as file:
+    header = {"descr": "<i8", "fortran_order": False, "shape": (num_selected,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    selection.select_stream(
+      shards, num_examples=len(corpus), ratio=config.ratio, tau=config.tau, seed=config.seed,
+      write=lambda ids: file.write(ids.astype("<i8").tobytes()),
     )
-  context.extra.update(num_selected=len(ids), num_examples=len(corpus))
+  if config.formats:
+    ids, vocabulary = np.load(context.directory / IDS_FILE), prepared.vocabulary
+    for name in config.formats:
+      export.export_selection(
+        corpus, ids, context.directory / name, format=name, vocabulary=vocabulary
+      )
+  context.extra.update(num_selected=num_selected, num_examples=len(corpus))
 
 
 def _moments(folder: Path, num_examples: int) -> tuple[float, float]:

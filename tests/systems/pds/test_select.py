@@ -1,6 +1,9 @@
 """The selection stage: what is kept, and in which forms it leaves (spec section 4)."""
 
+import functools
 import json
+import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -52,6 +55,30 @@ def test_it_keeps_what_gumbel_top_k_keeps_on_the_standardised_scores(folders, tm
   )
   np.testing.assert_array_equal(ids, want)
   assert context.extra == {"num_selected": len(ids), "num_examples": len(values)}
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+  peaks, size = [], 50_000
+  for num_shards in (4, 32):
+    folder = tmp_path / str(num_shards)
+    for name in ("annotate", "out"):
+      (folder / name).mkdir(parents=True)
+    for i in range(num_shards):
+      values = selection.gumbel_noise(99, np.arange(i * size, (i + 1) * size))
+      scores.save_shard(folder / "annotate", i, i * size, values)
+    corpus = types.SimpleNamespace(corpus=range(num_shards * size), vocabulary=None)
+    monkeypatch.setattr(select.prepare, "Prepared", lambda _: corpus)  # noqa: B023
+    inputs = {"prepare": None, "annotate": folder / "annotate"}
+    context = pipeline.StageContext("select/x", folder / "out", inputs, lambda text: None)
+    stream = functools.partial(selection.select_stream, max_candidates=1 << 16)
+    with monkeypatch.context() as small:
+      small.setattr(selection, "select_stream", stream)
+      tracemalloc.start()
+      select.run(context, select.Select(), "annotate")
+      peaks.append(tracemalloc.get_traced_memory()[1])
+      tracemalloc.stop()
+    assert len(np.load(folder / "out" / select.IDS_FILE)) == int(0.4 * num_shards * size)
+  assert peaks[1] < 1.1 * peaks[0], peaks  # eight times the scores
 
 
 def test_small_scores_drown_in_the_noise_unless_standardised(folders, tmp_path):
