@@ -1,0 +1,41 @@
+"""Norms of per-example gradients: what turns a score into a cosine.
+
+The size of a score follows the size of the example's gradient, so that mislabelled or noisy ones
+can score high; divided by it, what counts is the direction alone.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmops_jax.control import checks
+from lmops_jax.control.callables import as_pytree
+from lmops_jax.control.dynamics import strong
+from lmops_jax.control.problem import tree_norm
+
+
+def gradient_norms(example_losses: Callable, params: Any, data: Any,
+                   batch_size: int = 1) -> jax.Array:
+  """`|grad l_n(params)|` of every row of `data`, `[M] float32` (or wider, as the parameters).
+
+  Args:
+    example_losses: `(params, batch) -> [B]`.
+    data: leaves `[M, ...]`.
+    batch_size: gradients, each of the size of the parameters, that exist at a time (any size).
+  """
+  data = jax.tree.map(jnp.asarray, data)
+  checks.leading_axes(data, "data", 1, "M")
+  return _gradient_norms(
+    as_pytree(example_losses), strong(params), data, checks.integer(batch_size, "batch_size", 1))
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _gradient_norms(example_losses, params, data, batch_size):
+  def norm(row):
+    batch = jax.tree.map(lambda x: x[None], row)
+    return tree_norm(jax.grad(lambda p: jnp.sum(example_losses(p, batch)))(params))
+
+  return jax.lax.map(norm, data, batch_size=batch_size)
