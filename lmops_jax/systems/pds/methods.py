@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax import control, pipeline
+from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.data import export
 from lmops_jax.evaluation import examples
 from lmops_jax.models import flops
@@ -29,6 +30,7 @@ from lmops_jax.systems.pds import dsir, prepare, pretrain, scores
 from lmops_jax.training import losses, mesh, optimizers
 
 MATMUL_PRECISIONS = ("default", "high", "highest")
+DIVISORS = ("gradient_norm", "sqrt_length")
 
 
 @gin.register(module="pds")
@@ -157,10 +159,36 @@ class Bench:
       num_shards=self.partitioner.num_batch_shards,
     )
 
+  def divided(self, values: np.ndarray, params, divide_by: str | None) -> np.ndarray:
+    """Proxy scores `[M]` over what `divide_by` names, so that size alone does not make a score.
+
+    Args:
+      values: scores of the proxies.
+      params: where the gradients are taken.
+      divide_by: "gradient_norm" (the score becomes a cosine, up to a common factor),
+        "sqrt_length" of the positions that count, or None.
+    """
+    if divide_by is None:
+      return values
+    if divide_by == "sqrt_length":
+      return values / np.sqrt(self.proxies["loss_mask"].sum(axis=1))
+    # One example at a time, which no mesh splits: every device takes all of them.
+    rows = {k: v for k, v in self.proxies.items() if k not in mesh.HOST_FIELDS}
+    norms = np.asarray(gradient_norms(self.example_losses, params, rows))
+    self.add_flops(len(values) * self.corpus.length, 3)
+    return np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
+
   def add_flops(self, num_positions: float, passes: float) -> None:
     """Counts `passes` forward passes' worth of arithmetic over `num_positions` tokens."""
     per_token = flops.forward_flops_per_token(self.model.config, self.corpus.length)
     self.context.flops += passes * num_positions * per_token
+
+
+def _check_divisor(name: str, divide_by: str | None) -> None:
+  if divide_by not in (None, *DIVISORS):
+    raise ValueError(
+      f"{name}.divide_by={divide_by!r} is not None or one of {', '.join(DIVISORS)}."
+    )
 
 
 def check_sizes(
@@ -186,6 +214,11 @@ def check_sizes(
     )
   if isinstance(method, PMP):
     size, what = method.batch_size, "batch_size (INNER_BATCH_SIZE)"
+    if method.inner_data == "proxies" and size > proxy_set.num_proxies:
+      raise ValueError(
+        f"method {method.name!r} has {what} of {size}, more than the {proxy_set.num_proxies} "
+        "proxies that it draws from; lower it or raise PROXIES."
+      )
   elif isinstance(method, InfluenceScores):
     size, what = method.num_hessian, "num_hessian"
   else:
@@ -223,8 +256,12 @@ class PMP:
     inner_micro_batch_size: the same for an inner batch, of which it is a divisor; None: all.
     matmul_precision: of the solve's products, as jax names it; "highest" is full float32 also on
       GPUs and TPUs, None their default.
-    shuffle: draw the inner batches by `data_seed`; False takes the corpus's first instances in
-      order, as the reference does.
+    inner_data: what inner batches are drawn from, "corpus", or "proxies" as the paper's algorithm
+      has it: then every example that is scored may also have been trained on.
+    shuffle: draw the inner batches by `data_seed`; False takes the first instances in order, as the
+      reference does.
+    divide_by: divide each proxy's score by its "gradient_norm" at the checkpoint or by the
+      "sqrt_length" of its text; None leaves it, as the paper does.
   """
 
   optimizer: Any = None
@@ -243,9 +280,16 @@ class PMP:
   inner_micro_batch_size: int | None = None
   matmul_precision: str | None = None
   data_seed: int = 0
+  inner_data: str = "corpus"
   shuffle: bool = True
+  divide_by: str | None = None
 
   def __post_init__(self):
+    _check_divisor("pds.PMP", self.divide_by)
+    if self.inner_data not in ("corpus", "proxies"):
+      raise ValueError(
+        f"pds.PMP.inner_data={self.inner_data!r}; set it to 'corpus' or 'proxies'."
+      )
     if self.optimizer is None:
       raise ValueError("pds.PMP.optimizer is not set; bind it, e.g. to @inner/optim.sgd().")
     for name in ("num_steps", "batch_size", "every_k", "segment_steps", "micro_batch_size"):
@@ -275,7 +319,8 @@ class PMP:
     bench.check_sizes(self)
     corpus, num_proxies = bench.corpus, bench.proxy_set.num_proxies
     proxies, proxy_batch_size = bench.place_rows(bench.proxies, self.micro_batch_size)
-    source = pretrain.batch_source(corpus, None, self.batch_size, self.data_seed, self.shuffle)
+    inner_ids = bench.proxies["example_id"] if self.inner_data == "proxies" else None
+    source = pretrain.batch_source(corpus, inner_ids, self.batch_size, self.data_seed, self.shuffle)
     steps = [bench.place(source(t)) for t in range(self.num_steps)]
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
     weights = jnp.full((self.num_steps, self.batch_size), 1 / self.batch_size, jnp.float32)
@@ -303,7 +348,8 @@ class PMP:
           log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )
       control.check_result(result)
-      rows.append(np.asarray(result.proxy_scores)[:num_proxies])
+      values = np.asarray(result.proxy_scores)[:num_proxies]
+      rows.append(bench.divided(values, params, self.divide_by))
       for name in ("target_losses", "costate_norms", "target_grad_norms"):
         norms[name].append(np.asarray(getattr(result, name), np.float64).tolist())
     bench.context.extra.update(norms)
@@ -320,11 +366,19 @@ class PMP:
 
 @dataclasses.dataclass(frozen=True)
 class _DirectionMethod:
-  """Scores `<direction, grad l_n>` at proxy checkpoints; subclasses say which direction."""
+  """Scores `<direction, grad l_n>` at proxy checkpoints; subclasses say which direction.
+
+  Attributes:
+    checkpoints, num_target, micro_batch_size, divide_by: as in `PMP`.
+  """
 
   checkpoints: tuple[int, ...] | None = None
   num_target: int | None = None
   micro_batch_size: int = 64
+  divide_by: str | None = None
+
+  def __post_init__(self):
+    _check_divisor(f"pds.{type(self).__name__}", self.divide_by)
 
   def direction(self, bench: Bench, params, target_grad):
     raise NotImplementedError
@@ -339,9 +393,10 @@ class _DirectionMethod:
       params = bench.proxy_params(step)
       with bench.partitioner.activate():
         direction = self.direction(bench, params, gradient(params))
-        rows.append(np.asarray(control.directional_scores(
+        values = np.asarray(control.directional_scores(
           bench.example_losses, params, direction, proxies, proxy_batch_size
-        ))[: bench.proxy_set.num_proxies])
+        ))[: bench.proxy_set.num_proxies]
+      rows.append(bench.divided(values, params, self.divide_by))
     num_target = len(bench.target_batch(self.num_target)["example_id"])
     num_scored = num_target + bench.proxy_set.num_proxies
     bench.add_flops(num_scored * bench.corpus.length * len(rows), 3)
@@ -383,6 +438,7 @@ class InfluenceScores(_DirectionMethod):
   data_seed: int = 0
 
   def __post_init__(self):
+    super().__post_init__()
     for name in ("iterations", "num_hessian", "micro_batch_size"):
       if getattr(self, name) < 1:
         raise ValueError(

@@ -40,6 +40,7 @@ class Scorer:
     eval_every: steps between two validations; the best by Spearman is kept.
     validation_fraction: share of the proxy set, drawn by `seed`, that is never trained on.
     clip: largest absolute standardised score.
+    ranks: learn the normal quantiles of the scores' ranks instead of the scores.
     model: `models.TransformerConfig` of the trunk; None takes the proxy's.
     vocabulary: an existing vocabulary of the scorer's own (`data.SentencePieceFile`, ...), to which
       instances are converted; None takes the corpus's.
@@ -58,6 +59,7 @@ class Scorer:
   eval_every: int = 50
   validation_fraction: float = 0.1
   clip: float | None = 3.0
+  ranks: bool = False
   model: Any = None
   vocabulary: Any = None
   from_proxy: bool = True
@@ -173,7 +175,7 @@ def fit(
     vocabulary = config.vocabulary.build((), context.directory / VOCABULARY_FOLDER)
   view = View(prepared, vocabulary)
   scored = scores.load_proxy_scores(context.input(solve_stage))
-  targets = scores.standardize(scored.scores, clip=config.clip)
+  targets = scores.standardize(scored.scores, clip=config.clip, ranks=config.ranks)
   train, validation = split(len(targets), config.validation_fraction, config.seed)
   rows = view.rows(scored.ids) | {"score": targets.astype(np.float32)}
   if config.batch_size > len(train):

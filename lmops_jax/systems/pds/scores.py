@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special, stats
 
 PROXY_FILE = "proxy_scores.npz"
 
@@ -20,13 +21,17 @@ class ProxyScores(NamedTuple):
   scores: np.ndarray
 
 
-def standardize(scores: np.ndarray, *, clip: float | None = 3.0) -> np.ndarray:
+def standardize(
+  scores: np.ndarray, *, clip: float | None = 3.0, ranks: bool = False
+) -> np.ndarray:
   """z-scores of the mean of each checkpoint's z-scores, clipped (PDS, section 3; spec 3).
 
   Args:
     scores: `[C,M]` or `[M]`; a row a checkpoint. Rows are standardised before they are averaged
       because the length of the gradient, and so the scale of the scores, differs between them.
     clip: largest absolute value kept; None clips nothing.
+    ranks: put the normal quantile of its rank in place of each mean, so that no score is an
+      outlier and all but the order is forgotten; equal scores share their average rank.
 
   Returns:
     `[M] float64` of mean 0 and standard deviation 1 before the clipping.
@@ -49,7 +54,10 @@ def standardize(scores: np.ndarray, *, clip: float | None = 3.0) -> np.ndarray:
       )
     return (row - row.mean()) / deviation
 
-  z = z_score(np.mean([z_score(row) for row in rows], axis=0))
+  mean = np.mean([z_score(row) for row in rows], axis=0)
+  if ranks:
+    mean = special.ndtri((stats.rankdata(mean) - 0.5) / len(mean))
+  z = z_score(mean)
   return z if clip is None else np.clip(z, -clip, clip)
 
 

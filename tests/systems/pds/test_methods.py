@@ -1,6 +1,7 @@
 """What the scoring methods ask of data and mesh, and how they count their cost."""
 
 import dataclasses
+import functools
 import types
 
 import flax.linen as nn
@@ -130,6 +131,47 @@ def test_direction_scores_of_any_number_of_rows(tmp_path):
   np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("make, devices", [
+  (functools.partial(methods.PMP, SGD, num_steps=2, batch_size=8, segment_steps=2), 1),
+  (methods.OneStep, 8),
+])
+def test_scores_over_gradient_norm_or_length(tmp_path, make, devices):
+  bench = _bench(tmp_path / "x", num_target=9, num_proxies=11, devices=devices)
+  params, rows = bench.proxy_params(), bench.proxies
+  (tmp_path / "plain").mkdir()
+  plain = make().score_proxies(bench)[0]
+  losses = {k: v for k, v in rows.items() if k != "example_id"}
+  slopes = jax.jit(jax.jacobian(bench.example_losses))(params, losses)
+  squares = sum(np.square(x).reshape(11, -1).sum(1) for x in jax.tree.leaves(slopes))
+  want = {"gradient_norm": np.sqrt(squares), "sqrt_length": np.sqrt(rows["loss_mask"].sum(1))}
+  for name, divisor in want.items():
+    bench.context.directory = tmp_path / name
+    bench.context.directory.mkdir()
+    got = make(divide_by=name).score_proxies(bench)[0]
+    np.testing.assert_allclose(got, plain / divisor, rtol=1e-3, atol=1e-5 * np.abs(got).max())
+
+
+def test_inner_batches_may_be_drawn_from_the_proxies(tmp_path, monkeypatch):
+  seen = []
+
+  def solve(losses, target_loss, optimizer, params, batches, weights, *, proxy, **_):
+    seen.append(np.asarray(batches["tokens"]).reshape(-1, LENGTH))
+    ones = jnp.ones(len(weights))
+    return control.PmpResult(
+      jnp.zeros(weights.shape), jnp.zeros(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
+      ones, ones, ones, None)
+
+  monkeypatch.setattr(control, "pmp_scores_resumable", solve)
+  bench = _bench(tmp_path, num_target=9, num_proxies=16, devices=1)
+  for where in ("corpus", "proxies"):
+    methods.PMP(SGD, num_steps=2, batch_size=8, inner_data=where).score_proxies(bench)
+  proxies = {row.tobytes() for row in bench.proxies["tokens"]}
+  drawn = [{row.tobytes() for row in rows} for rows in seen]
+  assert drawn[1] == proxies and not drawn[0] <= proxies
+  with pytest.raises(ValueError, match=r"INNER_BATCH_SIZE\) of 17, more than the 16 proxies"):
+    methods.PMP(SGD, batch_size=17, inner_data="proxies").score_proxies(bench)
+
+
 @pytest.mark.parametrize("num_target", [3, 13])
 def test_rho_loss_fits_its_batches_to_target_and_mesh(tmp_path, num_target):
   bench = _bench(tmp_path, num_target=num_target, num_proxies=11, accumulate=4)
@@ -182,6 +224,7 @@ def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
     (replace("d", hessian=False), solve - 5 * 8 * (8 - 3)),
     (replace("e", objective="terminal"), solve - 16 * 4 * 2),
     (replace("f", optimizer=optimizers.sgd(0.1, clip_norm=1.0)), solve + 5 * 8 * 3),
+    (replace("g", divide_by="gradient_norm"), solve + 24 * 3),
     (methods.OneStep(), (16 + 24) * 3),
     # 50 products, 8 probes, 20 power steps and a residual, of 6 passes each.
     (methods.InfluenceScores(num_hessian=8), (16 + 24) * 3 + (50 + 8 + 20 + 1) * 8 * 6),

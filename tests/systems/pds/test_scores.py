@@ -1,5 +1,7 @@
 """Score files and standardisation (spec sections 3 and 9, checks 15 and 24)."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,15 @@ def test_checkpoints_count_alike_whatever_their_scale():
   a, b = np.random.default_rng(1).normal(size=(2, 400))
   once = scores.standardize(np.stack([a, b]))
   np.testing.assert_allclose(scores.standardize(np.stack([1e6 * a + 3, 1e-4 * b])), once, atol=1e-9)
+
+
+def test_ranks_keep_the_order_alone():
+  raw = np.array([5.0, -2.0, 1e9, 1.0, 1.0])
+  got = scores.standardize(raw, ranks=True)
+  np.testing.assert_allclose(got, scores.standardize(np.array([6, 1, 7, 2, 2]), ranks=True))
+  assert abs(got.mean()) < 1e-12 and got[3] == got[4]
+  quantiles = [NormalDist().inv_cdf((rank - 0.5) / 5) for rank in (4, 1, 5, 2.5, 2.5)]
+  np.testing.assert_allclose(got, (quantiles - np.mean(quantiles)) / np.std(quantiles), rtol=1e-9)
 
 
 @pytest.mark.parametrize(
