@@ -38,7 +38,8 @@ def solve_passes(
     objective: str = "area",
     every_k: int = 1,
     groups: int | None = None,
-    hessian: bool = True) -> Passes:
+    hessian: bool = True,
+    proxy_samples: int | None = None) -> Passes:
   """What `pmp_scores`, or `pmp_scores_resumable` with `segment_steps`, computes over T steps.
 
   Args:
@@ -54,7 +55,7 @@ def solve_passes(
   reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
   # J and its gradient at params_T; then at params_{T-1} .. params_1, and J alone at params_0.
   target = GRADIENT * num_steps + 1 if objective == "area" else GRADIENT + num_steps
-  num_scored = groups or -(-num_steps // every_k)
+  num_scored = proxy_samples or groups or -(-num_steps // every_k)
   return Passes(GRADIENT * num_gradients + reverse * num_steps, target, SLOPES * num_scored)
 
 

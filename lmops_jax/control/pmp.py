@@ -61,7 +61,9 @@ def pmp_scores(
     hvp_mode: str = "jvp_of_grad",
     micro_batch_size: int | None = None,
     proxy_batch_size: int | None = None,
-    keep_costates: bool = False) -> PmpResult:
+    keep_costates: bool = False,
+    proxy_samples: int | None = None,
+    sample_seed: int = 0) -> PmpResult:
   """Trains for T steps, then runs the costate recursion back and scores every example.
 
   Everything is traceable: call it directly (it is jitted once for each set of functions and shapes;
@@ -92,6 +94,9 @@ def pmp_scores(
     micro_batch_size: examples differentiated at once, a divisor of B.
     proxy_batch_size: proxies scored at once; by default `micro_batch_size` or `max(B, 32)`.
     keep_costates: also return all costates (T times the parameters).
+    proxy_samples: instead of `every_k` or `groups`, score each proxy at this many random steps (its
+      own, drawn by `sample_seed`) with weight `T / proxy_samples`: unbiased for `every_k=1` at the
+      price of so many passes over the proxies.
   Returns:
     A `PmpResult`. `check_result` raises if the recursion diverged.
   Raises:
@@ -100,7 +105,7 @@ def pmp_scores(
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
     Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
-             proxy_batch_size, keep_costates))
+             proxy_batch_size, keep_costates, proxy_samples, sample_seed))
   return _solve(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, batches, weights, proxy, settings, shardings_of(params))
@@ -209,6 +214,15 @@ def check_settings(settings: Settings, num_steps: int, batch_size: int) -> Setti
     if every_k != 1:
       raise ValueError(
         f"every_k={every_k} and groups={groups} both choose when proxies are scored; set one.")
+  proxy_samples, sample_seed = settings.proxy_samples, settings.sample_seed
+  if proxy_samples is not None:
+    proxy_samples = checks.integer(
+      proxy_samples, f"proxy_samples (of the T={num_steps} steps)", 1, num_steps)
+    sample_seed = checks.integer(sample_seed, "sample_seed", 0, 2**32 - 1)
+    if every_k != 1 or groups is not None:
+      raise ValueError(
+        f"proxy_samples={proxy_samples} and every_k={every_k} or groups={groups} both choose when "
+        "proxies are scored; set one.")
   micro_batch_size = checks.micro_batch(settings.micro_batch_size, "micro_batch_size", batch_size)
   proxy_batch_size = settings.proxy_batch_size
   if proxy_batch_size is None:
@@ -218,7 +232,8 @@ def check_settings(settings: Settings, num_steps: int, batch_size: int) -> Setti
     hessian=bool(settings.hessian), hvp_mode=checks.hvp_mode(settings.hvp_mode),
     micro_batch_size=micro_batch_size,
     proxy_batch_size=checks.integer(proxy_batch_size, "proxy_batch_size", 1),
-    keep_costates=bool(settings.keep_costates))
+    keep_costates=bool(settings.keep_costates), proxy_samples=proxy_samples,
+    sample_seed=sample_seed)
 
 
 def batch_getter(batches: Any) -> Callable:

@@ -4,8 +4,8 @@
 and the resumable driver run it without knowing the mathematics. The reverse step at t does at once
 what the code of arXiv 2410.07064 does in separate passes: the adjoint of the optimizer, the
 Hessian-vector product, the scores of the examples trained on, those of the proxy examples (at the
-steps that `every_k` or `groups` choose), and the target gradient. It holds four parameter-sized
-arrays at a time: the parameters, the costate, the cotangent u and the product H u.
+steps that `every_k`, `groups` or `proxy_samples` choose), and the target gradient. It holds four
+parameter-sized arrays at a time: the parameters, the costate, the cotangent u and the product H u.
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ class Settings(NamedTuple):
   micro_batch_size: int | None = None
   proxy_batch_size: int | None = None
   keep_costates: bool = False
+  proxy_samples: int | None = None
+  sample_seed: int = 0
 
 
 class Carry(NamedTuple):
@@ -202,6 +204,8 @@ class Problem:
 
   def _score_proxies(self, carry: Carry, params, u, t) -> Carry:
     settings = self.settings
+    if settings.proxy_samples is not None:
+      return carry._replace(proxy_scores=self._score_sample(carry.proxy_scores, params, u, t))
 
     def scored(total, params, direction):
       slopes = adjoint.directional_scores(
@@ -224,6 +228,27 @@ class Problem:
       jnp.asarray(is_last)[t], scored, lambda total, *_: total, carry.proxy_scores, mean,
       group.direction)
     return carry._replace(proxy_scores=total, group=group)
+
+
+  def _score_sample(self, total, params, u, t):
+    """The proxies whose random steps `t` is one of, weighted by 1 / probability (spec 8.3)."""
+    settings, num_steps, num_proxies = self.settings, self.num_steps, len(total)
+    num_rows = -(-num_proxies // num_steps)
+    for i in range(settings.proxy_samples):
+      key, offset_key = jax.random.split(jax.random.fold_in(
+        jax.random.key(settings.sample_seed), i))
+      # The proxy at place p of a random order belongs to step (p + offset) % T.
+      offset = jax.random.randint(offset_key, (), 0, num_steps)
+      places = (t - offset) % num_steps + num_steps * jnp.arange(num_rows)
+      is_row = places < num_proxies
+      order = jax.random.permutation(key, num_proxies)
+      rows = order[jnp.minimum(places, num_proxies - 1)]
+      slopes = adjoint.directional_scores(
+        self.example_losses, params, u, jax.tree.map(lambda x: x[rows], self.proxy),  # noqa: B023
+        settings.proxy_batch_size, mode=settings.hvp_mode)
+      scale = num_steps / settings.proxy_samples
+      total = total.at[rows].add(-scale * jnp.where(is_row, slopes, 0).astype(total.dtype))
+    return total
 
 
 def _add_to_group(group: Group, params, u, restart) -> Group:

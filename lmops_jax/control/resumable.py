@@ -56,7 +56,9 @@ def pmp_scores_resumable(
     micro_batch_size: int | None = None,
     proxy_batch_size: int | None = None,
     trajectory: str | int = "all",
-    keep_costates: bool = False) -> PmpResult:
+    keep_costates: bool = False,
+    proxy_samples: int | None = None,
+    sample_seed: int = 0) -> PmpResult:
   """`pmp_scores`, resumable. Arguments not listed here are those of `pmp_scores`.
 
   Args:
@@ -77,7 +79,7 @@ def pmp_scores_resumable(
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
     Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
-             proxy_batch_size, keep_costates))
+             proxy_batch_size, keep_costates, proxy_samples, sample_seed))
   num_steps = weights.shape[0]
   segment_steps = min(checks.integer(segment_steps, "segment_steps", 1), num_steps)
   starts = range(0, num_steps, segment_steps)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
-from lmops_jax.control import directional_scores, pmp_scores
-from lmops_jax.control.problem import group_bounds
+from lmops_jax.control import directional_scores, pmp, pmp_scores
+from lmops_jax.control.dynamics import init_state
+from lmops_jax.control.problem import Problem, Settings, group_bounds
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -102,6 +104,50 @@ def test_groups_rank_like_every_step_on_the_language_model(toy):
   one_group = correlation(groups=1)
   assert one_group > 0.97
   assert one_group > correlation(every_k=12) + 0.1  # the same price: one pass over the proxies
+
+
+@pytest.mark.parametrize("num_steps, num_proxies", [(7, 7), (3, 10), (7, 4)])
+def test_samples_are_single_steps_over_their_probability(x64, toy, num_steps, num_proxies):
+  problem = toy.regression(num_steps=num_steps, num_proxies=num_proxies)
+  by_step = toy.unrolled(problem, SGD, with_proxy=True)[2]
+  counts = np.zeros((num_steps, num_proxies))
+  num_seeds = 140
+  run = jax.jit(jax.vmap(lambda seed: _sampled(problem, seed)))
+  found = np.asarray(run(jnp.arange(num_seeds)))
+  for scores in found:
+    error = np.abs(scores - num_steps * by_step)
+    assert error.min(0).max() < 1e-9  # each is T times the score at one of its steps
+    step = error.argmin(0)
+    per_step = np.bincount(step, minlength=num_steps)
+    assert per_step.max() <= -(-num_proxies // num_steps)  # which are shared out evenly
+    np.add.at(counts, (step, np.arange(num_proxies)), 1)
+  expected = num_seeds / num_steps  # unbiased: every step is as likely
+  assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+  assert stats.chisquare(counts.sum(1)).pvalue > 1e-3
+
+
+def _sampled(problem, seed):
+  """One sample a proxy, the seed traced (in `pmp_scores` it is a plain number)."""
+  settings = Settings(proxy_samples=1, sample_seed=seed, proxy_batch_size=32)
+  instance = Problem(
+    problem.example_losses, problem.target_loss, SGD.update, pmp.batch_getter(
+      jax.tree.map(jnp.asarray, problem.batches)), jnp.asarray(problem.weights),
+    jax.tree.map(jnp.asarray, problem.proxy), settings)
+  params = jax.tree.map(jnp.asarray, problem.params)
+  return pmp.solve(instance, init_state(SGD.init, SGD.update, params)).proxy_scores
+
+
+def test_more_samples_are_the_mean_of_samples(x64, toy):
+  problem = toy.regression(num_steps=7)
+  by_step = toy.unrolled(problem, SGD, with_proxy=True)[2]
+  got = np.asarray(_run(problem, proxy_samples=2, sample_seed=5).proxy_scores)
+  pairs = 7 / 2 * (by_step[:, None] + by_step[None])
+  assert np.abs(pairs - got).min((0, 1)).max() < 1e-9
+  other = _run(problem, proxy_samples=2, sample_seed=6).proxy_scores
+  assert np.abs(other - got).max() > 1e-3
+  np.testing.assert_array_equal(_run(problem, proxy_samples=2, sample_seed=5).proxy_scores, got)
+  once = _run(toy.regression(num_steps=1), proxy_samples=1).proxy_scores
+  np.testing.assert_allclose(once, _run(toy.regression(num_steps=1)).proxy_scores, rtol=1e-12)
 
 
 def test_group_bounds():

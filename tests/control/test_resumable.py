@@ -82,6 +82,15 @@ def test_resumable_is_the_plain_solve(x64, toy, tmp_path, segment_steps, traject
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), got, want)
 
 
+def test_sampled_proxies_do_not_depend_on_the_segments(x64, toy, tmp_path):
+  problem = toy.regression(num_steps=7)
+  kw = dict(groups=None, proxy_samples=2, sample_seed=3)
+  got = _solve(problem, _Keeper(tmp_path / "x.npz"), **kw)
+  want = pmp_scores(problem.example_losses, problem.target_loss, OPTIMIZER, *problem.args,
+                    proxy=problem.proxy, **kw)
+  np.testing.assert_allclose(got.proxy_scores, want.proxy_scores, rtol=1e-9, atol=1e-11)
+
+
 def test_norms_are_logged_segment_by_segment(toy, tmp_path):
   problem, lines = _problem(toy), []
   result = _solve(problem, _Keeper(tmp_path / "x.npz"), log=lines.append)

@@ -248,7 +248,7 @@ class PMP:
     checkpoints: proxy steps to start from; None: the proxy's last.
     num_target: random instances of the target's dev part in J; None: all.
     objective: "area" (the paper's) or "terminal".
-    every_k, groups: which costates score the proxies, see `control.pmp_scores`.
+    every_k, groups, proxy_samples: which costates score the proxies, see `control.pmp_scores`.
     hessian: False drops the Hessian term, a cheap ablation.
     trajectory: "all", "sqrt", "host" or a number of slots.
     segment_steps: steps between two points that an interrupted solve resumes from.
@@ -273,6 +273,7 @@ class PMP:
   objective: str = "area"
   every_k: int = 1
   groups: int | None = None
+  proxy_samples: int | None = None
   hessian: bool = True
   trajectory: Any = "all"
   segment_steps: int = 10
@@ -304,6 +305,17 @@ class PMP:
       raise ValueError(
         f"pds.PMP.groups={self.groups} is not between 1 and num_steps={self.num_steps}."
       )
+    if self.proxy_samples is not None:
+      if not 1 <= self.proxy_samples <= self.num_steps:
+        raise ValueError(
+          f"pds.PMP.proxy_samples={self.proxy_samples} is not between 1 and "
+          f"num_steps={self.num_steps}."
+        )
+      if self.groups is not None or self.every_k != 1:
+        raise ValueError(
+          f"pds.PMP.proxy_samples={self.proxy_samples} goes with neither groups={self.groups} nor "
+          f"every_k={self.every_k}; set groups to None and every_k to 1."
+        )
     if self.objective not in ("area", "terminal"):
       raise ValueError(
         f"pds.PMP.objective={self.objective!r}; set it to 'area' or 'terminal'."
@@ -340,6 +352,7 @@ class PMP:
           bench.example_losses, target_loss, self.optimizer, params, batches,
           weights, objective=self.objective, trajectory=self.trajectory, proxy=proxies,
           every_k=self.every_k, groups=self.groups, hessian=self.hessian,
+          proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
           proxy_batch_size=proxy_batch_size,
           micro_batch_size=self.inner_micro_batch_size, segment_steps=self.segment_steps,
           load=functools.partial(scores.load_arrays, path),
@@ -356,7 +369,7 @@ class PMP:
     passes = control.solve_passes(
       self.optimizer, params, self.num_steps, segment_steps=self.segment_steps,
       trajectory=self.trajectory, objective=self.objective, every_k=self.every_k,
-      groups=self.groups, hessian=self.hessian,
+      groups=self.groups, hessian=self.hessian, proxy_samples=self.proxy_samples,
     )
     sizes = control.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
     for num_passes, size in zip(passes, sizes, strict=True):

@@ -181,6 +181,8 @@ SGD = optimizers.sgd(0.1)
     (lambda: methods.PMP(SGD, num_steps=4, groups=5), "groups=5"),
     (lambda: methods.PMP(SGD, objective="mean"), "objective='mean'"),
     (lambda: methods.PMP(SGD, matmul_precision="double"), "matmul_precision='double'"),
+    (lambda: methods.PMP(SGD, num_steps=4, proxy_samples=5), "proxy_samples=5"),
+    (lambda: methods.PMP(SGD, groups=1, proxy_samples=1), "neither groups=1 nor"),
     (lambda: methods.PMP(SGD, inner_data="target"), "inner_data='target'"),
     (lambda: methods.PMP(SGD, divide_by="length"), "pds.PMP.divide_by='length'"),
     (lambda: methods.InfluenceScores(divide_by="x"), "pds.InfluenceScores.divide_by='x'"),

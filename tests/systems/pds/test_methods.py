@@ -224,6 +224,7 @@ def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
     (replace("d", hessian=False), solve - 5 * 8 * (8 - 3)),
     (replace("e", objective="terminal"), solve - 16 * 4 * 2),
     (replace("f", optimizer=optimizers.sgd(0.1, clip_norm=1.0)), solve + 5 * 8 * 3),
+    (replace("h", proxy_samples=2), solve - 24 * 3 * 3),
     (replace("g", divide_by="gradient_norm"), solve + 24 * 3),
     (methods.OneStep(), (16 + 24) * 3),
     # 50 products, 8 probes, 20 power steps and a residual, of 6 passes each.
