@@ -127,12 +127,13 @@ def test_list_has_one_line_for_each_system_and_file():
 
 
 def test_systems_are_folders_with_a_default(tmp_path, monkeypatch):
-  for name in ("pds/default", "pds/paper", "optim/default", "empty/other", "top", "a/b/default"):
+  for name in ("pds/default", "learning_law/default", "pds/paper", "optim/default", "empty/other",
+               "top", "a/b/default"):
     path = tmp_path / f"{name}.gin"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("# x")
   monkeypatch.setattr(gin_files, "root", lambda: tmp_path)
-  assert gin_files.systems() == ["pds"]
+  assert gin_files.systems() == ["learning-law", "pds"]
 
 
 # ------------------------------------------------------------------------------------------ runs
