@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="needs pip install -e 
 torch.set_num_threads(1)  # more of them get into the way of XLA's
 
 from lmops_jax.models.transformer import Transformer  # noqa: E402
+from lmops_jax.models.vision import VisionTransformer  # noqa: E402
 from lmops_jax.pretrained import families, importing  # noqa: E402
 from tests.pretrained.tiny_models import (  # noqa: E402
   CASES,
@@ -64,26 +65,9 @@ def test_logits_and_gradients_equal_torch(family, variant):
     return -jnp.mean(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)), logits
 
   (got_loss, got_logits), grads = jax.jit(jax.value_and_grad(value, has_aux=True))(params)
-  _close(got_logits, logits, rtol=1e-4, atol=2e-5)
+  _close(got_logits, logits, rtol=0, atol=2e-5)
   assert float(got_loss) == pytest.approx(float(loss.detach()), rel=1e-5)
-  # Gradients go through the table in the direction of export, tensor by tensor.
-  leaves = {
-    importing.joined(path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
-  }
-  theirs = {name: p.grad for name, p in peer.named_parameters()}
-  floor = 1e-3 * max(float(g.abs().max()) for g in theirs.values() if g is not None)
-  checked = 0
-  for rule in table.rules(config):
-    for i, name in enumerate(rule.names(config.num_layers)):
-      if theirs.get(name) is None:
-        continue
-      own = [leaves[path][i] if rule.of_layers else leaves[path] for path in rule.ours]
-      want = theirs[name].numpy()
-      scale = np.abs(want).max() + floor  # of a key's bias the exact gradient is 0
-      np.testing.assert_allclose(rule.join(own) / scale, want / scale, atol=1e-4, err_msg=name)
-      checked += 1
-  assert checked >= 9 * config.num_layers
+  _check_gradients(peer, table.rules(config), grads)
 
 
 @pytest.mark.parametrize("family,variant", CASES)
@@ -98,34 +82,33 @@ def test_hidden_states_equal_torch(family, variant):
   for layer, state in enumerate(want):
     if state.shape[-1] != config.width:  # OPT-350m's last one is projected already
       continue
-    _close(got[layer], state, rtol=1e-4, atol=5e-5, err_msg=f"layer {layer}")
+    _close(got[layer], state, rtol=0, atol=2e-5, err_msg=f"layer {layer}")
 
 
-@pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_ragged_rows_equal_torch_alone(family, side):
+@pytest.mark.parametrize("family,variant", [case for case in CASES if case[0] in CAUSAL])
+def test_ragged_rows_equal_torch_alone(family, variant):
   """Padding on either side, by segments and positions, changes nothing at real tokens."""
-  peer, _, config, params = _imported(family, 0)
+  peer, _, config, params = _imported(family, variant)
   lengths, width = (4, 7), 7
-  tokens, valid = np.full((2, width), 1, np.int32), np.zeros((2, width), bool)
   rows = [_tokens(1, n, seed=n)[0] for n in lengths]
-  for row, ids in enumerate(rows):
-    place = slice(width - len(ids), None) if side == "left" else slice(len(ids))
-    tokens[row, place], valid[row, place] = ids, True
-  positions = np.maximum(np.cumsum(valid, 1) - 1, 0).astype(np.int32)
-  got = jax.jit(
-    lambda p: Transformer(config).apply(
-      {"params": p}, tokens, positions, valid.astype(np.int32), method="logits"
-    )
-  )(params)
-  for row, ids in enumerate(rows):
-    want = peer(torch.tensor(ids[None].astype(np.int64))).logits[0]
-    _close(got[row][valid[row]], want, rtol=1e-4, atol=2e-5)
+  wanted = [peer(torch.tensor(ids[None].astype(np.int64))).logits[0] for ids in rows]
+  forward = jax.jit(
+    lambda p, *inputs: Transformer(config).apply({"params": p}, *inputs, method="logits")
+  )
+  for side in ("left", "right"):
+    tokens, valid = np.full((2, width), 1, np.int32), np.zeros((2, width), bool)
+    for row, ids in enumerate(rows):
+      place = slice(width - len(ids), None) if side == "left" else slice(len(ids))
+      tokens[row, place], valid[row, place] = ids, True
+    positions = np.maximum(np.cumsum(valid, 1) - 1, 0).astype(np.int32)
+    got = forward(params, tokens, positions, valid.astype(np.int32))
+    for row, want in enumerate(wanted):
+      _close(got[row][valid[row]], want, rtol=0, atol=2e-5, err_msg=side)
 
 
-@pytest.mark.parametrize("family", ENCODERS)
-def test_encoders_ignore_padding_and_know_token_types(family):
-  peer, _, config, params = _imported(family, 2 if family == "bert" else 0)
+@pytest.mark.parametrize("family,variant", [case for case in CASES if case[0] in ENCODERS])
+def test_encoders_ignore_padding_and_know_token_types(family, variant):
+  peer, _, config, params = _imported(family, variant)
   tokens, mask = _tokens(2, 8, seed=3), np.ones((2, 8), np.int32)
   tokens[0, 5:], mask[0, 5:] = 1, 0  # the padding id, which RoBERTa's positions go by
   types = np.random.default_rng(0).integers(0, config.num_token_types, (2, 8)).astype(np.int32)
@@ -136,8 +119,8 @@ def test_encoders_ignore_padding_and_know_token_types(family):
   got = Transformer(config).apply(
     {"params": params}, tokens, None, mask, types, method="logits"
   )
-  _close(got[0, :5], want[0, :5], rtol=1e-4, atol=2e-5)
-  _close(got[1], want[1], rtol=1e-4, atol=2e-5)
+  _close(got[0, :5], want[0, :5], rtol=0, atol=2e-5)
+  _close(got[1], want[1], rtol=0, atol=2e-5)
 
 
 def test_bare_body_with_pooler_equals_torch():
@@ -158,25 +141,33 @@ def test_bare_body_with_pooler_equals_torch():
   want = peer(torch.tensor(tokens.astype(np.int64)))
   model = Transformer(ours)
   hidden = model.apply({"params": params}, tokens)
-  _close(hidden, want.last_hidden_state, rtol=1e-4, atol=2e-5)
+  _close(hidden, want.last_hidden_state, rtol=0, atol=2e-5)
   _close(
     model.apply({"params": params}, hidden, method="pooled"), want.pooler_output, rtol=1e-4,
     atol=2e-5,
   )
 
 
-@pytest.mark.parametrize("eos_id", [2, 7])
-def test_clip_towers_equal_torch(eos_id):
-  tower = dict(
-    hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
-    projection_dim=10,
-  )
+_TOWER = dict(
+  hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+  projection_dim=10,
+)
+
+
+@pytest.mark.parametrize("text,vision,eos_id", [
+  ({}, {}, 2),  # the first checkpoints, which are read at the largest id
+  ({}, {"hidden_act": "gelu", "patch_size": 6, "num_hidden_layers": 1}, 7),
+  ({"hidden_size": 18, "num_attention_heads": 3, "hidden_act": "gelu", "intermediate_size": 37},
+   {"num_attention_heads": 2, "num_hidden_layers": 3, "image_size": 8}, 7),
+])
+def test_clip_towers_equal_torch(text, vision, eos_id):
   config = transformers.CLIPConfig(
-    text_config=dict(
-      **tower, vocab_size=61, max_position_embeddings=16, eos_token_id=eos_id, bos_token_id=1,
-      pad_token_id=1,
-    ),
-    vision_config=dict(**tower, image_size=12, patch_size=4), projection_dim=10,
+    text_config={
+      **_TOWER, "vocab_size": 61, "max_position_embeddings": 16, "eos_token_id": eos_id,
+      "bos_token_id": 1, "pad_token_id": 1, **text,
+    },
+    vision_config={**_TOWER, "image_size": 12, "patch_size": 4, **vision}, projection_dim=10,
+    attn_implementation="eager",
   )
   torch.manual_seed(0)
   peer = randomise(transformers.CLIPModel(config))
@@ -185,18 +176,64 @@ def test_clip_towers_equal_torch(eos_id):
   params = importing.load_params(DictSource(peer), family, ours)
   rng = np.random.default_rng(0)
   tokens = rng.integers(8, 60, (3, 9)).astype(np.int32)
-  last = 60 if eos_id == 2 else eos_id  # the first checkpoints read at the largest id
+  last = 60 if eos_id == 2 else eos_id
   tokens[0, 4:], tokens[1, 8], tokens[2, 2] = last, last, last
-  images = rng.normal(size=(2, 12, 12, 3)).astype(np.float32)
+  size = config.vision_config.image_size
+  images = rng.normal(size=(3, size, size, 3)).astype(np.float32)
   want = peer(
     input_ids=torch.tensor(tokens.astype(np.int64)),
-    pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)),
+    pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)), return_loss=True,
+    output_hidden_states=True,
   )
   model = family.module(ours)
-  got = model.apply({"params": params}, tokens, images)
-  _close(got, want.logits_per_image, rtol=1e-4, atol=2e-5)
-  text = model.apply({"params": params}, tokens, method="text_features")
-  _close(text, want.text_embeds, rtol=1e-4, atol=1e-5)
+
+  def loss(params):
+    logits = model.apply({"params": params}, tokens, images)
+    own = jnp.arange(3)
+    sides = [jax.nn.log_softmax(logits, axis)[own, own] for axis in (0, 1)]
+    return -jnp.mean(jnp.stack(sides)), logits
+
+  (got_loss, got), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  _close(got, want.logits_per_image, rtol=0, atol=2e-5)
+  assert float(got_loss) == pytest.approx(float(want.loss.detach()), rel=1e-5)
+  for features, theirs in (
+    (model.apply({"params": params}, tokens, method="text_features"), want.text_embeds),
+    (model.apply({"params": params}, images, method="image_features"), want.image_embeds),
+  ):
+    _close(features, theirs, rtol=0, atol=1e-5)
+  states = Transformer(ours.text, with_unembedding=False).apply(
+    {"params": params["text"]}, tokens, method="all_hidden"
+  )
+  theirs = want.text_model_output
+  for state, wanted in zip(states[:-1], theirs.hidden_states[:-1], strict=True):
+    _close(state, wanted, rtol=0, atol=2e-5)
+  _close(states[-1], theirs.last_hidden_state, rtol=0, atol=2e-5)
+  _close(
+    VisionTransformer(ours.vision).apply({"params": params["vision"]}, images),
+    want.vision_model_output.last_hidden_state, rtol=0, atol=2e-5,
+  )
+  want.loss.backward()
+  _check_gradients(peer, family.rules(ours), grads)
+
+
+def _check_gradients(peer, rules, grads):
+  """Gradients go through the table in the direction of export, tensor by tensor."""
+  leaves = {
+    importing.joined(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+  }
+  theirs = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
+  floor = 1e-3 * max(float(g.abs().max()) for g in theirs.values())
+  checked = set()
+  for rule in rules:
+    own = [leaves[path] for path in rule.ours]
+    for i, name in enumerate(rule.names(own[0].shape[0] if rule.of_layers else 0)):
+      want = theirs[name].numpy()
+      got = rule.join([leaf[i] for leaf in own] if rule.of_layers else own)
+      scale = np.abs(want).max() + floor  # of a key's bias the exact gradient is 0
+      np.testing.assert_allclose(got / scale, want / scale, atol=1e-4, err_msg=name)
+      checked.add(name)
+  assert checked == theirs.keys()
 
 
 def test_a_misfit_lists_both_sides_by_name_and_shape():
