@@ -7,6 +7,7 @@ from lmops_jax.control.adjoint import (
   update_pullback,
 )
 from lmops_jax.control.cost import Passes, influence_passes, solve_passes
+from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.control.guards import finite_derivatives
 from lmops_jax.control.influence import influence_direction
 from lmops_jax.control.outer import WeightSolution, solve_weights
@@ -26,6 +27,7 @@ from lmops_jax.control.policy import (
   simulate,
 )
 from lmops_jax.control.resumable import pmp_scores_resumable
+from lmops_jax.control.several_targets import pmp_scores_by_target
 from lmops_jax.control.simplex import project_simplex, stationarity_gap
 from lmops_jax.control.targets import mean_target_loss
 
@@ -46,12 +48,14 @@ __all__ = [
   "directional_derivatives",
   "directional_scores",
   "finite_derivatives",
+  "gradient_norms",
   "hvp_and_scores",
   "improve_policy",
   "influence_direction",
   "influence_passes",
   "mean_target_loss",
   "pmp_scores",
+  "pmp_scores_by_target",
   "pmp_scores_resumable",
   "policy_gradient",
   "project_simplex",
