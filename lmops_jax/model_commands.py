@@ -148,6 +148,8 @@ def _partitioner(text: str | None):
 
 def _generate(arguments) -> None:
   prompts = _prompts(arguments)
+  if arguments.system is not None and not arguments.chat:
+    raise ValueError("--system is a message in front of a chat; add --chat, or leave it out.")
   from lmops_jax.decoding import GenerationOptions, Generator
 
   names = (
@@ -211,6 +213,9 @@ def _score(arguments) -> None:
     words = [word.strip() for word in arguments.labels.split(",")]
     return classification_tasks.jsonl_task(path, template, words, limit)
 
+  if arguments.output and not Path(arguments.output).expanduser().parent.is_dir():
+    raise ValueError(
+      f"--output {arguments.output} lies in a folder that does not exist; make it first.")
   task = read(arguments.task, arguments.limit)
   train = read(arguments.train).rows if arguments.train else None
   source, tokenizer, partitioner = _load(arguments)

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lmops_jax import cli
 from lmops_jax.pretrained import sources
+from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
 from tests import model_folders
 
 
@@ -95,6 +97,7 @@ def test_a_mesh_of_eight_devices_gives_the_same_text(lmops, folder):
   "arguments,message",
   [
     (("--model", "absent", "--prompt", "x"), "neither a folder nor a .gguf file"),
+    (("--model", "FOLDER", "--prompt", "x", "--system", "y"), "add --chat"),
     (("--model", "FOLDER"), "nothing to continue; give --prompt"),
     (("--model", "FOLDER", "--prompts", "absent.txt"), "absent.txt cannot be read"),
     (("--model", "FOLDER", "--prompt", "x", "--top-p", "0.9"), "temperature=0 samples nothing"),
@@ -121,6 +124,39 @@ def test_nothing_is_left_of_a_conversion_that_fails(lmops, folder, tmp_path):
   error = lmops("convert", "--model", broken, "--to", tmp_path / "out", fails=True)
   assert "truncated" in error
   assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+
+
+_HEAD = "lm_head.weight"
+
+
+def _with_tensors(folder, copy, change):
+  """A copy of a model folder with other tensors."""
+  shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+  tensors = map_safetensors(Path(folder) / "model.safetensors")
+  change(tensors)
+  write_safetensors(copy / "model.safetensors", [
+    (name, value.shape, value.dtype, lambda value=value: value) for name, value in tensors.items()])
+  return copy
+
+
+def test_a_head_that_is_missing_is_not_made_up(lmops, folder, tmp_path):
+  broken = _with_tensors(folder, tmp_path / "broken", lambda tensors: tensors.pop(_HEAD))
+  config = json.loads((broken / "config.json").read_text())
+  error = lmops("generate", "--model", broken, "--prompt", "x", fails=True)
+  assert "it lacks lm_head.weight" in error
+  config["architectures"] = ["LlamaModel"]  # a bare body: its embedding serves as the head
+  (broken / "config.json").write_text(json.dumps(config))
+  lmops("convert", "--model", broken, "--to", tmp_path / "out")
+
+
+def test_integers_are_no_weights(lmops, folder, tmp_path):
+  def change(tensors):
+    tensors[_HEAD] = tensors[_HEAD].astype(np.int32)
+
+  broken = _with_tensors(folder, tmp_path / "broken", change)
+  error = lmops("convert", "--model", broken, "--to", tmp_path / "out", fails=True)
+  assert "lm_head.weight holds int32 and should hold floating-point numbers" in error
+  assert not (tmp_path / "out").exists()
 
 
 def test_score_prints_accuracy_and_writes_every_row(lmops, folder, tmp_path):

@@ -42,7 +42,8 @@ class Template:
     text: with fields in braces, `{label}` last; `{{` and `}}` are braces.
 
   Raises:
-    ValueError: without label, with something after it, or without any other field.
+    ValueError: without label, with something after it, without any other field, or with a field
+      that asks for formatting.
   """
 
   text: str
@@ -52,6 +53,12 @@ class Template:
       parts = list(string.Formatter().parse(self.text))
     except ValueError as error:
       raise ValueError(f"the template {self.text!r} has unpaired braces ({error}).") from error
+    for _, name, spec, conversion in parts:
+      if spec or conversion:
+        raise ValueError(
+          f"the template {self.text!r} formats its field {name!r}; fields are put in as they are, "
+          f"so write {{{name}}}."
+        )
     names = [name for _, name, _, _ in parts if name is not None]
     if not names or names[-1] != LABEL or names.count(LABEL) > 1 or parts[-1][1] != LABEL:
       raise ValueError(
@@ -99,6 +106,11 @@ class Task:
     if len(set(self.words)) < 2 or len(set(self.words)) < len(self.words):
       raise ValueError(
         f"the labels {', '.join(map(repr, self.words))} must be at least two different words."
+      )
+    if not all(self.words):
+      raise ValueError(
+        f"the labels {', '.join(map(repr, self.words))} hold an empty word, which has no "
+        "likelihood; give each label a word."
       )
     if not self.rows:
       raise ValueError(f"the task {self.name} has no rows.")
@@ -174,6 +186,8 @@ def jsonl_task(
   Raises:
     ValueError: naming file and line, for a row without one of the fields or with another label.
   """
+  if limit is not None and limit < 1:
+    raise ValueError(f"limit={limit} must be at least 1, or None for all rows.")
   shape, words, rows = Template(template), tuple(words), []
   for number, row in jsonl_rows(path):
     if limit is not None and len(rows) == limit:
@@ -184,6 +198,10 @@ def jsonl_task(
         raise ValueError(
           f"{where} has no field {name!r} (it has {', '.join(sorted(row)) or 'none'}); name one of "
           "them in the template."
+        )
+      if not isinstance(row[name], str | int | float):
+        raise ValueError(
+          f"{where} has {row[name]!r} in its field {name!r}; expected a text or a number."
         )
     rows.append(Row(
       document_id(f"{Path(path).name}:{number}"), {n: str(row[n]) for n in shape.fields},
@@ -294,6 +312,8 @@ def demonstrations(rows: Sequence[Row], count: int, seed: int, balanced: bool = 
   Raises:
     ValueError: there are fewer rows (or, balanced, fewer of a label).
   """
+  if count < 0:
+    raise ValueError(f"{count} demonstrations are asked for; ask for 0 or more.")
   ordered = sorted(rows, key=lambda row: (order_key(row.id, seed), row.id))
   if count > len(ordered):
     raise ValueError(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models.partitioning import unboxed
@@ -55,6 +56,9 @@ class NameTable:
   def shape(self, name: str) -> tuple[int, ...] | None:
     found = self.find(name)
     return None if found is None else tuple(self._source.shape(found))
+
+  def dtype(self, name: str) -> np.dtype:
+    return self._source.dtype(self.find(name))
 
   def read(self, name: str) -> np.ndarray:
     return self._source.read(self.find(name))
@@ -173,6 +177,9 @@ def check_fit(
         missing.append(f"{name} {list(want)}")
         continue
       used.add(names.find(name))
+      if not jnp.issubdtype(names.dtype(name), jnp.floating):
+        wrong.append(
+          f"{names.find(name)} holds {names.dtype(name)} and should hold floating-point numbers")
       if shape != tuple(want):
         wrong.append(f"{names.find(name)} is {list(shape)} and should be {list(want)}")
   unfilled = sorted(leaves.keys() - table.keys())

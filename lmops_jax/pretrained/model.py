@@ -32,6 +32,7 @@ from lmops_jax.pretrained.sources import open_source
 DESCRIPTION = "model.json"
 PARAMS_FOLDER, TOKENIZER_FOLDER = "params", "tokenizer"
 _CONFIG = "config.json"
+_WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM")  # architectures that predict tokens
 _FORMAT = 1
 _IMAGES = "preprocessor_config.json"
 _NESTED = {
@@ -175,7 +176,9 @@ def load(
       error
     )
   with open_source(folder) as source:
-    config = _as_stored(config, family, importing.NameTable(source, family.prefix))
+    config = _as_stored(
+      config, family, importing.NameTable(source, family.prefix), original.get("architectures") or ()
+    )
   return make(family, config, original)
 
 
@@ -192,12 +195,13 @@ def _gguf(source) -> tuple[families.Family, TransformerConfig]:
   return read_gguf(source.metadata, vocab_size, "output.weight" in names, source.where)
 
 
-def _as_stored(config, family, names):
+def _as_stored(config, family, names, architectures):
   """Drops parts that a checkpoint of the bare body, or of one head only, does not hold."""
   if not isinstance(config, TransformerConfig):
     return config
   changes: dict[str, Any] = {}
-  if not names.has(family.head):
+  is_body = not any(kind in name for name in architectures for kind in _WITH_HEAD)
+  if not names.has(family.head) and (is_body or config.tied_embeddings):
     changes |= dict(tied_embeddings=True, head_transform=False, unembedding_bias=False)
   if config.pooler and not names.has((r"pooler\.",)):
     changes["pooler"] = False

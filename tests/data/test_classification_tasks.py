@@ -35,6 +35,8 @@ def test_a_template_is_filled_up_to_the_label():
     ("{text} {label} {label}", "must end with {label}"),
     ("Sentiment: {label}", "names no field of the row"),
     ("{text {label}", "braces|must end"),
+    ("{text!r} {label}", "formats its field 'text'"),
+    ("{text:>9} {label}", "formats its field 'text'"),
   ],
 )
 def test_impossible_templates_are_refused(text, message):
@@ -60,6 +62,8 @@ def test_labels_are_numbers_or_words(tmp_path):
     ([{"text": "a", "label": "ugly"}], "has the label 'ugly'"),
     ([{"text": "a"}], r"t.jsonl:1 has no field 'label' \(it has text\)"),
     ([{"sentence": "a", "label": 0}], "has no field 'text'"),
+    ([{"text": None, "label": 0}], "t.jsonl:1 has None in its field 'text'"),
+    ([{"text": ["a"], "label": 0}], "expected a text or a number"),
     ([], "the task t has no rows"),
   ],
 )
@@ -74,7 +78,17 @@ def test_lines_that_are_no_json_are_named(tmp_path):
     tasks.jsonl_task(tmp_path / "t.jsonl", TEMPLATE, ["bad", "good"])
 
 
+def test_negative_numbers_are_refused(tmp_path):
+  path = _write(tmp_path / "t.jsonl", [{"text": "a", "label": 0}])
+  with pytest.raises(ValueError, match="limit=-1 must be at least 1"):
+    tasks.jsonl_task(path, TEMPLATE, ["bad", "good"], limit=-1)
+  with pytest.raises(ValueError, match="-1 demonstrations are asked for"):
+    tasks.demonstrations(_rows(), -1, seed=0)
+
+
 def test_label_words_differ():
+  with pytest.raises(ValueError, match="hold an empty word"):
+    tasks.Task("t", _rows(), ("a", ""), tasks.Template(TEMPLATE))
   with pytest.raises(ValueError, match="at least two different words"):
     tasks.Task("t", _rows(), ("a", "a", "b"), tasks.Template(TEMPLATE))
 
