@@ -176,9 +176,8 @@ def load(
       error
     )
   with open_source(folder) as source:
-    config = _as_stored(
-      config, family, importing.NameTable(source, family.prefix), original.get("architectures") or ()
-    )
+    names = importing.NameTable(source, family.prefix)
+    config = _as_stored(config, family, names, original.get("architectures") or ())
   return make(family, config, original)
 
 

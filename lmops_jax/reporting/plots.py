@@ -266,8 +266,6 @@ def paths(
   x_label: str,
   y_label: str,
   styles: Mapping[str, Look] | None = None,
-  values: Mapping[str, float] | None = None,
-  value_label: str = "",
   log_x: bool = False,
   log_y: bool = False,
   falling_x: bool = False,
@@ -278,9 +276,7 @@ def paths(
 
   Args:
     series: name to runs; points with a value that is not finite (or, on a logarithmic axis, not
-      positive) are left out.
-    values: a number for each series that colours it, with a colour bar, instead of `styles`.
-    value_label: of the colour bar.
+      positive) are left out. Runs after the first are faint.
     log_x, log_y: logarithmic axes.
     falling_x: large x at the left, as for a loss that falls while training goes on.
 
@@ -291,16 +287,9 @@ def paths(
     raise ValueError("A plot of paths needs at least one series.")
   styles = styles or looks(list(series))
   figure, axes = _new(height)
-  if values is not None:
-    scale = matplotlib.colors.Normalize(min(values.values()), max(values.values()))
-    colours = matplotlib.colormaps["viridis"]
-    mapped = matplotlib.cm.ScalarMappable(scale, colours)
-    figure.colorbar(mapped, ax=axes, pad=0.01, label=value_label).outline.set_visible(False)
   ends = []
   for name, runs in series.items():
     look = styles.get(name, NEUTRAL)
-    if values is not None:
-      look = Look(matplotlib.colors.to_hex(colours(scale(values[name]))), "-", 1.6)
     for i, run in enumerate(runs):
       x, y = (np.asarray(v, np.float64) for v in run)
       good = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
@@ -322,8 +311,7 @@ def paths(
   axes.set_xlabel(x_label)
   axes.set_ylabel(y_label)
   axes.set_title(title)
-  if values is None:
-    _label_ends(figure, axes, ends)
+  _label_ends(figure, axes, ends)
   return figure
 
 

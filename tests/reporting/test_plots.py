@@ -70,6 +70,21 @@ def test_end_labels_do_not_overlap():
   assert all(0 <= box.y0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
+def test_paths_keep_the_order_of_their_points_and_leave_out_what_no_axis_holds():
+  runs = [plots.Run([3.0, 2.0, 1.0, 0.5], [1.0, np.inf, -1.0, 4.0]),
+          plots.Run([9.0, 8.0], [1.0, 2.0])]
+  figure = plots.paths({"a": runs}, x_label="x", y_label="y", log_y=True, falling_x=True)
+  axes = figure.axes[0]
+  first, second = (line for line in axes.lines if len(line.get_xdata()) == 2)
+  np.testing.assert_array_equal(first.get_xdata(), [3.0, 0.5])
+  np.testing.assert_array_equal(second.get_ydata(), [1.0, 2.0])
+  assert second.get_alpha() < 1 and axes.get_xlim()[0] > axes.get_xlim()[1]
+  with pytest.raises(ValueError, match="at least one series"):
+    plots.paths({}, x_label="x", y_label="y")
+  with pytest.raises(ValueError, match="no point that can be drawn"):
+    plots.paths({"a": [plots.Run([1.0], [-1.0])]}, x_label="x", y_label="y", log_y=True)
+
+
 def test_looks_tell_every_series_apart_and_stay_the_same():
   names = [f"m{i}" for i in range(9)]
   styles = plots.looks(names, emphasis=["m0"])

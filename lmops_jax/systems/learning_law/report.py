@@ -239,12 +239,13 @@ class _Writer:
         of = summary["policies"][name]
         rows.append([
           name, _text(of[f"auc_{part}"], ".4f"), _text(of[f"auc_change_{part}"], "+.1%"),
-          _text(of[f"compression_ratio_{part}"], ".2f"),
+          of["mean"][f"compression_ratio_{part}"],
           _text(of[f"acceleration_{part}"], ".2f") or "never",
-          _text(of[f"final_loss_{part}"], ".4f"),
+          of["mean"][f"final_loss_{part}"],
         ])
       tables.append(html.Table(
-        ["policy", "AUC", "change", "compression", "acceleration", "final loss"], rows,
+        ["policy", "AUC", "change", html.Column("compression", ".2f"), "acceleration",
+         html.Column("final loss", ".4f")], rows,
         caption=f"{text} ({part})", note=_note(len(results)),
         highlight=[i for i, n in enumerate(ranked) if n in results[0].policies]))
     return html.Section(
@@ -289,8 +290,8 @@ class _Writer:
     for name in names:
       of = summary["policies"][name]
       rows.append([name, *(_text(of[key], ".3f") for key in (
-        "similarity_dev", "similarity_test", "adjoint_similarity")), _text(of["gap"], ".2e"),
-        _text(of["excluded_share_dev"], ".1%"), _text(of["learned_share_below"], ".1%")])
+        "similarity_dev", "similarity_test", "adjoint_similarity")),
+        *(of["mean"][key] for key in ("gap", "excluded_share_dev", "learned_share_below"))])
     figures = [self._figure(f"{task}_similarity", figure, "Contributions' mean over their spread, "
                             "at equal loss; seeds after the first are faint.")]
     measured = [r for r in results[0].policies[names[1]].history if "similarity_dev" in r
@@ -312,7 +313,8 @@ class _Writer:
       "fifth of the step's largest.",
       figures=figures,
       tables=[html.Table(
-        ["policy", "SIM dev", "SIM test", "adjoint SIM", "gap", "excluded", "learned low"], rows,
+        ["policy", "SIM dev", "SIM test", "adjoint SIM", html.Column("gap", ".2e"),
+         html.Column("excluded", ".1%"), html.Column("learned low", ".1%")], rows,
         note=_note(len(results)))],
     )
 
