@@ -14,13 +14,15 @@ import numpy as np
 
 from lmops_jax.decoding import beam as beam_lib
 from lmops_jax.decoding import loop as loop_lib
+from lmops_jax.decoding import prefixes
 from lmops_jax.decoding import text as text_lib
+from lmops_jax.decoding.lengths import bucket
 from lmops_jax.decoding.options import GenerationOptions
+from lmops_jax.models.cache import Prefix
 from lmops_jax.models.transformer import unstack_layers
 from lmops_jax.training.mesh import Partitioner
 
 GREEDY = GenerationOptions()
-_SMALL_BUCKETS = (16, 32, 64, 128)
 
 
 class Generated(NamedTuple):
@@ -38,14 +40,6 @@ class Generated(NamedTuple):
   logprobs: list[float]
   finish_reason: str
   score: float | None = None
-
-
-def bucket(length: int) -> int:
-  """The size of buffer for `length` tokens: 16, 32, 64 or a multiple of 128."""
-  for size in _SMALL_BUCKETS:
-    if length <= size:
-      return size
-  return -(-length // 128) * 128
 
 
 class Generator:
@@ -121,6 +115,7 @@ class Generator:
     row_ids: Sequence[int] | None = None,
     *,
     add_special: bool = True,
+    prefix: Prefix | None = None,
   ) -> list[text_lib.Generation]:
     """Continues texts.
 
@@ -132,7 +127,9 @@ class Generator:
       callback: called as `callback(i, piece)` with the text of result `i` as it comes; the pieces
         together are its text. Returns True to end this result. Beam search has one piece.
       row_ids: see `generate_ids`.
-      add_special: the tokenizer adds its special tokens; not to what a chat template wrote.
+      add_special: the tokenizer adds its special tokens; not to what a chat template wrote, and
+        not behind a prefix.
+      prefix: see `generate_ids`.
 
     Returns:
       As `generate_ids`, with texts.
@@ -143,6 +140,7 @@ class Generator:
     if self._tokenizer is None:
       raise ValueError("Generator has no tokenizer; give it one, or call generate_ids with ids.")
     stop = text_lib.check_stop(stop)
+    add_special = add_special and prefix is None
     prompts = [list(self._tokenizer.encode(text, add_special)) for text in texts]
     streams = [
       text_lib.TextStream(self._tokenizer, stop, prompt)
@@ -155,7 +153,7 @@ class Generator:
       return bool(wanted) or streams[i].stopped
 
     live = (stop or callback) and options.num_beams == 1
-    results = self.generate_ids(prompts, options, watch if live else None, row_ids)
+    results = self.generate_ids(prompts, options, watch if live else None, row_ids, prefix)
     generations = []
     for i, (result, stream) in enumerate(zip(results, streams, strict=True)):
       piece = "" if live else stream.add(result.ids)
@@ -175,6 +173,7 @@ class Generator:
     options: GenerationOptions = GREEDY,
     callback: Callable[[int, list[int]], bool | None] | None = None,
     row_ids: Sequence[int] | None = None,
+    prefix: Prefix | None = None,
   ) -> list[Generated]:
     """Continues prompts of token ids.
 
@@ -186,6 +185,8 @@ class Generator:
         end, calls it once.
       row_ids: one for each prompt, from which with the seed its random numbers derive, so that they
         do not depend on the other prompts; None counts them from 0.
+      prefix: of `prefixes.read_groups`, in front of every prompt. Repetition penalty and n-grams
+        do not look at it.
 
     Returns:
       For each prompt in order its `num_return_sequences` results.
@@ -194,7 +195,7 @@ class Generator:
       ValueError: for an empty prompt without BOS token, ids that the model does not have, or a
         prompt that with `max_new_tokens` exceeds the model's `max_length`.
     """
-    prompts = self._checked(prompts, options)
+    prompts = self._checked(prompts, options, prefix)
     row_ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
     if len(row_ids) != len(prompts):
       raise ValueError(f"{len(row_ids)} row_ids are given for {len(prompts)} prompts.")
@@ -205,23 +206,29 @@ class Generator:
     results: list[Generated | None] = [None] * (len(prompts) * options.num_return_sequences)
     for first in range(0, len(order), at_once):
       rows = order[first : first + at_once]
-      for place, generated in self._batch(prompts, row_ids, rows, plan, options, callback):
+      for place, generated in self._batch(
+        prompts, row_ids, rows, plan, options, callback, prefix):
         results[place] = generated
     return results
 
-  def _checked(self, prompts, options):
+  def _checked(self, prompts, options, prefix):
     config = self._model.config
+    end = 0
+    if prefix is not None:
+      prefixes.check_model(config, prefix)
+      end = int(prefix.end)
     bos = None if self._tokenizer is None else self._tokenizer.bos_id
     checked = []
     for i, prompt in enumerate(prompts):
       prompt = [int(t) for t in prompt]
       if not prompt:
-        if bos is None:
+        if bos is None or prefix is not None:
           raise ValueError(
             f"prompt {i} is empty and there is no BOS token to begin with; give it some text."
           )
         prompt = [bos]
-      if len(prompt) + options.max_new_tokens > config.max_length:
+      prefixes.check_length(config, end, len(prompt) + options.max_new_tokens, f"prompt {i}")
+      if prefix is None and len(prompt) + options.max_new_tokens > config.max_length:
         together = "" if len(prompt) > config.max_length else (
           f" and decoding.GenerationOptions.max_new_tokens={options.max_new_tokens} more"
         )
@@ -244,7 +251,7 @@ class Generator:
     stop_ids = () if self._tokenizer is None else self._tokenizer.stop_ids
     return tuple(sorted(set(stop_ids)))
 
-  def _batch(self, prompts, row_ids, rows, plan, options, callback):
+  def _batch(self, prompts, row_ids, rows, plan, options, callback, prefix):
     """Generates for some of the prompts; yields places among the results, and results."""
     longest = max(len(prompts[i]) for i in rows)
     width = min(bucket(longest), self._model.config.max_length)
@@ -263,7 +270,7 @@ class Generator:
     knobs = loop_lib.knobs_of(options, num_new)
     with self._activated():
       arrays = [self._put(x) for x in (tokens, valid, identifiers, exists)]
-      state = self._prefill(plan, num_new, self.params, knobs, *arrays)
+      state = self._prefill(plan, num_new, self.params, knobs, *arrays, prefix)
       watched = _Watched(callback, rows, plan, options) if callback and not plan.beam else None
       stopped = np.zeros((size, plan.copies), bool)
       step = 1
@@ -274,7 +281,7 @@ class Generator:
         if watched:
           step = min(watched.seen + self._chunk, step)
         state = self._decode(
-          plan, self.params, knobs, state, np.int32(step), self._put(stopped)
+          plan, self.params, knobs, state, np.int32(step), self._put(stopped), prefix
         )
         if watched:
           stopped |= watched.look(state)

@@ -20,7 +20,7 @@ import numpy as np
 from lmops_jax.decoding import beam as beam_lib
 from lmops_jax.decoding import sampling
 from lmops_jax.decoding.options import GenerationOptions
-from lmops_jax.models.cache import KVCache, empty_cache
+from lmops_jax.models.cache import KVCache, Prefix, empty_cache
 from lmops_jax.models.partitioning import constrain
 
 
@@ -142,7 +142,10 @@ def knobs_of(options: GenerationOptions, num_new: int) -> Knobs:
   )
 
 
-def prefill(model, plan: Plan, num_new: int, params, knobs, tokens, valid, row_id, exists) -> State:
+def prefill(
+  model, plan: Plan, num_new: int, params, knobs, tokens, valid, row_id, exists,
+  prefix: Prefix | None = None,
+) -> State:
   """Reads the prompts and chooses the first token.
 
   Args:
@@ -155,13 +158,14 @@ def prefill(model, plan: Plan, num_new: int, params, knobs, tokens, valid, row_i
     valid: `[B,P] bool`, False for padding on either side; a row has at least one token.
     row_id: `[B] int32`.
     exists: `[B] bool`, False for a row that only fills the batch.
+    prefix: what stands in front of every row.
   """
   b, p = tokens.shape
   cache = empty_cache(model.config, b, p + num_new)
   positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
   hidden, cache = model.apply(
-    {"params": params}, tokens, cache, positions=positions, valid=valid, fresh=True,
-    method="extend",
+    {"params": params}, tokens, cache, positions=positions + _start(prefix), valid=valid,
+    fresh=True, shared=prefix, method="extend",
   )
   length = jnp.sum(valid, axis=1).astype(jnp.int32)
   last = p - 1 - jnp.argmax(valid[:, ::-1], axis=1)
@@ -189,7 +193,9 @@ def prefill(model, plan: Plan, num_new: int, params, knobs, tokens, valid, row_i
   return _placed(_choose(plan, knobs, state, _repeat(logits, plan.copies), reorder=False))
 
 
-def decode(model, plan: Plan, params, knobs, state: State, stop_at, stopped) -> State:
+def decode(
+  model, plan: Plan, params, knobs, state: State, stop_at, stopped, prefix: Prefix | None = None
+) -> State:
   """Chooses tokens until all rows are done or there are `stop_at` of them.
 
   Args:
@@ -197,17 +203,18 @@ def decode(model, plan: Plan, params, knobs, state: State, stop_at, stopped) -> 
     state: donated.
     stop_at: `[] int32`, at most N.
     stopped: `[B,c] bool`, rows that the caller ends.
+    prefix: as in `prefill`.
   """
   if isinstance(state.chosen, Rows):
     done = state.chosen.done | stopped.reshape(-1)
     state = state._replace(chosen=state.chosen._replace(done=done))
 
   def body(state):
-    position = _repeat(state.prompt_length, plan.copies) + state.step - 1
+    position = _repeat(state.prompt_length, plan.copies) + state.step - 1 + _start(prefix)
     # A row that is done goes on without effect; its positions stay within the tables.
     hidden, cache = model.apply(
       {"params": params}, state.token[:, None], state.cache, positions=position[:, None],
-      method="extend",
+      shared=prefix, method="extend",
     )
     logits = model.apply({"params": params}, hidden[:, 0], method="unembed")
     return _placed(_choose(plan, knobs, state._replace(cache=cache), logits, reorder=True))
@@ -215,6 +222,11 @@ def decode(model, plan: Plan, params, knobs, state: State, stop_at, stopped) -> 
   return jax.lax.while_loop(
     lambda state: (state.step < stop_at) & ~jnp.all(state.done), body, _placed(state)
   )
+
+
+def _start(prefix):
+  """The position at which rows begin."""
+  return 0 if prefix is None else prefix.end
 
 
 def _choose(plan, knobs, state: State, logits, reorder) -> State:

@@ -8,6 +8,7 @@ predicted.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,12 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.decoding.generate import bucket
-from lmops_jax.models.cache import empty_cache
+from lmops_jax.decoding import prefixes
+from lmops_jax.decoding.lengths import fine_bucket
+from lmops_jax.models.cache import Prefix, empty_cache
 from lmops_jax.models.transformer import Transformer, unstack_layers
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a cache of its own
 _LOGITS_TOKENS = 8  # what the logits of one predicted token weigh against a token of the batch
+_SCORE_BYTES = 1 << 28  # of attention scores over a prefix, at most, in one layer
 
 
 class Request(NamedTuple):
@@ -66,13 +69,15 @@ class OptionScorer:
     self.params = unstack_layers(nn.unbox(params))
 
   def score(
-    self, requests: Sequence[Request], progress: Callable[[int], None] | None = None
+    self, requests: Sequence[Request], progress: Callable[[int], None] | None = None,
+    prefix: Prefix | None = None,
   ) -> list[list[np.ndarray]]:
     """Log-probabilities of the tokens of every option, nats.
 
     Args:
       requests: in any order.
       progress: called with the number of requests done since the last call.
+      prefix: of `prefixes.read_groups`, in front of every context; contexts then have no BOS.
 
     Returns:
       For each request, for each option `[its tokens] float32`.
@@ -81,20 +86,24 @@ class OptionScorer:
       ValueError: an empty context or option, an id outside of the vocabulary, or more tokens than
         the model has positions; names the request by its index.
     """
-    return [[scores for scores, _ in row] for row in self.score_and_rank(requests, progress)]
+    return [[scores for scores, _ in row] for row in self.score_and_rank(
+      requests, progress, prefix)]
 
   def score_and_rank(
-    self, requests: Sequence[Request], progress: Callable[[int], None] | None = None
+    self, requests: Sequence[Request], progress: Callable[[int], None] | None = None,
+    prefix: Prefix | None = None,
   ) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """As `score`, and for each token whether it is the most probable one, `[its tokens] bool`."""
-    self._check(requests)
-    shared = _common_prefix(requests)
+    self._check(requests, prefix)
+    shared = 0 if prefix is not None else _common_prefix(requests)
+    if shared:
+      prefix = prefixes.read_text(
+        self._model, self.params, requests[0].context[:shared], self._partitioner)
     results: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in requests]
     with _on_mesh(self._partitioner):
-      cache = self._encode(requests[0].context[:shared]) if shared else None
       rows = [_Row.of(request, shared) for request in requests]
-      for width, targets, part in self._batches(rows):
-        found = self._run(cache, [rows[i] for i in part], width, targets, shared)
+      for width, targets, part in self._batches(rows, prefix):
+        found = self._run(prefix, [rows[i] for i in part], width, targets)
         for i, *of_row in zip(part, *found):
           ends = np.cumsum([len(option) for option in requests[i].options])
           scores, best = (np.split(x[: ends[-1]], ends[:-1]) for x in of_row)
@@ -103,8 +112,10 @@ class OptionScorer:
           progress(len(part))
     return results
 
-  def _check(self, requests):
+  def _check(self, requests, prefix):
     config = self._model.config
+    if prefix is not None:
+      prefixes.check_model(config, prefix)
     for i, request in enumerate(requests):
       if not len(request.context) or not request.options or not all(map(len, request.options)):
         raise ValueError(
@@ -112,7 +123,9 @@ class OptionScorer:
           "every option at least one token."
         )
       longest = len(request.context) + max(map(len, request.options))
-      if longest > config.max_length:
+      if prefix is not None:
+        prefixes.check_length(config, int(prefix.end), longest, f"request {i}")
+      elif longest > config.max_length:
         raise ValueError(
           f"request {i} has {longest} tokens with its longest option, the model "
           f"{config.max_length} positions; give a shorter text or fewer demonstrations."
@@ -124,29 +137,25 @@ class OptionScorer:
           f"{config.vocab_size}; encode it with the model's own tokenizer."
         )
 
-  def _encode(self, prefix):
-    """The common beginning as a cache of one row, padded on the left to a bucket."""
-    width = min(bucket(len(prefix)), self._model.config.max_length)
-    tokens, valid = np.zeros((1, width), np.int32), np.zeros((1, width), bool)
-    tokens[0, width - len(prefix) :], valid[0, width - len(prefix) :] = prefix, True
-    return _read(self._model, self.params, tokens, valid)
-
-  def _batches(self, rows):
+  def _batches(self, rows, prefix):
     """`(width, targets, indices)`, shapes few and similar rows together."""
+    before = 0 if prefix is None else prefix.cache.num_slots
+    score_bytes = 4 * self._model.config.num_heads
     shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
     order = sorted(range(len(rows)), key=lambda i: (rows[i].width, rows[i].targets))
     start = 0
     while start < len(order):
-      width = _step(rows[order[start]].width)
+      width = fine_bucket(rows[order[start]].width)
       part = [i for i in order[start:] if rows[i].width <= width]
-      targets = _step(max(rows[i].targets for i in part), 1)
-      size = self._batch_tokens // max(width, _LOGITS_TOKENS * targets)
+      targets = fine_bucket(max(rows[i].targets for i in part), 1)
+      tokens = min(self._batch_tokens, _SCORE_BYTES // (score_bytes * (before + width)))
+      size = tokens // max(width, _LOGITS_TOKENS * targets)
       size = shards * 2 ** max(0, (size // shards).bit_length() - 1)
       for first in range(0, len(part), size):
         yield width, targets, part[first : first + size]
       start += len(part)
 
-  def _run(self, cache, rows, width, targets, shared):
+  def _run(self, prefix, rows, width, targets):
     shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
     size = shards * 2 ** max(0, -(-len(rows) // shards) - 1).bit_length()
     batch = {
@@ -159,13 +168,13 @@ class OptionScorer:
     for i, row in enumerate(rows):
       n = len(row.tokens)
       batch["tokens"][i, :n], batch["branch"][i, :n] = row.tokens, row.branch
-      batch["positions"][i, :n] = shared + np.asarray(row.positions)
+      batch["positions"][i, :n] = row.positions
       batch["valid"][i, :n] = 1
       m = len(row.queries)
       batch["queries"][i, :m], batch["targets"][i, :m] = row.queries, row.answers
     if self._partitioner is not None:
       batch = self._partitioner.place_batch(batch)
-    found = _score(self._model, self.params, cache, batch)
+    found = _score(self._model, self.params, prefix, batch)
     return [np.asarray(x)[: len(rows)] for x in found]
 
 
@@ -240,36 +249,17 @@ def _common_prefix(requests: Sequence[Request]) -> int:
   return length if length >= _MIN_SHARED else 0
 
 
-def _step(length: int, smallest: int = 16) -> int:
-  """The next of 16, 24, 32, 48, 64, 96, ...: few shapes, a fifth of padding on average."""
-  size = smallest
-  while size < length:
-    size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else -(-size * 4 // 3)
-  return size
-
-
 def _on_mesh(partitioner):
-  import contextlib
-
   return contextlib.nullcontext() if partitioner is None else partitioner.activate()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _read(model, params, tokens, valid):
-  cache = empty_cache(model.config, *tokens.shape)
-  positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
-  return model.apply(
-    {"params": params}, tokens, cache, positions=positions, valid=valid, fresh=True,
-    method="extend",
-  )[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model, params, shared, batch):
   """Log-probabilities `[R,T] float32` of the targets, and which are the most probable tokens."""
   cache = empty_cache(model.config, *batch["tokens"].shape)
+  start = 0 if shared is None else shared.end
   hidden, _ = model.apply(
-    {"params": params}, batch["tokens"], cache, positions=batch["positions"],
+    {"params": params}, batch["tokens"], cache, positions=batch["positions"] + start,
     valid=batch["valid"] > 0, branch=batch["branch"], shared=shared, method="extend",
   )
   hidden = jnp.take_along_axis(hidden, batch["queries"][:, :, None], axis=1)

@@ -126,12 +126,14 @@ class Shared(NamedTuple):
     values: like `keys`.
     mask: `[B,S,P] bool`.
     distance: `[B,S,P]`, key position minus query position.
+    own_weight: `[]`, added to the scores of a row's own keys.
   """
 
   keys: jax.Array
   values: jax.Array
   mask: jax.Array
   distance: jax.Array
+  own_weight: jax.Array | float = 0.0
 
 
 def cached_attention(
@@ -159,7 +161,7 @@ def cached_attention(
     out = _softmax_attention(q_BKGSE, *own)
   else:
     before = shared.keys, shared.values, shared.mask[:, None, None], bias(shared.distance)
-    out = _joint_attention(q_BKGSE, own, before)
+    out = _joint_attention(q_BKGSE, own, before, shared.own_weight)
   return out.transpose(0, 3, 1, 2, 4).reshape(b, s, h, e)
 
 
@@ -220,8 +222,12 @@ def _softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None):
   return out.reshape(q_BKGSE.shape)
 
 
-def _joint_attention(q_BKGSE, own, shared):
-  """As `_softmax_attention` over both sets of keys; those of `shared` have no batch to copy."""
+def _joint_attention(q_BKGSE, own, shared, own_weight):
+  """As `_softmax_attention` over both sets of keys; those of `shared` have no batch to copy.
+
+  The two parts meet in their largest score and their sums only, so shared keys may be spread over
+  devices: each adds up its own, and no row of scores is ever put together.
+  """
   b, kv_heads, groups, length, width = q_BKGSE.shape
   keys, values, *masked = own
   shared_keys, shared_values, *shared_masked = shared
@@ -233,24 +239,26 @@ def _joint_attention(q_BKGSE, own, shared):
     "kre,kme->krm", q_KRE, shared_keys[0], preferred_element_type=wide
   ).reshape(kv_heads, b, groups * length, -1).swapaxes(0, 1)
 
-  def finish(scores, mask, bias):
-    scores = scores.reshape(b, kv_heads, groups, length, -1) * width**-0.5
-    return jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
+  def finish(scores, mask, bias, weight):
+    scores = scores.reshape(b, kv_heads, groups, length, -1) * width**-0.5 + weight
+    scores = jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
+    return scores.reshape(b, kv_heads, groups * length, -1)
 
-  scores = jnp.concatenate(
-    [finish(shared_scores, *shared_masked), finish(scores, *masked)], axis=-1
-  )
-  probabilities = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  num_shared = shared_keys.shape[2]
-  before, after = probabilities[..., :num_shared], probabilities[..., num_shared:]
-  before = before.reshape(b, kv_heads, groups * length, -1).swapaxes(0, 1)
+  scores = finish(scores, *masked, own_weight)
+  shared_scores = finish(shared_scores, *shared_masked, 0.0)
+  largest = jax.lax.stop_gradient(jnp.maximum(
+    jnp.max(scores, axis=-1, keepdims=True), jnp.max(shared_scores, axis=-1, keepdims=True)))
+  shares, shared_shares = jnp.exp(scores - largest), jnp.exp(shared_scores - largest)
+  total = (jnp.sum(shares, axis=-1, keepdims=True)
+           + jnp.sum(shared_shares, axis=-1, keepdims=True))
+  shared_shares = shared_shares.astype(values.dtype).swapaxes(0, 1)
   out = jnp.einsum(
-    "krm,kme->kre", before.reshape(kv_heads, -1, num_shared), shared_values[0]
+    "krm,kme->kre", shared_shares.reshape(kv_heads, -1, shared_keys.shape[2]), shared_values[0],
+    preferred_element_type=wide,
   ).reshape(kv_heads, b, groups * length, width).swapaxes(0, 1)
   out = out + jnp.einsum(
-    "bkrm,bkme->bkre", after.reshape(b, kv_heads, groups * length, -1), values
-  )
-  return out.reshape(q_BKGSE.shape)
+    "bkrm,bkme->bkre", shares.astype(values.dtype), values, preferred_element_type=wide)
+  return (out / total).astype(values.dtype).reshape(q_BKGSE.shape)
 
 
 def _heads_first(q, k, v):

@@ -41,6 +41,34 @@ class KVCache(NamedTuple):
     return self.valid.shape[1]
 
 
+class Prefix(NamedTuple):
+  """Keys and values that stand in front of every row of a batch, held once.
+
+  Attributes:
+    cache: of one row; its slots may hold several texts that have not seen each other.
+    end: `[] int32`, the position at which the rows go on.
+    own_weight: `[] float32`, natural logarithm of what a row's own tokens weigh in the softmax
+      against 1 for the prefix's (arXiv 2212.06713, equation 3: the number of texts); 0 is ordinary.
+  """
+
+  cache: KVCache
+  end: jax.Array
+  own_weight: jax.Array
+
+
+class Readout(NamedTuple):
+  """What attention computed at chosen positions.
+
+  Attributes:
+    attention: `[L,B,R,D]`, output of the attention part before the residual sum.
+    queries: `[L,B,R,H,E]`, as the scores read them; scores are `E ** -0.5` times their products
+      with the cache's keys, plus ALiBi's bias.
+  """
+
+  attention: jax.Array
+  queries: jax.Array
+
+
 def empty_cache(config: TransformerConfig, batch_size: int, max_slots: int, dtype=None) -> KVCache:
   """A cache without tokens.
 

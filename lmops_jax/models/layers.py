@@ -45,7 +45,9 @@ class Slots(NamedTuple):
     mask: `[B,S,M] bool`, or None for `fresh` tokens, which see each other only.
     distance: `[B,S,M] int32`, key position minus query position; None with `mask` None.
     segment_ids: `[B,S] int32` for `fresh` tokens, which keeps padding apart.
-    shared: mask and distance `[B,S,P]` of keys that all rows share, or None.
+    shared: mask and distance `[B,S,P]` of keys that all rows share and the own keys' weight against
+      them, or None.
+    readout: `[B,R] int32`, new tokens to report on, or None.
   """
 
   angles: tuple[jax.Array, jax.Array] | None
@@ -53,7 +55,8 @@ class Slots(NamedTuple):
   mask: jax.Array | None = None
   distance: jax.Array | None = None
   segment_ids: jax.Array | None = None
-  shared: tuple[jax.Array, jax.Array] | None = None
+  shared: tuple[jax.Array, jax.Array, jax.Array] | None = None
+  readout: jax.Array | None = None
 
 
 def activation(name: str):
@@ -192,9 +195,10 @@ class Attention(nn.Module):
     return self.out(self._attend(q, k, v, sequence.segment_ids))
 
   def extend(self, x, slots: Slots, keys, values, shared=None):
-    """Writes the new keys and values and attends; returns the output and both caches.
+    """Writes the new keys and values and attends; returns the output, both caches, the readout.
 
-    `shared` are keys and values `[1,K,P,E]` of all rows, or None.
+    `shared` are keys and values `[1,K,P,E]` of all rows, or None. The readout is None, or output
+    `[B,R,D]` and queries `[B,R,H,E]`.
     """
     q, k, v = self._project(x, slots.angles)
     start = (0, 0, slots.start, 0)
@@ -211,7 +215,12 @@ class Attention(nn.Module):
         q, keys.astype(q.dtype), values.astype(q.dtype), slots.mask, slots.distance,
         self._slopes(), shared,
       )
-    return self.out(out), keys, values
+    out, found = self.out(out), None
+    if slots.readout is not None:
+      index = slots.readout[:, :, None]
+      found = (jnp.take_along_axis(out, index, axis=1),
+               jnp.take_along_axis(q, index[..., None], axis=1))
+    return out, keys, values, found
 
   def _project(self, x, angles):
     q, k, v = self.query(x), self.key(x), self.value(x)
@@ -272,14 +281,14 @@ class Block(nn.Module):
     return x, None
 
   def extend(self, x, slots: Slots, keys, values, shared=None):
-    """The layer on new tokens; returns `[B,S,D]`, keys and values with them added."""
+    """The layer on new tokens: `[B,S,D]`, keys and values with them added, and the readout."""
 
     def attend(y):
-      out, *caches = self.attention.extend(y, slots, keys, values, shared)
-      return out, caches
+      out, *rest = self.attention.extend(y, slots, keys, values, shared)
+      return out, rest
 
-    x, (keys, values) = self._wired(x, attend)
-    return x, keys, values
+    x, rest = self._wired(x, attend)
+    return x, *rest
 
   def _wired(self, x, attend):
     """The two parts, their norms and residual sums; `attend` also returns what it updates."""

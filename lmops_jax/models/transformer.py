@@ -177,8 +177,8 @@ class Transformer(nn.Module):
     """
     if self.is_initializing():
       self._touch_everything(tokens)
-    x, positions = self._embed(tokens, positions, token_types)
-    return self.encode(x, positions, segment_ids)
+    positions = self._positions(tokens, positions)
+    return self.encode(self._embed(tokens, positions, token_types), positions, segment_ids)
 
   def encode(self, x: jax.Array, positions=None, segment_ids=None) -> jax.Array:
     """The blocks and the final norm on embeddings `[B,S,D]`; other arguments as in `__call__`."""
@@ -192,30 +192,33 @@ class Transformer(nn.Module):
 
   def all_hidden(self, tokens, positions=None, segment_ids=None, token_types=None) -> jax.Array:
     """Embeddings and each block's output, `[L+1,B,S,D]`; the last one after the final norm."""
-    x, positions = self._embed(tokens, positions, token_types)
-    states = self._unrolled(x, Sequence(self._angles(self._positions(x, positions)), segment_ids))
+    positions = self._positions(tokens, positions)
+    x = self._embed(tokens, positions, token_types)
+    states = self._unrolled(x, Sequence(self._angles(positions), segment_ids))
     if self.config.final_norm:
       states[-1] = self.final_norm(states[-1])
     return jnp.stack([x, *states])
 
   def extend(
     self, tokens, cache: cache_lib.KVCache, *, positions, valid=None, branch=None, fresh=False,
-    shared: cache_lib.KVCache | None = None,
-  ) -> tuple[jax.Array, cache_lib.KVCache]:
+    shared: cache_lib.Prefix | None = None, readout=None,
+  ) -> tuple[jax.Array, cache_lib.KVCache] | tuple[
+    jax.Array, cache_lib.KVCache, cache_lib.Readout]:
     """Hidden states of new tokens that also see the cache, and the cache with them added.
 
     Args:
       tokens: `[B,S] int32`, written to the next S slots of every row.
       cache: with S free slots; more tokens than slots overwrite the last ones, which the caller
         must rule out.
-      positions: `[B,S] int32`, below `config.max_length`, which is not checked.
+      positions: `[B,S] int32`; where they end in a table, one beyond it makes the result NaN.
       valid: `[B,S] bool`, False for padding, which no token ever sees; None is all True.
       branch: `[B,S] int32`, see `KVCache.branch`; None is 0.
       fresh: promises (statically) an empty cache, so that attention looks at the new tokens only.
-      shared: a cache of one row whose valid slots stand in front of every row, held once.
+      shared: what stands in front of every row, held once; positions go on from `shared.end`.
+      readout: `[B,R] int32`, indices of new tokens whose attention is to be returned.
 
     Returns:
-      `[B,S,D]` in `config.dtype`, as `__call__`; and the cache.
+      `[B,S,D]` in `config.dtype`, as `__call__`; the cache; and with `readout` a `Readout`.
 
     Raises:
       ValueError: for a model that is not causal.
@@ -230,7 +233,7 @@ class Transformer(nn.Module):
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     alone = fresh and branch is None and shared is None
     branch = jnp.zeros(tokens.shape, jnp.int32) if branch is None else branch
-    x, positions = self._embed(tokens, positions, None)
+    x = self._embed(tokens, positions, None)
     cache = cache_lib.with_slots(cache, positions, valid, branch)
     slots = Slots(self._angles(positions), cache.length)
     if alone:
@@ -239,18 +242,21 @@ class Transformer(nn.Module):
       mask, distance = cache_lib.visible(cache, num_new, c.sliding_window)
       slots = slots._replace(mask=mask, distance=distance)
     if shared is not None:
-      seen = cache_lib.visible_shared(shared, positions, c.sliding_window)
-      slots = slots._replace(shared=seen)
-    keys, values = list(cache.keys), list(cache.values)
+      seen = cache_lib.visible_shared(shared.cache, positions, c.sliding_window)
+      slots = slots._replace(shared=(*seen, shared.own_weight))
+    slots = slots._replace(readout=readout)
+    keys, values, found = list(cache.keys), list(cache.values), []
     for i, params in enumerate(self._layer_params()):
-      before = None if shared is None else (shared.keys[i], shared.values[i])
-      x, keys[i], values[i] = Block(c, parent=None).apply(
+      before = None if shared is None else (shared.cache.keys[i], shared.cache.values[i])
+      x, keys[i], values[i], of_layer = Block(c, parent=None).apply(
         {"params": params}, x, slots, keys[i], values[i], before, method="extend"
       )
+      found.append(of_layer)
     x = self.final_norm(x) if c.final_norm else x
-    return x, cache._replace(
-      keys=tuple(keys), values=tuple(values), length=cache.length + num_new
-    )
+    cache = cache._replace(keys=tuple(keys), values=tuple(values), length=cache.length + num_new)
+    if readout is None:
+      return x, cache
+    return x, cache, cache_lib.Readout(*(jnp.stack(part) for part in zip(*found)))
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Logits `[...,V] float32` of hidden states `[...,D]`."""
@@ -311,9 +317,8 @@ class Transformer(nn.Module):
     return positions_lib.rotary_angles(positions, frequencies)
 
   def _embed(self, tokens, positions, token_types):
-    """Embeddings `[B,S,D]` and the positions."""
+    """Embeddings `[B,S,D]`."""
     c = self.config
-    positions = self._positions(tokens, positions)
     # Gathered over embed before the lookup: XLA would otherwise replicate the activations.
     table = constrain(self.embedding, ("vocab", None))
     x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(c.dtype)
@@ -331,7 +336,7 @@ class Transformer(nn.Module):
       x = x + positions_lib.sinusoids(positions + c.position_offset, c.width).astype(c.dtype)
     if c.embedding_norm:
       x = self.embedding_norm(x)
-    return constrain(x, ("batch", "sequence", "embed")), positions
+    return constrain(x, ("batch", "sequence", "embed"))
 
   def _touch_everything(self, tokens):
     """Makes the parameters that `__call__` does not use; Linen makes what it sees used."""

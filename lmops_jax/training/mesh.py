@@ -106,15 +106,26 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
-  """A mesh and the rules that place arrays on it."""
+  """A mesh, the rules that place arrays on it, and the mesh axes that split a batch."""
 
   mesh: Mesh
   rules: Rules
+  batch_axes: tuple[str, ...] = BATCH_AXES
+
+  def with_batch_over(self, *axes: str) -> Partitioner:
+    """The same with the batch over other mesh axes, or over none."""
+    others = tuple(rule for rule in self.rules if rule[0] != "batch")
+    return dataclasses.replace(self, rules=(("batch", axes or None), *others), batch_axes=axes)
 
   @property
   def num_batch_shards(self) -> int:
     """The number that a batch size must be a multiple of."""
-    return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+    return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
+
+  def kv_heads_axis(self, num_heads: int) -> str | None:
+    """The mesh axis that splits so many key heads, None where it does not divide them."""
+    axis = nn.logical_to_mesh_axes(("kv_heads",), self.rules)[0]
+    return None if axis is None or num_heads % self.mesh.shape[axis] else axis
 
   @property
   def platform(self) -> str:
@@ -168,8 +179,9 @@ class Partitioner:
     return jax.tree_util.tree_map_with_path(even, unboxed(abstract), shardings)
 
   def batch_sharding(self, ndim: int) -> NamedSharding:
-    """First axis over (data, fsdp), the others whole. `ndim` 0 is replicated."""
-    return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES) if ndim else PartitionSpec())
+    """First axis over the batch axes, the others whole. `ndim` 0 is replicated."""
+    split = ndim and self.batch_axes
+    return NamedSharding(self.mesh, PartitionSpec(self.batch_axes) if split else PartitionSpec())
 
   def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Global arrays from the rows that this process holds; `example_id` stays on the host.
@@ -185,8 +197,9 @@ class Partitioner:
       rows = value.shape[0] * jax.process_count()
       if rows % self.num_batch_shards:
         raise ValueError(
-          f"A batch of {rows} examples does not split over data x fsdp = {self.num_batch_shards} "
-          f"devices; set the batch size to a multiple of {self.num_batch_shards}."
+          f"A batch of {rows} examples does not split over {' x '.join(self.batch_axes)} = "
+          f"{self.num_batch_shards} devices; set the batch size to a multiple of "
+          f"{self.num_batch_shards}."
         )
       sharding = self.batch_sharding(value.ndim)
       if jax.process_count() == 1:

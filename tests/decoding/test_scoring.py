@@ -54,11 +54,13 @@ def test_equals_each_option_alone(make_tiny, prefix, changes):
 def test_a_common_beginning_is_read_once(make_tiny, monkeypatch):
   tiny = make_tiny()
   scorer = OptionScorer(tiny.model, tiny.params)
-  widths = []
-  run = OptionScorer._run
-  monkeypatch.setattr(
-    OptionScorer, "_run", lambda *args: widths.append((args[3], args[5])) or run(*args)
-  )
+  widths, run = [], OptionScorer._run
+
+  def watched(self, prefix, rows, width, targets):
+    widths.append((width, 0 if prefix is None else int(prefix.end)))
+    return run(self, prefix, rows, width, targets)
+
+  monkeypatch.setattr(OptionScorer, "_run", watched)
   scorer.score(_requests(20))
   assert all(width <= 16 and shared == 20 for width, shared in widths)
   widths.clear()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmops_jax.models.cache import empty_cache
+from lmops_jax.models.cache import Prefix, empty_cache
 from lmops_jax.models.transformer import Transformer, TransformerConfig, unstack_layers
 
 BASE = dict(vocab_size=23, num_layers=2, width=16, num_heads=4, mlp_width=24, max_length=32)
@@ -118,7 +118,7 @@ def test_a_shared_context_is_a_context_of_every_row(name):
   cache = empty_cache(model.config, 3, 5)
   hidden, _ = model.apply(
     {"params": params}, rows, cache, positions=np.broadcast_to(4 + np.arange(5), (3, 5)),
-    shared=shared, method="extend",
+    shared=Prefix(shared, 4, 0.0), method="extend",
   )
   want = model.apply({"params": params}, np.concatenate([np.repeat(context, 3, 0), rows], 1))
   np.testing.assert_allclose(hidden, want[:, 4:], rtol=2e-5, atol=2e-5)

@@ -1,0 +1,223 @@
+"""Texts that stand in front of every row: read once, alone or in groups, and attended to by all.
+
+Groups (structured prompting, arXiv 2212.06713, section 2) do not see each other. They are aligned
+at their ends, so that what follows is equally far from all of them: a group of n tokens lies at
+positions W - n .. W - 1 and rows go on at W, W being the longest group's length or more. With a
+common BOS token, that lies at position 0 of every group and stands once in front of the rows, the
+other tokens at W - n + 1 .. W, and rows go on at W + 1. A row's own tokens then weigh as much as
+there are groups. One group is an ordinary context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.decoding.lengths import bucket
+from lmops_jax.models.cache import KVCache, Prefix, empty_cache
+from lmops_jax.models.transformer import unstack_layers
+
+_TOKENS_AT_ONCE = 2048  # read in one call on each device
+_TABLES = ("learned", "sinusoidal")  # positions that end
+
+
+def read_text(model, params, ids: Sequence[int], partitioner=None) -> Prefix:
+  """An ordinary context `ids`, with all its special tokens; see `read_groups` for the rest."""
+  row = np.asarray([ids], np.int32)
+  return read_groups(model, params, row, np.ones(row.shape, bool), partitioner=partitioner)
+
+
+def read_groups(
+  model,
+  params,
+  ids,
+  mask,
+  *,
+  window: int | None = None,
+  bos_id: int | None = None,
+  scale: float | None = None,
+  partitioner=None,
+  spread: bool = False,
+  progress: Callable[[int], None] | None = None,
+) -> Prefix:
+  """Reads M groups of demonstrations, each on its own.
+
+  Memory and time grow linearly with M; groups of one call run side by side, over the mesh's data
+  axis where there is one.
+
+  Args:
+    model: a causal `Transformer`.
+    params: its parameters, layers stacked or not.
+    ids: `[M,W] int32`, each group at its row's end, without BOS.
+    mask: `[M,W] bool`, False for what is in front.
+    window: the positions that groups end at, at least W; None is W.
+    bos_id: token in front of every group, None for none.
+    scale: what a row's own tokens weigh; None is M (at least 1).
+    partitioner: mesh to run on; None is the default device.
+    spread: leave the keys and values spread over the mesh's data axis, for contexts larger than a
+      device; rows are then to be split over other axes (`rows_partitioner`). False puts all on
+      every device.
+    progress: called with the number of groups read since the last call.
+
+  Raises:
+    ValueError: for an encoder, ids outside of the vocabulary, an empty group or one that is not at
+      its row's end, a window that is too short or beyond the model's positions, or a scale that is
+      not positive.
+  """
+  config = model.config
+  ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
+  _check(config, ids, mask, window, bos_id, scale)
+  num_groups, width = ids.shape
+  if num_groups == 0:
+    ids, mask, width = np.zeros((1, 0), np.int32), np.zeros((1, 0), bool), 0
+  window = width if window is None else window
+  front = 0 if bos_id is None else 1
+  check_length(config, window + front, 0)
+  columns = bucket(max(window + front, 1))
+  tokens, valid = (np.zeros((len(ids), columns), kind) for kind in (np.int32, bool))
+  if width:
+    tokens[:, columns - width :], valid[:, columns - width :] = ids, mask
+  if front:
+    tokens[:, columns - window - 1], valid[:, columns - window - 1] = bos_id, True
+  positions = np.maximum(np.arange(columns) - (columns - window - front), 0).astype(np.int32)
+
+  over_groups = None if partitioner is None else partitioner.with_batch_over("data")
+  shards = 1 if over_groups is None else over_groups.num_batch_shards
+  calls = -(-len(ids) // (shards * max(1, _TOKENS_AT_ONCE // columns)))
+  size = -(-len(ids) // (calls * shards)) * shards
+  missing = calls * size - len(ids)
+  tokens, valid = (np.pad(x, ((0, missing), (0, 0))) for x in (tokens, valid))
+  params = unstack_layers(nn.unbox(params))
+  read = []
+  with _on(over_groups):
+    for first in range(0, len(tokens), size):
+      batch = {"tokens": tokens[first : first + size], "valid": valid[first : first + size]}
+      if over_groups is not None:
+        batch = over_groups.place_batch(batch)
+      read.append(_read(model, params, batch["tokens"], positions, batch["valid"]))
+      if progress:
+        progress(min(size, num_groups - first))
+    layers = []
+    for kind in (0, 1):
+      # A layer at a time, each freed as it is put together: the whole is there once.
+      of_layers = [list(part) for part in zip(*(r[kind] for r in read))]
+      layers.append(tuple(_together(of_layers, over_groups, spread)))
+  if front:
+    valid[1:, columns - window - 1] = False  # once for all groups
+  order = np.arange(len(tokens)).reshape(calls, size).T.ravel()  # as `_concatenated` has them
+  slots = valid[order].reshape(1, -1)
+  cache = KVCache(
+    *layers, positions=np.tile(positions, len(tokens))[None], valid=slots,
+    branch=np.zeros(slots.shape, np.int32), length=np.int32(slots.shape[1]),
+  )
+  weight = max(num_groups, 1) if scale is None else scale
+  return Prefix(cache, np.int32(window + front), np.float32(math.log(weight)))
+
+
+def rows_partitioner(partitioner, spread: bool):
+  """The mesh as rows behind a prefix use it: over fsdp alone when the prefix is `spread`."""
+  if partitioner is None or not spread:
+    return partitioner
+  return partitioner.with_batch_over("fsdp")
+
+
+def check_length(config, end: int, num_tokens: int, what: str = "a row") -> None:
+  """Raises ValueError where position tables end before `end + num_tokens`."""
+  if config.positions in _TABLES and end + num_tokens > config.max_length:
+    raise ValueError(
+      f"{what} has {num_tokens} tokens behind a prefix that ends at position {end}, and this "
+      f"model's {config.positions} positions end at {config.max_length}; shorten the groups."
+    )
+
+
+def check_model(config, prefix: Prefix) -> None:
+  """Raises ValueError for the prefix of another model."""
+  keys = prefix.cache.keys
+  found = (len(keys), keys[0].shape[1], keys[0].shape[3])
+  wanted = (config.num_layers, config.key_heads, config.head_width)
+  if found != wanted:
+    raise ValueError(
+      f"the prefix has {found[0]} layers of {found[1]} key heads of width {found[2]}, and the "
+      f"model {wanted[0]} of {wanted[1]} of width {wanted[2]}; read it with this model."
+    )
+
+
+def _check(config, ids, mask, window, bos_id, scale):
+  if not config.causal:
+    raise ValueError(
+      "models.TransformerConfig.causal is False: an encoder's tokens see later ones, so groups "
+      "cannot be read ahead; load a decoder."
+    )
+  if ids.ndim != 2 or ids.shape != mask.shape:
+    raise ValueError(f"groups have ids {ids.shape} and mask {mask.shape}; expected [M,W] both.")
+  num_groups, width = ids.shape
+  if scale is not None and not (math.isfinite(scale) and scale > 0):
+    raise ValueError(f"scale={scale} must be finite and positive.")
+  if num_groups == 0 and scale is not None:
+    raise ValueError(f"scale={scale} is given without any group to weigh against; leave it out.")
+  lengths = mask.sum(axis=1)
+  for m in range(num_groups):
+    if not mask[m, width - lengths[m] :].all() or not lengths[m]:
+      raise ValueError(
+        f"group {m} is {'not at the end of its row' if lengths[m] else 'empty'}; pad groups on the "
+        "left, without holes."
+      )
+  if window is not None and window < width:
+    raise ValueError(f"window={window} is shorter than the longest group of {width} tokens.")
+  reach = config.sliding_window
+  if num_groups > 1 and reach is not None and (window or width) >= reach:
+    raise ValueError(
+      f"groups reach over {window or width} positions and this model's attention over the latest "
+      f"{reach} (models.TransformerConfig.sliding_window), so their beginnings are out of sight; "
+      "use shorter groups."
+    )
+  used = np.append(ids[mask], [] if bos_id is None else bos_id)
+  bad = used[(used < 0) | (used >= config.vocab_size)]
+  if bad.size:
+    raise ValueError(
+      f"the groups hold token id {int(bad[0])}, outside of the model's vocabulary of "
+      f"{config.vocab_size}; encode them with the model's own tokenizer."
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(model, params, tokens, positions, valid):
+  """Keys and values of groups, for each layer `[m,K,W,E]`."""
+  cache = model.apply(
+    {"params": params}, tokens, empty_cache(model.config, *tokens.shape),
+    positions=jnp.broadcast_to(positions, tokens.shape), valid=valid, fresh=True, method="extend",
+  )[1]
+  return cache.keys, cache.values
+
+
+def _together(of_layers, partitioner, spread):
+  for layer in of_layers:
+    if partitioner is None:
+      yield _concatenated(layer)
+    else:
+      heads = partitioner.kv_heads_axis(layer[0].shape[1])
+      slots = "data" if spread else None
+      sharding = jax.sharding.NamedSharding(
+        partitioner.mesh, jax.sharding.PartitionSpec(None, heads, slots, None))
+      yield jax.jit(_stacked, out_shardings=sharding)(layer)
+    layer.clear()
+
+
+def _stacked(blocks):
+  """`n x [m,K,W,E]` to `[1,K,m*n*W,E]`; groups of one device stay together."""
+  x = jnp.stack(blocks, axis=1).transpose(2, 0, 1, 3, 4)
+  return x.reshape(1, x.shape[0], -1, x.shape[-1])
+
+
+_concatenated = jax.jit(_stacked)
+
+
+def _on(partitioner):
+  return contextlib.nullcontext() if partitioner is None else partitioner.activate()
