@@ -94,7 +94,7 @@ def with_slots(cache: KVCache, positions, valid, branch) -> KVCache:
   """Marks the next S slots, each argument `[B,S]`; keys, values and `length` stay as they are."""
 
   def put(old, new):
-    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, cache.length))
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
 
   return cache._replace(
     positions=put(cache.positions, positions), valid=put(cache.valid, valid),

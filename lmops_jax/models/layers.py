@@ -201,9 +201,9 @@ class Attention(nn.Module):
     `[B,R,D]` and queries `[B,R,H,E]`.
     """
     q, k, v = self._project(x, slots.angles)
-    start = (0, 0, slots.start, 0)
     keys, values = (
-      jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start)
+      jax.lax.dynamic_update_slice_in_dim(
+        old, new.swapaxes(1, 2).astype(old.dtype), slots.start, axis=2)
       for old, new in ((keys, k), (values, v))
     )
     if slots.mask is None:

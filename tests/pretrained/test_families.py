@@ -1,7 +1,6 @@
 """Every family equals PyTorch on tiny random models: logits, states, gradients, padding."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +20,10 @@ from tests.pretrained.tiny_models import (  # noqa: E402
   CAUSAL,
   ENCODERS,
   DictSource,
+  imported,
   make,
   randomise,
 )
-
-
-@functools.cache
-def _imported(family, variant):
-  peer = make(family, variant)
-  table = families.by_name(family)
-  config = table.read_config(families.ConfigReader(peer.config.to_dict(), "config.json"))
-  source = DictSource(peer)
-  names = importing.NameTable(source, table.prefix)
-  if config.pooler and not names.has((r"pooler\.",)):
-    config = dataclasses.replace(config, pooler=False)
-  config = dataclasses.replace(config, scan_layers=variant == 0)
-  return peer, table, config, importing.load_params(source, table, config)
 
 
 def _tokens(batch=3, length=17, seed=0):
@@ -49,7 +36,7 @@ def _close(got, want, **tolerance):
 
 @pytest.mark.parametrize("family,variant", CASES)
 def test_logits_and_gradients_equal_torch(family, variant):
-  peer, table, config, params = _imported(family, variant)
+  peer, table, config, params = imported(family, variant)
   tokens = _tokens()
   model = Transformer(config)
   peer.zero_grad()
@@ -72,7 +59,7 @@ def test_logits_and_gradients_equal_torch(family, variant):
 
 @pytest.mark.parametrize("family,variant", CASES)
 def test_hidden_states_equal_torch(family, variant):
-  peer, _, config, params = _imported(family, variant)
+  peer, _, config, params = imported(family, variant)
   tokens = _tokens(2, 9, seed=1)
   want = peer(torch.tensor(tokens.astype(np.int64)), output_hidden_states=True).hidden_states
   got = jax.jit(
@@ -88,7 +75,7 @@ def test_hidden_states_equal_torch(family, variant):
 @pytest.mark.parametrize("family,variant", [case for case in CASES if case[0] in CAUSAL])
 def test_ragged_rows_equal_torch_alone(family, variant):
   """Padding on either side, by segments and positions, changes nothing at real tokens."""
-  peer, _, config, params = _imported(family, variant)
+  peer, _, config, params = imported(family, variant)
   lengths, width = (4, 7), 7
   rows = [_tokens(1, n, seed=n)[0] for n in lengths]
   wanted = [peer(torch.tensor(ids[None].astype(np.int64))).logits[0] for ids in rows]
@@ -108,7 +95,7 @@ def test_ragged_rows_equal_torch_alone(family, variant):
 
 @pytest.mark.parametrize("family,variant", [case for case in CASES if case[0] in ENCODERS])
 def test_encoders_ignore_padding_and_know_token_types(family, variant):
-  peer, _, config, params = _imported(family, variant)
+  peer, _, config, params = imported(family, variant)
   tokens, mask = _tokens(2, 8, seed=3), np.ones((2, 8), np.int32)
   tokens[0, 5:], mask[0, 5:] = 1, 0  # the padding id, which RoBERTa's positions go by
   types = np.random.default_rng(0).integers(0, config.num_token_types, (2, 8)).astype(np.int32)

@@ -1,10 +1,13 @@
 """Tiny random models of each family, made by transformers; three variants each."""
 
+import dataclasses
 import functools
 
 import numpy as np
 import torch
 import transformers
+
+from lmops_jax.pretrained import families, importing
 
 _COMMON = dict(vocab_size=61, bos_token_id=1, eos_token_id=2, pad_token_id=1)
 _GPT = dict(n_embd=24, n_layer=3, n_head=4, n_positions=40)
@@ -123,3 +126,17 @@ class DictSource:
 
   def read(self, name):
     return self.tensors[name]
+
+
+@functools.cache
+def imported(family: str, variant: int = 0):
+  """`make`'s model, its family, and the same model here: configuration and parameters."""
+  peer = make(family, variant)
+  table = families.by_name(family)
+  config = table.read_config(families.ConfigReader(peer.config.to_dict(), "config.json"))
+  source = DictSource(peer)
+  names = importing.NameTable(source, table.prefix)
+  if config.pooler and not names.has((r"pooler\.",)):
+    config = dataclasses.replace(config, pooler=False)
+  config = dataclasses.replace(config, scan_layers=variant == 0)
+  return peer, table, config, importing.load_params(source, table, config)
