@@ -84,6 +84,7 @@ def _get(row: Any, path: str) -> Any:
 
 def _look(row: Mapping[str, Any], places: str, where: str) -> Any:
   found = [v for place in places.split("|") if (v := _get(row, place)) is not _NOTHING]
+  found = [value for value in found if not isinstance(value, Mapping)]
   if found:
     return next((value for value in found if value != []), [])
   raise ValueError(

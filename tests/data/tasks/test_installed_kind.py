@@ -11,7 +11,7 @@ from lmops_jax.data.tasks import installed_kind
 
 def _documents(counts):
   return [
-    Document(len(kind) * 1000 + i, f"{kind} {i}\n" + f"word{i} of {kind}\n" * 40, kind, f"{kind}{i}")
+    Document(len(kind) * 1000 + i, f"{kind} {i}\n" + f"word{i} of {kind}\n" * 40, kind, kind)
     for kind, n in counts.items() for i in range(n)
   ]
 

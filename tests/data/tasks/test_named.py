@@ -53,9 +53,12 @@ ROWS = {  # a row of each task, as its dataset has it; the label is not the firs
   "yelp": {"text": "fine", "label": 1},
   "cola": {"sentence": "fine", "label": 0},
 }
-CLASSIFY = "Classify the news articles into the categories of World, Sports, Business, and Technology."
-TRUTH = "Read the following paragraph and determine if the hypothesis is true: It is wet. Hypothesis: "
-CONCLUDE = 'It is wet. Based on the paragraph above can we conclude that "it rains"? Yes, No, or Maybe?'
+CLASSIFY = ("Classify the news articles into the categories of World, Sports, Business, and "
+            "Technology.")
+TRUTH = ("Read the following paragraph and determine if the hypothesis is true: It is wet. "
+         "Hypothesis: ")
+CONCLUDE = ('It is wet. Based on the paragraph above can we conclude that "it rains"? Yes, No, or '
+            "Maybe?")
 DRAW = ("Can we draw the following hypothesis from the context? Context: It is wet. Hypothesis: it "
         "rains. Answer:")
 BOOLQ = (

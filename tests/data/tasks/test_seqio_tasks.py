@@ -8,10 +8,13 @@ from lmops_jax.data import tasks
 
 
 @pytest.mark.slow
-def test_named_tasks_are_read_through_tfds_and_seqio():
+def test_named_tasks_are_read_through_tfds_and_seqio(monkeypatch):
   import seqio
   import tensorflow_datasets as tfds
 
+  with pytest.raises(ValueError, match="tfds dataset 'glue/sst2' of task sst2 is not prepared in"):
+    tasks.named_task("sst2", data_dir="/nowhere")
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "is_prepared", lambda builder: True)
   with tfds.testing.mock_data(num_examples=5):
     names = tasks.register_seqio_tasks()
     assert names == tasks.register_seqio_tasks()
