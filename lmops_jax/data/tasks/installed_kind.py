@@ -39,7 +39,7 @@ def kind_task(
     documents: with kinds; of each, one excerpt is taken.
     num_kinds: the most frequent ones that are kept (by documents, then by name), at least 2.
     num_rows, num_train: rows to evaluate on and to draw demonstrations from, at most; each kind
-      has equally many, the kinds in turn.
+      has equally many, the kinds in turn. Both are fewer where the rarest kind has too few.
     seed: which documents these are, by (seed, id).
     num_chars: of an excerpt, at most; it starts at a line a third into the document, white space
       collapsed to blanks, and ends at a blank.
@@ -47,7 +47,7 @@ def kind_task(
     words: of kinds, where not the kind's own name; None: `WORDS`.
 
   Raises:
-    ValueError: fewer than two kinds, or fewer rows of a kind than asked for.
+    ValueError: fewer than two kinds, or no row to evaluate on of some kind.
   """
   if num_kinds < 2 or min(num_rows, num_chars) < 1 or num_train < 0:
     raise ValueError(
@@ -77,13 +77,16 @@ def kind_task(
       prompt = template.format(text=text)
       options = tuple(f" {name}" for name in names)
       each[document.kind].append(Example(document.id, prompt, options, label))
-  short = min(each, key=lambda kind: len(each[kind]))
-  if len(each[short]) < wanted:
+  num_each = min(map(len, each.values()))
+  if num_each < wanted:  # both parts shrink alike
+    share = num_each * len(kinds) / (num_rows + num_train)
+    num_rows, num_train = int(share * num_rows), int(share * num_train)
+  if num_rows < len(kinds):
     raise ValueError(
-      f"there are {len(each[short])} excerpts of kind {short!r} and {wanted} are needed for "
-      f"{num_rows} rows and {num_train} for demonstrations of {len(kinds)} kinds; ask for fewer."
+      f"there are {num_each} different excerpts of the rarest of the kinds {', '.join(kinds)}, too "
+      "few for rows of each; give more documents or ask for fewer kinds."
     )
-  in_turn = [each[kind][i] for i in range(wanted) for kind in kinds]
+  in_turn = [each[kind][i] for i in range(num_each) for kind in kinds]
   return Task(
     NAME, tuple(in_turn[:num_rows]), tuple(in_turn[-num_train:] if num_train else ()), names,
     template.format(text="N/A"),

@@ -44,7 +44,9 @@ def test_an_excerpt_starts_at_a_line_and_ends_at_a_blank():
 def test_too_few_documents_are_told():
   with pytest.raises(ValueError, match=r"have 1 kinds \(code\)"):
     tasks.kind_task(_documents({"code": 3}))
-  with pytest.raises(ValueError, match="there are 2 excerpts of kind 'table' and 4 are needed"):
-    tasks.kind_task(_documents({"code": 9, "table": 2}), num_rows=4, num_train=4)
+  task = tasks.kind_task(_documents({"code": 9, "table": 2}), num_rows=4, num_train=4)
+  assert len(task.rows) == len(task.train) == 2
+  with pytest.raises(ValueError, match="there are 1 different excerpts of the rarest of the kinds"):
+    tasks.kind_task(_documents({"code": 9, "table": 1}), num_rows=4, num_train=4)
   with pytest.raises(ValueError, match="num_kinds=1 must be at least 2"):
     tasks.kind_task([], num_kinds=1)

@@ -62,8 +62,8 @@ CONCLUDE = ('It is wet. Based on the paragraph above can we conclude that "it ra
 DRAW = ("Can we draw the following hypothesis from the context? Context: It is wet. Hypothesis: it "
         "rains. Answer:")
 BOOLQ = (
-  "Passage: Ice is cold. After reading this passage, I have a question: is ice cold? True or False? "
-  "True",
+  "Passage: Ice is cold. After reading this passage, I have a question: is ice cold? True or "
+  "False? True",
   "Text: Ice is cold. Question: is ice cold? Answer: Yes",
   "Ice is cold. Based on the above text, what's the best answer to this question: is ice cold? Yes",
   "Based on the following passage, is ice cold? Ice is cold. Please answer yes or no. Yes",
@@ -77,7 +77,8 @@ MULTIRC = (
   'P. Question: "Q?" Response: "R" Based on the paragraph, is the response to the question is '
   "factually correct? Yes",
   'P. Based on the paragraph, does the response "R" correctly answer the question "Q?"? Yes',
-  'P. According to the above paragraph, the correct answer to the question "Q?" is "R"? Answer: Yes',
+  'P. According to the above paragraph, the correct answer to the question "Q?" is "R"? Answer: '
+  "Yes",
   'P. Question: "Q?" Answer: "R" Is this answer to the question True or False? True',
 )
 SAME = {  # fs, hf and paper
@@ -295,7 +296,8 @@ def test_the_table_has_a_line_for_each_task_and_loads_nothing_heavy():
   assert names == ["task", *tasks.ENTRIES, "installed_kind"]
   assert "fs 0,2,3,4" in lines[names.index("copa")] and "2 options a row" in lines[
     names.index("copa")]
+  heavy = {"jax", "tensorflow", "seqio", "tensorflow_datasets"}
   program = ("import sys; from lmops_jax import cli; cli.main(['list', 'tasks']); "
-             "print(sorted({'jax', 'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules)))")
+             f"print(sorted({heavy} & set(sys.modules)))")
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert done.stdout.splitlines() == [*lines, "[]"], done
