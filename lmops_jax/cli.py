@@ -19,7 +19,7 @@ from lmops_jax import gin_files, model_commands, settings  # none of them loads 
 _COMMANDS = {
   "run": "run gin files",
   "show": "print the resolved configuration of a system or of gin files, and run nothing",
-  "list": "list the systems and the gin files",
+  "list": "list the systems and the gin files, or the tasks of lmops score",
 }
 _EPILOG = """\
 bindings:
@@ -102,6 +102,8 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
   for name, text in _COMMANDS.items():
     command = add(name, text)
     if name == "list":
+      command.add_argument("what", nargs="?", choices=("tasks",), metavar="tasks",
+                           help="the named tasks of lmops score instead")
       continue
     command.add_argument("files", nargs="+", metavar="FILE" if name == "run" else "SYSTEM_OR_FILE")
     add_gin(command)
@@ -211,7 +213,11 @@ def _dispatch(argv: list[str]) -> int:
   if arguments.command == "list":
     if bindings:
       raise _UsageError("lmops list takes no bindings; they belong to a run.")
-    print(_listing(systems))
+    if arguments.what == "tasks":
+      from lmops_jax.data.tasks import table  # loads neither jax nor TensorFlow
+      print(table.table())
+    else:
+      print(_listing(systems))
     return 0
   if arguments.command in model_commands.COMMANDS:
     if bindings:
@@ -244,6 +250,7 @@ def _listing(systems: Sequence[str]) -> str:
             for name in systems]
   lines += ["", f"gin files (lmops run FILE, lmops show FILE), in {root}"]
   lines += [f"  {name:{width}}  {gin_files.describe(root / name)}" for name in files]
+  lines += ["", "named tasks of lmops score: lmops list tasks"]
   return "\n".join(line.rstrip() for line in lines)
 
 

@@ -24,12 +24,13 @@ examples:
   lmops generate --model MODEL --chat --prompt "Name three rivers." --beams 4
   lmops score --model MODEL --task sst2.jsonl --labels negative,positive --shots 8 \\
       --template "Review: {text}\\nSentiment:{label}"
+  lmops score --model MODEL --task copa --data COPA_FOLDER --shots 8 --normalise auto
   lmops convert --model MODEL --to CONVERTED
   lmops export --checkpoint WORKDIR/train --to EXPORTED
 
 MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what lmops wrote.
 """
-_NORMALISATIONS = ("sum", "token", "char", "null")
+_NORMALISATIONS = ("sum", "token", "char", "null", "auto")
 
 
 def add_parsers(commands, options: dict) -> None:
@@ -92,9 +93,14 @@ def _score_parser(parser) -> None:
   _running_options(parser)
   add = parser.add_argument
   add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields and "
-      "label, or the name of a task that tfds has")
+      "label, or one of lmops list tasks")
   add("--template", help='such as "Review: {text}\\nSentiment: {label}"; the label comes last')
-  add("--labels", help="label words in the order of the label ids, by commas")
+  add("--labels", help="label words in the order of the label ids, by commas; of a named task only "
+      "where the numbers in --data have another order")
+  add("--data", metavar="FOLDER", help="rows of a named task, train.jsonl and test.jsonl; default: "
+      "tfds")
+  add("--flavour", help="of a named task's templates: fs, hf, paper or plain")
+  add("--template-index", type=int, default=0, help="within the flavour (default 0)")
   add("--shots", type=int, default=0, help="demonstrations in front of each row (default 0)")
   add("--train", metavar="FILE", help="rows to draw demonstrations from; default: the task's own")
   add("--balanced", action="store_true", help="as many demonstrations of each label")
@@ -197,32 +203,22 @@ def _stream(generator, texts, options, arguments) -> None:
 
 def _score(arguments) -> None:
   from lmops_jax import progress as progress_lib
-  from lmops_jax.data import classification_tasks
   from lmops_jax.decoding.scoring import OptionScorer
   from lmops_jax.evaluation import in_context
-
-  def read(path, limit=None):
-    named = arguments.template is None and arguments.labels is None
-    if named and not Path(path).suffix:
-      return classification_tasks.tfds_task(path, limit=limit)
-    if arguments.template is None or arguments.labels is None:
-      raise ValueError(
-        f"--task {path} is a file, so it needs --template and --labels; see lmops score --help."
-      )
-    template = arguments.template.replace("\\n", "\n")
-    words = [word.strip() for word in arguments.labels.split(",")]
-    return classification_tasks.jsonl_task(path, template, words, limit)
 
   if arguments.output and not Path(arguments.output).expanduser().parent.is_dir():
     raise ValueError(
       f"--output {arguments.output} lies in a folder that does not exist; make it first.")
-  task = read(arguments.task, arguments.limit)
-  train = read(arguments.train).rows if arguments.train else None
+  task, train = _task(arguments)
+  if task.skipped:
+    print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
+          "empty or repeated one, or no answer.", file=sys.stderr)
   source, tokenizer, partitioner = _load(arguments)
   scorer = OptionScorer(
     source.model, source.params(partitioner), partitioner, batch_tokens=arguments.batch_tokens
   )
-  with progress_lib.Progress(len(task.rows), "rows", "scoring") as bar:
+  prompts = sum(len(row.prompts) or 1 for row in task.rows)
+  with progress_lib.Progress(prompts, "prompts", "scoring") as bar:
     result = in_context.evaluate(
       scorer, tokenizer, task, shots=arguments.shots, seed=arguments.seed, train=train,
       balanced=arguments.balanced, normalisation=arguments.normalise, progress=bar.update,
@@ -233,11 +229,43 @@ def _score(arguments) -> None:
         file.write(json.dumps(in_context.record(task, result, i)) + "\n")
   print(f"accuracy {result.accuracy:.4f} (standard error {result.standard_error:.4f}), "
         f"{len(result.labels)} rows, {result.num_shots} shots, by {arguments.normalise}")
+  if not task.words:
+    return
   width = max(map(len, task.words))
   print(f"  {'label':{width}}  rows  predicted  right")
   for i, word in enumerate(task.words):
     print(f"  {word:{width}}  {result.confusion[i].sum():4}  {result.confusion[:, i].sum():9}  "
           f"{result.confusion[i, i]:5}")
+
+
+def _task(arguments):
+  """The task to score, and rows to draw demonstrations from where --train gives them."""
+  from lmops_jax.data import tasks
+
+  labels = [word.strip() for word in arguments.labels.split(",")] if arguments.labels else None
+  if arguments.template is None and not Path(arguments.task).suffix:
+    if arguments.train:
+      raise ValueError(
+        f"--train is for a --task that is a file; {arguments.task} draws from its own train split, "
+        "or from FOLDER/train.jsonl with --data FOLDER."
+      )
+    return tasks.named_task(
+      arguments.task, flavour=arguments.flavour, template=arguments.template_index,
+      data=arguments.data, limit=arguments.limit, labels=labels,
+    ), None
+  if arguments.template is None or labels is None:
+    raise ValueError(
+      f"--task {arguments.task} is a file, so it needs --template and --labels; see lmops score "
+      "--help."
+    )
+  if arguments.data or arguments.flavour or arguments.template_index:
+    raise ValueError(
+      "--data, --flavour and --template-index are for named tasks; leave them out for a file."
+    )
+  template = arguments.template.replace("\\n", "\n")
+  task = tasks.jsonl_task(arguments.task, template, labels, arguments.limit)
+  train = arguments.train and tasks.jsonl_task(arguments.train, template, labels).rows
+  return task, train
 
 
 def _prompts(arguments) -> list[str]:

@@ -179,3 +179,17 @@ def test_score_prints_accuracy_and_writes_every_row(lmops, folder, tmp_path):
   assert "needs --template and --labels" in error
   error = lmops("score", "--model", folder, "--task", "sst", fails=True)
   assert "no task 'sst'" in error and "sst2" in error
+
+
+def test_score_takes_named_tasks_from_a_folder(lmops, folder, tmp_path):
+  rows = [{"goal": f"g{i}", "sol1": "a", "sol2": "b" * i, "label": i % 2} for i in range(4)]
+  (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  base = ("score", "--model", folder, "--task", "piqa", "--data", tmp_path)
+  out = lmops(*base, "--flavour", "hf", "--normalise", "auto", "--output", tmp_path / "o.jsonl")
+  assert re.search(r"3 rows, 0 shots, by auto", out)  # the first has an empty option
+  rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+  assert [len(row["scores"]) for row in rows] == [2, 2, 2]
+  error = lmops(*base, "--template-index", 1, fails=True)
+  assert "no template 1 in flavour fs" in error
+  error = lmops(*base, "--train", tmp_path / "test.jsonl", fails=True)
+  assert "--train is for a --task that is a file" in error

@@ -1,8 +1,8 @@
 """Classification by what a language model finds likely: zero- and few-shot accuracy.
 
-Each row's template is filled up to the label, demonstrations stand in front, and the answer is the
-label word with the highest (normalised) log-likelihood. The same demonstrations stand in front of
-every row, so the model reads them once.
+Demonstrations stand in front of each row's prompt, and the answer is the option with the highest
+(normalised) log-likelihood. The same demonstrations stand in front of every row, so the model reads
+them once. Where the prompts differ by option (Winogrande), each option follows its own.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmops_jax.data.classification_tasks import Row, Task, demonstrations
 from lmops_jax.data.supervised import front_ids
+from lmops_jax.data.tasks import Example, Task, demonstrations
 from lmops_jax.decoding.scoring import OptionScorer, Request, total
 
-NORMALISATIONS = ("sum", "token", "char", "null")
+NORMALISATIONS = ("sum", "token", "char", "null", "auto")
 SEPARATOR = "\n\n"
-_NULL_FIELD = "N/A"  # Zhao et al. 2021, arXiv:2102.09690
 
 
 class Result(NamedTuple):
@@ -31,7 +30,8 @@ class Result(NamedTuple):
     row_ids: `[N]` ids of the scored rows, in the task's order.
     labels: `[N] int`.
     predictions: `[N] int`.
-    scores: `[N,labels] float64`, what the options are compared by.
+    scores: `[N,labels] float64`, what the options are compared by; -inf where a row has fewer
+      options than others.
     confusion: `[labels,labels] int`, rows of each label (first axis) by prediction.
     num_shots: demonstrations in front of each row.
     num_tokens: of all prompts with their options, shared ones counted each time.
@@ -90,7 +90,7 @@ def evaluate(
   *,
   shots: int = 0,
   seed: int = 0,
-  train: Sequence[Row] | None = None,
+  train: Sequence[Example] | None = None,
   balanced: bool = False,
   normalisation: str = "sum",
   separator: str = SEPARATOR,
@@ -101,25 +101,39 @@ def evaluate(
   Args:
     scorer: of the model.
     tokenizer: the model's.
-    task: rows, words and template.
+    task: rows with options.
     shots: demonstrations, drawn by (seed, row id).
     seed: of the draw.
-    train: rows to draw from; None draws from the task's own, which are then not scored.
+    train: rows to draw from; None draws from the task's `train`, or where it has none from its
+      rows, which are then not scored.
     balanced: as many demonstrations of each label.
     normalisation: "sum" of an option's token log-probabilities; their mean a "token"; the sum a
-      "char" of the option; "null", the sum less that after a prompt whose fields are "N/A" (same
-      demonstrations).
+      "char" of the option, blanks around it not counted; "null", the sum less that after a prompt
+      whose fields are "N/A" (same demonstrations); "auto", as the papers: the sum where all options
+      are one token, else the mean a token.
     separator: between demonstrations.
-    progress: called with the number of rows done since the last call.
+    progress: called with the number of prompts done since the last call: of rows, or where their
+      prompts differ by option, of options.
 
   Raises:
-    ValueError: an unknown normalisation, too few rows, two labels with the same tokens, or a
-      prompt longer than the model's context.
+    ValueError: an unknown normalisation, open answers, too few rows, two labels with the same
+      tokens, no prompt for "null", or a prompt longer than the model's context.
   """
   if normalisation not in NORMALISATIONS:
     raise ValueError(
       f"normalisation={normalisation!r} is not one of {', '.join(NORMALISATIONS)}."
     )
+  if task.metric != "accuracy":
+    raise ValueError(
+      f"the task {task.name} has open answers, to be generated and measured by {task.metric}; "
+      "options cannot be scored."
+    )
+  if normalisation == "null" and task.null_prompt is None:
+    raise ValueError(
+      f"normalisation='null' needs a prompt without content, and the rows of the task {task.name} "
+      "have options of their own; use 'auto' or another one."
+    )
+  train = task.train or None if train is None else train
   drawn = demonstrations(task.rows if train is None else train, shots, seed, balanced)
   used = {row.id for row in drawn}
   rows = [row for row in task.rows if row.id not in used] if train is None else list(task.rows)
@@ -128,25 +142,30 @@ def evaluate(
       f"the task {task.name} has {len(task.rows)} rows, all of them demonstrations; give others "
       "with --train."
     )
-  front = "".join(
-    task.template.filled(row.fields, task.words[row.label]) + separator for row in drawn
-  )
+  front = "".join(row.demonstration + separator for row in drawn)
   encoder = Encoder(tokenizer)
-  requests = [
-    encoder.split(front + task.template.context(row.fields), task.words) for row in rows
-  ]
+  scored = list(rows)
   if normalisation == "null":
-    nothing = dict.fromkeys(task.template.fields, _NULL_FIELD)
-    requests.append(encoder.split(front + task.template.context(nothing), task.words))
-  _check(requests, task)
+    scored.append(rows[0]._replace(prompt=task.null_prompt))
+  requests, counts = [], []
+  for row in scored:
+    of_row = _requests(encoder, front, row)
+    requests += of_row
+    counts.append(len(of_row))
+  if task.words:
+    _check(requests[0], task)
   try:
-    token_scores = scorer.score(requests, progress)
+    found = scorer.score(requests, progress)
   except ValueError as error:
     raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
-  scores = _normalised(normalisation, token_scores, requests, task.words)
+  token_scores, done = [], 0
+  for count in counts:  # one request with all options, or one a prompt
+    token_scores.append([scores for part in found[done : done + count] for scores in part])
+    done += count
+  scores = _normalised(normalisation, token_scores, scored)
   predictions = scores.argmax(axis=1)
   labels = np.array([row.label for row in rows])
-  confusion = np.zeros((len(task.words),) * 2, np.int64)
+  confusion = np.zeros((scores.shape[1],) * 2, np.int64)
   np.add.at(confusion, (labels, predictions), 1)
   accuracy = float(np.mean(predictions == labels))
   return Result(
@@ -156,9 +175,17 @@ def evaluate(
   )
 
 
-def _check(requests: Sequence[Request], task: Task) -> None:
+def _requests(encoder: Encoder, front: str, row: Example) -> list[Request]:
+  if not row.prompts:
+    return [encoder.split(front + row.prompt, row.options)]
+  return [
+    encoder.split(front + prompt, [option]) for prompt, option in zip(row.prompts, row.options)
+  ]
+
+
+def _check(request: Request, task: Task) -> None:
   seen: dict[tuple[int, ...], str] = {}
-  for word, option in zip(task.words, requests[0].options):
+  for word, option in zip(task.words, request.options):
     if not option:
       raise ValueError(f"the label {word!r} has no token in this model's vocabulary.")
     if tuple(option) in seen:
@@ -168,22 +195,29 @@ def _check(requests: Sequence[Request], task: Task) -> None:
     seen[tuple(option)] = word
 
 
-def _normalised(kind: str, token_scores, requests, words) -> np.ndarray:
+def _normalised(kind: str, token_scores, rows: Sequence[Example]) -> np.ndarray:
   """`[N,labels] float64`."""
-  sums = np.stack([total(scores) for scores in token_scores])
-  if kind == "null":
-    return sums[:-1] - sums[-1]
-  if kind == "token":
-    return sums / np.array([[len(option) for option in r.options] for r in requests])
-  if kind == "char":
-    return sums / np.array([[len(word) for word in words]])
-  return sums
+  if kind == "auto":
+    single = all(len(option) == 1 for of_row in token_scores for option in of_row)
+    kind = "sum" if single else "token"
+  scores = np.full((len(rows), max(map(len, token_scores))), -np.inf)
+  for i, (of_row, row) in enumerate(zip(token_scores, rows, strict=True)):
+    sums = total(of_row)
+    if kind == "token":
+      sums = sums / np.array([len(option) for option in of_row])
+    elif kind == "char":
+      sums = sums / np.array([len(option.strip()) for option in row.options])
+    scores[i, : len(sums)] = sums
+  return scores[:-1] - scores[-1] if kind == "null" else scores
 
 
 def record(task: Task, result: Result, index: int) -> dict[str, Any]:
-  """What a file of scores says about one row."""
-  return {
-    "id": int(result.row_ids[index]), "label": task.words[result.labels[index]],
-    "prediction": task.words[result.predictions[index]],
-    "scores": {word: float(x) for word, x in zip(task.words, result.scores[index])},
-  }
+  """What a file of scores says about one row: by label words, or by options' numbers."""
+  label, prediction = int(result.labels[index]), int(result.predictions[index])
+  scores = [float(x) for x in result.scores[index] if x != -np.inf]
+  found = {"id": int(result.row_ids[index]), "label": label, "prediction": prediction,
+           "scores": scores}
+  if task.words:
+    found.update(label=task.words[label], prediction=task.words[prediction],
+                 scores=dict(zip(task.words, scores, strict=True)))
+  return found

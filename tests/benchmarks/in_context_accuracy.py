@@ -28,7 +28,7 @@ keep_freed_memory()  # before jax
 import jax
 
 from lmops_jax import pretrained
-from lmops_jax.data.classification_tasks import demonstrations, jsonl_task
+from lmops_jax.data.tasks import demonstrations, jsonl_task
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import in_context
 

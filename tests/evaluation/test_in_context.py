@@ -1,5 +1,6 @@
 """Few-shot evaluation against a naive loop, on a tiny model with a byte tokenizer."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmops_jax import pretrained
-from lmops_jax.data import classification_tasks as tasks
+from lmops_jax.data import tasks
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import in_context
 from tests import model_folders
@@ -23,8 +24,12 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task():
-  rows = tuple(tasks.Row(i * 31, {"text": "ab" * (i % 5 + 1)}, i % 3) for i in range(12))
-  return tasks.Task("toy", rows, WORDS, tasks.Template("{text} is: {label}"))
+  rows = tuple(_row(i * 31, "ab" * (i % 5 + 1), i % 3) for i in range(12))
+  return tasks.Task("toy", rows, words=WORDS, null_prompt="N/A is:")
+
+
+def _row(identifier, text, label):
+  return tasks.Example(identifier, f"{text} is:", tuple(f" {word}" for word in WORDS), label)
 
 
 def _naive(loaded, prompt, word):
@@ -45,13 +50,13 @@ def test_scores_equal_a_naive_loop(loaded, task, normalisation):
     normalisation=normalisation,
   )
   drawn = tasks.demonstrations(task.rows, 2, 1)
-  front = "".join(f"{row.fields['text']} is: {WORDS[row.label]}\n\n" for row in drawn)
+  front = "".join(f"{row.prompt} {WORDS[row.label]}\n\n" for row in drawn)
   rest = [row for row in task.rows if row not in drawn]
   np.testing.assert_array_equal(result.row_ids, [row.id for row in rest])
   for scores, row in zip(result.scores, rest, strict=True):
     for score, word in zip(scores, WORDS):
-      want, count = _naive(loaded, f"{front}{row.fields['text']} is: ", word)
-      if normalisation == "token":
+      want, count = _naive(loaded, f"{front}{row.prompt} ", word)
+      if normalisation in ("token", "auto"):
         want /= count
       elif normalisation == "char":
         want /= len(word)
@@ -66,16 +71,19 @@ def test_scores_equal_a_naive_loop(loaded, task, normalisation):
 def test_demonstrations_come_from_the_train_rows_where_there_are_any(loaded, task):
   source, params, tokenizer = loaded
   scorer = OptionScorer(source.model, params)
-  train = [tasks.Row(5, {"text": "zz"}, 0), tasks.Row(6, {"text": "yy"}, 1)]
+  train = [_row(5, "zz", 0), _row(6, "yy", 1)]
   result = in_context.evaluate(scorer, tokenizer, task, shots=2, train=train)
   assert len(result.labels) == len(task.rows) and result.num_shots == 2
+  own = dataclasses.replace(task, train=tuple(train))
+  same = in_context.evaluate(scorer, tokenizer, own, shots=2)
+  np.testing.assert_array_equal(same.scores, result.scores)
   with pytest.raises(ValueError, match="3 demonstrations are asked for and there are 2 rows"):
     in_context.evaluate(scorer, tokenizer, task, shots=3, train=train)
   with pytest.raises(ValueError, match="has 12 rows, all of them demonstrations"):
     in_context.evaluate(scorer, tokenizer, task, shots=12)
   with pytest.raises(ValueError, match="toy with 11 demonstrations: request 0 .* the model 256 "):
     long = tasks.Task(
-      "toy", tuple(r._replace(fields={"text": "ab" * 20}) for r in task.rows), WORDS, task.template
+      "toy", tuple(_row(row.id, "ab" * 20, row.label) for row in task.rows), words=WORDS
     )
     in_context.evaluate(scorer, tokenizer, long, shots=11)
   with pytest.raises(ValueError, match="normalisation='mean' is not one of"):
@@ -113,3 +121,49 @@ def test_labels_with_the_same_tokens_are_refused(loaded, task):
 
   with pytest.raises(ValueError, match="'yes' and 'maybe' have the same tokens"):
     in_context.evaluate(OptionScorer(source.model, params), Blind(), task)
+
+
+def test_prompts_may_differ_by_option_and_options_by_row(loaded):
+  source, params, tokenizer = loaded
+  scorer = OptionScorer(source.model, params)
+  blanks = (
+    tasks.Example(1, "The ", (" ran.",) * 2, 1, prompts=("The cat", "The dog")),
+    tasks.Example(2, "A ", (" sat on it.",) * 2, 0, prompts=("A hen", "A cow")),
+  )
+  result = in_context.evaluate(
+    scorer, tokenizer, tasks.Task("blank", blanks), normalisation="auto"
+  )
+  for scores, row in zip(result.scores, blanks, strict=True):
+    for score, prompt, option in zip(scores, row.prompts, row.options):
+      want, count = _naive(loaded, prompt, option)
+      assert score == pytest.approx(want / count, abs=1e-3)
+  rows = (
+    tasks.Example(1, "Q one", (" a", " bb"), 1), tasks.Example(2, "Q two", (" a", " c", " dd"), 0)
+  )
+  result = in_context.evaluate(scorer, tokenizer, tasks.Task("own", rows), shots=1)
+  assert result.num_tokens and len(result.labels) == 1
+  result = in_context.evaluate(scorer, tokenizer, tasks.Task("own", rows))
+  assert result.scores.shape == (2, 3) and result.scores[0, 2] == -np.inf
+  assert result.scores[1, 2] == pytest.approx(_naive(loaded, "Q two ", "dd")[0], abs=1e-3)
+  assert len(in_context.record(tasks.Task("own", rows), result, 0)["scores"]) == 2
+  with pytest.raises(ValueError, match="needs a prompt without content"):
+    in_context.evaluate(scorer, tokenizer, tasks.Task("own", rows), normalisation="null")
+
+
+def test_auto_sums_where_every_option_is_one_token(loaded):
+  source, params, tokenizer = loaded
+  scorer = OptionScorer(source.model, params)
+  rows = tuple(tasks.Example(i, f"text {i}:", ("x", "y"), 0) for i in range(3))
+  task = tasks.Task("one", rows, words=("x", "y"))
+  found = [
+    in_context.evaluate(scorer, tokenizer, task, normalisation=kind).scores
+    for kind in ("auto", "sum")
+  ]
+  np.testing.assert_array_equal(*found)
+
+
+def test_open_answers_are_not_scored(loaded):
+  source, params, tokenizer = loaded
+  task = tasks.Task("nq", (tasks.Example(1, "Q", (), -1, ("a",)),), metric="exact_match")
+  with pytest.raises(ValueError, match="nq has open answers"):
+    in_context.evaluate(OptionScorer(source.model, params), tokenizer, task)

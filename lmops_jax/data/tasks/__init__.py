@@ -1,0 +1,29 @@
+"""Tasks for in-context learning: formatted rows, and where they come from.
+
+A `Task` holds rows that are already text: a prompt, the options that may follow it, the right one.
+`named_task` makes those of structured prompting (arXiv:2212.06713) and of the meta-optimizer paper
+(arXiv:2212.10559) from tfds or from a folder of JSON lines, `jsonl_task` any from a file and a
+template, `kind_task` one from an embedded corpus, without any download. Nothing here imports
+TensorFlow or jax on import.
+"""
+
+from lmops_jax.data.tasks.installed_kind import kind_task
+from lmops_jax.data.tasks.named import named_task
+from lmops_jax.data.tasks.registry import ENTRIES, FLAVOURS
+from lmops_jax.data.tasks.seqio_tasks import register_jsonl_seqio_task, register_seqio_tasks
+from lmops_jax.data.tasks.task import Example, Task, demonstrations
+from lmops_jax.data.tasks.templates import Template, jsonl_task
+
+__all__ = [
+  "ENTRIES",
+  "FLAVOURS",
+  "Example",
+  "Task",
+  "Template",
+  "demonstrations",
+  "jsonl_task",
+  "kind_task",
+  "named_task",
+  "register_jsonl_seqio_task",
+  "register_seqio_tasks",
+]

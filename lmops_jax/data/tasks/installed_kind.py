@@ -1,0 +1,133 @@
+"""A classification task without any download: of which kind is an excerpt of the embedded corpus?
+
+The kinds are those of `data.installed_text`: code, documentation, headers, licences, and so on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from lmops_jax.data.documents import Document
+from lmops_jax.data.hashing import order_key
+from lmops_jax.data.tasks.task import Example, Task
+
+NAME = "installed_kind"
+WORDS = {  # of kinds whose name is not the word to say
+  "docstring": "documentation", "licence": "license", "markup": "markup",
+}
+TEMPLATES = {  # by flavour
+  "fs": {0: "Text: {text} Type:"},
+  "plain": {0: "Text: {text}\nType:"},
+}
+
+
+def kind_task(
+  documents: Iterable[Document],
+  *,
+  num_kinds: int = 5,
+  num_rows: int = 500,
+  num_train: int = 500,
+  seed: int = 0,
+  num_chars: int = 240,
+  template: str = TEMPLATES["fs"][0],
+  words: dict[str, str] | None = None,
+) -> Task:
+  """Excerpts of documents, to be classified by the document's kind.
+
+  Args:
+    documents: with kinds; of each, one excerpt is taken.
+    num_kinds: the most frequent ones that are kept (by documents, then by name), at least 2.
+    num_rows, num_train: rows to evaluate on and to draw demonstrations from, at most; each kind
+      has equally many, the kinds in turn. Both are fewer where the rarest kind has too few.
+    seed: which documents these are, by (seed, id).
+    num_chars: of an excerpt, at most; it starts at a line a third into the document, white space
+      collapsed to blanks, and ends at a blank.
+    template: with `{text}`; the word follows after a blank.
+    words: of kinds, where not the kind's own name; None: `WORDS`.
+
+  Raises:
+    ValueError: fewer than two kinds, or no row to evaluate on of some kind.
+  """
+  if num_kinds < 2 or min(num_rows, num_chars) < 1 or num_train < 0:
+    raise ValueError(
+      f"num_kinds={num_kinds} must be at least 2, num_rows={num_rows} and num_chars={num_chars} at "
+      f"least 1, num_train={num_train} at least 0."
+    )
+  held = list(documents)
+  counts = Counter(document.kind for document in held)
+  kinds = sorted(sorted(counts, key=lambda kind: (-counts[kind], kind))[:num_kinds])
+  if len(kinds) < 2:
+    raise ValueError(
+      f"the documents have {len(kinds)} kinds ({', '.join(kinds) or 'no documents'}); a task needs "
+      "two."
+    )
+  names = tuple((WORDS if words is None else words).get(kind, kind) for kind in kinds)
+  held.sort(key=lambda document: (order_key(document.id, seed), document.id))
+  each = {kind: [] for kind in kinds}
+  wanted = -(-num_rows // len(kinds)) + -(-num_train // len(kinds))
+  seen = set()
+  for document in held:
+    if document.kind not in each or len(each[document.kind]) == wanted:
+      continue
+    text = excerpt(document.text, num_chars)
+    if text and text not in seen:  # licences repeat each other
+      seen.add(text)
+      label = kinds.index(document.kind)
+      prompt = template.format(text=text)
+      options = tuple(f" {name}" for name in names)
+      each[document.kind].append(Example(document.id, prompt, options, label))
+  num_each = min(map(len, each.values()))
+  if num_each < wanted:  # both parts shrink alike
+    share = num_each * len(kinds) / (num_rows + num_train)
+    num_rows, num_train = int(share * num_rows), int(share * num_train)
+  if num_rows < len(kinds):
+    raise ValueError(
+      f"there are {num_each} different excerpts of the rarest of the kinds {', '.join(kinds)}, too "
+      "few for rows of each; give more documents or ask for fewer kinds."
+    )
+  in_turn = [each[kind][i] for i in range(num_each) for kind in kinds]
+  return Task(
+    NAME, tuple(in_turn[:num_rows]), tuple(in_turn[-num_train:] if num_train else ()), names,
+    template.format(text="N/A"),
+  )
+
+
+def excerpt(text: str, num_chars: int) -> str:
+  """At most `num_chars` on one line, from a line a third into the text on, ended at a blank."""
+  start = text.find("\n", len(text) // 3) + 1 if len(text) > num_chars else 0
+  if len(text) - start < num_chars:
+    start = 0
+  words = text[start : start + 20 * num_chars].split()
+  line = " ".join(words)
+  if len(line) <= num_chars:
+    return line
+  cut = line[: num_chars + 1]
+  return cut[: cut.rindex(" ")] if " " in cut.strip() else line[:num_chars]
+
+
+def installed_kind(
+  *, flavour: str | None = None, template: int = 0, limit: int | None = None
+) -> Task:
+  """`kind_task` of this interpreter's site-packages; reads the whole corpus, some 20 seconds.
+
+  Raises:
+    ValueError: no such flavour or template.
+  """
+  from lmops_jax.data.installed_text import InstalledText
+  from lmops_jax.settings import nearest
+
+  flavour = next(iter(TEMPLATES)) if flavour is None else flavour
+  if flavour not in TEMPLATES:
+    raise ValueError(
+      f"the task {NAME} has no flavour {flavour!r}{nearest(flavour, TEMPLATES)} It has "
+      f"{', '.join(TEMPLATES)}."
+    )
+  if template not in TEMPLATES[flavour]:
+    raise ValueError(
+      f"the task {NAME} has no template {template} in flavour {flavour}; its index is 0."
+    )
+  return kind_task(
+    InstalledText().documents(), num_rows=500 if limit is None else limit,
+    template=TEMPLATES[flavour][template],
+  )

@@ -1,0 +1,166 @@
+"""What an evaluation in context works on: formatted rows, and demonstrations drawn from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lmops_jax.data.hashing import order_key
+
+METRICS = ("accuracy", "exact_match", "f1")
+
+
+class Example(NamedTuple):
+  """One formatted row.
+
+  Attributes:
+    id: stable, from dataset or file and row.
+    prompt: text in front of the answer.
+    options: the answers as they follow the prompt, a leading space included where there is one;
+      () where the answer is open.
+    label: index into `options`; -1 where the answer is open.
+    answers: gold answers of an open row, without leading space.
+    prompts: one prompt an option, where they differ (Winogrande, Winograd); the options are then
+      the text that follows each, and `prompt` is what the prompts have in common.
+  """
+
+  id: int
+  prompt: str
+  options: tuple[str, ...]
+  label: int
+  answers: tuple[str, ...] = ()
+  prompts: tuple[str, ...] = ()
+
+  @property
+  def demonstration(self) -> str:
+    """The whole text with the right answer; of an open row, with the last answer listed."""
+    if not self.options:
+      return f"{self.prompt} {self.answers[-1]}"
+    prompt = self.prompts[self.label] if self.prompts else self.prompt
+    return prompt + self.options[self.label]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Rows to evaluate on, and rows to draw demonstrations from.
+
+  Attributes:
+    name: for reports.
+    rows: to evaluate on.
+    train: to draw demonstrations from; (): from `rows`, which are then not evaluated on.
+    words: what stands for each label, where all rows share their options, in the labels' order.
+    null_prompt: a prompt whose fields are "N/A", for calibration (arXiv:2102.09690); None where
+      the prompt is the question itself.
+    metric: "accuracy", or of open answers "exact_match" or "f1".
+    skipped: rows left out while reading, `train` included: not as many options as the task has,
+      an empty or repeated option, an empty prompt, no answer.
+
+  Raises:
+    ValueError: no rows, a row without prompt, one option only, an empty or repeated option, a
+      label outside of the options, an open row without answer, equal words.
+  """
+
+  name: str
+  rows: tuple[Example, ...]
+  train: tuple[Example, ...] = ()
+  words: tuple[str, ...] = ()
+  null_prompt: str | None = None
+  metric: str = "accuracy"
+  skipped: int = 0
+
+  def __post_init__(self):
+    if self.metric not in METRICS:
+      raise ValueError(f"metric={self.metric!r} is not one of {', '.join(METRICS)}.")
+    if self.words:
+      _check_words(self.words)
+    if not self.rows:
+      raise ValueError(
+        f"the task {self.name} has no rows" + (
+          f" ({self.skipped} were left out)." if self.skipped else "."
+        )
+      )
+    for example in (*self.rows, *self.train):
+      problem = problem_of(example)
+      if problem is None and self.words and len(example.options) != len(self.words):
+        problem = f"has {len(example.options)} options for {len(self.words)} label words"
+      if problem is None and (self.metric == "accuracy") != bool(example.options):
+        problem = f"does not fit metric={self.metric!r}: it has {len(example.options)} options"
+      if problem is not None:
+        raise ValueError(f"row {example.id} of the task {self.name} {problem}.")
+
+
+def _check_words(words: Sequence[str]) -> None:
+  if len(set(words)) < 2 or len(set(words)) < len(words):
+    raise ValueError(
+      f"the labels {', '.join(map(repr, words))} must be at least two different words."
+    )
+  if not all(word.strip() for word in words):
+    raise ValueError(
+      f"the labels {', '.join(map(repr, words))} hold an empty word, which has no likelihood; give "
+      "each label a word."
+    )
+
+
+def problem_of(example: Example) -> str | None:
+  """Why a row cannot be evaluated on, as the end of a sentence; None if it can."""
+  if not all(prompt.strip() for prompt in (example.prompts or (example.prompt,))):
+    return "has an empty prompt"
+  if not example.options:
+    if not example.answers or not all(answer.strip() for answer in example.answers):
+      return "has neither options nor an answer"
+    return None if example.label == -1 else f"has the label {example.label} and no options"
+  if len(example.options) < 2:
+    return f"has one option only, {example.options[0]!r}"
+  if not all(option.strip() for option in example.options):
+    return "has an empty option"
+  whole = list(zip(example.prompts or [""] * len(example.options), example.options))
+  if len(example.prompts) not in (0, len(example.options)):
+    return f"has {len(example.prompts)} prompts for {len(example.options)} options"
+  if len(set(whole)) < len(whole):
+    return "has the same option twice"
+  if not 0 <= example.label < len(example.options):
+    return f"has the label {example.label}; its {len(example.options)} options have 0 to " + str(
+      len(example.options) - 1
+    )
+  return None
+
+
+def demonstrations(
+  rows: Sequence[Example], count: int, seed: int, balanced: bool = False
+) -> list[Example]:
+  """`count` rows in an order, both by (seed, row id), so that they do not depend on others.
+
+  Args:
+    rows: to draw from.
+    count: how many.
+    seed: of the draw.
+    balanced: as equal numbers of each label as `count` allows, labels in turn.
+
+  Raises:
+    ValueError: there are fewer rows (or, balanced, fewer of a label).
+  """
+  if count < 0:
+    raise ValueError(f"{count} demonstrations are asked for; ask for 0 or more.")
+  ordered = sorted(rows, key=lambda row: (order_key(row.id, seed), row.id))
+  if count > len(ordered):
+    raise ValueError(
+      f"{count} demonstrations are asked for and there are {len(ordered)} rows to draw from; ask "
+      "for fewer, or give a larger file with --train."
+    )
+  if not balanced:
+    return ordered[:count]
+  of_label: dict[int, list[Example]] = {}
+  for row in ordered:
+    of_label.setdefault(row.label, []).append(row)
+  turns = sorted(of_label, key=lambda label: order_key(label, seed))
+  chosen: list[Example] = []
+  for turn in range(count):
+    label = turns[turn % len(turns)]
+    if not of_label[label]:
+      raise ValueError(
+        f"{count} balanced demonstrations need more rows of label {label} than there are; ask for "
+        "fewer, or give a larger file with --train."
+      )
+    chosen.append(of_label[label].pop(0))
+  return sorted(chosen, key=lambda row: (order_key(row.id, seed + 1), row.id))
