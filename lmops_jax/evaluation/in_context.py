@@ -16,6 +16,7 @@ import numpy as np
 from lmops_jax.data.supervised import front_ids
 from lmops_jax.data.tasks import Example, Task, demonstrations
 from lmops_jax.decoding.scoring import OptionScorer, Request, total
+from lmops_jax.models.cache import Prefix
 
 NORMALISATIONS = ("sum", "token", "char", "null", "auto")
 SEPARATOR = "\n\n"
@@ -56,13 +57,13 @@ class Encoder:
   falls inside a token, the option is encoded by itself.
 
   Args:
-    tokenizer: with `encode(text, add_special)`; what it puts in front of a text stands once in
-      front of a prompt, what it puts behind is left out.
+    tokenizer: with `encode(text, add_special)`; what it puts behind a text is left out.
+    start: ids in front of a prompt; None takes what the tokenizer puts there.
   """
 
-  def __init__(self, tokenizer):
+  def __init__(self, tokenizer, start: Sequence[int] | None = None):
     self._tokenizer = tokenizer
-    self.start = front_ids(tokenizer)
+    self.start = front_ids(tokenizer) if start is None else list(start)
 
   def encode(self, text: str) -> list[int]:
     """A prompt with what the model wants in front of it."""
@@ -143,7 +144,29 @@ def evaluate(
       "with --train."
     )
   front = "".join(row.demonstration + separator for row in drawn)
-  encoder = Encoder(tokenizer)
+  try:
+    scores, num_tokens = score_rows(
+      scorer, Encoder(tokenizer), task, rows, front=front, normalisation=normalisation,
+      progress=progress)
+  except ValueError as error:
+    raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
+  return outcome(rows, scores, shots, num_tokens)
+
+
+def score_rows(
+  scorer: OptionScorer, encoder: Encoder, task: Task, rows: Sequence[Example], *, front: str = "",
+  normalisation: str = "sum", prefix: Prefix | None = None,
+  progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, int]:
+  """What the options of each row are compared by, `[N,options] float64`, and the tokens read.
+
+  Args:
+    rows: of the task.
+    front: text in front of every prompt.
+    prefix: what stands in front of every row already, see `OptionScorer.score`; the encoder then
+      has no start.
+    For the others see `evaluate`.
+  """
   scored = list(rows)
   if normalisation == "null":
     scored.append(rows[0]._replace(prompt=task.null_prompt))
@@ -154,15 +177,19 @@ def evaluate(
     counts.append(len(of_row))
   if task.words:
     _check(requests[0], task)
-  try:
-    found = scorer.score(requests, progress)
-  except ValueError as error:
-    raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
+  found = scorer.score(requests, progress, prefix)
   token_scores, done = [], 0
   for count in counts:  # one request with all options, or one a prompt
     token_scores.append([scores for part in found[done : done + count] for scores in part])
     done += count
-  scores = _normalised(normalisation, token_scores, scored)
+  num_tokens = sum(len(r.context) + sum(map(len, r.options)) for r in requests)
+  return _normalised(normalisation, token_scores, scored), num_tokens
+
+
+def outcome(
+  rows: Sequence[Example], scores: np.ndarray, num_shots: int, num_tokens: int
+) -> Result:
+  """The best option of each row against its label; of equals the first."""
   predictions = scores.argmax(axis=1)
   labels = np.array([row.label for row in rows])
   confusion = np.zeros((scores.shape[1],) * 2, np.int64)
@@ -170,8 +197,8 @@ def evaluate(
   accuracy = float(np.mean(predictions == labels))
   return Result(
     accuracy, math.sqrt(accuracy * (1 - accuracy) / len(rows)),
-    np.array([row.id for row in rows]), labels, predictions, scores, confusion, shots,
-    sum(len(r.context) + sum(map(len, r.options)) for r in requests),
+    np.array([row.id for row in rows]), labels, predictions, scores, confusion, num_shots,
+    num_tokens,
   )
 
 

@@ -253,8 +253,9 @@ def test_a_readout_is_what_attention_computed(make_tiny):
     np.testing.assert_allclose(found.attention[0], want, rtol=2e-4, atol=2e-4)
 
 
-def test_wide_numbers_stay_exact(tiny):
-  """In float64 one group equals the concatenation to rounding."""
+def test_wide_numbers_stay_exact(make_tiny):
+  """In float64 one group equals the concatenation to rounding (rotary angles are float32)."""
+  tiny = make_tiny(positions="alibi")
   with jax.enable_x64(True):
     config = dataclasses.replace(tiny.model.config, dtype="float64", param_dtype="float64")
     wide = type(tiny)(

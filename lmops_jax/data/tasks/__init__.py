@@ -7,6 +7,7 @@ template, `kind_task` one from an embedded corpus, without any download. Nothing
 TensorFlow or jax on import.
 """
 
+from lmops_jax.data.tasks.choice import TaskChoice, read_task, write_task
 from lmops_jax.data.tasks.installed_kind import kind_task
 from lmops_jax.data.tasks.named import named_task
 from lmops_jax.data.tasks.registry import ENTRIES, FLAVOURS
@@ -19,11 +20,14 @@ __all__ = [
   "FLAVOURS",
   "Example",
   "Task",
+  "TaskChoice",
   "Template",
   "demonstrations",
   "jsonl_task",
   "kind_task",
   "named_task",
+  "read_task",
   "register_jsonl_seqio_task",
   "register_seqio_tasks",
+  "write_task",
 ]

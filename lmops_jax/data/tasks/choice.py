@@ -1,0 +1,118 @@
+"""A task as a gin file names it, with the rows that are evaluated on chosen by their ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+
+from lmops_jax.data.files import Jsonl
+from lmops_jax.data.tasks.named import named_task
+from lmops_jax.data.tasks.task import Example, Task, demonstrations
+from lmops_jax.data.tasks.templates import jsonl_task
+
+_FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+@gin.register("choose", module="tasks")
+@dataclasses.dataclass(frozen=True)
+class TaskChoice:
+  """Which task, from where, in which words.
+
+  Attributes:
+    task: one of `lmops list tasks`, "installed_kind" among them, or a file of JSON lines, which
+      then needs `template` as text and `labels`.
+    data: folder of a named task's rows; None takes tfds.
+    flavour: wording of a named task; None is its first.
+    template: index within the flavour, or for a file text such as "Review: {text} Label: {label}".
+    labels: of a file its label words; of a folder the words in the order of its numbers.
+    num_rows: rows to evaluate on at most, chosen by (rows_seed, id); None is all of them. Where
+      there is no other part, those not chosen are drawn from.
+    rows_seed: of that choice, the same for all seeds of a study.
+    data_dir: where tfds keeps datasets.
+    label: in reports; None is the task's name.
+
+  Raises:
+    ValueError: for a file without template or labels, or values out of range.
+  """
+
+  task: str
+  data: str | None = None
+  flavour: str | None = None
+  template: int | str = 0
+  labels: Sequence[str] | None = None
+  num_rows: int | None = 500
+  rows_seed: int = 1
+  data_dir: str | None = None
+  label: str | None = None
+
+  def __post_init__(self):
+    if self.num_rows is not None and self.num_rows < 1:
+      raise ValueError(f"tasks.choose.num_rows={self.num_rows} must be at least 1, or None.")
+    if self.is_file and (isinstance(self.template, int) or not self.labels):
+      raise ValueError(
+        f"tasks.choose.task={self.task!r} is a file, so it needs tasks.choose.template, such as "
+        "'Review: {text} Sentiment: {label}', and tasks.choose.labels."
+      )
+    if not self.is_file and isinstance(self.template, str):
+      raise ValueError(
+        f"tasks.choose.template={self.template!r} is text and {self.task!r} no .jsonl file; give "
+        "the index of one of the task's templates (lmops list tasks)."
+      )
+
+  @property
+  def is_file(self) -> bool:
+    """Whether `task` is a path."""
+    return self.task.endswith(_FILES)
+
+  @property
+  def name(self) -> str:
+    """In stages and reports."""
+    return self.label or (Path(self.task).name.split(".")[0] if self.is_file else self.task)
+
+  def fingerprints(self) -> dict[str, str]:
+    """What local files hold, as settings of a stage."""
+    place = self.task if self.is_file else self.data
+    if place is None:
+      return {}
+    path = Path(place).expanduser()
+    files = [path] if self.is_file else sorted(p for p in path.glob("*") if p.name.endswith(_FILES))
+    return {f"task.{file.name}": Jsonl(str(file)).fingerprint() for file in files if file.is_file()}
+
+  def load(self) -> Task:
+    """The rows.
+
+    Raises:
+      ValueError: see `named_task` and `jsonl_task`.
+    """
+    if self.is_file:
+      whole = jsonl_task(self.task, self.template, self.labels)
+    else:
+      whole = named_task(
+        self.task, flavour=self.flavour, template=self.template, data=self.data,
+        data_dir=self.data_dir, labels=self.labels)
+    if self.num_rows is None or self.num_rows >= len(whole.rows):
+      return dataclasses.replace(whole, name=self.name)
+    chosen = {row.id for row in demonstrations(whole.rows, self.num_rows, self.rows_seed)}
+    return dataclasses.replace(
+      whole, name=self.name, rows=tuple(row for row in whole.rows if row.id in chosen),
+      train=whole.train or tuple(row for row in whole.rows if row.id not in chosen))
+
+
+def write_task(path: Path, task: Task) -> None:
+  """Writes a task as one JSON file, readable by `read_task`."""
+  found = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
+  path.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_task(path: Path) -> Task:
+  """What `write_task` wrote."""
+  found = json.loads(path.read_text(encoding="utf-8"))
+  for part in ("rows", "train"):
+    found[part] = tuple(
+      Example(*(tuple(value) if isinstance(value, list) else value for value in row))
+      for row in found[part])
+  return Task(**{**found, "words": tuple(found["words"])})

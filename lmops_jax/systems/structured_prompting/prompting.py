@@ -1,0 +1,251 @@
+"""One evaluation: demonstrations to groups, groups to a prefix, and all rows behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import gin
+import jax
+import numpy as np
+
+from lmops_jax.data.tasks import Example, Task
+from lmops_jax.decoding import GenerationOptions, Generator, prefixes
+from lmops_jax.decoding.scoring import OptionScorer, Request
+from lmops_jax.evaluation import answers, in_context
+from lmops_jax.models.cache import Prefix
+from lmops_jax.systems.structured_prompting import grouping
+
+EOS = "eos"
+
+
+@gin.register(module="structured_prompting")
+@dataclasses.dataclass(frozen=True)
+class Prompting:
+  """How demonstrations and rows are put before the model.
+
+  Attributes:
+    strategy: of `grouping.STRATEGIES`.
+    group_tokens: most tokens of a group, BOS included; None is what the model's positions leave
+      beside the longest row, which also bounds a larger number.
+    separator: text behind each demonstration, or "eos" for the end token (the published one where
+      groups have a common BOS).
+    bos: groups and rows have a common BOS; None: where the tokenizer puts one in front of texts.
+    scale: what a row's own tokens weigh; None is the number of groups.
+    balanced: demonstrations with as many of each label.
+    normalisation: of options' scores, see `in_context.evaluate`; "auto" is the papers'.
+    spread: leave the groups spread over the mesh's data axis.
+    batch_tokens: most token positions of a batch of rows.
+    max_new_tokens, num_beams, length_penalty: of open answers.
+
+  Raises:
+    ValueError: for values out of range.
+  """
+
+  strategy: str = "even"
+  group_tokens: int | None = None
+  separator: str = in_context.SEPARATOR
+  bos: bool | None = None
+  scale: float | None = None
+  balanced: bool = False
+  normalisation: str = "auto"
+  spread: bool = False
+  batch_tokens: int = 4096
+  max_new_tokens: int = 30
+  num_beams: int = 3
+  length_penalty: float = 0.6
+
+  def __post_init__(self):
+    name = "structured_prompting.Prompting"
+    for field, choices in (
+      ("strategy", grouping.STRATEGIES),
+      ("normalisation", tuple(n for n in in_context.NORMALISATIONS if n != "null")),
+    ):
+      if getattr(self, field) not in choices:
+        raise ValueError(
+          f"{name}.{field}={getattr(self, field)!r} is not one of {', '.join(choices)}.")
+    if self.group_tokens is not None and self.group_tokens < 1:
+      raise ValueError(f"{name}.group_tokens={self.group_tokens} must be at least 1, or None.")
+    if not self.separator:
+      raise ValueError(f"{name}.separator is empty; demonstrations would run into each other.")
+    if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
+      raise ValueError(f"{name}.scale={self.scale} must be finite and positive, or None.")
+
+
+class Measured(NamedTuple):
+  """What one evaluation found.
+
+  Attributes:
+    metric: accuracy, or exact match or F1 of open answers, between 0 and 1.
+    predictions: `[N]`, indices of options or texts.
+    num_groups, num_tokens, drawn, used, skipped: of the demonstrations, see `grouping.Groups`.
+    window: tokens of the longest group.
+    read_seconds, rows_seconds: for the groups, and for all rows; compilation included.
+    cache_bytes: of the groups' keys and values.
+  """
+
+  metric: float
+  predictions: list[Any]
+  num_groups: int
+  window: int
+  num_tokens: int
+  drawn: int
+  used: int
+  skipped: int
+  read_seconds: float
+  rows_seconds: float
+  cache_bytes: int
+
+
+class Prompter:
+  """A model with its tokenizer, ready to be prompted; programs are compiled once and kept."""
+
+  def __init__(self, model, params, tokenizer, prompting: Prompting, partitioner=None):
+    """
+    Raises:
+      ValueError: for a tokenizer without the BOS or end token that `prompting` asks for.
+    """
+    self.prompting, self._model, self._tokenizer = prompting, model, tokenizer
+    self._partitioner = partitioner
+    self._rows = prefixes.rows_partitioner(partitioner, prompting.spread)
+    start = in_context.Encoder(tokenizer).start
+    if prompting.bos is not False and len(start) > 1:
+      raise ValueError(
+        f"this tokenizer puts {len(start)} tokens in front of a text, and groups share one; set "
+        "structured_prompting.Prompting.bos to False."
+      )
+    if prompting.bos is True and not start and tokenizer.bos_id is None:
+      raise ValueError(
+        "structured_prompting.Prompting.bos is True and this tokenizer has no BOS token; set it to "
+        "None or False."
+      )
+    wanted = bool(start) if prompting.bos is None else prompting.bos
+    self.bos_id = (start[0] if start else tokenizer.bos_id) if wanted else None
+    if prompting.separator == EOS and tokenizer.eos_id is None:
+      raise ValueError(
+        'structured_prompting.Prompting.separator is "eos" and this tokenizer has no end token; '
+        "give a text."
+      )
+    self._encoder = in_context.Encoder(tokenizer, start=())
+    self.scorer = OptionScorer(model, params, self._rows, batch_tokens=prompting.batch_tokens)
+    self._generator = None
+
+  def demonstrations(self, examples: Sequence[Example]) -> list[list[int]]:
+    """Token ids of each, tokenised on its own, with the separator behind."""
+    if self.prompting.separator == EOS:
+      end = [self._tokenizer.eos_id]
+      return [self._encoder.encode(example.demonstration) + end for example in examples]
+    return [
+      self._encoder.encode(example.demonstration + self.prompting.separator)
+      for example in examples]
+
+  def budget(self, rows: Sequence[Example]) -> int:
+    """Most tokens of a group, BOS included, so that every row fits behind it.
+
+    Raises:
+      ValueError: naming the longest row, where it leaves no room.
+    """
+    lengths = [self._length(row) for row in rows]
+    longest = int(np.argmax(lengths))
+    room = self._model.config.max_length - lengths[longest]
+    if room < 1 + (self.bos_id is not None):
+      raise ValueError(
+        f"row {rows[longest].id} has {lengths[longest]} tokens with its answer, which leaves no "
+        f"room for a demonstration in the model's {self._model.config.max_length} positions; take "
+        "it out, or ask for no demonstrations."
+      )
+    asked = self.prompting.group_tokens
+    return room if asked is None else min(asked, room)
+
+  def in_one_window(self, demos: Sequence[Sequence[int]], budget: int) -> int:
+    """How many of the demonstrations fit into one group: ordinary prompting's limit."""
+    room = budget - (self.bos_id is not None)
+    return int(np.sum(np.cumsum([len(demo) for demo in demos]) <= room))
+
+  def groups(self, demos: Sequence[Sequence[int]], budget: int) -> grouping.Groups:
+    """See `grouping.pack`."""
+    blank = self._tokenizer.encode(" ", False)
+    return grouping.pack(
+      demos, budget, self.prompting.strategy, bos_id=self.bos_id,
+      space_id=blank[0] if len(blank) == 1 else None)
+
+  def read(self, groups: grouping.Groups) -> Prefix:
+    """The groups as what stands in front of every row."""
+    prompting = self.prompting
+    return prefixes.read_groups(
+      self._model, self.scorer.params, groups.ids, groups.mask, bos_id=self.bos_id,
+      scale=prompting.scale if groups.num_groups else None, partitioner=self._partitioner,
+      spread=prompting.spread)
+
+  def evaluate(
+    self, task: Task, rows: Sequence[Example], demos: Sequence[Sequence[int]], budget: int | None,
+    progress: Callable[[int], None] | None = None,
+  ) -> Measured:
+    """Reads the demonstrations and answers all rows.
+
+    Args:
+      task: what the rows belong to.
+      rows: to answer, at least one.
+      demos: of `demonstrations`; none for zero-shot.
+      budget: of `budget`; None without demonstrations.
+      progress: called with the number of rows done since the last call.
+
+    Raises:
+      ValueError: no rows, equal label tokens, or what `grouping.pack` and `prefixes` refuse.
+    """
+    if not rows:
+      raise ValueError(f"the task {task.name} has no rows to evaluate on.")
+    start = time.monotonic()
+    groups = self.groups(demos, budget if demos else 1 + (self.bos_id is not None))
+    prefix = jax.block_until_ready(self.read(groups))
+    between = time.monotonic()
+    if task.metric == "accuracy":
+      scores, _ = in_context.score_rows(
+        self.scorer, self._encoder, task, rows, normalisation=self.prompting.normalisation,
+        prefix=prefix, progress=progress)
+      result = in_context.outcome(rows, scores, len(demos), 0)
+      metric, predictions = result.accuracy, result.predictions.tolist()
+    else:
+      predictions = self._answers(rows, prefix)
+      of_one = answers.METRICS[task.metric]
+      metric = float(np.mean([of_one(text, row.answers) for text, row in zip(predictions, rows)]))
+      if progress:
+        progress(len(rows))
+    end = time.monotonic()
+    window = groups.ids.shape[1]
+    keys = prefix.cache.keys
+    return Measured(
+      metric, predictions, groups.num_groups, window, groups.num_tokens, groups.drawn, groups.used,
+      groups.skipped, between - start, end - between,
+      2 * sum(layer.nbytes for layer in keys) if demos else 0)
+
+  def _answers(self, rows, prefix) -> list[str]:
+    if self._generator is None:
+      self._generator = Generator(
+        self._model, self.scorer.params, self._tokenizer, partitioner=self._rows)
+    options = GenerationOptions(
+      max_new_tokens=self.prompting.max_new_tokens, num_beams=self.prompting.num_beams,
+      length_penalty=self.prompting.length_penalty)
+    stop = () if self.prompting.separator == EOS else (self.prompting.separator,)
+    found = self._generator.generate(
+      [row.prompt for row in rows], options, stop=stop, prefix=prefix)
+    return [generation.text.strip() for generation in found]
+
+  def num_row_tokens(self, row: Example) -> int:
+    """Tokens that are read for a row, without those before it."""
+    if not row.options:
+      return len(self._encoder.encode(row.prompt)) + self.prompting.max_new_tokens
+    return sum(len(r.context) + sum(map(len, r.options)) for r in self._requests(row))
+
+  def _length(self, row: Example) -> int:
+    """Positions that a row takes."""
+    if not row.options:
+      return self.num_row_tokens(row)
+    return max(len(r.context) + max(map(len, r.options)) for r in self._requests(row))
+
+  def _requests(self, row: Example) -> list[Request]:
+    if row.prompts:
+      return [self._encoder.split(p, [o]) for p, o in zip(row.prompts, row.options)]
+    return [self._encoder.split(row.prompt, row.options)]

@@ -1,0 +1,205 @@
+"""Stage `report`: accuracy and cost against the number of demonstrations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gin
+import numpy as np
+
+from lmops_jax import pipeline, progress
+from lmops_jax.reporting import html, plots
+from lmops_jax.reporting.summary import write_summary
+
+REQUIRED = ("tasks.*.counts[].metric", "tasks.*.seeds", "stages[].seconds")
+
+
+@gin.register(module="structured_prompting")
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What the report shows.
+
+  Attributes:
+    log_counts: a logarithmic axis of demonstrations, zero-shot drawn at 1.
+  """
+
+  log_counts: bool = True
+
+
+def run(
+  context: pipeline.StageContext, *, config: Report, evaluated: Sequence[tuple[str, int, str]],
+  stages: Sequence[str], model: str,
+) -> None:
+  """Writes `summary.json`, the plots and `index.html`.
+
+  Args:
+    evaluated: task, seed and stage of each evaluation.
+    stages: all that count as cost.
+    model: what was prompted.
+  """
+  records: dict[str, dict[int, dict[Any, dict[str, Any]]]] = {}  # task, seed, count
+  tasks: dict[str, dict[str, Any]] = {}
+  for task, seed, stage in evaluated:
+    found = json.loads((context.input(stage) / "records.json").read_text())
+    records.setdefault(task, {})[seed] = {record["key"]: record for record in found}
+    tasks[task] = json.loads((context.input(f"task/{task}") / "task.json").read_text())
+  summary = {
+    "model": model,
+    "tasks": {task: _summary(tasks[task], of_seeds) for task, of_seeds in records.items()},
+    "stages": [
+      {"name": name, **{key: context.manifest(name)[key] for key in ("seconds", "flops")}}
+      for name in stages],
+  }
+  write_summary(context.directory / "summary.json", summary, required=REQUIRED)
+  seconds = sum(stage["seconds"] for stage in summary["stages"])
+  first = next(iter(summary["tasks"].values()))
+  html.write_report(context.directory / "index.html", html.Report(
+    title="Structured prompting: accuracy and cost by number of demonstrations",
+    lead="\n\n".join(_lead(task, of) for task, of in summary["tasks"].items()),
+    key_figures=_key_figures(summary, seconds),
+    sections=[
+      _section(context, config, task, of, records[task]) for task, of in summary["tasks"].items()],
+    facts={
+      "model": model, "seeds": ", ".join(map(str, first["seeds"])),
+      "work": progress.format_seconds(seconds),
+      "versions": ", ".join(
+        f"{k} {v}" for k, v in context.manifest(stages[0])["versions"].items()),
+    },
+  ))
+
+
+def _summary(task: Mapping[str, Any], of_seeds) -> dict[str, Any]:
+  """A row for each count; the window's differs by seed."""
+  rows = []
+  for key in next(iter(of_seeds.values())):
+    found = [records[key] for records in of_seeds.values()]
+    values = [record["metric"] for record in found]
+    row = {
+      "count": float(np.mean([r["count"] for r in found])),
+      "counts": [r["count"] for r in found], "key": key, "is_window": key == "window",
+      "metric": values, "mean": float(np.mean(values)),
+      "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+    }
+    for key in ("num_groups", "num_tokens", "used", "window", "read_seconds", "cache_bytes"):
+      row[key] = float(np.mean([r[key] for r in found]))
+    row["row_seconds"] = float(np.mean([r["rows_seconds"] / r["num_rows"] for r in found]))
+    row["operations"] = float(np.mean([r["read_flops"] for r in found]))
+    row["row_operations"] = float(np.mean([r["row_flops"] / r["num_rows"] for r in found]))
+    rows.append(row)
+  rows.sort(key=lambda row: row["count"])
+  first = next(iter(next(iter(of_seeds.values())).values()))
+  labels = [row[3] for row in task["rows"]]
+  most_frequent = None
+  if task["words"]:
+    most_frequent = max(labels.count(i) for i in range(len(task["words"]))) / len(labels)
+  return {
+    "seeds": list(of_seeds), "metric": task["metric"], "num_rows": first["num_rows"],
+    "words": list(task["words"]), "most_frequent_label": most_frequent,
+    "window_count": [next(iter(r.values()))["window_count"] for r in of_seeds.values()],
+    "counts": rows,
+  }
+
+
+def _section(context, config, task: str, of: Mapping[str, Any], of_seeds) -> html.Section:
+  name = of["metric"].replace("_", " ")
+
+  def x(count):
+    return max(count, 1) if config.log_counts else count
+
+  def runs(value):
+    return [
+      plots.Run([x(row["count"]) for row in of["counts"]],
+                [value(records[row["key"]]) for row in of["counts"]])
+      for records in of_seeds.values()]
+
+  figures = []
+  several = len(of["counts"]) > 1
+  if several:
+    reference = None
+    if of["most_frequent_label"] is not None:
+      reference = of["most_frequent_label"], "the most frequent label"
+    figure = plots.curves(
+      {name: runs(lambda r: r["metric"])}, x_label="demonstrations", y_label=name,
+      log_x=config.log_counts, reference=reference)
+    figures.append(_figure(
+      context, f"{task}_metric", figure,
+      f"Mean and span of {len(of['seeds'])} seeds. Up to the window's "
+      f"{_numbers(of['window_count'])} demonstrations prompting is ordinary, beyond in groups."))
+    figure = plots.curves(
+      {"reading them once": runs(lambda r: r["read_seconds"]),
+       "a hundred rows": runs(lambda r: 100 * r["rows_seconds"] / r["num_rows"])},
+      x_label="demonstrations", y_label="seconds", log_x=config.log_counts, height=2.9)
+    figures.append(_figure(context, f"{task}_cost", figure,
+                           "Seconds on the clock, compilation of the first of each included."))
+  rows = []
+  for row in of["counts"]:
+    rows.append([
+      _numbers(row["counts"]) + (" (window)" if row["is_window"] else ""), row["num_groups"],
+      row["num_tokens"], row["mean"], row["deviation"],
+      " ".join(f"{100 * value:.1f}" for value in row["metric"]), row["read_seconds"],
+      1000 * row["row_seconds"], row["operations"] or None, row["row_operations"],
+      row["cache_bytes"] / 2**20 or None])
+  table = html.Table(
+    ["demonstrations", html.Column("groups", ".1f"), html.Column("tokens", ",.0f"),
+     html.Column(name, ".1%"), html.Column("deviation", ".1%"), "by seed (%)",
+     html.Column("read (s)", ".1f"), html.Column("ms a row", ".0f"),
+     html.Column("operations to read", ".1e"), html.Column("operations a row", ".1e"),
+     html.Column("keys and values (MiB)", ",.0f")], rows,
+    note="Deviation of the seeds' values. A row's own tokens weigh as much as there are groups."
+         if len(of["seeds"]) > 1 else "One seed, so no deviation.")
+  words = f" Labels: {', '.join(of['words'])}." if of["words"] else ""
+  return html.Section(
+    f"Task {task}", f"{of['num_rows']:,} rows.{words}", figures=figures, tables=[table])
+
+
+def _figure(context, name: str, figure, caption: str) -> html.Figure:
+  return html.Figure(plots.save(context.directory / f"{name}.png", figure), caption)
+
+
+def _numbers(values: Sequence[int]) -> str:
+  low, high = min(values), max(values)
+  return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _lead(task: str, of: Mapping[str, Any]) -> str:
+  name, rows = of["metric"].replace("_", " "), of["counts"]
+  parts = []
+  for row in rows:
+    spread = "" if row["deviation"] is None else f" ± {row['deviation']:.1%}"
+    what = "without demonstrations" if not row["counts"][0] else (
+      f"with {_numbers(row['counts'])}"
+      + (" (as many as one window holds)" if row["is_window"] else "")
+      + (f" in {row['num_groups']:.0f} groups" if row["num_groups"] > 1 else ""))
+    parts.append(f"{row['mean']:.1%}{spread} {what}")
+  chance = "" if of["most_frequent_label"] is None else (
+    f" The most frequent label alone is right for {of['most_frequent_label']:.1%}.")
+  return f"**{task}**, {name} on {of['num_rows']:,} rows: {', '.join(parts)}.{chance}"
+
+
+def _key_figures(summary, seconds) -> list[html.KeyFigure]:
+  figures = []
+  for task, of in list(summary["tasks"].items())[:3]:
+    last = of["counts"][-1]
+    figures.append(html.KeyFigure(
+      f"{last['mean']:.0%}", f"{task}, {of['metric'].replace('_', ' ')}",
+      f"with {_numbers(last['counts'])} demonstrations"))
+  return [*figures, html.KeyFigure(progress.format_seconds(seconds), "work", "all stages together")]
+
+
+def terminal_table(summary: Mapping[str, Any]) -> str:
+  """Tasks and counts as a plain table."""
+  rows = [("task", "demonstrations", "groups", "tokens", "metric", "deviation", "read s",
+           "ms a row")]
+  for task, of in summary["tasks"].items():
+    for row in of["counts"]:
+      rows.append((
+        task, _numbers(row["counts"]) + (" (window)" if row["is_window"] else ""),
+        f"{row['num_groups']:.1f}", f"{row['num_tokens']:,.0f}",
+        f"{row['mean']:.1%}", "-" if row["deviation"] is None else f"{row['deviation']:.1%}",
+        f"{row['read_seconds']:.1f}", f"{1000 * row['row_seconds']:.0f}"))
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return "\n".join(
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
