@@ -291,10 +291,13 @@ def test_second_order_through_the_model_against_finite_differences(x64, params):
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), product, central)
 
 
-@pytest.mark.parametrize("kind, length", [("xla", 12), ("chunked", 520)])
-def test_eight_devices_give_one_devices_gradient_and_hessian_product(params, kind, length):
-  config = _changed(attention=kind, max_length=1024)
-  batch = _batch(4, length)
+@pytest.mark.parametrize("form", ["dense", "scan"])
+def test_eight_devices_give_one_devices_gradient_and_hessian_product(params, form, monkeypatch):
+  if form == "scan":
+    monkeypatch.setattr(momentum, "DENSE_LENGTH", 1)
+    monkeypatch.setattr(momentum, "_BLOCK", 5)
+  config = _changed(attention="xla" if form == "dense" else "chunked")
+  batch = _batch(4, 12)
   direction = jax.tree.map(jnp.cos, params)
   run = functools.partial(_gradient_and_product, config)
   want = jax.jit(run)(params, batch, direction)

@@ -118,7 +118,7 @@ class Evaluate:
   """
 
   batch_size: int = 32
-  num_train: int = 256
+  num_train: int = 128
   task: Any = None
   shots: Sequence[int] = (0, 4)
   draws: Sequence[int] = (0, 1, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,17 @@ class Texts:
             for name in ("corpus", "vocabulary")}
 
 
+def is_unseen(document: Document, fraction: float, seed: int) -> bool:
+  """Whether a document belongs to the share that is never trained on."""
+  # Hashed twice: a corpus that takes a part of its documents takes those with the smallest key.
+  return order_key(order_key(document.id, seed), seed) < fraction * 2.0**64
+
+
 def run(context: pipeline.StageContext, config: Texts) -> None:
   """Writes vocabulary, train and validation/<length>."""
   out = context.directory
-  limit = config.validation_fraction * 2.0**64
+  unseen_part = functools.partial(
+    is_unseen, fraction=config.validation_fraction, seed=config.seed)
   counts: collections.Counter[str] = collections.Counter()
   dropped: collections.Counter[str] = collections.Counter()
   unseen: list[Document] = []
@@ -81,7 +89,7 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
   def first_reading() -> Iterator[str]:
     nonlocal num_bytes
     for document in config.corpus.documents(dropped):
-      if order_key(document.id, config.seed) >= limit:
+      if not unseen_part(document):
         yield document.text
       elif num_bytes < config.validation_bytes:
         unseen.append(document)
@@ -104,7 +112,7 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
   def second_reading() -> Iterator[Document]:
     dropped.clear()
     for document in config.corpus.documents(dropped):
-      if order_key(document.id, config.seed) < limit:
+      if unseen_part(document):
         counts["unused_documents"] += document.id not in used
       elif index.find(document) is not None:
         counts["overlaps_with_validation"] += 1
