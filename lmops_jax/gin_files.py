@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lmops_jax.settings import ConfigError, nearest
 
-_NOT_SYSTEMS = frozenset({"models", "optim", "mesh", "data", "train"})
+PARTS = frozenset({"models", "optim", "mesh", "data", "train"})  # folders of no system
 
 
 def root() -> Path:
@@ -31,7 +31,7 @@ def systems() -> list[str]:
   """
   folders = (Path(file).parent.as_posix() for file in packaged()
              if file.count("/") == 1 and file.endswith("/default.gin"))
-  return sorted(name.replace("_", "-") for name in folders if name not in _NOT_SYSTEMS)
+  return sorted(name.replace("_", "-") for name in folders if name not in PARTS)
 
 
 def system_file(system: str, action: str = "default") -> str:

@@ -122,6 +122,15 @@ def write_instances(
   return metadata["count"]
 
 
+def write_encoded(directory: Path | str, instances: Iterable[Instance], vocabulary, length: int):
+  """`write_instances` with the ids of the vocabulary that the tokens are of."""
+  return write_instances(
+    directory, instances, length=length, vocab_size=vocabulary.vocab_size,
+    pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
+    vocabulary_fingerprint=vocabulary.fingerprint,
+  )
+
+
 def _check(instance: Instance, length: int, vocab_size: int) -> None:
   tokens = instance.tokens
   if not 2 <= len(tokens) <= length + 1:

@@ -96,6 +96,31 @@ def pack(
     yield from emit()
 
 
+def encoded(documents, vocabulary, block: int = 256) -> Iterator[tuple[int, list[int]]]:
+  """(id, token ids) of documents, as `pack` takes them.
+
+  Tokenises a block of documents at a time, which is where the threads of the tokenizer help.
+  """
+  waiting = []
+
+  def flush():
+    encoded = vocabulary.encode_batch([d.text for d in waiting])
+    yield from zip((d.id for d in waiting), encoded, strict=True)
+    waiting.clear()
+
+  for document in documents:
+    waiting.append(document)
+    if len(waiting) == block:
+      yield from flush()
+  yield from flush()
+
+
+def renumbered(instances: Iterable[Instance]) -> Iterator[Instance]:
+  """The same instances with ids from 0 on."""
+  for i, instance in enumerate(instances):
+    yield instance._replace(id=i)
+
+
 def _front(runs: list[tuple[int, np.ndarray]], count: int) -> np.ndarray:
   """Up to `count` of the waiting tokens, without taking them away."""
   if len(runs[0][1]) >= count:

@@ -92,6 +92,9 @@ class TransformerConfig:
     num_token_types: rows of the token-type table (BERT); 0 for none.
     causal: a position sees itself and earlier ones; False sees all.
     sliding_window: a position sees this many latest positions, itself included; None is all.
+    momentum: decay in [0, 1) of momentum attention (`models.momentum`), which adds the decayed sum
+      of earlier values to every head; None or 0 is ordinary attention. Needs `causal`, and no
+      window, since the sum reaches back to the first token.
     unembedding_bias: bias of the logits.
     head_transform: product, activation and norm in front of the output matrix (BERT's masked LM).
     pooler: product and tanh on the first position (BERT), `Transformer.pooled`.
@@ -141,6 +144,7 @@ class TransformerConfig:
   num_token_types: int = 0
   causal: bool = True
   sliding_window: int | None = None
+  momentum: float | None = None
   unembedding_bias: bool = False
   head_transform: bool = False
   pooler: bool = False
@@ -198,6 +202,18 @@ class TransformerConfig:
       if getattr(self, field) not in choices:
         raise ValueError(
           f"{name}.{field}={getattr(self, field)!r} is not one of {', '.join(choices)}."
+        )
+    if self.momentum is not None:
+      if isinstance(self.momentum, bool) or not 0 <= self.momentum < 1:
+        raise ValueError(f"{name}.momentum={self.momentum!r} must be in [0, 1), or None.")
+      if not self.causal:
+        raise ValueError(
+          f"{name}.momentum={self.momentum} needs causal=True: its sum runs over earlier values."
+        )
+      if self.sliding_window is not None:
+        raise ValueError(
+          f"{name}.momentum={self.momentum} sums over all earlier values and sliding_window="
+          f"{self.sliding_window} hides them; set one of the two to None."
         )
     for field in ("rope_base", "norm_eps", "attention_scale"):
       if getattr(self, field) is None and field == "attention_scale":

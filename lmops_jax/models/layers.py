@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax.models import attention as attention_lib
+from lmops_jax.models import momentum as momentum_lib
 from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.partitioning import constrain
@@ -215,6 +216,7 @@ class Attention(nn.Module):
         q, keys.astype(q.dtype), values.astype(q.dtype), slots.mask, slots.distance,
         self._slopes(), shared,
       )
+      out = self._with_cached_momentum(out, values.astype(q.dtype), slots, shared)
     out, found = self.out(out), None
     if slots.readout is not None:
       index = slots.readout[:, :, None]
@@ -235,13 +237,36 @@ class Attention(nn.Module):
   def _attend(self, q, k, v, segment_ids):
     c = self.config
     pattern = attention_lib.Pattern(c.causal, c.sliding_window, self._slopes())
-    return attention_lib.self_attention(
+    out = attention_lib.self_attention(
       q, k, v, segment_ids, pattern=pattern, kind=c.attention, chunk=c.attention_chunk
     )
+    if not c.momentum:
+      return out
+    flat = v.reshape(*v.shape[:2], -1)  # one product for all heads
+    term = momentum_lib.momentum_term(flat, c.momentum, segment_ids=segment_ids)
+    return _added(out, term.reshape(v.shape))
+
+  def _with_cached_momentum(self, out, values, slots: Slots, shared):
+    c = self.config
+    if not c.momentum:
+      return out
+    term = momentum_lib.momentum_term_cached(values, slots.mask, slots.distance, c.momentum)
+    if shared is not None:
+      term = term + momentum_lib.momentum_term_cached(
+        shared.values, shared.mask, shared.distance, c.momentum
+      )
+    return _added(out, term)
 
   def _slopes(self):
     c = self.config
     return positions_lib.alibi_slopes(c.num_heads) if c.positions == "alibi" else None
+
+
+def _added(out, term):
+  """Heads `[B,S,H,E]` with what each group of them gets, `[B,S,K,E]`."""
+  b, s, kv_heads, e = term.shape
+  grouped = out.reshape(b, s, kv_heads, -1, e) + term[:, :, :, None]
+  return grouped.reshape(out.shape)
 
 
 class MLP(nn.Module):

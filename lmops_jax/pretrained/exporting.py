@@ -43,12 +43,18 @@ def export(
     max_shard_bytes: largest file.
 
   Raises:
-    ValueError: `directory` holds something already, or a dtype that does not exist.
+    ValueError: `directory` holds something already, a dtype that does not exist, or a model that
+      transformers does not have.
   """
   if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
     raise ValueError(f"dtype={dtype!r} is not one of float32, bfloat16, float16.")
   if jax.process_count() > 1:
     raise ValueError("A model is exported by one process; run lmops export outside of the job.")
+  if getattr(source.config, "momentum", None):
+    raise ValueError(
+      f"{source.path} has momentum attention (models.TransformerConfig.momentum="
+      f"{source.config.momentum}), which no model of transformers has; load it with lmops_jax."
+    )
   family = families.by_name(source.family)
   partial = new_folder(Path(directory).expanduser().absolute())
   try:

@@ -6,12 +6,15 @@ that transformers opens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
 
 from lmops_jax.data import vocabularies
-from lmops_jax.pretrained import gguf_tokenizer
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.pretrained import families, gguf_tokenizer
+from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.tokenizer import Tokenizer
 from lmops_jax.pretrained.tokenizer_backends import FastBackend, surround
 
@@ -43,6 +46,28 @@ def tokenizer_of(vocabulary: vocabularies.Vocabulary) -> Tokenizer:
 def save(vocabulary: vocabularies.Vocabulary, directory: Path) -> None:
   """Writes `tokenizer_of(vocabulary)` with its configuration into a folder."""
   tokenizer_of(vocabulary).save(directory)
+
+
+def describe_trained(
+  directory: Path, config: TransformerConfig, vocabulary: vocabularies.Vocabulary, *, params: str,
+  log: Callable[[str], None],
+) -> None:
+  """Makes a folder with parameters a model folder, which `pretrained.load` and `lmops export` open.
+
+  Args:
+    params: where they lie, relative to `directory`.
+    log: told what cannot be written: the description, for parts that no published family has, or
+      the tokenizer, for a vocabulary that has no `tokenizer.json`.
+  """
+  family = families.matching(config)
+  if family is None:
+    log("no published family has these parts, so the model stays without model.json")
+    return
+  try:
+    save(vocabulary, directory / model_lib.TOKENIZER_FOLDER)
+  except ValueError as error:
+    log(f"the model's folder has no tokenizer: {error}")
+  model_lib.describe(directory, config, family=family.name, params=params)
 
 
 def _special(vocabulary, text_of) -> dict[str, str]:

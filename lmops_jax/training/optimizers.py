@@ -144,15 +144,7 @@ def warmup_cosine(
   Raises:
     ValueError: for values outside their range.
   """
-  if not (math.isfinite(peak) and peak > 0):
-    raise ValueError(f"optim.warmup_cosine.peak={peak} must be positive.")
-  if not 0 <= end <= peak:
-    raise ValueError(f"optim.warmup_cosine.end={end} must be in [0, peak={peak}].")
-  if not 0 <= warmup_steps < total_steps:
-    raise ValueError(
-      f"optim.warmup_cosine.warmup_steps={warmup_steps} must be in [0, total_steps={total_steps}); "
-      "shorten the warm-up or train longer."
-    )
+  _check_warmup("warmup_cosine", peak, warmup_steps, total_steps, end)
 
   def schedule(step):
     t = jnp.asarray(step, jnp.result_type(float))
@@ -160,6 +152,29 @@ def warmup_cosine(
     done = jnp.clip((t - warmup_steps) / (total_steps - warmup_steps), 0, 1)
     return jnp.where(
       t < warmup_steps, warmup, end + (peak - end) / 2 * (1 + jnp.cos(jnp.pi * done))
+    )
+
+  return schedule
+
+
+@gin.register(module="optim")
+def warmup_linear(
+  peak: float, warmup_steps: int, total_steps: int, end: float = 0.0
+) -> Schedule:
+  """Linear from 0 at step 0 to `peak`, then linear to `end` at `total_steps`, then `end`.
+
+  The polynomial decay of fairseq with its power of 1.
+
+  Raises:
+    ValueError: for values outside their range.
+  """
+  _check_warmup("warmup_linear", peak, warmup_steps, total_steps, end)
+
+  def schedule(step):
+    t = jnp.asarray(step, jnp.result_type(float))
+    left = jnp.clip((total_steps - t) / (total_steps - warmup_steps), 0, 1)
+    return jnp.where(
+      t < warmup_steps, peak / max(warmup_steps, 1) * t, end + (peak - end) * left
     )
 
   return schedule
@@ -212,6 +227,18 @@ def _check(name, learning_rate, weight_decay, clip_norm):
     raise ValueError(f"optim.{name}.weight_decay={weight_decay} must be 0 or more.")
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f"optim.{name}.clip_norm={clip_norm} must be positive, or None not to clip.")
+
+
+def _check_warmup(name, peak, warmup_steps, total_steps, end):
+  if not (math.isfinite(peak) and peak > 0):
+    raise ValueError(f"optim.{name}.peak={peak} must be positive.")
+  if not 0 <= end <= peak:
+    raise ValueError(f"optim.{name}.end={end} must be in [0, peak={peak}].")
+  if not 0 <= warmup_steps < total_steps:
+    raise ValueError(
+      f"optim.{name}.warmup_steps={warmup_steps} must be in [0, total_steps={total_steps}); "
+      "shorten the warm-up or train longer."
+    )
 
 
 def _check_betas(name, b1, b2):

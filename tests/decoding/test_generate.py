@@ -46,6 +46,7 @@ def test_greedy_equals_a_loop_without_cache(tiny, generator):
 @pytest.mark.parametrize("changes", [
   dict(positions="learned", norm="layer"), dict(positions="alibi"), dict(sliding_window=4),
   dict(tied_embeddings=True, scan_layers=False), dict(positions="learned", max_length=20),
+  dict(momentum=0.6),
 ])
 def test_greedy_with_other_positions(make_tiny, changes):
   tiny = make_tiny(**changes)
@@ -68,6 +69,17 @@ def test_padding_on_either_side_and_alone_give_the_same(tiny, generator, options
   _assert_same(right, want)
   for i, prompt in enumerate(PROMPTS):
     _assert_same(generator.generate_ids([prompt], options, row_ids=[i]), want[i : i + 1])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_momentum_attention_with_padding_on_either_side_and_alone(make_tiny, beams):
+  tiny = make_tiny(momentum=0.6)
+  options = GenerationOptions(max_new_tokens=9, num_beams=beams, eos_ids=(4, 9))
+  left, right = (Generator(tiny.model, tiny.params, padding=side) for side in ("left", "right"))
+  want = left.generate_ids(PROMPTS, options)
+  _assert_same(right.generate_ids(PROMPTS, options), want)
+  for i, prompt in enumerate(PROMPTS):
+    _assert_same(left.generate_ids([prompt], options), want[i : i + 1])
 
 
 def _assert_same(got, want):

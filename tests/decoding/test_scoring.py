@@ -42,7 +42,9 @@ def _same(got, want):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"positions": "alibi"}, {"sliding_window": 3}])
+@pytest.mark.parametrize("changes", [
+  {}, {"positions": "alibi"}, {"sliding_window": 3}, {"momentum": 0.6},
+])
 @pytest.mark.parametrize("prefix", [0, 20])
 def test_equals_each_option_alone(make_tiny, prefix, changes):
   tiny = make_tiny(**changes)

@@ -21,6 +21,7 @@ CONFIGS = {
   "parallel": TransformerConfig(
     **BASE, **PLAIN, norm_placement="parallel", rotary_dim=2, rotary_interleaved=True
   ),
+  "momentum": TransformerConfig(**BASE, num_kv_heads=2, momentum=0.7),
 }
 
 
@@ -88,7 +89,7 @@ def test_padding_on_either_side_is_never_seen(name, side):
 
 
 def test_branches_see_the_shared_context_and_themselves():
-  for name in ("llama", "alibi", "learned"):
+  for name in ("llama", "alibi", "learned", "momentum"):
     model, params = _model(name)
     context, options = _tokens(1, 4), [_tokens(1, 2, seed=1), _tokens(1, 3, seed=2)]
     tokens = np.concatenate([context, *options], 1)

@@ -135,6 +135,14 @@ def test_learning_rate_of_the_160m_run_at_published_steps():
   assert float(schedule(200_000)) == pytest.approx(6e-5, rel=1e-5)
 
 
+def test_linear_decay_at_published_steps():
+  schedule = optimizers.warmup_linear(3e-4, 20_000, 500_000)
+  for step, want in {0: 0, 10_000: 1.5e-4, 20_000: 3e-4, 260_000: 1.5e-4, 500_000: 0,
+                     600_000: 0}.items():
+    assert float(schedule(step)) == pytest.approx(want, rel=1e-5, abs=1e-12)
+  assert float(optimizers.warmup_linear(0.2, 0, 10, 0.1)(5)) == pytest.approx(0.15)
+
+
 def test_schedule_without_warmup_starts_at_the_peak():
   schedule = optimizers.warmup_cosine(0.2, 0, 10)
   assert float(schedule(0)) == pytest.approx(0.2)
@@ -157,6 +165,7 @@ def test_schedule_without_warmup_starts_at_the_peak():
     (lambda: optimizers.constant(0.0), "optim.constant.value=0.0 must be positive"),
     (lambda: optimizers.warmup_cosine(0.0, 1, 2), "peak=0.0 must be positive"),
     (lambda: optimizers.warmup_cosine(1.0, 5, 5), r"warmup_steps=5 must be in \[0, total_steps="),
+    (lambda: optimizers.warmup_linear(0.0, 1, 2), "optim.warmup_linear.peak=0.0 must be"),
     (lambda: optimizers.warmup_cosine(1.0, 1, 5, 2.0), r"end=2.0 must be in \[0, peak=1.0\]"),
   ],
 )

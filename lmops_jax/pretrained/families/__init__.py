@@ -23,7 +23,10 @@ def by_name(name: str) -> Family:
 
 
 def matching(config: TransformerConfig) -> Family | None:
-  """A family whose `config.json` says all that `config` does; Llama's before others."""
+  """A family whose `config.json` says all that `config` does; Llama's before others.
+
+  Momentum attention is left aside: it has no tensors, and an export refuses it.
+  """
   wanted = _explicit(config)
   for family in sorted(FAMILIES, key=lambda family: family is not llama.LLAMA):
     try:
@@ -40,7 +43,7 @@ def _explicit(config: TransformerConfig) -> TransformerConfig:
   """The same model, with every width written out and no choice of how it runs."""
   return dataclasses.replace(
     config, **PLAIN, attention_chunk=1, num_kv_heads=config.key_heads, head_dim=config.head_width,
-    embedding_width=config.token_width,
+    embedding_width=config.token_width, momentum=None,
     rotary_dim=config.rotary_width if config.positions == "rotary" else None,
   )
 

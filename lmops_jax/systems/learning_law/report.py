@@ -14,6 +14,7 @@ from scipy import stats
 
 from lmops_jax import pipeline, progress
 from lmops_jax.evaluation import power_law
+from lmops_jax.evaluation.intervals import mean_and_half_width
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
 from lmops_jax.systems.learning_law import evaluate, optimise
@@ -153,7 +154,8 @@ class _Writer:
               for result in results]
       policies[name] = {key: [row.get(key) for row in rows] for key in MEASURES}
       policies[name]["mean"] = {
-        key: _mean(values)[0] for key, values in policies[name].items() if key in MEASURES}
+        key: mean_and_half_width(values)[0]
+        for key, values in policies[name].items() if key in MEASURES}
     return {
       "seeds": [result.seed for result in results],
       "policies": policies,
@@ -458,19 +460,8 @@ def _further_sections(summary) -> list[html.Section]:
   return sections
 
 
-def _mean(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-  """Mean over seeds and half the width of its t interval; None where a seed has no value."""
-  if not values or any(v is None for v in values):
-    return None, None
-  mean = float(np.mean(values))
-  if len(values) == 1:
-    return mean, None
-  half = stats.t.ppf((1 + _LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values)**0.5
-  return mean, float(half)
-
-
 def _text(values: Sequence[float | None], spec: str) -> str | None:
-  mean, half = _mean(values)
+  mean, half = mean_and_half_width(values)
   if mean is None:
     known = [v for v in values if v is not None]
     if not known:

@@ -16,7 +16,7 @@ from lmops_jax import pipeline
 from lmops_jax.evaluation import lm
 from lmops_jax.models import flops
 from lmops_jax.systems.pds import prepare, pretrain
-from lmops_jax.training import losses
+from lmops_jax.training import language_models, losses
 
 FILE = "evaluations.json"
 TARGET, CORPUS = "target_test_loss", "corpus_loss"
@@ -53,7 +53,7 @@ def run(
   }
   parts = {name: rows for name, rows in parts.items() if len(rows["example_id"])}
   corpus = prepared.corpus
-  model = pretrain.language_model(model_config.model, corpus.vocab_size, corpus.length)
+  model = language_models.language_model(model_config.model, corpus.vocab_size, corpus.length)
   example_losses = losses.lm_example_losses(model, chunk=model_config.loss_chunk)
   steps = model_config.kept_steps()
   results, num_rows = [], 0
@@ -61,7 +61,7 @@ def run(
     for (method, seed), stage in runs.items():
       curve = []
       for step in steps:
-        params = pretrain.load_params(context.input(stage), step, model, partitioner)
+        params = language_models.load_params(context.input(stage), step, model, partitioner)
         wanted = parts if step == steps[-1] else {TARGET: parts[TARGET]}
         with partitioner.activate():
           means = {

@@ -27,7 +27,7 @@ from lmops_jax.data import export
 from lmops_jax.evaluation import examples
 from lmops_jax.models import flops
 from lmops_jax.systems.pds import dsir, prepare, pretrain, scores
-from lmops_jax.training import losses, mesh, optimizers
+from lmops_jax.training import language_models, losses, mesh, optimizers
 
 MATMUL_PRECISIONS = ("default", "high", "highest")
 DIVISORS = ("gradient_norm", "sqrt_length")
@@ -86,7 +86,9 @@ class Bench:
 
   @functools.cached_property
   def model(self):
-    return pretrain.language_model(self.proxy.model, self.corpus.vocab_size, self.corpus.length)
+    return language_models.language_model(
+      self.proxy.model, self.corpus.vocab_size, self.corpus.length
+    )
 
   @functools.cached_property
   def example_losses(self) -> Callable[[Any, Any], jax.Array]:
@@ -117,7 +119,7 @@ class Bench:
         f"the proxy keeps no parameters at step {step}; add it to pds.Pretrain.keep_steps "
         f"(kept: {self.proxy.kept_steps()})."
       )
-    return pretrain.load_params(
+    return language_models.load_params(
       self.context.input("proxy"), step, self.model, self.partitioner
     )
 
@@ -332,7 +334,9 @@ class PMP:
     corpus, num_proxies = bench.corpus, bench.proxy_set.num_proxies
     proxies, proxy_batch_size = bench.place_rows(bench.proxies, self.micro_batch_size)
     inner_ids = bench.proxies["example_id"] if self.inner_data == "proxies" else None
-    source = pretrain.batch_source(corpus, inner_ids, self.batch_size, self.data_seed, self.shuffle)
+    source = language_models.batch_source(
+      corpus, inner_ids, self.batch_size, self.data_seed, self.shuffle
+    )
     steps = [bench.place(source(t)) for t in range(self.num_steps)]
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
     weights = jnp.full((self.num_steps, self.batch_size), 1 / self.batch_size, jnp.float32)
@@ -464,7 +468,7 @@ class InfluenceScores(_DirectionMethod):
       )
 
   def direction(self, bench, params, target_grad):
-    source = pretrain.batch_source(bench.corpus, None, self.num_hessian, self.data_seed)
+    source = language_models.batch_source(bench.corpus, None, self.num_hessian, self.data_seed)
     batch = jax.tree.map(lambda leaf: leaf[None], bench.place(source(0)))
     passes = control.influence_passes(
       self.solver, self.iterations, curvature=self.curvature, damping=self.damping
@@ -511,7 +515,7 @@ class RhoLoss:
     )
     after = pretrain.fit(
       bench.model, bench.example_losses, config,
-      pretrain.batch_source(target, ids, size, self.data_seed), bench.partitioner,
+      language_models.batch_source(target, ids, size, self.data_seed), bench.partitioner,
       directory=bench.context.directory / "fine_tuning", seed=self.data_seed,
       initial_params=bench.proxy_params(), description=f"{self.name} fine-tuning",
     )

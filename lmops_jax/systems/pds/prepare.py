@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +99,18 @@ def run(context: pipeline.StageContext, config: Prepare) -> None:
     kept = _without_overlap(config.corpus.documents(dropped), index, totals, labels)
     packed = _pack(kept, vocabulary, config, totals)
     with context.progress(None, "instances", "packing") as bar:
-      num_corpus = _write(
-        out / "corpus", _hold_back(packed, held_out, config.num_held_out, bar), vocabulary, config
+      num_corpus = instances_lib.write_encoded(
+        out / "corpus", _hold_back(packed, held_out, config.num_held_out, bar), vocabulary,
+        config.length,
       )
   if num_corpus == 0:
     raise ValueError(
       f"the corpus holds {totals.num_documents} usable documents, too few for one instance beside "
       f"pds.Prepare.num_held_out={config.num_held_out}; give it more text or hold out less."
     )
-  _write(out / "held_out", _renumber(held_out), vocabulary, config)
+  instances_lib.write_encoded(
+    out / "held_out", packing.renumbered(held_out), vocabulary, config.length
+  )
 
   statistics["corpus"] = {
     "num_documents": totals.num_documents,
@@ -161,26 +164,10 @@ def _without_overlap(documents, index, totals: _Totals, labels):
     yield document
 
 
-def _encoded(documents, vocabulary, block: int = 256) -> Iterator[tuple[int, list[int]]]:
-  """Tokenises a block of documents at a time, which is where the threads of the tokenizer help."""
-  waiting: list[documents_lib.Document] = []
-
-  def flush():
-    encoded = vocabulary.encode_batch([d.text for d in waiting])
-    yield from zip((d.id for d in waiting), encoded, strict=True)
-    waiting.clear()
-
-  for document in documents:
-    waiting.append(document)
-    if len(waiting) == block:
-      yield from flush()
-  yield from flush()
-
-
 def _pack(documents, vocabulary, config: Prepare, totals: _Totals) -> Iterator[packing.Instance]:
   sentence_end = packing.sentence_end_table(vocabulary) if config.sentence_ends else None
   for instance in packing.pack(
-    _encoded(documents, vocabulary), length=config.length, bos_id=vocabulary.bos_id,
+    packing.encoded(documents, vocabulary), length=config.length, bos_id=vocabulary.bos_id,
     eos_id=vocabulary.eos_id, sentence_end=sentence_end,
   ):
     totals.num_tokens += len(instance.tokens)
@@ -196,23 +183,10 @@ def _hold_back(instances, held_out, num: int, bar) -> Iterator[packing.Instance]
       yield held_out.popleft()
 
 
-def _renumber(instances: Iterable[packing.Instance]) -> Iterator[packing.Instance]:
-  for i, instance in enumerate(instances):
-    yield instance._replace(id=i)
-
-
-def _write(directory: Path, instances, vocabulary, config: Prepare) -> int:
-  return instances_lib.write_instances(
-    directory, instances, length=config.length, vocab_size=vocabulary.vocab_size,
-    pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
-    vocabulary_fingerprint=vocabulary.fingerprint,
-  )
-
-
 def _write_target(directory: Path, documents, vocabulary, config: Prepare) -> dict[str, int]:
   """Writes a target part, without sentence cuts; what exceeds a limit is counted, not hidden."""
   ids = {"bos_id": vocabulary.bos_id, "eos_id": vocabulary.eos_id}
-  encoded = _encoded(documents, vocabulary)
+  encoded = packing.encoded(documents, vocabulary)
   cut: collections.Counter[str] = collections.Counter()
   if config.pack_target:
     packed = list(packing.pack(encoded, length=config.length, **ids))
@@ -220,7 +194,9 @@ def _write_target(directory: Path, documents, vocabulary, config: Prepare) -> di
     packed = list(packing.one_per_document(encoded, length=config.length, counts=cut, **ids))
   order = np.random.default_rng(config.seed).permutation(len(packed))
   kept = np.sort(order[: config.max_target_instances])
-  num = _write(directory, _renumber(packed[i] for i in kept), vocabulary, config)
+  num = instances_lib.write_encoded(
+    directory, packing.renumbered(packed[i] for i in kept), vocabulary, config.length
+  )
   return {
     "num_documents": len(documents), "num_instances": num, "num_unused": len(packed) - num,
     **cut,

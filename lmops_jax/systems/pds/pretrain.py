@@ -11,18 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import gin
-import jax
 import numpy as np
 
 from lmops_jax import pipeline
-from lmops_jax.data import batches as batches_lib
-from lmops_jax.models import flops, transformer
-from lmops_jax.pretrained import families, trained_vocabulary
+from lmops_jax.models import flops
 from lmops_jax.pretrained import model as model_lib
+from lmops_jax.pretrained import trained_vocabulary
 from lmops_jax.systems.pds import prepare as prepare_lib
 from lmops_jax.training import loop, losses
+from lmops_jax.training.language_models import batch_source, language_model
 
 
 @gin.register(module="pds")
@@ -86,15 +84,6 @@ class Pretrain:
     return sorted({*every, *self.keep_steps, self.num_steps})
 
 
-def check_length(config: transformer.TransformerConfig, length: int) -> None:
-  """Raises ValueError where instances of this length have more tokens than the model positions."""
-  if length > config.max_length:
-    raise ValueError(
-      f"instances of pds.Prepare.length={length} are longer than "
-      f"models.TransformerConfig.max_length={config.max_length}; raise the latter."
-    )
-
-
 def check_vocabulary(init, vocabulary, name: str) -> None:
   """Raises ValueError where a published model would read ids of another vocabulary."""
   if vocabulary.fingerprint() != init.tokenizer().fingerprint:
@@ -102,37 +91,6 @@ def check_vocabulary(init, vocabulary, name: str) -> None:
       f"pds.{name}.init is {init.path}, but the instances are in another vocabulary; include "
       "'data/model_tokenizer.gin' and set VOCABULARY_PATH to that model."
     )
-
-
-def language_model(config: transformer.TransformerConfig, vocab_size: int, length: int):
-  """The model for a vocabulary; a published one keeps its own, perhaps larger, size.
-
-  Raises:
-    ValueError: the instances are longer than its positions, or have more ids than it.
-  """
-  check_length(config, length)
-  if config.vocab_size is not None:
-    if config.vocab_size < vocab_size:
-      raise ValueError(
-        f"the vocabulary has {vocab_size} ids and models.TransformerConfig.vocab_size is "
-        f"{config.vocab_size}; leave it out, or use the model's own vocabulary."
-      )
-    return transformer.Transformer(config)
-  return transformer.Transformer(dataclasses.replace(config, vocab_size=vocab_size))
-
-
-def batch_source(
-  instances, ids: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True
-) -> Callable[[int], dict[str, np.ndarray]]:
-  """`step -> batch` over the instances `ids` (None: all), this process's rows only."""
-  num = len(instances) if ids is None else len(ids)
-  rows = batches_lib.host_rows(batch_size, jax.process_index(), jax.process_count())
-
-  def batch_at(step: int) -> dict[str, np.ndarray]:
-    index = batches_lib.batch_indices(num, batch_size, seed, step, shuffle=shuffle)[rows]
-    return instances.batch(index if ids is None else ids[index])
-
-  return batch_at
 
 
 def fit(
@@ -198,27 +156,6 @@ def _describe(context, config: Pretrain, model_config, vocabulary) -> None:
       original=config.init.original,
     )
     return
-  family = families.matching(model_config)
-  if family is None:
-    context.log("no published family has these parts, so the model stays without model.json")
-    return
-  try:
-    trained_vocabulary.save(vocabulary, folder)
-  except ValueError as error:
-    context.log(f"the model's folder has no tokenizer: {error}")
-  model_lib.describe(context.directory, model_config, family=family.name, params=params)
-
-
-def abstract_params(init_params: Callable[[jax.Array], Any], partitioner):
-  """Shapes of the parameters with their places on the mesh."""
-  boxed = jax.eval_shape(init_params, jax.random.key(0))
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    nn.unbox(boxed), partitioner.shardings(boxed),
+  trained_vocabulary.describe_trained(
+    context.directory, model_config, vocabulary, params=params, log=context.log
   )
-
-
-def load_params(directory: Path, step: int, model, partitioner):
-  """Language-model parameters that a finished stage kept at `step`, placed on the mesh."""
-  abstract = abstract_params(loop.initializer(model), partitioner)
-  return loop.load_kept_params(directory, step, abstract)

@@ -21,7 +21,7 @@ from lmops_jax.data import vocabularies
 from lmops_jax.evaluation import correlation, examples
 from lmops_jax.models import flops, heads
 from lmops_jax.systems.pds import convert, prepare, pretrain, scores
-from lmops_jax.training import checkpoints, loop, losses
+from lmops_jax.training import checkpoints, language_models, loop, losses
 
 PARAMS_FOLDER, VOCABULARY_FOLDER = "scorer", "vocabulary"
 VALIDATION_FILE = "validation.npz"
@@ -109,7 +109,7 @@ def split(num: int, validation_fraction: float, seed: int) -> tuple[np.ndarray, 
 
 
 def scorer_model(config: Scorer, proxy: pretrain.Pretrain, view: View) -> heads.SequenceRegressor:
-  trunk = pretrain.language_model(config.trunk(proxy), view.vocab_size, view.length)
+  trunk = language_models.language_model(config.trunk(proxy), view.vocab_size, view.length)
   return heads.SequenceRegressor(trunk.config, pooling=config.pooling)
 
 
@@ -200,10 +200,12 @@ def fit(
 
   initial_params = None
   if config.from_proxy:
-    language_model = pretrain.language_model(proxy.model, view.vocab_size, view.length)
+    language_model = language_models.language_model(proxy.model, view.vocab_size, view.length)
     initial_params = heads.regressor_params(
       model, jax.random.key(config.seed),
-      pretrain.load_params(context.input("proxy"), proxy.num_steps, language_model, partitioner),
+      language_models.load_params(
+        context.input("proxy"), proxy.num_steps, language_model, partitioner
+      ),
     )
 
   elif config.init is not None:
@@ -239,7 +241,7 @@ def fit(
   best = max(curve, key=lambda step: (curve[step], -step))
   params = loop.load_kept_params(
     context.directory / "training", best,
-    pretrain.abstract_params(initializer(model), partitioner),
+    language_models.abstract_params(initializer(model), partitioner),
   )
   checkpoints.save_params(context.directory / PARAMS_FOLDER, params)
   predicted = examples.map_examples(
@@ -279,7 +281,7 @@ def annotate(
   model = scorer_model(config, proxy, view)
   params = checkpoints.load_params(
     context.input(scorer_stage) / PARAMS_FOLDER,
-    pretrain.abstract_params(initializer(model), partitioner),
+    language_models.abstract_params(initializer(model), partitioner),
   )
   predict = jax.jit(losses.regression_example_losses(model).predict)
   num_new = 0

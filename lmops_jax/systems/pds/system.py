@@ -25,7 +25,7 @@ from lmops_jax.systems.pds import (
   scores,
   select,
 )
-from lmops_jax.training import mesh
+from lmops_jax.training import language_models, mesh
 
 
 @gin.register(module="pds")
@@ -83,7 +83,7 @@ class Pipeline:
       if config.init is not None:
         pretrain.check_vocabulary(config.init, vocabulary, name)
     for config in self._models():
-      pretrain.check_length(config, self.prepare.length)
+      language_models.check_length(config, self.prepare.length)
     kind = self.proxy.model.attention
     for method in self.methods:
       if methods.needs_forward_mode(method) and not attention.supports_forward_mode(kind):

@@ -132,6 +132,11 @@ class Prompter:
     self.scorer = OptionScorer(model, params, self._rows, batch_tokens=prompting.batch_tokens)
     self._generator = None
 
+  @property
+  def config(self):
+    """Of the model."""
+    return self._model.config
+
   def demonstrations(self, examples: Sequence[Example]) -> list[list[int]]:
     """Token ids of each, tokenised on its own, with the separator behind."""
     if self.prompting.separator == EOS:

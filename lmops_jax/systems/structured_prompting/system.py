@@ -20,6 +20,7 @@ from lmops_jax.models import flops
 from lmops_jax.systems.structured_prompting import report
 from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
 from lmops_jax.training import mesh
+from lmops_jax.training.small_model import ModelChoice
 
 WINDOW = "window"
 TASK_FILE, RECORDS_FILE = "task.json", "records.json"
@@ -31,7 +32,7 @@ class Pipeline:
   """Accuracy and cost of a model on a task, against the number of demonstrations.
 
   Attributes:
-    model: what is prompted.
+    model: `@pretrained.choose()`, what is prompted.
     tasks: `[@tasks.choose()]`, each with a name of its own.
     prompting: how.
     report: settings of that stage.
@@ -43,7 +44,7 @@ class Pipeline:
     ValueError: for values out of range, or a model that is no decoder.
   """
 
-  model: Any
+  model: ModelChoice
   tasks: Sequence[TaskChoice]
   prompting: Prompting
   report: report.Report
@@ -71,7 +72,7 @@ class Pipeline:
     config = self.model.config
     if not getattr(config, "causal", False):
       raise ValueError(
-        f"{self.model.path} is a {self.model.family} model, whose tokens see later ones; take a "
+        f"{self.model.label} is a {self.model.family} model, whose tokens see later ones; take a "
         "decoder."
       )
 
@@ -83,10 +84,9 @@ class Pipeline:
         "it once, on a machine that holds all the devices."
       )
     partitioner = partitioner or mesh.single_device()
-    stages = self.model.stages(settings.child("model"))
+    stages = self.model.stages(settings.child("model"), partitioner)
     before = tuple(stage.name for stage in stages)
-    model = {f"model.{k}": v for k, v in settings.child("model").flatten().items()}
-    model["model.fingerprint"] = self.model.fingerprint()
+    model = self.model.settings(settings.child("model"))
     prompting = {f"prompting.{k}": v for k, v in settings.child("prompting").flatten().items()}
     evaluated = []
     for i, task in enumerate(self.tasks):
@@ -109,7 +109,7 @@ class Pipeline:
       "report",
       functools.partial(
         report.run, config=self.report, evaluated=evaluated, stages=inputs,
-        model=str(self.model.path)),
+        model=self.model.label),
       inputs=inputs,
       settings={f"report.{k}": v for k, v in settings.child("report").flatten().items()},
     ))
@@ -143,7 +143,7 @@ class Pipeline:
     label = f"{context.name}, {len(demos)} demonstrations"
     with context.progress(len(rows), "rows", label) as bar:
       measured = prompter.evaluate(task, rows, demos, budget, bar.update)
-    read, of_rows = _operations(self.model.config, measured, rows, prompter)
+    read, of_rows = _operations(prompter.config, measured, rows, prompter)
     context.flops += read + of_rows
     skipped = f", {measured.skipped} too long" if measured.skipped else ""
     context.log(

@@ -11,8 +11,7 @@ from lmops_jax import config
 from lmops_jax.control import pmp, targets
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.problem import Settings
-from lmops_jax.systems.pds import pretrain
-from lmops_jax.training import loop, losses, train_state
+from lmops_jax.training import language_models, loop, losses, train_state
 
 PATHS = [
   "CORPUS_PATH = '/c.jsonl'", "TARGET_PATH = '/t.jsonl'", "VOCABULARY_PATH = '/v.model'",
@@ -90,7 +89,7 @@ def test_sizes_and_shardings(tmp_path, size):
   resolved = config.load([str(tmp_path / "size.gin")], PATHS)
   run = resolved.run()
   system, partitioner = run.system, run.mesh.build()
-  model = pretrain.language_model(system.pretrain.model, 32_000, 1024)
+  model = language_models.language_model(system.pretrain.model, 32_000, 1024)
   abstract = train_state.abstract_state(
     loop.initializer(model), system.pretrain.optimizer, jax.random.key(0)
   )
@@ -103,7 +102,7 @@ def test_sizes_and_shardings(tmp_path, size):
   )
   whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   assert per_device < 1.01 * whole / 8
-  proxy = pretrain.language_model(system.proxy.model, 32_000, 1024)
+  proxy = language_models.language_model(system.proxy.model, 32_000, 1024)
   proxy_leaves = jax.tree.leaves(
     jax.eval_shape(loop.initializer(proxy), jax.random.key(0))
   )
@@ -114,7 +113,7 @@ def test_a_segment_of_the_solve_fits_one_accelerator(paper):
   """The compiled reverse segment of the 160M proxy at full size; nothing is allocated."""
   system = paper.build()
   solve = system.methods[0]
-  model = pretrain.language_model(system.proxy.model, 32_000, 1024)
+  model = language_models.language_model(system.proxy.model, 32_000, 1024)
   # What a batch of 64 gets on an accelerator; on a CPU the chunks are smaller.
   example_losses = losses.lm_example_losses(model, chunk=32)
 

@@ -1,0 +1,282 @@
+"""Pairs of language models that differ in momentum attention alone, as stages.
+
+Stages: texts, train/<arm>/seed<k>, evaluate/<arm>/seed<k>, report. Both models of a seed start from
+the same numbers (the sum has no parameters) and read the same batches in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import numpy as np
+
+from lmops_jax import pipeline
+from lmops_jax.data.batches import epoch_permutation
+from lmops_jax.data.tasks import TaskChoice
+from lmops_jax.decoding.scoring import OptionScorer
+from lmops_jax.evaluation import in_context, lm
+from lmops_jax.manifests import write_json
+from lmops_jax.models import attention, flops
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.momentum import check_eta
+from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.systems.meta_optimizer.momentum import report, texts
+from lmops_jax.systems.meta_optimizer.momentum.report import MOMENTUM, RESULTS_FILE, VANILLA
+from lmops_jax.training import language_models, loop, losses, mesh
+
+
+@gin.register(module="momentum")
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What both models of a pair share.
+
+  Attributes:
+    model: `models.TransformerConfig` without momentum; its vocabulary size comes from the texts.
+    optimizer: an optax transformation.
+    num_steps: optimizer steps.
+    batch_size: instances of a global batch.
+    accumulate: micro-batches of a step.
+    checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
+    loss_chunk: sequence positions whose logits exist at a time; None leaves the default.
+  """
+
+  model: TransformerConfig
+  optimizer: Any
+  num_steps: int
+  batch_size: int = 16
+  accumulate: int = 1
+  checkpoint_every: int | None = 100
+  loss_chunk: int | None = None
+
+  def __post_init__(self):
+    for name in ("num_steps", "batch_size", "accumulate"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"momentum.Training.{name}={getattr(self, name)} must be at least 1.")
+    if self.batch_size % self.accumulate:
+      raise ValueError(
+        f"momentum.Training.batch_size={self.batch_size} is not a multiple of "
+        f"accumulate={self.accumulate}."
+      )
+    if self.model.momentum is not None:
+      raise ValueError(
+        f"momentum.Training.model has momentum={self.model.momentum} itself; leave it None, the "
+        "decay is momentum.Pairs.eta."
+      )
+
+  def config(self, eta: float | None) -> TransformerConfig:
+    """Of one arm."""
+    return dataclasses.replace(self.model, momentum=eta)
+
+
+@gin.register(module="momentum")
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+  """What the trained models are measured on.
+
+  Attributes:
+    batch_size: instances of the training length in a batch; shorter ones in proportion more.
+    num_train: training instances for the perplexity on seen text.
+    task: `@tasks.choose()`; None leaves in-context accuracy out.
+    shots: numbers of demonstrations.
+    draws: seeds of the demonstrations.
+    normalisation: of option scores, see `evaluation.in_context`.
+  """
+
+  batch_size: int = 32
+  num_train: int = 128
+  task: TaskChoice | None = None
+  shots: Sequence[int] = (0, 4)
+  draws: Sequence[int] = (0, 1, 2)
+  normalisation: str = "sum"
+
+  def __post_init__(self):
+    for name in ("batch_size", "num_train"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"momentum.Evaluate.{name}={getattr(self, name)} must be at least 1.")
+    if self.normalisation not in in_context.NORMALISATIONS:
+      raise ValueError(
+        f"momentum.Evaluate.normalisation={self.normalisation!r} is not one of "
+        f"{', '.join(in_context.NORMALISATIONS)}."
+      )
+    if self.task is not None and not isinstance(self.task, TaskChoice):
+      raise ValueError(
+        f"momentum.Evaluate.task={self.task!r} is no task; give @tasks.choose(), or None."
+      )
+
+  def fingerprints(self) -> dict[str, str]:
+    """What the task is made from."""
+    return {} if self.task is None else self.task.fingerprints()
+
+
+@gin.register(module="momentum")
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """Trains pairs with and without momentum attention and compares them.
+
+  Attributes:
+    eta: decay of the momentum, in (0, 1). The paper gives none.
+    texts, training, evaluate: settings of the stages.
+    seeds: of initialisation and data order.
+  """
+
+  eta: float
+  texts: texts.Texts
+  training: Training
+  evaluate: Evaluate
+  seeds: Sequence[int] = (0, 1, 2)
+
+  name = "meta_optimizer_momentum"
+
+  def __post_init__(self):
+    check_eta(self.eta)
+    if self.eta == 0:
+      raise ValueError("momentum.Pairs.eta=0 makes both models the same; give one in (0, 1).")
+    self.training.config(self.eta)  # also refuses windows and encoders
+    language_models.check_length(self.training.model, self.texts.length)
+    if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+      raise ValueError(
+        f"momentum.Pairs.seeds={list(self.seeds)}; name one or more different seeds."
+      )
+
+  def arms(self) -> dict[str, float | None]:
+    """Name to decay."""
+    return {VANILLA: None, MOMENTUM: self.eta}
+
+  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+    """The run as stages; arguments as for every system."""
+    partitioner = partitioner or mesh.single_device()
+    attention.check_platform(self.training.model.attention, partitioner.platform)
+
+    def part(name: str) -> dict[str, str]:
+      return {f"{name}.{k}": v for k, v in settings.child(name).flatten().items()}
+
+    stages = [pipeline.Stage(
+      "texts", functools.partial(texts.run, config=self.texts),
+      settings=part("texts") | self.texts.fingerprints(),
+    )]
+    runs: dict[tuple[str, int], tuple[str, str]] = {}
+    for seed in self.seeds:
+      for arm, eta in self.arms().items():
+        train, evaluate = (f"{stage}/{arm}/seed{seed}" for stage in ("train", "evaluate"))
+        runs[arm, seed] = train, evaluate
+        stages += [
+          pipeline.Stage(
+            train,
+            functools.partial(self._train, seed=seed, eta=eta, partitioner=partitioner),
+            inputs=("texts",),
+            settings=part("training") | {"seed": str(seed), "eta": str(eta)},
+          ),
+          pipeline.Stage(
+            evaluate,
+            functools.partial(self._evaluate, stage=train, eta=eta, partitioner=partitioner),
+            inputs=("texts", train), settings=part("evaluate") | self.evaluate.fingerprints(),
+          ),
+        ]
+    names = tuple(stage.name for stage in stages)
+    stages.append(pipeline.Stage(
+      "report",
+      functools.partial(
+        report.run, runs=runs, stages=names, eta=self.eta, seeds=tuple(self.seeds),
+        lengths=self.texts.lengths(),
+      ),
+      inputs=names,
+    ))
+    return stages
+
+  def _model(self, prepared: texts.Prepared, eta: float | None):
+    vocab_size = prepared.vocabulary.vocab_size
+    return language_models.language_model(
+      self.training.config(eta), vocab_size, self.texts.length
+    )
+
+  def _train(self, context: pipeline.StageContext, seed, eta, partitioner) -> None:
+    config, prepared = self.training, texts.Prepared(context.input("texts"))
+    corpus = prepared.train
+    if len(corpus) < config.batch_size:
+      raise ValueError(
+        f"the corpus makes {len(corpus)} instances, fewer than one batch of "
+        f"momentum.Training.batch_size={config.batch_size}; give more text or lower it."
+      )
+    model = self._model(prepared, eta)
+    loop.train(
+      init_params=loop.initializer(model),
+      example_losses=losses.lm_example_losses(model, chunk=config.loss_chunk),
+      optimizer=config.optimizer,
+      batch_at=language_models.batch_source(corpus, None, config.batch_size, seed),
+      num_steps=config.num_steps, seed=seed, partitioner=partitioner, directory=context.directory,
+      checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
+      accumulate=config.accumulate, description=context.name, progress=context.progress,
+    )
+    num_tokens = config.num_steps * config.batch_size * corpus.length
+    context.flops += 3 * num_tokens * flops.forward_flops_per_token(model.config, corpus.length)
+    context.extra.update(
+      num_tokens=num_tokens, epochs=config.num_steps * config.batch_size / len(corpus)
+    )
+    trained_vocabulary.describe_trained(
+      context.directory, model.config, prepared.vocabulary, params=f"params/{config.num_steps}",
+      log=context.log,
+    )
+
+  def _evaluate(self, context: pipeline.StageContext, stage, eta, partitioner) -> None:
+    config, prepared = self.evaluate, texts.Prepared(context.input("texts"))
+    model = self._model(prepared, eta)
+    params = language_models.load_params(
+      context.input(stage), self.training.num_steps, model, partitioner
+    )
+    corpus = prepared.train
+    seen = epoch_permutation(0, 0, len(corpus))[: config.num_train]  # the same for all runs
+    parts = {f"train_{corpus.length}": (corpus, seen)}
+    for length in self.texts.lengths():
+      unseen = prepared.validation(length)
+      parts[f"validation_{length}"] = unseen, np.arange(len(unseen))
+    example_losses = losses.weighted_example_losses(
+      losses.lm_example_losses(model, chunk=self.training.loss_chunk)
+    )
+    found: dict[str, Any] = {}
+    with context.progress(len(parts), "parts") as bar, partitioner.activate():
+      for name, (instances, rows) in parts.items():
+        size = config.batch_size * corpus.length // instances.length
+        found[name] = lm.mean_loss(
+          example_losses, params, _token_weighted(instances.batch(rows), size),
+          place=partitioner.place_batch, multiple_of=partitioner.num_batch_shards,
+        )
+        context.flops += len(rows) * instances.length * flops.forward_flops_per_token(
+          model.config, instances.length)
+        bar.update()
+    accuracies = []
+    if config.task is not None:
+      tokenizer = trained_vocabulary.tokenizer_of(prepared.vocabulary)
+      scorer, task = OptionScorer(model, params, partitioner), config.task.load()
+      for shots in config.shots:
+        for draw in config.draws if shots else (0,):
+          result = in_context.evaluate(
+            scorer, tokenizer, task, shots=shots, seed=draw, normalisation=config.normalisation
+          )
+          accuracies.append({
+            "shots": shots, "draw": draw, "accuracy": result.accuracy,
+            "standard_error": result.standard_error, "num_rows": len(result.labels),
+          })
+    write_json(context.directory / RESULTS_FILE, {"losses": found, "in_context": accuracies})
+
+  def summary(self, workdir: Path) -> str:
+    """A short table of the finished run, for the terminal."""
+    folder = Path(workdir) / "report"
+    found = json.loads((folder / "summary.json").read_text())
+    return f"{report.terminal_table(found)}\n\nreport: {folder / 'index.html'}"
+
+
+def _token_weighted(batch: dict[str, np.ndarray], size: int):
+  """Batches whose rows weigh as many tokens as count in them."""
+  counted = batch["loss_mask"].sum(axis=1)
+  kept = counted > 0
+  batch = {name: value[kept] for name, value in batch.items()}
+  weight = (counted[kept] * kept.sum() / counted.sum()).astype(np.float32)
+  for start in range(0, len(weight), size):
+    rows = slice(start, start + size)
+    yield {name: value[rows] for name, value in batch.items()} | {"weight": weight[rows]}

@@ -1,0 +1,164 @@
+"""Stage `texts`: a corpus as packed instances, and unseen text packed at several lengths.
+
+Documents are split by a hash of (seed, id), so the same ones stay unseen in every run. The corpus
+is read twice, for the vocabulary with the validation part and for the instances; memory does not
+grow with it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from lmops_jax import pipeline
+from lmops_jax.data import instances as instances_lib
+from lmops_jax.data import near_duplicates, packing, vocabularies
+from lmops_jax.data.documents import Document
+from lmops_jax.data.hashing import order_key
+
+
+@gin.register(module="momentum")
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """What text to use and how to cut it.
+
+  Attributes:
+    corpus: a corpus of module `data` (`data.InstalledText`, `data.Jsonl`, ...).
+    vocabulary: a vocabulary of module `data`: trained here, or an existing file.
+    length: tokens of a training instance, a multiple of 4; validation is packed at a quarter, a
+      half and all of it.
+    validation_fraction: share of the documents that are never trained on.
+    validation_bytes: most text of the validation part; further documents of it go unused, counted.
+    seed: of the split.
+  """
+
+  corpus: Any
+  vocabulary: Any
+  length: int = 256
+  validation_fraction: float = 0.02
+  validation_bytes: int = 200_000
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.length < 8 or self.length % 4:
+      raise ValueError(
+        f"momentum.Texts.length={self.length} must be a multiple of 4 and at least 8: validation "
+        "is packed at a quarter of it as well."
+      )
+    if not 0 < self.validation_fraction < 1:
+      raise ValueError(
+        f"momentum.Texts.validation_fraction={self.validation_fraction} is not between 0 and 1."
+      )
+    if self.validation_bytes < 1:
+      raise ValueError(
+        f"momentum.Texts.validation_bytes={self.validation_bytes} must be at least 1."
+      )
+
+  def lengths(self) -> tuple[int, ...]:
+    """Of the validation instances, ascending."""
+    return self.length // 4, self.length // 2, self.length
+
+  def fingerprints(self) -> dict[str, str]:
+    """What the text is made from, as settings of the stage: a changed file re-runs it."""
+    return {f"{name}.fingerprint": getattr(self, name).fingerprint()
+            for name in ("corpus", "vocabulary")}
+
+
+def is_unseen(document: Document, fraction: float, seed: int) -> bool:
+  """Whether a document belongs to the share that is never trained on."""
+  # Hashed twice: a corpus that takes a part of its documents takes those with the smallest key.
+  return order_key(order_key(document.id, seed), seed) < fraction * 2.0**64
+
+
+def run(context: pipeline.StageContext, config: Texts) -> None:
+  """Writes vocabulary, train and validation/<length>."""
+  out = context.directory
+  unseen_part = functools.partial(
+    is_unseen, fraction=config.validation_fraction, seed=config.seed)
+  counts: collections.Counter[str] = collections.Counter()
+  dropped: collections.Counter[str] = collections.Counter()
+  unseen: list[Document] = []
+  num_bytes = 0
+
+  def first_reading() -> Iterator[str]:
+    nonlocal num_bytes
+    for document in config.corpus.documents(dropped):
+      if not unseen_part(document):
+        yield document.text
+      elif num_bytes < config.validation_bytes:
+        unseen.append(document)
+        num_bytes += len(document.text.encode())
+
+  reading = first_reading()
+  config.vocabulary.build(reading, out / "vocabulary")
+  for _ in reading:  # a vocabulary reads no more than it needs
+    if num_bytes >= config.validation_bytes:
+      break
+  if not unseen:
+    raise ValueError(
+      "the corpus has no document for validation; give it more documents or raise "
+      f"momentum.Texts.validation_fraction={config.validation_fraction}."
+    )
+  vocabulary = vocabularies.load_vocabulary(out / "vocabulary")
+  context.log(f"vocabulary: {vocabulary.vocab_size} pieces; {len(unseen)} validation documents")
+  index, used = near_duplicates.OverlapIndex(unseen), {document.id for document in unseen}
+
+  def second_reading() -> Iterator[Document]:
+    dropped.clear()
+    for document in config.corpus.documents(dropped):
+      if unseen_part(document):
+        counts["unused_documents"] += document.id not in used
+      elif index.find(document) is not None:
+        counts["overlaps_with_validation"] += 1
+      else:
+        counts["train_documents"] += 1
+        yield document
+
+  def pack(documents, length: int):
+    return packing.pack(
+      packing.encoded(documents, vocabulary), length=length, bos_id=vocabulary.bos_id,
+      eos_id=vocabulary.eos_id,
+    )
+
+  with context.progress(None, "instances", "packing") as bar:
+    def shown():
+      for instance in pack(second_reading(), config.length):
+        bar.update()
+        yield instance
+
+    num_train = instances_lib.write_encoded(out / "train", shown(), vocabulary, config.length)
+  statistics = {
+    "train_instances": num_train, "train_tokens": num_train * config.length,
+    "validation_documents": len(unseen), "validation_bytes": num_bytes, **counts,
+    "dropped": dict(sorted(dropped.items())),
+  }
+  for length in config.lengths():
+    statistics[f"validation_instances_{length}"] = instances_lib.write_encoded(
+      out / "validation" / str(length), pack(unseen, length), vocabulary, length
+    )
+  context.extra["statistics"] = statistics
+  context.log(", ".join(f"{value} {key}" for key, value in statistics.items() if key != "dropped"))
+
+
+class Prepared:
+  """The finished folder of `texts`."""
+
+  def __init__(self, directory: Path):
+    self.directory = directory
+
+  @property
+  def vocabulary(self):
+    return vocabularies.load_vocabulary(self.directory / "vocabulary")
+
+  @property
+  def train(self) -> instances_lib.Instances:
+    return instances_lib.open_instances(self.directory / "train")
+
+  def validation(self, length: int) -> instances_lib.Instances:
+    return instances_lib.open_instances(self.directory / "validation" / str(length))

@@ -1,0 +1,71 @@
+"""What training a language model from scratch on packed instances takes besides the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from lmops_jax.data import batches as batches_lib
+from lmops_jax.models import transformer
+from lmops_jax.training import loop
+
+
+def check_length(config: transformer.TransformerConfig, length: int) -> None:
+  """Raises ValueError where instances of this length have more tokens than the model positions."""
+  if length > config.max_length:
+    raise ValueError(
+      f"instances of length {length} are longer than "
+      f"models.TransformerConfig.max_length={config.max_length}; raise the latter."
+    )
+
+
+def language_model(config: transformer.TransformerConfig, vocab_size: int, length: int):
+  """The model for a vocabulary; a published one keeps its own, perhaps larger, size.
+
+  Raises:
+    ValueError: the instances are longer than its positions, or have more ids than it.
+  """
+  check_length(config, length)
+  if config.vocab_size is not None:
+    if config.vocab_size < vocab_size:
+      raise ValueError(
+        f"the vocabulary has {vocab_size} ids and models.TransformerConfig.vocab_size is "
+        f"{config.vocab_size}; leave it out, or use the model's own vocabulary."
+      )
+    return transformer.Transformer(config)
+  return transformer.Transformer(dataclasses.replace(config, vocab_size=vocab_size))
+
+
+def batch_source(
+  instances, ids: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True
+) -> Callable[[int], dict[str, np.ndarray]]:
+  """`step -> batch` over the instances `ids` (None: all), this process's rows only."""
+  num = len(instances) if ids is None else len(ids)
+  rows = batches_lib.host_rows(batch_size, jax.process_index(), jax.process_count())
+
+  def batch_at(step: int) -> dict[str, np.ndarray]:
+    index = batches_lib.batch_indices(num, batch_size, seed, step, shuffle=shuffle)[rows]
+    return instances.batch(index if ids is None else ids[index])
+
+  return batch_at
+
+
+def abstract_params(init_params: Callable[[jax.Array], Any], partitioner):
+  """Shapes of the parameters with their places on the mesh."""
+  boxed = jax.eval_shape(init_params, jax.random.key(0))
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    nn.unbox(boxed), partitioner.shardings(boxed),
+  )
+
+
+def load_params(directory: Path, step: int, model, partitioner):
+  """Language-model parameters that a finished stage kept at `step`, placed on the mesh."""
+  abstract = abstract_params(loop.initializer(model), partitioner)
+  return loop.load_kept_params(directory, step, abstract)
