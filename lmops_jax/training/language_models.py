@@ -20,7 +20,7 @@ def check_length(config: transformer.TransformerConfig, length: int) -> None:
   """Raises ValueError where instances of this length have more tokens than the model positions."""
   if length > config.max_length:
     raise ValueError(
-      f"instances of length {length} are longer than "
+      f"instances of length={length} are longer than "
       f"models.TransformerConfig.max_length={config.max_length}; raise the latter."
     )
 

@@ -160,16 +160,17 @@ def _write_page(context, summary, curves, stages) -> None:
     x_label="steps", y_label="training loss (nats a token)", styles=styles,
     focus_from=curves[VANILLA, seeds[0]][len(curves[VANILLA, seeds[0]]) // 4]["step"],
   )
-  bars = plots.grouped_bars(
-    {arm: {part: float(np.mean(of[arm])) for part, of in summary["perplexity"].items()}
-     for arm in (MOMENTUM, VANILLA)},
-    x_label="perplexity", styles=styles, order=list(summary["perplexity"]), format=".2f",
+  lengths = summary["lengths"]
+  by_length = plots.curves(
+    {arm: [plots.Run(lengths, [summary["perplexity"][f"validation_{n}"][arm][i] for n in lengths])
+           for i in range(num)] for arm in (MOMENTUM, VANILLA)},
+    x_label="tokens of a validation instance", y_label="perplexity", styles=styles, height=3.0,
   )
   sections = [html.Section(
     "Perplexity",
     "The number after a part's name is the length in tokens of its instances; the validation text "
     "is the same at every length. Tokens count alike.",
-    figures=[figure("perplexity", bars, "Perplexity by part, mean of seeds."),
+    figures=[figure("perplexity", by_length, "Validation by length, mean and span of seeds."),
              figure("training", training, "Training loss by step, mean and span of seeds.")],
     tables=[html.Table(columns, rows(summary["perplexity"], "perplexity_difference", ".3f"),
                        note=note)],
