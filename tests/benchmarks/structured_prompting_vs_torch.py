@@ -184,7 +184,8 @@ def main() -> None:
 
   lines = [
     "| demonstrations | side | groups | tokens | read s | 100 rows s | together s | against "
-    "PyTorch | peak MiB | accuracy | same choices |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    "PyTorch | peak MiB | accuracy | same choices |",
+    "|---|---|---|---|---|---|---|---|---|---|---|"]
   with tempfile.TemporaryDirectory() as scratch:
     folder = Path(scratch) / "model"
     exporting.export(str(folder), pretrained.load(args.model), dtype="float32")
