@@ -115,7 +115,8 @@ def _section(context, config, task: str, of: Mapping[str, Any], of_seeds) -> htm
                 [value(records[row["key"]]) for row in of["counts"]])
       for records in of_seeds.values()]
 
-  figures = []
+  figures, one_seed = [], len(of["seeds"]) == 1
+  spans = "One seed." if one_seed else f"Mean and span of {len(of['seeds'])} seeds."
   several = len(of["counts"]) > 1
   if several:
     reference = None
@@ -126,33 +127,35 @@ def _section(context, config, task: str, of: Mapping[str, Any], of_seeds) -> htm
       log_x=config.log_counts, reference=reference)
     figures.append(_figure(
       context, f"{task}_metric", figure,
-      f"Mean and span of {len(of['seeds'])} seeds. Up to the window's "
-      f"{_numbers(of['window_count'])} demonstrations prompting is ordinary, beyond in groups."))
+      f"{spans} Up to the window's {_numbers(of['window_count'])} demonstrations prompting is "
+      "ordinary, beyond in groups."))
     figure = plots.curves(
       {"reading them once": runs(lambda r: r["read_seconds"]),
        "a hundred rows": runs(lambda r: 100 * r["rows_seconds"] / r["num_rows"])},
       x_label="demonstrations", y_label="seconds", log_x=config.log_counts, height=2.9)
     figures.append(_figure(context, f"{task}_cost", figure,
                            "Seconds on the clock, compilation of the first of each included."))
-  rows = []
-  for row in of["counts"]:
-    rows.append([
-      _numbers(row["counts"]) + (" (window)" if row["is_window"] else ""), row["num_groups"],
-      row["num_tokens"], row["mean"], row["deviation"],
-      " ".join(f"{100 * value:.1f}" for value in row["metric"]), row["read_seconds"],
-      1000 * row["row_seconds"], row["operations"] or None, row["row_operations"],
-      row["cache_bytes"] / 2**20 or None])
-  table = html.Table(
+  names = [_numbers(row["counts"]) + (" (window)" if row["is_window"] else "")
+           for row in of["counts"]]
+  found = html.Table(
     ["demonstrations", html.Column("groups", ".1f"), html.Column("tokens", ",.0f"),
-     html.Column(name, ".1%"), html.Column("deviation", ".1%"), "by seed (%)",
-     html.Column("read (s)", ".1f"), html.Column("ms a row", ".0f"),
+     html.Column(name, ".1%"), html.Column("deviation", ".1%"), "by seed (%)"],
+    [[label, row["num_groups"], row["num_tokens"], row["mean"], row["deviation"],
+      " ".join(f"{100 * value:.1f}" for value in row["metric"])]
+     for label, row in zip(names, of["counts"])],
+    note="One seed, so no deviation." if one_seed else "Deviation of the seeds' values.")
+  cost = html.Table(
+    ["demonstrations", html.Column("read (s)", ".1f"), html.Column("ms a row", ".0f"),
      html.Column("operations to read", ".1e"), html.Column("operations a row", ".1e"),
-     html.Column("keys and values (MiB)", ",.0f")], rows,
-    note="Deviation of the seeds' values. A row's own tokens weigh as much as there are groups."
-         if len(of["seeds"]) > 1 else "One seed, so no deviation.")
+     html.Column("keys and values (MiB)", ",.0f")],
+    [[label, row["read_seconds"], 1000 * row["row_seconds"], row["operations"] or None,
+      row["row_operations"], row["cache_bytes"] / 2**20 or None]
+     for label, row in zip(names, of["counts"])],
+    note="Operations by count, means over seeds.")
   words = f" Labels: {', '.join(of['words'])}." if of["words"] else ""
   return html.Section(
-    f"Task {task}", f"{of['num_rows']:,} rows.{words}", figures=figures, tables=[table])
+    f"Task {task}", f"{of['num_rows']:,} rows.{words}", figures=figures,
+    tables=[found, cost])
 
 
 def _figure(context, name: str, figure, caption: str) -> html.Figure:

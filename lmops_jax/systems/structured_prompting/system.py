@@ -23,6 +23,7 @@ from lmops_jax.training import mesh
 from lmops_jax.training.small_model import ModelChoice
 
 WINDOW = "window"
+_WINDOW_POOL = 4096  # demonstrations that no window holds
 TASK_FILE, RECORDS_FILE = "task.json", "records.json"
 
 
@@ -127,8 +128,8 @@ class Pipeline:
     budget, limit = None, 0
     if any(self.counts):
       budget = prompter.budget(rows)
-    if WINDOW in self.counts:
-      limit = prompter.in_one_window(prompter.demonstrations(draw(len(pool))), budget)
+      some = prompter.demonstrations(draw(min(len(pool), _WINDOW_POOL)))
+      limit = prompter.in_one_window(some, budget)
     wanted = [(limit if key == WINDOW else key, key) for key in self.counts]
     for count, key in sorted(wanted, key=lambda pair: pair[0]):
       if any(record["key"] == key for record in records):
