@@ -178,6 +178,12 @@ def _check(config, ids, mask, window, bos_id, scale):
       f"{reach} (models.TransformerConfig.sliding_window), so their beginnings are out of sight; "
       "use shorter groups."
     )
+  if num_groups > 1 and config.momentum is not None:
+    raise ValueError(
+      f"this model's attention adds a decayed sum over earlier tokens (models.TransformerConfig."
+      f"momentum={config.momentum}), which {num_groups} groups side by side do not have; read one "
+      "group."
+    )
   used = np.append(ids[mask], [] if bos_id is None else bos_id)
   bad = used[(used < 0) | (used >= config.vocab_size)]
   if bad.size:

@@ -198,6 +198,8 @@ def test_refuses_what_cannot_be_aligned(make_tiny, tiny):
     _read(tiny, ids[:0], mask[:0], scale=2.0)
   with pytest.raises(ValueError, match="latest 5 .*sliding_window"):
     _read(make_tiny(sliding_window=5), ids, mask)
+  with pytest.raises(ValueError, match="momentum=0.5.* 2 groups side by side"):
+    _read(make_tiny(momentum=0.5), ids, mask)
   with pytest.raises(ValueError, match="causal is False"):
     _read(make_tiny(causal=False), ids, mask)
   learned = make_tiny(positions="learned")

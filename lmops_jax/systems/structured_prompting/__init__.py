@@ -6,6 +6,7 @@ Importing this package registers `structured_prompting.*` with gin.
 from lmops_jax.systems.structured_prompting.attention import rescaled_attention, structured_logits
 from lmops_jax.systems.structured_prompting.grouping import Groups, pack
 from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
+from lmops_jax.systems.structured_prompting.retrieval import Retrieval
 from lmops_jax.systems.structured_prompting.system import Pipeline
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
   "Pipeline",
   "Prompter",
   "Prompting",
+  "Retrieval",
   "pack",
   "rescaled_attention",
   "structured_logits",

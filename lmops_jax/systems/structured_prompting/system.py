@@ -12,6 +12,7 @@ from typing import Any
 
 import gin
 import jax
+import numpy as np
 
 from lmops_jax import pipeline
 from lmops_jax.data.tasks import Task, TaskChoice, demonstrations, read_task, write_task
@@ -19,6 +20,7 @@ from lmops_jax.manifests import write_json
 from lmops_jax.models import flops
 from lmops_jax.systems.structured_prompting import report
 from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
+from lmops_jax.systems.structured_prompting.retrieval import Retrieval, dealt
 from lmops_jax.training import mesh
 from lmops_jax.training.small_model import ModelChoice
 
@@ -37,6 +39,8 @@ class Pipeline:
     tasks: `[@tasks.choose()]`, each with a name of its own.
     prompting: how.
     report: settings of that stage.
+    retrieval: `@structured_prompting.Retrieval()` for the most alike demonstrations; None takes
+      random ones.
     counts: numbers of demonstrations; "window" is as many as fit into the model's positions, which
       is ordinary prompting's limit. As many as fit are prompted as ordinarily, more in groups.
     seeds: of the demonstrations and their order.
@@ -49,6 +53,7 @@ class Pipeline:
   tasks: Sequence[TaskChoice]
   prompting: Prompting
   report: report.Report
+  retrieval: Retrieval | None = None
   counts: Sequence[int | str] = (0, WINDOW, 1000)
   seeds: Sequence[int] = (0, 1, 2, 3, 4)
 
@@ -103,7 +108,9 @@ class Pipeline:
           functools.partial(
             self._prompt, task=read, model=before, seed=seed, partitioner=partitioner),
           inputs=(read, *before),
-          settings=model | prompting | {"counts": repr(list(self.counts)), "seed": str(seed)},
+          settings=model | prompting | {
+            "counts": repr(list(self.counts)), "seed": str(seed), "retrieval": repr(self.retrieval),
+          },
         ))
     inputs = tuple(stage.name for stage in stages)
     stages.append(pipeline.Stage(
@@ -135,24 +142,46 @@ class Pipeline:
       if any(record["key"] == key for record in records):
         continue
       same = next((record for record in records if record["count"] == count), None)
-      record = same or self._measure(
-        context, prompter, found, rows, prompter.demonstrations(draw(count)), budget)
+      record = same or self._measure(context, prompter, found, rows, pool, draw, count, budget)
       records.append({**record, "key": key, "window_count": limit})
       write_json(context.directory / RECORDS_FILE, records)
 
-  def _measure(self, context, prompter, task, rows, demos, budget) -> dict[str, Any]:
-    label = f"{context.name}, {len(demos)} demonstrations"
-    with context.progress(len(rows), "rows", label) as bar:
-      measured = prompter.evaluate(task, rows, demos, budget, bar.update)
-    read, of_rows = _operations(prompter.config, measured, rows, prompter)
-    context.flops += read + of_rows
-    skipped = f", {measured.skipped} too long" if measured.skipped else ""
+  def _measure(
+    self, context, prompter, task, rows, pool, draw, count, budget
+  ) -> dict[str, Any]:
+    """What one number of demonstrations gives."""
+    if self.retrieval is None or not count:
+      parts = [(rows, prompter.demonstrations(draw(count)))]
+    else:
+      parts = []
+      every = prompter.demonstrations(pool)
+      for share in self.retrieval.shares(rows, pool, count):
+        total = sum(len(every[i]) for i in share.demonstrations)
+        order = dealt(list(share.demonstrations), -(-total // budget))
+        parts.append(([rows[i] for i in share.rows], [every[i] for i in order]))
+    with context.progress(len(rows), "rows", f"{context.name}, {count} demonstrations") as bar:
+      found = [
+        prompter.evaluate(task, some, demos, budget, bar.update) for some, demos in parts]
+    shares = np.array([len(some) for some, _ in parts]) / len(rows)
+    record = {"count": count, "num_rows": len(rows), "num_prefixes": len(parts)}
+    for name in ("metric", "num_groups", "window", "num_tokens", "used", "skipped", "cache_bytes"):
+      record[name] = float(shares @ [getattr(measured, name) for measured in found])
+    for name in ("read_seconds", "rows_seconds"):
+      record[name] = sum(getattr(measured, name) for measured in found)
+    record["read_flops"], record["row_flops"] = (
+      sum(column) for column in zip(*(
+        _operations(prompter, measured, some) for measured, (some, _) in zip(found, parts))))
+    context.flops += record["read_flops"] + record["row_flops"]
+    record["predictions"] = [
+      {"id": row.id, "prediction": prediction} for measured, (some, _) in zip(found, parts)
+      for row, prediction in zip(some, measured.predictions)]
+    skipped = f", {record['skipped']:.0f} too long" if record["skipped"] else ""
+    several = f", {len(parts)} prefixes" if len(parts) > 1 else ""
     context.log(
-      f"{len(demos)} demonstrations in {measured.num_groups} groups ({measured.num_tokens} tokens"
-      f"{skipped}): {task.metric} {measured.metric:.3f} on {len(rows)} rows; read in "
-      f"{measured.read_seconds:.1f} s, rows {measured.rows_seconds:.1f} s")
-    return {"count": len(demos), "num_rows": len(rows), **measured._asdict(), "read_flops": read,
-            "row_flops": of_rows}
+      f"{count} demonstrations in {record['num_groups']:g} groups ({record['num_tokens']:.0f} "
+      f"tokens{skipped}{several}): {task.metric} {record['metric']:.3f} on {len(rows)} rows; read "
+      f"in {record['read_seconds']:.1f} s, rows {record['rows_seconds']:.1f} s")
+    return record
 
   def summary(self, workdir: Path) -> str:
     """A short table of the finished run, for the terminal."""
@@ -201,8 +230,9 @@ def _unfinished(path: Path) -> list[dict[str, Any]]:
   return json.loads(path.read_text()) if path.is_file() else []
 
 
-def _operations(config, measured, rows, prompter) -> tuple[float, float]:
+def _operations(prompter, measured, rows) -> tuple[float, float]:
   """Of reading the groups, and of all rows: products and attention, `2 N` and `4 L D` a pair."""
+  config = prompter.config
   groups = max(measured.num_groups, 1)
   each = measured.num_tokens / groups
   read = measured.num_tokens * flops.forward_flops_per_token(config, max(int(each), 1))
