@@ -270,9 +270,10 @@ class ProjectedGradient:
   """`project(gamma + rate * scores)` in each row, the paper's step.
 
   Attributes:
-    method: of the projection, "sort" or "bisect".
+    method: of the projection, see `project_simplex`; "bisect" is several times faster on a CPU,
+      leaves examples where they are on a mesh, and is as exact.
   """
-  method: str = "sort"
+  method: str = "bisect"
   max_rate = float("inf")
 
   def move(self, gamma, scores, rate, mask=None):
