@@ -116,7 +116,7 @@ def _section(context, config, task: str, of: Mapping[str, Any], of_seeds) -> htm
       for records in of_seeds.values()]
 
   figures = []
-  several = len(of["counts"]) > 1
+  several = len({row["count"] for row in of["counts"]}) > 1
   if several:
     reference = None
     if of["most_frequent_label"] is not None:

@@ -14,7 +14,14 @@ import gin
 import jax
 
 from lmops_jax import pipeline
-from lmops_jax.data.tasks import Task, TaskChoice, demonstrations, read_task, write_task
+from lmops_jax.data.tasks import (
+  Example,
+  Task,
+  TaskChoice,
+  demonstrations,
+  read_task,
+  write_task,
+)
 from lmops_jax.manifests import write_json
 from lmops_jax.models import flops
 from lmops_jax.systems.structured_prompting import report
@@ -129,6 +136,10 @@ class Pipeline:
       budget = prompter.budget(rows)
     if WINDOW in self.counts:
       limit = prompter.in_one_window(prompter.demonstrations(draw(len(pool))), budget)
+      # Fewer are the first of all, or, balanced, in an order of their own.
+      while self.prompting.balanced and limit and prompter.in_one_window(
+          prompter.demonstrations(draw(limit)), budget) < limit:
+        limit -= 1
     wanted = [(limit if key == WINDOW else key, key) for key in self.counts]
     for count, key in sorted(wanted, key=lambda pair: pair[0]):
       if any(record["key"] == key for record in records):
@@ -175,16 +186,15 @@ def _parts(task: Task, counts, seed: int, balanced: bool):
   """
   most = max((count for count in counts if count != WINDOW), default=0)
   if not task.train and WINDOW in counts:
-    most = max(most, len(task.rows) // 2)
+    most = max(most, (_balanced_count(task.rows) if balanced else len(task.rows)) // 2)
   pool = list(task.train or task.rows)
   if most > len(pool):
     raise ValueError(
       f"{most} demonstrations are asked for and the task {task.name} has {len(pool)} rows to draw "
       "from; ask for fewer.")
   if task.train:
-    if balanced and WINDOW in counts:  # as many as the rarest label allows
-      labels = collections.Counter(row.label for row in pool)
-      pool = demonstrations(pool, min(labels.values()) * len(labels), seed, True)
+    if balanced and WINDOW in counts:
+      pool = demonstrations(pool, _balanced_count(pool), seed, True)
     return pool, list(task.rows)
   pool = demonstrations(pool, most, seed, balanced)
   used = {row.id for row in pool}
@@ -194,6 +204,12 @@ def _parts(task: Task, counts, seed: int, balanced: bool):
       f"the task {task.name} has {len(task.rows)} rows, all of them demonstrations; ask for fewer "
       "of them, or give rows to draw from.")
   return pool, rows
+
+
+def _balanced_count(rows: Sequence[Example]) -> int:
+  """As many as the rarest label allows."""
+  labels = collections.Counter(row.label for row in rows)
+  return min(labels.values()) * len(labels)
 
 
 def _unfinished(path: Path) -> list[dict[str, Any]]:
