@@ -109,10 +109,11 @@ def read_groups(
       # A layer at a time, each freed as it is put together: the whole is there once.
       of_layers = [list(part) for part in zip(*(r[kind] for r in read))]
       layers.append(tuple(_together(of_layers, over_groups, spread)))
+  seen = valid.copy()  # the programs above may still read `valid` itself
   if front:
-    valid[1:, columns - window - 1] = False  # once for all groups
+    seen[1:, columns - window - 1] = False  # once for all groups
   order = np.arange(len(tokens)).reshape(calls, size).T.ravel()  # as `_concatenated` has them
-  slots = valid[order].reshape(1, -1)
+  slots = seen[order].reshape(1, -1)
   cache = KVCache(
     *layers, positions=np.tile(positions, len(tokens))[None], valid=slots,
     branch=np.zeros(slots.shape, np.int32), length=np.int32(slots.shape[1]),

@@ -112,6 +112,20 @@ def test_padding_and_calls_do_not_matter(make_tiny, changes, bos, monkeypatch):
     _logits(tiny, _read(tiny, other, mask, bos_id=bos), TEST), want, rtol=1e-4, atol=1e-4)
 
 
+def test_what_the_programs_read_is_not_changed_behind_them(tiny, monkeypatch):
+  """They run later than they are called, and may read the host's arrays themselves."""
+  read, seen = prefixes._read, []
+
+  def watched(model, params, tokens, positions, valid):
+    seen.append([(x, x.copy()) for x in (tokens, positions, valid)])
+    return read(model, params, tokens, positions, valid)
+
+  monkeypatch.setattr(prefixes, "_read", watched)
+  _read(tiny, *_groups(7, 5, 4), bos_id=BOS)
+  for given, before in (pair for call in seen for pair in call):
+    np.testing.assert_array_equal(given, before)
+
+
 @pytest.mark.parametrize("bos", [None, BOS])
 def test_no_group_is_no_context(tiny, bos):
   nothing = np.zeros((0, 0), np.int32), np.zeros((0, 0), bool)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import gin
 
+from lmops_jax import pipeline
 from lmops_jax.data.files import Jsonl
 from lmops_jax.data.tasks.named import named_task
 from lmops_jax.data.tasks.task import Example, Task, demonstrations
 from lmops_jax.data.tasks.templates import jsonl_task
 
+TASK_FILE = "task.json"
 _FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -82,6 +84,17 @@ class TaskChoice:
     files = [path] if self.is_file else sorted(p for p in path.glob("*") if p.name.endswith(_FILES))
     return {f"task.{file.name}": Jsonl(str(file)).fingerprint() for file in files if file.is_file()}
 
+  def stage(self, settings) -> pipeline.Stage:
+    """The stage `task/NAME`, which `read_task` reads; `settings` are this choice's."""
+    own = {f"task.{key}": value for key, value in settings.flatten().items()}
+    return pipeline.Stage(f"task/{self.name}", self._run, settings=own | self.fingerprints())
+
+  def _run(self, context: pipeline.StageContext) -> None:
+    task = self.load()
+    write_task(context.directory, task)
+    skipped = f", {task.skipped} rows left out" if task.skipped else ""
+    context.log(f"{len(task.rows)} rows, {len(task.train)} to draw from{skipped}")
+
   def load(self) -> Task:
     """The rows.
 
@@ -102,15 +115,16 @@ class TaskChoice:
       train=whole.train or tuple(row for row in whole.rows if row.id not in chosen))
 
 
-def write_task(path: Path, task: Task) -> None:
-  """Writes a task as one JSON file, readable by `read_task`."""
+def write_task(folder: Path, task: Task) -> None:
+  """Writes a task into a folder, for `read_task`."""
   found = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-  path.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+  text = json.dumps(found, ensure_ascii=False) + "\n"
+  (Path(folder) / TASK_FILE).write_text(text, encoding="utf-8")
 
 
-def read_task(path: Path) -> Task:
-  """What `write_task` wrote."""
-  found = json.loads(path.read_text(encoding="utf-8"))
+def read_task(folder: Path) -> Task:
+  """What `write_task` wrote, or the stage of a `TaskChoice`."""
+  found = json.loads((Path(folder) / TASK_FILE).read_text(encoding="utf-8"))
   for part in ("rows", "train"):
     found[part] = tuple(
       Example(*(tuple(value) if isinstance(value, list) else value for value in row))

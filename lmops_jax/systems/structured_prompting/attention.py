@@ -62,10 +62,18 @@ def structured_logits(model, params, prefix: Prefix, test_ids, test_mask=None) -
       finite; None is all True.
 
   Raises:
-    ValueError: the prefix of another model, or positions beyond the model's tables.
+    ValueError: ids outside of the vocabulary, the prefix of another model, or positions beyond
+      the model's tables.
   """
   test_ids = np.asarray(test_ids, np.int32)
   mask = np.ones(test_ids.shape, bool) if test_mask is None else np.asarray(test_mask, bool)
+  if mask.shape != test_ids.shape or test_ids.ndim != 2:
+    raise ValueError(f"test_ids {test_ids.shape} and test_mask {mask.shape} must both be [B,t].")
+  bad = test_ids[mask & ((test_ids < 0) | (test_ids >= model.config.vocab_size))]
+  if bad.size:
+    raise ValueError(
+      f"the test holds token id {int(bad[0])}, outside of the model's vocabulary of "
+      f"{model.config.vocab_size}; encode it with the model's own tokenizer.")
   prefixes.check_model(model.config, prefix)
   prefixes.check_length(model.config, int(prefix.end), int(mask.sum(axis=1).max(initial=0)))
   return _logits(model, unstack_layers(params), prefix, test_ids, mask)

@@ -22,9 +22,9 @@ class Groups(NamedTuple):
   Attributes:
     ids: `[M,W] int32`, each group at its row's end, 0 in front.
     mask: `[M,W] bool`, False for what is in front.
-    drawn: demonstrations looked at.
+    drawn: demonstrations looked at until the last group was complete.
     used: demonstrations that stand in a group in full.
-    skipped: demonstrations longer than the budget.
+    skipped: of those drawn, the ones longer than the budget.
   """
 
   ids: np.ndarray
@@ -62,13 +62,13 @@ def pack(
       groups filled to the last token by cutting the oldest ones; "mask", whole demonstrations
       while they fit; "space", as "mask", and shorter groups are filled in front with `space_id`,
       which is seen. All but "even" drop the last, unfinished group if there are others.
-    chunk_num: groups to stop at; None takes all demonstrations.
+    chunk_num: groups to stop at, for "even" the least number; None takes all demonstrations.
     bos_id: counted in `max_length`, where not None, and not returned.
     space_id: token of one blank, for "space".
 
   Raises:
-    ValueError: an unknown strategy, a budget below 1, an empty demonstration, one longer than the
-      budget where the strategy cannot skip it, or fewer groups than `chunk_num`.
+    ValueError: an unknown strategy, a budget or `chunk_num` below 1, an empty demonstration, one
+      longer than the budget where the strategy cannot skip it, or fewer groups than `chunk_num`.
   """
   if strategy not in STRATEGIES:
     raise ValueError(f"the strategy {strategy!r} is not one of {', '.join(STRATEGIES)}.")
@@ -77,6 +77,8 @@ def pack(
       "the strategy 'space' fills groups with a blank, and this vocabulary has no single token for "
       "one; take 'mask'."
     )
+  if chunk_num is not None and chunk_num < 1:
+    raise ValueError(f"chunk_num={chunk_num} must be at least 1, or None for all demonstrations.")
   budget = max_length - (bos_id is not None)
   if budget < 1:
     raise ValueError(f"a group has room for {budget} tokens; expected at least 1.")
@@ -93,85 +95,94 @@ def pack(
       f"demonstration {i} has {len(demos[i])} tokens and a group room for {limit}; leave it out, "
       "or take the strategy 'mask' or 'truncate', which skip it."
     )
-  kept = [demo for demo in demos if len(demo) <= limit]
-  if strategy == "even":
-    groups, drawn = _even(kept, budget, chunk_num), len(demos)
-  else:
-    fill = _whole if strategy != "truncate" else _overflowing if bos_id is not None else _cut
-    groups, drawn = fill(kept, budget, chunk_num)
-    drawn += len(demos) - len(kept)
+  kept = [i for i, demo in enumerate(demos) if len(demo) <= limit]
+  cutting = _cut if bos_id is None else _overflowing
+  fill = {"even": _even, "truncate": cutting}.get(strategy, _whole)
+  groups, last = fill([demos[i] for i in kept], budget, chunk_num)
+  drawn = len(demos) if last is None else kept[last] + 1
   if chunk_num is not None and len(groups) < chunk_num:
     raise ValueError(
       f"{len(demos)} demonstrations make {len(groups)} groups of {max_length} tokens, and "
       f"{chunk_num} are asked for; give more demonstrations."
     )
-  return _arrays(groups, drawn, len(demos) - len(kept), space_id if strategy == "space" else None)
+  skipped = sum(len(demo) > limit for demo in demos[:drawn])
+  return _arrays(groups, drawn, skipped, space_id if strategy == "space" else None)
 
 
+# Each returns the groups and the demonstration that completed the last of `chunk_num`, or None.
 def _even(demos, budget, chunk_num):
-  """Runs of demonstrations, each up to an equal share of all tokens; as few as fit."""
-  total = sum(map(len, demos))
-  count = max(chunk_num or 1, -(-total // budget))
-  while demos:
-    share, groups, open_group, done = total / count, [], [], 0
-    for demo in demos:
-      # Whichever end is nearer to the share's.
-      ends = share * (len(groups) + 1)
-      if open_group and len(groups) + 1 < count and done + len(demo) / 2 > ends:
-        groups.append(open_group)
-        open_group = []
-      open_group.append(demo)
-      done += len(demo)
-    groups.append(open_group)
-    if all(sum(map(len, group)) <= budget for group in groups):
-      return [_Group(sum(group, []), len(group)) for group in groups]
-    count += 1
-  return []
+  """Runs of demonstrations: as few as fit, the longest as short as can be, the others like it."""
+  lengths = [len(demo) for demo in demos]
+  count = min(len(demos), max(_runs_from(lengths, budget)[0], chunk_num or 1))
+  low, high = max(lengths, default=0), budget
+  while low < high:
+    middle = (low + high) // 2
+    low, high = (low, middle) if _runs_from(lengths, middle)[0] <= count else (middle + 1, high)
+  runs_from, total, done = _runs_from(lengths, low), sum(lengths), 0
+  groups: list[list[Sequence[int]]] = []
+  for i, demo in enumerate(demos):
+    left = count - len(groups)
+    full = groups and sum(map(len, groups[-1])) + len(demo) > low
+    # Whichever end is nearer to an equal share's, if the rest still fits.
+    ends = runs_from[i] <= left and done + len(demo) / 2 > total / count * len(groups)
+    if not groups or full or (left and (ends or len(demos) - i <= left)):
+      groups.append([])
+    groups[-1].append(demo)
+    done += len(demo)
+  return [_Group(sum(group, []), len(group)) for group in groups], None
+
+
+def _runs_from(lengths, limit) -> list[int]:
+  """For each demonstration, how many runs of at most `limit` tokens it and those behind it make."""
+  runs, end, inside = [0] * (len(lengths) + 1), len(lengths), 0
+  for start in reversed(range(len(lengths))):
+    inside += lengths[start]
+    while inside > limit:
+      end -= 1
+      inside -= lengths[end]
+    runs[start] = 1 + runs[end]
+  return runs
 
 
 def _whole(demos, budget, chunk_num):
   """Demonstrations while they fit."""
-  groups, tokens, whole, drawn = [], [], 0, 0
-  for demo in demos:
-    if len(groups) == chunk_num:
-      break
+  groups, tokens, whole = [], [], 0
+  for i, demo in enumerate(demos):
     if len(tokens) + len(demo) > budget:
       groups.append(_Group(tokens, whole))
       if len(groups) == chunk_num:
-        break
+        return groups, i
       tokens, whole = [], 0
-    tokens, whole, drawn = tokens + demo, whole + 1, drawn + 1
-  return _with_last(groups, tokens, whole, chunk_num), drawn
+    tokens, whole = tokens + demo, whole + 1
+  return _with_last(groups, tokens, whole), None
 
 
 def _cut(demos, budget, chunk_num):
   """What does not fit is appended, and the group's last tokens stay (the script for BLOOM)."""
-  groups, tokens, lengths, drawn = [], [], [], 0
-  for demo in demos:
-    if len(groups) == chunk_num:
-      break
-    tokens, lengths, drawn = tokens + demo, [*lengths, len(demo)], drawn + 1
+  groups, tokens, lengths = [], [], []
+  for i, demo in enumerate(demos):
+    tokens, lengths = tokens + demo, [*lengths, len(demo)]
     if len(tokens) > budget:
       groups.append(_last_tokens(tokens, lengths, budget))
+      if len(groups) == chunk_num:
+        return groups, i
       tokens, lengths = [], []
-  return _with_last(groups, tokens, len(lengths), chunk_num), drawn
+  return _with_last(groups, tokens, len(lengths)), None
 
 
 def _overflowing(demos, budget, chunk_num):
   """An open group takes one more while it is not above the budget (the dense models' script)."""
-  groups, tokens, lengths, drawn = [], [], [], 0
-  for demo in demos:
-    if len(groups) == chunk_num:
-      break
+  groups, tokens, lengths = [], [], []
+  for i, demo in enumerate(demos):
     if len(tokens) > budget:
       groups.append(_last_tokens(tokens, lengths, budget))
       if len(groups) == chunk_num:
-        break
+        return groups, i
       tokens, lengths = [], []
-    tokens, lengths, drawn = tokens + demo, [*lengths, len(demo)], drawn + 1
+    tokens, lengths = tokens + demo, [*lengths, len(demo)]
   if not groups and len(tokens) > budget:
-    return [_last_tokens(tokens, lengths, budget)], drawn
-  return _with_last(groups, tokens, len(lengths), chunk_num), drawn
+    return [_last_tokens(tokens, lengths, budget)], None
+  return _with_last(groups, tokens, len(lengths)), None
 
 
 def _last_tokens(tokens, lengths, budget):
@@ -182,11 +193,9 @@ def _last_tokens(tokens, lengths, budget):
   return _Group(tokens[-budget:], whole)
 
 
-def _with_last(groups, tokens, whole, chunk_num):
+def _with_last(groups, tokens, whole):
   """The open group counts only if there is no other."""
-  if not groups and tokens and chunk_num != 0:
-    return [_Group(tokens, whole)]
-  return groups
+  return [_Group(tokens, whole)] if not groups and tokens else groups
 
 
 def _arrays(groups, drawn, skipped, space_id) -> Groups:

@@ -11,6 +11,7 @@ import gin
 import numpy as np
 
 from lmops_jax import pipeline, progress
+from lmops_jax.data.tasks import Task, read_task
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
 
@@ -41,11 +42,11 @@ def run(
     model: what was prompted.
   """
   records: dict[str, dict[int, dict[Any, dict[str, Any]]]] = {}  # task, seed, count
-  tasks: dict[str, dict[str, Any]] = {}
+  tasks: dict[str, Task] = {}
   for task, seed, stage in evaluated:
     found = json.loads((context.input(stage) / "records.json").read_text())
     records.setdefault(task, {})[seed] = {record["key"]: record for record in found}
-    tasks[task] = json.loads((context.input(f"task/{task}") / "task.json").read_text())
+    tasks[task] = read_task(context.input(f"task/{task}"))
   summary = {
     "model": model,
     "tasks": {task: _summary(tasks[task], of_seeds) for task, of_seeds in records.items()},
@@ -71,7 +72,7 @@ def run(
   ))
 
 
-def _summary(task: Mapping[str, Any], of_seeds) -> dict[str, Any]:
+def _summary(task: Task, of_seeds) -> dict[str, Any]:
   """A row for each count; the window's differs by seed."""
   rows = []
   for key in next(iter(of_seeds.values())):
@@ -91,13 +92,13 @@ def _summary(task: Mapping[str, Any], of_seeds) -> dict[str, Any]:
     rows.append(row)
   rows.sort(key=lambda row: row["count"])
   first = next(iter(next(iter(of_seeds.values())).values()))
-  labels = [row[3] for row in task["rows"]]
+  labels = [row.label for row in task.rows]
   most_frequent = None
-  if task["words"]:
-    most_frequent = max(labels.count(i) for i in range(len(task["words"]))) / len(labels)
+  if task.words:
+    most_frequent = max(labels.count(i) for i in range(len(task.words))) / len(labels)
   return {
-    "seeds": list(of_seeds), "metric": task["metric"], "num_rows": first["num_rows"],
-    "words": list(task["words"]), "most_frequent_label": most_frequent,
+    "seeds": list(of_seeds), "metric": task.metric, "num_rows": first["num_rows"],
+    "words": list(task.words), "most_frequent_label": most_frequent,
     "window_count": [next(iter(r.values()))["window_count"] for r in of_seeds.values()],
     "counts": rows,
   }
@@ -117,7 +118,7 @@ def _section(context, config, task: str, of: Mapping[str, Any], of_seeds) -> htm
 
   figures, one_seed = [], len(of["seeds"]) == 1
   spans = "One seed." if one_seed else f"Mean and span of {len(of['seeds'])} seeds."
-  several = len(of["counts"]) > 1
+  several = len({row["count"] for row in of["counts"]}) > 1
   if several:
     reference = None
     if of["most_frequent_label"] is not None:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lmops_jax import pipeline
-from lmops_jax.data.tasks import Task, TaskChoice, demonstrations, read_task, write_task
+from lmops_jax.data.tasks import Example, Task, TaskChoice, demonstrations, read_task
 from lmops_jax.manifests import write_json
 from lmops_jax.models import flops
 from lmops_jax.systems.structured_prompting import report
@@ -26,7 +26,7 @@ from lmops_jax.training.small_model import ModelChoice
 
 WINDOW = "window"
 _WINDOW_POOL = 4096  # demonstrations that no window holds
-TASK_FILE, RECORDS_FILE = "task.json", "records.json"
+RECORDS_FILE = "records.json"
 
 
 @gin.register(module="structured_prompting")
@@ -96,10 +96,9 @@ class Pipeline:
     prompting = {f"prompting.{k}": v for k, v in settings.child("prompting").flatten().items()}
     evaluated = []
     for i, task in enumerate(self.tasks):
-      read = f"task/{task.name}"
-      bound = {f"task.{k}": v for k, v in settings.child("tasks")[i].flatten().items()}
-      stages.append(pipeline.Stage(
-        read, functools.partial(_read_task, task=task), settings=bound | task.fingerprints()))
+      reading = task.stage(settings.child("tasks")[i])
+      read = reading.name
+      stages.append(reading)
       for seed in self.seeds:
         name = f"prompt/{task.name}/seed{seed}"
         evaluated.append((task.name, seed, name))
@@ -124,7 +123,7 @@ class Pipeline:
     return stages
 
   def _prompt(self, context: pipeline.StageContext, task, model, seed, partitioner) -> None:
-    found = read_task(context.input(task) / TASK_FILE)
+    found = read_task(context.input(task))
     source = self.model.opened(*(context.input(name) for name in model))
     tokenizer = source.tokenizer()
     prompter = Prompter(
@@ -137,6 +136,10 @@ class Pipeline:
       budget = prompter.budget(rows)
       some = prompter.demonstrations(draw(min(len(pool), _WINDOW_POOL)))
       limit = prompter.in_one_window(some, budget)
+      # Fewer are the first of these, or, balanced, in an order of their own.
+      while self.prompting.balanced and limit and prompter.in_one_window(
+          prompter.demonstrations(draw(limit)), budget) < limit:
+        limit -= 1
     wanted = [(limit if key == WINDOW else key, key) for key in self.counts]
     for count, key in sorted(wanted, key=lambda pair: pair[0]):
       if any(record["key"] == key for record in records):
@@ -190,13 +193,6 @@ class Pipeline:
     return f"{report.terminal_table(found)}\n\nreport: {folder / 'index.html'}"
 
 
-def _read_task(context: pipeline.StageContext, task: TaskChoice) -> None:
-  found = task.load()
-  write_task(context.directory / TASK_FILE, found)
-  skipped = f", {found.skipped} rows left out" if found.skipped else ""
-  context.log(f"{len(found.rows)} rows, {len(found.train)} to draw from{skipped}")
-
-
 def _parts(task: Task, counts, seed: int, balanced: bool):
   """Rows to draw from, and rows to evaluate on, the same for all counts.
 
@@ -205,16 +201,15 @@ def _parts(task: Task, counts, seed: int, balanced: bool):
   """
   most = max((count for count in counts if count != WINDOW), default=0)
   if not task.train and WINDOW in counts:
-    most = max(most, len(task.rows) // 2)
+    most = max(most, (_balanced_count(task.rows) if balanced else len(task.rows)) // 2)
   pool = list(task.train or task.rows)
   if most > len(pool):
     raise ValueError(
       f"{most} demonstrations are asked for and the task {task.name} has {len(pool)} rows to draw "
       "from; ask for fewer.")
   if task.train:
-    if balanced and WINDOW in counts:  # as many as the rarest label allows
-      labels = collections.Counter(row.label for row in pool)
-      pool = demonstrations(pool, min(labels.values()) * len(labels), seed, True)
+    if balanced and WINDOW in counts:
+      pool = demonstrations(pool, _balanced_count(pool), seed, True)
     return pool, list(task.rows)
   pool = demonstrations(pool, most, seed, balanced)
   used = {row.id for row in pool}
@@ -224,6 +219,12 @@ def _parts(task: Task, counts, seed: int, balanced: bool):
       f"the task {task.name} has {len(task.rows)} rows, all of them demonstrations; ask for fewer "
       "of them, or give rows to draw from.")
   return pool, rows
+
+
+def _balanced_count(rows: Sequence[Example]) -> int:
+  """As many as the rarest label allows."""
+  labels = collections.Counter(row.label for row in rows)
+  return min(labels.values()) * len(labels)
 
 
 def _unfinished(path: Path) -> list[dict[str, Any]]:
