@@ -26,13 +26,15 @@ def demonstrations():
 def _loop(model, params, ids, mask, lr):
   """The same with whole-tree gradients of unpadded, uncached examples."""
 
+  @jax.jit
+  @jax.value_and_grad
   def loss(params, row):
     logits = model.apply({"params": params}, row[None, :-1], method="logits")[0]
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), row[1:, None], 1))
 
   losses, key_bias_grads = [], []
   for row, of in zip(ids, mask):
-    value, grads = jax.value_and_grad(loss)(params, row[of])
+    value, grads = loss(params, row[of])
     losses.append(value)
     attention = grads["layers"]["attention"]
     key_bias_grads.append(attention["key"].get("bias"))
@@ -90,7 +92,8 @@ def test_queries_are_those_of_each_examples_own_forward_pass(tiny, demonstration
 def test_padding_changes_nothing(tiny, demonstrations):
   model, params = tiny("llama")
   ids, mask = demonstrations
-  more = [np.pad(x, ((0, 0), (0, 3)), constant_values=fill) for x, fill in ((ids, 9), (mask, False))]
+  more = [np.pad(x, ((0, 0), (0, 3)), constant_values=fill)
+          for x, fill in ((ids, 9), (mask, False))]
   a, b = kv_finetune(model, params, ids, mask, 0.05), kv_finetune(model, params, *more, 0.05)
   np.testing.assert_allclose(a.losses, b.losses, rtol=1e-6)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a.params, b.params)
