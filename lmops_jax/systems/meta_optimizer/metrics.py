@@ -75,8 +75,7 @@ def sim_aou_each(icl, zs, ft, normalise: bool = True):
       something in common: see `sim_aou`.
   """
   _check_equal(icl=icl, zs=zs, ft=ft)
-  icl, zs, ft = (_unit(x) if normalise else jnp.asarray(x) for x in (icl, zs, ft))
-  return cosine(icl - zs, ft - zs)
+  return cosine(_change(icl, zs, normalise), _change(ft, zs, normalise))
 
 
 def sim_aou(icl, zs, ft, normalise: bool = True):
@@ -91,7 +90,7 @@ def sim_aou(icl, zs, ft, normalise: bool = True):
 def sim_aou_random_each(icl, zs, random):
   """As `sim_aou_each`, normalised, with a random vector (`uniform`) for the finetuning update."""
   _check_equal(icl=icl, zs=zs, random=random)
-  return cosine(_unit(icl) - _unit(zs), random)
+  return cosine(_change(icl, zs, True), random)
 
 
 def sim_am_each(icl, other):
@@ -228,9 +227,17 @@ def uniform(seed: int, rows, shape):
     jnp.asarray(rows, jnp.uint32))
 
 
-def _unit(x):
-  x = jnp.asarray(x)
-  return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + _EPSILON)
+def _change(x, start, normalise):
+  """`x - start`, of both at length 1 if to be normalised; exactly 0 where they are equal.
+
+  A difference of two quotients is not: compiled, one of them may be fused into it unrounded.
+  """
+  x, start = jnp.asarray(x), jnp.asarray(start)
+  if not normalise:
+    return x - start
+  lengths = [jnp.linalg.norm(y, axis=-1, keepdims=True) for y in (x, start)]
+  longer = (lengths[0] - lengths[1]) / (lengths[1] + _EPSILON)
+  return ((x - start) - start * longer) / (lengths[0] + _EPSILON)
 
 
 def _check_equal(**arrays):

@@ -133,9 +133,10 @@ class Results(NamedTuple):
   """What a study found.
 
   Attributes:
-    arrays: `NETWORK/METRIC` `[L]` for each network and metric of `METRICS`; `NETWORK/pred_SETTING`
-      `[N]`; `gold` and `row_ids` `[N]`; `rates`, `rate_accuracy` (NaN where training diverged);
-      `losses` `[k]`; and `picture/icl`, `picture/ft` `[L,n]`, one query's attention before softmax
+    arrays: `NETWORK/METRIC` `[L]` for each network and metric of `METRICS`, NaN where undefined
+      (such as `sim_am_delta` in the first layer of a model with relative positions);
+      `NETWORK/pred_SETTING` `[N]`; `NETWORK/losses` `[k]` of finetuning; `gold` and `row_ids` `[N]`;
+      `rates`, `rate_accuracy` (NaN where training diverged); and `picture/icl`, `picture/ft` `[L,n]`, one query's attention before softmax
       to the demonstrations' tokens.
     summary: JSON-able: for each network accuracies and means over layers, None where undefined.
   """
@@ -222,6 +223,15 @@ class _Run:
     config = self.model.config
     return min(config.max_length, config.sliding_window or config.max_length)
 
+  @property
+  def first_layer_is_fixed(self) -> bool:
+    """Whether the first layer's scores between a query's tokens do not depend on the context.
+
+    So it is where they depend on distances only: their change is then rounding, and has no
+    direction.
+    """
+    return self.model.config.positions in ("rotary", "alibi", "none")
+
   def results(self) -> Results:
     rate, accuracies = self.choose_rate()
     arrays = {
@@ -244,15 +254,16 @@ class _Run:
       accuracy = networks[name]["accuracy"]
       self.log(f"{name}: accuracy " + ", ".join(f"{s} {accuracy[s]:.1%}" for s in SETTINGS))
     kept = self.made.context_ids[self.made.context_kept]
-    best = np.nanmax(accuracies)
     summary = {
       "task": self.task.name, "seed": self.seed, "readout": self.settings.readout,
       "tune_on": self.settings.tune_on, "kendall": self.settings.kendall,
       "num_rows": len(self.queries.gold), "num_demonstrations": len(self.made.ids),
       "num_context_tokens": len(self.made.context_ids), "num_training_tokens": len(kept),
       "demonstration_ids": self.demonstration_ids, "words": list(self.task.words),
-      "rate": rate, "rate_accuracy": float(best), "num_rates": len(self.settings.rates),
-      "num_diverged_rates": int(np.isnan(accuracies).sum()),
+      "rate": rate,
+      "rate_accuracy": float(np.nanmax(accuracies)) if len(accuracies) > 1 else None,
+      "num_rates": len(accuracies),
+      "num_diverged_rates": int(np.isnan(accuracies).sum()) if len(accuracies) > 1 else 0,
       "rate_is_at_the_end": len(accuracies) > 1 and rate in (
         min(self.settings.rates), max(self.settings.rates)),
       "picture_tokens": [self.tokenizer.decode([int(i)]) for i in kept],
@@ -352,7 +363,9 @@ class _Run:
         for name, value in some.items():
           each[name].append(np.asarray(value)[:known])
       for name, value in values.items():
-        each[name].append(np.asarray(value)[:real])
+        each[name].append(np.array(value)[:real])
+      if self.first_layer_is_fixed:
+        each["sim_am_delta"][-1][:, 0] = np.nan
       self.progress(real)
     predicted = {name: np.concatenate(predictions[name]) for name in SETTINGS}
     arrays |= {f"pred_{name}": value for name, value in predicted.items()}

@@ -41,7 +41,9 @@ def test_similarity_of_updates():
   assert got.shape == (L,)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   np.testing.assert_allclose(metrics.sim_aou(icl, zs, icl), np.ones(L), rtol=1e-5)
-  np.testing.assert_array_equal(metrics.sim_aou(icl, zs, zs), np.zeros(L))
+  for of in (metrics.sim_aou, jax.jit(metrics.sim_aou)):
+    np.testing.assert_array_equal(of(icl, zs, zs), np.zeros(L))
+    np.testing.assert_array_equal(of(zs, zs.copy(), zs.copy()), np.zeros(L))
   random = metrics.uniform(0, range(N), (L, D))
   np.testing.assert_allclose(
     metrics.sim_aou_random_each(icl, zs, random), _cos(units[0] - units[1], np.array(random)),
