@@ -16,6 +16,8 @@ OWED = {
   "learning_law/transformer_paper.gin": [
     "CORPUS_PATH = '/data/stories'", "VOCABULARY_PATH = '/data/tokenizer.json'",
   ],
+  "meta_optimizer/default.gin": ["MODEL_PATH = '/data/model'", "TASKS = []"],
+  "meta_optimizer/paper.gin": ["MODEL_PATH = '/data/model'", "TASKS = []"],
   "pds/paper.gin": [
     "CORPUS_PATH = '/data/corpus'", "TARGET_PATH = '/data/target.jsonl'",
     "TARGET_TEST_PATH = '/data/test.jsonl'", "VOCABULARY_PATH = '/data/tokenizer.model'",
@@ -23,7 +25,8 @@ OWED = {
 }
 RUNS = [
   "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
-  "learning_law/transformer.gin", "learning_law/transformer_paper.gin", "pds/baselines.gin",
+  "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
+  "meta_optimizer/default.gin", "meta_optimizer/paper.gin", "pds/baselines.gin",
   "pds/default.gin", "pds/paper.gin", "pds/smoke.gin",
 ]
 PARTS = ("pipeline", "sizes", "model")  # of a run, named by what they are

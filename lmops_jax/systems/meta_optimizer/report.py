@@ -24,10 +24,10 @@ _NETWORK_NAMES = {
 _CAUTION = (
   "**A positive SimAOU alone proves little.** It compares changes of outputs that were first "
   "scaled to length 1, and this makes also unrelated changes alike: two orthogonal ones score 0.25 "
-  "where they are 1.7 times as long as the output, and up to 0.5. In a replication (arXiv 2311.07772) networks with random weights "
-  "scored as high as the trained one. So read it beside the raw version, beside the change of "
-  "attention maps, and beside the untrained controls: only what the trained network has and these "
-  "have not can be due to learning in context."
+  "where they are 1.7 times as long as the output, and up to 0.5. In a replication (arXiv "
+  "2311.07772) networks with random weights scored as high as the trained one. So read it beside "
+  "the raw version, beside the change of attention maps, and beside the untrained controls: only "
+  "what the trained network has and these have not can be due to learning in context."
 )
 
 

@@ -135,9 +135,9 @@ class Results(NamedTuple):
   Attributes:
     arrays: `NETWORK/METRIC` `[L]` for each network and metric of `METRICS`, NaN where undefined
       (such as `sim_am_delta` in the first layer of a model with relative positions);
-      `NETWORK/pred_SETTING` `[N]`; `NETWORK/losses` `[k]` of finetuning; `gold` and `row_ids` `[N]`;
-      `rates`, `rate_accuracy` (NaN where training diverged); and `picture/icl`, `picture/ft` `[L,n]`, one query's attention before softmax
-      to the demonstrations' tokens.
+      `NETWORK/pred_SETTING` `[N]`; `NETWORK/losses` `[k]` of finetuning; `gold` and `row_ids`
+      `[N]`; `rates`, `rate_accuracy` (NaN where training diverged); and `picture/icl`,
+      `picture/ft` `[L,n]`, one query's attention before softmax to the demonstrations' tokens.
     summary: JSON-able: for each network accuracies and means over layers, None where undefined.
   """
 

@@ -11,7 +11,7 @@ from lmops_jax.systems.meta_optimizer.study import Results
 
 SMALL = [
   "--gin_import=tests.systems.meta_optimizer.parts", "--gin.MODEL=@tiny.Model()",
-  "--gin.MODEL_PATH='unused'", "--gin.TASKS=[@tiny.Task()]", "--gin.SEEDS=[0, 1]",
+  "--gin.TASKS=[@tiny.Task()]", "--gin.SEEDS=[0, 1]",
   "--gin.DEMONSTRATIONS=3", "--gin.RATES=[0.01, 0.1]", "--gin.EVALUATION_ROWS=None",
   "--gin.VALIDATION_ROWS=4", "--gin.CONTROLS=['untrained']", "--gin.MESH=None",
 ]
@@ -91,7 +91,7 @@ def test_a_model_and_tasks_must_be_given(tmp_path, capsys):
 
 def test_the_papers_setting_resolves():
   own = ["import tests.systems.meta_optimizer.parts", "MODEL = @tiny.Model()",
-         "TASKS = [@tiny.Task()]", "MODEL_PATH = 'unused'"]
+         "TASKS = [@tiny.Task()]"]
   system = config.load(["meta_optimizer/paper.gin"], own).build()
   assert tuple(system.study.rates) == study.GRID and system.study.demonstrations == 32
   assert system.study.readout == "first_label" and system.seeds == [1, 2, 3, 4, 5, 6, 7]

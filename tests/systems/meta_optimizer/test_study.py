@@ -40,7 +40,8 @@ def test_a_study_reports_every_metric_of_every_network(found):
       assert of[metric] == pytest.approx(values.mean())
     for setting in study.SETTINGS:
       predictions = results.arrays[f"{name}/pred_{setting}"]
-      assert of["accuracy"][setting] == pytest.approx(np.mean(predictions == results.arrays["gold"]))
+      right = predictions == results.arrays["gold"]
+      assert of["accuracy"][setting] == pytest.approx(right.mean())
   assert results.arrays["picture/icl"].shape == results.arrays["picture/ft"].shape == (
     2, results.summary["num_training_tokens"])
   assert len(results.summary["picture_tokens"]) == results.summary["num_training_tokens"]
@@ -87,7 +88,8 @@ def test_batches_and_unstacked_layers_change_nothing(tiny):
     np.testing.assert_allclose(
       a.arrays[f"trained/{name}"], b.arrays[f"trained/{name}"], rtol=1e-4, atol=1e-6)
   for name in study.SETTINGS:
-    np.testing.assert_array_equal(a.arrays[f"trained/pred_{name}"], b.arrays[f"trained/pred_{name}"])
+    name = f"trained/pred_{name}"
+    np.testing.assert_array_equal(a.arrays[name], b.arrays[name])
 
 
 def test_without_rate_finetuning_is_zero_shot(tiny):
