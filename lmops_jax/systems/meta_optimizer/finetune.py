@@ -4,6 +4,10 @@ The setting that arXiv 2212.10559 (section 4.1) compares in-context learning wit
 the demonstrations of the prompt in their order, batches of one, no momentum, decay or clipping; the
 loss is the mean cross-entropy of all tokens after BOS. Only the trained leaves are carried from
 step to step and differentiated.
+
+The objective "layer_causal" is that of arXiv 2311.07772, where information flows as it does in
+context: each layer is trained by the loss that its own attention's output would have, right below
+the final norm and the output matrix.
 """
 
 from __future__ import annotations
@@ -17,8 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.models import layers
 from lmops_jax.models.cache import empty_cache
+from lmops_jax.models.transformer import unstack_layers
 
+OBJECTIVES = ("lm", "layer_causal")
 _TRAINED = ("key", "value")
 
 
@@ -38,7 +45,9 @@ class Finetuned(NamedTuple):
   train_q: jax.Array
 
 
-def kv_finetune(model, params, demo_ids, demo_mask, lr, *, num_front: int = 1) -> Finetuned:
+def kv_finetune(
+  model, params, demo_ids, demo_mask, lr, *, num_front: int = 1, objective: str = "lm"
+) -> Finetuned:
   """One SGD step on each demonstration in turn; may be traced, and `vmap`ped over `lr`.
 
   Args:
@@ -49,9 +58,11 @@ def kv_finetune(model, params, demo_ids, demo_mask, lr, *, num_front: int = 1) -
     lr: learning rate, finite and at least 0.
     num_front: BOS tokens in front of each row, which are not predicted; without any the first token
       is not predicted either.
+    objective: "lm", or "layer_causal" (see the module), whose loss is the mean over layers, each
+      with the gradient of its own.
 
   Raises:
-    ValueError: for an encoder, arrays of other shapes, a row without a token to predict, padding
+    ValueError: an unknown objective, an encoder, arrays of other shapes, a row without a token to predict, padding
       that is not at the end, or a bad learning rate.
     FloatingPointError: a loss is not finite; names the step. Not where `lr` is traced: see
       `check_losses`.
@@ -61,11 +72,18 @@ def kv_finetune(model, params, demo_ids, demo_mask, lr, *, num_front: int = 1) -
       "models.TransformerConfig.causal is False: an encoder does not predict the next token; load "
       "a decoder."
     )
+  if objective not in OBJECTIVES:
+    raise ValueError(f"objective={objective!r} is not one of {', '.join(OBJECTIVES)}.")
+  if objective == "layer_causal" and model.config.norm_placement == "post":
+    raise ValueError(
+      "objective='layer_causal' puts the final norm behind a layer's attention, and a model with "
+      "norm_placement='post' has none; use 'lm'."
+    )
   _check_demonstrations(demo_ids, demo_mask, num_front)
   traced = isinstance(lr, jax.core.Tracer)
   if not traced:
     check_rate(lr)
-  found = Finetuned(*_finetune(model, nn.unbox(params), demo_ids, demo_mask, lr, num_front))
+  found = Finetuned(*_finetune(model, nn.unbox(params), demo_ids, demo_mask, lr, num_front, objective))
   if not traced and not isinstance(found.losses, jax.core.Tracer):
     check_losses(found.losses, lr)
     # The last step has no loss after it.
@@ -118,16 +136,14 @@ def _is_trained(path) -> bool:
   return "attention" in keys and any(key in _TRAINED for key in keys)
 
 
-def _finetune(model, params, ids, mask, lr, num_front):
-  before, joined = _split(params)
+def _finetune(model, params, ids, mask, lr, num_front, objective):
   after, losses, queries = _steps(
-    model, params, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool), lr, num_front)
-  del before
-  return joined(after), losses, queries
+    model, params, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool), lr, num_front, objective)
+  return _split(params)[1](after), losses, queries
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_front"))
-def _steps(model, params, ids, mask, lr, num_front):
+@functools.partial(jax.jit, static_argnames=("model", "num_front", "objective"))
+def _steps(model, params, ids, mask, lr, num_front, objective):
   trained, joined = _split(params)
   config = model.config
   length = ids.shape[1]
@@ -139,12 +155,24 @@ def _steps(model, params, ids, mask, lr, num_front):
       variables, ids[None], empty_cache(config, 1, length), positions=rows, valid=mask[None],
       fresh=True, readout=rows, method="extend",
     )
-    logits = model.apply(variables, hidden[0, :-1], method="unembed")
-    targets = ids[1:]
-    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(
-      logits, targets[:, None], axis=-1)[:, 0]
     learned = mask[1:] & (jnp.arange(1, length) >= num_front)
-    loss = jnp.sum(jnp.where(learned, nats, 0)) / jnp.sum(learned)
+
+    @jax.checkpoint
+    def nats_a_token(hidden):
+      logits = model.apply(variables, hidden[:-1], method="unembed")
+      nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(
+        logits, ids[1:, None], axis=-1)[:, 0]
+      return jnp.sum(jnp.where(learned, nats, 0)) / jnp.sum(learned)
+
+    if objective == "lm":
+      loss = nats_a_token(hidden[0])
+    else:
+      found = jax.lax.stop_gradient(found)
+      losses = [
+        nats_a_token(x[0]) for x in _after_attention(model, variables, ids[None], mask[None])]
+      # Not divided in the gradient: each layer takes the step of its own loss.
+      total = sum(losses)
+      loss = total - jax.lax.stop_gradient(total * (1 - 1 / len(losses)))
     queries = found.queries[:, 0].astype(jnp.float32) * config.head_width**-0.5
     return loss, queries.reshape(*queries.shape[:2], -1).swapaxes(0, 1)
 
@@ -155,6 +183,25 @@ def _steps(model, params, ids, mask, lr, num_front):
 
   trained, (losses, queries) = jax.lax.scan(step, trained, (ids, mask))
   return trained, losses, queries
+
+
+def _after_attention(model, variables, ids, mask):
+  """For each layer the final norm of its input plus its attention's output, `[1,n,D]`.
+
+  The inputs are constants, so that no layer's gradient reaches another's, nor the queries.
+  """
+  config = model.config
+  segments = mask.astype(jnp.int32)
+  inputs = jax.lax.stop_gradient(
+    model.apply(variables, ids, segment_ids=segments, method="all_hidden"))
+  angles = model.apply(variables, jnp.arange(ids.shape[1])[None], method="_angles")
+  sequence = layers.Sequence(angles, segments)
+  for x, of in zip(inputs, unstack_layers(variables["params"])["layers"]):
+    normed = layers.norm(config).apply({"params": of["attention_norm"]}, x)
+    x = x + layers.Attention(config).apply({"params": of["attention"]}, normed, sequence)
+    if config.final_norm:
+      x = layers.norm(config).apply({"params": variables["params"]["final_norm"]}, x)
+    yield x
 
 
 def _check_demonstrations(ids, mask, num_front):

@@ -131,9 +131,15 @@ def _record(model, params, ids, mask, context, label_ids, readout):
 
 def _scores(config, q, keys, distance):
   """Scores `[Q,H,M]` of `q [Q,H,E]` with `keys [Q or 1,K,M,E]` at `distance [Q,M]`."""
-  grouped = q.reshape(q.shape[0], config.key_heads, -1, config.head_width)
-  keys = jnp.broadcast_to(keys.astype(jnp.float32), (q.shape[0], *keys.shape[1:]))
-  scores = jnp.einsum("qkge,qkme->qkgm", grouped, keys).reshape(*q.shape[:2], -1)
+  num_queries, num_heads, width = q.shape
+  grouped = q.reshape(num_queries, config.key_heads, -1, width)
+  keys = keys.astype(jnp.float32)
+  # Keys of all queries are not broadcast: XLA on a CPU (jax 0.10.2) then gave one score to all.
+  if keys.shape[0] == 1:
+    scores = jnp.einsum("qkge,kme->qkgm", grouped, keys[0])
+  else:
+    scores = jnp.einsum("qkge,qkme->qkgm", grouped, keys)
+  scores = scores.reshape(num_queries, num_heads, -1)
   scores = scores * config.head_width**-0.5
   if config.positions == "alibi":
     slopes = positions_lib.alibi_slopes(config.num_heads)

@@ -110,7 +110,7 @@ def _task_summary(results: Sequence[Results]) -> dict[str, Any]:
   return {
     "seeds": [r.summary["seed"] for r in results],
     **{key: first[key] for key in (
-      "num_rows", "num_demonstrations", "readout", "tune_on", "kendall", "words")},
+      "num_rows", "num_demonstrations", "readout", "objective", "tune_on", "kendall", "words")},
     "runs": [{key: r.summary[key] for key in keys} for r in results],
     "networks": networks,
   }
@@ -259,7 +259,8 @@ def _task_section(task, summary, results, pictures) -> html.Section:
 
 def _rate_text(summary) -> str:
   rates = ", ".join(f"{run['rate']:g}" for run in summary["runs"])
-  text = f"Learning rates of finetuning, by seed: {rates}"
+  kind = " layer by layer" if summary["objective"] == "layer_causal" else ""
+  text = f"Learning rates of finetuning{kind}, by seed: {rates}"
   if all(run["rate_accuracy"] is None for run in summary["runs"]):
     return text + ", as given."
   text += f", the best on {summary['tune_on']} rows."

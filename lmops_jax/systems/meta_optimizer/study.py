@@ -30,6 +30,7 @@ from lmops_jax.models import flops
 from lmops_jax.models.transformer import unstack_layers
 from lmops_jax.systems.meta_optimizer import metrics
 from lmops_jax.systems.meta_optimizer.finetune import (
+  OBJECTIVES,
   check_losses,
   check_rate,
   key_value_leaves,
@@ -67,6 +68,7 @@ class Study:
     demonstrations: k.
     order: of the demonstrations, 0 to 4; 0 is the shuffle's own.
     rates: learning rates to choose from.
+    objective: of finetuning, "lm" or "layer_causal" (see `finetune`).
     tune_on: "validation", training rows that are not demonstrated; or "evaluation", the reported
       rows themselves, as in the paper.
     validation_rows: at most so many.
@@ -88,6 +90,7 @@ class Study:
   demonstrations: int = 32
   order: int = 0
   rates: Sequence[float] = GRID
+  objective: str = "lm"
   tune_on: str = "validation"
   validation_rows: int = 200
   evaluation_rows: int | None = 2000
@@ -111,7 +114,7 @@ class Study:
       if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}.{field}={value!r} must be an integer of at least {least}.")
     for field, choices in (
-      ("tune_on", TUNE_ON), ("readout", READOUTS), ("newline", NEWLINES),
+      ("objective", OBJECTIVES), ("tune_on", TUNE_ON), ("readout", READOUTS), ("newline", NEWLINES),
       ("kendall", metrics.KENDALL_VARIANTS),
     ):
       if getattr(self, field) not in choices:
@@ -256,7 +259,8 @@ class _Run:
     kept = self.made.context_ids[self.made.context_kept]
     summary = {
       "task": self.task.name, "seed": self.seed, "readout": self.settings.readout,
-      "tune_on": self.settings.tune_on, "kendall": self.settings.kendall,
+      "objective": self.settings.objective, "tune_on": self.settings.tune_on,
+      "kendall": self.settings.kendall,
       "num_rows": len(self.queries.gold), "num_demonstrations": len(self.made.ids),
       "num_context_tokens": len(self.made.context_ids), "num_training_tokens": len(kept),
       "demonstration_ids": self.demonstration_ids, "words": list(self.task.words),
@@ -288,7 +292,7 @@ class _Run:
       part = np.resize(rates[start : start + at_once], at_once)
       predictions, losses, finite = _try_rates(
         self.model, self.params, self.made.ids, self.made.mask, ids[index], mask[index],
-        self.prompts.label_ids, part, len(front))
+        self.prompts.label_ids, part, len(front), self.settings.objective)
       predictions = np.asarray(predictions).reshape(at_once, -1)[:, : len(gold)]
       first_losses = np.asarray(losses)[0] if first_losses is None else first_losses
       for i in range(min(at_once, len(rates) - start)):
@@ -325,7 +329,9 @@ class _Run:
   def measure(self, params, rate: float, with_picture: bool):
     """Arrays and summary of one network."""
     made, front, settings = self.made, self.prompts.front, self.settings
-    tuned = kv_finetune(self.model, params, made.ids, made.mask, rate, num_front=len(front))
+    tuned = kv_finetune(
+      self.model, params, made.ids, made.mask, rate, num_front=len(front),
+      objective=settings.objective)
     train_q = jnp.moveaxis(tuned.train_q[np.nonzero(made.kept)], 0, 1)  # [L,n,H*E]
 
     def before(params, ids):
@@ -418,12 +424,15 @@ class _Run:
     return float(total)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_front"))
-def _try_rates(model, params, demo_ids, demo_mask, ids, mask, label_ids, rates, num_front):
+@functools.partial(jax.jit, static_argnames=("model", "num_front", "objective"))
+def _try_rates(
+  model, params, demo_ids, demo_mask, ids, mask, label_ids, rates, num_front, objective
+):
   """Predictions `[r,batches,rows]` after finetuning at each rate, losses, and if all is finite."""
 
   def one(lr):
-    tuned = kv_finetune(model, params, demo_ids, demo_mask, lr, num_front=num_front)
+    tuned = kv_finetune(
+      model, params, demo_ids, demo_mask, lr, num_front=num_front, objective=objective)
     predictions = jax.lax.map(
       lambda batch: predict(model, tuned.params, *batch, label_ids), (ids, mask))
     finite = jnp.all(jnp.isfinite(tuned.losses))

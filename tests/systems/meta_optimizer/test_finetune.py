@@ -1,6 +1,7 @@
 """Finetuning of keys and values against whole-tree gradients and transformers."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,33 @@ def test_the_front_is_not_predicted(tiny, demonstrations):
   nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[1, 1:, None], 1)[:, 0]
   np.testing.assert_allclose(one.losses[0], nats.mean(), rtol=1e-5)
   np.testing.assert_allclose(three.losses[0], nats[2:].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_layer_causal_objective_trains_each_layer_by_its_own_loss(
+    tiny, demonstrations, kind):
+  model, params = tiny(kind)
+  found = kv_finetune(model, params, *demonstrations, 0.05, objective="layer_causal")
+  # The first layer knows of no other, and in a model of one layer without MLP its loss is the
+  # model's own.
+  one = Transformer(dataclasses.replace(model.config, num_layers=1))
+  first = {**params, "layers": jax.tree.map(lambda p: p[:1], params["layers"])}
+  mlp = first["layers"]["mlp"]
+  without = {**first, "layers": {
+    **first["layers"], "mlp": {**mlp, "down": jax.tree.map(jnp.zeros_like, mlp["down"])}}}
+  want = kv_finetune(one, without, *demonstrations, 0.05).params["layers"]["attention"]
+  got = found.params["layers"]["attention"]
+  for name in ("key", "value"):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b[0], rtol=1e-4, atol=1e-5),
+                 got[name], want[name])
+    start = params["layers"]["attention"][name]["kernel"]
+    assert np.abs(got[name]["kernel"] - start).max(axis=(1, 2, 3)).min() > 1e-5
+  assert got["query"]["kernel"] is params["layers"]["attention"]["query"]["kernel"]
+  lm = kv_finetune(model, params, *(x[:1] for x in demonstrations), 0.05)
+  np.testing.assert_allclose(found.train_q[0], lm.train_q[0], rtol=1e-5, atol=1e-6)
+  assert found.losses.shape == (3,) and np.isfinite(found.losses).all()
+  with pytest.raises(ValueError, match="objective='sum' is not one of lm, layer_causal"):
+    kv_finetune(model, params, *demonstrations, 0.05, objective="sum")
 
 
 @pytest.mark.parity

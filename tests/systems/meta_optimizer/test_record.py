@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from lmops_jax.decoding.prefixes import read_text
 from lmops_jax.models import layers, positions
-from lmops_jax.models.transformer import unstack_layers
+from lmops_jax.models.transformer import Transformer, TransformerConfig, unstack_layers
 from lmops_jax.systems.meta_optimizer.record import predict, record
 
 CONTEXT = np.array([1, 5, 9, 4, 2, 8, 8, 2], np.int32)
@@ -112,6 +113,22 @@ def test_equals_the_whole_text_at_once(tiny, kind, readout, with_context):
   width = 6 + (readout == "first_label")
   assert found["raw"].shape == (3, 2, 4, width)
   assert found["ctx"].shape[2] == (prefix.cache.num_slots if with_context else 0)
+
+
+def test_scores_at_the_sizes_of_a_published_model():
+  config = TransformerConfig(
+    vocab_size=31, num_layers=2, width=32, num_heads=9, num_kv_heads=3, head_dim=64, mlp_width=32)
+  model = Transformer(config)
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+  params = jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, params)
+  prefix = read_text(model, params, np.arange(100) % 31)
+  found = record(model, params, *_padded(ROWS), prefix, label_ids=LABELS)
+  slots = np.asarray(prefix.cache.valid)[0]
+  for layer in range(2):
+    q = np.asarray(found["q"])[:, layer].reshape(3, 3, 3, 64)
+    want = np.einsum("qkge,kme->qm", q, np.asarray(prefix.cache.keys[layer])[0])
+    np.testing.assert_allclose(
+      found["ctx"][:, layer][:, slots], want[:, slots], rtol=1e-4, atol=1e-4)
 
 
 def test_padding_and_batching_change_nothing(tiny):

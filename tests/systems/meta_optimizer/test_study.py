@@ -114,7 +114,8 @@ def test_without_demonstrations_in_context_is_zero_shot(tiny, bos):
 
 
 @pytest.mark.parametrize("changes", [
-  dict(readout="first_label"), dict(tune_on="evaluation", rates=(0.1, 0.2)), dict(newline="eos")])
+  dict(readout="first_label"), dict(tune_on="evaluation", rates=(0.1, 0.2)), dict(newline="eos"),
+  dict(objective="layer_causal")])
 def test_variants_run(tiny, changes):
   model, params = tiny("llama")
   found = run_study(
@@ -161,6 +162,7 @@ def test_divergence_and_bad_tasks_are_refused(tiny):
   (dict(rates=()), "rates is empty"), (dict(rates=(0.1, -1.0)), "rates: lr=-1.0 must be finite"),
   (dict(rates=(float("nan"),)), "must be finite"), (dict(tune_on="test"), "tune_on='test'"),
   (dict(readout="end"), "readout='end'"), (dict(newline=""), "newline=''"),
+  (dict(objective="l2"), "objective='l2'"),
   (dict(kendall="tau"), "kendall='tau'"), (dict(controls=("random",)), "controls: 'random'"),
   (dict(batch_rows=0), "batch_rows=0"), (dict(evaluation_rows=0), "evaluation_rows=0"),
 ])
