@@ -13,8 +13,8 @@ from lmops_jax.data.hashing import order_key
 from lmops_jax.data.tasks.task import Example, Task
 
 NAME = "installed_kind"
-WORDS = {  # of kinds whose name is not the word to say
-  "docstring": "documentation", "licence": "license", "markup": "markup",
+WORDS = {  # of kinds whose name is not the word to say: short ones, one token of most vocabularies
+  "docstring": "text", "header": "C", "licence": "license", "markup": "tag", "table": "data",
 }
 TEMPLATES = {  # by flavour
   "fs": {0: "Text: {text} Type:"},

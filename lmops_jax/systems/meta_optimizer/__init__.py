@@ -1,1 +1,1 @@
-"""In-context learning as meta-optimisation (arXiv 2212.10559)."""
+"""In-context learning as meta-optimisation, implicit gradient descent (arXiv 2212.10559)."""

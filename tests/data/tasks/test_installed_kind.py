@@ -19,7 +19,7 @@ def _documents(counts):
 def test_rows_are_balanced_over_the_most_frequent_kinds():
   documents = _documents({"code": 12, "licence": 10, "docstring": 9, "table": 3})
   task = tasks.kind_task(documents, num_kinds=3, num_rows=9, num_train=6)
-  assert task.words == ("code", "documentation", "license") and not task.skipped
+  assert task.words == ("code", "text", "license") and not task.skipped
   assert collections.Counter(row.label for row in task.rows) == {0: 3, 1: 3, 2: 3}
   assert collections.Counter(row.label for row in task.train) == {0: 2, 1: 2, 2: 2}
   assert not {row.id for row in task.rows} & {row.id for row in task.train}

@@ -1,0 +1,109 @@
+"""The meta-optimizer study as stages: a study for each task and seed, and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+import jax
+
+from lmops_jax import pipeline
+from lmops_jax.data.tasks import TaskChoice, read_task
+from lmops_jax.reporting.summary import read_summary
+from lmops_jax.systems.meta_optimizer import report
+from lmops_jax.systems.meta_optimizer.study import Study, num_rows, run_study
+from lmops_jax.training import mesh
+from lmops_jax.training.small_model import ModelChoice
+
+
+@gin.register(module="meta_optimizer")
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """Compares learning in context with finetuning on the demonstrations.
+
+  Attributes:
+    model: `@pretrained.choose()`.
+    tasks: `[@tasks.choose()]`, each with a name of its own; of label words.
+    study: settings of the studies.
+    report: settings of the report.
+    seeds: of the demonstrations.
+
+  Raises:
+    ValueError: no task or seed, a name or seed twice, or an encoder.
+  """
+
+  model: ModelChoice
+  tasks: Sequence[TaskChoice]
+  study: Study
+  report: report.Report
+  seeds: Sequence[int] = (0, 1, 2)
+
+  name = "meta_optimizer"
+
+  def __post_init__(self):
+    if not self.tasks:
+      raise ValueError("meta_optimizer.Pipeline.tasks is empty; name at least one task.")
+    names = [task.name for task in self.tasks]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+      raise ValueError(
+        f"meta_optimizer.Pipeline.tasks has the name {twice[0]!r} twice; give each a name of its "
+        "own."
+      )
+    if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+      raise ValueError(
+        f"meta_optimizer.Pipeline.seeds={list(self.seeds)}; name one or more different seeds."
+      )
+    if not getattr(self.model.config, "causal", False):
+      raise ValueError(
+        "meta_optimizer.Pipeline.model does not predict the next token; take a decoder."
+      )
+
+  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+    """The run as stages; arguments as for every system."""
+    if jax.process_count() > 1:
+      raise ValueError(
+        f"this job has {jax.process_count()} processes, and a study runs in one; start it once."
+      )
+    one = mesh.single_device()  # a study runs on one device
+    stages = self.model.stages(settings.child("model"), partitioner or one)
+    before = tuple(stage.name for stage in stages)
+    own = self.model.settings(settings.child("model")) | _flat(settings, "study", "study")
+    runs = {}
+    for i, task in enumerate(self.tasks):
+      reading = task.stage(settings.child("tasks")[i])
+      stages.append(reading)
+      for seed in self.seeds:
+        name = f"study/{task.name}/seed{seed}"
+        runs[task.name, seed] = name
+        stages.append(pipeline.Stage(
+          name, functools.partial(self._study, task=reading.name, before=before, seed=seed),
+          inputs=(reading.name, *before), settings=own | {"seed": str(seed)}))
+    stages.append(pipeline.Stage(
+      "report", functools.partial(report.run, config=self.report, runs=runs),
+      inputs=tuple(runs.values()), settings=_flat(settings, "report", "report")))
+    return stages
+
+  def _study(self, context: pipeline.StageContext, task, before, seed: int) -> None:
+    source = self.model.opened(*(context.input(name) for name in before))
+    loaded = read_task(context.input(task))
+    with context.progress(num_rows(loaded, self.study), "rows") as bar:
+      results = run_study(
+        source.model, source.params(), source.tokenizer(), loaded, self.study, seed, context.log,
+        bar.update)
+    results.save(context.directory)
+    context.flops += results.summary["flops"]
+
+  def summary(self, workdir: Path) -> str:
+    """A short table of the finished run, for the terminal."""
+    folder = Path(workdir) / "report"
+    return f"{report.terminal_table(read_summary(folder / 'summary.json'))}\n\nreport: " + str(
+      folder / "index.html")
+
+
+def _flat(settings, prefix: str, *path) -> dict[str, str]:
+  """Resolved settings of a part, as settings of a stage."""
+  return {f"{prefix}.{key}": value for key, value in settings.child(*path).flatten().items()}
