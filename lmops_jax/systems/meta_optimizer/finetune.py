@@ -62,8 +62,8 @@ def kv_finetune(
       with the gradient of its own.
 
   Raises:
-    ValueError: an unknown objective, an encoder, arrays of other shapes, a row without a token to predict, padding
-      that is not at the end, or a bad learning rate.
+    ValueError: an unknown objective, an encoder, arrays of other shapes, a row without a token to
+      predict, padding that is not at the end, or a bad learning rate.
     FloatingPointError: a loss is not finite; names the step. Not where `lr` is traced: see
       `check_losses`.
   """
@@ -83,7 +83,8 @@ def kv_finetune(
   traced = isinstance(lr, jax.core.Tracer)
   if not traced:
     check_rate(lr)
-  found = Finetuned(*_finetune(model, nn.unbox(params), demo_ids, demo_mask, lr, num_front, objective))
+  found = Finetuned(*_finetune(
+    model, nn.unbox(params), demo_ids, demo_mask, lr, num_front, objective))
   if not traced and not isinstance(found.losses, jax.core.Tracer):
     check_losses(found.losses, lr)
     # The last step has no loss after it.
