@@ -178,6 +178,8 @@ def curves(
     ends.append((name, float(x[-1]), float(mean[-1]), look))
     shown = ys[:, x >= focus_from] if focus_from is not None and x[-1] >= focus_from else ys
     low, high = min(low, shown.min()), max(high, shown.max())
+  if reference is not None:
+    low, high = min(low, reference[0]), max(high, reference[0])
   axes.set_xlabel(x_label)
   axes.set_ylabel(y_label)
   axes.set_title(title)

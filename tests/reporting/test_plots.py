@@ -47,6 +47,14 @@ def test_curves_draw_the_mean_and_the_band_of_the_runs():
   assert {"pds", "random", "random's final loss", "117"} <= texts
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_reference_away_from_the_curves_is_in_view():
+  figure = plots.curves({"a": [plots.Run([1, 4], [0.2, 0.2])]}, x_label="x", y_label="y",
+                        log_x=True, reference=(0.5, "chance"))
+  low, high = figure.axes[0].get_ylim()
+  assert low < 0.2 and high > 0.5
+
+
 def test_focus_fits_the_axis_to_the_later_part():
   runs = {"a": [plots.Run([0, 10, 20], [100.0, 2.0, 1.0])]}
   full = plots.curves(runs, x_label="x", y_label="y").axes[0].get_ylim()

@@ -177,6 +177,16 @@ def test_equal_counts_are_measured_once(files, finished, tmp_path, monkeypatch):
   assert records[limit]["metric"] == records["window"]["metric"]
 
 
+def test_a_balanced_window_is_one_group_too(files, tmp_path):
+  assert cli.main(["run", str(files.run), "--workdir", str(tmp_path / "w"),
+                   "--gin.COUNTS=['window']", "--gin.SEEDS=[0, 1, 2]",
+                   "--gin.structured_prompting.Prompting.balanced=True"]) == 0
+  for seed in range(3):
+    window = _records(tmp_path / "w", seed)["window"]
+    assert window["num_groups"] == 1 and window["count"] == window["used"] > 0
+    assert window["num_tokens"] <= 63
+
+
 @pytest.mark.parametrize("bindings, message", [
   (["--gin.COUNTS=[0, 29]"], "29 demonstrations are asked for and the task rows has 28 rows"),
   (["--gin.ROWS=None", "--gin.COUNTS=[40]"], "has 40 rows, all of them demonstrations"),
