@@ -130,11 +130,12 @@ class OptionScorer:
           f"request {i} has {longest} tokens with its longest option, the model "
           f"{config.max_length} positions; give a shorter text or fewer demonstrations."
         )
-      largest = max(max(ids) for ids in (request.context, *request.options))
-      if largest >= config.vocab_size or min(request.context) < 0:
+      parts = (request.context, *request.options)
+      lowest, largest = min(map(min, parts)), max(map(max, parts))
+      if largest >= config.vocab_size or lowest < 0:
         raise ValueError(
-          f"request {i} holds id {largest}, outside of the model's vocabulary of "
-          f"{config.vocab_size}; encode it with the model's own tokenizer."
+          f"request {i} holds id {lowest if lowest < 0 else largest}, outside of the model's "
+          f"vocabulary of {config.vocab_size}; encode it with the model's own tokenizer."
         )
 
   def _batches(self, rows, prefix):

@@ -204,6 +204,11 @@ class Prompter:
       raise ValueError(f"the task {task.name} has no rows to evaluate on.")
     start = time.monotonic()
     groups = self.groups(demos, budget if demos else 1 + (self.bos_id is not None))
+    if demos and not groups.num_groups:
+      raise ValueError(
+        f"all {len(demos)} demonstrations are longer than a group of {budget} tokens; raise "
+        "structured_prompting.Prompting.group_tokens or take shorter ones."
+      )
     prefix = jax.block_until_ready(self.read(groups))
     between = time.monotonic()
     if task.metric == "accuracy":

@@ -1,0 +1,91 @@
+"""Tables of finished in-context studies, as committed in results/.
+
+    lmops run tests/benchmarks/structured_prompting.gin --workdir A --gin.MODEL=... (its macros)
+    lmops run tests/benchmarks/meta_optimizer.gin --workdir B --gin.MODEL=...
+    python tests/benchmarks/study_tables.py --structured A --output FILE
+    python tests/benchmarks/study_tables.py --meta B --output FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from pathlib import Path
+
+from lmops_jax.reporting.summary import read_summary
+
+MEASURES = {
+  "Rec2FTP (%)": ("rec2ftp", ".1f"), "SimAOU": ("sim_aou", ".3f"),
+  "SimAOU, random update": ("sim_aou_random", ".3f"), "SimAOU, raw": ("sim_aou_raw", ".3f"),
+  "SimAM before": ("sim_am_before", ".3f"), "SimAM after": ("sim_am", ".3f"),
+  "SimAM, change": ("sim_am_delta", ".3f"), "Kendall": ("kendall", ".3f"),
+  "Kendall, random": ("kendall_random", ".3f"),
+}
+
+
+def structured(workdir: Path) -> tuple[str, str]:
+  """Accuracy by task and number of demonstrations."""
+  summary = read_summary(workdir / "report" / "summary.json")
+  first = next(iter(summary["tasks"].values()))
+  lines = [
+    f"{summary['model']}, float32; {first['num_rows']} rows a set, "
+    f"{len(first['seeds'])} seeds of demonstrations; accuracy in percent, mean and standard "
+    "deviation over seeds. A window is 2,048 tokens: up to it prompting is ordinary, beyond in "
+    "groups.", "",
+    "| set | labels | most frequent label | demonstrations | groups | tokens | accuracy | by seed "
+    "|",
+    "|---|---|---|---|---|---|---|---|"]
+  for task, of in summary["tasks"].items():
+    for row in of["counts"]:
+      low, high = min(row["counts"]), max(row["counts"])
+      count = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+      spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
+      lines.append(
+        f"| {task} | {len(of['words'])} | {100 * of['most_frequent_label']:.1f} | {count}"
+        f"{' (window)' if row['is_window'] else ''} | {row['num_groups']:.1f} | "
+        f"{row['num_tokens']:,.0f} | {100 * row['mean']:.1f}{spread} | "
+        f"{', '.join(f'{100 * x:.0f}' for x in row['metric'])} |")
+  return "# Accuracy by number of demonstrations", "\n".join(lines)
+
+
+def meta(workdir: Path) -> tuple[str, str]:
+  """The study's measures by task and network."""
+  summary = read_summary(workdir / "report" / "summary.json")
+  first = next(iter(summary["tasks"].values()))
+  lines = [
+    f"{first['num_rows']} rows a set, {len(first['seeds'])} seeds, {first['num_demonstrations']} "
+    f"demonstrations; readout {first['readout']}, rates chosen on {first['tune_on']} rows. Mean over "
+    "layers, rows and seeds. \"Untrained\" is the same network with random weights, all of them or "
+    "all but embeddings and norms.", "",
+    "| set | network | zero-shot | finetuned | in context | " + " | ".join(MEASURES) + " |",
+    "|---" * (5 + len(MEASURES)) + "|"]
+  for task, of in summary["tasks"].items():
+    for network, found in of["networks"].items():
+      cells = [f"{100 * found[f'accuracy_{name}']['mean']:.1f}" for name in ("zsl", "ft", "icl")]
+      for key, spec in MEASURES.values():
+        mean = found[key]["mean"]
+        cells.append("-" if mean is None else format(mean, spec))
+      lines.append(f"| {task} | {network.replace('_', ' ')} | " + " | ".join(cells) + " |")
+  return "# Learning in context beside finetuning", "\n".join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  which = parser.add_mutually_exclusive_group(required=True)
+  which.add_argument("--structured", type=Path, metavar="WORKDIR")
+  which.add_argument("--meta", type=Path, metavar="WORKDIR")
+  parser.add_argument("--output", type=Path)
+  args = parser.parse_args()
+  title, table = structured(args.structured) if args.structured else meta(args.meta)
+  text = (
+    f"{title}\n\nWritten by `tests/benchmarks/study_tables.py`, whose docstring has the commands; "
+    f"{platform.machine()}, {os.cpu_count()} cores.\n\n{table}\n")
+  print(text)
+  if args.output:
+    args.output.write_text(text)
+
+
+if __name__ == "__main__":
+  main()
