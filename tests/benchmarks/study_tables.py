@@ -55,9 +55,9 @@ def meta(workdir: Path) -> tuple[str, str]:
   first = next(iter(summary["tasks"].values()))
   lines = [
     f"{first['num_rows']} rows a set, {len(first['seeds'])} seeds, {first['num_demonstrations']} "
-    f"demonstrations; readout {first['readout']}, rates chosen on {first['tune_on']} rows. Mean over "
-    "layers, rows and seeds. \"Untrained\" is the same network with random weights, all of them or "
-    "all but embeddings and norms.", "",
+    f"demonstrations; readout {first['readout']}, rates chosen on {first['tune_on']} rows. Mean "
+    "over layers, rows and seeds. \"Untrained\" is the same network with random weights, all of "
+    "them or all but embeddings and norms.", "",
     "| set | network | zero-shot | finetuned | in context | " + " | ".join(MEASURES) + " |",
     "|---" * (5 + len(MEASURES)) + "|"]
   for task, of in summary["tasks"].items():
