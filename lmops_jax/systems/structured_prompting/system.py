@@ -171,7 +171,7 @@ class Pipeline:
       record[name] = float(shares @ [getattr(measured, name) for measured in found])
     for name in ("read_seconds", "rows_seconds"):
       record[name] = sum(getattr(measured, name) for measured in found)
-    record["read_flops"], record["row_flops"] = (
+    record["read_flops"], record["one_text_flops"], record["row_flops"] = (
       sum(column) for column in zip(*(
         _operations(prompter, measured, some) for measured, (some, _) in zip(found, parts))))
     context.flops += record["read_flops"] + record["row_flops"]
@@ -231,13 +231,14 @@ def _unfinished(path: Path) -> list[dict[str, Any]]:
   return json.loads(path.read_text()) if path.is_file() else []
 
 
-def _operations(prompter, measured, rows) -> tuple[float, float]:
-  """Of reading the groups, and of all rows: products and attention, `2 N` and `4 L D` a pair."""
+def _operations(prompter, measured, rows) -> tuple[float, float, float]:
+  """Of reading the groups, of reading them as one text, and of all rows: products and attention."""
   config = prompter.config
   groups = max(measured.num_groups, 1)
   each = measured.num_tokens / groups
   read = measured.num_tokens * flops.forward_flops_per_token(config, max(int(each), 1))
+  one_text = measured.num_tokens * flops.forward_flops_per_token(config, measured.num_tokens)
   tokens = sum(prompter.num_row_tokens(row) for row in rows)
   of_rows = tokens * flops.forward_flops_per_token(config, 1) + (
     4 * config.num_layers * config.num_heads * config.head_width * tokens * measured.num_tokens)
-  return float(read), float(of_rows)
+  return float(read), float(one_text), float(of_rows)
