@@ -11,6 +11,7 @@ there are groups. One group is an ordinary context.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from lmops_jax.models.cache import KVCache, Prefix, empty_cache
 from lmops_jax.models.transformer import unstack_layers
 
 _TOKENS_AT_ONCE = 2048  # read in one call on each device
+_WRITTEN_OUT = 512  # tokens; longer groups skip later keys and hold no [W,W] scores
 _TABLES = ("learned", "sinusoidal")  # positions that end
 
 
@@ -95,6 +97,8 @@ def read_groups(
   missing = calls * size - len(ids)
   tokens, valid = (np.pad(x, ((0, missing), (0, 0))) for x in (tokens, valid))
   params = unstack_layers(nn.unbox(params))
+  if config.attention == "xla" and columns > _WRITTEN_OUT:
+    model = model.clone(config=dataclasses.replace(config, attention="chunked"))
   read = []
   with _on(over_groups):
     for first in range(0, len(tokens), size):

@@ -226,39 +226,37 @@ def _joint_attention(q_BKGSE, own, shared, own_weight):
   """As `_softmax_attention` over both sets of keys; those of `shared` have no batch to copy.
 
   The two parts meet in their largest score and their sums only, so shared keys may be spread over
-  devices: each adds up its own, and no row of scores is ever put together.
+  devices: each adds up its own, and no row of scores is ever put together. Scores of shared keys
+  keep heads in front of the batch, as their products have them: they are the largest arrays here.
   """
   b, kv_heads, groups, length, width = q_BKGSE.shape
-  keys, values, *masked = own
-  shared_keys, shared_values, *shared_masked = shared
+  keys, values, mask, bias = own
+  shared_keys, shared_values, shared_mask, shared_bias = shared
   wide = jnp.promote_types(q_BKGSE.dtype, jnp.float32)
   q_BKRE = q_BKGSE.reshape(b, kv_heads, groups * length, width)
   q_KRE = q_BKRE.swapaxes(0, 1).reshape(kv_heads, -1, width)
+  scale = width**-0.5
   scores = jnp.einsum("bkre,bkme->bkrm", q_BKRE, keys, preferred_element_type=wide)
-  shared_scores = jnp.einsum(
-    "kre,kme->krm", q_KRE, shared_keys[0], preferred_element_type=wide
-  ).reshape(kv_heads, b, groups * length, -1).swapaxes(0, 1)
+  scores = scores.reshape(b, kv_heads, groups, length, -1) * scale + own_weight
+  scores = jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
+  before = jnp.einsum("kre,kme->krm", q_KRE, shared_keys[0], preferred_element_type=wide)
+  before = before.reshape(kv_heads, b, groups, length, -1) * scale
+  before = before if shared_bias is None else before + shared_bias.swapaxes(0, 1)
+  before = jnp.where(shared_mask.swapaxes(0, 1), before, _MASKED)
 
-  def finish(scores, mask, bias, weight):
-    scores = scores.reshape(b, kv_heads, groups, length, -1) * width**-0.5 + weight
-    scores = jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
-    return scores.reshape(b, kv_heads, groups * length, -1)
-
-  scores = finish(scores, *masked, own_weight)
-  shared_scores = finish(shared_scores, *shared_masked, 0.0)
   largest = jax.lax.stop_gradient(jnp.maximum(
-    jnp.max(scores, axis=-1, keepdims=True), jnp.max(shared_scores, axis=-1, keepdims=True)))
-  shares, shared_shares = jnp.exp(scores - largest), jnp.exp(shared_scores - largest)
+    jnp.max(scores, axis=-1, keepdims=True),
+    jnp.max(before, axis=-1, keepdims=True).swapaxes(0, 1)))
+  shares, before = jnp.exp(scores - largest), jnp.exp(before - largest.swapaxes(0, 1))
   total = (jnp.sum(shares, axis=-1, keepdims=True)
-           + jnp.sum(shared_shares, axis=-1, keepdims=True))
-  shared_shares = shared_shares.astype(values.dtype).swapaxes(0, 1)
+           + jnp.sum(before, axis=-1, keepdims=True).swapaxes(0, 1))
   out = jnp.einsum(
-    "krm,kme->kre", shared_shares.reshape(kv_heads, -1, shared_keys.shape[2]), shared_values[0],
-    preferred_element_type=wide,
-  ).reshape(kv_heads, b, groups * length, width).swapaxes(0, 1)
-  out = out + jnp.einsum(
-    "bkrm,bkme->bkre", shares.astype(values.dtype), values, preferred_element_type=wide)
-  return (out / total).astype(values.dtype).reshape(q_BKGSE.shape)
+    "krm,kme->kre", before.astype(values.dtype).reshape(kv_heads, b * groups * length, -1),
+    shared_values[0], preferred_element_type=wide,
+  ).reshape(kv_heads, b, groups, length, width).swapaxes(0, 1)
+  shares = shares.astype(values.dtype).reshape(b, kv_heads, groups * length, -1)
+  own_out = jnp.einsum("bkrm,bkme->bkre", shares, values, preferred_element_type=wide)
+  return ((out + own_out.reshape(out.shape)) / total).astype(values.dtype)
 
 
 def _heads_first(q, k, v):
