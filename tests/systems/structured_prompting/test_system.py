@@ -126,7 +126,9 @@ def test_few_demonstrations_are_ordinary_prompting(finished, files, source):
       want = in_context.evaluate(
         scorer, tokenizer, task, shots=records[key]["count"], seed=seed, normalisation="auto",
         separator="\n")
-      assert records[key]["predictions"] == want.predictions.tolist()
+      assert records[key]["predictions"] == [
+        {"id": row_id, "prediction": prediction}
+        for row_id, prediction in zip(want.row_ids.tolist(), want.predictions.tolist())]
       assert records[key]["metric"] == want.accuracy
 
 
@@ -134,11 +136,12 @@ def test_a_killed_stage_goes_on_after_the_counts_that_it_has(
     finished, files, tmp_path, monkeypatch, capsys):
   measure, seen = system.Pipeline._measure, []
 
-  def killed(self, context, prompter, task, rows, demos, budget):
-    seen.append(len(demos))
+  def killed(self, *args):
+    *_, count, _ = args
+    seen.append(count)
     if len(seen) == 3:
       raise KeyboardInterrupt
-    return measure(self, context, prompter, task, rows, demos, budget)
+    return measure(self, *args)
 
   arguments = ["run", str(files.run), "--workdir", str(tmp_path / "w"), "--gin.SEEDS=[1]"]
   monkeypatch.setattr(system.Pipeline, "_measure", killed)
@@ -165,9 +168,10 @@ def test_equal_counts_are_measured_once(files, finished, tmp_path, monkeypatch):
   limit = _records(finished, 0)["window"]["count"]
   measure, seen = system.Pipeline._measure, []
 
-  def counted(self, context, prompter, task, rows, demos, budget):
-    seen.append(len(demos))
-    return measure(self, context, prompter, task, rows, demos, budget)
+  def counted(self, *args):
+    *_, count, _ = args
+    seen.append(count)
+    return measure(self, *args)
 
   monkeypatch.setattr(system.Pipeline, "_measure", counted)
   assert cli.main(["run", str(files.run), "--workdir", str(tmp_path / "w"), "--gin.SEEDS=[0]",
@@ -175,6 +179,18 @@ def test_equal_counts_are_measured_once(files, finished, tmp_path, monkeypatch):
   records = _records(tmp_path / "w", 0)
   assert seen == [limit] and set(records) == {limit, "window"}
   assert records[limit]["metric"] == records["window"]["metric"]
+
+
+def test_retrieved_demonstrations_serve_all_rows(files, finished, tmp_path):
+  assert cli.main([
+    "run", str(files.run), "--workdir", str(tmp_path / "w"), "--gin.SEEDS=[0]",
+    "--gin.COUNTS=[0, 12]", "--gin.RETRIEVAL=@structured_prompting.Retrieval()",
+    "--gin.structured_prompting.Retrieval.clusters=3"]) == 0
+  records, random = _records(tmp_path / "w", 0), _records(finished, 0)
+  assert records[0]["predictions"] == random[0]["predictions"]
+  assert records[12]["num_prefixes"] == 3 and records[12]["num_groups"] >= 2
+  ids = [p["id"] for p in records[12]["predictions"]]
+  assert sorted(ids) == sorted(p["id"] for p in random[12]["predictions"])
 
 
 def test_a_balanced_window_is_one_group_too(files, tmp_path):
