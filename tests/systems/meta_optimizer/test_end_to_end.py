@@ -86,7 +86,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, match):
 
 def test_the_papers_setting_resolves():
   own = ["import tests.systems.meta_optimizer.parts", "CHOSEN_MODEL = @tiny.Model()",
-         "TASKS = [@tiny.Task()]", "MODEL = 'x'"]
+         "TASKS = [@tiny.Task()]"]
   system = config.load(["meta_optimizer/paper.gin"], own).build()
   assert tuple(system.study.rates) == study.GRID and system.study.demonstrations == 32
   assert system.study.readout == "first_label" and system.seeds == [1, 2, 3, 4, 5, 6, 7]
