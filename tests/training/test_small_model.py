@@ -90,7 +90,7 @@ def test_interrupted_training_goes_on(finished, corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes, match", [
   (dict(num_steps=0), "num_steps=0 must be at least 1"),
   (dict(batch_size=0), "batch_size=0 must be at least 1"),
-  (dict(length=33), "length 33 are longer than models.TransformerConfig.max_length=32"),
+  (dict(length=33), "length=33 are longer than models.TransformerConfig.max_length=32"),
 ])
 def test_refuses_sizes_out_of_range(corpus, changes, match):
   with pytest.raises(ValueError, match=match):
