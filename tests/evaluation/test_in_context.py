@@ -1,6 +1,7 @@
 """Few-shot evaluation against a naive loop, on a tiny model with a byte tokenizer."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -32,13 +33,19 @@ def _row(identifier, text, label):
   return tasks.Example(identifier, f"{text} is:", tuple(f" {word}" for word in WORDS), label)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probs(model, params, tokens):
+  return jax.nn.log_softmax(model.apply({"params": params}, tokens[None], method="logits")[0])
+
+
 def _naive(loaded, prompt, word):
   """Log-likelihood of the word's tokens, from the whole text's own tokens."""
   source, params, tokenizer = loaded
   ids = tokenizer.encode(prompt + word)
   start = len(tokenizer.encode(prompt.rstrip(" ")))
-  logits = source.model.apply({"params": params}, np.array([ids], np.int32), method="logits")
-  log_probs = np.asarray(jax.nn.log_softmax(logits[0]))
+  tokens = np.zeros(256, np.int32)  # one length for all: later tokens do not matter
+  tokens[: len(ids)] = ids
+  log_probs = np.asarray(_log_probs(source.model, params, tokens))
   return sum(log_probs[i - 1, ids[i]] for i in range(start, len(ids))), len(ids) - start
 
 
