@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from lmops_jax.decoding.lengths import bucket
 from lmops_jax.decoding.options import GenerationOptions
 from lmops_jax.models.cache import Prefix
 from lmops_jax.models.transformer import unstack_layers
-from lmops_jax.training.mesh import Partitioner
+from lmops_jax.training.mesh import Partitioner, activated
 
 GREEDY = GenerationOptions()
 
@@ -268,7 +267,7 @@ class Generator:
     identifiers[: len(rows)] = [row_ids[i] for i in rows]
     exists = np.arange(size) < len(rows)
     knobs = loop_lib.knobs_of(options, num_new)
-    with self._activated():
+    with activated(self._partitioner):
       arrays = [self._put(x) for x in (tokens, valid, identifiers, exists)]
       state = self._prefill(plan, num_new, self.params, knobs, *arrays, prefix)
       watched = _Watched(callback, rows, plan, options) if callback and not plan.beam else None
@@ -310,9 +309,6 @@ class Generator:
 
   def _all_done(self, state, stopped):
     return bool(np.all(_host(state.done) | stopped))
-
-  def _activated(self):
-    return self._partitioner.activate() if self._partitioner else contextlib.nullcontext()
 
   def _put(self, array):
     """The same array, known to every process, with its rows over the mesh's batch axes."""

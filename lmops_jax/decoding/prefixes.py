@@ -10,7 +10,6 @@ there are groups. One group is an ordinary context.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -24,6 +23,7 @@ import numpy as np
 from lmops_jax.decoding.lengths import bucket
 from lmops_jax.models.cache import KVCache, Prefix, empty_cache
 from lmops_jax.models.transformer import unstack_layers
+from lmops_jax.training.mesh import activated
 
 _TOKENS_AT_ONCE = 2048  # read in one call on each device
 _WRITTEN_OUT = 512  # tokens; longer groups skip later keys and hold no [W,W] scores
@@ -100,7 +100,7 @@ def read_groups(
   if config.attention == "xla" and columns > _WRITTEN_OUT:
     model = model.clone(config=dataclasses.replace(config, attention="chunked"))
   read = []
-  with _on(over_groups):
+  with activated(over_groups):
     for first in range(0, len(tokens), size):
       batch = {"tokens": tokens[first : first + size], "valid": valid[first : first + size]}
       if over_groups is not None:
@@ -228,7 +228,3 @@ def _stacked(blocks):
 
 
 _concatenated = jax.jit(_stacked)
-
-
-def _on(partitioner):
-  return contextlib.nullcontext() if partitioner is None else partitioner.activate()

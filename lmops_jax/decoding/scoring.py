@@ -8,7 +8,6 @@ predicted.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from lmops_jax.decoding import prefixes
 from lmops_jax.decoding.lengths import fine_bucket
 from lmops_jax.models.cache import Prefix, empty_cache
 from lmops_jax.models.transformer import Transformer, unstack_layers
+from lmops_jax.training.mesh import activated
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a cache of its own
 _LOGITS_TOKENS = 8  # what the logits of one predicted token weigh against a token of the batch
@@ -100,7 +100,7 @@ class OptionScorer:
       prefix = prefixes.read_text(
         self._model, self.params, requests[0].context[:shared], self._partitioner)
     results: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in requests]
-    with _on_mesh(self._partitioner):
+    with activated(self._partitioner):
       rows = [_Row.of(request, shared) for request in requests]
       for width, targets, part in self._batches(rows, prefix):
         found = self._run(prefix, [rows[i] for i in part], width, targets)
@@ -248,10 +248,6 @@ def _common_prefix(requests: Sequence[Request]) -> int:
       (i for i, (a, b) in enumerate(zip(first, request.context)) if a != b), length
     ))
   return length if length >= _MIN_SHARED else 0
-
-
-def _on_mesh(partitioner):
-  return contextlib.nullcontext() if partitioner is None else partitioner.activate()
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -172,7 +172,7 @@ def score_rows(
     scored.append(rows[0]._replace(prompt=task.null_prompt))
   requests, counts = [], []
   for row in scored:
-    of_row = _requests(encoder, front, row)
+    of_row = requests_of(encoder, row, front)
     requests += of_row
     counts.append(len(of_row))
   if task.words:
@@ -202,7 +202,12 @@ def outcome(
   )
 
 
-def _requests(encoder: Encoder, front: str, row: Example) -> list[Request]:
+def requests_of(encoder: Encoder, row: Example, front: str = "") -> list[Request]:
+  """One request with all options of a row, or one an option where their prompts differ.
+
+  Args:
+    front: text in front of every prompt.
+  """
   if not row.prompts:
     return [encoder.split(front + row.prompt, row.options)]
   return [

@@ -209,6 +209,11 @@ class Partitioner:
     return placed
 
 
+def activated(partitioner: Partitioner | None):
+  """`partitioner.activate()`, or for None a context that does nothing."""
+  return contextlib.nullcontext() if partitioner is None else partitioner.activate()
+
+
 def single_device() -> Partitioner:
   """A mesh of one device, the first of this process."""
   return MeshConfig(data=1).build(jax.local_devices()[:1])

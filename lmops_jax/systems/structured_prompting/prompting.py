@@ -13,7 +13,7 @@ import numpy as np
 
 from lmops_jax.data.tasks import Example, Task
 from lmops_jax.decoding import GenerationOptions, Generator, prefixes
-from lmops_jax.decoding.scoring import OptionScorer, Request
+from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import answers, in_context
 from lmops_jax.models.cache import Prefix
 from lmops_jax.systems.structured_prompting import grouping
@@ -247,15 +247,12 @@ class Prompter:
     """Tokens that are read for a row, without those before it."""
     if not row.options:
       return len(self._encoder.encode(row.prompt)) + self.prompting.max_new_tokens
-    return sum(len(r.context) + sum(map(len, r.options)) for r in self._requests(row))
+    requests = in_context.requests_of(self._encoder, row)
+    return sum(len(r.context) + sum(map(len, r.options)) for r in requests)
 
   def _length(self, row: Example) -> int:
     """Positions that a row takes."""
     if not row.options:
       return self.num_row_tokens(row)
-    return max(len(r.context) + max(map(len, r.options)) for r in self._requests(row))
-
-  def _requests(self, row: Example) -> list[Request]:
-    if row.prompts:
-      return [self._encoder.split(p, [o]) for p, o in zip(row.prompts, row.options)]
-    return [self._encoder.split(row.prompt, row.options)]
+    requests = in_context.requests_of(self._encoder, row)
+    return max(len(r.context) + max(map(len, r.options)) for r in requests)

@@ -42,11 +42,10 @@ def run(
     model: what was prompted.
   """
   records: dict[str, dict[int, dict[Any, dict[str, Any]]]] = {}  # task, seed, count
-  tasks: dict[str, Task] = {}
   for task, seed, stage in evaluated:
     found = json.loads((context.input(stage) / "records.json").read_text())
     records.setdefault(task, {})[seed] = {record["key"]: record for record in found}
-    tasks[task] = read_task(context.input(f"task/{task}"))
+  tasks = {task: read_task(context.input(f"task/{task}")) for task in records}
   summary = {
     "model": model,
     "tasks": {task: _summary(tasks[task], of_seeds) for task, of_seeds in records.items()},
@@ -84,8 +83,8 @@ def _summary(task: Task, of_seeds) -> dict[str, Any]:
       "metric": values, "mean": float(np.mean(values)),
       "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
     }
-    for key in ("num_groups", "num_tokens", "used", "window", "read_seconds", "cache_bytes"):
-      row[key] = float(np.mean([r[key] for r in found]))
+    for name in ("num_groups", "num_tokens", "used", "window", "read_seconds", "cache_bytes"):
+      row[name] = float(np.mean([r[name] for r in found]))
     row["row_seconds"] = float(np.mean([r["rows_seconds"] / r["num_rows"] for r in found]))
     row["operations"] = float(np.mean([r["read_flops"] for r in found]))
     row["one_text_operations"] = float(np.mean([r["one_text_flops"] for r in found]))
