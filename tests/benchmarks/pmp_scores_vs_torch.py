@@ -23,20 +23,19 @@ from __future__ import annotations
 
 import argparse
 import collections
-import ctypes
-import gc
 import json
 import os
 import platform
 import pydoc_data.topics
 import re
-import resource
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
+
+import process_memory  # beside this script
 
 from lmops_jax.training.memory import keep_freed_memory
 
@@ -284,19 +283,6 @@ def torch_solver(directory: Path, options: dict):
 # --- measurement --------------------------------------------------------------------------------
 
 
-def _settled() -> int:
-  """Resident bytes now, after what is free has gone back to the kernel."""
-  gc.collect()
-  ctypes.CDLL(None).malloc_trim(0)
-  return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _peak() -> int:
-  """Largest resident bytes so far."""
-  line = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-  return int(line.group(1)) * 1024
-
-
 def worker(args: argparse.Namespace) -> None:
   """One row in this process: times, or memory. Prints a JSON line."""
   framework, options = ROWS[args.row]
@@ -304,13 +290,13 @@ def worker(args: argparse.Namespace) -> None:
   solve = solver(Path(args.data), options)
   out = {}
   if args.measure == "memory":
-    before = _settled()
+    before = process_memory.settled_bytes()
     solve()
-    out["first_call_bytes"] = _peak() - before
-    before = _settled()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    out["first_call_bytes"] = process_memory.peak_bytes() - before
+    before = process_memory.settled_bytes()
+    process_memory.restart_peak()
     solve()
-    out["call_bytes"] = _peak() - before
+    out["call_bytes"] = process_memory.peak_bytes() - before
   else:
     start = time.perf_counter()
     scores, _ = solve()

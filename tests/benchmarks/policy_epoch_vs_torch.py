@@ -29,20 +29,18 @@ many cores. cvxpy is optional; without it its row is left out.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import importlib.util
 import json
 import os
 import platform
-import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import process_memory  # beside this script
 
 from lmops_jax.training.memory import keep_freed_memory
 
@@ -301,19 +299,6 @@ def torch_parts(data, options: dict, sizes: argparse.Namespace) -> dict:
 # --- measurement --------------------------------------------------------------------------------
 
 
-def _settled() -> int:
-  """Resident bytes now, after what is free has gone back to the kernel."""
-  gc.collect()
-  ctypes.CDLL(None).malloc_trim(0)
-  return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _peak() -> int:
-  """Largest resident bytes so far."""
-  line = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-  return int(line.group(1)) * 1024
-
-
 def _calls(fn, repeats: int) -> tuple[list[float], list[float], list, object]:
   """Wall seconds, processor seconds, what each call says of its parts, and the last result."""
   wall, processor, parts = [], [], []
@@ -343,10 +328,10 @@ def worker(args: argparse.Namespace) -> None:
   if args.measure == "memory":
     epoch = make(data, options, args)["epoch"]
     epoch()
-    before = _settled()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = process_memory.settled_bytes()
+    process_memory.restart_peak()
     epoch()
-    print(json.dumps({"peak_bytes": _peak() - before}))
+    print(json.dumps({"peak_bytes": process_memory.peak_bytes() - before}))
     return
 
   is_jax, is_program = framework == "jax", options["method"] == "program"

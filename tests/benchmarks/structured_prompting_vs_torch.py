@@ -25,27 +25,18 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import process_memory  # beside this script
+
 from lmops_jax.training.memory import keep_freed_memory
 
 TEMPLATE, WORDS = "Review: {text}\nSentiment: {label}", ("negative", "positive")
 SIDES = ("groups, JAX", "one text, JAX", "groups, PyTorch")
-
-
-def peak_bytes() -> int:
-  line = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-  return int(line.group(1)) * 1024
-
-
-def resident_bytes() -> int:
-  line = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-  return int(line.group(1)) * 1024
 
 
 def inputs(args):
@@ -141,12 +132,12 @@ def worker(args) -> None:
   keep_freed_memory()
   make = torch_side if args.side == SIDES[2] else jax_side
   groups, read, score, labels = make(args)
-  before = resident_bytes()
-  Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+  before = process_memory.settled_bytes()
+  process_memory.restart_peak()
   start = time.perf_counter()
   chosen = score(read())
   first = time.perf_counter() - start
-  memory = peak_bytes() - before
+  memory = process_memory.peak_bytes() - before
   start = time.perf_counter()
   prefix = read()
   between = time.perf_counter()
