@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from lmops_jax.data.documents import Document
 from lmops_jax.data.hashing import order_key
+from lmops_jax.data.tasks.registry import worded
 from lmops_jax.data.tasks.task import Example, Task
 
 NAME = "installed_kind"
@@ -115,19 +116,7 @@ def installed_kind(
     ValueError: no such flavour or template.
   """
   from lmops_jax.data.installed_text import InstalledText
-  from lmops_jax.settings import nearest
 
-  flavour = next(iter(TEMPLATES)) if flavour is None else flavour
-  if flavour not in TEMPLATES:
-    raise ValueError(
-      f"the task {NAME} has no flavour {flavour!r}{nearest(flavour, TEMPLATES)} It has "
-      f"{', '.join(TEMPLATES)}."
-    )
-  if template not in TEMPLATES[flavour]:
-    raise ValueError(
-      f"the task {NAME} has no template {template} in flavour {flavour}; its index is 0."
-    )
+  text = worded(NAME, TEMPLATES, flavour, template)
   return kind_task(
-    InstalledText().documents(), num_rows=500 if limit is None else limit,
-    template=TEMPLATES[flavour][template],
-  )
+    InstalledText().documents(), num_rows=500 if limit is None else limit, template=text)

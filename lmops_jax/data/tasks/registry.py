@@ -14,7 +14,7 @@ Index 0 of a flavour is its default. Template 1 of COPA does not exist in the sc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FLAVOURS = ("fs", "hf", "paper", "plain")
 
@@ -386,9 +386,13 @@ def wording(name: str, flavour: str | None, template: int) -> Wording:
   Raises:
     ValueError: no such task, flavour or index; names the valid ones.
   """
+  return worded(name, entry(name).flavours, flavour, template)
+
+
+def worded(name: str, flavours: Mapping[str, Any], flavour: str | None, template: int) -> Any:
+  """`flavours[flavour][template]`, as `wording` chooses it."""
   from lmops_jax.settings import nearest
 
-  flavours = entry(name).flavours
   flavour = next(iter(flavours)) if flavour is None else flavour
   if flavour not in flavours:
     raise ValueError(
