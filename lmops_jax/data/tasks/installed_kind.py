@@ -110,7 +110,7 @@ def excerpt(text: str, num_chars: int) -> str:
 def installed_kind(
   *, flavour: str | None = None, template: int = 0, limit: int | None = None
 ) -> Task:
-  """`kind_task` of this interpreter's site-packages; reads the whole corpus, some 20 seconds.
+  """`kind_task` of this interpreter's site-packages; reads the whole corpus, some ten seconds.
 
   Raises:
     ValueError: no such flavour or template.
