@@ -71,6 +71,14 @@ class Corpus:
     """Changes when the settings or the underlying data change; cheap, reads no text."""
     raise NotImplementedError
 
+  def pieces(self) -> "list[Corpus]":
+    """Corpora that read the same documents, each a part of them, for readers side by side.
+
+    Ids and sources are those of the whole. A corpus that can only be read from one end to the other
+    is its own single piece.
+    """
+    return [self]
+
   def documents(self, counts: Counter[str] | None = None) -> Iterator[Document]:
     """Yields every usable document once, in the order of a hash of its id.
 
@@ -82,25 +90,38 @@ class Corpus:
       ValueError: no usable document, or two documents with one id.
     """
     counts = Counter() if counts is None else counts
-    previous = None
-    for document in shuffled(self._non_empty(counts)):
-      if previous is not None and previous.id == document.id:
-        raise ValueError(
-          f"documents {previous.source} and {document.source} of {self} both have id "
-          f"{document.id}; ids must be unique, so drop id_field or repair the data."
-        )
+    number = 0
+    for number, document in enumerate(distinct(shuffled(self.usable(counts)), self), 1):  # noqa: B007
       yield document
-      previous = document
-    if previous is None:
-      dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "none found"
-      raise ValueError(f"the corpus {self} is empty: it has no usable document ({dropped}).")
+    check_not_empty(number, self, counts)
 
-  def _non_empty(self, counts: Counter[str]) -> Iterator[Document]:
+  def usable(self, counts: Counter[str]) -> Iterator[Document]:
+    """What `read` yields without the empty documents, which are counted."""
     for document in self.read(counts):
       if document.text.strip():
         yield document
       else:
         counts["empty"] += 1
+
+
+def distinct(documents: Iterable[Document], corpus: Corpus) -> Iterator[Document]:
+  """Passes on documents that come in order; equal ids, which then are neighbours, are an error."""
+  previous = None
+  for document in documents:
+    if previous is not None and previous.id == document.id:
+      raise ValueError(
+        f"documents {previous.source} and {document.source} of {corpus} both have id "
+        f"{document.id}; ids must be unique, so drop id_field or repair the data."
+      )
+    yield document
+    previous = document
+
+
+def check_not_empty(num_documents: int, corpus: Corpus, counts: Counter[str]) -> None:
+  """Refuses a corpus of which no document is usable, and says what was left out."""
+  if not num_documents:
+    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "none found"
+    raise ValueError(f"the corpus {corpus} is empty: it has no usable document ({dropped}).")
 
 
 def document_id(source: str) -> int:

@@ -21,6 +21,8 @@ import gin
 
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id
 
+_MAX_PIECES = 4096  # that a corpus is read in
+
 
 @dataclasses.dataclass(frozen=True)
 class _Files(Corpus):
@@ -29,6 +31,20 @@ class _Files(Corpus):
   def _paths(self) -> list[tuple[str, Path]]:
     """(name relative to the fixed part of the pattern, path), sorted by name."""
     raise NotImplementedError
+
+  def read_file(self, name: str, path: Path, counts: Counter[str]) -> Iterator[Document]:
+    """The documents of one of the files."""
+    raise NotImplementedError
+
+  def read(self, counts: Counter[str]) -> Iterator[Document]:
+    for name, path in self._paths():
+      yield from self.read_file(name, path, counts)
+
+  def pieces(self):
+    """One a file; of very many files, several."""
+    files = [(name, path.absolute()) for name, path in self._paths()]
+    size = -(-len(files) // _MAX_PIECES)
+    return [_Part(self, tuple(files[i : i + size])) for i in range(0, len(files), size)]
 
   def fingerprint(self) -> str:
     """A hash of the settings and of the files' names, sizes and modification times."""
@@ -40,6 +56,18 @@ class _Files(Corpus):
       except OSError:
         state.update(f"{name}\0unreadable\n".encode())
     return state.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part(Corpus):
+  """Some files of a corpus of files."""
+
+  corpus: _Files
+  files: tuple[tuple[str, Path], ...]
+
+  def read(self, counts: Counter[str]) -> Iterator[Document]:
+    for name, path in self.files:
+      yield from self.corpus.read_file(name, path, counts)
 
 
 def _matching(path: str, field: str, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
@@ -94,29 +122,28 @@ class Jsonl(_Files):
     endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
     return _matching(self.path, "data.Jsonl.path", endings)
 
-  def read(self, counts: Counter[str]) -> Iterator[Document]:
-    for name, path in self._paths():
-      for number, row in jsonl_rows(path, counts):
-        where = f"{path}:{number}"
-        _check_field(row, self.text_field, where, "data.Jsonl.text_field")
-        text = row[self.text_field]
-        if not isinstance(text, str):
-          raise ValueError(
-            f"{where}: field {self.text_field!r} holds a {type(text).__name__}, not a text."
-          )
-        source = f"{name}:{number}"
-        kind = "text"
-        if self.kind_field is not None:
-          _check_field(row, self.kind_field, where, "data.Jsonl.kind_field")
-          kind = str(row[self.kind_field])
-        identifier = document_id(source)
-        if self.id_field is not None:
-          _check_field(row, self.id_field, where, "data.Jsonl.id_field")
-          identifier = given_id(row[self.id_field], where, self.id_field)
-        if _has_surrogates(text):
-          counts["undecodable"] += 1
-          continue
-        yield Document(identifier, text, kind, source)
+  def read_file(self, name, path, counts):
+    for number, row in jsonl_rows(path, counts):
+      where = f"{path}:{number}"
+      _check_field(row, self.text_field, where, "data.Jsonl.text_field")
+      text = row[self.text_field]
+      if not isinstance(text, str):
+        raise ValueError(
+          f"{where}: field {self.text_field!r} holds a {type(text).__name__}, not a text."
+        )
+      source = f"{name}:{number}"
+      kind = "text"
+      if self.kind_field is not None:
+        _check_field(row, self.kind_field, where, "data.Jsonl.kind_field")
+        kind = str(row[self.kind_field])
+      identifier = document_id(source)
+      if self.id_field is not None:
+        _check_field(row, self.id_field, where, "data.Jsonl.id_field")
+        identifier = given_id(row[self.id_field], where, self.id_field)
+      if _has_surrogates(text):
+        counts["undecodable"] += 1
+        continue
+      yield Document(identifier, text, kind, source)
 
 
 def jsonl_rows(
@@ -245,7 +272,7 @@ class Parquet(_Files):
   def _paths(self):
     return _matching(self.path, "data.Parquet.path", (".parquet",))
 
-  def read(self, counts: Counter[str]) -> Iterator[Document]:
+  def read_file(self, name, path, counts):
     import pyarrow
     import pyarrow.parquet
 
@@ -254,41 +281,38 @@ class Parquet(_Files):
       for name in ("text_field", "id_field", "kind_field")
       if (column := getattr(self, name)) is not None
     }
-    for name, path in self._paths():
-      number = 0
-      try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-          for parameter, column in wanted.items():
-            _check_field(
-              file.schema_arrow.names, column, str(path), f"data.Parquet.{parameter}"
-            )
-          text_type = file.schema_arrow.field(self.text_field).type
-          if not _is_text(text_type):
-            raise ValueError(
-              f"{path}: column {self.text_field!r} holds {text_type}, not text; set "
-              "data.Parquet.text_field to a text column."
-            )
-          for batch in file.iter_batches(1024, columns=sorted(set(wanted.values()))):
-            columns = {column: batch.column(column) for column in wanted.values()}
-            for row in range(batch.num_rows):
-              number += 1
-              where = f"{name}:{number}"
-              try:
-                values = {column: array[row].as_py() for column, array in columns.items()}
-              except UnicodeDecodeError:
-                counts["undecodable"] += 1
-                continue
-              text = values[self.text_field]
-              if text is None:
-                counts["empty"] += 1
-                continue
-              identifier = document_id(where)
-              if self.id_field is not None:
-                identifier = given_id(values[self.id_field], f"{path}:{number}", self.id_field)
-              kind = "text" if self.kind_field is None else str(values[self.kind_field])
-              yield Document(identifier, text, kind, where)
-      except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}.") from error
+    number = 0
+    try:
+      with pyarrow.parquet.ParquetFile(path) as file:
+        for parameter, column in wanted.items():
+          _check_field(file.schema_arrow.names, column, str(path), f"data.Parquet.{parameter}")
+        text_type = file.schema_arrow.field(self.text_field).type
+        if not _is_text(text_type):
+          raise ValueError(
+            f"{path}: column {self.text_field!r} holds {text_type}, not text; set "
+            "data.Parquet.text_field to a text column."
+          )
+        for batch in file.iter_batches(1024, columns=sorted(set(wanted.values()))):
+          columns = {column: batch.column(column) for column in wanted.values()}
+          for row in range(batch.num_rows):
+            number += 1
+            where = f"{name}:{number}"
+            try:
+              values = {column: array[row].as_py() for column, array in columns.items()}
+            except UnicodeDecodeError:
+              counts["undecodable"] += 1
+              continue
+            text = values[self.text_field]
+            if text is None:
+              counts["empty"] += 1
+              continue
+            identifier = document_id(where)
+            if self.id_field is not None:
+              identifier = given_id(values[self.id_field], f"{path}:{number}", self.id_field)
+            kind = "text" if self.kind_field is None else str(values[self.kind_field])
+            yield Document(identifier, text, kind, where)
+    except (OSError, pyarrow.ArrowException) as error:
+      raise ValueError(f"{path} cannot be read as Parquet: {error}.") from error
 
 
 @gin.register(module="data")
@@ -322,15 +346,14 @@ class TextFolder(_Files):
       )
     return sorted((p.relative_to(base).as_posix(), p) for p in paths)
 
-  def read(self, counts: Counter[str]) -> Iterator[Document]:
-    for name, path in self._paths():
-      try:
-        text = path.read_bytes().decode("utf-8-sig")
-      except OSError:
-        counts["unreadable"] += 1
-        continue
-      except UnicodeDecodeError:
-        counts["undecodable"] += 1
-        continue
-      kind = name.split("/")[0] if "/" in name else "text"
-      yield Document(document_id(name), text, kind, name)
+  def read_file(self, name, path, counts):
+    try:
+      text = path.read_bytes().decode("utf-8-sig")
+    except OSError:
+      counts["unreadable"] += 1
+      return
+    except UnicodeDecodeError:
+      counts["undecodable"] += 1
+      return
+    kind = name.split("/")[0] if "/" in name else "text"
+    yield Document(document_id(name), text, kind, name)

@@ -10,10 +10,12 @@ deterministically (the map in an Example has no order of its own), and nothing h
 
 import errno
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,9 +51,6 @@ def write_instances(
   Raises:
     ValueError: a token outside of the vocabulary, an instance that is too short or too long.
   """
-  from array_record.python import array_record_module
-  from tensorflow_datasets.proto import tf_example_pb2
-
   if length < 1 or instances_per_shard < 1:
     raise ValueError(
       f"length={length} and instances_per_shard={instances_per_shard} must be 1 or more."
@@ -62,24 +61,50 @@ def write_instances(
   for old in directory.glob(f"{_DATASET}-{_SPLIT}.array_record-*"):
     old.unlink()
 
-  shards: list[dict] = []
-  num_bytes = num_tokens = 0
-  writer = None
+  shards: list[ShardInfo] = []
+  instances = iter(instances)
+  for first in instances:
+    rows = itertools.chain([first], itertools.islice(instances, instances_per_shard - 1))
+    path = directory / shard_file(len(shards))
+    shards.append(write_shard(path, rows, length=length, vocab_size=vocab_size))
+  return finish(
+    directory, shards, length=length, vocab_size=vocab_size, pad_id=pad_id, eos_id=eos_id,
+    bos_id=bos_id, description=description, vocabulary_fingerprint=vocabulary_fingerprint,
+  )
 
-  def close() -> None:
-    nonlocal writer
-    if writer is not None:
-      writer.close()
-      shards[-1]["bytes"] = (directory / shards[-1]["file"]).stat().st_size
-      writer = None
 
+class ShardInfo(NamedTuple):
+  """What the metadata say of a shard: how many instances, bytes of the file, bytes of the records,
+  stored tokens."""
+
+  count: int
+  bytes: int
+  record_bytes: int
+  num_tokens: int
+
+
+def shard_file(number: int) -> str:
+  """The name of a shard."""
+  return f"{_DATASET}-{_SPLIT}.array_record-{number:05d}"
+
+
+def write_shard(
+  path: Path | str, instances: Iterable[Instance], *, length: int, vocab_size: int
+) -> ShardInfo:
+  """Writes one shard; a folder of shards becomes readable by `finish`.
+
+  Raises:
+    ValueError: a token outside of the vocabulary, an instance that is too short or too long.
+    OSError: the file cannot be written.
+  """
+  from array_record.python import array_record_module
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  count = record_bytes = num_tokens = 0
   try:
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     for instance in instances:
       _check(instance, length, vocab_size)
-      if writer is None:
-        name = f"{_DATASET}-{_SPLIT}.array_record-{len(shards):05d}"
-        writer = array_record_module.ArrayRecordWriter(str(directory / name), "group_size:1")
-        shards.append({"file": name, "count": 0})
       example = tf_example_pb2.Example()
       features = example.features.feature
       features["id"].int64_list.value.append(int(instance.id))
@@ -90,23 +115,40 @@ def write_instances(
       )
       record = example.SerializeToString(deterministic=True)
       writer.write(record)
-      num_bytes += len(record)
+      count += 1
+      record_bytes += len(record)
       num_tokens += len(instance.tokens)
-      shards[-1]["count"] += 1
-      if shards[-1]["count"] == instances_per_shard:
-        close()
-    close()
+    writer.close()
   except RuntimeError as error:  # array_record's only kind of error
-    path = str(directory / shards[-1]["file"])
     if "No space left on device" in str(error):
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     raise OSError(f"{path} cannot be written: {error}.") from error
+  return ShardInfo(count, Path(path).stat().st_size, record_bytes, num_tokens)
 
-  _write_dataset_info(directory, shards, num_bytes, description)
+
+def finish(
+  directory: Path | str,
+  shards: Sequence[ShardInfo],
+  *,
+  length: int,
+  vocab_size: int,
+  pad_id: int,
+  eos_id: int,
+  bos_id: int,
+  description: str = "Packed token ids.",
+  vocabulary_fingerprint: str = "",
+) -> int:
+  """Writes what makes a folder of shards readable; arguments and result as of `write_instances`."""
+  directory = Path(directory)
+  files = [
+    {"file": shard_file(i), "count": shard.count, "bytes": shard.bytes}
+    for i, shard in enumerate(shards)
+  ]
+  _write_dataset_info(directory, files, sum(shard.record_bytes for shard in shards), description)
   metadata = {
     "version": FORMAT_VERSION,
-    "count": sum(shard["count"] for shard in shards),
-    "num_tokens": num_tokens,
+    "count": sum(shard.count for shard in shards),
+    "num_tokens": sum(shard.num_tokens for shard in shards),
     "length": length,
     "vocab_size": vocab_size,
     "pad_id": pad_id,
@@ -114,7 +156,7 @@ def write_instances(
     "bos_id": bos_id,
     "vocabulary_fingerprint": vocabulary_fingerprint,
     "description": description,
-    "shards": shards,
+    "shards": files,
   }
   partial = directory / (METADATA_FILE + ".partial")
   partial.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
@@ -124,11 +166,15 @@ def write_instances(
 
 def write_encoded(directory: Path | str, instances: Iterable[Instance], vocabulary, length: int):
   """`write_instances` with the ids of the vocabulary that the tokens are of."""
-  return write_instances(
-    directory, instances, length=length, vocab_size=vocabulary.vocab_size,
-    pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
-    vocabulary_fingerprint=vocabulary.fingerprint,
-  )
+  return write_instances(directory, instances, length=length, **encoded_with(vocabulary))
+
+
+def encoded_with(vocabulary) -> dict[str, int | str]:
+  """What `write_instances` and `finish` are told of the vocabulary that the tokens are of."""
+  return {
+    "vocab_size": vocabulary.vocab_size, "pad_id": vocabulary.pad_id, "bos_id": vocabulary.bos_id,
+    "eos_id": vocabulary.eos_id, "vocabulary_fingerprint": vocabulary.fingerprint,
+  }
 
 
 def _check(instance: Instance, length: int, vocab_size: int) -> None:

@@ -15,6 +15,8 @@ import gin
 
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id
 
+_PIECE = 100_000  # rows that are read together
+
 
 @gin.register(module="data")
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,25 @@ class Tfds(Corpus):
     return builder
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:
+    return self._documents(enumerate(self._examples()), counts)
+
+  def pieces(self):
+    """Rows by the hundred thousand, where the dataset's files can be read from anywhere."""
+    examples = self._examples()
+    if not hasattr(examples, "__getitem__"):
+      return [self]
+    own = dataclasses.replace(self)  # without the builder, which does not travel
+    starts = range(0, len(examples), _PIECE)
+    return [_Rows(own, start, min(start + _PIECE, len(examples))) for start in starts]
+
+  def read_rows(self, rows: range, counts: Counter[str]) -> Iterator[Document]:
+    """The documents of some rows of a dataset with random access."""
+    examples = self._examples()
+    return self._documents(((row, examples[row]) for row in rows), counts)
+
+  def _documents(self, examples, counts: Counter[str]) -> Iterator[Document]:
     name = self._builder.info.full_name
-    for row, example in enumerate(self._examples()):
+    for row, example in examples:
       where = f"{name}[{self.split}]:{row}"
       text = _as_text(_feature(example, self.text_field, where, "data.Tfds.text_field"), counts)
       if text is None:
@@ -103,6 +122,18 @@ class Tfds(Corpus):
       raise ValueError(
         f"data.Tfds.split={self.split!r} is no split of {self.name!r}; its splits are {splits}."
       ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(Corpus):
+  """Rows `start .. stop` of a tfds dataset."""
+
+  corpus: Tfds
+  start: int
+  stop: int
+
+  def read(self, counts: Counter[str]) -> Iterator[Document]:
+    return self.corpus.read_rows(range(self.start, self.stop), counts)
 
 
 @gin.register(module="data")

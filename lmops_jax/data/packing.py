@@ -154,13 +154,22 @@ def _take(runs: list[tuple[int, np.ndarray]], count: int) -> tuple[list[int], li
 
 
 def _cut_rule(sentence_end, eos_id):
-  if sentence_end is None:
-    return None
+  ends = end_flags(sentence_end, eos_id)
+  if ends is None:
+    return sentence_end
+  return lambda tokens, following: _last_true(ends(tokens, following))
+
+
+def end_flags(sentence_end, eos_id) -> Callable[[np.ndarray, int], np.ndarray] | None:
+  """The rule as `(tokens [m], the next one) -> [m] bool`: after which an instance may end.
+
+  None where no rule is given, or one that cannot be told token by token.
+  """
   if isinstance(sentence_end, np.ndarray):
     table = np.array(sentence_end, bool)
     table[eos_id] = True
-    return lambda tokens, following: _last_true(table[tokens])
-  return sentence_end
+    return lambda tokens, following: table[tokens]
+  return getattr(sentence_end, "ends", None)
 
 
 def _last_true(flags: np.ndarray) -> int:
@@ -189,9 +198,13 @@ class SentenceEnds:
 
   def __call__(self, tokens: np.ndarray, following: int) -> int:
     """How many of `tokens [m]` to keep when `following` comes next; 0 where no sentence ends."""
+    return _last_true(self.ends(tokens, following))
+
+  def ends(self, tokens: np.ndarray, following: int) -> np.ndarray:
+    """After which of `tokens [m]` an instance may end when `following` comes next, `[m] bool`."""
     after = np.append(self.leading_space[tokens[1:]], self.leading_space[following])
     confirmed = self.possible[tokens] & (self.trailing_space[tokens] | after)
-    return _last_true(self.certain[tokens] | confirmed)
+    return self.certain[tokens] | confirmed
 
 
 def sentence_end_table(vocabulary) -> SentenceEnds:
