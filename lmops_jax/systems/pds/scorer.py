@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import gin
@@ -267,36 +268,56 @@ def initializer(model: heads.SequenceRegressor):
   return lambda key: model.init(key, one, one)["params"]
 
 
+class Annotator:
+  """A fitted scorer over the instances of a corpus.
+
+  Args:
+    prepared: folder of the stage `prepare`. fitted: folder of the stage `scorer`.
+    config: of the scorer. proxy: of the proxy.
+  """
+
+  def __init__(
+    self, prepared: Path, fitted: Path, config: Scorer, proxy: pretrain.Pretrain, partitioner
+  ):
+    own = fitted / VOCABULARY_FOLDER
+    self._view = View(
+      prepare.Prepared(prepared), vocabularies.load_vocabulary(own) if own.exists() else None
+    )
+    model = scorer_model(config, proxy, self._view)
+    self._params = checkpoints.load_params(
+      fitted / PARAMS_FOLDER, language_models.abstract_params(initializer(model), partitioner)
+    )
+    self._predict = jax.jit(losses.regression_example_losses(model).predict)
+    self._batch_size, self._partitioner = config.inference_batch_size, partitioner
+    self.num_examples = len(self._view.instances)
+    per_token = flops.forward_flops_per_token(model.config, self._view.length, unembedding=False)
+    self.flops_per_instance = self._view.length * per_token
+
+  def scores(self, start: int, stop: int) -> np.ndarray:
+    """Of the instances `start .. stop`, `[n] float64`."""
+    return examples.map_examples(
+      self._predict, self._params, self._view.rows(np.arange(start, stop, dtype=np.int64)),
+      self._batch_size, self._partitioner,
+    )
+
+
 def annotate(
   context: pipeline.StageContext, config: Scorer, proxy: pretrain.Pretrain, partitioner,
   scorer_stage: str,
 ) -> None:
   """Scores every instance of the corpus, shard by shard; finished shards are not done again."""
-  own = context.input(scorer_stage) / VOCABULARY_FOLDER
-  view = View(
-    prepare.Prepared(context.input("prepare")),
-    vocabularies.load_vocabulary(own) if config.vocabulary is not None else None,
+  annotator = Annotator(
+    context.input("prepare"), context.input(scorer_stage), config, proxy, partitioner
   )
-  num = len(view.instances)
-  model = scorer_model(config, proxy, view)
-  params = checkpoints.load_params(
-    context.input(scorer_stage) / PARAMS_FOLDER,
-    language_models.abstract_params(initializer(model), partitioner),
-  )
-  predict = jax.jit(losses.regression_example_losses(model).predict)
-  num_new = 0
+  num, num_new = annotator.num_examples, 0
   with context.progress(num, "instances", context.name) as bar:
     for shard, start in enumerate(range(0, num, config.shard_size)):
-      ids = np.arange(start, min(start + config.shard_size, num), dtype=np.int64)
+      stop = min(start + config.shard_size, num)
       if not scores.shard_path(context.directory, shard).exists():
-        values = examples.map_examples(
-          predict, params, view.rows(ids), config.inference_batch_size, partitioner
-        )
-        scores.save_shard(context.directory, shard, start, values)
-        num_new += len(ids)
-      bar.update(len(ids))
-  per_token = flops.forward_flops_per_token(model.config, view.length, unembedding=False)
-  context.flops += num_new * view.length * per_token
+        scores.save_shard(context.directory, shard, start, annotator.scores(start, stop))
+        num_new += stop - start
+      bar.update(stop - start)
+  context.flops += num_new * annotator.flops_per_instance
 
 
 def write_scores(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -100,11 +101,40 @@ def save_shard(directory: Path, shard: int, start: int, scores: np.ndarray) -> N
   save_arrays(shard_path(directory, shard), arrays)
 
 
+def load_shard(directory: Path, shard: int) -> tuple[int, np.ndarray]:
+  """Id of a shard's first instance, and its scores, `[n] float32`.
+
+  Raises:
+    ValueError: a score is not finite.
+  """
+  path = shard_path(directory, shard)
+  with np.load(path) as arrays:
+    start, scores = int(arrays["start"]), arrays["scores"]
+  if not np.isfinite(scores).all():
+    bad = start + int(np.flatnonzero(~np.isfinite(scores))[0])
+    raise ValueError(f"{path} holds a score that is not finite (instance {bad}); annotate again.")
+  return start, scores
+
+
 def read_shards(directory: Path, num_examples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields (ids, scores) shard by shard in order.
 
   Raises:
     ValueError: a shard is missing, out of order, not finite, or the count is not `num_examples`.
+  """
+  load = functools.partial(load_shard, directory)
+  for start, scores in in_order(directory, num_examples, load):
+    yield np.arange(start, start + len(scores), dtype=np.int64), scores
+
+
+def in_order(
+  directory: Path, num_examples: int, load: Callable[[int], tuple[int, Sized]]
+) -> Iterator[tuple[int, Any]]:
+  """Yields what `load(shard)` gives of all shards: the first instance's id, and something as long
+  as the shard.
+
+  Raises:
+    ValueError: a shard is missing or out of order, or the count is not `num_examples`.
   """
   next_id, shard = 0, 0
   while next_id < num_examples:
@@ -113,18 +143,14 @@ def read_shards(directory: Path, num_examples: int) -> Iterator[tuple[np.ndarray
       raise ValueError(
         f"{path} is missing: scores end at instance {next_id} of {num_examples}; annotate again."
       )
-    with np.load(path) as arrays:
-      start, scores = int(arrays["start"]), arrays["scores"]
+    start, content = load(shard)
     if start != next_id:
       raise ValueError(
         f"{path} starts at instance {start}, expected {next_id}: shards are missing or reordered; "
         "annotate again."
       )
-    if not np.isfinite(scores).all():
-      bad = next_id + int(np.flatnonzero(~np.isfinite(scores))[0])
-      raise ValueError(f"{path} holds a score that is not finite (instance {bad}); annotate again.")
-    yield np.arange(start, start + len(scores), dtype=np.int64), scores
-    next_id, shard = next_id + len(scores), shard + 1
+    yield start, content
+    next_id, shard = next_id + len(content), shard + 1
   if next_id != num_examples or shard_path(directory, shard).exists():
     raise ValueError(
       f"{directory} holds scores of more than the corpus's {num_examples} instances; annotate "

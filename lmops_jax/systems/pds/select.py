@@ -17,7 +17,7 @@ import numpy as np
 
 from lmops_jax import pipeline
 from lmops_jax.data import export
-from lmops_jax.systems.pds import prepare, scores, selection
+from lmops_jax.systems.pds import moments, prepare, scores, selection
 
 IDS_FILE = "ids.npy"
 FORMATS = tuple(name for name in export.FORMATS if name != "ids")  # ids are always written
@@ -62,45 +62,62 @@ class Select:
       )
 
 
-def run(context: pipeline.StageContext, config: Select, annotate_stage: str) -> None:
-  """Selects `floor(ratio * N)` instances."""
-  prepared = prepare.Prepared(context.input("prepare"))
-  corpus = prepared.corpus
-  folder = context.input(annotate_stage)
-  shift, scale = _moments(folder, len(corpus)) if config.standardize else (0.0, 1.0)
+def write_ids(path: Path, folder: Path, num_examples: int, config: Select) -> None:
+  """Selects from the score shards in a folder, into an array file of ascending ids."""
+  shift, scale = 0.0, 1.0
+  if config.standardize:
+    values = (values for _, values in scores.read_shards(folder, num_examples))
+    shift, scale = shift_and_scale(sum(map(moments.Moments.of, values), start=moments.Moments()))
 
   def shards():
-    for ids, values in scores.read_shards(folder, len(corpus)):
-      yield ids, (values.astype(np.float64) - shift) / scale
+    for ids, values in scores.read_shards(folder, num_examples):
+      yield ids, standardized(values, shift, scale)
 
-  num_selected = selection.num_selected(len(corpus), ratio=config.ratio)
-  with (context.directory / IDS_FILE).open("wb") as file:
-    header = {"descr": "<i8", "fortran_order": False, "shape": (num_selected,)}
-    np.lib.format.write_array_header_1_0(file, header)
+  with path.open("wb") as file:
+    write_header(file, selection.num_selected(num_examples, ratio=config.ratio))
     selection.select_stream(
-      shards, num_examples=len(corpus), ratio=config.ratio, tau=config.tau, seed=config.seed,
+      shards, num_examples=num_examples, ratio=config.ratio, tau=config.tau, seed=config.seed,
       write=lambda ids: file.write(ids.astype("<i8").tobytes()),
     )
-  if config.formats:
-    ids, vocabulary = np.load(context.directory / IDS_FILE), prepared.vocabulary
-    for name in config.formats:
-      export.export_selection(
-        corpus, ids, context.directory / name, format=name, vocabulary=vocabulary
-      )
+
+
+def write_header(file, num_selected: int) -> None:
+  """The beginning of an array file of ids, after which their bytes follow."""
+  header = {"descr": "<i8", "fortran_order": False, "shape": (num_selected,)}
+  np.lib.format.write_array_header_1_0(file, header)
+
+
+def shift_and_scale(all_scores: moments.Moments) -> tuple[float, float]:
+  """Mean and standard deviation of all scores; a deviation of 0 counts as 1."""
+  return all_scores.mean, all_scores.deviation or 1.0
+
+
+def standardized(values: np.ndarray, shift: float, scale: float) -> np.ndarray:
+  return (values.astype(np.float64) - shift) / scale
+
+
+def export_ids(corpus, path: Path, directory: Path, format: str, vocabulary) -> None:
+  """Exports the instances whose ids are in an array file."""
+  export.export_selection(corpus, np.load(path), directory, format=format, vocabulary=vocabulary)
+
+
+def run(
+  context: pipeline.StageContext, config: Select, annotate_stage: str, *, write_ids=write_ids,
+  export_ids=export_ids,
+) -> None:
+  """Selects `floor(ratio * N)` instances.
+
+  Args:
+    write_ids, export_ids: do the work, in this process unless others are given.
+  """
+  prepared = prepare.Prepared(context.input("prepare"))
+  corpus = prepared.corpus
+  num_selected = selection.num_selected(len(corpus), ratio=config.ratio)
+  path = context.directory / IDS_FILE
+  write_ids(path, context.input(annotate_stage), len(corpus), config)
+  for name in config.formats:
+    export_ids(corpus, path, context.directory / name, name, prepared.vocabulary)
   context.extra.update(num_selected=num_selected, num_examples=len(corpus))
-
-
-def _moments(folder: Path, num_examples: int) -> tuple[float, float]:
-  """Mean and standard deviation over all shards; a deviation of 0 counts as 1."""
-  count, mean, squares = 0, 0.0, 0.0
-  for _, values in scores.read_shards(folder, num_examples):
-    values = values.astype(np.float64)
-    total = count + len(values)
-    delta = values.mean() - mean
-    squares += values.var() * len(values) + delta**2 * count * len(values) / total
-    mean, count = mean + delta * len(values) / total, total
-  deviation = float(np.sqrt(squares / count))
-  return mean, deviation if deviation > 0 else 1.0
 
 
 def selected_ids(context: pipeline.StageContext, stage: str) -> np.ndarray:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmops_jax.systems.pds import ranking
+
 _BLOCK = 1 << 14  # ids given noise together: temporaries of this size stay in a core's cache
 _READ = 1 << 17  # scores looked at together
 
@@ -127,9 +129,9 @@ def gumbel_top_k(
   keys = np.empty(len(scores), np.uint64)
   for start in range(0, len(scores), _READ):
     rows = slice(start, start + _READ)
-    keys[rows] = _keys(ids[rows], scores[rows], tau, seed, "the scores")
-  threshold = _nth_largest(ids, keys, count)
-  return np.sort(ids[_at_least(ids, keys, threshold)])
+    keys[rows] = perturbed_keys(ids[rows], scores[rows], tau, seed, "the scores")
+  threshold = ranking.nth_largest(ids, keys, count)
+  return np.sort(ids[ranking.at_least(ids, keys, threshold)])
 
 
 class StreamSelection(NamedTuple):
@@ -182,23 +184,23 @@ def select_stream(
   if max_candidates < 4:
     raise ValueError(f"max_candidates={max_candidates} is too small to search with; use 4 or more.")
 
-  search = _Search(0, _LARGEST, rank=count, total=num_examples, capacity=max_candidates)
+  search = ranking.Search(ranking.Range(rank=count, total=num_examples), max_candidates)
   num_passes, threshold = 0, None
   while threshold is None:
     search = search.refined() if num_passes else search
     seen = digest = 0
     for ids, keys in _blocks(shards(), tau, seed, num_examples):
       seen += len(ids)
-      digest = (digest + _digest(ids, keys)) & _LARGEST
+      digest = (digest + ranking.digest(ids, keys)) & ranking.LARGEST
       search.add(ids, keys)
-    _check_count(seen, num_examples)
+    check_count(seen, num_examples)
     num_passes += 1
     threshold = search.found()
 
   selected, again = 0, 0
   for ids, keys in _blocks(shards(), tau, seed, num_examples):
-    again = (again + _digest(ids, keys)) & _LARGEST
-    chosen = ids[_at_least(ids, keys, threshold)]
+    again = (again + ranking.digest(ids, keys)) & ranking.LARGEST
+    chosen = ids[ranking.at_least(ids, keys, threshold)]
     if len(chosen):
       selected += len(chosen)
       write(chosen)
@@ -209,7 +211,7 @@ def select_stream(
       f"Example id {threshold[1]} occurs more than once: {selected} scores reach the threshold of "
       f"the {count} to keep; give every example its own id."
     )
-  return StreamSelection(num_examples, count, _unkey(threshold[0]), num_passes + 1)
+  return StreamSelection(num_examples, count, ranking.unkey(threshold[0]), num_passes + 1)
 
 
 # --- noise ----------------------------------------------------------------------------------------
@@ -264,12 +266,7 @@ def _checked_tau(tau) -> float:
   return tau
 
 
-# --- order: larger perturbed score first, then smaller id -----------------------------------------
-
-_LARGEST = (1 << 64) - 1
-_LAST_ID = (1 << 63) - 1
-_SIGN = np.uint64(1 << 63)
-
+# --- perturbed scores -----------------------------------------------------------------------------
 
 def _checked_pair(ids, scores, where) -> tuple[np.ndarray, np.ndarray]:
   """Ids `[n] int64` and scores `[n]` of some real dtype."""
@@ -283,14 +280,14 @@ def _checked_pair(ids, scores, where) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(f"Scores must be real numbers, but the dtype of {where} is {scores.dtype}.")
   if ids.dtype.kind not in "iu":
     raise ValueError(f"Example ids must be integers, but their dtype in {where} is {ids.dtype}.")
-  if len(ids) and (ids.min() < 0 or ids.max() > _LAST_ID):
+  if len(ids) and (ids.min() < 0 or ids.max() > ranking.LAST_ID):
     raise ValueError(
       f"Example ids must lie in [0, 2^63), but {where} has {ids.min()}..{ids.max()}."
     )
   return ids.astype(np.int64, copy=False), scores
 
 
-def _keys(ids, scores, tau, seed, where) -> np.ndarray:
+def perturbed_keys(ids, scores, tau, seed, where) -> np.ndarray:
   """Perturbed scores as integers in the same order, `[n] uint64`."""
   values = scores.astype(np.float64)
   finite = np.isfinite(values)
@@ -302,31 +299,7 @@ def _keys(ids, scores, tau, seed, where) -> np.ndarray:
     )
   if tau > 0:
     values = values + tau * gumbel_noise(seed, ids)
-  bits = (values + 0.0).view(np.uint64)  # adding zero makes -0.0 equal 0.0
-  return np.where(bits & _SIGN, ~bits, bits | _SIGN)
-
-
-def _unkey(key: int) -> float:
-  bits = key & ~(1 << 63) if key >> 63 else ~key & _LARGEST
-  return float(np.uint64(bits).view(np.float64))
-
-
-def _at_least(ids, keys, threshold) -> np.ndarray:
-  key, last_id = np.uint64(threshold[0]), threshold[1]
-  return (keys > key) | ((keys == key) & (ids <= last_id))
-
-
-def _better(ids, keys, bound) -> np.ndarray:
-  key, first_id = np.uint64(bound[0]), bound[1]
-  return (keys > key) | ((keys == key) & (ids < first_id))
-
-
-def _nth_largest(ids, keys, n) -> tuple[int, int]:
-  """The n-th (key, id) in the order "larger key, then smaller id", n >= 1."""
-  key = np.partition(keys, len(keys) - n)[len(keys) - n]
-  tied = ids[keys == key]
-  place = n - int(np.count_nonzero(keys > key)) - 1
-  return int(key), int(np.partition(tied, place)[place])
+  return ranking.keys(values)
 
 
 # --- streaming ------------------------------------------------------------------------------------
@@ -338,111 +311,15 @@ def _blocks(shards, tau, seed, num_examples):
     ids, scores = _checked_pair(ids, scores, f"score shard {i}")
     seen += len(ids)
     if seen > num_examples:
-      _check_count(seen, num_examples, "at least ")
+      check_count(seen, num_examples, "at least ")
     for start in range(0, len(ids), _READ):
       rows = slice(start, start + _READ)
-      yield ids[rows], _keys(ids[rows], scores[rows], tau, seed, f"score shard {i}")
+      yield ids[rows], perturbed_keys(ids[rows], scores[rows], tau, seed, f"score shard {i}")
 
 
-def _check_count(seen, num_examples, prefix=""):
+def check_count(seen, num_examples, prefix=""):
   if seen != num_examples:
     raise ValueError(
       f"The shards hold {prefix}{seen} scores, but the corpus has {num_examples} examples; "
       "annotate the corpus again."
     )
-
-
-def _digest(ids, keys) -> int:
-  """Sum of a mixing of (id, key): does not depend on order, changes with any one value."""
-  mixed = (ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ keys
-  mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-  return int(np.sum(mixed ^ (mixed >> np.uint64(29)), dtype=np.uint64))
-
-
-class _Search:
-  """One pass for the `rank`-th best pair of a range, in bounded memory.
-
-  Args:
-    low, high: ends of the range, inclusive: either two keys (then all ids of those keys belong to
-      it), or two inverted ids (2^63 - 1 - id) of the single key `key`.
-    rank: 1 <= rank <= total.
-    total: how many pairs the range holds.
-    capacity: how many pairs may be held at once.
-  """
-
-  def __init__(self, low, high, *, key=None, rank, total, capacity):
-    self.low, self.high, self.key, self.rank, self.total = low, high, key, rank, total
-    self._capacity = capacity
-    self._shift = max((high - low).bit_length() - 16, 0)  # at most 2^16 bins
-    self._histogram = np.zeros(((high - low) >> self._shift) + 1, np.int64)
-    self._held = [(np.empty(0, np.int64), np.empty(0, np.uint64))]
-    self._num_held = self._num_seen = self._num_above = 0
-    self._best = self._worst = None  # ends of the narrowed window, (key, id)
-
-  def add(self, ids, keys):
-    ids, keys, digits = self._inside(ids, keys)
-    bins = ((digits - np.uint64(self.low)) >> np.uint64(self._shift)).astype(np.int64)
-    self._histogram += np.bincount(bins, minlength=len(self._histogram))
-    self._num_seen += len(ids)
-    if self._best is not None:
-      above = _better(ids, keys, self._best)
-      self._num_above += int(np.count_nonzero(above))
-      keep = _at_least(ids, keys, self._worst) & ~above
-      ids, keys = ids[keep], keys[keep]
-    if len(ids):
-      self._held.append((ids.copy(), keys))  # the caller may use the shard's memory again
-      self._num_held += len(ids)
-    if self._num_held > self._capacity:
-      self._narrow()
-
-  def _inside(self, ids, keys):
-    if self.key is not None:
-      inverted = np.uint64(_LAST_ID) - ids.view(np.uint64)
-      keep = (keys == np.uint64(self.key)) & (inverted >= self.low) & (inverted <= self.high)
-      return ids[keep], keys[keep], inverted[keep]
-    if self.low == 0 and self.high == _LARGEST:
-      return ids, keys, keys
-    keep = (keys >= np.uint64(self.low)) & (keys <= np.uint64(self.high))
-    return ids[keep], keys[keep], keys[keep]
-
-  def _sorted(self):
-    """The held pairs, best first; they replace the list of blocks."""
-    ids, keys = (np.concatenate(parts) for parts in zip(*self._held))
-    order = np.lexsort((ids, ~keys))
-    ids, keys = ids[order], keys[order]
-    self._held = [(ids, keys)]
-    return ids, keys
-
-  def _narrow(self):
-    """Keeps the half of the held pairs that lies around the threshold's expected place."""
-    ids, keys = self._sorted()
-    half = self._capacity // 2
-    place = self.rank * self._num_seen // self.total - self._num_above
-    start = min(max(place - half // 2, 0), len(ids) - half)
-    ids, keys = ids[start : start + half].copy(), keys[start : start + half].copy()
-    self._held, self._num_held = [(ids, keys)], half
-    self._num_above += start
-    self._best, self._worst = (int(keys[0]), int(ids[0])), (int(keys[-1]), int(ids[-1]))
-
-  def found(self) -> tuple[int, int] | None:
-    """The (key, id) at `rank`, or None if the window has lost it."""
-    place = self.rank - self._num_above - 1
-    if not 0 <= place < self._num_held:
-      return None
-    ids, keys = self._sorted()
-    return int(keys[place]), int(ids[place])
-
-  def refined(self) -> "_Search":
-    """The search of the one histogram bin that holds the threshold."""
-    above = self._histogram[::-1].cumsum()[::-1] - self._histogram
-    chosen = int(np.flatnonzero((above < self.rank) & (self.rank <= above + self._histogram))[0])
-    low = self.low + (chosen << self._shift)
-    high = min(low + (1 << self._shift) - 1, self.high)
-    rest = {
-      "rank": self.rank - int(above[chosen]),
-      "total": int(self._histogram[chosen]),
-      "capacity": self._capacity,
-    }
-    if self.key is None and low == high:
-      return _Search(0, _LAST_ID, key=low, **rest)
-    return _Search(low, high, key=self.key, **rest)
