@@ -3,6 +3,7 @@
 Importing this package registers everything that gin files name in the module `data`.
 """
 
+from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.documents import (
   Corpus,
   Deduplicated,
@@ -31,6 +32,7 @@ __all__ = [
   "Corpus",
   "Deduplicated",
   "Document",
+  "Engine",
   "HuggingFaceTokenizer",
   "InstalledText",
   "Instance",

@@ -1,7 +1,8 @@
 """A selection for other trainers: ids, a tfds dataset, JSON lines, Parquet, or MMIDIDX shards."""
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from lmops_jax.data.instances import Instances, write_instances
 from lmops_jax.data.vocabularies import Vocabulary
 
 FORMATS = ("ids", "tfds", "jsonl", "parquet", "mmididx")
-_BLOCK = 1024
+JSONL_FILE, PARQUET_FILE = "selection.jsonl", "selection.parquet"
+BLOCK = 1024  # rows of a Parquet row group
 
 
 def export_selection(
@@ -43,7 +45,7 @@ def export_selection(
   if len(np.unique(indices)) != len(indices):
     raise ValueError("the selection names an instance twice; each id may occur once.")
   if format in ("jsonl", "parquet"):
-    _check_vocabulary(instances, vocabulary, format)
+    check_vocabulary(instances, vocabulary, format)
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
 
@@ -51,24 +53,31 @@ def export_selection(
     np.save(directory / "ids.npy", instances.ids[indices])
   elif format == "tfds":
     write_instances(
-      directory, (instances.instance(i) for i in indices), length=instances.length,
-      vocab_size=instances.vocab_size, pad_id=instances.pad_id, eos_id=instances.eos_id,
-      bos_id=instances.bos_id, vocabulary_fingerprint=instances.vocabulary_fingerprint,
-      description=f"Selection of {len(indices)} of {len(instances)}: {instances.description}",
+      directory, (instances.instance(i) for i in indices),
+      **dataset_settings(instances, len(indices)),
     )
   elif format == "jsonl":
-    with (directory / "selection.jsonl").open("w", encoding="utf-8") as file:
-      for row in _rows(instances, indices, vocabulary):
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_jsonl(directory / JSONL_FILE, rows(instances, indices, vocabulary))
   elif format == "parquet":
-    _write_parquet(directory / "selection.parquet", _rows(instances, indices, vocabulary))
+    write_parquet(directory / PARQUET_FILE, tables(rows(instances, indices, vocabulary)))
   else:
     sequences = (instances.instance(i).tokens for i in indices)
     shards.write_shards(directory, sequences, vocab_size=instances.vocab_size)
   return len(indices)
 
 
-def _check_vocabulary(instances: Instances, vocabulary: Vocabulary | None, format: str) -> None:
+def dataset_settings(instances: Instances, num_selected: int) -> dict:
+  """Arguments of `write_instances` for a selection."""
+  return {
+    "length": instances.length, "vocab_size": instances.vocab_size, "pad_id": instances.pad_id,
+    "eos_id": instances.eos_id, "bos_id": instances.bos_id,
+    "vocabulary_fingerprint": instances.vocabulary_fingerprint,
+    "description": f"Selection of {num_selected} of {len(instances)}: {instances.description}",
+  }
+
+
+def check_vocabulary(instances: Instances, vocabulary: Vocabulary | None, format: str) -> None:
+  """Refuses to make text without the vocabulary that the instances were made with."""
   if vocabulary is None:
     raise ValueError(f"format={format!r} needs the vocabulary to turn token ids into text.")
   made_with = instances.vocabulary_fingerprint
@@ -86,7 +95,8 @@ def instance_texts(tokens: np.ndarray, vocabulary: Vocabulary) -> list[str]:
   return [text for text in texts if text]
 
 
-def _rows(instances: Instances, indices: np.ndarray, vocabulary: Vocabulary) -> Iterator[dict]:
+def rows(instances: Instances, indices: np.ndarray, vocabulary: Vocabulary) -> Iterator[dict]:
+  """What the text formats hold of each instance."""
   for index in indices:
     instance = instances.instance(index)
     yield {
@@ -96,21 +106,36 @@ def _rows(instances: Instances, indices: np.ndarray, vocabulary: Vocabulary) -> 
     }
 
 
-def _write_parquet(path: Path, rows: Iterator[dict]) -> None:
-  import pyarrow
-  import pyarrow.parquet
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+  """One row a line."""
+  with path.open("w", encoding="utf-8") as file:
+    for row in rows:
+      file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-  schema = pyarrow.schema([
+
+def parquet_schema():
+  import pyarrow
+
+  return pyarrow.schema([
     ("id", pyarrow.int64()),
     ("text", pyarrow.string()),
     ("document_ids", pyarrow.list_(pyarrow.int64())),
   ])
-  with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-    block = []
-    for row in rows:
-      block.append(row)
-      if len(block) == _BLOCK:
-        writer.write_table(pyarrow.Table.from_pylist(block, schema))
-        block.clear()
-    if block:
-      writer.write_table(pyarrow.Table.from_pylist(block, schema))
+
+
+def tables(rows: Iterable[dict]) -> Iterator:
+  """Rows as Arrow tables of `BLOCK`; the last may be smaller."""
+  import pyarrow
+
+  rows = iter(rows)
+  while block := list(itertools.islice(rows, BLOCK)):
+    yield pyarrow.Table.from_pylist(block, parquet_schema())
+
+
+def write_parquet(path: Path, tables: Iterable) -> None:
+  """One row group a table."""
+  import pyarrow.parquet
+
+  with pyarrow.parquet.ParquetWriter(path, parquet_schema()) as writer:
+    for table in tables:
+      writer.write_table(table)

@@ -23,6 +23,7 @@ from lmops_jax.data.packing import Instance
 
 METADATA_FILE = "instances.json"
 FORMAT_VERSION = 1
+INSTANCES_PER_SHARD = 50_000
 _DATASET, _SPLIT = "instances", "train"
 _BLOCK = 4096
 
@@ -36,7 +37,7 @@ def write_instances(
   pad_id: int,
   eos_id: int,
   bos_id: int,
-  instances_per_shard: int = 50_000,
+  instances_per_shard: int = INSTANCES_PER_SHARD,
   description: str = "Packed token ids.",
   vocabulary_fingerprint: str = "",
 ) -> int:

@@ -18,6 +18,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 # Below this size of the vocabulary the PDS code stores 16 bits a token.
 UINT16_VOCAB_SIZE = 65_500
+SEQUENCES_PER_SHARD = 1_000_000
 _TYPES = {
   1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float32, 7: np.float64,
   8: np.uint16,
@@ -165,7 +166,7 @@ def write_shards(
   sequences: Iterable[Sequence[int]],
   *,
   vocab_size: int,
-  sequences_per_shard: int = 1_000_000,
+  sequences_per_shard: int = SEQUENCES_PER_SHARD,
   name: str = "data",
 ) -> int:
   """Writes `<name>_0`, `<name>_1`, ... as the PDS code names them; at least one shard.

@@ -40,7 +40,12 @@ class Buckets:
     self.folder.mkdir(parents=True, exist_ok=True)
 
   def path(self, what: str, number: int) -> Path:
+    """The file of a bucket (or, of what is read, of a piece)."""
     return self.folder / f"{what}-{number:06d}"
+
+  def missing(self, what: str) -> list[int]:
+    """Buckets of which this is not there yet."""
+    return [n for n in range(self.count) if not self.path(what, n).exists()]
 
   # --- documents ---------------------------------------------------------------------------------
 
@@ -54,10 +59,13 @@ class Buckets:
       ValueError: no usable document, or two documents with one id.
     """
     pieces = list(enumerate(corpus.pieces()))
-    engine.group(
-      functools.partial(_read_piece, self), pieces,
-      functools.partial(_write_documents, self, str(corpus)),
-    )
+    if self.missing("documents"):
+      engine.group(
+        functools.partial(_read_piece, self), pieces,
+        functools.partial(_write_documents, self, str(corpus)),
+      )
+      for bucket in self.missing("documents"):
+        _write_documents(self, str(corpus), bucket, ())
     num_read = 0
     for number, _ in pieces:
       piece = json.loads(self.path("piece", number).read_text())
@@ -65,11 +73,11 @@ class Buckets:
       counts.update(piece["left_out"])
     num_written = 0
     for bucket in range(self.count):
-      if not self.path("documents", bucket).exists():
-        _write_documents(self, str(corpus), bucket, ())
       with self.path("documents", bucket).open("rb") as file:
         num_written += pickle.load(file)
     if num_written != num_read:
+      for bucket in range(self.count):
+        self.path("documents", bucket).unlink()
       raise ValueError(
         f"{num_read} documents of {corpus} were read, but {num_written} sorted: its files changed "
         "meanwhile, or workers do not share the folder of this run; run the stage again."

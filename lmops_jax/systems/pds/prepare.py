@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 import numpy as np
@@ -76,49 +76,73 @@ class Prepare:
     return {f"{k}.fingerprint": v.fingerprint() for k, v in sources.items() if v is not None}
 
 
-def run(context: pipeline.StageContext, config: Prepare) -> None:
-  """Writes vocabulary, corpus, held_out, target_dev, target_test, labels and statistics."""
+@dataclasses.dataclass
+class Totals:
+  """What is known of the corpus once it is packed."""
+
+  num_documents: int = 0
+  num_tokens: int = 0
+  num_characters: int = 0
+  overlaps: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+
+class Packed(NamedTuple):
+  """What `write_corpus` tells of its work; `left_out` counts documents by reason."""
+
+  num_instances: int
+  num_held_out: int
+  totals: Totals
+  left_out: collections.Counter[str]
+
+
+def write_corpus(context: pipeline.StageContext, config: Prepare, targets) -> Packed:
+  """Writes vocabulary, labels, corpus and held_out.
+
+  Args:
+    targets: documents that the corpus must not repeat.
+  """
   out = context.directory
-  statistics: dict[str, Any] = {}
-
-  target_dev, target_test = _target_documents(config, statistics)
-  context.log(f"target: {len(target_dev)} documents for dev, {len(target_test)} for test")
-
-  dropped: collections.Counter[str] = collections.Counter()
-  config.vocabulary.build(
-    (d.text for d in config.corpus.documents(dropped)), out / "vocabulary"
-  )
-  vocabulary = vocabularies.load_vocabulary(out / "vocabulary")
-  context.log(f"vocabulary: {vocabulary.vocab_size} pieces")
-
-  index = near_duplicates.OverlapIndex([*target_dev, *target_test])
+  left_out: collections.Counter[str] = collections.Counter()
+  vocabulary = build_vocabulary(context, config, config.corpus.documents(left_out))
+  index = near_duplicates.OverlapIndex(targets)
   held_out: collections.deque[packing.Instance] = collections.deque()
-  totals = _Totals()
-  dropped.clear()
+  totals = Totals()
+  left_out.clear()
   with (out / LABELS_FILE).open("w", encoding="utf-8") as labels:
-    kept = _without_overlap(config.corpus.documents(dropped), index, totals, labels)
+    kept = without_overlap(config.corpus.documents(left_out), index, totals, labels)
     packed = _pack(kept, vocabulary, config, totals)
     with context.progress(None, "instances", "packing") as bar:
       num_corpus = instances_lib.write_encoded(
         out / "corpus", _hold_back(packed, held_out, config.num_held_out, bar), vocabulary,
         config.length,
       )
-  if num_corpus == 0:
-    raise ValueError(
-      f"the corpus holds {totals.num_documents} usable documents, too few for one instance beside "
-      f"pds.Prepare.num_held_out={config.num_held_out}; give it more text or hold out less."
-    )
+  check_corpus(num_corpus, totals, config)
   instances_lib.write_encoded(
     out / "held_out", packing.renumbered(held_out), vocabulary, config.length
   )
+  return Packed(num_corpus, len(held_out), totals, left_out)
 
+
+def run(context: pipeline.StageContext, config: Prepare, *, write_corpus=write_corpus) -> None:
+  """Writes vocabulary, corpus, held_out, target_dev, target_test, labels and statistics.
+
+  Args:
+    write_corpus: does all but the target, in this process unless another is given.
+  """
+  out = context.directory
+  statistics: dict[str, Any] = {}
+  target_dev, target_test = _target_documents(config, statistics)
+  context.log(f"target: {len(target_dev)} documents for dev, {len(target_test)} for test")
+
+  packed = write_corpus(context, config, [*target_dev, *target_test])
+  totals, vocabulary = packed.totals, vocabularies.load_vocabulary(out / "vocabulary")
   statistics["corpus"] = {
     "num_documents": totals.num_documents,
-    "num_instances": num_corpus,
-    "num_held_out": len(held_out),
+    "num_instances": packed.num_instances,
+    "num_held_out": packed.num_held_out,
     "num_tokens": totals.num_tokens,
     "num_characters": totals.num_characters,
-    "dropped": dict(sorted(dropped.items())),
+    "dropped": dict(sorted(packed.left_out.items())),
     "overlaps_with_target": totals.overlaps,
   }
   for name, part in (("target_dev", target_dev), ("target_test", target_test)):
@@ -132,12 +156,22 @@ def run(context: pipeline.StageContext, config: Prepare) -> None:
     )
 
 
-@dataclasses.dataclass
-class _Totals:
-  num_documents: int = 0
-  num_tokens: int = 0
-  num_characters: int = 0
-  overlaps: list[dict[str, str]] = dataclasses.field(default_factory=list)
+def build_vocabulary(context: pipeline.StageContext, config: Prepare, documents):
+  """Writes the vocabulary and opens it. Reads no more of the documents than it needs."""
+  folder = context.directory / "vocabulary"
+  config.vocabulary.build((d.text for d in documents), folder)
+  vocabulary = vocabularies.load_vocabulary(folder)
+  context.log(f"vocabulary: {vocabulary.vocab_size} pieces")
+  return vocabulary
+
+
+def check_corpus(num_instances: int, totals: Totals, config: Prepare) -> None:
+  """Refuses a corpus of which nothing remains."""
+  if num_instances <= 0:
+    raise ValueError(
+      f"the corpus holds {totals.num_documents} usable documents, too few for one instance beside "
+      f"pds.Prepare.num_held_out={config.num_held_out}; give it more text or hold out less."
+    )
 
 
 def _target_documents(config: Prepare, statistics: dict[str, Any]):
@@ -151,7 +185,8 @@ def _target_documents(config: Prepare, statistics: dict[str, Any]):
   return dev, test
 
 
-def _without_overlap(documents, index, totals: _Totals, labels):
+def without_overlap(documents, index, totals: Totals, labels):
+  """Passes on what the target does not hold too; counts it and writes its labels."""
   for document in documents:
     match = index.find(document)
     if match is not None:
@@ -164,12 +199,17 @@ def _without_overlap(documents, index, totals: _Totals, labels):
     yield document
 
 
-def _pack(documents, vocabulary, config: Prepare, totals: _Totals) -> Iterator[packing.Instance]:
-  sentence_end = packing.sentence_end_table(vocabulary) if config.sentence_ends else None
-  for instance in packing.pack(
-    packing.encoded(documents, vocabulary), length=config.length, bos_id=vocabulary.bos_id,
-    eos_id=vocabulary.eos_id, sentence_end=sentence_end,
-  ):
+def packing_settings(vocabulary, config: Prepare) -> dict[str, Any]:
+  """How the corpus is cut: arguments of `packing.pack`."""
+  return {
+    "length": config.length, "bos_id": vocabulary.bos_id, "eos_id": vocabulary.eos_id,
+    "sentence_end": packing.sentence_end_table(vocabulary) if config.sentence_ends else None,
+  }
+
+
+def _pack(documents, vocabulary, config: Prepare, totals: Totals) -> Iterator[packing.Instance]:
+  encoded = packing.encoded(documents, vocabulary)
+  for instance in packing.pack(encoded, **packing_settings(vocabulary, config)):
     totals.num_tokens += len(instance.tokens)
     yield instance
 

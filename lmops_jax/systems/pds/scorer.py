@@ -268,30 +268,37 @@ def initializer(model: heads.SequenceRegressor):
   return lambda key: model.init(key, one, one)["params"]
 
 
+def annotated_view(prepared: Path, fitted: Path) -> View:
+  """The corpus as a fitted scorer sees it."""
+  own = fitted / VOCABULARY_FOLDER
+  vocabulary = vocabularies.load_vocabulary(own) if own.exists() else None
+  return View(prepare.Prepared(prepared), vocabulary)
+
+
+def flops_per_instance(config: Scorer, proxy: pretrain.Pretrain, view: View) -> float:
+  """Floating-point operations of scoring one instance."""
+  model = scorer_model(config, proxy, view)
+  return view.length * flops.forward_flops_per_token(model.config, view.length, unembedding=False)
+
+
 class Annotator:
   """A fitted scorer over the instances of a corpus.
 
   Args:
-    prepared: folder of the stage `prepare`. fitted: folder of the stage `scorer`.
+    view: of the corpus. fitted: folder of the stage `scorer`.
     config: of the scorer. proxy: of the proxy.
   """
 
   def __init__(
-    self, prepared: Path, fitted: Path, config: Scorer, proxy: pretrain.Pretrain, partitioner
+    self, view: View, fitted: Path, config: Scorer, proxy: pretrain.Pretrain, partitioner
   ):
-    own = fitted / VOCABULARY_FOLDER
-    self._view = View(
-      prepare.Prepared(prepared), vocabularies.load_vocabulary(own) if own.exists() else None
-    )
-    model = scorer_model(config, proxy, self._view)
+    self._view = view
+    model = scorer_model(config, proxy, view)
     self._params = checkpoints.load_params(
       fitted / PARAMS_FOLDER, language_models.abstract_params(initializer(model), partitioner)
     )
     self._predict = jax.jit(losses.regression_example_losses(model).predict)
     self._batch_size, self._partitioner = config.inference_batch_size, partitioner
-    self.num_examples = len(self._view.instances)
-    per_token = flops.forward_flops_per_token(model.config, self._view.length, unembedding=False)
-    self.flops_per_instance = self._view.length * per_token
 
   def scores(self, start: int, stop: int) -> np.ndarray:
     """Of the instances `start .. stop`, `[n] float64`."""
@@ -306,10 +313,10 @@ def annotate(
   scorer_stage: str,
 ) -> None:
   """Scores every instance of the corpus, shard by shard; finished shards are not done again."""
-  annotator = Annotator(
-    context.input("prepare"), context.input(scorer_stage), config, proxy, partitioner
-  )
-  num, num_new = annotator.num_examples, 0
+  fitted = context.input(scorer_stage)
+  view = annotated_view(context.input("prepare"), fitted)
+  annotator = Annotator(view, fitted, config, proxy, partitioner)
+  num, num_new = len(view.instances), 0
   with context.progress(num, "instances", context.name) as bar:
     for shard, start in enumerate(range(0, num, config.shard_size)):
       stop = min(start + config.shard_size, num)
@@ -317,7 +324,7 @@ def annotate(
         scores.save_shard(context.directory, shard, start, annotator.scores(start, stop))
         num_new += stop - start
       bar.update(stop - start)
-  context.flops += num_new * annotator.flops_per_instance
+  context.flops += num_new * flops_per_instance(config, proxy, view)
 
 
 def write_scores(

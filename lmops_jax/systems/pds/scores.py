@@ -13,6 +13,7 @@ import numpy as np
 from scipy import special, stats
 
 PROXY_FILE = "proxy_scores.npz"
+SHARD_PATTERN = "scores_*.npz"
 
 
 class ProxyScores(NamedTuple):
@@ -97,8 +98,12 @@ def shard_path(directory: Path, shard: int) -> Path:
 
 def save_shard(directory: Path, shard: int, start: int, scores: np.ndarray) -> None:
   """Scores of the instances `start .. start + len(scores)`."""
-  arrays = {"start": np.int64(start), "scores": scores.astype(np.float32)}
-  save_arrays(shard_path(directory, shard), arrays)
+  save_scores(shard_path(directory, shard), start, scores)
+
+
+def save_scores(path: Path, start: int, scores: np.ndarray) -> None:
+  """`save_shard` to a path of any name."""
+  save_arrays(path, {"start": np.int64(start), "scores": scores.astype(np.float32)})
 
 
 def load_shard(directory: Path, shard: int) -> tuple[int, np.ndarray]:

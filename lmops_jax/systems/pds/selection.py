@@ -10,7 +10,7 @@ every platform draws the same bits.
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -119,7 +119,7 @@ def gumbel_top_k(
   """
   scores = np.asarray(scores)
   count = num_selected(len(scores), ratio=ratio, k=k)
-  tau, seed = _checked_tau(tau), _checked_seed(seed)
+  tau, seed = checked_noise(tau, seed)
   if ids is None:
     ids = np.arange(len(scores), dtype=np.int64)
   elif len(np.unique(ids)) != len(ids):
@@ -180,7 +180,7 @@ def select_stream(
       that occurs twice at the threshold, or shards that changed between the passes.
   """
   count = num_selected(num_examples, ratio=ratio, k=k)
-  tau, seed = _checked_tau(tau), _checked_seed(seed)
+  tau, seed = checked_noise(tau, seed)
   if max_candidates < 4:
     raise ValueError(f"max_candidates={max_candidates} is too small to search with; use 4 or more.")
 
@@ -189,7 +189,7 @@ def select_stream(
   while threshold is None:
     search = search.refined() if num_passes else search
     seen = digest = 0
-    for ids, keys in _blocks(shards(), tau, seed, num_examples):
+    for ids, keys in blocks(shards(), tau, seed, num_examples):
       seen += len(ids)
       digest = (digest + ranking.digest(ids, keys)) & ranking.LARGEST
       search.add(ids, keys)
@@ -198,19 +198,14 @@ def select_stream(
     threshold = search.found()
 
   selected, again = 0, 0
-  for ids, keys in _blocks(shards(), tau, seed, num_examples):
+  for ids, keys in blocks(shards(), tau, seed, num_examples):
     again = (again + ranking.digest(ids, keys)) & ranking.LARGEST
     chosen = ids[ranking.at_least(ids, keys, threshold)]
     if len(chosen):
       selected += len(chosen)
       write(chosen)
-  if again != digest:
-    raise ValueError("The score shards changed while they were being read; select again.")
-  if selected != count:
-    raise ValueError(
-      f"Example id {threshold[1]} occurs more than once: {selected} scores reach the threshold of "
-      f"the {count} to keep; give every example its own id."
-    )
+  check_unchanged(again, digest)
+  check_selected(selected, count, threshold)
   return StreamSelection(num_examples, count, ranking.unkey(threshold[0]), num_passes + 1)
 
 
@@ -259,11 +254,12 @@ def _checked_seed(seed) -> int:
   return int(seed)
 
 
-def _checked_tau(tau) -> float:
+def checked_noise(tau, seed) -> tuple[float, int]:
+  """Scale and seed of the noise, or a ValueError."""
   tau = float(tau)
   if not 0 <= tau <= 1e300:
     raise ValueError(f"tau={tau} is not a finite noise scale >= 0 (0 means no noise).")
-  return tau
+  return tau, _checked_seed(seed)
 
 
 # --- perturbed scores -----------------------------------------------------------------------------
@@ -305,7 +301,8 @@ def perturbed_keys(ids, scores, tau, seed, where) -> np.ndarray:
 # --- streaming ------------------------------------------------------------------------------------
 
 
-def _blocks(shards, tau, seed, num_examples):
+def blocks(shards, tau, seed, num_examples) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """The ids `[n] int64` and keys `[n] uint64` of `(ids, scores)` shards, a block at a time."""
   seen = 0
   for i, (ids, scores) in enumerate(shards):
     ids, scores = _checked_pair(ids, scores, f"score shard {i}")
@@ -322,4 +319,17 @@ def check_count(seen, num_examples, prefix=""):
     raise ValueError(
       f"The shards hold {prefix}{seen} scores, but the corpus has {num_examples} examples; "
       "annotate the corpus again."
+    )
+
+
+def check_unchanged(seen, expected):
+  if seen != expected:
+    raise ValueError("The score shards changed while they were being read; select again.")
+
+
+def check_selected(selected, count, threshold):
+  if selected != count:
+    raise ValueError(
+      f"Example id {threshold[1]} occurs more than once: {selected} scores reach the threshold of "
+      f"the {count} to keep; give every example its own id."
     )

@@ -16,6 +16,7 @@ import numpy as np
 from lmops_jax import pipeline
 from lmops_jax.models import attention
 from lmops_jax.systems.pds import (
+  distributed,
   evaluate,
   methods,
   prepare,
@@ -38,6 +39,9 @@ class Pipeline:
     methods: the ways to score, `[@pds.PMP(), @pds.Random(), ...]`, each with a name of its own.
     seeds: of the final pre-training runs.
     proxy_seed: of the proxy's initialisation and data order.
+    engine: `beam.Engine`, which spreads preparing, annotating, selecting and exporting over
+      workers; None does them in this process. Results are the same, so a finished stage stays
+      finished when the engine changes.
   """
 
   prepare: prepare.Prepare
@@ -51,6 +55,7 @@ class Pipeline:
   report: report.Report
   seeds: Sequence[int] = (0, 1)
   proxy_seed: int = 0
+  engine: Any = None
 
   name = "pds"
 
@@ -129,7 +134,7 @@ class Pipeline:
 
     stages = [
       pipeline.Stage(
-        "prepare", functools.partial(prepare.run, config=self.prepare),
+        "prepare", self._stage(prepare.run, distributed.run_prepare, config=self.prepare),
         settings=part("prepare") | self.prepare.fingerprints(),
       ),
       pipeline.Stage(
@@ -162,9 +167,9 @@ class Pipeline:
           ),
           pipeline.Stage(
             annotate,
-            functools.partial(
-              scorer.annotate, config=self.scorer, proxy=self.proxy, partitioner=partitioner,
-              scorer_stage=fit,
+            self._stage(
+              functools.partial(scorer.annotate, partitioner=partitioner), distributed.annotate,
+              config=self.scorer, proxy=self.proxy, scorer_stage=fit,
             ),
             inputs=("prepare", fit), settings=part("scorer"),
           ),
@@ -176,7 +181,9 @@ class Pipeline:
         ))
       stages.append(pipeline.Stage(
         choose,
-        functools.partial(select.run, config=self.select, annotate_stage=annotate),
+        self._stage(
+          select.run, distributed.run_select, config=self.select, annotate_stage=annotate
+        ),
         inputs=("prepare", annotate), settings=part("select"),
       ))
       for seed in self.seeds:
@@ -208,6 +215,12 @@ class Pipeline:
       inputs=tuple(s.name for s in stages), settings=part("report"),
     ))
     return stages
+
+  def _stage(self, run, spread, **arguments):
+    """A stage's function, in this process or by the engine's workers."""
+    if self.engine is not None:
+      run = functools.partial(spread, engine=self.engine)
+    return functools.partial(distributed.finished, functools.partial(run, **arguments))
 
   def _train_proxy(self, context, partitioner) -> None:
     """Trains the proxy, after all that prepared data can be too small for is checked."""

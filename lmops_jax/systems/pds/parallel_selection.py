@@ -1,0 +1,168 @@
+"""Selecting the best share of a corpus where many workers each see some of its scores.
+
+The same set as `selection.select_stream` and `selection.gumbel_top_k`. A histogram over the leading
+bits of all perturbed scores is a sketch of fixed size that adds up in any order and any grouping;
+the bin that holds the threshold is cut into bins in turn, until so few scores are left that they
+are collected and ranked exactly, ties by id. A last pass writes. How the work is spread is not
+known here: `total` adds up a function over items, wherever it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmops_jax.systems.pds import ranking, selection
+
+_MASK = (1 << 64) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+  """Of any set of perturbed scores.
+
+  Attributes:
+    count: how many there are. digest: changes with any one of them, modulo 2^64.
+    histogram: of those in the range that is searched, `[bins] int64`, or `[]` for no range.
+  """
+
+  count: int
+  digest: int
+  histogram: np.ndarray
+
+  def __add__(self, other: Sketch) -> Sketch:
+    return Sketch(
+      self.count + other.count, (self.digest + other.digest) & _MASK,
+      self.histogram + other.histogram,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+  """Pairs near the threshold, in no particular order. `ids [n] int64`, `keys [n] uint64`."""
+
+  ids: np.ndarray
+  keys: np.ndarray
+
+  def __add__(self, other: Candidates) -> Candidates:
+    return Candidates(
+      np.concatenate([self.ids, other.ids]), np.concatenate([self.keys, other.keys])
+    )
+
+
+class Noise(NamedTuple):
+  """What the scores are perturbed by."""
+
+  tau: float
+  seed: int
+
+
+def select(
+  total: Callable[[Callable[[Any], Any], Iterable[Any], Any], Any],
+  items: Iterable[Any],
+  read: Callable[[Any], Iterable[tuple[np.ndarray, np.ndarray]]],
+  write: Callable[[Any, Iterator[np.ndarray]], None],
+  *,
+  num_examples: int,
+  ratio: float | None = None,
+  k: int | None = None,
+  tau: float,
+  seed: int,
+  max_candidates: int = 1 << 19,
+) -> selection.StreamSelection:
+  """Finds the threshold and writes the ids at or above it.
+
+  Args:
+    total: `total(function, items, zero)` is `zero + function(item) + ...` over all items.
+    items: the parts of the corpus, however it is cut.
+    read: the `(ids [n], scores [n])` shards of an item; all ids are distinct and >= 0.
+    write: called once an item with the item's selected ids, shard by shard in the order of `read`.
+    num_examples: how many scores all items hold together.
+    ratio, k, tau, seed: as in `selection.gumbel_top_k`.
+    max_candidates: scores that are collected at most, >= 1.
+
+  Raises:
+    ValueError: as in `selection.select_stream`.
+  """
+  count = selection.num_selected(num_examples, ratio=ratio, k=k)
+  noise = Noise(*selection.checked_noise(tau, seed))
+  if max_candidates < 1:
+    raise ValueError(f"max_candidates={max_candidates} is too small to search with; use 1 or more.")
+  items = list(items)
+  blocks = functools.partial(_blocks, read, noise, num_examples)
+
+  around = ranking.Range(rank=count, total=num_examples)
+  num_passes, digest = 0, None
+  while digest is None or around.total > max_candidates:
+    sketch = total(functools.partial(_sketch, blocks, around), items, _empty(around.num_bins))
+    num_passes += 1
+    selection.check_count(sketch.count, num_examples)
+    if digest is None:
+      digest = sketch.digest
+    selection.check_unchanged(sketch.digest, digest)
+    narrowed = around.narrowed(sketch.histogram)
+    if narrowed == around:  # one id, more often than candidates may be held
+      selection.check_selected(around.total, around.rank, (0, ranking.LAST_ID - around.low))
+    around = narrowed
+  nobody = Candidates(np.empty(0, np.int64), np.empty(0, np.uint64))
+  found = total(functools.partial(_candidates, blocks, around), items, nobody)
+  selection.check_unchanged(len(found.ids), around.total)
+  threshold = ranking.nth_largest(found.ids, found.keys, around.rank)
+
+  seen = total(functools.partial(_write, blocks, write, threshold), items, _empty(0))
+  selection.check_unchanged(seen.digest, digest)
+  selection.check_selected(seen.count, count, threshold)
+  return selection.StreamSelection(
+    num_examples, count, ranking.unkey(threshold[0]), num_passes + 2
+  )
+
+
+def _empty(num_bins: int) -> Sketch:
+  return Sketch(0, 0, np.zeros(num_bins, np.int64))
+
+
+def _blocks(read, noise: Noise, num_examples: int, item):
+  return selection.blocks(read(item), noise.tau, noise.seed, num_examples)
+
+
+def _sketch(blocks, around: ranking.Range, item) -> Sketch:
+  """Of an item's perturbed scores."""
+  count = digest = 0
+  histogram = np.zeros(around.num_bins, np.int64)
+  for ids, keys in blocks(item):
+    count += len(ids)
+    digest += ranking.digest(ids, keys)
+    _, _, digits = around.inside(ids, keys)
+    histogram += around.histogram(digits)
+  return Sketch(count, digest & _MASK, histogram)
+
+
+def _candidates(blocks, around: ranking.Range, item) -> Candidates:
+  """An item's pairs in the range."""
+  ids, keys = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+  for block in blocks(item):
+    inside_ids, inside_keys, _ = around.inside(*block)
+    ids.append(inside_ids.copy())
+    keys.append(inside_keys)
+  return Candidates(np.concatenate(ids), np.concatenate(keys))
+
+
+def _write(blocks, write, threshold, item) -> Sketch:
+  """Writes an item's selected ids; the count is theirs, the digest that of all its scores."""
+  count = digest = 0
+
+  def chosen():
+    nonlocal count, digest
+    for ids, keys in blocks(item):
+      digest += ranking.digest(ids, keys)
+      kept = ids[ranking.at_least(ids, keys, threshold)]
+      if len(kept):
+        count += len(kept)
+        yield kept
+
+  write(item, chosen())
+  return Sketch(count, digest & _MASK, np.zeros(0, np.int64))
