@@ -115,7 +115,7 @@ class Engine:
       with beam.Pipeline(runner, options=options) as pipeline:
         build(pipeline | beam.Create(items) | beam.Reshuffle())
     except Exception as error:
-      sentence = _refusal(str(error))
+      sentence = _refusal(f"{type(error).__name__}: {error}")
       if sentence is None:
         raise
       raise ValueError(sentence) from error
