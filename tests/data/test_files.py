@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from lmops_jax.data import Jsonl, Parquet, TextFolder
+from lmops_jax.data import Jsonl, Parquet, TextFolder, files
 from lmops_jax.data.documents import document_id
 
 
@@ -192,3 +192,25 @@ def test_text_folder(tmp_path):
   assert documents == {"law/act.txt": ("An act.", "law"), "top.txt": ("Top.", "text")}
   assert counts == {"undecodable": 1, "unreadable": 1, "empty": 1}
   assert [d.text for d in TextFolder(str(tmp_path), "*.md").documents()] == ["Skipped."]
+
+
+@pytest.mark.parametrize("most", [1, 2, 4096])
+def test_pieces_hold_the_documents_of_the_whole(folder, monkeypatch, most):
+  monkeypatch.setattr(files, "_MAX_PIECES", most)
+  (folder / "a.jsonl").write_bytes(lines([{"text": " "}, {"text": "\ud800"}]) + b"\xff\n")
+  for corpus in (Jsonl(str(folder)), TextFolder(str(folder), pattern="**/*.txt")):
+    want, got = Counter(), Counter()
+    pieces = corpus.pieces()
+    assert len(pieces) <= most
+    documents = [d for piece in pieces for d in piece.usable(got)]
+    assert documents == list(corpus.usable(want)) and got == want
+
+
+def test_parquet_in_pieces(tmp_path):
+  for name in ("a", "b"):
+    table = pyarrow.table({"text": [f"{name}{i}" for i in range(3)]})
+    pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+  corpus = Parquet(str(tmp_path))
+  first, second = corpus.pieces()
+  assert [d.source for d in second.read(Counter())] == [f"b.parquet:{i}" for i in (1, 2, 3)]
+  assert [*first.read(Counter()), *second.read(Counter())] == list(corpus.read(Counter()))

@@ -1,9 +1,11 @@
+import pickle
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
-from lmops_jax.data import InstalledText, PythonReference, Tfds
+from lmops_jax.data import InstalledText, PythonReference, Tfds, named_datasets
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,15 @@ def test_ids_come_from_rows_where_the_data_has_none(prepared):
   assert documents["installed_text/test/1.0.0[train]:0"].text == first
   half = list(Tfds(str(prepared.data_dir), split="train[:50%]").documents())
   assert len(half) == 6
+
+
+def test_pieces_hold_the_rows_of_the_whole(prepared, monkeypatch):
+  monkeypatch.setattr(named_datasets, "_PIECE", 5)
+  corpus = Tfds(str(prepared.data_dir))
+  pieces = pickle.loads(pickle.dumps(corpus.pieces()))  # as they travel to workers
+  assert [(piece.start, piece.stop) for piece in pieces] == [(0, 5), (5, 10), (10, 12)]
+  documents = [d for piece in pieces for d in piece.read(Counter())]
+  assert documents == list(corpus.read(Counter()))
 
 
 def test_fingerprint(prepared):

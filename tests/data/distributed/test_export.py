@@ -1,0 +1,63 @@
+"""Selections exported in parts are those that one process exports."""
+
+import numpy as np
+import pytest
+
+from lmops_jax.data import TrainSentencePiece, export, packing, shards
+from lmops_jax.data import instances as instances_lib
+from lmops_jax.data.distributed import export as distributed
+
+TEXTS = [f"Document {i}: value = {i * i};\n  indented line {i}.\n" * (1 + i % 4) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+  return TrainSentencePiece(vocab_size=320).build(TEXTS, tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture(scope="module")
+def corpus(vocabulary, tmp_path_factory):
+  packed = packing.pack(
+    ((1000 + i, vocabulary.encode(text)) for i, text in enumerate(TEXTS)), length=32,
+    bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
+  )
+  directory = tmp_path_factory.mktemp("corpus")
+  instances_lib.write_encoded(directory, packed, vocabulary, 32)
+  return instances_lib.open_instances(directory)
+
+
+def _tree(folder):
+  return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("part", [5, 1000])
+@pytest.mark.parametrize("format", ["jsonl", "parquet", "mmididx", "tfds"])
+def test_parts_make_the_same_files(
+  corpus, vocabulary, here, tmp_path, monkeypatch, format, part
+):
+  monkeypatch.setattr(export, "BLOCK", 4)
+  ids = np.flatnonzero(np.arange(len(corpus)) % 3 > 0)[:54]
+  np.save(tmp_path / "ids.npy", ids)
+  if format in ("tfds", "mmididx"):  # whose files are the parts
+    monkeypatch.setattr(shards, "SEQUENCES_PER_SHARD", part)
+    monkeypatch.setitem(distributed.write_instances.__kwdefaults__, "instances_per_shard", part)
+    monkeypatch.setitem(instances_lib.write_instances.__kwdefaults__, "instances_per_shard", part)
+    monkeypatch.setitem(shards.write_shards.__kwdefaults__, "sequences_per_shard", part)
+  export.export_selection(corpus, ids, tmp_path / "want", format, vocabulary)
+  distributed.export_selection(
+    here, tmp_path / "scratch", corpus, tmp_path / "ids.npy", tmp_path / "got", format,
+    vocabulary, part=part,
+  )
+  assert _tree(tmp_path / "got") == _tree(tmp_path / "want")
+  assert len(ids) == 54  # of several parts, the last is smaller
+
+
+def test_text_needs_the_vocabulary_of_the_corpus(corpus, here, tmp_path):
+  np.save(tmp_path / "ids.npy", np.arange(3))
+  other = TrainSentencePiece(vocab_size=330).build(TEXTS, tmp_path / "other")
+  for vocabulary, message in ((None, "needs the vocabulary"), (other, "another vocabulary")):
+    with pytest.raises(ValueError, match=message):
+      distributed.export_selection(
+        here, tmp_path / "scratch", corpus, tmp_path / "ids.npy", tmp_path / "got", "jsonl",
+        vocabulary,
+      )
