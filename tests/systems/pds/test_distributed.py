@@ -122,6 +122,15 @@ def test_prepared_files_are_those_of_one_process(prepared, tmp_path, engine, nam
   assert len(statistics["overlaps_with_target"]) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_workers_in_processes_of_their_own_prepare_the_same(prepared, tmp_path):
+  config, folder, _ = prepared["sentences"]
+  options = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+  _run(_prepare(config, Engine(options, num_buckets=6)), tmp_path)
+  assert _tree(tmp_path) == _tree(folder)
+
+
 def test_bundles_that_are_done_again_change_nothing(prepared, tmp_path, monkeypatch):
   """Runners repeat a bundle when a worker is lost, also after it has written."""
   from apache_beam.runners.portability.fn_api_runner import FnApiRunner
