@@ -1,9 +1,11 @@
+import importlib.util
 from pathlib import Path
 
 import gin
 import pytest
 
 import lmops_jax.data as data
+from lmops_jax import config
 
 FOLDER = Path(__file__).parents[2] / "gin" / "data"
 REQUIRED = {
@@ -49,7 +51,8 @@ EXPECTED = {
 
 
 def test_every_file_is_expected():
-  assert {path.stem for path in FOLDER.glob("*.gin")} == set(EXPECTED)
+  own_test = {"beam"}
+  assert {path.stem for path in FOLDER.glob("*.gin")} == set(EXPECTED) | own_test
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -57,6 +60,18 @@ def test_file_builds_what_it_says(name):
   assert build(name) == EXPECTED[name]
   first = (FOLDER / f"{name}.gin").read_text().splitlines()[0]
   assert first.startswith(f"# gin/data/{name}.gin: defines ")
+
+
+def test_beam_is_bound_to_a_system(monkeypatch):
+  """The engine needs no Beam to be built, only to be asked whether it is there."""
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+  text = (FOLDER / "beam.gin").read_text()
+  assert text.startswith("# gin/data/beam.gin: defines ENGINE")
+  run = config.load(["pds/smoke.gin", "data/beam.gin"], ["BEAM_OPTIONS = ['--runner=FlinkRunner']"])
+  assert "engine = @beam.Engine()" in run.text()
+  gin.parse_config([text, "test_data_gin.holder.corpus = %ENGINE", "BUCKETS = 9"])
+  engine, _, _ = gin.get_configurable("test_data_gin.holder")()
+  assert engine == data.Engine([], 9)
 
 
 def test_knobs():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import os
 import pickle
 import re
@@ -111,6 +112,8 @@ class Engine:
 
     options = pipeline_options.PipelineOptions(list(self.options))
     runner = options.view_as(pipeline_options.StandardOptions).runner or _DEFAULT_RUNNER
+    # A worker's error comes back as an exception with its trace; once is enough.
+    logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
     try:
       with beam.Pipeline(runner, options=options) as pipeline:
         build(pipeline | beam.Create(items) | beam.Reshuffle())

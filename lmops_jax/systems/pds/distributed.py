@@ -60,6 +60,7 @@ def _write_corpus(engine: Engine, context, config: prepare.Prepare, targets) -> 
   buckets = buckets_lib.Buckets(scratch / f"buckets-{engine.num_buckets}", engine.num_buckets)
   left_out: collections.Counter[str] = collections.Counter()
   buckets.sort(config.corpus, engine, left_out)
+  context.log(f"documents sorted into {buckets.count} buckets")
   vocabulary = prepare.build_vocabulary(context, config, buckets.all_documents())
 
   settings = prepare.packing_settings(vocabulary, config)
@@ -69,6 +70,7 @@ def _write_corpus(engine: Engine, context, config: prepare.Prepare, targets) -> 
   )
   engine.each(functools.partial(buckets.write_chain, settings), buckets.missing("chain"))
   entries, num = buckets.follow_chains()
+  context.log(f"{num} instances to write")
   totals = _add_totals(buckets)
   num_held_out = min(config.num_held_out, num)
   prepare.check_corpus(num - num_held_out, totals, config)
