@@ -15,7 +15,7 @@ import gin
 import jax
 import numpy as np
 
-from lmops_jax import pipeline
+from lmops_jax import pipeline, processes
 from lmops_jax.data import batches as batches_lib
 from lmops_jax.data import vocabularies
 from lmops_jax.evaluation import correlation, examples
@@ -172,7 +172,11 @@ def fit(
   prepared = prepare.Prepared(context.input("prepare"))
   vocabulary = None
   if config.vocabulary is not None:
-    vocabulary = config.vocabulary.build((), context.directory / VOCABULARY_FOLDER)
+    folder = context.directory / VOCABULARY_FOLDER
+    if context.writes:
+      config.vocabulary.build((), folder)
+    context.group.barrier(f"vocabulary of {context.name}")
+    vocabulary = vocabularies.load_vocabulary(folder)
   view = View(prepared, vocabulary)
   scored = scores.load_proxy_scores(context.input(solve_stage))
   targets = scores.standardize(scored.scores, clip=config.clip, ranks=config.ranks)
@@ -247,9 +251,10 @@ def fit(
   predicted = examples.map_examples(
     predict, params, held_out, config.inference_batch_size, partitioner
   )
-  scores.save_arrays(context.directory / VALIDATION_FILE, {
-    "ids": scored.ids[validation], "target": targets[validation], "predicted": predicted,
-  })
+  if context.writes:
+    scores.save_arrays(context.directory / VALIDATION_FILE, {
+      "ids": scored.ids[validation], "target": targets[validation], "predicted": predicted,
+    })
   threshold = correlation.top_fraction_metrics(predicted, targets[validation], fraction=0.3)
   context.extra.update(
     validation_spearman=curve[best], best_step=best, num_train=len(train),
@@ -271,7 +276,10 @@ def annotate(
   context: pipeline.StageContext, config: Scorer, proxy: pretrain.Pretrain, partitioner,
   scorer_stage: str,
 ) -> None:
-  """Scores every instance of the corpus, shard by shard; finished shards are not done again."""
+  """Scores every instance of the corpus, shard by shard; finished shards are not done again.
+
+  Of several processes each scores shards of its own on its own devices, and reads only them.
+  """
   own = context.input(scorer_stage) / VOCABULARY_FOLDER
   view = View(
     prepare.Prepared(context.input("prepare")),
@@ -283,35 +291,46 @@ def annotate(
     context.input(scorer_stage) / PARAMS_FOLDER,
     language_models.abstract_params(initializer(model), partitioner),
   )
+  if context.group.count > 1:
+    partitioner = partitioner.local()
+    params = jax.device_put(processes.fetch(params), partitioner.shardings(
+      jax.eval_shape(initializer(model), jax.random.key(0))))
   predict = jax.jit(losses.regression_example_losses(model).predict)
-  num_new = 0
+  shards = {
+    shard: np.arange(start, min(start + config.shard_size, num), dtype=np.int64)
+    for shard, start in enumerate(range(0, num, config.shard_size))
+  }
+  missing = {s for s in shards if not scores.shard_path(context.directory, s).exists()}
   with context.progress(num, "instances", context.name) as bar:
-    for shard, start in enumerate(range(0, num, config.shard_size)):
-      ids = np.arange(start, min(start + config.shard_size, num), dtype=np.int64)
-      if not scores.shard_path(context.directory, shard).exists():
+    for shard, ids in shards.items():
+      context.group.check()
+      if shard in missing and shard % context.group.count == context.group.index:
         values = examples.map_examples(
           predict, params, view.rows(ids), config.inference_batch_size, partitioner
         )
-        scores.save_shard(context.directory, shard, start, values)
-        num_new += len(ids)
+        scores.save_shard(context.directory, shard, ids[0], values)
       bar.update(len(ids))
   per_token = flops.forward_flops_per_token(model.config, view.length, unembedding=False)
-  context.flops += num_new * view.length * per_token
+  context.flops += sum(len(shards[s]) for s in missing) * view.length * per_token
 
 
 def write_scores(
   context: pipeline.StageContext, num_examples: int, values, shard_size: int
 ) -> None:
-  """Writes a corpus method's score blocks as shards of `shard_size`."""
+  """Writes a corpus method's score blocks as shards of `shard_size`.
+
+  Of several processes all compute the blocks, on their common devices, and the first one writes.
+  """
+  save_shard = scores.save_shard if context.writes else lambda *_: None
   waiting = np.zeros(0)
   shard = 0
   for block in values:
     waiting = np.concatenate([waiting, np.asarray(block, np.float64)])
     while len(waiting) >= shard_size:
-      scores.save_shard(context.directory, shard, shard * shard_size, waiting[:shard_size])
+      save_shard(context.directory, shard, shard * shard_size, waiting[:shard_size])
       waiting, shard = waiting[shard_size:], shard + 1
   if len(waiting):
-    scores.save_shard(context.directory, shard, shard * shard_size, waiting)
+    save_shard(context.directory, shard, shard * shard_size, waiting)
   written = shard * shard_size + len(waiting)
   if written != num_examples:
     raise ValueError(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
-import jax
 import numpy as np
 
 from lmops_jax import pipeline
@@ -112,11 +112,6 @@ class Pipeline:
       settings: the resolved settings of this object, a `config.Settings`.
       partitioner: places parameters and batches on the mesh; None is one device.
     """
-    if jax.process_count() > 1:
-      raise ValueError(
-        f"this job has {jax.process_count()} processes, and PDS scores and annotates in one; start "
-        "it once, on a machine that holds all the devices."
-      )
     partitioner = partitioner or mesh.single_device()
     for config in self._models():
       attention.check_platform(config.attention, partitioner.platform)
@@ -130,7 +125,7 @@ class Pipeline:
     stages = [
       pipeline.Stage(
         "prepare", functools.partial(prepare.run, config=self.prepare),
-        settings=part("prepare") | self.prepare.fingerprints(),
+        settings=part("prepare") | self.prepare.fingerprints(), together=False,
       ),
       pipeline.Stage(
         "proxy",
@@ -177,7 +172,7 @@ class Pipeline:
       stages.append(pipeline.Stage(
         choose,
         functools.partial(select.run, config=self.select, annotate_stage=annotate),
-        inputs=("prepare", annotate), settings=part("select"),
+        inputs=("prepare", annotate), settings=part("select"), together=False,
       ))
       for seed in self.seeds:
         name = f"pretrain/{method.name}/seed{seed}"
@@ -205,7 +200,7 @@ class Pipeline:
         report.run, config=self.report, stages=tuple(s.name for s in stages),
         method_names=tuple(m.name for m in self.methods),
       ),
-      inputs=tuple(s.name for s in stages), settings=part("report"),
+      inputs=tuple(s.name for s in stages), settings=part("report"), together=False,
     ))
     return stages
 
@@ -233,7 +228,9 @@ class Pipeline:
         f"method {method.name!r} gave {values.shape[1]} scores for {len(ids)} proxies; "
         "score_proxies must return one a proxy, [M] or [C,M]."
       )
-    scores.save_proxy_scores(context.directory, scores.ProxyScores(ids, values))
+    if context.writes:
+      scores.save_proxy_scores(context.directory, scores.ProxyScores(ids, values))
+      shutil.rmtree(context.directory / methods.UNFINISHED, ignore_errors=True)
 
   def _score_corpus(self, context, method, partitioner) -> None:
     bench = self._bench(context, partitioner)
