@@ -25,6 +25,10 @@ else flags+=("--node-id=$NAME"); fi
 read -ra more <<<"$CREATE_FLAGS"
 
 look_or_die
+while [[ $STATE == DELETING ]]; do  # an earlier one of that name
+  sleep "$POLL_SECONDS"
+  look_or_die
+done
 if [[ $STATE == ABSENT || -n $DRY_RUN ]]; then
   queued create "$NAME" "${flags[@]}" "${more[@]}" "${REST[@]}" --quiet ||
     die "gcloud could not create $NAME; it says why above."

@@ -195,7 +195,7 @@ look() {
   REASON=$(tr '\n' ' ' <"$errors")
   rm -f "$errors"
   [[ $REASON == *NOT_FOUND* ]] || return 1
-  STATE=ABSENT
+  STATE=ABSENT REASON=""
 }
 
 look_or_die() { look || die "gcloud cannot describe $NAME: $REASON"; }
