@@ -73,9 +73,10 @@ judge() {
       *" running "*) running=1 ;;
       *" stopped "*) stopped=1 ;;
       *" finished 0") ;;
-      *" finished 143" | *" finished 137" | *" lost" | *" idle")
-        [[ $OUTCOME == failed ]] || OUTCOME=interrupted ;;
-      *" finished "*) OUTCOME=failed; ((CODE)) || CODE=$code ;;
+      *" finished 143" | *" finished 137" | *" lost" | *" idle") OUTCOME=interrupted ;;
+      *" finished "*)  # perhaps only because a peer was interrupted
+        [[ $OUTCOME == interrupted ]] || OUTCOME=failed
+        ((CODE)) || CODE=$code ;;
     esac
   done
   ((stopped)) && OUTCOME=stopped CODE=143

@@ -21,14 +21,16 @@ import json, os, signal, sys
 if sys.argv[1:] == ["--version"]:
   sys.exit(print("lmops_jax 0"))
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+run = {"argv": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}
 with open(os.environ["STAND_IN"] + "/runs.jsonl", "a") as file:
-  file.write(json.dumps({"argv": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}) + "\\n")
+  file.write(json.dumps(run) + "\\n")
 print("lmops says hello", flush=True)
 with open(os.environ["STAND_IN"] + "/codes.json") as file:
   codes = json.load(file)
 with open(os.environ["STAND_IN"] + "/runs.jsonl") as file:
   mine = sum(json.loads(line)["env"]["HOST"] == os.environ["HOST"] for line in file)
 code = codes[min(mine, len(codes)) - 1]
+code = code[os.environ["HOST"]] if isinstance(code, dict) else code
 if code == "wait":
   signal.sigwait([signal.SIGTERM])
   code = 143
@@ -93,7 +95,7 @@ class Cloud:
     (self.folder / "lives.json").write_text(json.dumps(lives))
 
   def codes(self, *codes) -> None:
-    """Exit codes of lmops on each host, run by run; "wait" waits for SIGTERM and takes 143."""
+    """Exit codes of lmops, run by run, for all hosts or by host; "wait" is for SIGTERM, and 143."""
     (self.folder / "codes.json").write_text(json.dumps(codes))
 
   def records(self, name: str) -> list:
@@ -137,6 +139,7 @@ class Cloud:
     return subprocess.Popen(
       [SCRIPTS / script, *arguments], cwd=self.folder, text=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      start_new_session=True,
       env={"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "STAND_IN": str(self.folder),
            "HOME": str(self.folder), "POLL_SECONDS": "0", **environment})
 

@@ -57,7 +57,7 @@ def describe(arguments):
     lives[0].pop(0)
     LIVES.write_text(json.dumps(lives))
   if state == "ABSENT":
-    print("ERROR: (gcloud) NOT_FOUND: Resource 'queuedResources/pod' was not found", file=sys.stderr)
+    print("ERROR: (gcloud) NOT_FOUND: Resource 'pod' was not found", file=sys.stderr)
     return 1
   if state == "DENIED":
     print("ERROR: (gcloud) You do not have an active\naccount selected.", file=sys.stderr)
@@ -87,11 +87,9 @@ def ssh(arguments):
       "HOME": str(home), "HOST": home.name, "STAND_IN": str(HERE),
       "PATH": f"{HERE / 'host_bin'}:/usr/bin:/bin",
     } | (json.loads(own.read_text()) if own.exists() else {})
-    # As sshd: the user's shell reads one string; the call ends when nobody holds its output.
+    # As sshd: the user's shell reads one string.
     done = subprocess.run(["bash", "-c", _flag(arguments, "command")], cwd=home, env=environment,
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    sys.stdout.write(done.stdout)
-    sys.stderr.write(done.stderr)
+                          stdin=subprocess.DEVNULL)
     code = code or done.returncode
   return code
 

@@ -196,7 +196,8 @@ def test_collect_takes_the_report_and_every_log(cloud, tmp_path):
   cloud.installed()
   run = tmp_path / "shared run"
   for name in ("report/index.html", "report/loss.png", "log.txt", "config.gin", "lmops.json",
-               "train/manifest.json", "train/metrics.jsonl", "train/params/1/array", "data/log.txt"):
+               "train/manifest.json", "train/metrics.jsonl", "train/params/1/array",
+               "data/log.txt"):
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).write_text(name)
   assert cloud("launch.sh", "--num-slices=2", "--assume-shared", "--", "run", "a.gin", "--workdir",
