@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Copies a run's report and the logs of all hosts.
 set -euo pipefail
-SUMMARY="usage: collect.sh --name NAME ... --workdir /SHARED/DIR --destination FOLDER|gs://BUCKET/FOLDER
+SUMMARY="usage: collect.sh --name NAME ... --workdir /SHARED/DIR --destination FOLDER|gs://...
 
 Copies from the run's workdir the report, the log, the configuration, the stages' manifests and the
 metrics (not checkpoints, parameters or data), and the job's log of every host, as
@@ -11,7 +11,8 @@ OPTIONAL=(NUM_SLICES SSH_FLAGS)
 SWITCHES=()
 . "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 parse "$@"
-[[ $WORKDIR == /* ]] || usage "--workdir (WORKDIR) is '$WORKDIR'; give the path on the hosts, from /"
+[[ $WORKDIR == /* ]] ||
+  usage "--workdir (WORKDIR) is '$WORKDIR'; give the path on the hosts, from /"
 
 count_hosts || die "gcloud cannot tell the hosts of $NAME; see status.sh."
 folder=$DESTINATION

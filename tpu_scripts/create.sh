@@ -14,7 +14,8 @@ OPTIONAL=(NUM_SLICES VALID_UNTIL CREATE_FLAGS POLL_SECONDS)
 SWITCHES=(SPOT RESERVED)
 . "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 parse "$@"
-[[ -z $SPOT || -z $RESERVED ]] || usage "both --spot (SPOT) and --reserved (RESERVED) are set; take one"
+[[ -z $SPOT || -z $RESERVED ]] ||
+  usage "both --spot (SPOT) and --reserved (RESERVED) are set; take one"
 
 flags=("--accelerator-type=$ACCELERATOR_TYPE" "--runtime-version=$RUNTIME_VERSION")
 if ((NUM_SLICES > 1)); then flags+=("--node-count=$NUM_SLICES" "--node-prefix=$NAME")

@@ -11,7 +11,7 @@ SWITCHES=(YES)
 parse "$@"
 
 if [[ -z $YES && -z $DRY_RUN ]]; then
-  read -rp "Delete $NAME in $ZONE of $PROJECT, with the disks of its hosts? Type its name: " answer ||
+  read -rp "Delete $NAME in $ZONE of $PROJECT, with its hosts' disks? Type its name: " answer ||
     die "nobody answers; give --yes to delete without asking."
   [[ $answer == "$NAME" ]] || die "'$answer' is not '$NAME'; nothing is deleted."
 fi

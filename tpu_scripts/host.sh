@@ -29,6 +29,8 @@ state() {
   else echo "idle"; fi
 }
 
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
 pip() {
   venv/bin/python -m pip install --quiet "$@" >install.log 2>&1 </dev/null ||
     refuse "pip failed (~/lmops/install.log): $(tail -n 1 install.log)"
@@ -37,13 +39,12 @@ pip() {
 install() {
   local python=$1 kind=$2 what=$3 version
   running && refuse "a job is running; stop it first (stop.sh)"
-  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) ||
+  version=$(version_of "$python") ||
     refuse "there is no $python; install one and name it with --python"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     refuse "$python is Python $version, but lmops_jax needs 3.11 or newer; install one (on" \
       "Ubuntu 22.04 the package python3.11-venv) and name it with --python python3.11"
-  if [[ $(venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>&1) != "$version" ]]
-  then
+  if [[ $(version_of venv/bin/python) != "$version" ]]; then
     "$python" -m venv --clear venv >install.log 2>&1 ||
       refuse "$python cannot make a virtual environment: $(tail -n 1 install.log)"
   fi
@@ -74,8 +75,8 @@ check() {
   while [[ ! -d $folder ]]; do folder=$(dirname "$folder"); done
   # df --local knows network file systems by their source, as in server:/share.
   if [[ $shared == shared ]] && df --local "$folder" >/dev/null 2>&1; then
-    refuse "$workdir is on storage of this host alone ($(stat --file-system --format=%T "$folder"));" \
-      "mount one that all hosts share there, or give --assume-shared"
+    refuse "$workdir is on storage of this host alone ($(stat --file-system \
+      --format=%T "$folder")); mount one that all hosts share there, or give --assume-shared"
   fi
   reply ready
 }

@@ -6,7 +6,8 @@ SUMMARY="usage: install.sh --name NAME ... [--source CHECKOUT | --wheel FILE | -
 Installs lmops_jax into ~/lmops/venv of every host, with its dependencies: a copy of this checkout
 (the default), a wheel, or what pip finds. Checks the hosts' Python first, and refuses while a job
 runs. A job starts in ~/lmops/checkout where there is one, so that gin files of the checkout are
-found by the same names as here.
+found by the same names as here. gcloud reaches several hosts only with its key in an agent: run
+ssh-add ~/.ssh/google_compute_engine first.
 
   install.sh --project p --zone us-central2-b --name pod
   install.sh ... --requirement 'lmops_jax[tpu] @ git+https://HOST/REPOSITORY@TAG'"

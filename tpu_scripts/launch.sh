@@ -47,11 +47,10 @@ start() {
 # Makes the slices where they are not there, and anew where they were taken away.
 prepare() {
   look_or_die
-  case $STATE in
-    SUSPENDING | SUSPENDED | FAILED)
-      queued delete "$NAME" --force --quiet || return 1
-      STATE=ABSENT ;;
-  esac
+  if [[ -n $PREEMPTED || $STATE == SUSPENDING || $STATE == SUSPENDED || $STATE == FAILED ]]; then
+    queued delete "$NAME" --force --quiet || return 1
+    STATE=ABSENT PREEMPTED=""
+  fi
   if [[ $STATE != ACTIVE ]]; then
     bare=1
     "$HERE/create.sh" || return 1
@@ -63,7 +62,7 @@ prepare() {
   count_hosts
 }
 
-# Sets OUTCOME to running, succeeded, stopped, interrupted or failed, from the hosts' replies; CODE too.
+# Sets OUTCOME to running, succeeded, stopped, interrupted or failed, and CODE, from the replies.
 judge() {
   local reply code running=0 stopped=0
   OUTCOME=succeeded CODE=0
@@ -86,12 +85,15 @@ judge() {
 
 # Looks until the job is over (returns 0) or has to be launched again (returns 1, with WHY).
 watch() {
-  local doubtful=0 before=""
+  local doubtful=0 patience before=""
+  OUTCOME=running
   while true; do
     sleep "$POLL_SECONDS"
     # A host that dies takes its peers' processes with it, and the state of its slice may follow
     # later: an end that is not a success is believed after some looks only.
-    if ((doubtful > GRACE_POLLS)); then
+    patience=$GRACE_POLLS
+    [[ $OUTCOME != silent && $OUTCOME != unknown ]] || patience=$((6 * GRACE_POLLS))
+    if ((doubtful > patience)); then
       case $OUTCOME in
         failed) say "the job failed: $(replies | tr '\n' ',')"; exit "$CODE" ;;
         unknown | silent) die "$REASON; the slices and the job are left as they are." ;;
@@ -108,7 +110,13 @@ watch() {
       SUSPENDING | SUSPENDED | FAILED | ABSENT) WHY="$NAME is $STATE"; return 1 ;;
       *) doubtful=0; continue ;;
     esac
-    if ask state; then judge; else OUTCOME=silent; fi
+    if ask state; then
+      judge
+    else
+      OUTCOME=silent
+      # The queued resource may be ACTIVE for a while yet.
+      if count_hosts && [[ -n $PREEMPTED ]]; then WHY="$PREEMPTED is PREEMPTED"; return 1; fi
+    fi
     [[ $OUTCOME == "$before" ]] || say "$NAME is ACTIVE, the job is $OUTCOME"
     before=$OUTCOME
     case $OUTCOME in
@@ -134,7 +142,7 @@ if [[ -z $KEEP_ALIVE || -n $DRY_RUN ]]; then
   queued delete "$NAME" --force --quiet  # and all over again, where it was pre-empted
   exit 0
 fi
-bare="" restarts=0
+bare="" restarts=0 PREEMPTED=""
 while true; do
   if prepare && (start); then
     if watch; then exit 0; fi

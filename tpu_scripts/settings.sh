@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2153  # the settings are variables that parse sets
+# shellcheck shell=bash disable=SC2153,SC2034  # variables that parse sets, or for others
 # Sourced by the scripts of this folder: their settings, their messages, and how they call gcloud.
 #
 # A setting is an option (--num-slices 2) or a variable of the environment (NUM_SLICES=2); the
@@ -35,7 +35,7 @@ declare -A ABOUT=(
   [ASSUME_SHARED]="believe that the workdir is shared, whatever its file system"
   [KEEP_ALIVE]="stay and watch; make a pre-empted slice anew and launch again"
   [MAX_RESTARTS]="end --keep-alive after so many restarts"
-  [GRACE_POLLS]="looks at an ended or silent job before --keep-alive decides what happened"
+  [GRACE_POLLS]="looks at an ended job, or six times that at a silent one, before --keep-alive acts"
   [STOP_SECONDS]="how long to wait for the hosts to stop"
   [NODE]="slice to look at, from 0, or all"
   [WORKER]="host of the slice, from 0, or all"
@@ -123,7 +123,8 @@ parse() {
   for name in NUM_SLICES POLL_SECONDS MAX_RESTARTS GRACE_POLLS STOP_SECONDS TAIL_LINES NODES \
     GPUS_PER_NODE CPUS_PER_TASK SAVE_SECONDS; do
     [[ " ${REQUIRED[*]} ${OPTIONAL[*]} " == *" $name "* && -n ${!name:-} ]] || continue
-    [[ ${!name} =~ ^[0-9]+$ ]] || usage "$(option "$name") ($name) is '${!name}', not a whole number"
+    [[ ${!name} =~ ^[0-9]+$ ]] ||
+      usage "$(option "$name") ($name) is '${!name}', not a whole number"
   done
   [[ ${NUM_SLICES:-1} != 0 ]] || usage "--num-slices (NUM_SLICES) is 0; it must be at least 1"
 }
@@ -214,16 +215,19 @@ wait_active() {
   done
 }
 
-# Sets HOSTS, the number of hosts of each slice, and NUM_HOSTS, of all; fails where gcloud does.
+# Sets HOSTS, the number of hosts of each slice, NUM_HOSTS, of all, and PREEMPTED, a slice that was
+# taken away; fails where gcloud does.
 count_hosts() {
-  local index node count
-  HOSTS=() NUM_HOSTS=0
+  local index node count state
+  HOSTS=() NUM_HOSTS=0 PREEMPTED=""
   for ((index = 0; index < NUM_SLICES; index++)); do
     node=$NAME
     ((NUM_SLICES > 1)) && node=$NAME-$index
     count=$(run gcloud compute tpus tpu-vm describe "$node" "--project=$PROJECT" "--zone=$ZONE" \
-      '--format=value(networkEndpoints.len())') || return 1
+      '--format=value(networkEndpoints.len(),state)') || return 1
     [[ -n $DRY_RUN ]] && { echo "$count"; count=1; }
+    IFS=$'\t' read -r count state <<<"$count"
+    [[ $state != PREEMPTED ]] || PREEMPTED=$node
     [[ $count =~ ^[0-9]+$ ]] || { say "gcloud tells '$count' for the hosts of $node."; return 1; }
     HOSTS+=("$count")
     NUM_HOSTS=$((NUM_HOSTS + count))

@@ -141,7 +141,8 @@ class Cloud:
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       start_new_session=True,
       env={"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "STAND_IN": str(self.folder),
-           "HOME": str(self.folder), "POLL_SECONDS": "0", **environment})
+           "HOME": str(self.folder), "POLL_SECONDS": "0", "GRACE_POLLS": "1",
+           **environment})
 
   def end_all(self) -> None:
     for home in self.homes():

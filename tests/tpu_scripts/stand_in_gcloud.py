@@ -6,7 +6,8 @@ Everything lies in the folder $STAND_IN:
                  next; the last state of a list stays. A state is "NAME", or ["NAME", "message"];
                  DENIED fails as without credentials.
   hosts/0-1/     the home of host 1 of slice 0, with ENVIRONMENT.json of its own where there is one
-  silent.json    hosts that cannot be reached
+  silent.json    hosts that cannot be reached, until a create
+  node_state     READY where there is none, until a create
 """
 
 import json
@@ -18,7 +19,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(os.environ["STAND_IN"])
-LIVES, HOSTS, SILENT = HERE / "lives.json", HERE / "hosts", HERE / "silent.json"
+LIVES, HOSTS = HERE / "lives.json", HERE / "hosts"
+SILENT, NODE_STATE = HERE / "silent.json", HERE / "node_state"
 
 
 def _flag(arguments, name, default=None):
@@ -70,10 +72,13 @@ def describe(arguments):
 
 def create(arguments):
   LIVES.write_text(json.dumps(json.loads(LIVES.read_text())[1:]))
+  SILENT.unlink(missing_ok=True)
+  NODE_STATE.unlink(missing_ok=True)
   return 0
 
 
 def delete(arguments):
+  _pre_empt()
   lives = json.loads(LIVES.read_text())
   LIVES.write_text(json.dumps([["DELETING", "ABSENT"], *lives[1:]]))
   return 0
@@ -113,7 +118,8 @@ def main(arguments):
     return 0
   if kind == ["compute", "tpus", "tpu-vm"] and rest[0] == "describe":
     slice_ = rest[1].removeprefix("pod").removeprefix("-") or "0"
-    print(len(list(HOSTS.glob(f"{slice_}-*"))))
+    state = NODE_STATE.read_text() if NODE_STATE.exists() else "READY"
+    print(len(list(HOSTS.glob(f"{slice_}-*"))), state, sep="\t")
     return 0
   assert kind == ["compute", "tpus", "queued-resources"], arguments
   action = {"describe": describe, "create": create, "ssh": ssh, "scp": scp,

@@ -86,6 +86,15 @@ def test_storage_of_one_host_is_refused_on_several(pod):
   assert "give --assume-shared" in done.stderr
 
 
+def test_network_storage_is_taken(pod):
+  """df knows it, and lists it no longer where only local file systems are asked for."""
+  df = "import sys\nassert sys.argv[1] == '--local'\nsys.exit('df: no file systems processed')"
+  pod.program(pod.folder / "host_bin" / "df", df)
+  assert _launch(pod, workdir=pod.folder / "not yet" / "run").returncode == 0
+  pod.until_ended()
+  assert len(pod.runs) == 2
+
+
 def test_before_install(cloud):
   done = _launch(cloud)
   assert done.returncode == 1 and "run install.sh" in done.stderr
@@ -188,6 +197,20 @@ def test_keep_alive_makes_a_pre_empted_slice_anew_and_launches_the_same(cloud):
   assert len(starts) == 2 and starts[0] == starts[1]
   assert len(cloud.runs) == 4
   assert all(run["argv"][:len(ARGUMENTS)] == ARGUMENTS for run in cloud.runs)
+
+
+def test_keep_alive_notices_a_slice_that_was_taken_before_its_queued_resource_does(pod):
+  pod.codes("wait", 0)
+  pod.lives(["ACTIVE"], ["ACTIVE"])
+  arguments = [*SLICE, "--", "run", "a.gin", "--workdir", str(pod.folder)]
+  launch = pod.start("launch.sh", *arguments, **POD)
+  assert launch.stderr.readline() == "launch.sh: pod is ACTIVE, the job is running\n"
+  (pod.folder / "node_state").write_text("PREEMPTED")
+  (pod.folder / "silent.json").write_text('["0-1"]')
+  _, err = launch.communicate(timeout=100)
+  assert launch.returncode == 0, err
+  assert "pod is PREEMPTED; restart 1" in err
+  assert _short(pod.actions) == [*START, "delete", *MAKE, *START]
 
 
 def test_keep_alive_ends_with_the_code_of_a_job_that_failed(pod):
