@@ -8,10 +8,11 @@ tail.sh follows it, stop.sh ends it. Refused where a job runs already.
 
 The command needs a --workdir that begins with / and lies on storage which all hosts have mounted
 under that path. lmops uses it as a plain folder: it renames folders, and locks a file against a
-second run. NFS (Filestore) and Lustre mounts do both between hosts. gs:// is no path and is
-refused. A bucket mounted by gcsfuse has not been tried: it does not lock between hosts, and
-renames folders in one step only in buckets with hierarchical namespace; --assume-shared lets it
-through. What runs in several processes is the choice of the gin file, which must have a mesh.
+second run, which NFS (Filestore) offers between hosts, and Lustre where mounted with flock. gs://
+is no path and is refused. A bucket mounted by gcsfuse does not lock between hosts, and renames
+folders in one step only with hierarchical namespace; --assume-shared lets it through, at your risk.
+None of these has been tried with many hosts yet. The gin file must have a mesh, and a system that
+runs in several processes.
 
 --keep-alive makes the slice where it is not there (as create.sh and install.sh, whose settings it
 then needs), stays in the foreground, and when the slice is pre-empted makes it anew and launches
