@@ -226,6 +226,9 @@ def _dispatch(argv: list[str]) -> int:
   files = _files(arguments, systems)
   for file in files:
     gin_files.find(file)
+  if "://" in (getattr(arguments, "workdir", None) or ""):
+    raise _UsageError(f"--workdir {arguments.workdir} is an address, not a folder; mount the "
+                      "storage and give the path of a folder on it.")
   _set_environment()
   from lmops_jax.training import memory  # loads no jax, and must be first
   if arguments.command != "show":

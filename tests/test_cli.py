@@ -153,6 +153,14 @@ def test_run_and_rerun(toy):
   assert "counted 4" in changed.stdout
 
 
+def test_an_address_is_no_workdir(toy):
+  done = lmops("run", "toy.gin", "--workdir", "gs://bucket/run")
+  assert done.returncode == 2 and done.stderr == (
+    "lmops: error: --workdir gs://bucket/run is an address, not a folder; mount the storage and "
+    "give the path of a folder on it.\n")
+  assert not (toy / "gs:").exists()
+
+
 def test_workdir_keeps_the_resolved_configuration(toy):
   assert lmops("run", "toy.gin", "--workdir", "w", "--gin.STEPS=2").returncode == 0
   kept = (toy / "w" / "config.gin").read_text()

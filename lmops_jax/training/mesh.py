@@ -267,7 +267,9 @@ def initialize_distributed(
 
   Explicit arguments win. Then `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and
   `JAX_PROCESS_ID`; then what `jax.distributed` detects by itself: SLURM and Open MPI with more than
-  one task, Cloud TPU workers, Kubernetes jobs. Call it before anything else touches jax.
+  one task, Cloud TPU workers, Kubernetes jobs. `LMOPS_DISTRIBUTED=1` asks it to detect in any case:
+  the hosts of a slice that are reached by ssh are listed in Cloud TPU's metadata only. Call it
+  before anything else touches jax.
 
   Returns:
     Whether this is one of several processes.
@@ -294,7 +296,9 @@ def initialize_distributed(
   tasks = 1 if "SLURM_JOB_ID" in env and "SLURM_PROCID" not in env else tasks
   tpu_workers = env.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
   kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-  if tasks > 1 or tpu_workers > 1 or kubernetes or "MEGASCALE_COORDINATOR_ADDRESS" in env:
+  multislice = "MEGASCALE_COORDINATOR_ADDRESS" in env
+  asked = env.get("LMOPS_DISTRIBUTED") == "1"
+  if asked or tasks > 1 or tpu_workers > 1 or kubernetes or multislice:
     jax.distributed.initialize()
     return jax.process_count() > 1
   return False

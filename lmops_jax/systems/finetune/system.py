@@ -127,6 +127,8 @@ class Finetune:
     ]
 
   def _prepare(self, context: pipeline.StageContext) -> None:
+    if context.group.index > 0:
+      return
     tokenizer = self.init.tokenizer()
     examples = supervised.read_examples(self.train, tokenizer)
     if not examples:
@@ -175,6 +177,9 @@ class Finetune:
       evaluators=evaluators, flops_per_token=per_token, description=context.name,
     )
     context.flops = result.flops
+    context.group.barrier("trained")
+    if context.group.index > 0:
+      return
     shutil.rmtree(context.directory / "checkpoints")  # of resuming; the parameters stay
     model_lib.copy_tokenizer(self.init, context.directory / model_lib.TOKENIZER_FOLDER)
     model_lib.describe(
@@ -183,6 +188,8 @@ class Finetune:
     )
 
   def _report(self, context: pipeline.StageContext) -> None:
+    if context.group.index > 0:
+      return
     records = read_records(context.input("train") / "metrics.jsonl")
     counts = context.manifest("prepare")["extra"]
     manifest = context.manifest("train")
