@@ -148,7 +148,10 @@ def _default_workdir(file: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command line and returns its exit code: 0, 2 for an error, 130 or 143 if stopped."""
+  """Runs the command line and returns its exit code.
+
+  0, 2 for an error, 75 where another process of the job has gone, 130 or 143 if stopped.
+  """
   argv = list(sys.argv[1:] if argv is None else argv)
   show_traceback = "--traceback" in argv
   try:
@@ -164,13 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   except Exception as error:
     if show_traceback:
       traceback.print_exc()
-    text = _one_line(error)
+    text, code = _one_line(error), 2
     if processes.is_lost_peer(error):
+      code = 75  # EX_TEMPFAIL: the same command may succeed
       text = ("another process of this job has ended, see its output; run the same command again "
               f"on all hosts to continue where it stopped ({text[:200]})")
     print(f"lmops: error: {text}", file=sys.stderr)
-    processes.leave_others(2)
-    return 2
+    processes.leave_others(code)
+    return code
 
 
 def _stopped(how: str, code: int) -> int:

@@ -73,7 +73,9 @@ judge() {
       *" running "*) running=1 ;;
       *" stopped "*) stopped=1 ;;
       *" finished 0") ;;
-      *" finished 143" | *" finished 137" | *" lost" | *" idle") OUTCOME=interrupted ;;
+      # lmops: 143 when told to stop, 75 when another process of the job has gone.
+      *" finished 143" | *" finished 137" | *" finished 75" | *" lost" | *" idle")
+        OUTCOME=interrupted ;;
       *" finished "*)  # perhaps only because a peer was interrupted
         [[ $OUTCOME == interrupted ]] || OUTCOME=failed
         ((CODE)) || CODE=$code ;;

@@ -222,9 +222,10 @@ def test_keep_alive_ends_with_the_code_of_a_job_that_failed(pod):
   assert _short(pod.actions) == START
 
 
-def test_keep_alive_launches_again_where_the_processes_were_told_to_end(pod):
+@pytest.mark.parametrize("code", [143, 75])
+def test_keep_alive_launches_again_where_the_processes_were_told_to_end(pod, code):
   """As by the maintenance of a host, which keeps its disk and its slice."""
-  pod.codes(143, 0)
+  pod.codes(code, 0)
   done = _launch(pod, *SLICE)
   assert done.returncode == 0, done.stderr
   assert _short(pod.actions) == START * 2

@@ -117,18 +117,16 @@ class Finetune:
     own |= {f"{name}.fingerprint": value for name, value in sources.items()}
     start = {"init.fingerprint": self.init.fingerprint()}
     return [
-      pipeline.Stage("prepare", self._prepare, settings=own | start),
+      pipeline.Stage("prepare", self._prepare, settings=own | start, together=False),
       pipeline.Stage(
         "train", functools.partial(self._train, partitioner=partitioner or single_device()),
         inputs=("prepare",),
         settings={k: v for k, v in flat.items() if k not in of_prepare} | start,
       ),
-      pipeline.Stage("report", self._report, inputs=("prepare", "train")),
+      pipeline.Stage("report", self._report, inputs=("prepare", "train"), together=False),
     ]
 
   def _prepare(self, context: pipeline.StageContext) -> None:
-    if context.group.index > 0:
-      return
     tokenizer = self.init.tokenizer()
     examples = supervised.read_examples(self.train, tokenizer)
     if not examples:
@@ -178,7 +176,7 @@ class Finetune:
     )
     context.flops = result.flops
     context.group.barrier("trained")
-    if context.group.index > 0:
+    if not context.writes:
       return
     shutil.rmtree(context.directory / "checkpoints")  # of resuming; the parameters stay
     model_lib.copy_tokenizer(self.init, context.directory / model_lib.TOKENIZER_FOLDER)
@@ -188,8 +186,6 @@ class Finetune:
     )
 
   def _report(self, context: pipeline.StageContext) -> None:
-    if context.group.index > 0:
-      return
     records = read_records(context.input("train") / "metrics.jsonl")
     counts = context.manifest("prepare")["extra"]
     manifest = context.manifest("train")

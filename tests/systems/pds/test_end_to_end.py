@@ -225,7 +225,7 @@ def test_four_processes_score_the_same(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("number, codes", [
-  (signal.SIGKILL, [2, -signal.SIGKILL]), (signal.SIGTERM, [143, 143])])
+  (signal.SIGKILL, [75, -signal.SIGKILL]), (signal.SIGTERM, [143, 143])])
 def test_a_solve_that_lost_a_process_goes_on_on_another_mesh(finished, tmp_path, number, codes):
   workdir = tmp_path / "run"
   processes = several_processes.start(_job(workdir, UNTIL_SOLVED), 2, devices=2)
