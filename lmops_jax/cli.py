@@ -5,16 +5,19 @@ neither jax nor TensorFlow.
 """
 
 import argparse
-import contextlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import lmops_jax
-from lmops_jax import gin_files, model_commands, settings  # none of them loads gin or jax
+from lmops_jax import (  # none of them loads gin or jax
+  gin_files,
+  model_commands,
+  processes,
+  settings,
+)
 
 _COMMANDS = {
   "run": "run gin files",
@@ -35,10 +38,6 @@ examples:
   lmops show pds
   lmops generate --model MODEL --prompt "The capital of France is"
 """
-
-
-class _Terminated(BaseException):
-  """SIGTERM arrived; not an Exception, so that nothing mistakes it for a failure."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,16 +148,18 @@ def _default_workdir(file: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command line and returns its exit code: 0, 2 for an error, 130 or 143 if stopped."""
+  """Runs the command line and returns its exit code.
+
+  0, 2 for an error, 75 where another process of the job has gone, 130 or 143 if stopped.
+  """
   argv = list(sys.argv[1:] if argv is None else argv)
   show_traceback = "--traceback" in argv
   try:
-    with contextlib.suppress(ValueError):  # not in the main thread
-      signal.signal(signal.SIGTERM, _on_sigterm)
+    processes.handle_sigterm()
     return _dispatch(argv)
   except KeyboardInterrupt:
     return _stopped("interrupted", 130)
-  except _Terminated:
+  except processes.Terminated:
     return _stopped("terminated", 143)
   except BrokenPipeError:  # the reader of our output went away, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -166,13 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   except Exception as error:
     if show_traceback:
       traceback.print_exc()
-    print(f"lmops: error: {_one_line(error)}", file=sys.stderr)
-    return 2
-
-
-def _on_sigterm(number, frame) -> None:
-  signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-  raise _Terminated
+    text, code = _one_line(error), 2
+    if processes.is_lost_peer(error):
+      code = 75  # EX_TEMPFAIL: the same command may succeed
+      text = ("another process of this job has ended, see its output; run the same command again "
+              f"on all hosts to continue where it stopped ({text[:200]})")
+    print(f"lmops: error: {text}", file=sys.stderr)
+    processes.leave_others(code)
+    return code
 
 
 def _stopped(how: str, code: int) -> int:
@@ -228,6 +230,9 @@ def _dispatch(argv: list[str]) -> int:
   files = _files(arguments, systems)
   for file in files:
     gin_files.find(file)
+  if "://" in (getattr(arguments, "workdir", None) or ""):
+    raise _UsageError(f"--workdir {arguments.workdir} is an address, not a folder; mount the "
+                      "storage and give the path of a folder on it.")
   _set_environment()
   from lmops_jax.training import memory  # loads no jax, and must be first
   if arguments.command != "show":
@@ -300,7 +305,7 @@ def _join_group():
   import jax
   from jax.experimental import multihost_utils
   return pipeline.Group(jax.process_index(), jax.process_count(),
-                        multihost_utils.sync_global_devices)
+                        multihost_utils.sync_global_devices, processes.stop_between)
 
 
 def _record_table(records, progress) -> str:

@@ -175,16 +175,21 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     pending += [item.__cause__, item.__context__, *getattr(item, "exceptions", ())]
 
 
+_TOO_LARGE = "File too large"
+_FULL = ("No space left on device", "Disk quota exceeded", _TOO_LARGE)  # as libraries pass it on
+
+
 def is_disk_full(error: BaseException) -> bool:
   """Whether an error, or a library's error that wraps it, says that nothing more can be written."""
   codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-  return any(getattr(item, "errno", None) in codes or "No space left on device" in str(item)
-             or "Disk quota exceeded" in str(item) for item in _chain(error))
+  return any(getattr(item, "errno", None) in codes or any(text in str(item) for text in _FULL)
+             for item in _chain(error))
 
 
 def disk_full(error: BaseException, what: str, folder: Path) -> StageError:
   named = next((item.filename for item in _chain(error) if getattr(item, "filename", None)), folder)
-  limit = any(getattr(item, "errno", None) == errno.EFBIG for item in _chain(error))
+  limit = any(getattr(item, "errno", None) == errno.EFBIG or _TOO_LARGE in str(item)
+              for item in _chain(error))
   try:
     free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB free"
   except OSError:

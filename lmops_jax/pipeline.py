@@ -54,11 +54,14 @@ class Stage:
     run: does the work; writes into `context.directory` only, reads `context.input(...)` only.
     inputs: names of the stages that it reads.
     settings: all that its output depends on besides its inputs, readable name to readable value.
+    together: whether all processes of a job run it, as what computes on their devices must; else
+      the first one does while the others wait.
   """
   name: str
   run: Callable[["StageContext"], None]
   inputs: tuple[str, ...] = ()
   settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  together: bool = True
 
 
 class StageRecord(NamedTuple):
@@ -72,10 +75,17 @@ class StageRecord(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """The processes of one job that share a workdir; `barrier(label)` waits for all of them."""
+  """The processes of one job that share a workdir.
+
+  Attributes:
+    index: of this process. count: of all.
+    barrier: waits for all of them at a label.
+    check: called by all of them before a stage; raises where the job is asked to stop.
+  """
   index: int = 0
   count: int = 1
   barrier: Callable[[str], None] = lambda label: None
+  check: Callable[[], None] = lambda: None
 
 
 class StageContext:
@@ -107,6 +117,11 @@ class StageContext:
   def manifest(self, name: str) -> dict[str, Any]:
     """The manifest of an input stage: seconds, flops, settings, extra and more."""
     return load_manifest(self.input(name), name)
+
+  @property
+  def writes(self) -> bool:
+    """Whether this process writes what the processes of the job have computed together."""
+    return self.group.index == 0
 
   def log(self, text: str) -> None:
     """One line on the terminal and in the workdir's log."""
@@ -270,6 +285,7 @@ def _require_inputs(work: Workdir, selected: Sequence[Stage], identity) -> None:
 def _run_one(work: Workdir, stage: Stage, identity, group: Group) -> StageRecord:
   """Runs a stage, or finds that there is nothing to do, in the process that decides."""
   name, own = stage.name, identity[stage.name]
+  group.check()
   finished = work.finished(name)
   cached = finished is not None and finished["fingerprint"] == own["fingerprint"]
   adopted = None if cached else work.adopt(name, own["fingerprint"])
@@ -314,8 +330,9 @@ def _run_one(work: Workdir, stage: Stage, identity, group: Group) -> StageRecord
 def _follow(workdir: Path, stage: Stage, group: Group) -> StageRecord:
   """A stage in the other processes of a job: the first one's decision shows in the files."""
   directory = workdir / (stage.name + PARTIAL)
+  group.check()
   group.barrier(f"ready {stage.name}")
-  runs = (directory / ATTEMPT).exists()
+  runs = stage.together and (directory / ATTEMPT).exists()
   if runs:
     inputs = {name: workdir / name for name in stage.inputs}
     stage.run(StageContext(stage.name, directory, inputs, lambda text: None, group=group))

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
@@ -98,18 +97,14 @@ def error_of(*arguments):
 
 @pytest.mark.parametrize("arguments", [
   ["--help"], ["list"], ["pds", "--help"], ["run", "--help"], ["--version"]])
-def test_answers_at_once_and_loads_nothing_heavy(arguments):
-  """About a second is promised; a plain interpreter takes a tenth of one on an idle machine."""
-  start = time.perf_counter()
+def test_loads_nothing_heavy(arguments):
   done = subprocess.run([sys.executable, "-X", "importtime", "-m", "lmops_jax.cli", *arguments],
                         capture_output=True, text=True, timeout=60)
-  seconds = time.perf_counter() - start
   assert done.returncode == 0 and done.stdout, done
   imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, flags=re.MULTILINE))
   assert "argparse" in imported  # the pattern does find what was imported
   heavy = ("jax", "jaxlib", "flax", "tensorflow", "seqio", "numpy", "gin")
   assert not {name for name in imported if name.split(".")[0] in heavy}
-  assert seconds < 5
 
 
 def test_help_lists_systems_and_commands():
@@ -156,6 +151,14 @@ def test_run_and_rerun(toy):
   changed = lmops("run", "toy.gin", "--gin.STEPS=4")
   assert "count: running (steps: 3 -> 4)" in changed.stderr
   assert "counted 4" in changed.stdout
+
+
+def test_an_address_is_no_workdir(toy):
+  done = lmops("run", "toy.gin", "--workdir", "gs://bucket/run")
+  assert done.returncode == 2 and done.stderr == (
+    "lmops: error: --workdir gs://bucket/run is an address, not a folder; mount the storage and "
+    "give the path of a folder on it.\n")
+  assert not (toy / "gs:").exists()
 
 
 def test_workdir_keeps_the_resolved_configuration(toy):

@@ -1,23 +1,27 @@
-"""The PMP solve in segments, with every intermediate state handed to the caller to keep.
+"""The PMP solve in segments, with every intermediate state handed to a store.
 
 `pmp_scores` is one compiled program; a solve of hours needs to survive an interruption. This driver
 cuts the T steps into segments: the forward pass keeps the state at each segment's start, the
 reverse pass recomputes one segment's states at a time. After each segment of either pass the driver
-calls `save(tree)`; a later call whose `load()` returns that tree goes on from there, with the same
-compiled programs on the same bits, so the result is bitwise that of an undisturbed run. A solve
-that diverges stops at the end of the segment in which it does, with the step in the message.
+saves what that segment made; a later call with the same store goes on from there, with the same
+compiled programs on the same bits, so the result is bitwise that of an undisturbed run on the same
+mesh, and that of another mesh up to rounding. A solve that diverges stops at the end of the segment
+in which it does, with the step in the message.
 """
 
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lmops_jax import processes
 from lmops_jax.control import checks
 from lmops_jax.control import trajectory as trajectories
 from lmops_jax.control.callables import as_pytree
@@ -34,6 +38,26 @@ from lmops_jax.control.pmp import (
 from lmops_jax.control.problem import Problem, Settings, tree_norm
 
 
+class Store(Protocol):
+  """Where a solve is kept, such as `training.checkpoints.CheckpointStore`.
+
+  Step s of the store, 1 <= s <= 2 n for n segments, is written when s segments of both passes are
+  done. Steps below n are needed until the solve has ended, others until a later one is written.
+  """
+
+  def latest_step(self) -> int | None:
+    """The newest step that `save` has finished, None without any."""
+
+  def save(self, step: int, arrays: Any, extra: dict[str, Any]) -> None:
+    """Starts to write a dict from names to arrays, and some JSON."""
+
+  def extra(self, step: int) -> dict[str, Any]:
+    """The JSON of a step."""
+
+  def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    """The arrays of a step in the types and places of `abstract`, and its JSON."""
+
+
 def pmp_scores_resumable(
     example_losses: Callable,
     target_loss: Callable,
@@ -47,8 +71,7 @@ def pmp_scores_resumable(
     groups: int | None = None,
     *,
     segment_steps: int,
-    load: Callable[[], Any],
-    save: Callable[[Any], None],
+    store: Store,
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] | None = None,
     hessian: bool = True,
@@ -63,16 +86,16 @@ def pmp_scores_resumable(
 
   Args:
     segment_steps: steps in a segment; about sqrt(T) keeps memory lowest.
-    load: returns what `save` was last given (arrays may come back as NumPy arrays), or None.
-    save: called after each segment with a flat dict from names to arrays (host or device arrays,
-      also sharded ones): the segment starts still needed and, in the reverse pass, the carry.
-    progress: called with (segments done, segments in both passes).
+    store: gets the arrays of each segment when it is done: in the forward pass the state that the
+      next one starts from, in the reverse pass the carry and all outputs so far.
+    progress: called with (segments done, segments in both passes), after the save; what it raises
+      ends the solve, which then continues from that segment.
     log: called with a line on the norms of costate and target gradient after each segment of the
       reverse pass.
     trajectory: for the states inside one segment.
   Raises:
-    ValueError: also if what `load` returns belongs to another solve (other settings, parameters,
-      batches or weights).
+    ValueError: also if the store holds another solve (other settings, parameters, batches or
+      weights).
     FloatingPointError: naming the step, where the run or its adjoint diverges (see `check_result`).
       The segment is not saved: what was saved is sound.
   """
@@ -87,77 +110,81 @@ def pmp_scores_resumable(
   data = _Data(as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.update),
                batches, weights, proxy)
   init = as_pytree(optimizer.init)
-  first_state = jax.jit(init_state)(init, data.update, params)
+  first_state = _first_state(init, data, params, **static)
   fingerprint = _fingerprint((settings, segment_steps, str(jax.tree.structure(first_state))),
                              (first_state, batches, weights, proxy))
 
   def steps_of(i):
     return jnp.arange(starts[i], min(starts[i] + segment_steps, num_steps))
 
-  first_run = _Run(False, 0, [first_state], None, None, None, [])
+  num_segments = len(starts)
 
-  def templates(is_reverse, done):
-    """A run as it would be after `done` segments of a pass, with arrays of the right types."""
-    num_states = len(starts) - done if is_reverse else done + 1
-    if not is_reverse:
-      return _Run(is_reverse, done, [first_state] * num_states, None, None, None, [])
+  def template(done):
+    """What the store holds at a step, as arrays of the right types and places."""
+    if done < num_segments:
+      return {"state": first_state}
     carry, final_target = _first_carry(data, first_state, **static)
     reverse = functools.partial(_reverse_segment, **static)
     outs = [jax.eval_shape(reverse, data, first_state, carry, steps_of(i))[1]
-            for i in range(len(starts) - done, len(starts))]
-    return _Run(is_reverse, done, [first_state] * num_states, first_state.params, final_target,
-                carry, outs)
+            for i in range(2 * num_segments - done, num_segments)]
+    return _Reverse(first_state.params, final_target, carry, outs)._asdict()
 
-  saved = load()
-  run = first_run if saved is None else _unpack(saved, fingerprint, templates, len(starts))
+  # Of outputs that a resumed run reads back: on all devices of the run, whole.
+  place = jax.tree.leaves(first_state.params)[0].sharding
+  if isinstance(place, NamedSharding):
+    place = NamedSharding(place.mesh, PartitionSpec())
 
-  def keep():
-    save(_pack(run, fingerprint))
+  def restored(step):
+    like = template(step)
+    return _unpack(store.restore(step, _abstract(like, place))[0], like)
+
+  def keep(arrays):
+    store.save(done, _pack(arrays), {"fingerprint": fingerprint})
     if progress is not None:
-      progress(run.done + run.is_reverse * len(starts), 2 * len(starts))
+      progress(done, 2 * num_segments)
 
-  while not run.is_reverse:
-    state = _place(_forward_segment(data, run.states[-1], steps_of(run.done), **static),
-                   first_state)
+  done = store.latest_step() or 0
+  if done and store.extra(done) != {"fingerprint": fingerprint}:
+    raise ValueError(
+      "The saved solve belongs to other arguments (settings, parameters, batches, weights or "
+      "proxies); start without it, or restore the arguments it was made with.")
+  # The starts of the segments that the reverse pass still needs.
+  states = [first_state] + [
+    restored(i)["state"] for i in range(1, min(done + 1, 2 * num_segments - done, num_segments))]
+  run = _Reverse(**restored(done)) if done >= num_segments else None
+  while done < num_segments:
+    state = _place(_forward_segment(data, states[-1], steps_of(done), **static), first_state)
     norm = float(_params_norm(state))
     if not np.isfinite(norm):
-      last = int(steps_of(run.done)[-1])
+      last = int(steps_of(done)[-1])
       raise FloatingPointError(
         f"The parameters of the inner run have norm {norm} after step {last} of {num_steps}, and "
-        f"were finite before step {starts[run.done]}; lower the learning rate or check the data.")
-    if run.done + 1 < len(starts):
-      run = dataclasses.replace(run, done=run.done + 1, states=[*run.states, state])
+        f"were finite before step {starts[done]}; lower the learning rate or check the data.")
+    done += 1
+    if done < num_segments:
+      states.append(state)
+      keep({"state": state})
     else:
       carry, final_target = _first_carry(data, state, **static)
-      run = dataclasses.replace(run, is_reverse=True, done=0, final_params=state.params,
-                                final_target=final_target, carry=carry)
-    keep()
-  while run.done < len(starts):
-    i = len(starts) - 1 - run.done
-    carry, outs = _reverse_segment(data, run.states[-1], run.carry, steps_of(i), **static)
-    run = dataclasses.replace(run, done=run.done + 1, states=run.states[:-1],
-                              carry=_place(carry, run.carry), outs=[outs, *run.outs])
+      run = _Reverse(state.params, final_target, carry, [])
+      keep(run._asdict())
+  while done < 2 * num_segments:
+    i = 2 * num_segments - 1 - done
+    carry, outs = _reverse_segment(data, states.pop(), run.carry, steps_of(i), **static)
+    run = run._replace(carry=_place(carry, run.carry), outs=[outs, *run.outs])
     _check_segment(run, starts[i], num_steps, log)
-    keep()
+    done += 1
+    keep(run._asdict())
   outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *run.outs)
   return make_result(outs, run.final_target, run.carry.proxy_scores, run.final_params)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """How far a solve has come."""
-  is_reverse: bool
-  done: int  # segments of the current pass
-  states: list[Any]  # at the starts of the segments that the reverse pass still needs
-  final_params: Any  # params_T, once known
+class _Reverse(NamedTuple):
+  """The reverse pass between two segments."""
+  final_params: Any  # params_T
   final_target: Any
   carry: Any
   outs: list[Any]  # of the segments reversed, in step order
-
-  def arrays(self) -> dict[str, Any]:
-    """The parts that hold arrays, by name."""
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-            if f.name not in ("is_reverse", "done")}
 
 
 @jax.tree_util.register_dataclass
@@ -177,17 +204,22 @@ def _problem(data: _Data, settings: Settings, shardings: tuple) -> Problem:
                  data.weights, data.proxy, settings, functools.partial(constrain, shardings))
 
 
-def _check_segment(run: _Run, start: int, num_steps: int, log: Callable | None) -> None:
+def _check_segment(run: _Reverse, start: int, num_steps: int, log: Callable | None) -> None:
   """Logs the norms of the segment reversed last, which begins at `start`; raises if it diverged."""
-  outs = run.outs[0]
-  norms = np.asarray(outs.costate_norm, np.float64)
+  outs, *later = processes.fetch([o._replace(costate=None) for o in run.outs])
+  norms = outs.costate_norm.astype(np.float64)
   # lambda_{t+1} sums over the gradients at later parameters only, all of them known by now.
-  grads = np.concatenate([np.asarray(o.target.grad_norm, np.float64) for o in run.outs]
-                         + [np.asarray(run.final_target.grad_norm, np.float64)[None]])
+  grads = np.concatenate([o.target.grad_norm for o in (outs, *later)]
+                         + [processes.fetch(run.final_target.grad_norm)[None]])
   if log is not None:
     log(f"steps {start + 1} to {start + len(norms)} of {num_steps}: |lambda| {norms[-1]:.4g} to "
         f"{norms[0]:.4g} backwards, largest |grad J| so far {grads.max():.4g}")
   check_steps(outs.step_loss, outs.target.loss, norms, outs.scores, grads.max(), num_steps, start)
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "shardings"))
+def _first_state(init, data, params, *, settings, shardings):
+  return _problem(data, settings, shardings).constrain_state(init_state(init, data.update, params))
 
 
 @jax.jit
@@ -220,59 +252,61 @@ def _place(tree: Any, like: Any) -> Any:
   return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), tree, like)
 
 
-def _pack(run: _Run, fingerprint: np.ndarray) -> dict[str, Any]:
-  tree = {"fingerprint": fingerprint, "is_reverse": np.array(run.is_reverse),
-          "done": np.array(run.done)}
-  for name, part in run.arrays().items():
+def _pack(tree: dict[str, Any]) -> dict[str, Any]:
+  """Names to arrays; random keys as their numbers."""
+  flat = {}
+  for name, part in tree.items():
     for i, leaf in enumerate(jax.tree.leaves(part)):
-      is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-      tree[f"{name}/{i}"] = jax.random.key_data(leaf) if is_key else leaf
-  return tree
+      flat[f"{name}/{i}"] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+  return flat
 
 
-def _unpack(tree: dict[str, Any], fingerprint: np.ndarray, templates: Callable,
-            num_segments: int) -> _Run:
-  if not np.array_equal(np.asarray(tree.get("fingerprint")), fingerprint):
-    raise ValueError(
-      "The saved solve belongs to other arguments (settings, parameters, batches, weights or "
-      "proxies); start without it, or restore the arguments it was made with.")
-  is_reverse, done = bool(tree["is_reverse"]), int(tree["done"])
-  like = templates(is_reverse, min(done, num_segments))
-  parts = {}
-  for name, part in like.arrays().items():
-    leaves, treedef = jax.tree.flatten(part)
-    names = [f"{name}/{i}" for i in range(len(leaves))]
-    missing = [n for n in names if n not in tree]
-    if missing:
-      raise ValueError(
-        f"The saved solve is incomplete: it has no {missing[0]!r}; start without it.")
-    parts[name] = treedef.unflatten(_restore(tree[n], x) for n, x in zip(names, leaves))
-  return _Run(is_reverse, done, **parts)
+def _abstract(tree: dict[str, Any], elsewhere: Any) -> dict[str, jax.ShapeDtypeStruct]:
+  """What `_pack` makes of a tree, in its places; shapes without a place go to `elsewhere`."""
+  return {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or elsewhere)
+    for name, x in _pack(tree).items()}
 
 
-def _restore(saved: Any, like: Any) -> jax.Array:
-  """A saved leaf with the type and placement of `like`."""
-  sharding = getattr(like, "sharding", None)
-  if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-    saved = jax.random.wrap_key_data(jnp.asarray(saved), impl=jax.random.key_impl(like))
-  elif not isinstance(saved, jax.Array):
-    saved = np.asarray(saved)
-    if saved.dtype != like.dtype and saved.dtype.kind == "V":  # bfloat16 through an .npz file
-      saved = saved.view(like.dtype)
-  if saved.shape != like.shape or saved.dtype != like.dtype:
-    raise ValueError(
-      f"The saved solve holds an array of {saved.dtype}{list(saved.shape)} where "
-      f"{like.dtype}{list(like.shape)} belongs; start without it.")
-  return jax.device_put(saved, sharding) if sharding is not None else jnp.asarray(saved)
+def _unpack(flat: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+  """The tree that `_pack` flattened."""
+  def leaf(name, x):
+    saved = flat[name]
+    if not _is_key(x):
+      return saved
+    return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(x))
+
+  return {
+    name: jax.tree.unflatten(jax.tree.structure(part), [
+      leaf(f"{name}/{i}", x) for i, x in enumerate(jax.tree.leaves(part))])
+    for name, part in like.items()}
 
 
-def _fingerprint(description: Any, arrays: Any) -> np.ndarray:
-  """`[16] uint8` that changes with the settings and with every array this host can read."""
+def _is_key(x: Any) -> bool:
+  return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _fingerprint(description: Any, arrays: Any) -> str:
+  """Changes with the settings and the bits of every array, and not with their places."""
   digest = hashlib.blake2b(repr(description).encode(), digest_size=16)
-  for x in jax.tree.leaves(arrays):
-    digest.update(f"{x.dtype}{x.shape}".encode())
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      x = jax.random.key_data(x)
-    if x.is_fully_addressable:
-      digest.update(np.ascontiguousarray(np.asarray(x)).tobytes())
-  return np.frombuffer(digest.digest(), np.uint8)
+  leaves = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(arrays)]
+  for x, checksum in zip(leaves, jax.device_get(_checksums(leaves))):
+    digest.update(f"{x.dtype}{x.shape}{checksum}".encode())
+  return digest.hexdigest()
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+  """`[] uint32` of each array: a sum modulo 2^32, which is the same in any order and sharding."""
+  def checksum(x):
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
+    bits = bits.astype(jnp.uint32)
+    # Each element is mixed with its index, so that an exchange of two shows.
+    index = sum(
+      jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(math.prod(rest))
+      for axis, rest in ((a, bits.shape[a + 1:]) for a in range(bits.ndim)))
+    mixed = (bits + jnp.uint32(0x9E3779B9) * (index + jnp.uint32(1))) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+  return [checksum(x) for x in leaves]

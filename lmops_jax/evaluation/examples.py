@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmops_jax import processes
+
 
 def map_examples(
   function: Callable[[Any, Any], jax.Array], params, rows: Mapping[str, np.ndarray],
@@ -19,7 +21,7 @@ def map_examples(
   Args:
     function: jitted, so that repeated calls reuse what was compiled.
     params: its first argument.
-    rows: a batch of host arrays `[N, ...]`.
+    rows: a batch of host arrays `[N, ...]`, the same in every process of the mesh.
     batch_size: rows at a time, rounded up to a multiple of what the mesh splits a batch into; the
       last batch is padded by repeating its first row.
     partitioner: places the batches on a mesh; None leaves that to jax.
@@ -41,6 +43,7 @@ def map_examples(
           for k, v in batch.items()
         }
       if partitioner is not None:
-        batch = partitioner.place_batch(batch)
+        batch = partitioner.place_rows(batch)
       values.append((function(params, batch), size))
-  return np.concatenate([np.asarray(v, np.float64)[:size] for v, size in values] or [np.zeros(0)])
+  return np.concatenate([
+    processes.fetch(v)[:size].astype(np.float64) for v, size in values] or [np.zeros(0)])

@@ -7,6 +7,7 @@ become visible by one rename, so what a kill leaves behind is never read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+
+from lmops_jax import progress
+from lmops_jax.manifests import write_json
+
+_SIZES = "sizes.json"  # in a finished step's folder: its files and their bytes
 
 
 class CheckpointStore:
-  """Training states by step in one folder.
+  """Training states by step in one folder, written and read by all processes of a job together.
+
+  The sizes of a finished step's files are noted beside them, so that a step that was cut short
+  later (by a failing disk, by a partial copy) is found out, dropped, and the one before it used.
 
   Args:
     directory: made when it is not there.
@@ -32,6 +42,7 @@ class CheckpointStore:
     if max_to_keep is not None and max_to_keep < 1:
       raise ValueError(f"max_to_keep={max_to_keep} must be at least 1, or None to keep all.")
     self._directory = Path(directory).absolute()
+    self._unsized: int | None = None  # the step whose sizes are not noted yet
     policy = checkpoint_managers.AnyPreservationPolicy([
       checkpoint_managers.LatestN(max_to_keep),
       checkpoint_managers.CustomSteps(tuple(keep_steps)),
@@ -58,18 +69,83 @@ class CheckpointStore:
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra_json or {})
     )
+    self.wait()
     if step in self._manager.all_steps():
-      self._manager.wait_until_finished()
       self._manager.delete(step)
     self._manager.save(step, args=items, force=True)
+    self._unsized = step
 
   def latest_step(self) -> int | None:
-    """Newest finished step, None when there is none."""
+    """Newest finished step whose files are whole, None when there is none.
+
+    Newer ones are deleted, and a line says so.
+    """
+    damaged = []
+    for step in reversed(self.all_steps()):
+      what = self._damage(step)
+      if what is None:
+        break
+      damaged.append((step, what))
+    if damaged and jax.process_count() > 1:
+      multihost_utils.sync_global_devices("checkpoints examined")  # before one of them is deleted
+    for step, what in damaged:
+      self._drop(step, what)
     return self._manager.latest_step()
+
+  def restore_latest(self, abstract) -> tuple[int, Any, dict[str, Any]] | None:
+    """`(step, state, extra)` of the newest step that can be read, None when there is no step.
+
+    Args:
+      abstract: as for `restore`.
+
+    Raises:
+      ValueError: the checkpoint holds other arrays than `abstract`, or no step can be read.
+    """
+    while (step := self.latest_step()) is not None:
+      try:
+        return step, *self.restore(step, abstract)
+      except UnreadableError as error:
+        # What one process cannot read, others may: several have no way back from here.
+        if jax.process_count() > 1 or len(self.all_steps()) == 1:
+          raise
+        self._drop(step, str(error))
+    return None
+
+  def _damage(self, step: int) -> str | None:
+    """What is wrong with a step's files, None for nothing or where sizes were not noted."""
+    folder = self._directory / str(step)
+    try:
+      sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      return None  # killed between the step's end and the note
+    except ValueError:
+      return f"its {_SIZES} is damaged"
+    for name, size in sizes.items():
+      path = folder / name
+      found = path.stat().st_size if path.is_file() else None
+      if found != size:
+        has = "is missing" if found is None else f"has {found} bytes"
+        return f"its file {name} {has} of {size}"
+    return None
+
+  def _drop(self, step: int, what: str) -> None:
+    older = [s for s in self.all_steps() if s < step]
+    if jax.process_index() == 0:
+      then = f"going on from step {older[-1]}" if older else "there is none before it"
+      progress.log(f"checkpoint {self._directory / str(step)} is dropped ({what}); {then}")
+    self._manager.delete(step)
 
   def all_steps(self) -> list[int]:
     """Finished steps, ascending."""
     return sorted(self._manager.all_steps())
+
+  def extra(self, step: int) -> dict[str, Any]:
+    """The extra values of a step."""
+    try:
+      return self._manager.restore(
+        step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
+    except Exception as error:
+      raise _unreadable(self._directory / str(step), error) from error
 
   def restore(self, step: int, abstract) -> tuple[Any, dict[str, Any]]:
     """The state and the extra values of a step.
@@ -101,14 +177,27 @@ class CheckpointStore:
   def wait(self) -> None:
     """Returns when everything that `save` started is on disk; raises what failed."""
     self._manager.wait_until_finished()
+    step, self._unsized = self._unsized, None
+    if step is not None and jax.process_index() == 0:
+      folder = self._directory / str(step)
+      write_json(folder / _SIZES, {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*")) if path.is_file()})
 
   def close(self) -> None:
     """Waits and frees the writer's threads."""
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
 
 
 class MismatchError(ValueError):
   """A checkpoint that holds other arrays than the program expects."""
+
+
+class UnreadableError(ValueError):
+  """A checkpoint that is damaged."""
 
 
 def save_params(directory: Path, params) -> None:
@@ -164,7 +253,7 @@ def load_params(directory: Path, abstract=None):
 
 def _unreadable(path, error):
   reason = str(error).strip().splitlines()
-  return ValueError(
+  return UnreadableError(
     f"The checkpoint {path} cannot be read ({type(error).__name__}: "
     f"{reason[0][:200] if reason else 'no message'}); delete it to go on without it."
   )

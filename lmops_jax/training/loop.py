@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lmops_jax import processes
 from lmops_jax import progress as progress_lib
 from lmops_jax.training.checkpoints import CheckpointStore, load_params, save_params
 from lmops_jax.training.mesh import Partitioner, single_device
@@ -87,7 +88,8 @@ def train(
     directory: gets `checkpoints/`, `params/<step>/`, `metrics.jsonl`, `speed.jsonl`,
       `tensorboard/`.
     partitioner: mesh and rules; None is one device.
-    checkpoint_every: steps between checkpoints; None writes the last one only.
+    checkpoint_every: steps between checkpoints; None writes the last one only, and one when the
+      run is asked to stop.
     params_at: steps (0 to num_steps) whose parameters stay in `params/<step>`.
     initial_params: plain tree that replaces the values of `init_params`; it is copied. Or a
       function that returns one, called when a run begins and not when it resumes.
@@ -108,6 +110,7 @@ def train(
     ValueError: for arguments out of range, `initial_params` of other shapes, a batch that cannot
       be learned from, or a directory that holds a run with other settings.
     NonFiniteLossError: naming the step and the examples of its batch.
+    processes.Terminated: after a checkpoint, where this process or another of the job got SIGTERM.
   """
   evaluators = dict(evaluators or {})
   _check_arguments(num_steps, checkpoint_every, params_at, accumulate, log_every, evaluators)
@@ -127,8 +130,8 @@ def train(
     "seed": seed,
     "accumulate": accumulate,
     "log_every": log_every,
-    "batch": {name: list(np.shape(value)) for name, value in sorted(first_batch.items())},
-    "num_processes": jax.process_count(),
+    "batch": {name: [np.shape(value)[0] * processes.count(), *np.shape(value)[1:]]
+              for name, value in sorted(first_batch.items())},  # of all processes
   }
   positions = _positions(first_batch)
   placed = _hashable(shardings)
@@ -136,12 +139,12 @@ def train(
   check_batch = getattr(example_losses, "check_batch", None)
   kept = sorted(set(params_at))
 
-  store = CheckpointStore(directory / "checkpoints")
+  store = CheckpointStore(directory / "checkpoints", max_to_keep=2)
   try:
-    with partitioner.activate():
-      start = store.latest_step()
-      pending = _Pending()
-      if start is None:
+    with partitioner.activate(), processes.saving_on_request():
+      found = _restore(store, abstract, shardings, settings, directory)
+      start, pending = None, _Pending()
+      if found is None:
         if initial_params is None:
           state = _compiled_init(init_params, optimizer, *placed)(key)
         else:
@@ -152,7 +155,7 @@ def train(
           state = copy(jax.device_put(nn.unbox(initial_params), shardings.params))
           initial_params = None  # free what only this run held
       else:
-        state, extra = _restore(store, start, abstract, shardings, settings, directory)
+        start, state, extra = found
         pending = _Pending(**extra["pending"])
       log = MetricsLog(directory, start, tensorboard)
 
@@ -170,7 +173,10 @@ def train(
         if step in kept:
           save_params(directory / "params" / str(step), state.params)
         if last or (checkpoint_every and step > 0 and step % checkpoint_every == 0):
-          store.save(step, state, {"settings": settings, "pending": pending._asdict()})
+          save(step, state)
+
+      def save(step, state):
+        store.save(step, state, {"settings": settings, "pending": pending._asdict()})
 
       bar = _progress(progress, num_steps, description, start or 0)
       speed = _Speed(log, positions, flops_per_token)
@@ -202,6 +208,12 @@ def train(
             boundary(done, state)
             if done % log_every == 0 or done == num_steps:
               speed.record(done)
+          if processes.stop_requested() and done < num_steps:
+            settle()
+            if store.latest_step() != done:
+              save(done, state)
+            store.wait()
+            raise processes.Terminated
       log.close()
       store.wait()
   finally:
@@ -313,18 +325,21 @@ def _hashable(tree):
   return tuple(leaves), treedef
 
 
-def _restore(store, step, abstract, shardings, settings, directory):
+def _restore(store, abstract, shardings, settings, directory):
   wanted = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
   )
-  state, extra = store.restore(step, wanted)
+  found = store.restore_latest(wanted)
+  if found is None:
+    return None
+  _, _, extra = found
   for name, value in settings.items():
     if extra["settings"].get(name) != value:
       raise ValueError(
         f"{directory} holds a run with {name}={extra['settings'].get(name)} and this one has "
         f"{name}={value}; use an empty directory or the old setting."
       )
-  return state, extra
+  return found
 
 
 def _is_boundary(done, num_steps, log_every, checkpoint_every, kept, evaluators):

@@ -178,35 +178,73 @@ class Partitioner:
 
     return jax.tree_util.tree_map_with_path(even, unboxed(abstract), shardings)
 
-  def batch_sharding(self, ndim: int) -> NamedSharding:
-    """First axis over the batch axes, the others whole. `ndim` 0 is replicated."""
+  def batch_sharding(self, ndim: int, axis: int = 0) -> NamedSharding:
+    """That axis over the batch axes, the others whole. `ndim` 0 is replicated."""
     split = ndim and self.batch_axes
-    return NamedSharding(self.mesh, PartitionSpec(self.batch_axes) if split else PartitionSpec())
+    spec = PartitionSpec(*(None,) * axis, self.batch_axes) if split else PartitionSpec()
+    return NamedSharding(self.mesh, spec)
 
-  def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  def place_batch(
+    self, batch: Mapping[str, np.ndarray], axis: int = 0
+  ) -> dict[str, jax.Array]:
     """Global arrays from the rows that this process holds; `example_id` stays on the host.
+
+    Args:
+      batch: the rows of this process.
+      axis: of the rows: 0, or 1 for batches that are stacked by step, `[T,B,...]`.
 
     Raises:
       ValueError: when the batch does not split evenly over the mesh.
     """
+    return self._placed(batch, self._processes, self._from_own_rows, axis)
+
+  def place_rows(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """As `place_batch` from rows that every process holds, or can read, all of."""
+    return self._placed(rows, 1, self._from_all_rows, 0)
+
+  def _placed(self, rows, parts, make, axis):
     placed = {}
-    for name, value in batch.items():
+    for name, value in rows.items():
       if name in HOST_FIELDS:
         continue
       value = np.asarray(value)
-      rows = value.shape[0] * jax.process_count()
-      if rows % self.num_batch_shards:
+      num = value.shape[axis] * parts
+      if num % self.num_batch_shards:
         raise ValueError(
-          f"A batch of {rows} examples does not split over {' x '.join(self.batch_axes)} = "
+          f"A batch of {num} examples does not split over {' x '.join(self.batch_axes)} = "
           f"{self.num_batch_shards} devices; set the batch size to a multiple of "
           f"{self.num_batch_shards}."
         )
-      sharding = self.batch_sharding(value.ndim)
-      if jax.process_count() == 1:
-        placed[name] = jax.device_put(value, sharding)
-      else:
-        placed[name] = jax.make_array_from_process_local_data(sharding, value)
+      placed[name] = make(value, self.batch_sharding(value.ndim, axis))
     return placed
+
+  @property
+  def _processes(self) -> int:
+    """Processes that the mesh spans: each gives its part of a batch."""
+    return len({device.process_index for device in self.mesh.devices.flat})
+
+  def _from_own_rows(self, value, sharding):
+    if self._processes == 1:
+      return jax.device_put(value, sharding)
+    return jax.make_array_from_process_local_data(sharding, value)
+
+  def _from_all_rows(self, value, sharding):
+    if self._processes == 1:
+      return jax.device_put(value, sharding)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+  def local(self) -> Partitioner:
+    """The same rules on a mesh of this process's devices only; itself in a job of one process."""
+    if self._processes == 1:
+      return self
+    num, sizes = len(jax.local_devices()), {}
+    for axis in ("tensor", "fsdp"):
+      sizes[axis] = math.gcd(self.mesh.shape[axis], num)
+      num //= sizes[axis]
+    shape = (num, sizes["fsdp"], sizes["tensor"])
+    mesh = jax.make_mesh(
+      shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.local_devices())
+    return dataclasses.replace(self, mesh=mesh)
 
 
 def activated(partitioner: Partitioner | None):
@@ -229,7 +267,9 @@ def initialize_distributed(
 
   Explicit arguments win. Then `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and
   `JAX_PROCESS_ID`; then what `jax.distributed` detects by itself: SLURM and Open MPI with more than
-  one task, Cloud TPU workers, Kubernetes jobs. Call it before anything else touches jax.
+  one task, Cloud TPU workers, Kubernetes jobs. `LMOPS_DISTRIBUTED=1` asks it to detect in any case:
+  the hosts of a slice that are reached by ssh are listed in Cloud TPU's metadata only. Call it
+  before anything else touches jax.
 
   Returns:
     Whether this is one of several processes.
@@ -256,7 +296,9 @@ def initialize_distributed(
   tasks = 1 if "SLURM_JOB_ID" in env and "SLURM_PROCID" not in env else tasks
   tpu_workers = env.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
   kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-  if tasks > 1 or tpu_workers > 1 or kubernetes or "MEGASCALE_COORDINATOR_ADDRESS" in env:
+  multislice = "MEGASCALE_COORDINATOR_ADDRESS" in env
+  asked = env.get("LMOPS_DISTRIBUTED") == "1"
+  if asked or tasks > 1 or tpu_workers > 1 or kubernetes or multislice:
     jax.distributed.initialize()
     return jax.process_count() > 1
   return False

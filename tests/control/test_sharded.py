@@ -1,6 +1,7 @@
 """One device and two, four or eight virtual ones give the same scores, whatever the mesh."""
 
 import contextlib
+import functools
 import math
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmops_jax.control import mean_target_loss, pmp_scores, pmp_scores_resumable
 from lmops_jax.models.transformer import Transformer, TransformerConfig
+from lmops_jax.training.checkpoints import CheckpointStore
 from lmops_jax.training.losses import lm_example_losses
 from lmops_jax.training.mesh import BATCH_AXES, MeshConfig
 
@@ -80,17 +82,26 @@ def test_meshes_agree_with_one_device(single, sizes, kw):
 
 
 @pytest.mark.slow
-def test_resumable_solve_on_a_mesh(single):
+def test_resumable_solve_on_a_mesh_and_then_on_another(single, tmp_path):
   partitioner = MeshConfig(2, 2, 2, rules="sharded").build()
-  saved = []
-  solver = lambda *args, **kw: pmp_scores_resumable(  # noqa: E731
-    *args, **kw, segment_steps=2, load=lambda: saved[-1] if saved else None,
-    save=lambda tree: saved.append(jax.tree.map(np.asarray, tree)))
-  _, got = _solve(partitioner, solver, groups=2)
-  _assert_close(got, single)
-  assert len(saved) == 4
-  for keep in (1, 3):  # as if stopped in the forward or in the reverse pass
-    del saved[keep:]
-    _, again = _solve(partitioner, solver, groups=2)
+
+  def solve(mesh, folder, stop_at=None):
+    def advance(done, _):
+      if done == stop_at:
+        raise KeyboardInterrupt
+
+    with contextlib.closing(CheckpointStore(tmp_path / folder, keep_steps=(1,))) as store:
+      solver = functools.partial(
+        pmp_scores_resumable, segment_steps=2, store=store, progress=advance)
+      return _solve(mesh, solver, groups=2)[1]
+
+  whole = solve(partitioner, "whole")
+  _assert_close(whole, single)
+  for stop_at in (1, 3):  # in the forward and in the reverse pass
+    for folder in ("same", "other"):
+      with pytest.raises(KeyboardInterrupt):
+        solve(partitioner, f"{folder}{stop_at}", stop_at)
+    again = solve(partitioner, f"same{stop_at}")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
-                 again, got)
+                 again, whole)
+    _assert_close(solve(MeshConfig(1, 4, 2).build(), f"other{stop_at}"), single)

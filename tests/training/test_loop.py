@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmops_jax import processes
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training import optimizers
+from lmops_jax.training.checkpoints import CheckpointStore
 from lmops_jax.training.loop import NonFiniteLossError, load_kept_params, train
 from lmops_jax.training.losses import lm_example_losses
 from lmops_jax.training.mesh import MeshConfig
+from lmops_jax.training.metrics import read_records
 from lmops_jax.training.train_state import new_state
 
 MODEL = Transformer(
@@ -191,6 +194,96 @@ def test_resume_of_a_model_on_another_mesh_and_of_a_finished_run(tmp_path, singl
   again = _lm(tmp_path, batch_at=never)
   jax.tree.map(np.testing.assert_array_equal, again.state, result.state)
   assert again.history == result.history
+
+
+@pytest.fixture
+def sigterm_saves():
+  before = signal.getsignal(signal.SIGTERM)
+  processes.handle_sigterm()
+  yield
+  signal.signal(signal.SIGTERM, before)
+  processes._Requests.arrived = False
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_sigterm_saves_and_ends_between_steps(tmp_path, sigterm_saves, at):
+  """Without periodic checkpoints; the last step is the run's own checkpoint."""
+  def terminated(step):
+    if step == at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return _linear_batch(step)
+
+  want = _linear(tmp_path / "whole")
+  if at == 6:
+    got = _linear(tmp_path / "cut", batch_at=terminated)
+  else:
+    with pytest.raises(processes.Terminated):
+      _linear(tmp_path / "cut", batch_at=terminated)
+    assert CheckpointStore(tmp_path / "cut" / "checkpoints").latest_step() == at + 1
+    processes._Requests.arrived = False
+    got = _linear(tmp_path / "cut")
+  jax.tree.map(np.testing.assert_array_equal, got.state, want.state)
+  assert got.history == want.history
+
+
+def test_a_truncated_checkpoint_is_dropped_for_the_one_before(tmp_path, capfd):
+  want = _linear(tmp_path / "whole", checkpoint_every=2)
+
+  def interrupted(step):
+    if step == 5:
+      raise _Interrupt
+    return _linear_batch(step)
+
+  with pytest.raises(_Interrupt):
+    _linear(tmp_path / "cut", batch_at=interrupted, checkpoint_every=2)
+  folder = tmp_path / "cut" / "checkpoints" / "4"
+  largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:-1])
+  started = []
+
+  def watched(step):
+    started.append(step)
+    return _linear_batch(step)
+
+  got = _linear(tmp_path / "cut", batch_at=watched, checkpoint_every=2)
+  assert started[1] == 2
+  said = capfd.readouterr().err
+  assert f"checkpoint {folder} is dropped (its file" in said and "going on from step 2" in said
+  jax.tree.map(np.testing.assert_array_equal, got.state, want.state)
+  assert got.history == want.history
+
+
+_FULL = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+import jax, test_loop
+
+def init(key):
+  return {{"w": jax.random.normal(key, (3,)), "rest": jax.random.normal(key, (100_000,))}}
+
+def batch_at(step):
+  if step == 4 and len(sys.argv) > 2:  # as a full disk does, from here on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+  return test_loop._linear_batch(step)
+
+try:
+  test_loop._linear(sys.argv[1], init_params=init, batch_at=batch_at, checkpoint_every=2)
+except Exception as error:
+  from lmops_jax.manifests import is_disk_full
+  print("disk full", is_disk_full(error))
+"""
+
+
+def test_a_full_disk_during_a_checkpoint_leaves_the_one_before(tmp_path):
+  command = [sys.executable, "-c", _FULL.format(folder=os.path.dirname(__file__)), tmp_path / "run"]
+  ended = subprocess.run([*command, "full"], capture_output=True, text=True, check=False)
+  assert "disk full True" in ended.stdout, ended
+  store = CheckpointStore(tmp_path / "run" / "checkpoints")
+  assert store.latest_step() in (2, 4)  # step 4's may still have been under way
+  store.close()
+  ended = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert "disk full" not in ended.stdout
+  assert read_records(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 7
 
 
 _KILLED = """

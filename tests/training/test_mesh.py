@@ -118,6 +118,15 @@ def test_alone_unless_the_environment_tells_of_others():
     initialize_distributed(environ={"JAX_PROCESS_ID": "x"})
 
 
+def test_detection_can_be_asked_for(monkeypatch):
+  """As on Cloud TPU hosts reached by ssh, whose environment tells nothing."""
+  called = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: called.append(arguments))
+  assert not initialize_distributed(environ={"LMOPS_DISTRIBUTED": "0"}) and called == []
+  assert not initialize_distributed(environ={"LMOPS_DISTRIBUTED": "1"})  # but is alone
+  assert called == [()]
+
+
 def test_joins_as_told_by_the_environment():
   program = (
     "import jax; from lmops_jax.training.mesh import initialize_distributed;"

@@ -1,23 +1,24 @@
-"""Two real processes of two devices each train like one device, and resume each other's run."""
+"""Two real processes of two devices each train like one device, stop together, see a peer go."""
 
 import json
 import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from tests import several_processes
+
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 _PROGRAM = """
-import json, sys
+import json, os, signal, sys
 import jax
+from lmops_jax import processes
 from lmops_jax.training.mesh import MeshConfig, initialize_distributed
 
-directory, stop, several = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "several"
-assert initialize_distributed() == several
+directory, num_steps, fault, at = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+processes.handle_sigterm()
+several = initialize_distributed()
 sys.path.insert(0, {folder!r})
 import test_loop
 from jax.experimental import multihost_utils
@@ -26,13 +27,21 @@ rows = 8 // jax.process_count()
 mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 def batch_at(step):
-  if step == stop:
+  if step == at and fault == "exit":
     raise SystemExit(0)
+  if step == at and fault != "none" and jax.process_index() == jax.process_count() - 1:
+    os.kill(os.getpid(), getattr(signal, fault))
   return {{name: value[mine] for name, value in test_loop._lm_batch(step).items()}}
 
-mesh = MeshConfig(fsdp=2).build() if several else None
-result = test_loop._lm(directory, batch_at=batch_at, partitioner=mesh, checkpoint_every=2,
-                       params_at=(3,))
+try:
+  result = test_loop._lm(
+    directory, batch_at=batch_at, partitioner=MeshConfig(fsdp=2).build() if several else None,
+    checkpoint_every=2 if num_steps < 10 else None, params_at=(3,), num_steps=num_steps)
+except processes.Terminated:
+  raise SystemExit(143)
+except Exception as error:
+  print("lost a peer" if processes.is_lost_peer(error) else repr(error))
+  processes.leave_others(2)
 params = result.state.params
 if several:
   params = multihost_utils.process_allgather(params, tiled=True)
@@ -43,43 +52,53 @@ if jax.process_index() == 0:
 """
 
 
-def _run(directory, num_processes, stop=-1):
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    port = s.getsockname()[1]
-  environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-  processes = []
-  for index in range(num_processes):
-    extra = {}
-    if num_processes > 1:
-      extra = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": str(num_processes),
-        "JAX_PROCESS_ID": str(index),
-      }
-    kind = "several" if num_processes > 1 else "one"
-    program = _PROGRAM.format(folder=os.path.dirname(__file__))
-    processes.append(subprocess.Popen(
-      [sys.executable, "-c", program, str(directory), str(stop), kind], env=environ | extra,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ))
-  outputs = [process.communicate(timeout=300)[0] for process in processes]
-  for process, output in zip(processes, outputs, strict=True):
-    assert process.returncode == 0, output[-3000:]
+def _command(directory, num_steps=5, fault="none", at=-1):
+  directory.mkdir(exist_ok=True)
+  program = _PROGRAM.format(folder=os.path.dirname(__file__))
+  return ["-c", program, directory, num_steps, fault, at]
 
 
-def test_two_processes_equal_one_and_resume(tmp_path):
-  for name in ("one", "two", "cut"):
-    (tmp_path / name).mkdir()
+def _run(directory, num_processes, devices=2, **kw):
+  several_processes.run(_command(directory, **kw), num_processes, devices=devices)
+
+
+def _result(directory):
+  return json.loads((directory / "result.json").read_text())
+
+
+def test_processes_equal_one_and_resume(tmp_path):
   _run(tmp_path / "one", 1)
   _run(tmp_path / "two", 2)
-  _run(tmp_path / "cut", 2, stop=3)
+  _run(tmp_path / "four", 4, devices=1)
+  _run(tmp_path / "cut", 2, fault="exit", at=3)
   _run(tmp_path / "cut", 2)
-  one, two, cut = (
-    json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two", "cut")
-  )
+  _run(tmp_path / "other", 2, fault="exit", at=3)
+  _run(tmp_path / "other", 1)  # on another mesh
+  one, two, four, cut, other = (
+    _result(tmp_path / name) for name in ("one", "two", "four", "cut", "other"))
   assert cut == two
-  for got, want in zip(two[0], one[0], strict=True):
-    assert got == pytest.approx(want, rel=1e-5)
-  np.testing.assert_allclose(two[1], one[1], rtol=1e-5)
+  for found in (two, four, other):
+    for got, want in zip(found[0], one[0], strict=True):
+      assert got == pytest.approx(want, rel=1e-5)
+    np.testing.assert_allclose(found[1], one[1], rtol=1e-5)
+
+
+def test_sigterm_to_one_stops_all_at_the_same_step(tmp_path):
+  command = _command(tmp_path / "cut", num_steps=600, fault="SIGTERM", at=4)
+  ended = several_processes.finish(several_processes.start(command, 2, devices=2))
+  assert [code for code, _ in ended] == [143, 143], ended
+  step, = (int(path.name) for path in (tmp_path / "cut" / "checkpoints").glob("[0-9]*"))
+  assert 4 < step < 600
+  _run(tmp_path / "cut", 2, num_steps=600)
+  _run(tmp_path / "whole", 2, num_steps=600)
+  assert _result(tmp_path / "cut") == _result(tmp_path / "whole")
+
+
+def test_a_killed_process_ends_the_other_with_a_word(tmp_path):
+  command = _command(tmp_path / "cut", fault="SIGKILL", at=3)
+  ended = several_processes.finish(several_processes.start(command, 2, devices=2))
+  assert [code for code, _ in ended] == [2, -9], ended
+  assert "lost a peer" in ended[0][1]
+  _run(tmp_path / "cut", 2)
+  _run(tmp_path / "whole", 2)
+  assert _result(tmp_path / "cut") == _result(tmp_path / "whole")

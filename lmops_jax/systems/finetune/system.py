@@ -117,13 +117,13 @@ class Finetune:
     own |= {f"{name}.fingerprint": value for name, value in sources.items()}
     start = {"init.fingerprint": self.init.fingerprint()}
     return [
-      pipeline.Stage("prepare", self._prepare, settings=own | start),
+      pipeline.Stage("prepare", self._prepare, settings=own | start, together=False),
       pipeline.Stage(
         "train", functools.partial(self._train, partitioner=partitioner or single_device()),
         inputs=("prepare",),
         settings={k: v for k, v in flat.items() if k not in of_prepare} | start,
       ),
-      pipeline.Stage("report", self._report, inputs=("prepare", "train")),
+      pipeline.Stage("report", self._report, inputs=("prepare", "train"), together=False),
     ]
 
   def _prepare(self, context: pipeline.StageContext) -> None:
@@ -175,6 +175,9 @@ class Finetune:
       evaluators=evaluators, flops_per_token=per_token, description=context.name,
     )
     context.flops = result.flops
+    context.group.barrier("trained")
+    if not context.writes:
+      return
     shutil.rmtree(context.directory / "checkpoints")  # of resuming; the parameters stay
     model_lib.copy_tokenizer(self.init, context.directory / model_lib.TOKENIZER_FOLDER)
     model_lib.describe(

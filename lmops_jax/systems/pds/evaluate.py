@@ -67,7 +67,7 @@ def run(
           means = {
             name: lm.mean_loss(
               example_losses, params, _batches(rows, config.batch_size),
-              place=partitioner.place_batch, multiple_of=partitioner.num_batch_shards,
+              place=partitioner.place_rows, multiple_of=partitioner.num_batch_shards,
             )
             for name, rows in wanted.items()
           }
@@ -75,7 +75,8 @@ def run(
         curve.append({"step": step, **means})
         bar.update(1)
       results.append({"method": method, "seed": seed, "curve": curve})
-  (context.directory / FILE).write_text(json.dumps(results, indent=1) + "\n")
+  if context.writes:
+    (context.directory / FILE).write_text(json.dumps(results, indent=1) + "\n")
   per_token = flops.forward_flops_per_token(model.config, corpus.length)
   context.flops += num_rows * corpus.length * per_token
 

@@ -10,6 +10,7 @@ your own needs a `name` and either `score_proxies(bench)` or `score_corpus(bench
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,19 +19,19 @@ from typing import Any
 
 import gin
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax import control, pipeline
+from lmops_jax import control, pipeline, processes
 from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.data import export
 from lmops_jax.evaluation import examples
 from lmops_jax.models import flops
-from lmops_jax.systems.pds import dsir, prepare, pretrain, scores
-from lmops_jax.training import language_models, losses, mesh, optimizers
+from lmops_jax.systems.pds import dsir, prepare, pretrain
+from lmops_jax.training import checkpoints, language_models, losses, mesh, optimizers
 
 MATMUL_PRECISIONS = ("default", "high", "highest")
 DIVISORS = ("gradient_norm", "sqrt_length")
+UNFINISHED = "unfinished"  # folder of a solve's states, in its stage until the scores are written
 
 
 @gin.register(module="pds")
@@ -94,11 +95,12 @@ class Bench:
   def example_losses(self) -> Callable[[Any, Any], jax.Array]:
     return losses.lm_example_losses(self.model, chunk=self.proxy.loss_chunk)
 
-  def place(self, batch):
-    return self.partitioner.place_batch(batch)
-
   def place_rows(self, rows, micro_batch_size: int) -> tuple[dict[str, jax.Array], int]:
     """Places any number of rows, filled up with repeats of the first so that the mesh divides them.
+
+    Args:
+      rows: the same in every process of the job.
+      micro_batch_size: most rows to work on at a time.
 
     Returns:
       The placed rows, whose number is a multiple of the micro-batch size, and that size: at most
@@ -109,7 +111,7 @@ class Bench:
     size = -(-num // (num_parts * shards)) * shards
     filler = num_parts * size - num
     filled = {k: np.concatenate([v, np.repeat(v[:1], filler, axis=0)]) for k, v in rows.items()}
-    return self.place(filled), size
+    return self.partitioner.place_rows(filled), size
 
   def proxy_params(self, step: int | None = None):
     """Parameters of the proxy at a kept step (None: its last)."""
@@ -176,7 +178,7 @@ class Bench:
       return values / np.sqrt(self.proxies["loss_mask"].sum(axis=1))
     # One example at a time, which no mesh splits: every device takes all of them.
     rows = {k: v for k, v in self.proxies.items() if k not in mesh.HOST_FIELDS}
-    norms = np.asarray(gradient_norms(self.example_losses, params, rows))
+    norms = processes.fetch(gradient_norms(self.example_losses, params, rows))
     self.add_flops(len(values) * self.corpus.length, 3)
     return np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
 
@@ -337,21 +339,32 @@ class PMP:
     source = language_models.batch_source(
       corpus, inner_ids, self.batch_size, self.data_seed, self.shuffle
     )
-    steps = [bench.place(source(t)) for t in range(self.num_steps)]
-    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
-    weights = jnp.full((self.num_steps, self.batch_size), 1 / self.batch_size, jnp.float32)
+    steps = [source(t) for t in range(self.num_steps)]
+    batches = bench.partitioner.place_batch(
+      {name: np.stack([step[name] for step in steps]) for name in steps[0]}, axis=1
+    )
+    weights = np.full((self.num_steps, self.batch_size), 1 / self.batch_size, np.float32)
     target_loss = bench.target_loss(self.num_target, self.micro_batch_size)
     num_target = len(bench.target_batch(self.num_target)["example_id"])
     num_segments = 2 * -(-self.num_steps // self.segment_steps)
     rows, norms = [], collections.defaultdict(list)
     for step in self.checkpoints or (bench.proxy.num_steps,):
       params = bench.proxy_params(step)
-      path, title = bench.context.directory / f"solve_{step}.npz", f"{self.name}@{step}"
+      title = f"{self.name}@{step}"
       with (
+        self._store(bench, step) as store,
         bench.context.progress(num_segments, "segments", title) as bar,
         bench.partitioner.activate(),
+        processes.saving_on_request(),
         jax.default_matmul_precision(self.matmul_precision),
       ):
+
+        def advance(done, _, bar=bar, store=store):
+          bar.update(done - bar.done)
+          if processes.stop_requested():
+            store.wait()
+            raise processes.Terminated
+
         result = control.pmp_scores_resumable(
           bench.example_losses, target_loss, self.optimizer, params, batches,
           weights, objective=self.objective, trajectory=self.trajectory, proxy=proxies,
@@ -359,13 +372,12 @@ class PMP:
           proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
           proxy_batch_size=proxy_batch_size,
           micro_batch_size=self.inner_micro_batch_size, segment_steps=self.segment_steps,
-          load=functools.partial(scores.load_arrays, path),
-          save=functools.partial(scores.save_arrays, path),
-          progress=lambda done, _, bar=bar: bar.update(done - bar.done),
+          store=store, progress=advance,
           log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )
+      result = processes.fetch(result._replace(params=None))
       control.check_result(result)
-      values = np.asarray(result.proxy_scores)[:num_proxies]
+      values = result.proxy_scores[:num_proxies]
       rows.append(bench.divided(values, params, self.divide_by))
       for name in ("target_losses", "costate_norms", "target_grad_norms"):
         norms[name].append(np.asarray(getattr(result, name), np.float64).tolist())
@@ -379,6 +391,13 @@ class PMP:
     for num_passes, size in zip(passes, sizes, strict=True):
       bench.add_flops(size * corpus.length * len(rows), num_passes)
     return np.stack(rows)
+
+  def _store(self, bench: Bench, step: int):
+    num_segments = -(-self.num_steps // self.segment_steps)
+    return contextlib.closing(checkpoints.CheckpointStore(
+      bench.context.directory / UNFINISHED / str(step), max_to_keep=2,
+      keep_steps=range(1, num_segments),
+    ))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,7 +429,7 @@ class _DirectionMethod:
       params = bench.proxy_params(step)
       with bench.partitioner.activate():
         direction = self.direction(bench, params, gradient(params))
-        values = np.asarray(control.directional_scores(
+        values = processes.fetch(control.directional_scores(
           bench.example_losses, params, direction, proxies, proxy_batch_size
         ))[: bench.proxy_set.num_proxies]
       rows.append(bench.divided(values, params, self.divide_by))
@@ -469,7 +488,9 @@ class InfluenceScores(_DirectionMethod):
 
   def direction(self, bench, params, target_grad):
     source = language_models.batch_source(bench.corpus, None, self.num_hessian, self.data_seed)
-    batch = jax.tree.map(lambda leaf: leaf[None], bench.place(source(0)))
+    batch = bench.partitioner.place_batch(
+      {name: rows[None] for name, rows in source(0).items()}, axis=1
+    )
     passes = control.influence_passes(
       self.solver, self.iterations, curvature=self.curvature, damping=self.damping
     )

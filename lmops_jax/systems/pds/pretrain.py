@@ -143,7 +143,8 @@ def run(
     num_steps=config.num_steps, num_positions=num_positions,
     epochs=config.num_steps * config.batch_size / num,
   )
-  _describe(context, config, model.config, prepared.vocabulary)
+  if context.writes:
+    _describe(context, config, model.config, prepared.vocabulary)
 
 
 def _describe(context, config: Pretrain, model_config, vocabulary) -> None:

@@ -16,7 +16,7 @@ import gin
 import jax
 import numpy as np
 
-from lmops_jax import pipeline
+from lmops_jax import pipeline, processes
 from lmops_jax.data import batches as batches_lib
 from lmops_jax.data import vocabularies
 from lmops_jax.evaluation import correlation, examples
@@ -173,7 +173,11 @@ def fit(
   prepared = prepare.Prepared(context.input("prepare"))
   vocabulary = None
   if config.vocabulary is not None:
-    vocabulary = config.vocabulary.build((), context.directory / VOCABULARY_FOLDER)
+    folder = context.directory / VOCABULARY_FOLDER
+    if context.writes:
+      config.vocabulary.build((), folder)
+    context.group.barrier(f"vocabulary of {context.name}")
+    vocabulary = vocabularies.load_vocabulary(folder)
   view = View(prepared, vocabulary)
   scored = scores.load_proxy_scores(context.input(solve_stage))
   targets = scores.standardize(scored.scores, clip=config.clip, ranks=config.ranks)
@@ -248,9 +252,10 @@ def fit(
   predicted = examples.map_examples(
     predict, params, held_out, config.inference_batch_size, partitioner
   )
-  scores.save_arrays(context.directory / VALIDATION_FILE, {
-    "ids": scored.ids[validation], "target": targets[validation], "predicted": predicted,
-  })
+  if context.writes:
+    scores.save_arrays(context.directory / VALIDATION_FILE, {
+      "ids": scored.ids[validation], "target": targets[validation], "predicted": predicted,
+    })
   threshold = correlation.top_fraction_metrics(predicted, targets[validation], fraction=0.3)
   context.extra.update(
     validation_spearman=curve[best], best_step=best, num_train=len(train),
@@ -287,16 +292,23 @@ class Annotator:
   Args:
     view: of the corpus. fitted: folder of the stage `scorer`.
     config: of the scorer. proxy: of the proxy.
+    partitioner: of the job.
+    alone: score on this process's devices, whatever the job's other processes do.
   """
 
   def __init__(
-    self, view: View, fitted: Path, config: Scorer, proxy: pretrain.Pretrain, partitioner
+    self, view: View, fitted: Path, config: Scorer, proxy: pretrain.Pretrain, partitioner,
+    alone: bool = False,
   ):
     self._view = view
     model = scorer_model(config, proxy, view)
     self._params = checkpoints.load_params(
       fitted / PARAMS_FOLDER, language_models.abstract_params(initializer(model), partitioner)
     )
+    if alone:
+      partitioner = partitioner.local()
+      self._params = jax.device_put(processes.fetch(self._params), partitioner.shardings(
+        jax.eval_shape(initializer(model), jax.random.key(0))))
     self._predict = jax.jit(losses.regression_example_losses(model).predict)
     self._batch_size, self._partitioner = config.inference_batch_size, partitioner
 
@@ -312,34 +324,48 @@ def annotate(
   context: pipeline.StageContext, config: Scorer, proxy: pretrain.Pretrain, partitioner,
   scorer_stage: str,
 ) -> None:
-  """Scores every instance of the corpus, shard by shard; finished shards are not done again."""
+  """Scores every instance of the corpus, shard by shard; finished shards are not done again.
+
+  Of several processes each scores shards of its own on its own devices, and reads only them.
+  """
   fitted = context.input(scorer_stage)
   view = annotated_view(context.input("prepare"), fitted)
-  annotator = Annotator(view, fitted, config, proxy, partitioner)
-  num, num_new = len(view.instances), 0
+  annotator = Annotator(
+    view, fitted, config, proxy, partitioner, alone=context.group.count > 1
+  )
+  num = len(view.instances)
+  shards = {
+    shard: (start, min(start + config.shard_size, num))
+    for shard, start in enumerate(range(0, num, config.shard_size))
+  }
+  missing = {s for s in shards if not scores.shard_path(context.directory, s).exists()}
   with context.progress(num, "instances", context.name) as bar:
-    for shard, start in enumerate(range(0, num, config.shard_size)):
-      stop = min(start + config.shard_size, num)
-      if not scores.shard_path(context.directory, shard).exists():
+    for shard, (start, stop) in shards.items():
+      context.group.check()
+      if shard in missing and shard % context.group.count == context.group.index:
         scores.save_shard(context.directory, shard, start, annotator.scores(start, stop))
-        num_new += stop - start
       bar.update(stop - start)
+  num_new = sum(stop - start for start, stop in map(shards.get, missing))
   context.flops += num_new * flops_per_instance(config, proxy, view)
 
 
 def write_scores(
   context: pipeline.StageContext, num_examples: int, values, shard_size: int
 ) -> None:
-  """Writes a corpus method's score blocks as shards of `shard_size`."""
+  """Writes a corpus method's score blocks as shards of `shard_size`.
+
+  Of several processes all compute the blocks, on their common devices, and the first one writes.
+  """
+  save_shard = scores.save_shard if context.writes else lambda *_: None
   waiting = np.zeros(0)
   shard = 0
   for block in values:
     waiting = np.concatenate([waiting, np.asarray(block, np.float64)])
     while len(waiting) >= shard_size:
-      scores.save_shard(context.directory, shard, shard * shard_size, waiting[:shard_size])
+      save_shard(context.directory, shard, shard * shard_size, waiting[:shard_size])
       waiting, shard = waiting[shard_size:], shard + 1
   if len(waiting):
-    scores.save_shard(context.directory, shard, shard * shard_size, waiting)
+    save_shard(context.directory, shard, shard * shard_size, waiting)
   written = shard * shard_size + len(waiting)
   if written != num_examples:
     raise ValueError(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
-import jax
 import numpy as np
 
 from lmops_jax import pipeline
@@ -117,11 +117,6 @@ class Pipeline:
       settings: the resolved settings of this object, a `config.Settings`.
       partitioner: places parameters and batches on the mesh; None is one device.
     """
-    if jax.process_count() > 1:
-      raise ValueError(
-        f"this job has {jax.process_count()} processes, and PDS scores and annotates in one; start "
-        "it once, on a machine that holds all the devices."
-      )
     partitioner = partitioner or mesh.single_device()
     for config in self._models():
       attention.check_platform(config.attention, partitioner.platform)
@@ -135,7 +130,7 @@ class Pipeline:
     stages = [
       pipeline.Stage(
         "prepare", self._stage(prepare.run, distributed.run_prepare, config=self.prepare),
-        settings=part("prepare") | self.prepare.fingerprints(),
+        settings=part("prepare") | self.prepare.fingerprints(), together=False,
       ),
       pipeline.Stage(
         "proxy",
@@ -171,7 +166,7 @@ class Pipeline:
               functools.partial(scorer.annotate, partitioner=partitioner), distributed.annotate,
               config=self.scorer, proxy=self.proxy, scorer_stage=fit,
             ),
-            inputs=("prepare", fit), settings=part("scorer"),
+            inputs=("prepare", fit), settings=part("scorer"), together=self.engine is None,
           ),
         ]
       else:
@@ -184,7 +179,7 @@ class Pipeline:
         self._stage(
           select.run, distributed.run_select, config=self.select, annotate_stage=annotate
         ),
-        inputs=("prepare", annotate), settings=part("select"),
+        inputs=("prepare", annotate), settings=part("select"), together=False,
       ))
       for seed in self.seeds:
         name = f"pretrain/{method.name}/seed{seed}"
@@ -212,7 +207,7 @@ class Pipeline:
         report.run, config=self.report, stages=tuple(s.name for s in stages),
         method_names=tuple(m.name for m in self.methods),
       ),
-      inputs=tuple(s.name for s in stages), settings=part("report"),
+      inputs=tuple(s.name for s in stages), settings=part("report"), together=False,
     ))
     return stages
 
@@ -246,7 +241,9 @@ class Pipeline:
         f"method {method.name!r} gave {values.shape[1]} scores for {len(ids)} proxies; "
         "score_proxies must return one a proxy, [M] or [C,M]."
       )
-    scores.save_proxy_scores(context.directory, scores.ProxyScores(ids, values))
+    if context.writes:
+      scores.save_proxy_scores(context.directory, scores.ProxyScores(ids, values))
+      shutil.rmtree(context.directory / methods.UNFINISHED, ignore_errors=True)
 
   def _score_corpus(self, context, method, partitioner) -> None:
     bench = self._bench(context, partitioner)

@@ -1,0 +1,49 @@
+"""Starts the processes of one job on this machine: gloo between them, some virtual devices each."""
+
+import os
+import socket
+import subprocess
+import sys
+
+
+def start(command, num_processes, *, devices=1, environ=None, cwd=None):
+  """The running processes, the coordinator first.
+
+  Args:
+    command: arguments after the interpreter's.
+    num_processes: of the job; 1 is an ordinary run.
+    devices: virtual CPU devices a process.
+    environ: further environment variables.
+  """
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    port = s.getsockname()[1]
+  base = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | (environ or {})
+  base["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+  processes = []
+  for index in range(num_processes):
+    own = {}
+    if num_processes > 1:
+      own = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+             "JAX_NUM_PROCESSES": str(num_processes), "JAX_PROCESS_ID": str(index)}
+    processes.append(subprocess.Popen(
+      [sys.executable, *map(str, command)], env=base | own, cwd=cwd, stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, text=True))
+  return processes
+
+
+def finish(processes):
+  """`[(exit code, output)]`; output is read from all at once, so that none waits for its reader."""
+  import concurrent.futures
+
+  with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+    outputs = list(pool.map(lambda process: process.communicate()[0], processes))
+  return [(p.returncode, out) for p, out in zip(processes, outputs, strict=True)]
+
+
+def run(command, num_processes, **kw):
+  """Runs to the end; all must succeed. Returns their outputs."""
+  ended = finish(start(command, num_processes, **kw))
+  for code, output in ended:
+    assert code == 0, output[-3000:]
+  return [output for _, output in ended]
