@@ -108,7 +108,7 @@ def test_the_split_is_random_seeded_and_complete():
 
 
 def test_corpus_scores_must_match_the_corpus(tmp_path):
-  context = types.SimpleNamespace(directory=tmp_path, name="annotate/mine")
+  context = types.SimpleNamespace(directory=tmp_path, name="annotate/mine", writes=True)
   with pytest.raises(ValueError, match="gave 7 scores for 9 instances"):
     scorer.write_scores(context, 9, [np.zeros(3), np.zeros(4)], shard_size=4)
 
