@@ -58,9 +58,11 @@ def set_environment(arguments: argparse.Namespace) -> None:
   """Before jax is imported: what concerns other devices leaves this machine's alone."""
   if arguments.topology is not None:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # What libtpu would ask the metadata server of a TPU machine for.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-                        "TPU_WORKER_ID": "0"}.items():
+    for name, value in {
+      # What libtpu would ask the metadata server of a TPU machine for.
+      "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is taken, so several compilations may run
+    }.items():
       os.environ.setdefault(name, value)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -118,14 +117,12 @@ def tpu_devices(topology: chips.Topology) -> list:
       "compiling for a TPU topology needs libtpu, which is not installed; run "
       "pip install 'lmops_jax[tpu]'."
     )
-  # No metadata server is asked who this machine is.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   from jax.experimental import topologies
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
   except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
     raise ValueError(
-      f"libtpu knows no topology {topology.name!r} ({str(error).splitlines()[0]}); write one that "
+      f"libtpu gives no topology {topology.name!r} ({str(error).splitlines()[0]}); write one that "
       "can be ordered, such as v5e:4x4 or v5p:2x2x4."
     ) from error
   return list(devices)

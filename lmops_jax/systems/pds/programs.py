@@ -175,7 +175,7 @@ def training_remedies(config: Any, partitioner: Partitioner) -> tuple[str, ...]:
   found = []
   if config.batch_size // config.accumulate > partitioner.num_batch_shards:
     found.append(f"a smaller micro-batch (pds.Pretrain.accumulate above {config.accumulate})")
-  return (*found, *_recomputation(config, "models.TransformerConfig"), more_devices(partitioner))
+  return (*found, *_recomputation(config, "MODEL"), more_devices(partitioner))
 
 
 def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[str, ...]:
@@ -188,12 +188,12 @@ def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[s
       f"below {method.micro_batch_size})")
   if method.trajectory not in ("host", "auto", 1):
     found.append('fewer stored states (pds.PMP.trajectory="auto")')
-  return (*found, *_recomputation(proxy, "proxy/models.TransformerConfig"),
-          more_devices(partitioner))
+  return (*found, *_recomputation(proxy, "PROXY_MODEL"), more_devices(partitioner))
 
 
 def _recomputation(config: Any, name: str) -> list[str]:
-  return [] if config.model.remat == "full" else [f'recomputation ({name}.remat="full")']
+  return [] if config.model.remat == "full" else [
+    f'recomputation (models.TransformerConfig.remat="full" of {name})']
 
 
 def more_devices(partitioner: Partitioner) -> str:
