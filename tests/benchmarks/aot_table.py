@@ -13,6 +13,7 @@ Needs libtpu (`pip install 'lmops_jax[tpu]'`) and minutes of processor time for 
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -35,29 +36,38 @@ COLUMNS = ("size", "program", "slice", "GiB a device", "of", "temporaries", "a s
            "products / analytic", "collectives a step, GiB a device", "next smaller", "compiled in")
 
 
-def planned_bytes(size: str, program: str, topology: str) -> float:
-  """Bytes a device by arithmetic; infinite where the solve finds no place for a state."""
+@functools.cache
+def _job(size: str):
   from lmops_jax import config
+  return config.load([f"pds/paper_{size}.gin"], owed="named").run()
+
+
+@functools.cache
+def _planned(size: str, topology: str) -> dict[str, float]:
   from lmops_jax.training import chips
   from lmops_jax.training.budget import Memory
   slice_ = chips.topology(topology)
-  job = config.load([f"pds/paper_{size}.gin"], owed="named").run()
+  job = _job(size)
   try:
     phases = job.system.phases(
       job.mesh.plan(slice_.num_devices), Memory(slice_.chip.memory_bytes, slice_.chip.host_bytes),
       num_target=1024, num_corpus=1, platform="tpu")
   except ValueError:
-    return float("inf")
-  return next(p.total_bytes for p in phases if p.name == PLANNED[program])
+    return {}
+  return {phase.name: phase.total_bytes for phase in phases}
+
+
+def planned_bytes(size: str, program: str, topology: str) -> float:
+  """Bytes a device by arithmetic; infinite where the solve finds no place for a state."""
+  return _planned(size, topology).get(PLANNED[program], float("inf"))
 
 
 def compile_one(size: str, program: str, topology: str) -> dict:
   """Compiles one program in this process and returns its figures."""
-  from lmops_jax import config
   from lmops_jax.training import aot, chips
   from lmops_jax.training.budget import Memory
   slice_ = chips.topology(topology)
-  job = config.load([f"pds/paper_{size}.gin"], owed="named").run()
+  job = _job(size)
   partitioner = job.mesh.build(aot.tpu_devices(slice_))
   try:
     programs = job.system.programs(
