@@ -132,13 +132,22 @@ def resolve_trajectory(method: Any, parts: dict[str, float], memory: Memory) -> 
     memory.host_bytes)
 
 
+def planned_trajectory(method: Any, parts: dict[str, float], memory: Memory) -> str | int:
+  """`resolve_trajectory`, or one state where not even that fits: the plan then shows the excess."""
+  rest = sum(size for name, size in parts.items() if name != "state")
+  if method.trajectory == "auto" and memory.device_bytes is not None:
+    if memory.device_bytes < rest + parts["state"]:
+      return 1
+  return resolve_trajectory(method, parts, memory)
+
+
 def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, sizes,
            platform) -> list[Phase]:
   num_target = method.num_target or sizes.num_target
   parts = solve_parts(method, proxy, proxy_set, vocab_size, length, partitioner, num_target,
                       platform)
   state_bytes = parts["state"]
-  policy = resolve_trajectory(method, parts, memory)
+  policy = planned_trajectory(method, parts, memory)
   segment_steps = min(method.segment_steps, method.num_steps)
   copies = control_plan.device_state_copies(policy, segment_steps)
   held = {name: size for name, size in parts.items() if name != "state"}

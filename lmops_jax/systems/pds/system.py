@@ -226,7 +226,7 @@ class Pipeline:
       if isinstance(method, methods.PMP):
         solve = (method, self.proxy, self.proxy_set, proxy_size, length, partitioner, num_target)
         parts = plan.solve_parts(*solve, partitioner.platform)
-        policy = plan.resolve_trajectory(method, parts, memory)
+        policy = plan.planned_trajectory(method, parts, memory)
         found += programs.solve_programs(*solve, policy)
     return [
       *found, programs.pretrain_program(self.pretrain, size, length, partitioner, "pretrain")]

@@ -153,6 +153,8 @@ def test_auto_takes_what_fits():
   assert plan.resolve_trajectory(method, parts, on_host) == "host"
   with pytest.raises(ValueError, match="does not fit"):
     plan.resolve_trajectory(method, parts, Memory(rest))
+  assert plan.planned_trajectory(method, parts, Memory(rest)) == 1
+  assert plan.planned_trajectory(method, parts, on_host) == "host"
   with pytest.raises(ValueError, match="set pds.PMP.device_bytes"):
     plan.resolve_trajectory(method, parts, Memory())
   assert plan.resolve_trajectory(_pmp(trajectory="sqrt"), parts, Memory()) == "sqrt"
