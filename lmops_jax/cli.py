@@ -15,6 +15,7 @@ import lmops_jax
 from lmops_jax import (  # none of them loads gin or jax
   gin_files,
   model_commands,
+  plan_commands,
   processes,
   settings,
 )
@@ -36,6 +37,7 @@ examples:
   lmops learning-law evaluate --policy lmops_runs/learning_law/policy/clean/projected/seed0
   lmops run gin/pds/smoke.gin --workdir /tmp/smoke
   lmops show pds
+  lmops plan pds
   lmops generate --model MODEL --prompt "The capital of France is"
 """
 
@@ -108,8 +110,9 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
     add_gin(command)
     if name == "run":
       add_workdir(command)
-  model_commands.add_parsers(commands, {
-    "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter})
+  options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+  plan_commands.add_parsers(commands, options, add_gin)
+  model_commands.add_parsers(commands, options)
   return parser
 
 
@@ -197,7 +200,7 @@ def _one_line(error: Exception) -> str:
 def _dispatch(argv: list[str]) -> int:
   rest, bindings = _split_bindings(argv)
   systems = gin_files.systems()
-  names = [*systems, *_COMMANDS, *model_commands.COMMANDS]
+  names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS]
   command = next((argument for argument in rest if not argument.startswith("-")), None)
   if command is not None and command not in names:
     if command.endswith(".gin"):
@@ -234,11 +237,16 @@ def _dispatch(argv: list[str]) -> int:
     raise _UsageError(f"--workdir {arguments.workdir} is an address, not a folder; mount the "
                       "storage and give the path of a folder on it.")
   _set_environment()
+  describes = arguments.command in plan_commands.COMMANDS
+  if describes:
+    plan_commands.set_environment(arguments)
   from lmops_jax.training import memory  # loads no jax, and must be first
-  if arguments.command != "show":
+  if arguments.command != "show" and not describes:
     memory.keep_freed_memory()
   from lmops_jax import config
-  resolved = config.load(files, bindings)
+  resolved = config.load(files, bindings, owed="named" if describes else "refused")
+  if describes:
+    return plan_commands.run(arguments, resolved)
   if arguments.command == "show":
     _print_config(resolved)
     return 0

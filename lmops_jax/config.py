@@ -122,8 +122,9 @@ def _used_at_some_time(bindings: list[Binding]) -> set[int]:
 class _Resolver:
   """Follows the bindings that are in force at the end, from the root down."""
 
-  def __init__(self, bindings: list[Binding]):
+  def __init__(self, bindings: list[Binding], owed: str = "refused"):
     self._all = bindings
+    self._owed = owed
     self._index = _Index(b for b in bindings if b.superseded == ALWAYS)
     self._stack: list[tuple[tuple[str, ...], str]] = []
     self.effective: set[int] = set()
@@ -190,6 +191,8 @@ class _Resolver:
       if isinstance(value, Reference):
         return self.call(value, scopes)
       if isinstance(value, Constant) and value.value is gin.REQUIRED:
+        if self._owed == "named":
+          return f"<{binding.spelling}>"
         raise ConfigError(f"{binding.where}: {binding.spelling} must be given; add "
                           f"--gin.{binding.spelling}=VALUE.")
       if isinstance(value, Mapping):
@@ -250,13 +253,16 @@ class Resolved:
     return self.tree.build()
 
 
-def load(files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -> Resolved:
+def load(files: Sequence[str | os.PathLike], bindings: Sequence[str] = (), *,
+         owed: str = "refused") -> Resolved:
   """Reads gin files, then bindings, and resolves them from the root `run`.
 
   Args:
     files: gin files in the order in which they apply; `gin_files.find` says where they are sought.
     bindings: statements such as `"TRAIN_STEPS=400"` or `"OPTIMIZER=@optim.sgd()"`, as they follow
       `--gin.` on the command line; later ones win. `"import my_module"` registers what it holds.
+    owed: what becomes of a required value that is not given: "refused", or "named", the text
+      `<NAME>` in its place, for who wants sizes and opens no path.
 
   Raises:
     ConfigError: an unknown file, name, parameter or macro; a value that is not gin; a missing
@@ -270,7 +276,7 @@ def load(files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -> Re
     source.read_file(path)
   source.read_bindings(bindings)
 
-  resolver = _Resolver(source.bindings)
+  resolver = _Resolver(source.bindings, owed)
   tree = resolver.call(Reference((), ROOT, True, gin_files.display(paths[-1])), ())
   used = _used_at_some_time(source.bindings)
   for binding in source.bindings:

@@ -26,12 +26,15 @@ OWED = {
   ],
   "structured_prompting/paper.gin": ["MODEL = '/data/model'"],
 }
+PAPER_SIZES = [f"pds/paper_{size}.gin" for size in ("1.7b", "160m", "1b", "470m")]
+OWED |= dict.fromkeys(PAPER_SIZES, OWED["pds/paper.gin"])
 RUNS = [
   "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
   "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
   "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",
   "meta_optimizer/paper.gin", "pds/baselines.gin", "pds/default.gin", "pds/paper.gin",
-  "pds/smoke.gin", "structured_prompting/default.gin", "structured_prompting/paper.gin",
+  *PAPER_SIZES, "pds/smoke.gin",
+  "structured_prompting/default.gin", "structured_prompting/paper.gin",
 ]
 PARTS = ("pipeline", "sizes", "model")  # of a run, named by what they are
 

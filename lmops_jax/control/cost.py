@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 
-from lmops_jax.control import adjoint, checks
-from lmops_jax.control import trajectory as trajectories
+from lmops_jax.control import adjoint, checks, plan
 from lmops_jax.control.dynamics import init_state
 
 GRADIENT = 3
@@ -59,6 +58,31 @@ def solve_passes(
   return Passes(GRADIENT * num_gradients + reverse * num_steps, target, SLOPES * num_scored)
 
 
+def segment_passes(
+    optimizer: Any,
+    params: Any,
+    num_steps: int,
+    *,
+    is_reverse: bool,
+    num_scored: float,
+    trajectory: str | int = "all",
+    objective: str = "area",
+    hessian: bool = True) -> Passes:
+  """What one segment of `pmp_scores_resumable` computes, in either pass.
+
+  Args:
+    num_steps: of the segment. num_scored: times that it scores all proxies, on average.
+  """
+  if not is_reverse:
+    return Passes(GRADIENT * num_steps, 0, 0)
+  num_gradients = _run_gradients(num_steps, trajectory)
+  if _reverse_reads_gradient(optimizer, params):
+    num_gradients += num_steps
+  reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
+  target = (GRADIENT if objective == "area" else 1) * num_steps
+  return Passes(GRADIENT * num_gradients + reverse * num_steps, target, SLOPES * num_scored)
+
+
 def influence_passes(
     method: str,
     iterations: int,
@@ -87,10 +111,7 @@ def _trajectory_gradients(num_steps: int, segment_steps: int | None, policy: str
 
 
 def _run_gradients(num_steps: int, policy: str | int) -> int:
-  slots = trajectories.num_slots(policy, num_steps)
-  if slots >= num_steps:
-    return num_steps
-  return num_steps + int((~trajectories.make_schedule(num_steps, slots).is_reverse).sum())
+  return num_steps + plan.num_recomputed(policy, num_steps)
 
 
 def _reverse_reads_gradient(optimizer: Any, params: Any) -> bool:

@@ -19,6 +19,8 @@ import numpy as np
 from lmops_jax.control import adjoint
 from lmops_jax.control.dynamics import State, apply_update, gradient
 
+PROXY_SCOPE = "score_proxies"  # in the names of the operations that score proxies
+
 
 class Settings(NamedTuple):
   """What is computed and how; plain values, the static argument of every jitted solve."""
@@ -132,6 +134,13 @@ class Problem:
       lambda x: self.constrain(x) if is_image(x) else x, state.opt_state, is_leaf=is_image)
     return State(self.constrain(state.params), opt_state)
 
+  def _constrain_cotangent(self, state: State, floats: list[jax.Array]) -> list[jax.Array]:
+    """The cotangents of an optimizer state's floating-point leaves, placed like the leaves."""
+    leaves, treedef = jax.tree.flatten(state.opt_state)
+    rest = iter(floats)
+    like = treedef.unflatten([next(rest) if adjoint.is_inexact(x) else x for x in leaves])
+    return adjoint.float_leaves(self.constrain_state(State(state.params, like)).opt_state)
+
   def _gradient(self, params, t):
     return self.constrain(gradient(
       self.example_losses, params, self.batch_at(t), self.weights[t],
@@ -141,7 +150,8 @@ class Problem:
     """The carry before the first reverse step, lambda_T = grad J(params_T), from the last state."""
     loss, costate = jax.value_and_grad(self.target_loss)(state.params)
     costate = self.constrain(costate)
-    opt_zeros = [jnp.zeros_like(x) for x in adjoint.float_leaves(state.opt_state)]
+    opt_zeros = self._constrain_cotangent(
+      state, [jnp.zeros_like(x) for x in adjoint.float_leaves(state.opt_state)])
     proxy_scores, group = None, None
     if self.proxy is not None:
       losses = jax.eval_shape(self.example_losses, state.params, self.proxy)
@@ -162,7 +172,7 @@ class Problem:
     settings, costate = self.settings, carry.costate
     direct, opt_cotangent, u = adjoint.update_pullback(
       self.update, state, self._gradient(state.params, t), costate, carry.opt_cotangent)
-    u = self.constrain(u)
+    u, opt_cotangent = self.constrain(u), self._constrain_cotangent(state, opt_cotangent)
 
     batch, weights = self.batch_at(t), self.weights[t]
     if settings.hessian:
@@ -177,7 +187,8 @@ class Problem:
       previous = direct
     carry = carry._replace(opt_cotangent=opt_cotangent)
     if self.proxy is not None:
-      carry = self._score_proxies(carry, state.params, u, t)
+      with jax.named_scope(PROXY_SCOPE):
+        carry = self._score_proxies(carry, state.params, u, t)
     # In this order: the activations of the two passes never exist at the same time.
     params, previous = jax.lax.optimization_barrier((state.params, previous))
     target, previous = self._add_target(params, previous, t)

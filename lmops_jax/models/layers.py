@@ -237,8 +237,10 @@ class Attention(nn.Module):
   def _attend(self, q, k, v, segment_ids):
     c = self.config
     pattern = attention_lib.Pattern(c.causal, c.sliding_window, self._slopes())
+    # Parameters are made from one token, which kernels for whole sequences on a mesh refuse.
+    kind = "xla" if self.is_initializing() else c.attention
     out = attention_lib.self_attention(
-      q, k, v, segment_ids, pattern=pattern, kind=c.attention, chunk=c.attention_chunk
+      q, k, v, segment_ids, pattern=pattern, kind=kind, chunk=c.attention_chunk
     )
     if not c.momentum:
       return out

@@ -14,6 +14,12 @@ def unboxed(tree):
   return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
 
 
+def platform_in_use() -> str:
+  """Of the mesh in use, also while a program for other devices is traced; else the default one."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   """`nn.with_logical_constraint`, leaving whole what the mesh axes do not divide.
 

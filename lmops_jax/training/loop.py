@@ -135,7 +135,7 @@ def train(
   }
   positions = _positions(first_batch)
   placed = _hashable(shardings)
-  step_fn = _compiled_step(example_losses, optimizer, accumulate, partitioner, *placed)
+  step_fn = compiled_step(example_losses, optimizer, accumulate, partitioner, shardings)
   check_batch = getattr(example_losses, "check_batch", None)
   kept = sorted(set(params_at))
 
@@ -293,6 +293,11 @@ class _Speed:
           record["flops_per_sec"] = rate * self._positions * self._flops
       self._log.write_speed(record)
     self._last = (step, now)
+
+
+def compiled_step(example_losses, optimizer, accumulate, partitioner, shardings):
+  """The jitted step that `train` runs, with its states in `shardings`."""
+  return _compiled_step(example_losses, optimizer, accumulate, partitioner, *_hashable(shardings))
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ model and options are equal, so that compiled functions can be shared between ru
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models.heads import SequenceRegressor
+from lmops_jax.models.partitioning import platform_in_use
 from lmops_jax.models.perceptron import Perceptron
 from lmops_jax.models.transformer import Transformer, project_to_vocabulary
 
@@ -236,8 +238,17 @@ def _default_chunk(batch_size: int, length: int, vocab_size: int) -> int:
   shards = 1
   if not mesh.empty:
     shards = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-  whole, chunked = _CHUNK_BYTES.get(jax.default_backend(), _CHUNK_BYTES_ELSEWHERE)
-  position_bytes = -(-4 * batch_size * vocab_size // shards)
+  return default_chunk(batch_size / shards, length, vocab_size, platform_in_use())
+
+
+def default_chunk(rows: float, length: int, vocab_size: int, platform: str) -> int:
+  """Positions whose logits exist at a time when nothing is said.
+
+  Args:
+    rows: of the batch on one device. platform: that it runs on, "cpu", "gpu" or "tpu".
+  """
+  whole, chunked = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ELSEWHERE)
+  position_bytes = math.ceil(4 * rows * vocab_size)
   if length * position_bytes <= whole:
     return length
   chunk = max(1, chunked // position_bytes)

@@ -19,7 +19,7 @@ import flax.linen as nn
 import gin
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmops_jax.models.partitioning import unboxed
 
@@ -90,25 +90,45 @@ class MeshConfig:
       ValueError: when the axis sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = self.sizes(len(devices))
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Partitioner(mesh, self._rules())
+
+  def plan(self, num_devices: int) -> Partitioner:
+    """The mesh over devices that need not exist, for shapes and shardings only.
+
+    Raises:
+      ValueError: as `build`.
+    """
+    mesh = AbstractMesh(self.sizes(num_devices), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Partitioner(mesh, self._rules())
+
+  def sizes(self, num_devices: int) -> tuple[int, ...]:
+    """Sizes of the axes on so many devices.
+
+    Raises:
+      ValueError: when they do not multiply to that number.
+    """
     sizes = [self.data, self.fsdp, self.tensor]
     known = math.prod(size for size in sizes if size > 0)
-    if -1 in sizes and len(devices) % known == 0:
-      sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
+    if -1 in sizes and num_devices % known == 0:
+      sizes[sizes.index(-1)] = num_devices // known
+    if math.prod(sizes) != num_devices:
       raise ValueError(
         f"mesh.make has data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}, which does not "
-        f"fit {len(devices)} devices; their product must be that number."
+        f"fit {num_devices} devices; their product must be that number."
       )
-    rules = RULES[self.rules] if isinstance(self.rules, str) else self.rules
-    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Partitioner(mesh, rules)
+    return tuple(sizes)
+
+  def _rules(self) -> Rules:
+    return RULES[self.rules] if isinstance(self.rules, str) else self.rules
 
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
   """A mesh, the rules that place arrays on it, and the mesh axes that split a batch."""
 
-  mesh: Mesh
+  mesh: Mesh | AbstractMesh
   rules: Rules
   batch_axes: tuple[str, ...] = BATCH_AXES
 
@@ -177,6 +197,18 @@ class Partitioner:
       return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(even, unboxed(abstract), shardings)
+
+  def filled_rows(self, num: int, micro_batch_size: int) -> tuple[int, int]:
+    """How many rows `num` becomes, and of which micro-batch size, so that the mesh divides both.
+
+    Returns:
+      A multiple of the micro-batch size, at least `num`, and that size: at most `micro_batch_size`
+      rounded up to a multiple of the mesh's shards.
+    """
+    shards = self.num_batch_shards
+    num_parts = -(-num // (-(-micro_batch_size // shards) * shards))
+    size = -(-num // (num_parts * shards)) * shards
+    return num_parts * size, size
 
   def batch_sharding(self, ndim: int, axis: int = 0) -> NamedSharding:
     """That axis over the batch axes, the others whole. `ndim` 0 is replicated."""

@@ -26,8 +26,15 @@ from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.data import export
 from lmops_jax.evaluation import examples
 from lmops_jax.models import flops
-from lmops_jax.systems.pds import dsir, prepare, pretrain
-from lmops_jax.training import checkpoints, language_models, losses, mesh, optimizers
+from lmops_jax.systems.pds import dsir, plan, prepare, pretrain
+from lmops_jax.training import (
+  budget,
+  checkpoints,
+  language_models,
+  losses,
+  mesh,
+  optimizers,
+)
 
 MATMUL_PRECISIONS = ("default", "high", "highest")
 DIVISORS = ("gradient_norm", "sqrt_length")
@@ -106,10 +113,9 @@ class Bench:
       The placed rows, whose number is a multiple of the micro-batch size, and that size: at most
       `micro_batch_size` rounded up to a multiple of the mesh's shards.
     """
-    num, shards = len(next(iter(rows.values()))), self.partitioner.num_batch_shards
-    num_parts = -(-num // (-(-micro_batch_size // shards) * shards))
-    size = -(-num // (num_parts * shards)) * shards
-    filler = num_parts * size - num
+    num = len(next(iter(rows.values())))
+    num_filled, size = self.partitioner.filled_rows(num, micro_batch_size)
+    filler = num_filled - num
     filled = {k: np.concatenate([v, np.repeat(v[:1], filler, axis=0)]) for k, v in rows.items()}
     return self.partitioner.place_rows(filled), size
 
@@ -254,7 +260,9 @@ class PMP:
     objective: "area" (the paper's) or "terminal".
     every_k, groups, proxy_samples: which costates score the proxies, see `control.pmp_scores`.
     hessian: False drops the Hessian term, a cheap ablation.
-    trajectory: "all", "sqrt", "host" or a number of slots.
+    trajectory: "all", "sqrt", "host" or a number of slots; "auto" takes what recomputes least in
+      the memory of the devices, see `control.plan`.
+    device_bytes: memory of a device, for "auto" where jax does not tell it.
     segment_steps: steps between two points that an interrupted solve resumes from.
     micro_batch_size: target and proxy instances that are differentiated at a time.
     inner_micro_batch_size: the same for an inner batch, of which it is a divisor; None: all.
@@ -280,6 +288,7 @@ class PMP:
   proxy_samples: int | None = None
   hessian: bool = True
   trajectory: Any = "all"
+  device_bytes: float | None = None
   segment_steps: int = 10
   micro_batch_size: int = 64
   inner_micro_batch_size: int | None = None
@@ -347,6 +356,7 @@ class PMP:
     target_loss = bench.target_loss(self.num_target, self.micro_batch_size)
     num_target = len(bench.target_batch(self.num_target)["example_id"])
     num_segments = 2 * -(-self.num_steps // self.segment_steps)
+    trajectory = self._trajectory(bench, num_target)
     rows, norms = [], collections.defaultdict(list)
     for step in self.checkpoints or (bench.proxy.num_steps,):
       params = bench.proxy_params(step)
@@ -367,7 +377,7 @@ class PMP:
 
         result = control.pmp_scores_resumable(
           bench.example_losses, target_loss, self.optimizer, params, batches,
-          weights, objective=self.objective, trajectory=self.trajectory, proxy=proxies,
+          weights, objective=self.objective, trajectory=trajectory, proxy=proxies,
           every_k=self.every_k, groups=self.groups, hessian=self.hessian,
           proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
           proxy_batch_size=proxy_batch_size,
@@ -384,7 +394,7 @@ class PMP:
     bench.context.extra.update(norms)
     passes = control.solve_passes(
       self.optimizer, params, self.num_steps, segment_steps=self.segment_steps,
-      trajectory=self.trajectory, objective=self.objective, every_k=self.every_k,
+      trajectory=trajectory, objective=self.objective, every_k=self.every_k,
       groups=self.groups, hessian=self.hessian, proxy_samples=self.proxy_samples,
     )
     sizes = control.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
@@ -398,6 +408,23 @@ class PMP:
       bench.context.directory / UNFINISHED / str(step), max_to_keep=2,
       keep_steps=range(1, num_segments),
     ))
+
+  def _trajectory(self, bench: Bench, num_target: int) -> str | int:
+    """The policy, decided from the devices' memory where it is "auto"."""
+    if self.trajectory != "auto":
+      return self.trajectory
+    device = bench.partitioner.mesh.devices.flat[0]
+    memory = budget.memory_of(device, self.device_bytes)
+    parts = plan.solve_parts(
+      self, bench.proxy, bench.proxy_set, bench.corpus.vocab_size, bench.corpus.length,
+      bench.partitioner, num_target, bench.partitioner.platform,
+    )
+    policy = plan.resolve_trajectory(self, parts, memory)
+    bench.context.log(
+      f"{self.name}: trajectory {policy!r} for states of {parts['state'] / 2**20:,.1f} MiB in "
+      f"{memory.device_bytes / 2**20:,.1f} MiB a device"
+    )
+    return policy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,10 @@ from lmops_jax.systems.pds import (
   distributed,
   evaluate,
   methods,
+  plan,
   prepare,
   pretrain,
+  programs,
   report,
   scorer,
   scores,
@@ -216,6 +218,26 @@ class Pipeline:
     if self.engine is not None:
       run = functools.partial(spread, engine=self.engine)
     return functools.partial(distributed.finished, functools.partial(run, **arguments))
+
+  def phases(self, partitioner, memory, *, num_target: int, num_corpus: int, platform: str):
+    """What each phase takes, from shapes alone; see `plan.phases`."""
+    return plan.phases(
+      self, partitioner, memory, plan.Sizes(num_target, num_corpus), platform)
+
+  def programs(self, partitioner, memory, *, num_target: int):
+    """The programs to compile ahead of time: pre-training's step, the solve's segments."""
+    length, vocabulary = self.prepare.length, self.prepare.vocabulary
+    proxy_size = programs.vocabulary_size(self.proxy.model, vocabulary)
+    size = programs.vocabulary_size(self.pretrain.model, vocabulary)
+    found = []
+    for method in self.methods:
+      if isinstance(method, methods.PMP):
+        solve = (method, self.proxy, self.proxy_set, proxy_size, length, partitioner, num_target)
+        parts = plan.solve_parts(*solve, partitioner.platform)
+        policy = plan.planned_trajectory(method, parts, memory)
+        found += programs.solve_programs(*solve, policy)
+    return [
+      *found, programs.pretrain_program(self.pretrain, size, length, partitioner, "pretrain")]
 
   def _train_proxy(self, context, partitioner) -> None:
     """Trains the proxy, after all that prepared data can be too small for is checked."""

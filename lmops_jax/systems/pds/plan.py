@@ -1,0 +1,216 @@
+"""What each phase of PDS takes: parameters, FLOPs and bytes a device, before anything runs.
+
+Arithmetic on shapes and shardings; nothing is compiled, allocated or read. Activations are an
+estimate (`training.activations`); `lmops aot` asks the compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+
+from lmops_jax import control
+from lmops_jax.control import plan as control_plan
+from lmops_jax.control import programs as control_programs
+from lmops_jax.models import flops, heads
+from lmops_jax.systems.pds import programs, scorer
+from lmops_jax.systems.pds.programs import Sizes, device_bytes
+from lmops_jax.training import activations, language_models
+from lmops_jax.training.budget import Memory, Phase
+from lmops_jax.training.mesh import Partitioner
+
+_BATCH_ITEM_BYTES = 12  # tokens, targets and loss_mask, four bytes a position each
+
+
+def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes,
+           platform: str) -> list[Phase]:
+  """The phases of a `pds.Pipeline` in the order in which they run.
+
+  Args:
+    partitioner: a real or planned mesh (`MeshConfig.plan`).
+    memory: of a device, for `trajectory="auto"`.
+    sizes: what only the data tell.
+    platform: of the devices, "cpu", "gpu" or "tpu".
+  """
+  length = pipeline.prepare.length
+  size_of = functools.partial(programs.vocabulary_size, vocabulary=pipeline.prepare.vocabulary)
+  found = [_training("proxy", pipeline.proxy, size_of(pipeline.proxy.model), length, partitioner,
+                     platform)]
+  solves = [m for m in pipeline.methods if hasattr(m, "inner_micro_batch_size")]
+  for method in solves:
+    found += _solve(method, pipeline.proxy, pipeline.proxy_set, size_of(pipeline.proxy.model),
+                    length, partitioner, memory, sizes, platform)
+  if any(hasattr(m, "score_proxies") for m in pipeline.methods):
+    found += _scorer(pipeline, size_of(pipeline.scorer.trunk(pipeline.proxy)), length, partitioner,
+                     sizes, platform)
+  found.append(_training("pretrain", pipeline.pretrain, size_of(pipeline.pretrain.model), length,
+                         partitioner, platform))
+  return found
+
+
+def _num_params(params: Any) -> int:
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def _activations(config, rows, length, partitioner, platform, **kwargs) -> float:
+  shape = partitioner.mesh.shape
+  return activations.activation_bytes(
+    config, rows / partitioner.num_batch_shards, length, platform=platform,
+    num_fsdp=shape["fsdp"], num_tensor=shape["tensor"], **kwargs)
+
+
+def _training(name, config, vocab_size, length, partitioner, platform) -> Phase:
+  model = language_models.language_model(config.model, vocab_size, length)
+  state, _ = programs.abstract_train_state(model, config.optimizer, partitioner)
+  programs.abstract_batch(partitioner, config.batch_size, length)  # checks that it splits
+  params_bytes = device_bytes(state.params)
+  per_token = flops.forward_flops_per_token(model.config, length)
+  rows = config.batch_size / config.accumulate
+  parts = {
+    "params": params_bytes, "opt_state": device_bytes(state.opt_state),
+    # With micro-batches the sum and one part's gradient exist together.
+    "accumulators": params_bytes * (1 + (config.accumulate > 1)),
+    "data": _data_bytes(config.batch_size, length, partitioner),
+    "activations": _activations(
+      model.config, rows, length, partitioner, platform, loss_chunk=config.loss_chunk),
+  }
+  total = 3 * config.num_steps * config.batch_size * length * per_token
+  return Phase(name, _num_params(state.params), total, config.num_steps, parts,
+               f"{config.batch_size} x {length} in {config.accumulate} micro-batches",
+               programs.training_remedies(config, partitioner))
+
+
+def _data_bytes(rows: int, length: int, partitioner: Partitioner) -> float:
+  return _BATCH_ITEM_BYTES * rows * length / partitioner.num_batch_shards
+
+
+def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length: int,
+                partitioner: Partitioner, num_target: int, platform: str) -> dict[str, float]:
+  """Bytes on one device in the reverse pass of `methods.PMP`, all but the trajectory in a segment.
+
+  The key "state" is one state of the trajectory, which is not part of the sum.
+  """
+  model = language_models.language_model(proxy.model, vocab_size, length)
+  params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
+  state = control_programs.abstract_state(method.optimizer, params)
+  num_segments = -(-method.num_steps // method.segment_steps)
+  sizes = control_plan.solve_bytes(
+    device_bytes(params), device_bytes(state.opt_state), num_segments,
+    micro_batches=method.inner_micro_batch_size is not None, groups=method.groups is not None)
+  act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
+                          platform=platform, loss_chunk=proxy.loss_chunk)
+  inner = method.inner_micro_batch_size or method.batch_size
+  one_by_one = {
+    "Hessian product": act(inner, tangents=True),
+    "target gradient": act(method.micro_batch_size),
+    "proxy slopes": act(method.micro_batch_size, backward=False, tangents=True),
+  }
+  num_target = method.num_target or num_target
+  rows = method.num_steps * method.batch_size + num_target + proxy_set.num_proxies
+  return {**sizes._asdict(), "data": _data_bytes(rows, length, partitioner),
+          "activations": max(one_by_one.values()), "state": device_bytes(state)}
+
+
+def resolve_trajectory(method: Any, parts: dict[str, float], memory: Memory) -> str | int:
+  """The policy that `trajectory="auto"` means; any other as it is.
+
+  Raises:
+    ValueError: where the memory of a device is not known, or holds no state.
+  """
+  if method.trajectory != "auto":
+    return method.trajectory
+  if memory.device_bytes is None:
+    raise ValueError(
+      'pds.PMP.trajectory="auto" needs to know the memory of a device, which jax does not tell '
+      "here; set pds.PMP.device_bytes, or a policy such as \"all\".")
+  rest = sum(size for name, size in parts.items() if name != "state")
+  return control_plan.choose_trajectory(
+    parts["state"], min(method.segment_steps, method.num_steps), memory.device_bytes - rest,
+    memory.host_bytes)
+
+
+def planned_trajectory(method: Any, parts: dict[str, float], memory: Memory) -> str | int:
+  """`resolve_trajectory`, or one state where not even that fits: the plan then shows the excess."""
+  rest = sum(size for name, size in parts.items() if name != "state")
+  if method.trajectory == "auto" and memory.device_bytes is not None:
+    if memory.device_bytes < rest + parts["state"]:
+      return 1
+  return resolve_trajectory(method, parts, memory)
+
+
+def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, sizes,
+           platform) -> list[Phase]:
+  num_target = method.num_target or sizes.num_target
+  parts = solve_parts(method, proxy, proxy_set, vocab_size, length, partitioner, num_target,
+                      platform)
+  state_bytes = parts["state"]
+  policy = planned_trajectory(method, parts, memory)
+  segment_steps = min(method.segment_steps, method.num_steps)
+  copies = control_plan.device_state_copies(policy, segment_steps)
+  held = {name: size for name, size in parts.items() if name != "state"}
+  reverse = held | {"trajectory": copies * state_bytes}
+  model = language_models.language_model(proxy.model, vocab_size, length)
+  params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
+  num_params = _num_params(params)
+  passes = control.solve_passes(
+    method.optimizer, params, method.num_steps, segment_steps=segment_steps, trajectory=policy,
+    objective=method.objective, every_k=method.every_k, groups=method.groups,
+    hessian=method.hessian, proxy_samples=method.proxy_samples)
+  per_row = length * flops.forward_flops_per_token(model.config, length)
+  forward_flops = 3 * method.num_steps * method.batch_size * per_row
+  step_flops = passes.batch * method.batch_size * per_row - forward_flops
+  starts = len(method.checkpoints or (1,))
+  forward = {k: held[k] for k in ("params", "opt_state", "segment_starts", "data")}
+  micro = method.inner_micro_batch_size is not None
+  forward["accumulators"] = held["params"] * (1 + micro)
+  forward["activations"] = _activations(
+    model.config, method.inner_micro_batch_size or method.batch_size, length, partitioner, platform,
+    loss_chunk=proxy.loss_chunk)
+  recomputed = control_plan.num_recomputed(policy, segment_steps) / segment_steps
+  policy_text = (
+    f"trajectory {policy!r}: {copies} states of {state_bytes / 2**20:,.1f} MiB on a device in a "
+    f"segment of {segment_steps} steps, {recomputed:.2f} steps computed again for each")
+  name, total = method.name, starts * method.num_steps
+  remedies = programs.solve_remedies(method, proxy, partitioner)
+  from_points = f"from {starts} checkpoints" if starts > 1 else "from one checkpoint"
+  return [
+    Phase(f"solve {name}, forward", num_params, starts * forward_flops, total, forward,
+          f"{method.num_steps} steps {from_points}", remedies),
+    Phase(f"solve {name}, reverse", num_params,
+          starts * (step_flops + passes.target * num_target * per_row), total, reverse,
+          policy_text, remedies),
+    Phase(f"solve {name}, off-batch scores", num_params,
+          starts * passes.proxy * proxy_set.num_proxies * per_row, total, reverse,
+          f"{proxy_set.num_proxies:,} proxies, scored {passes.proxy // 3} times, within the "
+          "reverse pass", remedies),
+  ]
+
+
+def _scorer(pipeline, vocab_size, length, partitioner, sizes, platform) -> list[Phase]:
+  config = pipeline.scorer
+  trunk = language_models.language_model(config.trunk(pipeline.proxy), vocab_size, length)
+  model = heads.SequenceRegressor(trunk.config, pooling=config.pooling)
+  state, _ = programs.abstract_state_of(scorer.initializer(model), config.optimizer, partitioner)
+  per_row = length * flops.forward_flops_per_token(model.config, length, unembedding=False)
+  params_bytes, num_params = device_bytes(state.params), _num_params(state.params)
+  act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
+                          platform=platform, unembedding=False)
+  fit = {
+    "params": params_bytes, "opt_state": device_bytes(state.opt_state),
+    "accumulators": params_bytes, "data": _data_bytes(config.batch_size, length, partitioner),
+    "activations": act(config.batch_size)}
+  annotate = {
+    "params": params_bytes, "data": _data_bytes(config.inference_batch_size, length, partitioner),
+    "activations": act(config.inference_batch_size, backward=False)}
+  return [
+    Phase("scorer", num_params, 3 * config.num_steps * config.batch_size * per_row,
+          config.num_steps, fit, f"{config.batch_size} x {length}",
+          ("a smaller pds.Scorer.batch_size", programs.more_devices(partitioner))),
+    Phase("annotate", num_params, sizes.num_corpus * per_row,
+          -(-sizes.num_corpus // config.inference_batch_size), annotate,
+          f"{sizes.num_corpus:,} instances",
+          ("a smaller pds.Scorer.inference_batch_size", programs.more_devices(partitioner))),
+  ]

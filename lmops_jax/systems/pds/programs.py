@@ -1,0 +1,201 @@
+"""What PDS compiles, from shapes alone: the pre-training step and both passes of the solve.
+
+No data is read. The programs are those that the stages run, with their shardings; see
+`lmops_jax.training.aot` for what becomes of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lmops_jax import control
+from lmops_jax.control import cost as cost_lib
+from lmops_jax.control import programs as control_programs
+from lmops_jax.control.problem import PROXY_SCOPE, Settings
+from lmops_jax.control.targets import MeanTargetLoss
+from lmops_jax.models import flops
+from lmops_jax.settings import ConfigError
+from lmops_jax.training import language_models, loop, losses, train_state
+from lmops_jax.training.aot import Program
+from lmops_jax.training.mesh import Partitioner
+
+BATCH_FIELDS = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
+
+
+class Sizes(NamedTuple):
+  """What only the data tell: instances of the target's dev part, and of the corpus."""
+
+  num_target: int = 1024
+  num_corpus: int = 1_000_000
+
+
+def vocabulary_size(model_config: Any, vocabulary: Any) -> int:
+  """V, before any text is read.
+
+  Raises:
+    ConfigError: where it is not known yet.
+  """
+  size = model_config.vocab_size or getattr(vocabulary, "vocab_size", None)
+  if size is None:
+    raise ConfigError(
+      "the vocabulary's size is not known before its file is read; set it, for example with "
+      "--gin.models.TransformerConfig.vocab_size=32000."
+    )
+  return size
+
+
+def abstract_batch(partitioner: Partitioner, rows: int, length: int, *leading: int) -> dict:
+  """A batch of language-model instances `[*leading, rows, length]`, the rows over the mesh.
+
+  Raises:
+    ConfigError: when the mesh does not divide the rows.
+  """
+  if rows % partitioner.num_batch_shards:
+    raise ConfigError(
+      f"a batch of {rows} instances does not split over the mesh's {partitioner.num_batch_shards} "
+      f"data shards; use at most {math.gcd(rows, partitioner.num_batch_shards)} of them and the "
+      "others for mesh.make.tensor, or another batch size."
+    )
+  spec = (None,) * len(leading) + (partitioner.batch_axes or None,)
+  sharding = NamedSharding(partitioner.mesh, PartitionSpec(*spec))
+  return {name: jax.ShapeDtypeStruct((*leading, rows, length), dtype, sharding=sharding)
+          for name, dtype in BATCH_FIELDS.items()}
+
+
+def abstract_train_state(model: Any, optimizer: Any, partitioner: Partitioner):
+  """`(state, shardings)` of a language model's training run, nothing allocated."""
+  return abstract_state_of(loop.initializer(model), optimizer, partitioner)
+
+
+def abstract_state_of(init_params: Any, optimizer: Any, partitioner: Partitioner):
+  """`(state, shardings)` of a training run from `init_params(key)`, nothing allocated."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  boxed = train_state.abstract_state(init_params, optimizer, key)
+  shardings = partitioner.shardings(boxed)
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
+  return state, shardings
+
+
+def pretrain_program(config: Any, vocab_size: int, length: int, partitioner: Partitioner,
+                     name: str) -> Program:
+  """The step of `pretrain.fit`."""
+  model = language_models.language_model(config.model, vocab_size, length)
+  state, shardings = abstract_train_state(model, config.optimizer, partitioner)
+  batch = abstract_batch(partitioner, config.batch_size, length)
+  example_losses = losses.lm_example_losses(model, chunk=config.loss_chunk)
+
+  def lower():
+    step = loop.compiled_step(
+      example_losses, config.optimizer, config.accumulate, partitioner, shardings)
+    return step.lower(state, batch)
+
+  per_token = flops.forward_flops_per_token(model.config, length)
+  return Program(
+    name, lower, 3 * config.batch_size * length * per_token,
+    remedies=training_remedies(config, partitioner))
+
+
+def solve_programs(
+  method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length: int, partitioner: Partitioner,
+  num_target: int, trajectory: str | int,
+) -> list[Program]:
+  """The segments of `methods.PMP`'s solve, forward and reverse.
+
+  Args:
+    num_target: instances in J where the method takes all.
+    trajectory: the policy, `"auto"` resolved.
+  """
+  model = language_models.language_model(proxy.model, vocab_size, length)
+  example_losses = losses.lm_example_losses(model, chunk=proxy.loss_chunk)
+  params = abstract_train_state(model, proxy.optimizer, partitioner)[0].params
+  num_steps, segment_steps = method.num_steps, min(method.segment_steps, method.num_steps)
+  num_target = method.num_target or num_target
+  target_rows, target_size = partitioner.filled_rows(num_target, method.micro_batch_size)
+  proxy_rows, proxy_size = partitioner.filled_rows(proxy_set.num_proxies, method.micro_batch_size)
+  target = MeanTargetLoss(
+    abstract_batch(partitioner, target_rows, length), example_losses, target_size, num_target)
+  settings = Settings(
+    method.objective, trajectory, method.every_k, method.groups, method.hessian,
+    micro_batch_size=method.inner_micro_batch_size, proxy_batch_size=proxy_size,
+    proxy_samples=method.proxy_samples, sample_seed=method.data_seed)
+  weights = jax.ShapeDtypeStruct((num_steps, method.batch_size), jnp.float32,
+                                 sharding=partitioner.replicated)
+  programs = control_programs.segment_programs(
+    example_losses, target, method.optimizer, params,
+    abstract_batch(partitioner, method.batch_size, length, num_steps), weights,
+    abstract_batch(partitioner, proxy_rows, length), settings, segment_steps)
+
+  def with_precision(lower):
+    def lowered():
+      with jax.default_matmul_precision(method.matmul_precision):
+        return lower()
+    return lowered
+
+  num_segments = -(-num_steps // segment_steps)
+  per_row = length * flops.forward_flops_per_token(model.config, length)
+  forward, reverse = (cost_lib.segment_passes(
+    method.optimizer, params, segment_steps, is_reverse=is_reverse, trajectory=trajectory,
+    objective=method.objective, hessian=method.hessian,
+    num_scored=_num_scored(method) / num_segments) for is_reverse in (False, True))
+  sizes = control.Passes(method.batch_size, num_target, proxy_set.num_proxies)
+  state_bytes = device_bytes(programs.state)
+  common = dict(steps=segment_steps, remedies=solve_remedies(method, proxy, partitioner),
+                bytes_beside=(num_segments - 1) * state_bytes)
+  return [
+    Program("solve, forward", with_precision(programs.forward),
+            per_row * sum(p * n for p, n in zip(forward, sizes)), **common),
+    Program("solve, reverse", with_precision(programs.reverse),
+            per_row * sum(p * n for p, n in zip(reverse, sizes)),
+            branch_shares={PROXY_SCOPE: _num_scored(method) / num_steps}, **common),
+  ]
+
+
+def device_bytes(tree: Any) -> int:
+  """Of a tree of placed shapes, on one device."""
+  def leaf(x):
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+  return sum(map(leaf, jax.tree.leaves(tree)))
+
+
+def _num_scored(method: Any) -> int:
+  """Times that all proxies are scored in a solve."""
+  return method.proxy_samples or method.groups or -(-method.num_steps // method.every_k)
+
+
+def training_remedies(config: Any, partitioner: Partitioner) -> tuple[str, ...]:
+  """Settings that lower the memory of a `Pretrain`, the best first."""
+  found = []
+  if config.batch_size // config.accumulate > partitioner.num_batch_shards:
+    found.append(f"a smaller micro-batch (pds.Pretrain.accumulate above {config.accumulate})")
+  return (*found, *_recomputation(config, "MODEL"), more_devices(partitioner))
+
+
+def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[str, ...]:
+  """The same of a solve."""
+  found = []
+  inner = method.inner_micro_batch_size or method.batch_size
+  if max(inner, method.micro_batch_size) > partitioner.num_batch_shards:
+    found.append(
+      f"smaller micro-batches (pds.PMP.inner_micro_batch_size below {inner}, micro_batch_size "
+      f"below {method.micro_batch_size})")
+  if method.trajectory not in ("host", "auto", 1):
+    found.append('fewer stored states (pds.PMP.trajectory="auto")')
+  return (*found, *_recomputation(proxy, "PROXY_MODEL"), more_devices(partitioner))
+
+
+def _recomputation(config: Any, name: str) -> list[str]:
+  return [] if config.model.remat == "full" else [
+    f'recomputation (models.TransformerConfig.remat="full" of {name})']
+
+
+def more_devices(partitioner: Partitioner) -> str:
+  """The setting that splits parameters and states further."""
+  return f"more devices on mesh.make.fsdp (now {partitioner.mesh.shape['fsdp']})"

@@ -1,0 +1,68 @@
+"""How much memory the activations of a transformer take, roughly and without compiling.
+
+An estimate to plan with: what a backward pass keeps of each block, one block's working set, one
+chunk of logits, and the copies of parameters that `fsdp` gathers for use. The compiler knows better
+(`lmops aot`); tests hold the two to a factor of two of each other.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.training import losses
+
+
+def activation_bytes(
+  config: TransformerConfig, rows: float, length: int, *, platform: str, num_fsdp: int = 1,
+  num_tensor: int = 1, loss_chunk: int | None = None, unembedding: bool = True,
+  backward: bool = True, tangents: bool = False,
+) -> float:
+  """Bytes on one device for one micro-batch.
+
+  Args:
+    config: with `vocab_size`.
+    rows: examples of the micro-batch on this device.
+    length: S.
+    platform: decides the size of a chunk of logits.
+    num_fsdp, num_tensor: sizes of the mesh axes.
+    loss_chunk: positions whose logits exist at a time; None as the loss chooses.
+    unembedding: whether the loss has logits.
+    backward: False for a forward pass alone.
+    tangents: forward-mode derivatives beside the values, which doubles everything.
+  """
+  c = config
+  item = jnp.dtype(c.dtype).itemsize
+  positions = rows * length
+  heads = c.num_heads * c.head_width / num_tensor
+  mlp = c.mlp_width / num_tensor
+  products = heads + 2 * c.key_heads * c.head_width / num_tensor + c.width + (1 + c.gated_mlp) * mlp
+  kept = c.width  # of a block, an item a position
+  working = positions * item * (products + 5 * c.width + 2 * mlp) + _scores_bytes(c, rows, length)
+  if backward and c.remat == "none":
+    kept = 0
+    blocks = c.num_layers * working
+  else:
+    kept += products * (c.remat == "dots")
+    blocks = working + backward * c.num_layers * positions * item * kept
+  head = 0.0
+  if unembedding:
+    chunk = loss_chunk or losses.default_chunk(rows, length, c.vocab_size, platform)
+    head = 12.0 * rows * min(chunk, length) * c.vocab_size / num_tensor + 8.0 * positions * c.width
+  gathered = 0.0
+  if num_fsdp > 1:
+    tables = c.vocab_size * c.width * (1 + unembedding) / num_tensor
+    layer = (c.width * c.head_width * 2 * (c.num_heads + c.key_heads)
+             + (2 + c.gated_mlp) * c.width * c.mlp_width) / num_tensor
+    gathered = (4 + item) * tables + 2 * item * layer
+  return (1 + tangents) * (blocks + head + gathered)
+
+
+def _scores_bytes(config: TransformerConfig, rows: float, length: int) -> float:
+  """Scores and probabilities of one block."""
+  per_score = 8 + jnp.dtype(config.dtype).itemsize
+  if config.attention == "xla":
+    return rows * config.num_heads * length**2 * per_score
+  if config.attention == "chunked":
+    return rows * config.num_heads * min(config.attention_chunk, length) * length * per_score
+  return rows * length * config.num_heads * 4.0  # a kernel keeps a sum a row

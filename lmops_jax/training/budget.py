@@ -1,0 +1,60 @@
+"""What devices may give and what the phases of a run take, as plain numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import NamedTuple
+
+import jax
+
+
+class Memory(NamedTuple):
+  """Bytes that a device may give, None where unknown, and the host for each of its devices."""
+
+  device_bytes: float | None = None
+  host_bytes: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """One phase of a run.
+
+  Attributes:
+    name: for people.
+    num_params: of its model.
+    flops: in all, on all devices.
+    steps: that the FLOPs are of.
+    parts: bytes on one device, by what they are.
+    note: what else was decided, such as the trajectory policy.
+    remedies: settings that lower its memory, the best first.
+  """
+
+  name: str
+  num_params: int
+  flops: float
+  steps: int
+  parts: dict[str, float]
+  note: str = ""
+  remedies: tuple[str, ...] = ()
+
+  @property
+  def total_bytes(self) -> float:
+    return sum(self.parts.values())
+
+
+def memory_of(device: jax.Device, device_bytes: float | None = None) -> Memory:
+  """What a device of this process has.
+
+  Args:
+    device_bytes: taken where jax does not tell the device's memory, as on a CPU.
+  """
+  try:
+    stats = device.memory_stats() or {}
+  except (jax.errors.JaxRuntimeError, NotImplementedError):
+    stats = {}
+  host = 0.0
+  if device.platform != "cpu":  # a CPU's devices are the host
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = free / 2 / jax.local_device_count()  # the other half is for everything else
+  return Memory(stats.get("bytes_limit", device_bytes), host)
