@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lmops_jax.models import partitioning
+
 ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
 _PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
 _NUM_PREFIXES = 8  # chunked: keys are cut to the causal prefix in this many steps
@@ -52,9 +54,7 @@ def check_platform(kind: str, platform: str | None = None) -> None:
   _check_known(kind)
   if kind not in _PLATFORMS:
     return
-  if platform is None:
-    device = jax.sharding.get_abstract_mesh().abstract_device  # also known while tracing
-    platform = jax.default_backend() if device is None else device.platform
+  platform = platform or partitioning.platform()
   if platform not in _PLATFORMS[kind]:
     raise ValueError(
       f"attention={kind!r} needs a {_PLATFORMS[kind][0]} and this program runs on {platform!r}; "

@@ -28,3 +28,9 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     parts = math.prod(mesh.shape[axis] for axis in axes if isinstance(axis, str))
     kept.append(None if size % parts else name)
   return nn.with_logical_constraint(x, tuple(kept))
+
+
+def platform() -> str:
+  """"cpu", "gpu" or "tpu": of the mesh in use, else the default one; known while tracing."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
