@@ -4,8 +4,9 @@ The gradient of the weights is `x^T g`. XLA on a CPU reads the transposed `x` in
 speed of a product of row-major matrices (40 against 80 GFLOP/s a core), which makes a gradient four
 forward passes where three are ideal. Turning `x` round first costs a copy of it. jax lets only
 primitives choose how they are transposed, and only primitives keep forward-mode rules beside that
-(a `custom_vjp` would end Hessian-vector products), so both products are bilinear primitives there,
-differentiable to any order. Other platforms get the plain `dot_general`.
+(a `custom_vjp` would end Hessian-vector products), so products are bilinear primitives there,
+differentiable to any order. Other platforms, and the inside of a `shard_map`, get the plain
+`dot_general`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 from lmops_jax.models.partitioning import platform
 
@@ -27,7 +29,9 @@ _OUTPUTS = (((1,), (1,)), ((), ()))  # g @ w.T
 def matrix_product(x: jax.Array, w: jax.Array, dtype=None) -> jax.Array:
   """`x [T,K] @ w [K,N]`, `[T,N]` in `dtype`, by default that of the two."""
   dtype = jnp.dtype(jnp.promote_types(x.dtype, w.dtype) if dtype is None else dtype)
-  if platform() != "cpu":
+  axis_types = jax.sharding.get_abstract_mesh().axis_types
+  # Where axes are manual (shard_map) or explicit, dot_general's rules also track who holds what.
+  if platform() != "cpu" or any(kind != AxisType.Auto for kind in axis_types):
     return jax.lax.dot_general(x, w, _ROWS, preferred_element_type=dtype)
   # The precision in force now: rules and lowering run later, perhaps in another context.
   return _product.bind(x, w, dtype=dtype, precision=jax.config.jax_default_matmul_precision)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lmops_jax.models.products import matrix_product, save_products
 from lmops_jax.models.transformer import Transformer, TransformerConfig
@@ -49,6 +51,27 @@ def test_derivatives_under_vmap(axes):
     got, want = (jax.vmap(lambda *a, f=f: jax.jvp(jax.grad(_loss(f)), (a,), (a,)), axes)(*args)
                  for f in (matrix_product, jnp.matmul))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, want)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_gradient_of_shared_weights_is_summed_over_a_mesh(inside):
+  (x, w), *_ = _inputs(np.float32)
+  x = jnp.concatenate([x, x[:2]])  # 8 rows
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+  def loss(w, x, product):
+    return jnp.sum(jnp.sin(product(x, w)))
+
+  def within(w, x):
+    grad = jax.grad(lambda w: jax.lax.psum(loss(w, x, matrix_product), "data"))
+    return grad(w)
+
+  with jax.set_mesh(mesh):
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    shard = jax.shard_map(within, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    got = jax.jit(shard if inside else jax.grad(lambda w, x: loss(w, x, matrix_product)))(w, x)
+    want = jax.grad(loss)(w, x, jnp.matmul)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_narrow_inputs_are_summed_wide_and_keep_their_gradients_dtype():
