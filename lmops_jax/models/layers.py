@@ -14,6 +14,7 @@ from lmops_jax.models import momentum as momentum_lib
 from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.partitioning import constrain
+from lmops_jax.models.products import matrix_product
 
 INIT_STDDEV = 0.02
 _ACTIVATIONS = {
@@ -165,7 +166,7 @@ class Projection(nn.Module):
     )
     leading = x.shape[: x.ndim - len(self.inputs)]
     width = math.prod(self.inputs)
-    out = x.reshape(-1, width) @ kernel.astype(c.dtype).reshape(width, -1)
+    out = matrix_product(x.reshape(-1, width), kernel.astype(c.dtype).reshape(width, -1))
     out = out.reshape(*leading, *self.outputs)
     if self.use_bias:
       bias = self.param(

@@ -40,6 +40,7 @@ from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.layers import Block, Projection, Sequence, Slots
 from lmops_jax.models.partitioning import constrain
+from lmops_jax.models.products import matrix_product, save_products
 
 _CONSTANT_ANGLES = 1 << 20  # rotary numbers that a program may hold as constants
 
@@ -377,8 +378,11 @@ def project_to_vocabulary(
   """Logits `[...,V]`, at least float32, of `[...,W]` and a matrix `[W,V]` (`[V,W]` transposed)."""
   flat = hidden.reshape(-1, hidden.shape[-1])
   dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-  contracted = (((1,), (1 if transposed else 0,)), ((), ()))
-  logits = jax.lax.dot_general(flat, matrix, contracted, preferred_element_type=dtype)
+  if transposed:
+    by_rows = (((1,), (1,)), ((), ()))
+    logits = jax.lax.dot_general(flat, matrix, by_rows, preferred_element_type=dtype)
+  else:
+    logits = matrix_product(flat, matrix, dtype)
   if bias is not None:
     logits = logits + bias.astype(dtype)
   return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
@@ -387,4 +391,4 @@ def project_to_vocabulary(
 def _remat_policy(name: str):
   if name == "full":
     return jax.checkpoint_policies.nothing_saveable
-  return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return save_products
