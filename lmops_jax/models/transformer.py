@@ -279,10 +279,13 @@ class Transformer(nn.Module):
     """The matrix `[W,V]` in `config.dtype` that takes `readout` to logits, to multiply by often."""
     c = self.config
     if not c.tied_embeddings:
-      return self.unembedding.astype(c.dtype)
-    # Transposed once, behind a barrier: folded into the products, XLA on a CPU computes the
-    # gradient [V,D] from strided operands, 2.3 times slower than [D,V].
-    return jax.lax.optimization_barrier(self.embedding.astype(c.dtype).T)
+      matrix = self.unembedding.astype(c.dtype)
+    else:
+      # Transposed once, behind a barrier: folded into the products, XLA on a CPU computes the
+      # gradient [V,D] from strided operands, 2.3 times slower than [D,V].
+      matrix = jax.lax.optimization_barrier(self.embedding.astype(c.dtype).T)
+    # Gathered over embed here and not in every chunk of the loss.
+    return constrain(matrix, (None, "vocab"))
 
   def output_bias(self) -> jax.Array | None:
     """`[V]` to add to the logits, or None."""
