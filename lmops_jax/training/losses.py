@@ -20,9 +20,9 @@ from lmops_jax.models.perceptron import Perceptron
 from lmops_jax.models.transformer import Transformer, project_to_vocabulary
 
 # Logits of a batch up to the first size, in bytes a device, are computed whole: chunks are computed
-# twice. Chunks have the second size. On a CPU that is what its caches hold, elsewhere what keeps a
-# matrix unit busy. See tests/benchmarks/train_step.py.
-_CHUNK_BYTES = {"cpu": (64 << 20, 4 << 20)}
+# twice. Chunks have the second size: products with too few rows are slow, and each chunk adds to
+# the whole gradient of the output matrix. See tests/benchmarks/results/derivatives.md.
+_CHUNK_BYTES = {"cpu": (64 << 20, 32 << 20)}
 _CHUNK_BYTES_ELSEWHERE = (256 << 20, 256 << 20)
 
 

@@ -101,9 +101,9 @@ def parts(config: TransformerConfig, batch_size: int):
   }
 
 
-def attention_variants():
+def attention_variants(lengths):
   """One block of width 256 on 2,048 tokens in sequences of each length."""
-  for length in (256, 512, 1024, 2048):
+  for length in lengths:
     for kind, chunk in (("xla", 128), ("chunked", 128), ("chunked", 256)):
       config = dataclasses.replace(
         CONFIG, num_layers=1, vocab_size=64, max_length=length, attention=kind,
@@ -122,7 +122,7 @@ def loss_variants():
 
 def variants(args):
   if args.attention:
-    return dict(attention_variants())
+    return dict(attention_variants(args.lengths))
   if args.loss:
     return dict(loss_variants())
   return {"whole model": language_model(CONFIG, 8), **parts(CONFIG, 8)}
@@ -174,6 +174,7 @@ def main():
   which = parser.add_mutually_exclusive_group()
   which.add_argument("--attention", action="store_true", help="lengths and kinds of attention")
   which.add_argument("--loss", action="store_true", help="chunks of the cross-entropy")
+  parser.add_argument("--lengths", nargs="*", type=int, default=(256, 512, 1024, 2048))
   parser.add_argument("--output", type=Path, help="also write the table there")
   args = parser.parse_args()
   rows = measured(args)
