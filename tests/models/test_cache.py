@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmops_jax.models import attention
 from lmops_jax.models.cache import Prefix, empty_cache
 from lmops_jax.models.transformer import Transformer, TransformerConfig, unstack_layers
 
@@ -105,10 +106,13 @@ def test_branches_see_the_shared_context_and_themselves():
         np.testing.assert_allclose(hidden[0, place], alone, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("block_bytes", [None, 1])  # all rows together, and one by one
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_shared_context_is_a_context_of_every_row(name):
+def test_a_shared_context_is_a_context_of_every_row(name, block_bytes, monkeypatch):
+  if block_bytes is not None:
+    monkeypatch.setattr(attention, "_BLOCK_BYTES", block_bytes)
   model, params = _model(name)
-  context, rows = _tokens(1, 4), _tokens(3, 5, seed=1)
+  context, rows = _tokens(1, 4), _tokens(4, 5, seed=1)
   padded = np.concatenate([np.full((1, 2), 9, np.int32), context], 1)
   valid = np.array([[False] * 2 + [True] * 4])
   positions = np.maximum(np.cumsum(valid, 1) - 1, 0)
@@ -116,12 +120,12 @@ def test_a_shared_context_is_a_context_of_every_row(name):
     model, params, padded, empty_cache(model.config, 1, 6), positions=positions, valid=valid,
     fresh=True,
   )
-  cache = empty_cache(model.config, 3, 5)
+  cache = empty_cache(model.config, 4, 5)
   hidden, _ = model.apply(
-    {"params": params}, rows, cache, positions=np.broadcast_to(4 + np.arange(5), (3, 5)),
+    {"params": params}, rows, cache, positions=np.broadcast_to(4 + np.arange(5), (4, 5)),
     shared=Prefix(shared, 4, 0.0), method="extend",
   )
-  want = model.apply({"params": params}, np.concatenate([np.repeat(context, 3, 0), rows], 1))
+  want = model.apply({"params": params}, np.concatenate([np.repeat(context, 4, 0), rows], 1))
   np.testing.assert_allclose(hidden, want[:, 4:], rtol=2e-5, atol=2e-5)
 
 
