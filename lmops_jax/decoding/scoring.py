@@ -1,13 +1,15 @@
 """Log-likelihoods of continuations: of answer options after a context, and of whole texts.
 
-Rows that begin alike pay for their common beginning once: it is read into a cache of one row that
-all batches attend to. All options of a row are scored in one pass, as branches after its context.
-Rows are sorted by length into a few widths, and logits exist only where a continuation's token is
-predicted.
+Requests that begin alike pay for their common beginning once: it is read into a cache of one row
+that all batches attend to. All options of a request are scored in one pass, as branches after its
+context. Requests whose options are one token each lie side by side in rows of one width, as
+branches that do not see each other; others have a row each, sorted by length into a few widths.
+Logits exist only where a continuation's token is predicted.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,6 +26,7 @@ from lmops_jax.models.transformer import Transformer, unstack_layers
 from lmops_jax.training.mesh import activated
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a cache of its own
+_PACKED = 128  # tokens of a row that holds several requests
 _LOGITS_TOKENS = 8  # what the logits of one predicted token weigh against a token of the batch
 _SCORE_BYTES = 1 << 28  # of attention scores over a prefix, at most, in one layer
 
@@ -101,16 +104,40 @@ class OptionScorer:
         self._model, self.params, requests[0].context[:shared], self._partitioner)
     results: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in requests]
     with activated(self._partitioner):
-      rows = [_Row.of(request, shared) for request in requests]
+      rows = self._pack([_Row.of(i, request, shared) for i, request in enumerate(requests)])
       for width, targets, part in self._batches(rows, prefix):
-        found = self._run(prefix, [rows[i] for i in part], width, targets)
-        for i, *of_row in zip(part, *found):
-          ends = np.cumsum([len(option) for option in requests[i].options])
-          scores, best = (np.split(x[: ends[-1]], ends[:-1]) for x in of_row)
-          results[i] = list(zip(scores, best))
+        found = self._run(prefix, part, width, targets)
+        for row, *of_row in zip(part, *found):
+          options = [(i, option) for i in row.requests for option in requests[i].options]
+          ends = np.cumsum([len(option) for _, option in options])
+          pieces = (np.split(x[: ends[-1]], ends[:-1]) for x in of_row)
+          for (i, _), *of_option in zip(options, *pieces):
+            results[i].append(tuple(of_option))
         if progress:
-          progress(len(part))
+          progress(sum(len(row.requests) for row in part))
     return results
+
+  def _pack(self, rows):
+    """Rows of several requests from those whose options are one token each: long beside short.
+
+    Wide enough for the longest, and narrow enough that every device has a row.
+    """
+    alone = [row for row in rows if any(row.branch)]
+    waiting = collections.deque(sorted(
+      (row for row in rows if not any(row.branch)), key=lambda row: -row.width))
+    if len(waiting) < 2:
+      return rows
+    shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
+    share = -(-sum(row.width for row in waiting) // shards)
+    width = fine_bucket(max(waiting[0].width, min(_PACKED, share)))
+    packed = []
+    while waiting:
+      row = waiting.popleft().as_branch(0, 1)
+      while waiting and row.width + waiting[-1].width <= width:
+        other = waiting.pop().as_branch(row.width, len(row.requests) + 1)
+        row = row.beside(other)
+      packed.append(row)
+    return alone + packed
 
   def _check(self, requests, prefix):
     config = self._model.config
@@ -139,16 +166,16 @@ class OptionScorer:
         )
 
   def _batches(self, rows, prefix):
-    """`(width, targets, indices)`, shapes few and similar rows together."""
+    """`(width, targets, rows)`, shapes few and similar rows together."""
     before = 0 if prefix is None else prefix.cache.num_slots
     score_bytes = 4 * self._model.config.num_heads
     shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].width, rows[i].targets))
+    order = sorted(rows, key=lambda row: (row.width, row.targets))
     start = 0
     while start < len(order):
-      width = fine_bucket(rows[order[start]].width)
-      part = [i for i in order[start:] if rows[i].width <= width]
-      targets = fine_bucket(max(rows[i].targets for i in part), 1)
+      width = fine_bucket(order[start].width)
+      part = [row for row in order[start:] if row.width <= width]
+      targets = fine_bucket(max(row.targets for row in part), 1)
       tokens = min(self._batch_tokens, _SCORE_BYTES // (score_bytes * (before + width)))
       size = tokens // max(width, _LOGITS_TOKENS * targets)
       size = shards * 2 ** max(0, (size // shards).bit_length() - 1)
@@ -180,8 +207,9 @@ class OptionScorer:
 
 
 class _Row(NamedTuple):
-  """A request without the common beginning: context, then options without their last tokens."""
+  """Requests without the common beginning: context, then options without their last tokens."""
 
+  requests: list[int]  # their numbers
   tokens: list[int]
   positions: list[int]
   branch: list[int]
@@ -189,10 +217,10 @@ class _Row(NamedTuple):
   answers: list[int]  # the tokens predicted there
 
   @classmethod
-  def of(cls, request: Request, shared: int) -> _Row:
+  def of(cls, index: int, request: Request, shared: int) -> _Row:
     tokens = list(request.context[shared:])
     context = len(tokens)
-    row = cls(tokens, list(range(context)), [0] * context, [], [])
+    row = cls([index], tokens, list(range(context)), [0] * context, [], [])
     for number, option in enumerate(request.options, 1):
       row.queries.append(context - 1)
       row.queries.extend(range(len(row.tokens), len(row.tokens) + len(option) - 1))
@@ -201,6 +229,14 @@ class _Row(NamedTuple):
       row.positions.extend(range(context, context + len(option) - 1))
       row.branch.extend([number] * (len(option) - 1))
     return row
+
+  def as_branch(self, start: int, number: int) -> _Row:
+    """The same as a branch of a row, from the place `start` on."""
+    return self._replace(
+      branch=[number] * self.width, queries=[start + query for query in self.queries])
+
+  def beside(self, other: _Row) -> _Row:
+    return _Row(*(mine + theirs for mine, theirs in zip(self, other)))
 
   @property
   def width(self) -> int:

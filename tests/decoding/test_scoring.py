@@ -70,6 +70,31 @@ def test_a_common_beginning_is_read_once(make_tiny, monkeypatch):
   assert widths == [(24, 0)] or widths == [(32, 0)]
 
 
+@pytest.mark.parametrize("changes", [
+  {"max_length": 160}, {"max_length": 160, "positions": "alibi"},
+  {"max_length": 160, "sliding_window": 3}, {"max_length": 160, "momentum": 0.6},
+])
+def test_requests_with_options_of_one_token_lie_side_by_side(make_tiny, changes, monkeypatch):
+  tiny = make_tiny(**changes)
+  rng = np.random.default_rng(2)
+  requests = [
+    Request(rng.integers(3, 32, n).tolist(), [[3], [5], [7]][: 1 + n % 3])
+    for n in rng.integers(1, 40, 30)
+  ]
+  shapes, run = [], OptionScorer._run
+
+  def watched(self, prefix, rows, width, targets):
+    shapes.append((len(rows), width))
+    return run(self, prefix, rows, width, targets)
+
+  monkeypatch.setattr(OptionScorer, "_run", watched)
+  got = OptionScorer(tiny.model, tiny.params).score(requests)
+  _same(got, [_naive(tiny, request) for request in requests])
+  tokens = sum(len(request.context) for request in requests)
+  (num_rows, width), = shapes
+  assert width == 128 and num_rows <= -(-tokens // 128) + 1
+
+
 def test_order_and_batch_size_do_not_matter(tiny):
   requests = _requests(20, seed=1)
   want = OptionScorer(tiny.model, tiny.params).score(requests)
