@@ -112,7 +112,7 @@ def test_a_shared_context_is_a_context_of_every_row(name, block_bytes, monkeypat
   if block_bytes is not None:
     monkeypatch.setattr(attention, "_BLOCK_BYTES", block_bytes)
   model, params = _model(name)
-  context, rows = _tokens(1, 4), _tokens(4, 5, seed=1)
+  context, rows = _tokens(1, 4), _tokens(4, 6, seed=1)
   padded = np.concatenate([np.full((1, 2), 9, np.int32), context], 1)
   valid = np.array([[False] * 2 + [True] * 4])
   positions = np.maximum(np.cumsum(valid, 1) - 1, 0)
@@ -120,9 +120,9 @@ def test_a_shared_context_is_a_context_of_every_row(name, block_bytes, monkeypat
     model, params, padded, empty_cache(model.config, 1, 6), positions=positions, valid=valid,
     fresh=True,
   )
-  cache = empty_cache(model.config, 4, 5)
+  cache = empty_cache(model.config, 4, 6)
   hidden, _ = model.apply(
-    {"params": params}, rows, cache, positions=np.broadcast_to(4 + np.arange(5), (4, 5)),
+    {"params": params}, rows, cache, positions=np.broadcast_to(4 + np.arange(6), (4, 6)),
     shared=Prefix(shared, 4, 0.0), method="extend",
   )
   want = model.apply({"params": params}, np.concatenate([np.repeat(context, 4, 0), rows], 1))
