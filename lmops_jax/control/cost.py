@@ -54,8 +54,13 @@ def solve_passes(
   reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
   # J and its gradient at params_T; then at params_{T-1} .. params_1, and J alone at params_0.
   target = GRADIENT * num_steps + 1 if objective == "area" else GRADIENT + num_steps
-  num_scored = proxy_samples or groups or -(-num_steps // every_k)
-  return Passes(GRADIENT * num_gradients + reverse * num_steps, target, SLOPES * num_scored)
+  scored = num_scored(num_steps, every_k, groups, proxy_samples)
+  return Passes(GRADIENT * num_gradients + reverse * num_steps, target, SLOPES * scored)
+
+
+def num_scored(num_steps: int, every_k: int, groups: int | None, proxy_samples: int | None) -> int:
+  """Times that a solve scores all proxies."""
+  return proxy_samples or groups or -(-num_steps // every_k)
 
 
 def segment_passes(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax.control import resumable
+from lmops_jax.control.adjoint import float_leaves
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state
 from lmops_jax.control.pmp import check_settings, shardings_of
@@ -59,12 +60,8 @@ def segment_programs(
   def reverse():
     carry, _ = jax.eval_shape(
       lambda data, state: resumable._problem(data, **static).first_carry(state), data, state)
-    like = abstract_like(state)
     carry = carry._replace(
-      costate=_placed(carry.costate, params),
-      opt_cotangent=[x for x in jax.tree.leaves(like.opt_state)
-                     if jnp.issubdtype(x.dtype, jnp.inexact)],
-    )
+      costate=_placed(carry.costate, params), opt_cotangent=float_leaves(state.opt_state))
     if carry.group is not None:
       carry = carry._replace(group=carry.group._replace(
         direction=_placed(carry.group.direction, params),
@@ -85,12 +82,6 @@ def abstract_state(optimizer: Any, params: Any) -> State:
   opt_state = jax.tree.map(
     lambda x: _placed(x, params) if is_image(x) else x, state.opt_state, is_leaf=is_image)
   return State(_placed(state.params, params), opt_state)
-
-
-def abstract_like(tree: Any) -> Any:
-  """Shapes, types and places of a tree."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
 
 
 def _placed(tree: Any, like: Any) -> Any:

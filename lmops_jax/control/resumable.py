@@ -206,11 +206,11 @@ def _problem(data: _Data, settings: Settings, shardings: tuple) -> Problem:
 
 def _check_segment(run: _Reverse, start: int, num_steps: int, log: Callable | None) -> None:
   """Logs the norms of the segment reversed last, which begins at `start`; raises if it diverged."""
-  outs, *later = processes.fetch([o._replace(costate=None) for o in run.outs])
+  outs = processes.fetch(run.outs[0]._replace(costate=None))
   norms = outs.costate_norm.astype(np.float64)
   # lambda_{t+1} sums over the gradients at later parameters only, all of them known by now.
-  grads = np.concatenate([o.target.grad_norm for o in (outs, *later)]
-                         + [processes.fetch(run.final_target.grad_norm)[None]])
+  grads = np.concatenate(processes.fetch(
+    [o.target.grad_norm for o in run.outs] + [run.final_target.grad_norm[None]]))
   if log is not None:
     log(f"steps {start + 1} to {start + len(norms)} of {num_steps}: |lambda| {norms[-1]:.4g} to "
         f"{norms[0]:.4g} backwards, largest |grad J| so far {grads.max():.4g}")

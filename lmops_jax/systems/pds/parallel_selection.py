@@ -18,8 +18,6 @@ import numpy as np
 
 from lmops_jax.systems.pds import ranking, selection
 
-_MASK = (1 << 64) - 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
@@ -36,7 +34,7 @@ class Sketch:
 
   def __add__(self, other: Sketch) -> Sketch:
     return Sketch(
-      self.count + other.count, (self.digest + other.digest) & _MASK,
+      self.count + other.count, (self.digest + other.digest) & ranking.LARGEST,
       self.histogram + other.histogram,
     )
 
@@ -138,7 +136,7 @@ def _sketch(blocks, around: ranking.Range, item) -> Sketch:
     digest += ranking.digest(ids, keys)
     _, _, digits = around.inside(ids, keys)
     histogram += around.histogram(digits)
-  return Sketch(count, digest & _MASK, histogram)
+  return Sketch(count, digest & ranking.LARGEST, histogram)
 
 
 def _candidates(blocks, around: ranking.Range, item) -> Candidates:
@@ -165,4 +163,4 @@ def _write(blocks, write, threshold, item) -> Sketch:
         yield kept
 
   write(item, chosen())
-  return Sketch(count, digest & _MASK, np.zeros(0, np.int64))
+  return Sketch(count, digest & ranking.LARGEST, np.zeros(0, np.int64))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lmops_jax import control
 from lmops_jax.control import cost as cost_lib
@@ -62,8 +61,7 @@ def abstract_batch(partitioner: Partitioner, rows: int, length: int, *leading: i
       f"data shards; use at most {math.gcd(rows, partitioner.num_batch_shards)} of them and the "
       "others for mesh.make.tensor, or another batch size."
     )
-  spec = (None,) * len(leading) + (partitioner.batch_axes or None,)
-  sharding = NamedSharding(partitioner.mesh, PartitionSpec(*spec))
+  sharding = partitioner.batch_sharding(len(leading) + 2, axis=len(leading))
   return {name: jax.ShapeDtypeStruct((*leading, rows, length), dtype, sharding=sharding)
           for name, dtype in BATCH_FIELDS.items()}
 
@@ -139,11 +137,13 @@ def solve_programs(
     return lowered
 
   num_segments = -(-num_steps // segment_steps)
+  num_scored = cost_lib.num_scored(
+    num_steps, method.every_k, method.groups, method.proxy_samples)
   per_row = length * flops.forward_flops_per_token(model.config, length)
   forward, reverse = (cost_lib.segment_passes(
     method.optimizer, params, segment_steps, is_reverse=is_reverse, trajectory=trajectory,
     objective=method.objective, hessian=method.hessian,
-    num_scored=_num_scored(method) / num_segments) for is_reverse in (False, True))
+    num_scored=num_scored / num_segments) for is_reverse in (False, True))
   sizes = control.Passes(method.batch_size, num_target, proxy_set.num_proxies)
   state_bytes = device_bytes(programs.state)
   common = dict(steps=segment_steps, remedies=solve_remedies(method, proxy, partitioner),
@@ -153,7 +153,7 @@ def solve_programs(
             per_row * sum(p * n for p, n in zip(forward, sizes)), **common),
     Program("solve, reverse", with_precision(programs.reverse),
             per_row * sum(p * n for p, n in zip(reverse, sizes)),
-            branch_shares={PROXY_SCOPE: _num_scored(method) / num_steps}, **common),
+            branch_shares={PROXY_SCOPE: num_scored / num_steps}, **common),
   ]
 
 
@@ -163,11 +163,6 @@ def device_bytes(tree: Any) -> int:
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
     return math.prod(shape) * x.dtype.itemsize
   return sum(map(leaf, jax.tree.leaves(tree)))
-
-
-def _num_scored(method: Any) -> int:
-  """Times that all proxies are scored in a solve."""
-  return method.proxy_samples or method.groups or -(-method.num_steps // method.every_k)
 
 
 def training_remedies(config: Any, partitioner: Partitioner) -> tuple[str, ...]:

@@ -75,14 +75,6 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
   partial.replace(path)
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
-  """What `save_arrays` wrote, or None where there is nothing."""
-  if not path.exists():
-    return None
-  with np.load(path) as arrays:
-    return dict(arrays)
-
-
 def save_proxy_scores(directory: Path, proxy: ProxyScores) -> None:
   save_arrays(directory / PROXY_FILE, proxy._asdict())
 
