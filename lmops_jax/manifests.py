@@ -48,14 +48,15 @@ def list_files(folder: Path) -> Iterator[str]:
   return iter(sorted(path for path in found if path not in ours))
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+  """BLAKE2b of what a file holds."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
 
 
 def _hash_all(paths: Sequence[Path]) -> list[str]:
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    return list(pool.map(_hash_file, paths))
+    return list(pool.map(hash_file, paths))
 
 
 def hash_files(folder: Path) -> dict[str, tuple[int, str]]:

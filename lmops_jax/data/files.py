@@ -19,8 +19,10 @@ from typing import Any, BinaryIO
 
 import gin
 
+from lmops_jax import manifests
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id
 
+_HASHED_BYTES = 2**28  # a copy of a corpus up to this size is the same corpus
 _MAX_PIECES = 4096  # that a corpus is read in
 
 
@@ -47,14 +49,20 @@ class _Files(Corpus):
     return [_Part(self, tuple(files[i : i + size])) for i in range(0, len(files), size)]
 
   def fingerprint(self) -> str:
-    """A hash of the settings and of the files' names, sizes and modification times."""
+    """A hash of the settings, the files' names and what they hold.
+
+    Of more than 256 MiB together, sizes and modification times stand for the contents.
+    """
     state = hashlib.blake2b(repr(self).encode(), digest_size=16)
+    sizes = {name: path.stat().st_size for name, path in self._paths() if path.is_file()}
+    is_small = sum(sizes.values()) <= _HASHED_BYTES
     for name, path in self._paths():
       try:
-        status = path.stat()
-        state.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        mark = (manifests.hash_file(path) if is_small
+                else f"{sizes.get(name)} {path.stat().st_mtime_ns}")
       except OSError:
-        state.update(f"{name}\0unreadable\n".encode())
+        mark = "unreadable"
+      state.update(f"{name}\0{mark}\n".encode())
     return state.hexdigest()
 
 
