@@ -20,14 +20,9 @@ import jax.numpy as jnp
 
 from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
-from lmops_jax.control.dynamics import (
-  State,
-  apply_update,
-  strong,
-  sum_over_micro_batches,
-  weighted_loss,
-)
+from lmops_jax.control.dynamics import State, apply_update, strong, weighted_loss
 from lmops_jax.control.guards import finite_derivatives
+from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
 
 HVP_MODES = checks.HVP_MODES
 
@@ -75,7 +70,8 @@ def update_pullback(update: Callable, state: State, grads: Any, params_cotangent
 
 def hvp_scores_losses(example_losses: Callable, params: Any, cotangent: Any, batch: Any,
                       weights: jax.Array, *, mode: str = "jvp_of_grad",
-                      micro_batch_size: int | None = None):
+                      micro_batch_size: int | None = None,
+                      device_rows: DeviceRows | None = None):
   """`(H u, [<grad l_n, u>], [l_n])` with `H` the Hessian of `sum_n weights[n] l_n`.
 
   Args:
@@ -85,10 +81,12 @@ def hvp_scores_losses(example_losses: Callable, params: Any, cotangent: Any, bat
     mode: "jvp_of_grad" (forward over reverse), or "vjp_of_grad" (reverse over reverse, for losses
       with a `custom_vjp` whose backward pass has no forward-mode rule; more memory).
     micro_batch_size: examples differentiated at once (divides `B`); all by default.
+    device_rows: see `sum_over_micro_batches`.
   """
   params, cotangent = strong(params), _like(cotangent, params)
 
-  def part(batch, weights):
+  def part(whole, batch, weights):
+    example_losses, params, cotangent = whole
     if mode == "jvp_of_grad":
       grad = jax.grad(lambda p: weighted_loss(example_losses, p, batch, weights), has_aux=True)
       (_, losses), (hvp, scores) = jax.jvp(grad, (params,), (cotangent,))
@@ -99,7 +97,9 @@ def hvp_scores_losses(example_losses: Callable, params: Any, cotangent: Any, bat
       hvp, scores = pull(cotangent)
     return hvp, (scores, losses)
 
-  hvp, (scores, losses) = sum_over_micro_batches(part, batch, weights, micro_batch_size)
+  hvp, (scores, losses) = sum_over_micro_batches(
+    part, (as_pytree(example_losses), params, cotangent), batch, weights, micro_batch_size,
+    device_rows)
   return hvp, scores, losses
 
 
@@ -117,14 +117,16 @@ def hvp_and_scores(example_losses: Callable, params: Any, cotangent: Any, batch:
 
 
 def directional_derivatives(example_losses: Callable, params: Any, direction: Any, batch: Any, *,
-                            mode: str = "jvp_of_grad", micro_batch_size: int | None = None):
+                            mode: str = "jvp_of_grad", micro_batch_size: int | None = None,
+                            device_rows: DeviceRows | None = None):
   """`([<grad l_n, direction>] [B], [l_n] [B])` in one forward-mode pass.
 
   With `mode="vjp_of_grad"` the jvp is built from two transposes instead, for losses that have no
   forward-mode rule. `micro_batch_size` examples (a divisor of B; all by default) at once.
   """
   params, direction = strong(params), _like(direction, params)
-  def part(batch, _):
+  def part(whole, batch, _):
+    example_losses, params, direction = whole
     def losses_of(p):
       losses = example_losses(p, batch)
       return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
@@ -136,11 +138,14 @@ def directional_derivatives(example_losses: Callable, params: Any, direction: An
     return (), (pull_pull(direction)[0], losses)
 
   num_rows = jax.tree.leaves(batch)[0].shape[0]
-  return sum_over_micro_batches(part, batch, jnp.ones(num_rows), micro_batch_size)[1]
+  return sum_over_micro_batches(
+    part, (as_pytree(example_losses), params, direction), batch, jnp.ones(num_rows),
+    micro_batch_size, device_rows)[1]
 
 
 def directional_scores(example_losses: Callable, params: Any, direction: Any, data: Any,
-                       batch_size: int | None = None, *, mode: str = "jvp_of_grad") -> jax.Array:
+                       batch_size: int | None = None, *, mode: str = "jvp_of_grad",
+                       device_rows: DeviceRows | None = None) -> jax.Array:
   """`<grad l_n(params), direction>` for every row of `data`, `batch_size` rows at a time.
 
   One forward-mode pass for each batch (three times a forward evaluation), with the memory of one
@@ -149,6 +154,7 @@ def directional_scores(example_losses: Callable, params: Any, direction: Any, da
 
   Args:
     data: leaves `[M, ...]`. batch_size: rows a pass (any size; all rows when None).
+    device_rows: see `sum_over_micro_batches`.
   Returns:
     `[M] float32` (or wider, as the losses).
   """
@@ -158,18 +164,20 @@ def directional_scores(example_losses: Callable, params: Any, direction: Any, da
     batch_size = checks.integer(batch_size, "batch_size", 1)
   return _directional_scores(
     as_pytree(example_losses), strong(params), _like(direction, params), data, num_rows, batch_size,
-    checks.one_of(mode, "mode", HVP_MODES))
+    checks.one_of(mode, "mode", HVP_MODES), device_rows)
 
 
-@functools.partial(jax.jit, static_argnames=("num_rows", "batch_size", "mode"))
-def _directional_scores(example_losses, params, direction, data, num_rows, batch_size, mode):
-  if batch_size is None or batch_size >= num_rows:
-    return directional_derivatives(example_losses, params, direction, data, mode=mode)[0]
+@functools.partial(jax.jit, static_argnames=("num_rows", "batch_size", "mode", "device_rows"))
+def _directional_scores(example_losses, params, direction, data, num_rows, batch_size, mode,
+                        device_rows):
+  derivatives = functools.partial(directional_derivatives, mode=mode, device_rows=device_rows)
+  if device_rows is not None or batch_size is None or batch_size >= num_rows:
+    return derivatives(
+      example_losses, params, direction, data, micro_batch_size=batch_size)[0]
   num_parts = -(-num_rows // batch_size)
   batch_size = -(-num_rows // num_parts)  # the smallest size with as many parts: least padding
   padding = num_parts * batch_size - num_rows
   if padding:  # repeat the first rows; their second scores are cut off below
     data = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), data)
-  scores, _ = directional_derivatives(
-    example_losses, params, direction, data, mode=mode, micro_batch_size=batch_size)
+  scores, _ = derivatives(example_losses, params, direction, data, micro_batch_size=batch_size)
   return scores[:num_rows]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.control.trajectory import POLICIES
+from lmops_jax.micro_batches import DeviceRows
 
 HVP_MODES = ("jvp_of_grad", "vjp_of_grad")
 OBJECTIVES = ("area", "terminal")
@@ -50,6 +51,20 @@ def trajectory(value: Any) -> str | int:
 
 def hvp_mode(value: Any) -> str:
   return one_of(value, "hvp_mode", HVP_MODES)
+
+
+def device_rows(value: DeviceRows | None, batch_size: int, proxy: Any) -> DeviceRows | None:
+  """`value`, or a ValueError where its devices do not divide the rows of a batch or the proxies."""
+  if value is not None:
+    sizes = {"batch size": batch_size}
+    if proxy is not None:
+      sizes["number of proxies"] = jax.tree.leaves(proxy)[0].shape[0]
+    for name, size in sizes.items():
+      if size % value.num_shards:
+        raise ValueError(
+          f"device_rows needs a {name} that is a multiple of its {value.num_shards} devices, got "
+          f"{size}.")
+  return value
 
 
 def optimizer(value: Any) -> None:

@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmops_jax.control.callables import as_pytree
+from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
+
 
 class State(NamedTuple):
   """Parameters and optimizer state before a step."""
@@ -38,13 +41,13 @@ def weighted_loss(example_losses: Callable, params: Any, batch: Any, weights: ja
 
 
 def gradient(example_losses: Callable, params: Any, batch: Any, weights: jax.Array, *,
-             micro_batch_size: int | None = None) -> Any:
+             micro_batch_size: int | None = None, device_rows: DeviceRows | None = None) -> Any:
   """Gradient of the weighted loss (pytree like `params`), summed over micro-batches if asked."""
-  def grad(batch, weights):
-    return jax.grad(weighted_loss, argnums=1, has_aux=True)(
-      example_losses, params, batch, weights)[0]
-  return sum_over_micro_batches(lambda b, w: (grad(b, w), None), batch, weights,
-                                micro_batch_size)[0]
+  def grad(whole, batch, weights):
+    return jax.grad(weighted_loss, argnums=1, has_aux=True)(*whole, batch, weights)[0], None
+
+  return sum_over_micro_batches(
+    grad, (as_pytree(example_losses), params), batch, weights, micro_batch_size, device_rows)[0]
 
 
 def apply_update(update: Callable, state: State, grads: Any) -> State:
@@ -85,44 +88,3 @@ def init_state(init: Callable, update: Callable, params: Any) -> State:
       break
     opt_state = wide
   return State(params, opt_state)
-
-
-def sum_over_micro_batches(fn: Callable, batch: Any, weights: jax.Array,
-                           micro_batch_size: int | None):
-  """Evaluates `fn(batch, weights) -> (summed pytree, per-example pytree)` a part at a time.
-
-  Micro-batch `j` of `n` takes examples `j, n + j, 2n + j, ...`: the example axis is cut on its
-  minor side, so a batch that is sharded over devices stays sharded and no example moves.
-
-  Returns:
-    The first output summed over parts (accumulated in float32 or wider), the second with `[B]` rows
-    in the original order.
-  """
-  size = weights.shape[0]
-  if micro_batch_size is None or micro_batch_size >= size:
-    return fn(batch, weights)
-  num_parts = size // micro_batch_size
-  parts = split_rows((batch, weights), micro_batch_size, num_parts)
-
-  def part(total, j):
-    summed, rows = fn(*take_part(parts, j))
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, summed), rows
-
-  out, _ = jax.eval_shape(lambda parts: fn(*take_part(parts, 0)), parts)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), out)
-  total, rows = jax.lax.scan(part, zeros, jnp.arange(num_parts))
-  total = jax.tree.map(lambda a, b: a.astype(b.dtype), total, out)
-  def join(x):  # [num_parts, micro_batch_size, ...] -> [B, ...], undoing the interleaving
-    return jnp.swapaxes(x, 0, 1).reshape(size, *x.shape[2:])
-  return total, jax.tree.map(join, rows)
-
-
-def split_rows(tree: Any, size: int, num_parts: int) -> Any:
-  """Leaves `[size * num_parts, ...]` as `[size, num_parts, ...]` for `take_part`."""
-  return jax.tree.map(lambda x: x.reshape(size, num_parts, *x.shape[1:]), tree)
-
-
-def take_part(tree: Any, j: jax.Array) -> Any:
-  """Part `j`, leaves `[size, ...]`, of what `split_rows` returned."""
-  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False), tree)

@@ -23,6 +23,7 @@ from lmops_jax.control import trajectory as trajectories
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state, strong
 from lmops_jax.control.problem import Outputs, Problem, Settings, Target
+from lmops_jax.micro_batches import DeviceRows
 
 # The costate grows like T times the target gradient; beyond this factor the adjoint has diverged.
 _MAX_GROWTH = 1e4
@@ -63,7 +64,8 @@ def pmp_scores(
     proxy_batch_size: int | None = None,
     keep_costates: bool = False,
     proxy_samples: int | None = None,
-    sample_seed: int = 0) -> PmpResult:
+    sample_seed: int = 0,
+    device_rows: DeviceRows | None = None) -> PmpResult:
   """Trains for T steps, then runs the costate recursion back and scores every example.
 
   Everything is traceable: call it directly (it is jitted once for each set of functions and shapes;
@@ -97,6 +99,9 @@ def pmp_scores(
     proxy_samples: instead of `every_k` or `groups`, score each proxy at this many random steps (its
       own, drawn by `sample_seed`) with weight `T / proxy_samples`: unbiased for `every_k=1` at the
       price of so many passes over the proxies.
+    device_rows: on a mesh, sums over each device's rows first, so that gradients are added over the
+      mesh once a step (see `micro_batches`); B and M are multiples of its shards. None leaves it
+      to the partitioner. `mean_target_loss` has its own.
   Returns:
     A `PmpResult`. `check_result` raises if the recursion diverged.
   Raises:
@@ -108,15 +113,16 @@ def pmp_scores(
              proxy_batch_size, keep_costates, proxy_samples, sample_seed))
   return _solve(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
-    as_pytree(optimizer.update), params, batches, weights, proxy, settings, shardings_of(params))
+    as_pytree(optimizer.update), params, batches, weights, proxy, settings, shardings_of(params),
+    checks.device_rows(device_rows, weights.shape[1], proxy))
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "shardings"))
+@functools.partial(jax.jit, static_argnames=("settings", "shardings", "device_rows"))
 def _solve(example_losses, target_loss, init, update, params, batches, weights, proxy, settings,
-           shardings):
+           shardings, device_rows):
   problem = Problem(
     example_losses, target_loss, update, batch_getter(batches), weights, proxy, settings,
-    functools.partial(constrain, shardings))
+    functools.partial(constrain, shardings), device_rows=device_rows)
   return solve(problem, init_state(init, update, params))
 
 

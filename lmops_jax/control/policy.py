@@ -21,10 +21,11 @@ import numpy as np
 
 from lmops_jax.control import adjoint, checks
 from lmops_jax.control.callables import as_pytree
-from lmops_jax.control.dynamics import init_state, strong, sum_over_micro_batches
+from lmops_jax.control.dynamics import init_state, strong
 from lmops_jax.control.pmp import PmpResult, check_settings, constrain, shardings_of, solve
 from lmops_jax.control.problem import Problem, Settings
 from lmops_jax.control.simplex import project_simplex, stationarity_gap
+from lmops_jax.micro_batches import sum_over_micro_batches
 
 _ARMIJO = 1e-4
 _MAX_HALVINGS = 40
@@ -215,14 +216,14 @@ def _train(run, choose, directions, observe):
   problem = run.problem(None)
   wide = functools.partial(jnp.asarray, dtype=jnp.result_type(float))
 
-  def losses_of(batch, params):
+  def losses_of(params, batch):
     losses = run.example_losses(params, batch)
     return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
 
   def signals_at(params, t):
     _, losses = sum_over_micro_batches(
-      lambda batch, _: ((), losses_of(batch, params)), run.data, jnp.ones(run.num_examples),
-      run.settings.micro_batch_size)
+      lambda params, batch, _: ((), losses_of(params, batch)), params, run.data,
+      jnp.ones(run.num_examples), run.settings.micro_batch_size)
     found = {}
     for name, loss in directions.items():
       found[name], losses = adjoint.directional_derivatives(

@@ -18,6 +18,7 @@ import numpy as np
 
 from lmops_jax.control import adjoint
 from lmops_jax.control.dynamics import State, apply_update, gradient
+from lmops_jax.micro_batches import DeviceRows
 
 PROXY_SCOPE = "score_proxies"  # in the names of the operations that score proxies
 
@@ -95,6 +96,7 @@ class Problem:
     settings: see `Settings`.
     constrain: pins a tree like the parameters to their sharding (identity on one device).
     monitor: `params -> pytree` recorded at every params_t, such as losses on other data; or None.
+    device_rows: see `micro_batches`.
   """
   example_losses: Callable
   target_loss: Callable
@@ -105,6 +107,7 @@ class Problem:
   settings: Settings
   constrain: Callable = lambda tree: tree
   monitor: Callable | None = None
+  device_rows: DeviceRows | None = None
 
   @property
   def num_steps(self) -> int:
@@ -144,7 +147,11 @@ class Problem:
   def _gradient(self, params, t):
     return self.constrain(gradient(
       self.example_losses, params, self.batch_at(t), self.weights[t],
-      micro_batch_size=self.settings.micro_batch_size))
+      **self._in_parts))
+
+  @property
+  def _in_parts(self):
+    return dict(micro_batch_size=self.settings.micro_batch_size, device_rows=self.device_rows)
 
   def first_carry(self, state: State) -> tuple[Carry, Target]:
     """The carry before the first reverse step, lambda_T = grad J(params_T), from the last state."""
@@ -178,12 +185,11 @@ class Problem:
     if settings.hessian:
       hvp, slopes, losses = adjoint.hvp_scores_losses(
         self.example_losses, state.params, u, batch, weights, mode=settings.hvp_mode,
-        micro_batch_size=settings.micro_batch_size)
+        **self._in_parts)
       previous = self.constrain(jax.tree.map(jnp.add, direct, hvp))
     else:
       slopes, losses = adjoint.directional_derivatives(
-        self.example_losses, state.params, u, batch, mode=settings.hvp_mode,
-        micro_batch_size=settings.micro_batch_size)
+        self.example_losses, state.params, u, batch, mode=settings.hvp_mode, **self._in_parts)
       previous = direct
     carry = carry._replace(opt_cotangent=opt_cotangent)
     if self.proxy is not None:
@@ -221,7 +227,7 @@ class Problem:
     def scored(total, params, direction):
       slopes = adjoint.directional_scores(
         self.example_losses, params, direction, self.proxy, settings.proxy_batch_size,
-        mode=settings.hvp_mode)
+        mode=settings.hvp_mode, device_rows=self.device_rows)
       return total - slopes
 
     if not self._is_grouped:

@@ -19,6 +19,7 @@ from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state
 from lmops_jax.control.pmp import check_settings, shardings_of
 from lmops_jax.control.problem import Settings
+from lmops_jax.micro_batches import DeviceRows
 
 
 class SegmentPrograms(NamedTuple):
@@ -37,6 +38,7 @@ class SegmentPrograms(NamedTuple):
 def segment_programs(
   example_losses: Callable, target_loss: Any, optimizer: Any, params: Any, batches: Any,
   weights: jax.ShapeDtypeStruct, proxy: Any, settings: Settings, segment_steps: int,
+    device_rows: DeviceRows | None = None,
 ) -> SegmentPrograms:
   """The programs of a solve.
 
@@ -44,13 +46,13 @@ def segment_programs(
     target_loss: a `MeanTargetLoss` whose data are `ShapeDtypeStruct`s.
     params, batches, weights, proxy: as in `pmp_scores`, `ShapeDtypeStruct`s with shardings.
     settings: of the solve.
-    segment_steps: steps of a segment.
+    segment_steps: steps of a segment. device_rows: as in `pmp_scores`.
   """
   num_steps, batch_size = weights.shape
   settings = check_settings(settings, num_steps, batch_size)
   data = resumable._Data(
     as_pytree(example_losses), target_loss, as_pytree(optimizer.update), batches, weights, proxy)
-  static = dict(settings=settings, shardings=shardings_of(params))
+  static = dict(settings=settings, shardings=shardings_of(params), device_rows=device_rows)
   state = abstract_state(optimizer, params)
   steps = jax.ShapeDtypeStruct((min(segment_steps, num_steps),), jnp.int32)
 

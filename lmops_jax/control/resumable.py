@@ -36,6 +36,9 @@ from lmops_jax.control.pmp import (
   shardings_of,
 )
 from lmops_jax.control.problem import Problem, Settings, tree_norm
+from lmops_jax.micro_batches import DeviceRows
+
+_STATIC = ("settings", "shardings", "device_rows")  # arguments of every compiled part
 
 
 class Store(Protocol):
@@ -81,7 +84,8 @@ def pmp_scores_resumable(
     trajectory: str | int = "all",
     keep_costates: bool = False,
     proxy_samples: int | None = None,
-    sample_seed: int = 0) -> PmpResult:
+    sample_seed: int = 0,
+    device_rows: DeviceRows | None = None) -> PmpResult:
   """`pmp_scores`, resumable. Arguments not listed here are those of `pmp_scores`.
 
   Args:
@@ -106,7 +110,8 @@ def pmp_scores_resumable(
   num_steps = weights.shape[0]
   segment_steps = min(checks.integer(segment_steps, "segment_steps", 1), num_steps)
   starts = range(0, num_steps, segment_steps)
-  static = dict(settings=settings, shardings=shardings_of(params))
+  static = dict(settings=settings, shardings=shardings_of(params),
+                device_rows=checks.device_rows(device_rows, weights.shape[1], proxy))
   data = _Data(as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.update),
                batches, weights, proxy)
   init = as_pytree(optimizer.init)
@@ -199,9 +204,11 @@ class _Data:
   proxy: Any
 
 
-def _problem(data: _Data, settings: Settings, shardings: tuple) -> Problem:
+def _problem(data: _Data, settings: Settings, shardings: tuple,
+             device_rows: DeviceRows | None) -> Problem:
   return Problem(data.example_losses, data.target_loss, data.update, batch_getter(data.batches),
-                 data.weights, data.proxy, settings, functools.partial(constrain, shardings))
+                 data.weights, data.proxy, settings, functools.partial(constrain, shardings),
+                 device_rows=device_rows)
 
 
 def _check_segment(run: _Reverse, start: int, num_steps: int, log: Callable | None) -> None:
@@ -217,9 +224,10 @@ def _check_segment(run: _Reverse, start: int, num_steps: int, log: Callable | No
   check_steps(outs.step_loss, outs.target.loss, norms, outs.scores, grads.max(), num_steps, start)
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "shardings"))
-def _first_state(init, data, params, *, settings, shardings):
-  return _problem(data, settings, shardings).constrain_state(init_state(init, data.update, params))
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _first_state(init, data, params, *, settings, shardings, device_rows):
+  problem = _problem(data, settings, shardings, device_rows)
+  return problem.constrain_state(init_state(init, data.update, params))
 
 
 @jax.jit
@@ -227,22 +235,22 @@ def _params_norm(state):
   return tree_norm(state.params)
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "shardings"))
-def _first_carry(data, state, *, settings, shardings):
-  return _problem(data, settings, shardings).first_carry(state)
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _first_carry(data, state, *, settings, shardings, device_rows):
+  return _problem(data, settings, shardings, device_rows).first_carry(state)
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "shardings"))
-def _forward_segment(data, state, steps, *, settings, shardings):
-  problem = _problem(data, settings, shardings)
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _forward_segment(data, state, steps, *, settings, shardings, device_rows):
+  problem = _problem(data, settings, shardings, device_rows)
   state = problem.constrain_state(state)
   state, _ = jax.lax.scan(lambda s, t: (problem.forward(s, t), None), state, steps)
   return problem.constrain_state(state)
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "shardings"))
-def _reverse_segment(data, state, carry, steps, *, settings, shardings):
-  problem = _problem(data, settings, shardings)
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _reverse_segment(data, state, carry, steps, *, settings, shardings, device_rows):
+  problem = _problem(data, settings, shardings, device_rows)
   return trajectories.run(problem.forward, problem.reverse, lambda _: (carry, None), state, steps,
                           settings.trajectory)[:2]
 

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax.control import checks
-from lmops_jax.control.dynamics import split_rows, take_part
+from lmops_jax.control.dynamics import weighted_loss
+from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
 
 
 def mean_target_loss(example_losses: Callable, data: Any, batch_size: int | None = None, *,
-                     num_rows: int | None = None) -> "MeanTargetLoss":
+                     num_rows: int | None = None,
+                     device_rows: DeviceRows | None = None) -> "MeanTargetLoss":
   """`params -> mean_n l_n(params)` over the rows of `data`.
 
   Args:
@@ -24,6 +26,7 @@ def mean_target_loss(example_losses: Callable, data: Any, batch_size: int | None
       (reverse mode only).
     num_rows: the mean is over the first so many rows; what follows fills the data up to a size
       that a mesh divides and does not count (its losses must be finite). By default all rows.
+    device_rows: sums over each device's rows first (see `micro_batches`); of first order, too.
   Raises:
     ValueError: if `data` has no row, or leaves of different lengths, or fewer rows than `num_rows`.
   """
@@ -32,7 +35,8 @@ def mean_target_loss(example_losses: Callable, data: Any, batch_size: int | None
     num_rows = checks.integer(num_rows, "num_rows", 1, size)
   if batch_size is not None:
     batch_size = checks.integer(batch_size, "batch_size", 1)
-  return MeanTargetLoss(jax.tree.map(jnp.asarray, data), example_losses, batch_size, num_rows)
+  return MeanTargetLoss(jax.tree.map(jnp.asarray, data), example_losses, batch_size, num_rows,
+                        device_rows)
 
 
 @jax.tree_util.register_dataclass
@@ -43,58 +47,50 @@ class MeanTargetLoss:
   example_losses: Callable = dataclasses.field(metadata={"static": True})
   batch_size: int | None = dataclasses.field(default=None, metadata={"static": True})
   num_rows: int | None = dataclasses.field(default=None, metadata={"static": True})
+  device_rows: DeviceRows | None = dataclasses.field(default=None, metadata={"static": True})
 
   def __call__(self, params: Any) -> jax.Array:
-    size_of_data = jax.tree.leaves(self.data)[0].shape[0]
-    num_rows = size_of_data if self.num_rows is None else self.num_rows
-    if self.batch_size is None or self.batch_size >= size_of_data:
-      losses = self._losses(params, self.data)
-      if num_rows == size_of_data:
-        return jnp.mean(losses)
-      return jnp.sum(jnp.where(jnp.arange(size_of_data) < num_rows, losses, 0)) / num_rows
-    num_parts = -(-size_of_data // self.batch_size)
-    size = -(-size_of_data // num_parts)
-    padding = num_parts * size - size_of_data
-    data = self.data
-    if padding:  # repeated rows, masked out below
-      data = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), data)
-    is_row = jnp.arange(num_parts * size) < num_rows
-    parts = split_rows((data, is_row), size, num_parts)
-
-    def loss_of_part(params, parts, j):
-      batch, is_row = take_part(parts, j)
-      return jnp.sum(jnp.where(is_row, self._losses(params, batch), 0)) / num_rows
-
-    return _sum_of_parts(loss_of_part, num_parts, params, parts)
-
-  def _losses(self, params, batch):
-    losses = self.example_losses(params, batch)
-    return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    data, size = self.data, jax.tree.leaves(self.data)[0].shape[0]
+    num_rows = size if self.num_rows is None else self.num_rows
+    part_size = self.batch_size
+    if self.device_rows is None:
+      if part_size is None or part_size >= size:
+        losses = self.example_losses(params, data)
+        losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+        if num_rows == size:
+          return jnp.mean(losses)
+        return jnp.sum(jnp.where(jnp.arange(size) < num_rows, losses, 0)) / num_rows
+      num_parts = -(-size // part_size)
+      part_size = -(-size // num_parts)
+      padding = num_parts * part_size - size
+      if padding:  # repeated rows, of weight 0
+        data = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), data)
+        size += padding
+    weights = jnp.where(jnp.arange(size) < num_rows, 1 / num_rows, 0)
+    return _sum_of_parts(
+      self.example_losses, part_size, self.device_rows, params, data, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sum_of_parts(loss_of_part: Callable, num_parts: int, params: Any, parts: Any) -> jax.Array:
-  """`sum_j loss_of_part(params, parts, j)`."""
-  return _accumulate(loss_of_part, num_parts, params, parts)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sum_of_parts(example_losses: Callable, part_size: int | None, device_rows: DeviceRows | None,
+                  params: Any, data: Any, weights: jax.Array) -> jax.Array:
+  """`sum_n weights[n] * l_n(params)`, `part_size` rows at a time."""
+  return _accumulate(lambda fn: fn, example_losses, part_size, device_rows, params, data, weights)
 
 
-def _forward(loss_of_part, num_parts, params, parts):
-  return _accumulate(jax.value_and_grad(loss_of_part), num_parts, params, parts)
+def _forward(example_losses, part_size, device_rows, params, data, weights):
+  return _accumulate(
+    jax.value_and_grad, example_losses, part_size, device_rows, params, data, weights)
 
 
-def _backward(loss_of_part, num_parts, grads, cotangent):
-  return jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), grads), None
+def _backward(example_losses, part_size, device_rows, grads, cotangent):
+  return jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), grads), None, None
 
 
 _sum_of_parts.defvjp(_forward, _backward)
 
 
-def _accumulate(fn, num_parts, params, parts):
-  """Sum over j of a pytree, in float32 or wider."""
-  shapes = jax.eval_shape(fn, params, parts, jnp.zeros((), jnp.int32))
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
-  total, _ = jax.lax.scan(
-    lambda total, j: (jax.tree.map(lambda a, b: a + b, total, fn(params, parts, j)), None),
-    zeros, jnp.arange(num_parts))
-  return jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes)
+def _accumulate(transform, example_losses, part_size, device_rows, params, data, weights):
+  loss = transform(lambda *args: weighted_loss(example_losses, *args)[0])
+  return sum_over_micro_batches(
+    lambda *args: (loss(*args), None), params, data, weights, part_size, device_rows)[0]

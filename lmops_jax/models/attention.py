@@ -18,6 +18,7 @@ for keys and values of earlier calls. Left out: dropout.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lmops_jax.models.partitioning import platform_in_use
+from lmops_jax.models.partitioning import free_axes, platform_in_use
 
 ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
 _PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
@@ -423,13 +424,14 @@ def _splash(q, k, v, segment_ids, pattern):
 
 def _splash_sharded(q, k, v, segment_ids, pattern=CAUSAL):
   """XLA cannot split a Pallas kernel, so each device of the mesh runs its own."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  mesh, free = jax.sharding.get_abstract_mesh(), free_axes()
+  if math.prod(mesh.shape[axis] for axis in free) == 1:
     return _splash(q, k, v, segment_ids, pattern)
-  batch = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
-  heads = "tensor" if "tensor" in mesh.axis_names else None
+  batch = tuple(axis for axis in ("data", "fsdp") if axis in free)
+  heads = "tensor" if "tensor" in free else None
   spec = PartitionSpec(batch, None, heads, None)
-  shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=spec, check_vma=False)
+  shard = functools.partial(
+    jax.shard_map, mesh=mesh, out_specs=spec, axis_names=free, check_vma=False)
   if segment_ids is None:
     return shard(lambda *qkv: _splash(*qkv, None, pattern), in_specs=(spec,) * 3)(q, k, v)
   one = functools.partial(_splash, pattern=pattern)

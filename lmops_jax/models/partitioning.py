@@ -6,6 +6,7 @@ import math
 
 import flax.linen as nn
 import jax
+from jax.sharding import PartitionSpec
 
 
 def unboxed(tree):
@@ -21,16 +22,29 @@ def platform_in_use() -> str:
 
 
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-  """`nn.with_logical_constraint`, leaving whole what the mesh axes do not divide.
+  """A hint that `x` is split as the rules say for these logical axes.
 
-  So a batch of one row and a vocabulary of 50,257 run on any mesh.
+  What the mesh axes do not divide is left whole, so a batch of one row and a vocabulary of 50,257
+  run on any mesh; axes that a `shard_map` around the model has split already are left alone.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not nn.get_logical_axis_rules():
+  mesh, free = jax.sharding.get_abstract_mesh(), free_axes()
+  if not free or not nn.get_logical_axis_rules():
     return x
   kept = []
-  for name, size, axes in zip(names, x.shape, nn.logical_to_mesh_axes(names), strict=True):
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    parts = math.prod(mesh.shape[axis] for axis in axes if isinstance(axis, str))
-    kept.append(None if size % parts else name)
-  return nn.with_logical_constraint(x, tuple(kept))
+  for size, axes in zip(x.shape, nn.logical_to_mesh_axes(names), strict=True):
+    axes = [a for a in (axes if isinstance(axes, tuple) else (axes,)) if isinstance(a, str)]
+    is_even = size % math.prod(mesh.shape[a] for a in axes) == 0
+    kept.append(tuple(axes) if axes and is_even and free.issuperset(axes) else None)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+def free_axes() -> frozenset[str]:
+  """The axes of the mesh in use that a `shard_map` around the caller has not split already."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+
+
+def batch_shards() -> int:
+  """Devices of the mesh in use over which a batch is still to be split."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[axis] for axis in free_axes() & {"data", "fsdp"})

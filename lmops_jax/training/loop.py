@@ -305,7 +305,8 @@ def _compiled_step(example_losses, optimizer, accumulate, partitioner, leaves, t
   """The jitted step; runs that share loss, optimizer and mesh share what was compiled."""
   shardings = jax.tree.unflatten(treedef, leaves)
   return jax.jit(
-    make_train_step(example_losses, optimizer, accumulate=accumulate),
+    make_train_step(
+      example_losses, optimizer, accumulate=accumulate, device_rows=partitioner.device_rows),
     out_shardings=(shardings, partitioner.replicated),
     donate_argnums=0,
   )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models.heads import SequenceRegressor
-from lmops_jax.models.partitioning import platform_in_use
+from lmops_jax.models.partitioning import batch_shards, platform_in_use
 from lmops_jax.models.perceptron import Perceptron
 from lmops_jax.models.transformer import Transformer, project_to_vocabulary
 
@@ -234,11 +234,7 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _default_chunk(batch_size: int, length: int, vocab_size: int) -> int:
-  mesh = jax.sharding.get_abstract_mesh()
-  shards = 1
-  if not mesh.empty:
-    shards = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-  return default_chunk(batch_size / shards, length, vocab_size, platform_in_use())
+  return default_chunk(batch_size / batch_shards(), length, vocab_size, platform_in_use())
 
 
 def default_chunk(rows: float, length: int, vocab_size: int, platform: str) -> int:

@@ -21,9 +21,11 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lmops_jax.micro_batches import DeviceRows
 from lmops_jax.models.partitioning import unboxed
 
 AXES = ("data", "fsdp", "tensor")
+REDUCTIONS = ("auto", "step", "layer")
 BATCH_AXES = ("data", "fsdp")
 HOST_FIELDS = ("example_id",)  # 63-bit, and read on the host only
 
@@ -53,17 +55,25 @@ class MeshConfig:
     fsdp: batch and parameters split.
     tensor: heads, mlp and vocabulary split.
     rules: name in `RULES`, or pairs of logical axis and mesh axis (or axes, or None).
+    reduction: when gradients are added over the mesh: "step", once, after each device has gathered
+      the parameters and summed its own rows; "layer", wherever the partitioner does it, in every
+      layer and micro-batch, so that no device holds all parameters; "auto" is "step" unless
+      parameters are split over the axes of the batch.
 
   Raises:
-    ValueError: for sizes or rules that make no sense.
+    ValueError: for sizes, rules or a reduction that make no sense.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
   rules: str | Sequence[tuple[str, Any]] = "default"
+  reduction: str = "auto"
 
   def __post_init__(self):
+    if self.reduction not in REDUCTIONS:
+      raise ValueError(
+        f"mesh.make.reduction={self.reduction!r} is not one of {', '.join(REDUCTIONS)}.")
     sizes = (self.data, self.fsdp, self.tensor)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
       raise ValueError(
@@ -92,7 +102,7 @@ class MeshConfig:
     devices = jax.devices() if devices is None else list(devices)
     sizes = self.sizes(len(devices))
     mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Partitioner(mesh, self._rules())
+    return Partitioner(mesh, self._rules(), reduction=self.reduction)
 
   def plan(self, num_devices: int) -> Partitioner:
     """The mesh over devices that need not exist, for shapes and shardings only.
@@ -101,7 +111,7 @@ class MeshConfig:
       ValueError: as `build`.
     """
     mesh = AbstractMesh(self.sizes(num_devices), AXES, axis_types=(AxisType.Auto,) * 3)
-    return Partitioner(mesh, self._rules())
+    return Partitioner(mesh, self._rules(), reduction=self.reduction)
 
   def sizes(self, num_devices: int) -> tuple[int, ...]:
     """Sizes of the axes on so many devices.
@@ -131,6 +141,19 @@ class Partitioner:
   mesh: Mesh | AbstractMesh
   rules: Rules
   batch_axes: tuple[str, ...] = BATCH_AXES
+  reduction: str = "auto"
+
+  @property
+  def device_rows(self) -> DeviceRows | None:
+    """Where gradients are added over the mesh once a step; None leaves it to the partitioner."""
+    axes = tuple(axis for axis in self.batch_axes if self.mesh.shape[axis] > 1)
+    if not axes or self.reduction == "layer":
+      return None
+    split = {axis for name, to in self.rules if name != "batch"
+             for axis in (to if isinstance(to, tuple) else (to,))}
+    if self.reduction == "auto" and split.intersection(axes):
+      return None
+    return DeviceRows(self.mesh, axes)
 
   def with_batch_over(self, *axes: str) -> Partitioner:
     """The same with the batch over other mesh axes, or over none."""

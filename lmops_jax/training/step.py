@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
 from lmops_jax.training.train_state import TrainState
 
 
 def make_train_step(
-  example_losses: Callable, optimizer: optax.GradientTransformation, *, accumulate: int = 1
+  example_losses: Callable, optimizer: optax.GradientTransformation, *, accumulate: int = 1,
+  device_rows: DeviceRows | None = None,
 ) -> Callable:
   """`step(state, batch, weights=None) -> (state, metrics)`.
 
@@ -22,6 +24,7 @@ def make_train_step(
     example_losses: `(params, batch) -> [B] float32`.
     optimizer: any optax transformation.
     accumulate: micro-batches whose gradients are summed. Changes memory, not results.
+    device_rows: see `lmops_jax.micro_batches`. Changes communication and memory, not results.
 
   Returns:
     The step. Metrics are sums and counts over the batch: `loss_sum` (unweighted), `objective` (the
@@ -41,25 +44,15 @@ def make_train_step(
   grad = jax.value_and_grad(weighted, has_aux=True)
 
   def accumulated(params, batch, weights):
-    if accumulate == 1:
-      return grad(params, batch, weights)
-
-    def split(x):
-      # Micro-batch i takes rows i, i + accumulate, ..., which stay on the device that has them.
-      if x.shape[0] % accumulate:
-        raise ValueError(
-          f"A batch of {x.shape[0]} examples does not split into accumulate={accumulate} "
-          "micro-batches; choose a divisor."
-        )
-      return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
-
-    def add(total, micro):
-      return jax.tree.map(jnp.add, total, grad(params, *micro)), None
-
-    micros = jax.tree.map(split, (dict(batch), weights))
-    shapes = jax.eval_shape(grad, params, *jax.tree.map(lambda x: x[0], micros))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, micros)[0]
+    size = weights.shape[0]
+    if size % accumulate:
+      raise ValueError(
+        f"A batch of {size} examples does not split into accumulate={accumulate} micro-batches; "
+        "choose a divisor."
+      )
+    return sum_over_micro_batches(
+      lambda *args: (grad(*args), None), params, dict(batch), weights, size // accumulate,
+      device_rows)[0]
 
   def step(state: TrainState, batch: Mapping[str, jax.Array], weights=None):
     num_examples = jax.tree.leaves(batch)[0].shape[0]

@@ -2,8 +2,8 @@
 r"""PDS scores in JAX against the same solve in PyTorch, on one CPU, one model and one set of data.
 
     python tests/benchmarks/pmp_scores_vs_torch.py --output FILE
-    python tests/benchmarks/pmp_scores_vs_torch.py --steps 40 --batch 4 --proxies 2560 --target 16 \
-      --exact-proxies 256          # 640 batches of proxies, 4 of target sequences, as published
+    python tests/benchmarks/pmp_scores_vs_torch.py --steps 100 --batch 2 --proxies 1280 --target 8 \
+      --learning-rate 0.008 --exact-proxies 200  # 640 batches of proxies, 4 of target: as published
 
 The PyTorch side is the algorithm of the code of arXiv 2410.07064 (spec section 2.4) with
 `torch.func`: SGD steps with a checkpoint every floor(sqrt(T)) steps, segments recomputed, the
@@ -42,7 +42,6 @@ import process_memory  # beside this script
 from lmops_jax.training.memory import keep_freed_memory
 
 VOCAB, LENGTH, PAD = 4096, 128, 0
-LEARNING_RATE = 0.1
 DEVICE_BATCH = {"train": 16, "proxy": 32, "target": 32}  # differentiated at once, both sides
 MODEL = dict(vocab_size=VOCAB, num_layers=2, width=128, num_heads=2, mlp_width=320,
              max_length=LENGTH, tied_embeddings=True, scan_layers=False)
@@ -152,7 +151,7 @@ def _jax_losses():
   return lm_example_losses(Transformer(config)), config
 
 
-def jax_solver(directory: Path, options: dict, num_proxies: int | None):
+def jax_solver(directory: Path, options: dict, num_proxies: int | None, rate: float):
   import flax.traverse_util
   import jax
   import jax.numpy as jnp
@@ -166,7 +165,7 @@ def jax_solver(directory: Path, options: dict, num_proxies: int | None):
   losses, _ = _jax_losses()
   target_loss = mean_target_loss(losses, _as_batch(target), DEVICE_BATCH["target"])
   batches, proxy = (jax.tree.map(jnp.asarray, _as_batch(x)) for x in (batches, proxy))
-  optimizer = optax.sgd(LEARNING_RATE)
+  optimizer = optax.sgd(rate)
 
   def solve():
     result = pmp_scores(losses, target_loss, optimizer, params, batches, None, proxy=proxy,
@@ -218,7 +217,7 @@ def torch_losses(params, tokens):
   return nats.view(targets.shape).mean(1)
 
 
-def torch_solver(directory: Path, options: dict, num_proxies: int | None):
+def torch_solver(directory: Path, options: dict, num_proxies: int | None, rate: float):
   import numpy as np
   import torch
   from torch.func import grad, jvp, vmap
@@ -242,7 +241,7 @@ def torch_solver(directory: Path, options: dict, num_proxies: int | None):
 
   def sgd_step(params, tokens):
     grads = mean_gradient(params, tokens, size["train"])
-    return {k: p - LEARNING_RATE * grads[k] for k, p in params.items()}
+    return {k: p - rate * grads[k] for k, p in params.items()}
 
   def hessian_product(params, costate, tokens):
     total = {k: torch.zeros_like(v) for k, v in params.items()}
@@ -280,10 +279,10 @@ def torch_solver(directory: Path, options: dict, num_proxies: int | None):
       for t in range(start + len(states) - 1, start - 1, -1):
         state = states.pop()
         if t % every_k == 0:
-          scores += LEARNING_RATE * timed("proxies", proxy_slopes, state, costate)
+          scores += rate * timed("proxies", proxy_slopes, state, costate)
         product = timed("hessian", hessian_product, state, costate, batches[t])
         target_grad = timed("target", mean_gradient, state, target, size["target"])
-        costate = {k: target_grad[k] + c - LEARNING_RATE * product[k] for k, c in costate.items()}
+        costate = {k: target_grad[k] + c - rate * product[k] for k, c in costate.items()}
     return np.asarray(scores), dict(seconds)
 
   return solve
@@ -296,7 +295,8 @@ def worker(args: argparse.Namespace) -> None:
   """One row in this process: times, or memory. Prints a JSON line."""
   framework, options = (ROWS | RANKED)[args.row]
   solver = {"jax": jax_solver, "torch": torch_solver}[framework]
-  solve = solver(Path(args.data), options, args.exact_proxies if args.row in RANKED else None)
+  num_proxies = args.exact_proxies if args.row in RANKED else None
+  solve = solver(Path(args.data), options, num_proxies, args.learning_rate)
   out = {}
   if args.measure == "memory":
     before = process_memory.settled_bytes()
@@ -367,7 +367,8 @@ def run_rows(args: argparse.Namespace) -> str:
 
     def measure(row, what, repeats):
       command = [sys.executable, __file__, "--row", row, "--data", directory, "--measure", what,
-                 "--repeats", str(repeats), "--exact-proxies", str(args.exact_proxies)]
+                 "--repeats", str(repeats), "--exact-proxies", str(args.exact_proxies),
+                 "--learning-rate", str(args.learning_rate)]
       out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
       return json.loads(out.splitlines()[-1])
 
@@ -387,7 +388,7 @@ def run_rows(args: argparse.Namespace) -> str:
     f"cpu, {args.threads} of {os.cpu_count()} cores, Python {platform.python_version()}, "
     f"jax {jax.__version__}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; "
     f"float32 matrix products {peak / 1e9:.0f} GFLOP/s on them. "
-    f"{args.steps} SGD steps of {args.batch} sequences of "
+    f"{args.steps} SGD steps of {args.learning_rate} on {args.batch} sequences of "
     f"{LENGTH}, {args.target} target sequences, {args.proxies} proxies; median of {args.repeats} "
     f"calls. Ranks against every step: of the first {len(exact)} proxies.",
     "",
@@ -425,6 +426,7 @@ def main() -> None:
   parser.add_argument("--batch", type=int, default=16)
   parser.add_argument("--target", type=int, default=48)
   parser.add_argument("--proxies", type=int, default=384)
+  parser.add_argument("--learning-rate", type=float, default=0.1, help="0.008 as published")
   parser.add_argument("--exact-proxies", type=int, default=384, help="ranked against every step")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--threads", type=int, default=os.cpu_count())

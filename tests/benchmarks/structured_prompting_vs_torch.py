@@ -2,17 +2,20 @@
 
     python tests/benchmarks/structured_prompting_vs_torch.py --model SmolLM2.gguf \\
         --task sst2/test.jsonl --train sst2/train.jsonl --output FILE
+    ... --task sst5/test.jsonl --train sst5/train.jsonl --words "very negative" negative neutral \\
+        positive "very positive"      # answers of several tokens
 
-For each number of demonstrations: reading them into keys and values, then 100 rows with two answer
-words of one token each. The model is exported to a folder that transformers loads, so all sides
-hold the same float32 numbers, and all get the same groups of token ids.
+For each number of demonstrations: reading them into keys and values, then 100 rows, by default with
+two answer words of one token each. The model is exported to a folder that transformers loads, so
+all sides hold the same float32 numbers, and all get the same groups of token ids.
 
 * groups, JAX: `prefixes.read_groups` and `OptionScorer`, as `lmops structured-prompting`.
 * one text, JAX: the same demonstrations as one ordinary context, attention in chunks; beyond the
   positions that the model was trained on, for its cost only.
 * groups, PyTorch: the published way for Hugging Face models, plainly: a forward pass a group with
   `use_cache`, keys and values put together, then a forward pass a row with the logits at its last
-  position; `ln M` on the row's own scores through a 4D mask.
+  position, or, where an answer has several tokens, one of prompt and answer for each answer, with
+  the mean of its tokens' log-probabilities; `ln M` on the row's own scores through a 4D mask.
 
 Each side and number is a process of its own, and a second call is timed. Memory is the rise of the
 peak resident size over reading and rows above what the process held with the model loaded.
@@ -35,7 +38,7 @@ import process_memory  # beside this script
 
 from lmops_jax.training.memory import keep_freed_memory
 
-TEMPLATE, WORDS = "Review: {text}\nSentiment: {label}", ("negative", "positive")
+TEMPLATE = "Review: {text}\nSentiment: {label}"
 SIDES = ("groups, JAX", "one text, JAX", "groups, PyTorch")
 
 
@@ -48,8 +51,8 @@ def inputs(args):
 
   source = pretrained.load(args.model, attention="chunked" if args.side == SIDES[1] else "xla")
   tokenizer = source.tokenizer()
-  task = jsonl_task(args.task, TEMPLATE, WORDS)
-  pool = jsonl_task(args.train, TEMPLATE, WORDS).rows
+  task = jsonl_task(args.task, TEMPLATE, tuple(args.words))
+  pool = jsonl_task(args.train, TEMPLATE, tuple(args.words)).rows
   rows = demonstrations(task.rows, args.rows, seed=1000)
   encoder = in_context.Encoder(tokenizer, start=())
   demos = [encoder.encode(row.demonstration + "\n\n")
@@ -57,7 +60,6 @@ def inputs(args):
   budget = sum(map(len, demos)) if args.side == SIDES[1] else args.window
   groups = pack(demos, budget)
   requests = [encoder.split(row.prompt, row.options) for row in rows]
-  assert all(len(option) == 1 for request in requests for option in request.options)
   return source, groups, requests, [row.label for row in rows]
 
 
@@ -76,7 +78,7 @@ def jax_side(args):
 
   def score(prefix):
     found = scorer.score(requests, prefix=prefix)
-    return [max(range(2), key=lambda i: float(of_row[i][0])) for of_row in found]
+    return [max(range(len(of_row)), key=lambda i: float(of_row[i].mean())) for of_row in found]
 
   return groups, read, score, labels
 
@@ -106,23 +108,33 @@ def torch_side(args):
             for name in ("keys", "values"))
       for i in range(model.config.num_hidden_layers)]
 
+  def logits(layers, ids, count):
+    """`[count, V]` at the last positions of a text behind the groups."""
+    cache, length = transformers.DynamicCache(), len(ids)
+    for i, (keys, values) in enumerate(layers):
+      cache.update(keys, values, i)
+    own = torch.full((length, length), -1e30).triu(1)
+    own += torch.where(own == 0, math.log(num_groups), 0.0)
+    bias = torch.cat([torch.zeros(length, int(mask.sum())), own], dim=1)[None, None]
+    hidden = model.model(
+      input_ids=torch.tensor([ids]), attention_mask=bias,
+      position_ids=window + torch.arange(length)[None], past_key_values=cache,
+    ).last_hidden_state
+    return model.lm_head(hidden[0, -count:])
+
+  def mean_of(layers, context, option):
+    last = logits(layers, [*context, *option], len(option) + 1)[:-1].log_softmax(-1)
+    return float(last[torch.arange(len(option)), torch.tensor(option)].mean())
+
   @torch.no_grad()
   def score(layers):
-    chosen, before = [], int(mask.sum())
+    chosen = []
     for request in requests:
-      cache = transformers.DynamicCache()
-      for i, (keys, values) in enumerate(layers):
-        cache.update(keys, values, i)
-      length = len(request.context)
-      own = torch.full((length, length), -1e30).triu(1)
-      own += torch.where(own == 0, math.log(num_groups), 0.0)
-      bias = torch.cat([torch.zeros(length, before), own], dim=1)[None, None]
-      hidden = model.model(
-        input_ids=torch.tensor([request.context]), attention_mask=bias,
-        position_ids=window + torch.arange(length)[None], past_key_values=cache,
-      ).last_hidden_state
-      logits = model.lm_head(hidden[0, -1])
-      chosen.append(max(range(2), key=lambda i: float(logits[request.options[i][0]])))
+      if all(len(option) == 1 for option in request.options):
+        values = logits(layers, request.context, 1)[0, [i for i, in request.options]].tolist()
+      else:
+        values = [mean_of(layers, request.context, option) for option in request.options]
+      chosen.append(values.index(max(values)))
     return chosen
 
   return groups, read, score, labels
@@ -156,6 +168,7 @@ def main() -> None:
   parser.add_argument("--model", required=True)
   parser.add_argument("--task", required=True)
   parser.add_argument("--train", required=True)
+  parser.add_argument("--words", nargs="+", default=["negative", "positive"])
   parser.add_argument("--counts", type=int, nargs="+", default=[32, 128, 512, 1024])
   parser.add_argument("--window", type=int, default=1984, help="most tokens of a group")
   parser.add_argument("--rows", type=int, default=100)
@@ -188,7 +201,8 @@ def main() -> None:
         command = [
           sys.executable, __file__, "--model", args.model, "--task", args.task, "--train",
           args.train, "--window", str(args.window), "--rows", str(args.rows), "--threads",
-          str(args.threads), "--side", side, "--count", str(count), "--folder", str(folder)]
+          str(args.threads), "--side", side, "--count", str(count), "--folder", str(folder),
+          "--words", *args.words]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found[side] = json.loads(out.splitlines()[-1])
         print(count, side, {k: v for k, v in found[side].items() if k != "chosen"},
@@ -213,7 +227,8 @@ def main() -> None:
     f"timed.\n\n{platform.machine()}, {args.threads} cores, Python {platform.python_version()}, "
     f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
     f"load {os.getloadavg()[0]:.1f} at the end. {Path(args.model).name}, float32; groups of at "
-    f"most {args.window:,} tokens; {args.rows} rows.\n\n" + "\n".join(lines) + "\n")
+    f"most {args.window:,} tokens; {args.rows} rows of {Path(args.task).parent.name}, answers "
+    f"{', '.join(args.words)}.\n\n" + "\n".join(lines) + "\n")
   print(text)
   if args.output is not None:
     args.output.write_text(text)

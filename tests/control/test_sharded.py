@@ -13,7 +13,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmops_jax.control import mean_target_loss, pmp_scores, pmp_scores_resumable
+from lmops_jax.control.problem import Settings
+from lmops_jax.control.programs import segment_programs
+from lmops_jax.control.targets import MeanTargetLoss
+from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.transformer import Transformer, TransformerConfig
+from lmops_jax.training import hlo
 from lmops_jax.training.checkpoints import CheckpointStore
 from lmops_jax.training.losses import lm_example_losses
 from lmops_jax.training.mesh import BATCH_AXES, MeshConfig
@@ -46,9 +51,11 @@ def _solve(partitioner=None, solver=pmp_scores, **kw):
     batches, proxy, dev = (
       place(batches, None, BATCH_AXES), place(proxy, BATCH_AXES), place(dev, BATCH_AXES))
   with partitioner.activate() if partitioner is not None else contextlib.nullcontext():
+    device_rows = None if partitioner is None else partitioner.device_rows
+    target_loss = mean_target_loss(LOSSES, dev, device_rows=device_rows)
     return params, solver(
-      LOSSES, mean_target_loss(LOSSES, dev), OPTIMIZER, params, batches,
-      np.full((3, 16), 1 / 16, np.float32), proxy=proxy, **kw)
+      LOSSES, target_loss, OPTIMIZER, params, batches, np.full((3, 16), 1 / 16, np.float32),
+      proxy=proxy, device_rows=device_rows, **kw)
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +72,58 @@ def _assert_close(got, want):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.params, want.params)
 
 
-@pytest.mark.parametrize("sizes, kw", [
-  ((8, 1, 1), dict()),
-  ((4, 2, 1), dict(trajectory=2, micro_batch_size=8, proxy_batch_size=8)),
-  ((2, 2, 2), dict(trajectory="host")),
-  ((2, 1, 1), dict()),
-  ((2, 2, 1), dict()),
+@pytest.mark.parametrize("sizes, reduction, kw", [
+  ((8, 1, 1), "auto", dict()),
+  ((8, 1, 1), "layer", dict()),
+  ((4, 2, 1), "step", dict(trajectory=2, micro_batch_size=8, proxy_batch_size=8)),
+  ((4, 2, 1), "auto", dict(trajectory=2, micro_batch_size=8, proxy_batch_size=8)),
+  ((2, 2, 2), "step", dict(trajectory="host")),
+  ((2, 2, 2), "auto", dict(trajectory="host")),
+  ((2, 1, 1), "auto", dict(proxy_batch_size=8)),
+  ((2, 2, 1), "auto", dict()),
 ])
-def test_meshes_agree_with_one_device(single, sizes, kw):
+def test_meshes_agree_with_one_device(single, sizes, reduction, kw):
   rules = "sharded" if sizes[1] > 1 else "default"
-  partitioner = MeshConfig(*sizes, rules=rules).build(jax.devices()[:math.prod(sizes)])
+  partitioner = MeshConfig(*sizes, rules=rules, reduction=reduction).build(
+    jax.devices()[:math.prod(sizes)])
   params, got = _solve(partitioner, groups=2, **kw)
   _assert_close(got, single)
   for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(params)):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1)])
+def test_gradients_cross_the_mesh_once_a_step(sizes):
+  """Four micro-batches a pass, two of them with gradients: the Hessian product and the target's."""
+  def collectives(reduction):
+    partitioner = MeshConfig(*sizes, reduction=reduction).build()
+    boxed = jax.eval_shape(
+      Transformer(CONFIG).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      unboxed(boxed), partitioner.shardings(boxed))
+
+    def rows(*shape):
+      sharding = partitioner.batch_sharding(len(shape) + 1, len(shape) - 1)
+      return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*shape, 8), x.dtype, sharding=sharding), _sequences(0, 1))
+
+    target = MeanTargetLoss(rows(32), LOSSES, 8, 32, partitioner.device_rows)
+    weights = jax.ShapeDtypeStruct((1, 32), jnp.float32, sharding=partitioner.replicated)
+    with partitioner.activate():
+      compiled = segment_programs(
+        LOSSES, target, optax.sgd(0.1), params, rows(1, 32), weights, rows(32),
+        Settings(micro_batch_size=8, proxy_batch_size=8), 1, partitioner.device_rows,
+      ).reverse().compile()
+    found = hlo.count(compiled.as_text()).collectives
+    num_bytes = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(params))
+    return {kind: c.num_bytes / num_bytes for kind, c in found.items()}
+
+  by_step, by_layer = collectives("step"), collectives("layer")
+  assert by_step["all-reduce"] == pytest.approx(2, abs=0.05)
+  assert by_layer["all-reduce"] >= 8
+  if sizes[1] > 1:  # parameters and direction, for both passes over the batch and the proxies
+    assert by_step["all-gather"] <= 6 < by_layer["all-gather"]
 
 
 @pytest.mark.slow

@@ -114,9 +114,13 @@ def test_trains_as_written_out_by_hand(tmp_path):
     load_kept_params(tmp_path, 5)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 1), (2, 2, 2)])
-def test_every_mesh_gives_the_numbers_of_one_device(tmp_path, single, sizes):
-  result = _lm(tmp_path, partitioner=MeshConfig(*sizes).build())
+@pytest.mark.parametrize("sizes,reduction,accumulate", [
+  ((8, 1, 1), "auto", 1), ((4, 2, 1), "auto", 1), ((2, 2, 2), "auto", 1), ((4, 2, 1), "step", 2),
+  ((2, 2, 2), "step", 1),
+])
+def test_every_mesh_gives_the_numbers_of_one_device(tmp_path, single, sizes, reduction, accumulate):
+  partitioner = MeshConfig(*sizes, reduction=reduction).build()
+  result = _lm(tmp_path, partitioner=partitioner, accumulate=accumulate)
   assert len(result.state.params["embedding"].sharding.device_set) == 8
   for got, want in zip(result.history, single.history, strict=True):
     assert got == pytest.approx(want, rel=1e-5)

@@ -51,6 +51,7 @@ def test_one_axis_takes_the_devices_left(sizes, shape):
     (lambda: MeshConfig(3).build(), "does not fit 8 devices"),
     (lambda: MeshConfig(-1, 3).build(), "does not fit 8 devices"),
     (lambda: MeshConfig(rules="best"), "rules='best' is not one of default, sharded, replicated"),
+    (lambda: MeshConfig(reduction="often"), "reduction='often' is not one of auto, step, layer"),
     (lambda: MeshConfig(rules=[("mlp", "model")]), "maps 'mlp' to 'model', which is not one of"),
   ],
 )
@@ -84,6 +85,22 @@ def test_other_rules_by_name_and_by_table():
 def test_axis_that_does_not_divide_is_named():
   with pytest.raises(ValueError, match=r"\['key'\]\['kernel'\].* axis of 2 .*into 4"):
     MeshConfig(2, 1, 4).build().shardings(_abstract())
+
+
+@pytest.mark.parametrize("sizes,options,axes", [
+  ((8, 1, 1), {}, ("data",)),
+  ((8, 1, 1), {"reduction": "layer"}, None),
+  ((8, 1, 1), {"rules": "sharded"}, None),
+  ((2, 4, 1), {}, None),
+  ((2, 4, 1), {"rules": "replicated"}, ("data", "fsdp")),
+  ((2, 2, 2), {"reduction": "step"}, ("data", "fsdp")),
+  ((1, 1, 8), {"reduction": "step"}, None),
+])
+def test_devices_sum_their_own_rows_where_they_hold_all_parameters_or_are_told_to(
+  sizes, options, axes
+):
+  rows = MeshConfig(*sizes, **options).build().device_rows
+  assert (rows and rows.axes) == axes
 
 
 def test_batches_are_split_over_data_and_fsdp():

@@ -155,7 +155,8 @@ class Bench:
     rows = self.target_batch(num)
     placed, size = self.place_rows(rows, micro_batch_size)
     return control.mean_target_loss(
-      self.example_losses, placed, size, num_rows=len(rows["example_id"])
+      self.example_losses, placed, size, num_rows=len(rows["example_id"]),
+      device_rows=self.partitioner.device_rows,
     )
 
   def check_sizes(self, method) -> None:
@@ -382,7 +383,7 @@ class PMP:
           proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
           proxy_batch_size=proxy_batch_size,
           micro_batch_size=self.inner_micro_batch_size, segment_steps=self.segment_steps,
-          store=store, progress=advance,
+          device_rows=bench.partitioner.device_rows, store=store, progress=advance,
           log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )
       result = processes.fetch(result._replace(params=None))
@@ -457,7 +458,8 @@ class _DirectionMethod:
       with bench.partitioner.activate():
         direction = self.direction(bench, params, gradient(params))
         values = processes.fetch(control.directional_scores(
-          bench.example_losses, params, direction, proxies, proxy_batch_size
+          bench.example_losses, params, direction, proxies, proxy_batch_size,
+          device_rows=bench.partitioner.device_rows,
         ))[: bench.proxy_set.num_proxies]
       rows.append(bench.divided(values, params, self.divide_by))
     num_target = len(bench.target_batch(self.num_target)["example_id"])

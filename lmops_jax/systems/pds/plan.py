@@ -73,6 +73,7 @@ def _training(name, config, vocab_size, length, partitioner, platform) -> Phase:
     "params": params_bytes, "opt_state": device_bytes(state.opt_state),
     # With micro-batches the sum and one part's gradient exist together.
     "accumulators": params_bytes * (1 + (config.accumulate > 1)),
+    "gathered": (2 + (config.accumulate > 1)) * programs.gathered_bytes(state.params, partitioner),
     "data": _data_bytes(config.batch_size, length, partitioner),
     "activations": _activations(
       model.config, rows, length, partitioner, platform, loss_chunk=config.loss_chunk),
@@ -99,7 +100,8 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
   num_segments = -(-method.num_steps // method.segment_steps)
   sizes = control_plan.solve_bytes(
     device_bytes(params), device_bytes(state.opt_state), num_segments,
-    micro_batches=method.inner_micro_batch_size is not None, groups=method.groups is not None)
+    micro_batches=method.inner_micro_batch_size is not None, groups=method.groups is not None,
+    whole_bytes=programs.gathered_bytes(params, partitioner))
   act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
                           platform=platform, loss_chunk=proxy.loss_chunk)
   inner = method.inner_micro_batch_size or method.batch_size
@@ -166,6 +168,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   forward = {k: held[k] for k in ("params", "opt_state", "segment_starts", "data")}
   micro = method.inner_micro_batch_size is not None
   forward["accumulators"] = held["params"] * (1 + micro)
+  forward["gathered"] = (2 + micro) * programs.gathered_bytes(params, partitioner)
   forward["activations"] = _activations(
     model.config, method.inner_micro_batch_size or method.batch_size, length, partitioner, platform,
     loss_chunk=proxy.loss_chunk)

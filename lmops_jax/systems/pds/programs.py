@@ -118,7 +118,8 @@ def solve_programs(
   target_rows, target_size = partitioner.filled_rows(num_target, method.micro_batch_size)
   proxy_rows, proxy_size = partitioner.filled_rows(proxy_set.num_proxies, method.micro_batch_size)
   target = MeanTargetLoss(
-    abstract_batch(partitioner, target_rows, length), example_losses, target_size, num_target)
+    abstract_batch(partitioner, target_rows, length), example_losses, target_size, num_target,
+    partitioner.device_rows)
   settings = Settings(
     method.objective, trajectory, method.every_k, method.groups, method.hessian,
     micro_batch_size=method.inner_micro_batch_size, proxy_batch_size=proxy_size,
@@ -128,7 +129,8 @@ def solve_programs(
   programs = control_programs.segment_programs(
     example_losses, target, method.optimizer, params,
     abstract_batch(partitioner, method.batch_size, length, num_steps), weights,
-    abstract_batch(partitioner, proxy_rows, length), settings, segment_steps)
+    abstract_batch(partitioner, proxy_rows, length), settings, segment_steps,
+    partitioner.device_rows)
 
   def with_precision(lower):
     def lowered():
@@ -165,9 +167,25 @@ def device_bytes(tree: Any) -> int:
   return sum(map(leaf, jax.tree.leaves(tree)))
 
 
+def gathered_bytes(params: Any, partitioner: Partitioner) -> int:
+  """Of parameters that every device holds whole for a step; 0 where they are not split."""
+  rows = partitioner.device_rows
+  if rows is None:
+    return 0
+
+  def leaf(x):
+    others = [a for axes in x.sharding.spec for a in (axes if isinstance(axes, tuple) else (axes,))
+              if a is not None and a not in rows.axes]
+    return math.prod(x.shape) * x.dtype.itemsize // math.prod(
+      partitioner.mesh.shape[a] for a in others)
+
+  whole = sum(map(leaf, jax.tree.leaves(params)))
+  return whole if whole > device_bytes(params) else 0
+
+
 def training_remedies(config: Any, partitioner: Partitioner) -> tuple[str, ...]:
   """Settings that lower the memory of a `Pretrain`, the best first."""
-  found = []
+  found = _less_gathering(partitioner)
   if config.batch_size // config.accumulate > partitioner.num_batch_shards:
     found.append(f"a smaller micro-batch (pds.Pretrain.accumulate above {config.accumulate})")
   return (*found, *_recomputation(config, "MODEL"), more_devices(partitioner))
@@ -175,7 +193,7 @@ def training_remedies(config: Any, partitioner: Partitioner) -> tuple[str, ...]:
 
 def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[str, ...]:
   """The same of a solve."""
-  found = []
+  found = _less_gathering(partitioner)
   inner = method.inner_micro_batch_size or method.batch_size
   if max(inner, method.micro_batch_size) > partitioner.num_batch_shards:
     found.append(
@@ -184,6 +202,12 @@ def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[s
   if method.trajectory not in ("host", "auto", 1):
     found.append('fewer stored states (pds.PMP.trajectory="auto")')
   return (*found, *_recomputation(proxy, "PROXY_MODEL"), more_devices(partitioner))
+
+
+def _less_gathering(partitioner: Partitioner) -> list[str]:
+  if partitioner.device_rows is None or partitioner.mesh.shape["fsdp"] == 1:
+    return []
+  return ['parameters gathered by layers (mesh.make.reduction="layer")']
 
 
 def _recomputation(config: Any, name: str) -> list[str]:
