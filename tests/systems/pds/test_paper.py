@@ -138,7 +138,7 @@ def test_a_segment_of_the_solve_fits_one_accelerator(paper):
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(solve.optimizer.init),
     as_pytree(solve.optimizer.update), params, rows(num_steps, solve.batch_size),
     jax.ShapeDtypeStruct((num_steps, solve.batch_size), np.float32),
-    rows(system.proxy_set.num_proxies), settings, pmp.shardings_of(params),
+    rows(system.proxy_set.num_proxies), settings, pmp.shardings_of(params), None,
   )
   assert lowered.out_info.scores.shape == (num_steps, 256)
   assert lowered.out_info.proxy_scores.shape == (163_840,)
