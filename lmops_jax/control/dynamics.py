@@ -61,6 +61,18 @@ def apply_update(update: Callable, state: State, grads: Any) -> State:
                jax.tree.map(like, opt_state, state.opt_state))
 
 
+def map_images(fn: Callable, opt_state: Any, params: Any) -> Any:
+  """`opt_state` with `fn` applied to every part that is like `params` in structure and shapes."""
+  structure = jax.tree.structure(params)
+  shapes = [x.shape for x in jax.tree.leaves(params)]
+
+  def is_image(tree):
+    return jax.tree.structure(tree) == structure and shapes == [
+      jnp.shape(x) for x in jax.tree.leaves(tree)]
+
+  return jax.tree.map(lambda x: fn(x) if is_image(x) else x, opt_state, is_leaf=is_image)
+
+
 def init_state(init: Callable, update: Callable, params: Any) -> State:
   """The state before step 0, in dtypes that a step keeps.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.control import adjoint
-from lmops_jax.control.dynamics import State, apply_update, gradient
+from lmops_jax.control.dynamics import State, apply_update, gradient, map_images
 from lmops_jax.micro_batches import DeviceRows
 
 PROXY_SCOPE = "score_proxies"  # in the names of the operations that score proxies
@@ -126,15 +126,7 @@ class Problem:
 
   def constrain_state(self, state: State) -> State:
     """`state` with the parameters, and all that an optimizer keeps in their image, pinned."""
-    structure = jax.tree.structure(state.params)
-    shapes = [x.shape for x in jax.tree.leaves(state.params)]
-
-    def is_image(tree):
-      return jax.tree.structure(tree) == structure and shapes == [
-        jnp.shape(x) for x in jax.tree.leaves(tree)]
-
-    opt_state = jax.tree.map(
-      lambda x: self.constrain(x) if is_image(x) else x, state.opt_state, is_leaf=is_image)
+    opt_state = map_images(self.constrain, state.opt_state, state.params)
     return State(self.constrain(state.params), opt_state)
 
   def _constrain_cotangent(self, state: State, floats: list[jax.Array]) -> list[jax.Array]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lmops_jax.control import resumable
 from lmops_jax.control.adjoint import float_leaves
 from lmops_jax.control.callables import as_pytree
-from lmops_jax.control.dynamics import State, init_state
+from lmops_jax.control.dynamics import State, init_state, map_images
 from lmops_jax.control.pmp import check_settings, shardings_of
 from lmops_jax.control.problem import Settings
 from lmops_jax.micro_batches import DeviceRows
@@ -76,13 +76,7 @@ def segment_programs(
 def abstract_state(optimizer: Any, params: Any) -> State:
   """The first state of a solve: optimizer state in the parameters' image placed like them."""
   state = jax.eval_shape(lambda p: init_state(optimizer.init, optimizer.update, p), params)
-  structure = jax.tree.structure(params)
-
-  def is_image(tree):
-    return jax.tree.structure(tree) == structure
-
-  opt_state = jax.tree.map(
-    lambda x: _placed(x, params) if is_image(x) else x, state.opt_state, is_leaf=is_image)
+  opt_state = map_images(lambda image: _placed(image, params), state.opt_state, params)
   return State(_placed(state.params, params), opt_state)
 
 

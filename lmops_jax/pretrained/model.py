@@ -19,7 +19,6 @@ from typing import Any
 
 import flax.linen as nn
 import gin
-import jax
 
 from lmops_jax.models.clip import ClipConfig
 from lmops_jax.models.config import RopeScaling, TransformerConfig
@@ -258,10 +257,7 @@ def _abstract(family, config, partitioner):
   boxed = importing.abstract_params(family, config)
   if partitioner is None:
     return unboxed(boxed)
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    unboxed(boxed), partitioner.shardings(boxed, uneven="whole"),
-  )
+  return partitioner.placed_shapes(boxed, uneven="whole")
 
 
 def describe(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -58,11 +57,7 @@ def batch_source(
 
 def abstract_params(init_params: Callable[[jax.Array], Any], partitioner):
   """Shapes of the parameters with their places on the mesh."""
-  boxed = jax.eval_shape(init_params, jax.random.key(0))
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    nn.unbox(boxed), partitioner.shardings(boxed),
-  )
+  return partitioner.placed_shapes(jax.eval_shape(init_params, jax.random.key(0)))
 
 
 def load_params(directory: Path, step: int, model, partitioner):

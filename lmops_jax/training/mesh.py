@@ -221,6 +221,12 @@ class Partitioner:
 
     return jax.tree_util.tree_map_with_path(even, unboxed(abstract), shardings)
 
+  def placed_shapes(self, abstract, *, uneven: str = "refuse"):
+    """The leaves' `ShapeDtypeStruct`s, unboxed, with the shardings that `shardings` gives them."""
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      unboxed(abstract), self.shardings(abstract, uneven=uneven))
+
   def filled_rows(self, num: int, micro_batch_size: int) -> tuple[int, int]:
     """How many rows `num` becomes, and of which micro-batch size, so that the mesh divides both.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -75,10 +74,7 @@ def abstract_state_of(init_params: Any, optimizer: Any, partitioner: Partitioner
   """`(state, shardings)` of a training run from `init_params(key)`, nothing allocated."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   boxed = train_state.abstract_state(init_params, optimizer, key)
-  shardings = partitioner.shardings(boxed)
-  state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
-  return state, shardings
+  return partitioner.placed_shapes(boxed), partitioner.shardings(boxed)
 
 
 def pretrain_program(config: Any, vocab_size: int, length: int, partitioner: Partitioner,
