@@ -53,17 +53,13 @@ def hvp_mode(value: Any) -> str:
   return one_of(value, "hvp_mode", HVP_MODES)
 
 
-def device_rows(value: DeviceRows | None, batch_size: int, proxy: Any) -> DeviceRows | None:
-  """`value`, or a ValueError where its devices do not divide the rows of a batch or the proxies."""
-  if value is not None:
-    sizes = {"batch size": batch_size}
-    if proxy is not None:
-      sizes["number of proxies"] = jax.tree.leaves(proxy)[0].shape[0]
-    for name, size in sizes.items():
-      if size % value.num_shards:
-        raise ValueError(
-          f"device_rows needs a {name} that is a multiple of its {value.num_shards} devices, got "
-          f"{size}.")
+def device_rows(value: DeviceRows | None, **sizes: int) -> DeviceRows | None:
+  """`value`, or a ValueError where its devices do not divide one of the numbers of rows."""
+  for name, size in sizes.items() if value is not None else ():
+    if size % value.num_shards:
+      raise ValueError(
+        f"device_rows has {value.num_shards} devices, which do not divide the {size} rows of "
+        f"{name}; give a multiple, or leave device_rows out.")
   return value
 
 

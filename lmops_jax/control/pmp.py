@@ -114,7 +114,7 @@ def pmp_scores(
   return _solve(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, batches, weights, proxy, settings, shardings_of(params),
-    checks.device_rows(device_rows, weights.shape[1], proxy))
+    check_device_rows(device_rows, weights, proxy))
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "shardings", "device_rows"))
@@ -208,6 +208,12 @@ def prepare(example_losses, target_loss, optimizer, params, batches, weights, pr
     proxy = jax.tree.map(jnp.asarray, proxy)
     checks.losses(example_losses, params, proxy, num_proxies, "proxy")
   return params, batches, proxy, weights, check_settings(settings, num_steps, batch_size)
+
+
+def check_device_rows(device_rows: DeviceRows | None, weights: jax.Array, proxy: Any):
+  """`device_rows`, or a ValueError where its devices do not divide a batch or the proxies."""
+  proxies = {} if proxy is None else {"proxy": jax.tree.leaves(proxy)[0].shape[0]}
+  return checks.device_rows(device_rows, batches=weights.shape[1], **proxies)
 
 
 def check_settings(settings: Settings, num_steps: int, batch_size: int) -> Settings:

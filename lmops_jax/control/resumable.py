@@ -29,6 +29,7 @@ from lmops_jax.control.dynamics import init_state
 from lmops_jax.control.pmp import (
   PmpResult,
   batch_getter,
+  check_device_rows,
   check_steps,
   constrain,
   make_result,
@@ -111,7 +112,7 @@ def pmp_scores_resumable(
   segment_steps = min(checks.integer(segment_steps, "segment_steps", 1), num_steps)
   starts = range(0, num_steps, segment_steps)
   static = dict(settings=settings, shardings=shardings_of(params),
-                device_rows=checks.device_rows(device_rows, weights.shape[1], proxy))
+                device_rows=check_device_rows(device_rows, weights, proxy))
   data = _Data(as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.update),
                batches, weights, proxy)
   init = as_pytree(optimizer.init)

@@ -126,6 +126,18 @@ def test_gradients_cross_the_mesh_once_a_step(sizes):
     assert by_step["all-gather"] <= 6 < by_layer["all-gather"]
 
 
+def test_rows_that_the_devices_do_not_divide_are_refused():
+  rows = MeshConfig(8).build().device_rows
+  with pytest.raises(ValueError, match="8 devices, which do not divide the 12 rows of data"):
+    mean_target_loss(LOSSES, _sequences(0, 12), device_rows=rows)
+  params = nn.unbox(Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+  for batch_size, num_proxies, name in ((4, 8, "4 rows of batches"), (8, 9, "9 rows of proxy")):
+    with pytest.raises(ValueError, match=name):
+      pmp_scores(
+        LOSSES, mean_target_loss(LOSSES, _sequences(0, 8)), OPTIMIZER, params["params"],
+        _sequences(1, 2, batch_size), None, proxy=_sequences(2, num_proxies), device_rows=rows)
+
+
 @pytest.mark.slow
 def test_resumable_solve_on_a_mesh_and_then_on_another(single, tmp_path):
   partitioner = MeshConfig(2, 2, 2, rules="sharded").build()
