@@ -66,6 +66,21 @@ class DeviceRows:
     return next(size for size in range(min(wanted, own), 0, -1) if own % size == 0)
 
 
+def fill_parts(rows: Any, micro_batch_size: int) -> tuple[Any, int]:
+  """`rows` with the first ones repeated until equal parts of at most that size divide them.
+
+  Returns:
+    Leaves `[M', ...]`, and the parts' size: the smallest of as many parts, for the least repeated.
+  """
+  num_rows = jax.tree.leaves(rows)[0].shape[0]
+  num_parts = -(-num_rows // micro_batch_size)
+  size = -(-num_rows // num_parts)
+  padding = num_parts * size - num_rows
+  if padding:
+    rows = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), rows)
+  return rows, size
+
+
 def sum_over_micro_batches(fn: Callable, whole: Any, batch: Any, weights: jax.Array,
                            micro_batch_size: int | None, device_rows: DeviceRows | None = None):
   """Sums `fn(whole, batch, weights) -> (summed pytree, per-example pytree)` a part at a time.

@@ -22,7 +22,7 @@ from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, apply_update, strong, weighted_loss
 from lmops_jax.control.guards import finite_derivatives
-from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
+from lmops_jax.micro_batches import DeviceRows, fill_parts, sum_over_micro_batches
 
 HVP_MODES = checks.HVP_MODES
 
@@ -160,6 +160,7 @@ def directional_scores(example_losses: Callable, params: Any, direction: Any, da
   """
   data = jax.tree.map(jnp.asarray, data)
   num_rows, = checks.leading_axes(data, "data", 1, "M")
+  checks.device_rows(device_rows, data=num_rows)
   if batch_size is not None:
     batch_size = checks.integer(batch_size, "batch_size", 1)
   return _directional_scores(
@@ -170,14 +171,9 @@ def directional_scores(example_losses: Callable, params: Any, direction: Any, da
 @functools.partial(jax.jit, static_argnames=("num_rows", "batch_size", "mode", "device_rows"))
 def _directional_scores(example_losses, params, direction, data, num_rows, batch_size, mode,
                         device_rows):
-  derivatives = functools.partial(directional_derivatives, mode=mode, device_rows=device_rows)
-  if device_rows is not None or batch_size is None or batch_size >= num_rows:
-    return derivatives(
-      example_losses, params, direction, data, micro_batch_size=batch_size)[0]
-  num_parts = -(-num_rows // batch_size)
-  batch_size = -(-num_rows // num_parts)  # the smallest size with as many parts: least padding
-  padding = num_parts * batch_size - num_rows
-  if padding:  # repeat the first rows; their second scores are cut off below
-    data = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), data)
-  scores, _ = derivatives(example_losses, params, direction, data, micro_batch_size=batch_size)
+  if device_rows is None and batch_size is not None:
+    data, batch_size = fill_parts(data, batch_size)
+  scores, _ = directional_derivatives(
+    example_losses, params, direction, data, mode=mode, micro_batch_size=batch_size,
+    device_rows=device_rows)
   return scores[:num_rows]

@@ -53,14 +53,13 @@ def hvp_mode(value: Any) -> str:
   return one_of(value, "hvp_mode", HVP_MODES)
 
 
-def device_rows(value: DeviceRows | None, **sizes: int) -> DeviceRows | None:
-  """`value`, or a ValueError where its devices do not divide one of the numbers of rows."""
+def device_rows(value: DeviceRows | None, **sizes: int) -> None:
+  """A ValueError where the devices of `value` do not divide one of the numbers of rows."""
   for name, size in sizes.items() if value is not None else ():
     if size % value.num_shards:
       raise ValueError(
         f"device_rows has {value.num_shards} devices, which do not divide the {size} rows of "
         f"{name}; give a multiple, or leave device_rows out.")
-  return value
 
 
 def optimizer(value: Any) -> None:

@@ -110,11 +110,11 @@ def pmp_scores(
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
     Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
-             proxy_batch_size, keep_costates, proxy_samples, sample_seed))
+             proxy_batch_size, keep_costates, proxy_samples, sample_seed), device_rows)
   return _solve(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, batches, weights, proxy, settings, shardings_of(params),
-    check_device_rows(device_rows, weights, proxy))
+    device_rows)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "shardings", "device_rows"))
@@ -184,7 +184,8 @@ def check_steps(step_losses, target_losses, costate_norms, scores, target_grad_n
     raise FloatingPointError(f"A score is not finite at step {start + bad[0][0]} of {num_steps}.")
 
 
-def prepare(example_losses, target_loss, optimizer, params, batches, weights, proxy, settings):
+def prepare(example_losses, target_loss, optimizer, params, batches, weights, proxy, settings,
+            device_rows):
   """Checks the arguments of a solve and puts arrays into the types that it uses."""
   for name, fn in (("example_losses", example_losses), ("target_loss", target_loss)):
     if not callable(fn):
@@ -203,17 +204,13 @@ def prepare(example_losses, target_loss, optimizer, params, batches, weights, pr
   checks.losses(example_losses, params, jax.tree.map(lambda x: x[0], batches), batch_size,
                 "a batch")
   checks.target(target_loss, params)
+  checks.device_rows(device_rows, batches=batch_size)
   if proxy is not None:
     num_proxies, = checks.leading_axes(proxy, "proxy", 1, "M")
     proxy = jax.tree.map(jnp.asarray, proxy)
     checks.losses(example_losses, params, proxy, num_proxies, "proxy")
+    checks.device_rows(device_rows, proxy=num_proxies)
   return params, batches, proxy, weights, check_settings(settings, num_steps, batch_size)
-
-
-def check_device_rows(device_rows: DeviceRows | None, weights: jax.Array, proxy: Any):
-  """`device_rows`, or a ValueError where its devices do not divide a batch or the proxies."""
-  proxies = {} if proxy is None else {"proxy": jax.tree.leaves(proxy)[0].shape[0]}
-  return checks.device_rows(device_rows, batches=weights.shape[1], **proxies)
 
 
 def check_settings(settings: Settings, num_steps: int, batch_size: int) -> Settings:

@@ -29,7 +29,6 @@ from lmops_jax.control.dynamics import init_state
 from lmops_jax.control.pmp import (
   PmpResult,
   batch_getter,
-  check_device_rows,
   check_steps,
   constrain,
   make_result,
@@ -107,12 +106,11 @@ def pmp_scores_resumable(
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
     Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
-             proxy_batch_size, keep_costates, proxy_samples, sample_seed))
+             proxy_batch_size, keep_costates, proxy_samples, sample_seed), device_rows)
   num_steps = weights.shape[0]
   segment_steps = min(checks.integer(segment_steps, "segment_steps", 1), num_steps)
   starts = range(0, num_steps, segment_steps)
-  static = dict(settings=settings, shardings=shardings_of(params),
-                device_rows=check_device_rows(device_rows, weights, proxy))
+  static = dict(settings=settings, shardings=shardings_of(params), device_rows=device_rows)
   data = _Data(as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.update),
                batches, weights, proxy)
   init = as_pytree(optimizer.init)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lmops_jax.control import checks
 from lmops_jax.control.dynamics import weighted_loss
-from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
+from lmops_jax.micro_batches import DeviceRows, fill_parts, sum_over_micro_batches
 
 
 def mean_target_loss(example_losses: Callable, data: Any, batch_size: int | None = None, *,
@@ -62,13 +62,9 @@ class MeanTargetLoss:
         if num_rows == size:
           return jnp.mean(losses)
         return jnp.sum(jnp.where(jnp.arange(size) < num_rows, losses, 0)) / num_rows
-      num_parts = -(-size // part_size)
-      part_size = -(-size // num_parts)
-      padding = num_parts * part_size - size
-      if padding:  # repeated rows, of weight 0
-        data = jax.tree.map(lambda x: jnp.concatenate([x, x[:padding]]), data)
-        size += padding
-    weights = jnp.where(jnp.arange(size) < num_rows, 1 / num_rows, 0)
+      data, part_size = fill_parts(data, part_size)
+    is_row = jnp.arange(jax.tree.leaves(data)[0].shape[0]) < num_rows  # repeated rows are none
+    weights = jnp.where(is_row, 1 / num_rows, 0)
     return _sum_of_parts(
       self.example_losses, part_size, self.device_rows, params, data, weights)
 

@@ -54,12 +54,13 @@ class _Files(Corpus):
     Of more than 256 MiB together, sizes and modification times stand for the contents.
     """
     state = hashlib.blake2b(repr(self).encode(), digest_size=16)
-    sizes = {name: path.stat().st_size for name, path in self._paths() if path.is_file()}
-    is_small = sum(sizes.values()) <= _HASHED_BYTES
-    for name, path in self._paths():
+    paths = self._paths()
+    is_small = sum(path.stat().st_size for _, path in paths if path.is_file()) <= _HASHED_BYTES
+    for name, path in paths:
       try:
+        status = path.stat()
         mark = (manifests.hash_file(path) if is_small
-                else f"{sizes.get(name)} {path.stat().st_mtime_ns}")
+                else f"{status.st_size} {status.st_mtime_ns}")
       except OSError:
         mark = "unreadable"
       state.update(f"{name}\0{mark}\n".encode())

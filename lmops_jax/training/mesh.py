@@ -146,14 +146,21 @@ class Partitioner:
   @property
   def device_rows(self) -> DeviceRows | None:
     """Where gradients are added over the mesh once a step; None leaves it to the partitioner."""
-    axes = tuple(axis for axis in self.batch_axes if self.mesh.shape[axis] > 1)
-    if not axes or self.reduction == "layer":
-      return None
-    split = {axis for name, to in self.rules if name != "batch"
-             for axis in (to if isinstance(to, tuple) else (to,))}
-    if self.reduction == "auto" and split.intersection(axes):
+    axes = self._axes_in_use
+    if not axes or self.reduction == "layer" or (self.reduction == "auto" and self.splits_params):
       return None
     return DeviceRows(self.mesh, axes)
+
+  @property
+  def splits_params(self) -> bool:
+    """Whether parameters are split over axes that split the batch."""
+    split = {axis for name, to in self.rules if name != "batch"
+             for axis in (to if isinstance(to, tuple) else (to,))}
+    return bool(split.intersection(self._axes_in_use))
+
+  @property
+  def _axes_in_use(self) -> tuple[str, ...]:
+    return tuple(axis for axis in self.batch_axes if self.mesh.shape[axis] > 1)
 
   def with_batch_over(self, *axes: str) -> Partitioner:
     """The same with the batch over other mesh axes, or over none."""

@@ -16,7 +16,6 @@ from lmops_jax.control import mean_target_loss, pmp_scores, pmp_scores_resumable
 from lmops_jax.control.problem import Settings
 from lmops_jax.control.programs import segment_programs
 from lmops_jax.control.targets import MeanTargetLoss
-from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training import hlo
 from lmops_jax.training.checkpoints import CheckpointStore
@@ -99,9 +98,7 @@ def test_gradients_cross_the_mesh_once_a_step(sizes):
     partitioner = MeshConfig(*sizes, reduction=reduction).build()
     boxed = jax.eval_shape(
       Transformer(CONFIG).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    params = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      unboxed(boxed), partitioner.shardings(boxed))
+    params = partitioner.placed_shapes(boxed)
 
     def rows(*shape):
       sharding = partitioner.batch_sharding(len(shape) + 1, len(shape) - 1)

@@ -74,7 +74,8 @@ def abstract_state_of(init_params: Any, optimizer: Any, partitioner: Partitioner
   """`(state, shardings)` of a training run from `init_params(key)`, nothing allocated."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   boxed = train_state.abstract_state(init_params, optimizer, key)
-  return partitioner.placed_shapes(boxed), partitioner.shardings(boxed)
+  state = partitioner.placed_shapes(boxed)
+  return state, jax.tree.map(lambda x: x.sharding, state)
 
 
 def pretrain_program(config: Any, vocab_size: int, length: int, partitioner: Partitioner,
@@ -166,7 +167,7 @@ def device_bytes(tree: Any) -> int:
 def gathered_bytes(params: Any, partitioner: Partitioner) -> int:
   """Of parameters that every device holds whole for a step; 0 where they are not split."""
   rows = partitioner.device_rows
-  if rows is None:
+  if rows is None or not partitioner.splits_params:
     return 0
 
   def leaf(x):
@@ -175,8 +176,7 @@ def gathered_bytes(params: Any, partitioner: Partitioner) -> int:
     return math.prod(x.shape) * x.dtype.itemsize // math.prod(
       partitioner.mesh.shape[a] for a in others)
 
-  whole = sum(map(leaf, jax.tree.leaves(params)))
-  return whole if whole > device_bytes(params) else 0
+  return sum(map(leaf, jax.tree.leaves(params)))
 
 
 def training_remedies(config: Any, partitioner: Partitioner) -> tuple[str, ...]:
@@ -201,7 +201,7 @@ def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[s
 
 
 def _less_gathering(partitioner: Partitioner) -> list[str]:
-  if partitioner.device_rows is None or partitioner.mesh.shape["fsdp"] == 1:
+  if partitioner.device_rows is None or not partitioner.splits_params:
     return []
   return ['parameters gathered by layers (mesh.make.reduction="layer")']
 
