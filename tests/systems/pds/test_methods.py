@@ -208,7 +208,7 @@ def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
       *jnp.ones((3, len(weights))), None)
 
   monkeypatch.setattr(control, "pmp_scores_resumable", solve)
-  zeros = lambda *args: jnp.zeros(len(args[3]["tokens"]))  # noqa: E731
+  zeros = lambda *args, **_: jnp.zeros(len(args[3]["tokens"]))  # noqa: E731
   monkeypatch.setattr(control, "directional_scores", zeros)
   monkeypatch.setattr(control, "influence_direction", lambda losses, grad, *_, **__: grad)
   bench = _bench(tmp_path, num_target=16, num_proxies=24, devices=1)
