@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MANIFEST, ATTEMPT, WRITING = "manifest.json", ".attempt.json", ".writing"
+from lmops_jax.whole_files import WRITING
+
+MANIFEST, ATTEMPT = "manifest.json", ".attempt.json"
 _PACKAGES = ("lmops_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio",
              "tensorflow", "tensorflow-datasets", "gin-config")
 
@@ -139,28 +141,6 @@ def compare(name: str, folder: Path, manifest: Mapping[str, Any], *, thorough: b
     if found != digest:
       raise StageError(f"{path}, an output of stage {name!r}, is corrupted: its content is not "
                        f"what the stage wrote; {again}.")
-
-
-def write_json(path: Path, value: Any) -> None:
-  write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-  """Writes a file that is either there in full or not at all, also after a power failure."""
-  temporary = path.with_name(path.name + WRITING)
-  with open(temporary, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

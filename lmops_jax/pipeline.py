@@ -35,9 +35,9 @@ from lmops_jax.manifests import (
   disk_full,
   is_disk_full,
   load_manifest,
-  write_json,
 )
 from lmops_jax.settings import nearest
+from lmops_jax.whole_files import write_json
 from lmops_jax.workdir import DISCARDED, PARTIAL, REPLACED, Workdir
 
 _FORMAT = 1

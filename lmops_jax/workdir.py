@@ -14,7 +14,6 @@ from lmops_jax import progress as progress_lib
 from lmops_jax.manifests import (
   ATTEMPT,
   MANIFEST,
-  WRITING,
   StageError,
   checksum,
   compare,
@@ -25,11 +24,9 @@ from lmops_jax.manifests import (
   load_manifest,
   now,
   plain,
-  sync_folder,
   versions,
-  write_json,
-  write_text,
 )
+from lmops_jax.whole_files import WRITING, sync_folder, write_json, write_text
 
 LOG, CONFIG, _MARKER, _LOCK = "log.txt", "config.gin", "lmops.json", ".lock"
 PARTIAL, REPLACED, DISCARDED = ".partial", ".replaced", ".discarded"

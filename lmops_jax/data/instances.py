@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmops_jax.data.packing import Instance
+from lmops_jax.whole_files import write_text
 
 METADATA_FILE = "instances.json"
 FORMAT_VERSION = 1
@@ -159,9 +160,7 @@ def finish(
     "description": description,
     "shards": files,
   }
-  partial = directory / (METADATA_FILE + ".partial")
-  partial.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
-  os.replace(partial, directory / METADATA_FILE)
+  write_text(directory / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
   return metadata["count"]
 
 

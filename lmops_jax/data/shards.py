@@ -7,12 +7,13 @@ ends a document, so its document index is the single number 0; others put the fi
 document there.
 """
 
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from lmops_jax.whole_files import replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -75,12 +76,10 @@ def write_shard(
   ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
   offsets = np.zeros(len(sizes), "<i8")
   offsets[1:] = ends[:-1]
-  partial = _file(prefix, ".idx.partial")
-  with partial.open("wb") as file:
+  with replacing(_file(prefix, ".idx")) as partial, partial.open("wb") as file:
     header = (MAGIC, VERSION, _CODES[dtype], len(sizes), len(document_index))
     file.write(_HEADER.pack(*header))
     file.write(lengths.tobytes() + offsets.tobytes() + np.array(document_index, "<i8").tobytes())
-  os.replace(partial, _file(prefix, ".idx"))
   return len(sizes)
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from lmops_jax.models.vision import VisionConfig
 from lmops_jax.pretrained import families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
 from lmops_jax.pretrained.sources import open_source
+from lmops_jax.whole_files import write_text
 
 DESCRIPTION = "model.json"
 PARAMS_FOLDER, TOKENIZER_FOLDER = "params", "tokenizer"
@@ -273,13 +273,10 @@ def describe(
     params, tokenizer: where they lie, relative to `directory`.
     original: the published `config.json`, which an export starts from.
   """
-  text = json.dumps({
+  write_text(directory / DESCRIPTION, json.dumps({
     "format": _FORMAT, "family": family, "config": _fields(config), "params": params,
     "tokenizer": tokenizer, "original": original or {},
-  }, indent=1)
-  partial = directory / (DESCRIPTION + ".partial")
-  partial.write_text(text + "\n", encoding="utf-8")
-  os.replace(partial, directory / DESCRIPTION)
+  }, indent=1) + "\n")
 
 
 def save_model(directory: Path, source: PretrainedModel, params) -> None:

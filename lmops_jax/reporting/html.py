@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import html
 import numbers
-import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from typing import Any
 
 import jinja2
 import markupsafe
+
+from lmops_jax.whole_files import write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +144,7 @@ def write_report(path, report: Report) -> Path:
   path = Path(path)
   text = render(report)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
+  write_text(path, text)
   return path
 
 

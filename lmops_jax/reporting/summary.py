@@ -3,12 +3,13 @@
 import json
 import math
 import numbers
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lmops_jax.whole_files import write_text
 
 
 def write_summary(path, summary: Mapping[str, Any], *, required: Iterable[str] = ()) -> Path:
@@ -35,9 +36,7 @@ def write_summary(path, summary: Mapping[str, Any], *, required: Iterable[str] =
     _require(plain, pattern)
   text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
+  write_text(path, text)
   return path
 
 

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from lmops_jax import progress
-from lmops_jax.manifests import write_json
+from lmops_jax.whole_files import write_json
 
 _SIZES = "sizes.json"  # in a finished step's folder: its files and their bytes
 

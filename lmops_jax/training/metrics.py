@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from lmops_jax import progress
+from lmops_jax.whole_files import write_text
 
 
 class MetricsLog:
@@ -37,9 +38,7 @@ class MetricsLog:
     if not self._writing:
       return
     self._directory.mkdir(parents=True, exist_ok=True)
-    partial = self._path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in self.history))
-    os.replace(partial, self._path)
+    write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
     if start is None:
       self._speed.unlink(missing_ok=True)
     if tensorboard:

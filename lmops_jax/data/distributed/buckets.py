@@ -20,8 +20,9 @@ import numpy as np
 from lmops_jax.data import documents as documents_lib
 from lmops_jax.data import packing
 from lmops_jax.data.distributed import chains
-from lmops_jax.data.distributed.engine import Engine, whole
+from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.hashing import order_key
+from lmops_jax.whole_files import replacing_shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Buckets:
       parts.append(np.array([*tokens, eos_id], np.int32))
     sizes = np.array([len(part) for part in parts], np.int64)
     stream = np.concatenate([np.zeros(0, np.int32), *parts])
-    with whole(self.path("tokens", bucket)) as partial, partial.open("wb") as file:
+    with replacing_shared(self.path("tokens", bucket)) as partial, partial.open("wb") as file:
       np.savez(
         file, ids=np.array(ids, np.int64), sizes=sizes, stream=stream, head=stream[:length]
       )
@@ -137,7 +138,7 @@ class Buckets:
       if not missing:
         break
     part = chains.chain(tokens, np.concatenate(heads), **settings)
-    with whole(self.path("chain", bucket)) as partial, partial.open("wb") as file:
+    with replacing_shared(self.path("chain", bucket)) as partial, partial.open("wb") as file:
       np.savez(file, exits=part.exits, counts=part.counts)
 
   def follow_chains(self) -> tuple[list[chains.Entry], int]:
@@ -170,7 +171,7 @@ def _read_piece(buckets: Buckets, item) -> Iterator[tuple[int, tuple]]:
   for document in piece.usable(counts):
     num_documents += 1
     yield order_key(document.id) * buckets.count >> 64, tuple(document)
-  with whole(buckets.path("piece", number)) as partial:
+  with replacing_shared(buckets.path("piece", number)) as partial:
     partial.write_text(json.dumps({"num_documents": num_documents, "left_out": counts}))
 
 
@@ -179,7 +180,7 @@ def _write_documents(buckets: Buckets, corpus: str, bucket: int, rows: Iterable[
     (documents_lib.Document(*row) for row in rows),
     key=lambda document: (order_key(document.id), document.source),
   )
-  with whole(buckets.path("documents", bucket)) as partial, partial.open("wb") as file:
+  with replacing_shared(buckets.path("documents", bucket)) as partial, partial.open("wb") as file:
     pickle.dump(len(documents), file)
     for document in documents_lib.distinct(documents, corpus):
       pickle.dump(tuple(document), file, pickle.HIGHEST_PROTOCOL)

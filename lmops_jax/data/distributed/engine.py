@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import logging
-import os
 import pickle
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 
 # Beam's DirectRunner first looks for a program of another runner on the network.
+from lmops_jax.whole_files import replacing_shared
+
 _DEFAULT_RUNNER = "FnApiRunner"
 
 
@@ -130,21 +130,6 @@ def _refusal(text: str) -> str | None:
   return found[-1] if found else None
 
 
-@contextlib.contextmanager
-def whole(path: Path, folder: Path | None = None) -> Iterator[Path]:
-  """A path to write to, of nobody else, whose file is at `path` once the block has ended well.
-
-  Args:
-    folder: where to write, on the file system of `path`; by default beside it.
-  """
-  partial = (folder or path.parent) / f"{uuid.uuid4().hex}-{path.name}"
-  try:
-    yield partial
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
 def _save(path: Path, value: Any) -> None:
-  with whole(path) as partial:
+  with replacing_shared(path) as partial:
     partial.write_bytes(pickle.dumps(value))

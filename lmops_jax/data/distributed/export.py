@@ -14,8 +14,9 @@ import numpy as np
 
 from lmops_jax.data import export, shards
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data.distributed.engine import Engine, whole
+from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.packing import Instance
+from lmops_jax.whole_files import replacing_shared
 
 
 def write_instances(
@@ -64,7 +65,7 @@ def _info(scratch: Path, number: int) -> Path:
 
 def _write_shard(scratch, read, num, per_shard, length, vocab_size, number) -> None:
   start, stop = number * per_shard, min((number + 1) * per_shard, num)
-  with whole(scratch / instances_lib.shard_file(number)) as partial:
+  with replacing_shared(scratch / instances_lib.shard_file(number)) as partial:
     info = instances_lib.write_shard(
       partial, read(start, stop), length=length, vocab_size=vocab_size
     )
@@ -73,7 +74,7 @@ def _write_shard(scratch, read, num, per_shard, length, vocab_size, number) -> N
       f"shard {number} has {info.count} instances instead of {stop - start}: files in {scratch} "
       "changed meanwhile; run the stage again."
     )
-  with whole(_info(scratch, number)) as partial:
+  with replacing_shared(_info(scratch, number)) as partial:
     partial.write_text(json.dumps(info))
 
 
@@ -154,7 +155,7 @@ def _selected(directory: Path, indices: Path, start: int, stop: int) -> Iterable
 
 def _write_part(write, scratch: Path, indices: Path, part: int, opened, number: int) -> None:
   rows = np.load(indices, mmap_mode="r")[number * part : (number + 1) * part]
-  with whole(_part(scratch, number)) as partial:
+  with replacing_shared(_part(scratch, number)) as partial:
     write(partial, _part(scratch, number), *opened, rows)
 
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from lmops_jax import pipeline
 from lmops_jax.data import OverlapIndex, packing, vocabularies
-from lmops_jax.manifests import write_json
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.systems.learning_law.tasks import Task, check_at_least_one
+from lmops_jax.whole_files import write_json
 
 UNKNOWN, PAD, BOS, EOS = range(4)  # ids of a reduced vocabulary
 _TEXTS_FILE = "texts.npz"

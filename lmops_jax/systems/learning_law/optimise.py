@@ -8,9 +8,7 @@ history belongs to the policy after e updates, so a run of E epochs has E + 1 re
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +20,9 @@ import numpy as np
 from lmops_jax import control, pipeline
 from lmops_jax.data import sampling
 from lmops_jax.evaluation import contributions
-from lmops_jax.manifests import write_json
 from lmops_jax.systems.learning_law.inner import InnerRun, Training
 from lmops_jax.systems.learning_law.tasks import Task, check_at_least_one, load_task
+from lmops_jax.whole_files import write_arrays, write_json
 
 POLICY_FILE, ABOUT_FILE, HISTORY_FILE = "policy.npz", "policy.json", "history.json"
 TASK_FOLDER = "task"
@@ -278,12 +276,9 @@ def _similarity(signals: control.Signals):
 
 
 def _write_state(folder: Path, state: _State) -> None:
-  buffer = io.BytesIO()
-  np.savez(buffer, epoch=state.epoch, gamma=state.gamma, best=state.best,
-           history=json.dumps(state.history))
-  partial = folder / (_STATE_FILE + ".writing")
-  partial.write_bytes(buffer.getvalue())
-  os.replace(partial, folder / _STATE_FILE)
+  write_arrays(folder / _STATE_FILE, {
+    "epoch": state.epoch, "gamma": state.gamma, "best": state.best,
+    "history": json.dumps(state.history)})
 
 
 def _read_state(folder: Path, inner: InnerRun) -> _State:

@@ -23,7 +23,7 @@ from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import near_duplicates, packing, vocabularies
 from lmops_jax.data.distributed import buckets as buckets_lib
 from lmops_jax.data.distributed import export
-from lmops_jax.data.distributed.engine import Engine, whole
+from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.systems.pds import (
   moments,
   parallel_selection,
@@ -35,6 +35,7 @@ from lmops_jax.systems.pds import (
   selection,
 )
 from lmops_jax.training import mesh
+from lmops_jax.whole_files import replacing_shared
 
 SCRATCH = "engine"
 _SHARDS_TOGETHER = 16  # score shards that a worker reads at a time
@@ -98,14 +99,14 @@ def _tokenize(buckets: buckets_lib.Buckets, settings: dict, opened, bucket: int)
   """Writes a bucket's tokens, its labels and, when these are there, its totals."""
   vocabulary, index = opened
   totals = prepare.Totals()
-  with whole(buckets.path("labels", bucket)) as partial:
+  with replacing_shared(buckets.path("labels", bucket)) as partial:
     with partial.open("w", encoding="utf-8") as labels:
       kept = prepare.without_overlap(buckets.documents(bucket), index, totals, labels)
       buckets.write_tokens(
         bucket, packing.encoded(kept, vocabulary), length=settings["length"],
         eos_id=settings["eos_id"],
       )
-  with whole(buckets.path("totals", bucket)) as partial:
+  with replacing_shared(buckets.path("totals", bucket)) as partial:
     partial.write_text(json.dumps(dataclasses.asdict(totals)))
 
 
@@ -156,7 +157,7 @@ def _annotate(directory: Path, num: int, size: int, annotator: scorer.Annotator,
   start = shard * size
   values = annotator.scores(start, min(start + size, num))
   path = scores.shard_path(directory, shard)
-  with whole(path, directory / SCRATCH) as partial:
+  with replacing_shared(path, directory / SCRATCH) as partial:
     scores.save_scores(partial, start, values)
 
 
@@ -234,7 +235,7 @@ def _chosen(scratch: Path, shards: list[int]) -> Path:
 
 
 def _write_chosen(scratch: Path, shards: list[int], chosen: Iterable[np.ndarray]) -> None:
-  with whole(_chosen(scratch, shards)) as partial, partial.open("wb") as file:
+  with replacing_shared(_chosen(scratch, shards)) as partial, partial.open("wb") as file:
     for ids in chosen:
       file.write(ids.astype("<i8").tobytes())
 

@@ -23,6 +23,7 @@ from lmops_jax.evaluation import correlation, examples
 from lmops_jax.models import flops, heads
 from lmops_jax.systems.pds import convert, prepare, pretrain, scores
 from lmops_jax.training import checkpoints, language_models, loop, losses
+from lmops_jax.whole_files import write_arrays
 
 PARAMS_FOLDER, VOCABULARY_FOLDER = "scorer", "vocabulary"
 VALIDATION_FILE = "validation.npz"
@@ -253,7 +254,7 @@ def fit(
     predict, params, held_out, config.inference_batch_size, partitioner
   )
   if context.writes:
-    scores.save_arrays(context.directory / VALIDATION_FILE, {
+    write_arrays(context.directory / VALIDATION_FILE, {
       "ids": scored.ids[validation], "target": targets[validation], "predicted": predicted,
     })
   threshold = correlation.top_fraction_metrics(predicted, targets[validation], fraction=0.3)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import io
-import os
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special, stats
+
+from lmops_jax.whole_files import write_arrays
 
 PROXY_FILE = "proxy_scores.npz"
 SHARD_PATTERN = "scores_*.npz"
@@ -63,20 +63,8 @@ def standardize(
   return z if clip is None else np.clip(z, -clip, clip)
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes an `.npz` that is there whole or not at all."""
-  buffer = io.BytesIO()
-  np.savez(buffer, **{name: np.asarray(array) for name, array in arrays.items()})
-  partial = path.with_suffix(".tmp")
-  with partial.open("wb") as file:
-    file.write(buffer.getvalue())
-    file.flush()
-    os.fsync(file.fileno())
-  partial.replace(path)
-
-
 def save_proxy_scores(directory: Path, proxy: ProxyScores) -> None:
-  save_arrays(directory / PROXY_FILE, proxy._asdict())
+  write_arrays(directory / PROXY_FILE, proxy._asdict())
 
 
 def load_proxy_scores(directory: Path) -> ProxyScores:
@@ -95,7 +83,7 @@ def save_shard(directory: Path, shard: int, start: int, scores: np.ndarray) -> N
 
 def save_scores(path: Path, start: int, scores: np.ndarray) -> None:
   """`save_shard` to a path of any name."""
-  save_arrays(path, {"start": np.int64(start), "scores": scores.astype(np.float32)})
+  write_arrays(path, {"start": np.int64(start), "scores": scores.astype(np.float32)})
 
 
 def load_shard(directory: Path, shard: int) -> tuple[int, np.ndarray]:

@@ -16,13 +16,13 @@ import numpy as np
 
 from lmops_jax import pipeline
 from lmops_jax.data.tasks import Example, Task, TaskChoice, demonstrations, read_task
-from lmops_jax.manifests import write_json
 from lmops_jax.models import flops
 from lmops_jax.systems.structured_prompting import report
 from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
 from lmops_jax.systems.structured_prompting.retrieval import Retrieval, dealt
 from lmops_jax.training import mesh
 from lmops_jax.training.small_model import ModelChoice
+from lmops_jax.whole_files import write_json
 
 WINDOW = "window"
 _WINDOW_POOL = 4096  # demonstrations that no window holds

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("apache_beam", reason="needs the extra `beam`")
 
-from lmops_jax.data.distributed.engine import Engine, whole
+from lmops_jax.data.distributed.engine import Engine
 
 THREADS = Engine(["--direct_num_workers=3", "--direct_running_mode=multi_threading"])
 both = pytest.mark.parametrize("engine", [Engine(), THREADS], ids=["one", "three"])
@@ -79,19 +79,6 @@ def test_what_a_worker_refuses_is_one_sentence():
   assert str(error.value) == "item 3 is bad; set another."
   with pytest.raises(OSError, match="no"):  # not the user's: with all that Beam knows
     Engine().each(refuse, [0])
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-  path = tmp_path / "file"
-  with pytest.raises(OSError), whole(path) as partial:
-    partial.write_text("ha")
-    raise OSError
-  assert not list(tmp_path.iterdir())
-  with whole(path) as first, whole(path) as second:  # two workers on one item
-    first.write_text("the same")
-    second.write_text("the same")
-    assert not path.exists()
-  assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

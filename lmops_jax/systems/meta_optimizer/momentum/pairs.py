@@ -21,7 +21,6 @@ from lmops_jax.data.batches import epoch_permutation
 from lmops_jax.data.tasks import TaskChoice
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import in_context, lm
-from lmops_jax.manifests import write_json
 from lmops_jax.models import attention, flops
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.momentum import check_eta
@@ -29,6 +28,7 @@ from lmops_jax.pretrained import trained_vocabulary
 from lmops_jax.systems.meta_optimizer.momentum import report, texts
 from lmops_jax.systems.meta_optimizer.momentum.report import MOMENTUM, RESULTS_FILE, VANILLA
 from lmops_jax.training import language_models, loop, losses, mesh
+from lmops_jax.whole_files import write_json
 
 
 @gin.register(module="momentum")

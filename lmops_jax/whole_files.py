@@ -1,0 +1,73 @@
+"""Files that are there in full or not at all."""
+
+import contextlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+WRITING = ".writing"  # behind a file's name until it is whole
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """A path to write to, whose file is at `path` once the block has ended well.
+
+  That holds after a power failure too. An older file is replaced in one step.
+  """
+  partial = path.with_name(path.name + WRITING)
+  with _moved(partial, path):
+    yield partial
+    with partial.open("rb") as file:
+      os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing_shared(path: Path, folder: Path | None = None) -> Iterator[Path]:
+  """As `replacing`, for files that several workers may write at once: the last one wins.
+
+  Args:
+    folder: where to write, on the file system of `path`; by default beside it.
+  """
+  partial = (folder or path.parent) / f"{uuid.uuid4().hex}-{path.name}"
+  with _moved(partial, path):
+    yield partial
+
+
+@contextlib.contextmanager
+def _moved(partial: Path, path: Path) -> Iterator[None]:
+  try:
+    yield
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+  with replacing(path) as partial:
+    partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+  write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+  """An `.npz` of them."""
+  import numpy as np  # the command line starts without it
+
+  buffer = io.BytesIO()
+  np.savez(buffer, **{name: np.asarray(array) for name, array in arrays.items()})
+  with replacing(path) as partial:
+    partial.write_bytes(buffer.getvalue())
+
+
+def sync_folder(folder: Path) -> None:
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
