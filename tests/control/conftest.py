@@ -31,14 +31,6 @@ def x64():
     yield
 
 
-@pytest.fixture(scope="module")
-def fast_compile():
-  """Compiles with few optimizations: values are checked, and compiling is most of the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def toy():
   return types.SimpleNamespace(

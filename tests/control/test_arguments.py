@@ -14,8 +14,6 @@ from lmops_jax.control import (
   pmp_scores,
 )
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 SGD = optax.sgd(0.1)
 
 

@@ -9,8 +9,6 @@ from jax.flatten_util import ravel_pytree
 
 from lmops_jax.control import directional_scores, influence_direction, pmp_scores
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 def _losses(params, batch):  # convex: linear regression in two leaves
   return jnp.square(batch["x"] @ params["w"] + params["b"] - batch["y"]) / 2

@@ -9,8 +9,6 @@ import pytest
 from lmops_jax.control import check_result, finite_derivatives, pmp_scores, update_pullback
 from lmops_jax.control.dynamics import State, init_state
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 OPTIMIZERS = {
   "nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
   "adam_clip_schedule": optax.chain(

@@ -8,8 +8,6 @@ import pytest
 
 from lmops_jax.control import pmp_scores, project_simplex, solve_weights
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 SGD = optax.sgd(0.2)
 
 

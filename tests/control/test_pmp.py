@@ -14,8 +14,6 @@ from lmops_jax.control import check_result, mean_target_loss, pmp_scores
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training.losses import lm_example_losses
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 # One object each: the compiled solve is shared by all tests that pass the same functions.
 SGD = optax.sgd(0.5)
 SLOW_SGD = optax.sgd(0.2)

@@ -4,7 +4,6 @@ The problems are the perceptron of arXiv 2402.17759 (section 4.1) at small sizes
 teacher, training inputs of variance 3, desired inputs shifted by 0.5, binary cross-entropy.
 """
 
-import contextlib
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -32,25 +31,12 @@ from lmops_jax.evaluation import contributions, learning_speed
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training.losses import lm_example_losses
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 # One object each: compiled programs are shared by the tests that pass the same functions.
 SGD = optax.sgd(0.1)
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 ADAMW = optax.adamw(0.05, b2=0.98, weight_decay=0.1)
 RULES = {"projected": ProjectedGradient(), "bisect": ProjectedGradient("bisect"),
          "exponentiated": ExponentiatedGradient(), "frank_wolfe": FrankWolfe()}
-
-
-@pytest.fixture(scope="module")
-def full_compile(fast_compile):
-  """Undoes `fast_compile` where many steps run, or where bits count."""
-  @contextlib.contextmanager
-  def undone():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-  return undone
 
 
 def _losses(params, batch):
@@ -133,7 +119,7 @@ def test_the_gradient_is_autodiff_through_the_unrolled_loop(x64, optimizer, num_
 
 
 @pytest.fixture(scope="module")
-def sgd_case(fast_compile):
+def sgd_case():
   """A run, a policy and what both passes make of them, in float64."""
   with jax.enable_x64(True):
     data, gamma = _perceptron(), _policy(20, 64)
@@ -211,6 +197,7 @@ def test_one_step_has_a_closed_form(x64, num_examples):
     assert improve_policy(run, step.gamma, ProjectedGradient(), 0).objective < step.objective
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_transformer(x64):
   model = Transformer(TransformerConfig(
     vocab_size=11, num_layers=1, width=8, num_heads=2, mlp_width=12, max_length=5,
@@ -339,7 +326,7 @@ def test_weighted_contributions_are_the_rate_of_improvement(x64):
 
 
 @pytest.fixture(scope="module")
-def case(fast_compile):
+def case():
   """A run of 6 steps on 12 examples, a policy, and its scores, in float32."""
   data = _perceptron(num_train=12, dim=5)
   run, gamma = _run(data, 6), np.float32(_policy(6, 12))

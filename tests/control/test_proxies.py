@@ -11,8 +11,6 @@ from lmops_jax.control import directional_scores, pmp, pmp_scores
 from lmops_jax.control.dynamics import init_state
 from lmops_jax.control.problem import Problem, Settings, group_bounds
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 # A table in float64: optax's own schedules compute in float32.
 SGD = optax.sgd(lambda count: jnp.asarray(np.linspace(0.3, 0.1, 7))[count], momentum=0.5)
 

@@ -8,8 +8,6 @@ import pytest
 
 from lmops_jax.control import pmp_scores, pmp_scores_resumable
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 # Counters and a random key in the state, besides moments.
 OPTIMIZER = optax.chain(
   optax.clip_by_global_norm(1.0), optax.adamw(0.05), optax.add_noise(0.01, 0.5, key=0))
@@ -92,7 +90,8 @@ def test_a_solve_goes_on_with_the_steps_that_a_store_keeps(toy):
   _assert_same_bits(_solve(problem, _Store(stopped.saved)), want)
 
 
-@pytest.mark.parametrize("segment_steps, trajectory", [(2, "all"), (100, 3)])
+@pytest.mark.parametrize("segment_steps, trajectory", [
+  pytest.param(2, "all", marks=pytest.mark.slow), (100, 3)])
 def test_resumable_is_the_plain_solve(x64, toy, segment_steps, trajectory):
   problem = toy.regression(num_steps=7)
   got = _solve(problem, _Store(), segment_steps=segment_steps,
@@ -102,6 +101,7 @@ def test_resumable_is_the_plain_solve(x64, toy, segment_steps, trajectory):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), got, want)
 
 
+@pytest.mark.slow
 def test_sampled_proxies_do_not_depend_on_the_segments(x64, toy):
   problem = toy.regression(num_steps=7)
   kw = dict(groups=None, proxy_samples=2, sample_seed=3)

@@ -9,8 +9,6 @@ import pytest
 from lmops_jax.control import mean_target_loss, pmp_scores
 from lmops_jax.control.several_targets import pmp_scores_by_target
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.2, momentum=0.5))
 
 
@@ -26,8 +24,10 @@ def _targets(problem):
 @pytest.mark.parametrize("kwargs", [
   dict(),
   dict(groups=2, trajectory=2, micro_batch_size=2),
-  dict(objective="terminal", every_k=2, hvp_mode="vjp_of_grad"),
-  dict(hessian=False, keep_costates=True, trajectory="host"),
+  pytest.param(dict(objective="terminal", every_k=2, hvp_mode="vjp_of_grad"),
+               marks=pytest.mark.slow),
+  pytest.param(dict(hessian=False, keep_costates=True, trajectory="host"),
+               marks=pytest.mark.slow),
 ])
 def test_each_target_has_the_scores_of_its_own_solve(x64, toy, kwargs):
   problem = toy.regression()
@@ -53,6 +53,7 @@ def test_a_mixture_has_the_mixture_of_the_scores(x64, toy):
   np.testing.assert_allclose(2 * got.scores[0] - 0.1 * got.scores[1], want.scores, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_run_and_the_primal_work_are_shared(toy):
   """By XLA's count of one solve (it counts loop bodies once, in all of them alike)."""
   problem = toy.language_model(batch_size=16)

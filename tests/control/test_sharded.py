@@ -22,8 +22,6 @@ from lmops_jax.training.checkpoints import CheckpointStore
 from lmops_jax.training.losses import lm_example_losses
 from lmops_jax.training.mesh import BATCH_AXES, MeshConfig
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 CONFIG = TransformerConfig(
   vocab_size=32, num_layers=1, width=16, num_heads=4, num_kv_heads=2, mlp_width=24)
 LOSSES = lm_example_losses(Transformer(CONFIG))
@@ -38,11 +36,11 @@ def _sequences(seed, *shape):
   return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "loss_mask": mask}
 
 
-def _solve(partitioner=None, solver=pmp_scores, **kw):
-  """Three steps of 16 sequences, 24 proxies, 8 target sequences; placed on the mesh if given."""
+def _solve(partitioner=None, solver=pmp_scores, num_proxies=24, **kw):
+  """Three steps of 16 sequences, the proxies, 8 target sequences; placed on the mesh if given."""
   boxed = Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   params, batches = nn.unbox(boxed), _sequences(0, 3, 16)
-  proxy, dev = _sequences(1, 24), _sequences(2, 8)
+  proxy, dev = _sequences(1, num_proxies), _sequences(2, 8)
   if partitioner is not None:
     params = jax.device_put(params, partitioner.shardings(boxed))
     place = lambda tree, *axes: jax.device_put(  # noqa: E731
@@ -58,7 +56,7 @@ def _solve(partitioner=None, solver=pmp_scores, **kw):
 
 
 @pytest.fixture(scope="module")
-def single(fast_compile):
+def single():
   return _solve(groups=2)[1]
 
 
@@ -72,14 +70,16 @@ def _assert_close(got, want):
 
 
 @pytest.mark.parametrize("sizes, reduction, kw", [
-  ((8, 1, 1), "auto", dict()),
-  ((8, 1, 1), "layer", dict()),
   ((4, 2, 1), "step", dict(trajectory=2, micro_batch_size=8, proxy_batch_size=8)),
-  ((4, 2, 1), "auto", dict(trajectory=2, micro_batch_size=8, proxy_batch_size=8)),
-  ((2, 2, 2), "step", dict(trajectory="host")),
   ((2, 2, 2), "auto", dict(trajectory="host")),
-  ((2, 1, 1), "auto", dict(proxy_batch_size=8)),
-  ((2, 2, 1), "auto", dict()),
+  *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+    ((8, 1, 1), "auto", dict()),
+    ((8, 1, 1), "layer", dict()),
+    ((4, 2, 1), "auto", dict(trajectory=2, micro_batch_size=8, proxy_batch_size=8)),
+    ((2, 2, 2), "step", dict(trajectory="host")),
+    ((2, 1, 1), "auto", dict(proxy_batch_size=8)),
+    ((2, 2, 1), "auto", dict()),
+  )),
 ])
 def test_meshes_agree_with_one_device(single, sizes, reduction, kw):
   rules = "sharded" if sizes[1] > 1 else "default"
@@ -91,7 +91,16 @@ def test_meshes_agree_with_one_device(single, sizes, reduction, kw):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1)])
+def test_proxies_at_random_steps():
+  """Five or six of the 16 proxies a step, which eight devices do not divide."""
+  kw = dict(num_proxies=16, proxy_samples=2, sample_seed=3)
+  _, want = _solve(**kw)
+  _, got = _solve(MeshConfig(4, 2, reduction="step").build(), **kw)
+  _assert_close(got, want)
+
+
+@pytest.mark.parametrize("sizes", [
+  pytest.param((8, 1, 1), marks=pytest.mark.slow), (1, 8, 1)])
 def test_gradients_cross_the_mesh_once_a_step(sizes):
   """Four micro-batches a pass, two of them with gradients: the Hessian product and the target's."""
   def collectives(reduction):

@@ -9,8 +9,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lmops_jax.control import project_simplex, stationarity_gap
 from lmops_jax.control.simplex import METHODS
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 _PAPER = 1 / 4096 + 1e-3 * np.random.default_rng(2).normal(size=4096)
 VECTORS = {
   "one_element": [3.7], "ties": [0.2, 0.2, 0.2, -5.0], "all_equal": [1.0] * 7,

@@ -10,8 +10,6 @@ import pytest
 from lmops_jax.control import pmp_scores
 from lmops_jax.control.trajectory import make_schedule, num_slots
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 def _execute(num_steps, slots):
   """Runs a schedule on step indices; returns the reverse order, the slots used and the advances."""

@@ -136,6 +136,7 @@ def test_no_group_is_no_context(tiny, bos):
   np.testing.assert_allclose(got, want[:, front.shape[1] :], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_options_and_generation_behind_groups(tiny):
   ids, mask = _groups(7, 5, 4)
   prefix = _read(tiny, ids, mask)

@@ -43,7 +43,8 @@ def _same(got, want):
 
 
 @pytest.mark.parametrize("changes", [
-  {}, {"positions": "alibi"}, {"sliding_window": 3}, {"momentum": 0.6},
+  {}, *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
+    {"positions": "alibi"}, {"sliding_window": 3}, {"momentum": 0.6})),
 ])
 @pytest.mark.parametrize("prefix", [0, 20])
 def test_equals_each_option_alone(make_tiny, prefix, changes):
@@ -71,11 +72,11 @@ def test_a_common_beginning_is_read_once(make_tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-  {"max_length": 160}, {"max_length": 160, "positions": "alibi"},
-  {"max_length": 160, "sliding_window": 3}, {"max_length": 160, "momentum": 0.6},
+  {}, *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
+    {"positions": "alibi"}, {"sliding_window": 3}, {"momentum": 0.6})),
 ])
 def test_requests_with_options_of_one_token_lie_side_by_side(make_tiny, changes, monkeypatch):
-  tiny = make_tiny(**changes)
+  tiny = make_tiny(max_length=160, **changes)
   rng = np.random.default_rng(2)
   requests = [
     Request(rng.integers(3, 32, n).tolist(), [[3], [5], [7]][: 1 + n % 3])

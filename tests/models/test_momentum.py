@@ -65,6 +65,7 @@ def test_every_form_is_the_double_loop(x64, form, length, cut):
   np.testing.assert_allclose(got, _loop(values, ETA, mask, segments), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_forms_agree_where_the_length_chooses(x64):
   for length in (512, 513, 1000):
     values = _random(1, 2, length, 4, seed=length)

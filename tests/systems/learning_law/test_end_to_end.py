@@ -145,6 +145,7 @@ def test_a_diverging_inner_run_names_step_and_epoch(tmp_path, capsys):
     printed) and "after inner step" in printed
 
 
+@pytest.mark.slow
 def test_one_step_runs_to_the_end(tmp_path, capsys):
   code, printed = lmops(capsys, "learning-law", "--workdir", tmp_path / "w", *SMALL,
                         "--gin.STEPS=1", "--gin.SEEDS=[0]")
@@ -153,6 +154,7 @@ def test_one_step_runs_to_the_end(tmp_path, capsys):
   assert summary["tasks"]["clean"]["power_laws"] == [None]  # too few steps for a fit
 
 
+@pytest.mark.slow
 def test_text_runs_to_the_end(tmp_path, capsys):
   rng = np.random.default_rng(0)
   words = "the cat sat on a mat and saw one big red dog run home to its old blue house".split()

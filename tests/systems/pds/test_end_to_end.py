@@ -115,6 +115,7 @@ def test_a_finished_run_is_free_and_a_changed_binding_says_why(finished):
   assert code == 0 and "0.5 -> 0.4" in printed
 
 
+@pytest.mark.slow
 def test_labels_and_test_part_are_opened_by_nothing_before_the_end(tmp_path):
   program = (
     "import sys\n"

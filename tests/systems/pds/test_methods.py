@@ -21,15 +21,6 @@ CONFIG = TransformerConfig(
   vocab_size=VOCAB, num_layers=1, width=16, num_heads=2, mlp_width=24, max_length=LENGTH
 )
 SGD = optimizers.sgd(0.1)
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
-
-@pytest.fixture(scope="module")
-def fast_compile():
-  """Compiles with few optimizations: compiling is most of the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 class _Instances:
@@ -102,6 +93,7 @@ def test_the_target_loss_is_the_exact_mean_whatever_the_mesh_divides(tmp_path, m
   assert target_loss.batch_size % 8 == 0
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_whether_the_mesh_divides_the_rows(tmp_path):
   """33 target instances and 21 proxies on 8 devices and on one; the norms are kept and logged."""
   method = methods.PMP(SGD, num_steps=3, batch_size=8, segment_steps=2, micro_batch_size=12)

@@ -109,6 +109,7 @@ def test_sizes_and_shardings(tmp_path, size):
   assert sum(math.prod(leaf.shape) for leaf in proxy_leaves) == NUM_PARAMS["160m"]
 
 
+@pytest.mark.slow
 def test_a_segment_of_the_solve_fits_one_accelerator(paper):
   """The compiled reverse segment of the 160M proxy at full size; nothing is allocated."""
   system = paper.build()

@@ -89,7 +89,11 @@ def test_the_compiled_step_is_the_one_that_the_loop_runs(mesh, monkeypatch, tmp_
   assert seen[0] == text
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"trajectory": 1, "groups": 2}, {"trajectory": "sqrt"}])
+@pytest.mark.parametrize("kwargs", [
+  pytest.param({}, marks=pytest.mark.slow),
+  pytest.param({"trajectory": 1, "groups": 2}, marks=pytest.mark.slow),
+  {"trajectory": "sqrt"},
+])
 def test_the_solve_against_the_compiler(mesh, kwargs):
   method, proxy, proxy_set = _pmp(**kwargs), _pretrain(), methods.ProxySet(64)
   solve = (method, proxy, proxy_set, VOCAB, LENGTH, mesh, 16)

@@ -7,6 +7,8 @@ import pytest
 
 from lmops_jax import cli
 
+pytestmark = pytest.mark.slow
+
 SOURCES = ("target_like", "off_target", "noise")
 
 
