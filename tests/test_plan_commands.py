@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from lmops_jax import cli, plan_commands
 from lmops_jax.training import aot, chips, hlo
+from lmops_jax.training.mesh import MeshConfig
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 
@@ -95,6 +97,18 @@ def test_text_of_a_compiled_program():
     "counted",
     "  all-gather: 4 a step, 1.0 MiB a device",
   ]
+
+
+def test_a_program_that_the_compiler_fails_on():
+  def lower():
+    raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: layout of 2\nmore")
+
+  program = aot.Program("step", lower, flops=1.0, remedies=("less",))
+  with pytest.raises(aot.CompilerError) as error:
+    aot.compile_program(program, MeshConfig().build())
+  assert str(error.value) == (
+    "the compiler failed on step: INVALID_ARGUMENT: layout of 2; what may help is less, or another "
+    "slice.")
 
 
 def test_a_program_that_the_compiler_refuses():

@@ -21,6 +21,10 @@ from lmops_jax.training import chips, hlo
 from lmops_jax.training.mesh import Partitioner
 
 
+class CompilerError(RuntimeError):
+  """The compiler fails on a program; one sentence that says on which and what may help."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
   """A program that a system runs on its mesh.
@@ -74,7 +78,11 @@ class Compiled:
 
 
 def compile_program(program: Program, partitioner: Partitioner) -> Compiled:
-  """Compiles for the devices of the partitioner's mesh."""
+  """Compiles for the devices of the partitioner's mesh.
+
+  Raises:
+    CompilerError: the compiler fails for another reason than memory.
+  """
   began = time.monotonic()
   try:
     with partitioner.activate():
@@ -82,7 +90,9 @@ def compile_program(program: Program, partitioner: Partitioner) -> Compiled:
   except jax.errors.JaxRuntimeError as error:
     refused = _out_of_memory(str(error))
     if refused is None:
-      raise
+      raise CompilerError(
+        f"the compiler failed on {program.name}: {str(error).splitlines()[0]}; what may help is "
+        f"{', or '.join((*program.remedies, 'another slice'))}.") from error
     seconds = time.monotonic() - began
     return Compiled(program, 0, 0, 0, 0, 0, None, seconds, refused + program.bytes_beside)
   seconds = time.monotonic() - began

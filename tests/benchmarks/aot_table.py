@@ -69,7 +69,10 @@ def compile_one(size: str, program: str, topology: str) -> dict:
   programs = job.system.programs(
     partitioner, Memory(slice_.chip.memory_bytes, slice_.chip.host_bytes), num_target=1024)
   chosen, = (p for p in programs if p.name == program)
-  compiled = aot.compile_program(chosen, partitioner)
+  try:
+    compiled = aot.compile_program(chosen, partitioner)
+  except aot.CompilerError as error:
+    return {"fits": False, "failed": str(error)}
   found = {"fits": compiled.fits(slice_.chip.memory_bytes), "needed": compiled.needed_bytes,
            "memory": slice_.chip.memory_bytes, "seconds": compiled.seconds,
            "temporaries": compiled.temporary_bytes}
@@ -124,6 +127,8 @@ def planned_table(sizes: list[str], kinds: list[str]) -> str:
 
 
 def _why(row: dict) -> str:
+  if row.get("failed"):
+    return "the compiler fails"
   if row.get("needed"):
     return f"{row['needed'] / 2**30:.1f} GiB"
   return f"{row['planned'] / 2**30:.1f} GiB planned"
