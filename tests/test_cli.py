@@ -80,7 +80,7 @@ def toy(tmp_path, monkeypatch):
 
 def lmops(*arguments, **kwargs):
   return subprocess.run([sys.executable, "-m", "lmops_jax.cli", *arguments], text=True,
-                        capture_output=True, timeout=120, **kwargs)
+                        capture_output=True, timeout=3600, **kwargs)
 
 
 def error_of(*arguments):
@@ -99,7 +99,7 @@ def error_of(*arguments):
   ["--help"], ["list"], ["pds", "--help"], ["run", "--help"], ["--version"]])
 def test_loads_nothing_heavy(arguments):
   done = subprocess.run([sys.executable, "-X", "importtime", "-m", "lmops_jax.cli", *arguments],
-                        capture_output=True, text=True, timeout=60)
+                        capture_output=True, text=True, timeout=3600)
   assert done.returncode == 0 and done.stdout, done
   imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, flags=re.MULTILINE))
   assert "argparse" in imported  # the pattern does find what was imported
@@ -229,7 +229,7 @@ def test_show(toy):
 
 def test_reader_that_leaves_early(toy):
   shell = f"{sys.executable} -m lmops_jax.cli list | true; echo ${{PIPESTATUS[0]}}"
-  done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+  done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=3600)
   assert done.stderr == "" and done.stdout.strip() in ("0", "141")
 
 
@@ -275,7 +275,7 @@ def test_stopped_by_a_signal(toy, number, code, word):
      "--gin.STEPS=6"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   assert process.stdout.readline() == "counted 0\n"
   process.send_signal(number)
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=3600)
   assert process.returncode == code
   assert err.splitlines()[-1] == (
     f"lmops: {word}; run the same command again to continue where it stopped.")
@@ -340,7 +340,7 @@ def test_two_processes_of_one_job(toy):
                        env={**environment, "JAX_PROCESS_ID": str(index)})
       for index in range(2)]
     try:
-      results = [process.communicate(timeout=120) for process in processes]
+      results = [process.communicate(timeout=3600) for process in processes]
     finally:
       for process in processes:
         process.kill()

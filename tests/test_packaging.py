@@ -108,11 +108,11 @@ def test_wheel_holds_everything(wheel):
 def test_installed_wheel_works_from_another_directory(wheel, tmp_path):
   """Installed into a virtual environment that borrows the dependencies of this one."""
   environment = tmp_path / "venv"
-  subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=300)
+  subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=3600)
   python = environment / "bin" / "python"
   subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel],
-                 check=True, timeout=300)
-  run = dict(cwd=tmp_path, capture_output=True, text=True, timeout=120, env={"PATH": "/usr/bin"})
+                 check=True, timeout=3600)
+  run = dict(cwd=tmp_path, capture_output=True, text=True, timeout=3600, env={"PATH": "/usr/bin"})
 
   listed = subprocess.run([environment / "bin" / "lmops", "list"], **run)  # no dependency at all
   assert listed.returncode == 0, listed.stderr

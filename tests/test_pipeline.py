@@ -496,7 +496,7 @@ def test_file_size_limit(tmp_path):
     except Exception as error:
       print(type(error).__name__, error)
   """, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
-  out, _ = limited.communicate(timeout=60)
+  out, _ = limited.communicate(timeout=3600)
   assert out.startswith(f"StageError stage big: the file would exceed the size limit while writing "
                         f"{tmp_path}/big"), out
   assert not (tmp_path / "big").exists()
@@ -566,7 +566,7 @@ def test_killed_before_every_change_of_the_disk(tmp_path, undisturbed):
         assert child(workdir, 5) == -signal.SIGKILL
     print(fatal - 1)
   """, tmp_path)
-  out, err = script.communicate(timeout=300)
+  out, err = script.communicate(timeout=3600)
   assert script.returncode == 0, out + err
   kills = int(out)
   assert kills > 60
@@ -597,7 +597,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed):
         process.kill()
         process.communicate()
     process = spawn(script, workdir)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=3600)
     assert process.returncode == 0, err
     assert outputs(workdir) == undisturbed[4]
     resumed += read_manifest(workdir, "count")["attempts"] > 1
@@ -655,7 +655,7 @@ def test_interrupt_leaves_a_resumable_folder(tmp_path):
 
 def test_processes_of_one_job_share_a_stage(tmp_path):
   """Two threads stand for two processes: the first decides and publishes, both do the work."""
-  barrier, count, found = threading.Barrier(2, timeout=30), 2, {}
+  barrier, count, found = threading.Barrier(2, timeout=3600), 2, {}
 
   def work(context):
     (context.directory / f"part{context.group.index}").write_text("x")

@@ -126,13 +126,13 @@ class Cloud:
   def until_ended(self) -> None:
     """Waits for the jobs of all hosts, by their locks."""
     for home in self.homes():
-      subprocess.run(["flock", home / "lmops" / "job" / "lock", "true"], check=True, timeout=60)
+      subprocess.run(["flock", home / "lmops" / "job" / "lock", "true"], check=True, timeout=3600)
 
   def __call__(self, script: str, *arguments, settings=True, stdin=None, **environment):
     """Runs a script with the three settings that all have; returns the finished process."""
     variables = {"PROJECT": "p", "ZONE": "z", "NAME": "pod"} if settings else {}
     process = self.start(script, *arguments, **variables | environment)
-    out, err = process.communicate(stdin, timeout=120)
+    out, err = process.communicate(stdin, timeout=3600)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
   def start(self, script: str, *arguments, **environment) -> subprocess.Popen:

@@ -35,7 +35,7 @@ def _run(slurm, code, **environment):
   """The submitted script, as SLURM starts it."""
   return subprocess.run(
     ["bash", slurm.folder / "lmops_slurm" / "tune.sbatch"], capture_output=True, text=True,
-    timeout=60, env={"PATH": f"{slurm.folder / 'bin'}:/usr/bin:/bin", "HOME": "/home",
+    timeout=3600, env={"PATH": f"{slurm.folder / 'bin'}:/usr/bin:/bin", "HOME": "/home",
                      "STAND_IN": str(slurm.folder), "SLURM_JOB_ID": "7", "SRUN_CODE": str(code),
                      **environment})
 

@@ -121,7 +121,7 @@ def test_following_ends_with_the_job(cloud):
   tail = cloud.start("tail.sh", **POD)
   assert "0-0: lmops says hello\n" in (tail.stdout.readline(), tail.stdout.readline())
   assert cloud("stop.sh").returncode == 0
-  tail.communicate(timeout=60)
+  tail.communicate(timeout=3600)
   assert tail.returncode == 0
 
 
@@ -207,7 +207,7 @@ def test_keep_alive_notices_a_slice_that_was_taken_before_its_queued_resource_do
   assert launch.stderr.readline() == "launch.sh: pod is ACTIVE, the job is running\n"
   (pod.folder / "node_state").write_text("PREEMPTED")
   (pod.folder / "silent.json").write_text('["0-1"]')
-  _, err = launch.communicate(timeout=100)
+  _, err = launch.communicate(timeout=3600)
   assert launch.returncode == 0, err
   assert "pod is PREEMPTED; restart 1" in err
   assert _short(pod.actions) == [*START, "delete", *MAKE, *START]
@@ -252,7 +252,7 @@ def test_keep_alive_ends_after_stop(pod):
   launch = pod.start("launch.sh", *arguments, **POD)
   assert launch.stderr.readline() == "launch.sh: pod is ACTIVE, the job is running\n"
   assert pod("stop.sh").returncode == 0
-  out, _ = launch.communicate(timeout=60)
+  out, _ = launch.communicate(timeout=3600)
   assert launch.returncode == 143
   assert out.splitlines()[-2:] == ["0-0 stopped 143", "0-1 stopped 143"]
 

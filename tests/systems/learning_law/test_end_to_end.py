@@ -245,9 +245,10 @@ def test_the_command_lists_its_required_macros(capsys):
 
 
 @pytest.mark.slow
-def test_the_default_run_accelerates_learning_on_every_seed(tmp_path, capsys):
+def test_the_default_run_accelerates_learning_on_every_seed(tmp_path, capsys, full_compile):
   """The small case of the specification, on examples that no policy has seen."""
-  code, printed = lmops(capsys, "learning-law", "--workdir", tmp_path / "w", "--gin.MESH=None")
+  with full_compile():
+    code, printed = lmops(capsys, "learning-law", "--workdir", tmp_path / "w", "--gin.MESH=None")
   assert code == 0, printed
   summary = json.loads((tmp_path / "w" / "report" / "summary.json").read_text())
   for name, task in summary["tasks"].items():
