@@ -1,7 +1,6 @@
 """Files that are there in full or not at all."""
 
 import contextlib
-import io
 import json
 import os
 import uuid
@@ -59,10 +58,8 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
   """An `.npz` of them."""
   import numpy as np  # the command line starts without it
 
-  buffer = io.BytesIO()
-  np.savez(buffer, **{name: np.asarray(array) for name, array in arrays.items()})
-  with replacing(path) as partial:
-    partial.write_bytes(buffer.getvalue())
+  with replacing(path) as partial, partial.open("wb") as file:
+    np.savez(file, **arrays)
 
 
 def sync_folder(folder: Path) -> None:
