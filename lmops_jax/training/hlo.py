@@ -141,7 +141,7 @@ class _Module:
     computation = self._computations.get(name, {})
     for instruction in computation.values():
       kind = instruction.opcode.removesuffix("-start")
-      if kind in COLLECTIVES:
+      if kind in COLLECTIVES and self._begins(instruction, computation):
         total.add(Counts(collectives={kind: Collective(1, _result_bytes(instruction))}))
       elif instruction.opcode in ("dot", "convolution"):
         total.product_flops += _product_flops(instruction, computation)
@@ -162,6 +162,14 @@ class _Module:
         if called:
           total.add(self.of(called))
     return total
+
+  def _begins(self, collective: _Instruction, computation: dict[str, _Instruction]) -> bool:
+    """False where a collective that runs beside other work is shown again.
+
+    TPUs spread one over a chain of fusions, each of which repeats it; only the first starts it.
+    """
+    return "chain_id=" not in collective.rest or any(
+      'custom_call_target="AsyncCollectiveStart"' in other.rest for other in computation.values())
 
   def _share(self, instruction: _Instruction) -> float:
     name = re.search(r'op_name="([^"]*)"', instruction.rest)

@@ -116,6 +116,41 @@ ENTRY %main (x: f32[{length},8,7], w: f32[{size},7,5]) -> f32[{output},8,5] {{
   assert hlo.count(text).product_flops == 2 * 8 * 5 * 7 * reads
 
 
+def test_a_collective_spread_over_a_chain_of_fusions_counts_once():
+  """As TPUs run one beside products: each fusion of the chain repeats it, the first starts it."""
+  gather = ("%g = f32[32,8]{1,0} all-gather(%p), dimensions={0}, "
+            'frontend_attributes={chain_id="0"}')
+  text = f"""\
+%start (p: f32[8,8]) -> (f32[8,8], f32[32,8]) {{
+  %p = f32[8,8]{{1,0}} parameter(0)
+  {gather}
+  ROOT %s = (f32[8,8]{{1,0}}, f32[32,8]{{1,0}}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%beside (p: f32[8,8]) -> f32[32,8] {{
+  %p = f32[8,8]{{1,0}} parameter(0)
+  {gather}
+  ROOT %t = f32[32,8]{{1,0}} add(%g, %g)
+}}
+
+%done (p: f32[8,8]) -> f32[32,8] {{
+  %p = f32[8,8]{{1,0}} parameter(0)
+  {gather}
+  ROOT %t = f32[32,8]{{1,0}} custom-call(%g), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: f32[8,8]) -> f32[32,8] {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  %plain = f32[16,8]{{1,0}} all-gather(%x), dimensions={{0}}
+  %a = (f32[8,8]{{1,0}}, f32[32,8]{{1,0}}) fusion(%x), kind=kLoop, calls=%start
+  %b = f32[32,8]{{1,0}} fusion(%x), kind=kLoop, calls=%beside
+  ROOT %c = f32[32,8]{{1,0}} fusion(%x), kind=kLoop, calls=%done
+}}
+"""
+  gathered = hlo.count(text).collectives["all-gather"]
+  assert (gathered.count, gathered.num_bytes) == (2, (16 + 32) * 8 * 4)
+
+
 def test_no_module():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.count("nothing")
