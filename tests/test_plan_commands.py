@@ -124,6 +124,22 @@ def test_a_program_that_the_compiler_refuses():
 
 
 @pytest.mark.tpu
+@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'lmops_jax[tpu]'")
+@pytest.mark.parametrize("name", [
+  "v4:1x1x1", "v4:2x2x1", "v4:2x2x2", "v5e:1x1", "v5e:2x4", "v5p:1x1x1", "v5p:2x2x1", "v6e:2x2"])
+def test_a_chip_is_one_device(name):
+  """A v4 chip has two cores, which programs use as one device."""
+  program = (
+    "import sys; from lmops_jax.training import aot, chips; from lmops_jax.training.mesh import "
+    "MeshConfig; t = chips.topology(sys.argv[1]); "
+    "assert MeshConfig().build(aot.tpu_devices(t)).mesh.size == t.num_devices")
+  done = subprocess.run(
+    [sys.executable, "-c", program, name], capture_output=True, text=True,
+    env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"})
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.tpu
 @pytest.mark.slow
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'lmops_jax[tpu]'")
 @pytest.mark.parametrize("size, topology", [("160m", "v5e:2x2"), ("470m", "v5p:2x2x1")])
@@ -139,6 +155,7 @@ def test_the_two_smallest_sizes_compile_for_a_tpu(size, topology):
     "solve, forward", "solve, reverse", "pretrain", "everything fits"]
   ratios = [float(line.split("compiled: ")[1].split()[0]) for line in lines
             if line.startswith("  matrix products")]
-  # Blocks and logits are computed again in a backward pass: 4 forward passes for 3, 12 for 8.
-  assert len(ratios) == 3 and all(1.1 < ratio < 1.6 for ratio in ratios), ratios
+  # Blocks and logits are computed again in a backward pass: 4 forward passes for 3, 12 for 8. The
+  # slopes of the proxies, most of a reverse pass, take no backward pass.
+  assert len(ratios) == 3 and all(1.0 < ratio < 1.6 for ratio in ratios), ratios
   assert "all-gather" in done.stdout  # parameters are split over the devices

@@ -128,12 +128,14 @@ def tpu_devices(topology: chips.Topology) -> list:
       "pip install 'lmops_jax[tpu]'."
     )
   from jax.experimental import topologies
-  # A host holds 2x2 chips unless the slice is smaller.
-  small = dict(chips_per_host_bounds=(topology.shape + (1, 1))[:3])
+  options = {}
+  if topology.num_devices < 4:  # else a host holds 2x2 chips
+    options["chips_per_host_bounds"] = (topology.shape + (1, 1))[:3]
+  if topology.kind == "v4":  # the two cores of a chip as one device, as jobs run on it
+    options["chip_config_name"] = "megacore"
   try:
     devices = topologies.get_topology_desc(
-      platform="tpu", topology_name=topology.name, **(small if topology.num_devices < 4 else {})
-    ).devices
+      platform="tpu", topology_name=topology.name, **options).devices
   except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
     raise ValueError(
       f"libtpu gives no topology {topology.name!r} ({str(error).splitlines()[0]}); write one that "
