@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,36 @@ class DeviceRows:
     return next(size for size in range(min(wanted, own), 0, -1) if own % size == 0)
 
 
+class RowSum(NamedTuple):
+  """A sum over rows that is still to be computed: the arguments of `sum_over_micro_batches`."""
+
+  fn: Callable
+  whole: Any
+  batch: Any
+  weights: jax.Array
+  micro_batch_size: int | None
+
+
+def sum_together(sums: Sequence[RowSum], device_rows: DeviceRows) -> list[tuple[Any, Any]]:
+  """Several sums, one after another on each device; what they give crosses the mesh together.
+
+  Returns:
+    Of each sum what `sum_over_micro_batches` returns.
+  """
+  sizes = [device_rows.size(s.weights.shape[0], s.micro_batch_size) for s in sums]
+
+  def own(wholes, rows):
+    found = []
+    for part, whole, own_rows, size in zip(sums, wholes, rows, sizes, strict=True):
+      if found:  # the working memory of two sums never exists at the same time
+        whole, found = jax.lax.optimization_barrier((whole, found))
+      found.append(sum_over_micro_batches(part.fn, whole, *own_rows, size))
+    return tuple(zip(*found))
+
+  return list(zip(*device_rows.sum(
+    own, [s.whole for s in sums], [(s.batch, s.weights) for s in sums])))
+
+
 def fill_parts(rows: Any, micro_batch_size: int) -> tuple[Any, int]:
   """`rows` with the first ones repeated until equal parts of at most that size divide them.
 
@@ -101,10 +131,7 @@ def sum_over_micro_batches(fn: Callable, whole: Any, batch: Any, weights: jax.Ar
   """
   size = weights.shape[0]
   if device_rows is not None:
-    own_size = device_rows.size(size, micro_batch_size)
-    return device_rows.sum(
-      lambda whole, rows: sum_over_micro_batches(fn, whole, *rows, own_size),
-      whole, (batch, weights))
+    return sum_together([RowSum(fn, whole, batch, weights, micro_batch_size)], device_rows)[0]
   if micro_batch_size is None or micro_batch_size >= size:
     return fn(whole, batch, weights)
   num_parts = size // micro_batch_size

@@ -22,7 +22,7 @@ from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, apply_update, strong, weighted_loss
 from lmops_jax.control.guards import finite_derivatives
-from lmops_jax.micro_batches import DeviceRows, fill_parts, sum_over_micro_batches
+from lmops_jax.micro_batches import DeviceRows, RowSum, fill_parts, sum_over_micro_batches
 
 HVP_MODES = checks.HVP_MODES
 
@@ -83,6 +83,15 @@ def hvp_scores_losses(example_losses: Callable, params: Any, cotangent: Any, bat
     micro_batch_size: examples differentiated at once (divides `B`); all by default.
     device_rows: see `sum_over_micro_batches`.
   """
+  hvp, (scores, losses) = sum_over_micro_batches(
+    *hvp_row_sum(example_losses, params, cotangent, batch, weights, mode, micro_batch_size),
+    device_rows)
+  return hvp, scores, losses
+
+
+def hvp_row_sum(example_losses: Callable, params: Any, cotangent: Any, batch: Any,
+                weights: jax.Array, mode: str, micro_batch_size: int | None) -> RowSum:
+  """The sum over rows of `hvp_scores_losses`: of `H u`, and of each row `(<grad l_n, u>, l_n)`."""
   params, cotangent = strong(params), _like(cotangent, params)
 
   def part(whole, batch, weights):
@@ -97,10 +106,8 @@ def hvp_scores_losses(example_losses: Callable, params: Any, cotangent: Any, bat
       hvp, scores = pull(cotangent)
     return hvp, (scores, losses)
 
-  hvp, (scores, losses) = sum_over_micro_batches(
-    part, (as_pytree(example_losses), params, cotangent), batch, weights, micro_batch_size,
-    device_rows)
-  return hvp, scores, losses
+  return RowSum(
+    part, (as_pytree(example_losses), params, cotangent), batch, weights, micro_batch_size)
 
 
 def hvp_and_scores(example_losses: Callable, params: Any, cotangent: Any, batch: Any,

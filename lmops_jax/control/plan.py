@@ -26,7 +26,7 @@ class SolveBytes(NamedTuple):
   cotangents: float  # P + O
   accumulators: float  # 2 P, with micro-batches 3 P, and 2 P more for groups
   segment_starts: float  # a state for each segment but the one at work
-  gathered: float = 0  # whole parameters, direction and sums, where they are split but for a step
+  gathered: float = 0  # whole parameters, direction, both sums, where they are split but for a step
 
 
 def solve_bytes(params_bytes: float, opt_bytes: float, num_segments: int, *, micro_batches: bool,
@@ -35,7 +35,7 @@ def solve_bytes(params_bytes: float, opt_bytes: float, num_segments: int, *, mic
   sums = 2 + micro_batches + 2 * groups
   return SolveBytes(
     params_bytes, opt_bytes, params_bytes, params_bytes + opt_bytes, sums * params_bytes,
-    (num_segments - 1) * (params_bytes + opt_bytes), (3 + micro_batches) * whole_bytes)
+    (num_segments - 1) * (params_bytes + opt_bytes), (4 + micro_batches) * whole_bytes)
 
 
 def choose_trajectory(state_bytes: float, num_steps: int, device_bytes_free: float,

@@ -5,7 +5,8 @@ and the resumable driver run it without knowing the mathematics. The reverse ste
 what the code of arXiv 2410.07064 does in separate passes: the adjoint of the optimizer, the
 Hessian-vector product, the scores of the examples trained on, those of the proxy examples (at the
 steps that `every_k`, `groups` or `proxy_samples` choose), and the target gradient. It holds four
-parameter-sized arrays at a time: the parameters, the costate, the cotangent u and the product H u.
+parameter-sized arrays at a time: the parameters, the costate, the cotangent u and the product H u;
+where sums over devices cross the mesh together, the target gradient, too.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ import numpy as np
 
 from lmops_jax.control import adjoint
 from lmops_jax.control.dynamics import State, apply_update, gradient, map_images
-from lmops_jax.micro_batches import DeviceRows
+from lmops_jax.control.targets import MeanTargetLoss
+from lmops_jax.micro_batches import DeviceRows, sum_together
 
 PROXY_SCOPE = "score_proxies"  # in the names of the operations that score proxies
 
@@ -174,7 +176,16 @@ class Problem:
     u, opt_cotangent = self.constrain(u), self._constrain_cotangent(state, opt_cotangent)
 
     batch, weights = self.batch_at(t), self.weights[t]
-    if settings.hessian:
+    target = None
+    if self._target_crosses_with_hessian:
+      hessian = adjoint.hvp_row_sum(
+        self.example_losses, state.params, u, batch, weights, settings.hvp_mode,
+        settings.micro_batch_size)
+      (hvp, (slopes, losses)), ((target_loss, grad), _) = sum_together(
+        [hessian, self.target_loss.gradient_sum(state.params, t > 0)], self.device_rows)
+      previous = self.constrain(jax.tree.map(lambda *x: sum(x[1:], x[0]), direct, hvp, grad))
+      target = Target(target_loss, tree_norm(self.constrain(grad)))
+    elif settings.hessian:
       hvp, slopes, losses = adjoint.hvp_scores_losses(
         self.example_losses, state.params, u, batch, weights, mode=settings.hvp_mode,
         **self._in_parts)
@@ -189,13 +200,25 @@ class Problem:
         carry = self._score_proxies(carry, state.params, u, t)
     # In this order: the activations of the two passes never exist at the same time.
     params, previous = jax.lax.optimization_barrier((state.params, previous))
-    target, previous = self._add_target(params, previous, t)
+    if target is None:
+      target, previous = self._add_target(params, previous, t)
     target = target._replace(monitor=self.monitored(params))
     carry = carry._replace(costate=previous)
     dtype = jnp.promote_types(losses.dtype, weights.dtype)
     return carry, Outputs(
       scores=-slopes.astype(dtype), step_loss=jnp.sum(weights * losses), target=target,
       costate_norm=tree_norm(costate), costate=costate if settings.keep_costates else None)
+
+  @property
+  def _target_crosses_with_hessian(self) -> bool:
+    """Whether H u and grad J are summed on each device first, and then added over the mesh at once.
+
+    It holds both sums at a time, one parameter-sized array more than one after the other.
+    """
+    return (
+      self.device_rows is not None and self.settings.hessian and self.settings.objective == "area"
+      and isinstance(self.target_loss, MeanTargetLoss)
+      and self.target_loss.device_rows == self.device_rows)
 
   def _add_target(self, params, costate, t):
     """J at `params_t`, and the costate with its gradient added where J is in the objective."""

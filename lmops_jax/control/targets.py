@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lmops_jax.control import checks
 from lmops_jax.control.dynamics import weighted_loss
-from lmops_jax.micro_batches import DeviceRows, fill_parts, sum_over_micro_batches
+from lmops_jax.micro_batches import DeviceRows, RowSum, fill_parts, sum_over_micro_batches
 
 
 def mean_target_loss(example_losses: Callable, data: Any, batch_size: int | None = None, *,
@@ -52,21 +52,50 @@ class MeanTargetLoss:
   device_rows: DeviceRows | None = dataclasses.field(default=None, metadata={"static": True})
 
   def __call__(self, params: Any) -> jax.Array:
-    data, size = self.data, jax.tree.leaves(self.data)[0].shape[0]
-    num_rows = size if self.num_rows is None else self.num_rows
-    part_size = self.batch_size
-    if self.device_rows is None:
-      if part_size is None or part_size >= size:
-        losses = self.example_losses(params, data)
-        losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
-        if num_rows == size:
-          return jnp.mean(losses)
-        return jnp.sum(jnp.where(jnp.arange(size) < num_rows, losses, 0)) / num_rows
-      data, part_size = fill_parts(data, part_size)
-    is_row = jnp.arange(jax.tree.leaves(data)[0].shape[0]) < num_rows  # repeated rows are none
-    weights = jnp.where(is_row, 1 / num_rows, 0)
+    size, num_rows = self._size, self._num_counted
+    if self.device_rows is None and (self.batch_size is None or self.batch_size >= size):
+      losses = self.example_losses(params, self.data)
+      losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+      if num_rows == size:
+        return jnp.mean(losses)
+      return jnp.sum(jnp.where(jnp.arange(size) < num_rows, losses, 0)) / num_rows
+    data, weights, part_size = self._parts()
     return _sum_of_parts(
       self.example_losses, part_size, self.device_rows, params, data, weights)
+
+  def gradient_sum(self, params: Any, is_wanted: jax.Array) -> RowSum:
+    """The sum over rows that is `(J, grad J)`, or J and zeros where `is_wanted` (`[]`) is False."""
+    data, weights, part_size = self._parts()
+
+    def part(whole, data, weights):
+      params, is_wanted = whole
+      loss = functools.partial(_weighted_sum, self.example_losses)
+      def alone(*args):
+        return loss(*args), jax.tree.map(jnp.zeros_like, params)
+      return jax.lax.cond(
+        is_wanted, jax.value_and_grad(loss), alone, params, data, weights), None
+
+    return RowSum(part, (params, is_wanted), data, weights, part_size)
+
+  @property
+  def _size(self) -> int:
+    return jax.tree.leaves(self.data)[0].shape[0]
+
+  @property
+  def _num_counted(self) -> int:
+    return self._size if self.num_rows is None else self.num_rows
+
+  def _parts(self) -> tuple[Any, jax.Array, int | None]:
+    """Rows that parts of a size divide, their weights in the mean, and that size."""
+    data, part_size = self.data, self.batch_size
+    if self.device_rows is None:
+      data, part_size = fill_parts(data, part_size)
+    is_row = jnp.arange(jax.tree.leaves(data)[0].shape[0]) < self._num_counted  # repeats are none
+    return data, jnp.where(is_row, 1 / self._num_counted, 0), part_size
+
+
+def _weighted_sum(example_losses, params, data, weights):
+  return weighted_loss(example_losses, params, data, weights)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -89,6 +118,6 @@ _sum_of_parts.defvjp(_forward, _backward)
 
 
 def _accumulate(transform, example_losses, part_size, device_rows, params, data, weights):
-  loss = transform(lambda *args: weighted_loss(example_losses, *args)[0])
+  loss = transform(functools.partial(_weighted_sum, example_losses))
   return sum_over_micro_batches(
     lambda *args: (loss(*args), None), params, data, weights, part_size, device_rows)[0]
