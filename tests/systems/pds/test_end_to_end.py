@@ -211,16 +211,10 @@ UNTIL_SOLVED = '--gin.STAGES=["prepare", "proxy", "solve"]'
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_select_the_same(finished, tmp_path):
-  several_processes.run(_job(tmp_path / "run"), 2, devices=2)
+@pytest.mark.parametrize("num_processes, devices", [(2, 2), (4, 1)])
+def test_processes_select_the_same(finished, tmp_path, num_processes, devices):
+  several_processes.run(_job(tmp_path / "run"), num_processes, devices=devices)
   _assert_like(tmp_path / "run", finished[0])
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_four_processes_score_the_same(finished, tmp_path):
-  several_processes.run(_job(tmp_path / "run", UNTIL_SOLVED), 4)
-  _assert_like_scores(tmp_path / "run", finished[0])
 
 
 @pytest.mark.slow
