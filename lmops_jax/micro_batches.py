@@ -58,12 +58,20 @@ class DeviceRows:
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), summed), of_rows
 
   def size(self, num_rows: int, micro_batch_size: int | None) -> int | None:
-    """Rows of a micro-batch on one device: its share of the whole one's, or less."""
-    if micro_batch_size is None:
-      return None
-    own = num_rows // self.num_shards
-    wanted = max(1, micro_batch_size // self.num_shards)
-    return next(size for size in range(min(wanted, own), 0, -1) if own % size == 0)
+    """Rows of a micro-batch on one device."""
+    return None if micro_batch_size is None else device_share(
+      num_rows, micro_batch_size, self.num_shards)
+
+
+def device_share(num_rows: int, micro_batch_size: int, num_shards: int) -> int:
+  """Rows of a micro-batch on each of the devices that share `num_rows`, one at least.
+
+  A micro-batch of fewer rows than devices would be computed by several of them alike. Otherwise the
+  devices' rows together are at most `micro_batch_size`.
+  """
+  own = num_rows // num_shards
+  wanted = max(1, micro_batch_size // num_shards)
+  return next(size for size in range(min(wanted, own), 0, -1) if own % size == 0)
 
 
 class RowSum(NamedTuple):

@@ -183,7 +183,7 @@ class Problem:
         settings.micro_batch_size)
       (hvp, (slopes, losses)), ((target_loss, grad), _) = sum_together(
         [hessian, self.target_loss.gradient_sum(state.params, t > 0)], self.device_rows)
-      previous = self.constrain(jax.tree.map(lambda *x: sum(x[1:], x[0]), direct, hvp, grad))
+      previous = self.constrain(jax.tree.map(lambda d, h, g: d + h + g, direct, hvp, grad))
       target = Target(target_loss, tree_norm(self.constrain(grad)))
     elif settings.hessian:
       hvp, slopes, losses = adjoint.hvp_scores_losses(

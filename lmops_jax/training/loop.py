@@ -306,7 +306,8 @@ def _compiled_step(example_losses, optimizer, accumulate, partitioner, leaves, t
   shardings = jax.tree.unflatten(treedef, leaves)
   return jax.jit(
     make_train_step(
-      example_losses, optimizer, accumulate=accumulate, device_rows=partitioner.device_rows),
+      example_losses, optimizer, accumulate=accumulate, num_shards=partitioner.num_batch_shards,
+      device_rows=partitioner.device_rows),
     out_shardings=(shardings, partitioner.replicated),
     donate_argnums=0,
   )

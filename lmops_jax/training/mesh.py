@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lmops_jax.micro_batches import DeviceRows
+from lmops_jax.micro_batches import DeviceRows, device_share
 from lmops_jax.models.partitioning import unboxed
 
 AXES = ("data", "fsdp", "tensor")
@@ -245,6 +245,17 @@ class Partitioner:
     num_parts = -(-num // (-(-micro_batch_size // shards) * shards))
     size = -(-num // (num_parts * shards)) * shards
     return num_parts * size, size
+
+  def micro_batch_size(self, num_rows: int, wanted: int | None) -> int | None:
+    """Rows of a micro-batch of `num_rows`, equally many on each device (see `device_share`).
+
+    Args:
+      num_rows: a multiple of the mesh's shards.
+      wanted: the most rows, unless the mesh has more shards; None for all.
+    """
+    if wanted is None:
+      return None
+    return self.num_batch_shards * device_share(num_rows, wanted, self.num_batch_shards)
 
   def batch_sharding(self, ndim: int, axis: int = 0) -> NamedSharding:
     """That axis over the batch axes, the others whole. `ndim` 0 is replicated."""

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
+from lmops_jax.micro_batches import DeviceRows, device_share, sum_over_micro_batches
 from lmops_jax.training.train_state import TrainState
 
 
 def make_train_step(
   example_losses: Callable, optimizer: optax.GradientTransformation, *, accumulate: int = 1,
-  device_rows: DeviceRows | None = None,
+  num_shards: int = 1, device_rows: DeviceRows | None = None,
 ) -> Callable:
   """`step(state, batch, weights=None) -> (state, metrics)`.
 
@@ -24,6 +24,8 @@ def make_train_step(
     example_losses: `(params, batch) -> [B] float32`.
     optimizer: any optax transformation.
     accumulate: micro-batches whose gradients are summed. Changes memory, not results.
+    num_shards: devices that share a batch; a micro-batch has equally many rows on each of them (see
+      `micro_batches.device_share`).
     device_rows: see `lmops_jax.micro_batches`. Changes communication and memory, not results.
 
   Returns:
@@ -50,9 +52,9 @@ def make_train_step(
         f"A batch of {size} examples does not split into accumulate={accumulate} micro-batches; "
         "choose a divisor."
       )
+    rows = num_shards * device_share(size, size // accumulate, num_shards)
     return sum_over_micro_batches(
-      lambda *args: (grad(*args), None), params, dict(batch), weights, size // accumulate,
-      device_rows)[0]
+      lambda *args: (grad(*args), None), params, dict(batch), weights, rows, device_rows)[0]
 
   def step(state: TrainState, batch: Mapping[str, jax.Array], weights=None):
     num_examples = jax.tree.leaves(batch)[0].shape[0]

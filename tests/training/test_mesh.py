@@ -103,6 +103,14 @@ def test_devices_sum_their_own_rows_where_they_hold_all_parameters_or_are_told_t
   assert (rows and rows.axes) == axes
 
 
+@pytest.mark.parametrize("num_devices, num_rows, wanted, size", [
+  (8, 256, 64, 64), (256, 512, 128, 256), (256, 256, 64, 256), (12, 48, 16, 12), (12, 48, 4, 12),
+  (12, 48, 24, 24), (8, 64, None, None)])
+def test_micro_batches_have_a_row_for_each_device(num_devices, num_rows, wanted, size):
+  partitioner = MeshConfig(data=1, fsdp=-1).plan(num_devices)
+  assert partitioner.micro_batch_size(num_rows, wanted) == size
+
+
 def test_batches_are_split_over_data_and_fsdp():
   partitioner = MeshConfig(2, 2, 2).build()
   batch = {

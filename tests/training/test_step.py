@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lmops_jax.training import hlo
+from lmops_jax.training.mesh import MeshConfig
 from lmops_jax.training.optimizers import sgd
 from lmops_jax.training.step import make_train_step
 from lmops_jax.training.train_state import TrainState, new_state
@@ -42,6 +45,28 @@ def test_step_descends_the_weighted_loss_for_any_accumulation(accumulate):
   assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
   assert int(metrics["num_examples"]) == 6 and int(metrics["nonfinite"]) == 0
   assert "num_tokens" not in metrics
+
+
+def test_micro_batches_have_a_row_for_each_device():
+  """A batch of 16 on eight devices: four micro-batches of 4 rows would be computed twice."""
+  mesh = MeshConfig(data=1, fsdp=8).build().mesh
+  split = NamedSharding(mesh, PartitionSpec("fsdp"))
+  params = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=split)}
+  batch = {"x": jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=split)}
+
+  def losses(params, batch):
+    return jnp.sum((batch["x"] @ params["w"]) ** 2, axis=1)
+
+  def product_flops(**kwargs):
+    step = make_train_step(losses, sgd(0.05), accumulate=4, **kwargs)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(
+      sgd(0.05).init, params))
+    return hlo.count(jax.jit(step).lower(state, batch).compile().as_text()).product_flops
+
+  # The gradient of a row is an outer product and does not count.
+  ideal = 2 * 16 * 64 * 64 / 8
+  assert product_flops(num_shards=8) == ideal
+  assert product_flops() == 2 * ideal
 
 
 def test_default_weights_are_the_mean():

@@ -266,7 +266,8 @@ class PMP:
     device_bytes: memory of a device, for "auto" where jax does not tell it.
     segment_steps: steps between two points that an interrupted solve resumes from.
     micro_batch_size: target and proxy instances that are differentiated at a time.
-    inner_micro_batch_size: the same for an inner batch, of which it is a divisor; None: all.
+    inner_micro_batch_size: the same for an inner batch, of which it is a divisor; None: all. Both
+      are rounded so that each of the mesh's shards has as many rows, and at least one.
     matmul_precision: of the solve's products, as jax names it; "highest" is full float32 also on
       GPUs and TPUs, None their default.
     inner_data: what inner batches are drawn from, "corpus", or "proxies" as the paper's algorithm
@@ -382,7 +383,9 @@ class PMP:
           every_k=self.every_k, groups=self.groups, hessian=self.hessian,
           proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
           proxy_batch_size=proxy_batch_size,
-          micro_batch_size=self.inner_micro_batch_size, segment_steps=self.segment_steps,
+          micro_batch_size=bench.partitioner.micro_batch_size(
+            self.batch_size, self.inner_micro_batch_size),
+          segment_steps=self.segment_steps,
           device_rows=bench.partitioner.device_rows, store=store, progress=advance,
           log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )
@@ -527,7 +530,8 @@ class InfluenceScores(_DirectionMethod):
     return control.influence_direction(
       bench.example_losses, target_grad, params, batch, damping=self.damping,
       curvature=self.curvature, method=self.solver, iterations=self.iterations,
-      micro_batch_size=self.micro_batch_size,
+      micro_batch_size=bench.partitioner.micro_batch_size(
+        self.num_hessian, min(self.micro_batch_size, self.num_hessian)),
     )
 
 
@@ -561,7 +565,7 @@ class RhoLoss:
     num_steps = self.epochs * (len(ids) // size)
     config = dataclasses.replace(
       bench.proxy, optimizer=optimizer, num_steps=num_steps, batch_size=size, keep_every=None,
-      keep_steps=(), accumulate=math.gcd(bench.proxy.accumulate, size // shards),
+      keep_steps=(), accumulate=math.gcd(bench.proxy.accumulate, size),
     )
     after = pretrain.fit(
       bench.model, bench.example_losses, config,

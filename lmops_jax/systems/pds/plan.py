@@ -68,19 +68,20 @@ def _training(name, config, vocab_size, length, partitioner, platform) -> Phase:
   programs.abstract_batch(partitioner, config.batch_size, length)  # checks that it splits
   params_bytes = device_bytes(state.params)
   per_token = flops.forward_flops_per_token(model.config, length)
-  rows = config.batch_size / config.accumulate
+  rows = partitioner.micro_batch_size(config.batch_size, config.batch_size // config.accumulate)
+  num_parts = config.batch_size // rows
   parts = {
     "params": params_bytes, "opt_state": device_bytes(state.opt_state),
     # With micro-batches the sum and one part's gradient exist together.
-    "accumulators": params_bytes * (1 + (config.accumulate > 1)),
-    "gathered": (2 + (config.accumulate > 1)) * programs.gathered_bytes(state.params, partitioner),
+    "accumulators": params_bytes * (1 + (num_parts > 1)),
+    "gathered": (2 + (num_parts > 1)) * programs.gathered_bytes(state.params, partitioner),
     "data": _data_bytes(config.batch_size, length, partitioner),
     "activations": _activations(
       model.config, rows, length, partitioner, platform, loss_chunk=config.loss_chunk),
   }
   total = 3 * config.num_steps * config.batch_size * length * per_token
   return Phase(name, _num_params(state.params), total, config.num_steps, parts,
-               f"{config.batch_size} x {length} in {config.accumulate} micro-batches",
+               f"{config.batch_size} x {length} in {num_parts} micro-batches",
                programs.training_remedies(config, partitioner))
 
 
@@ -98,19 +99,22 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
   state = control_programs.abstract_state(method.optimizer, params)
   num_segments = -(-method.num_steps // method.segment_steps)
+  programs.abstract_batch(partitioner, method.batch_size, length)  # checks that it splits
+  inner = partitioner.micro_batch_size(method.batch_size, method.inner_micro_batch_size)
   sizes = control_plan.solve_bytes(
     device_bytes(params), device_bytes(state.opt_state), num_segments,
-    micro_batches=method.inner_micro_batch_size is not None, groups=method.groups is not None,
+    micro_batches=inner is not None, groups=method.groups is not None,
     whole_bytes=programs.gathered_bytes(params, partitioner))
   act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
                           platform=platform, loss_chunk=proxy.loss_chunk)
-  inner = method.inner_micro_batch_size or method.batch_size
-  one_by_one = {
-    "Hessian product": act(inner, tangents=True),
-    "target gradient": act(method.micro_batch_size),
-    "proxy slopes": act(method.micro_batch_size, backward=False, tangents=True),
-  }
   num_target = method.num_target or num_target
+  _, target_rows = partitioner.filled_rows(num_target, method.micro_batch_size)
+  _, proxy_rows = partitioner.filled_rows(proxy_set.num_proxies, method.micro_batch_size)
+  one_by_one = {
+    "Hessian product": act(inner or method.batch_size, tangents=True),
+    "target gradient": act(target_rows),
+    "proxy slopes": act(proxy_rows, backward=False, tangents=True),
+  }
   rows = method.num_steps * method.batch_size + num_target + proxy_set.num_proxies
   return {**sizes._asdict(), "data": _data_bytes(rows, length, partitioner),
           "activations": max(one_by_one.values()), "state": device_bytes(state)}
@@ -166,11 +170,12 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   step_flops = passes.batch * method.batch_size * per_row - forward_flops
   starts = len(method.checkpoints or (1,))
   forward = {k: held[k] for k in ("params", "opt_state", "segment_starts", "data")}
-  micro = method.inner_micro_batch_size is not None
+  inner = partitioner.micro_batch_size(method.batch_size, method.inner_micro_batch_size)
+  micro = inner is not None
   forward["accumulators"] = held["params"] * (1 + micro)
   forward["gathered"] = (2 + micro) * programs.gathered_bytes(params, partitioner)
   forward["activations"] = _activations(
-    model.config, method.inner_micro_batch_size or method.batch_size, length, partitioner, platform,
+    model.config, inner or method.batch_size, length, partitioner, platform,
     loss_chunk=proxy.loss_chunk)
   recomputed = control_plan.num_recomputed(policy, segment_steps) / segment_steps
   policy_text = (

@@ -36,7 +36,7 @@ class Pretrain:
     keep_every: parameters are kept every so many steps (and at the end) for the evaluation.
     keep_steps: steps whose parameters are kept as well, e.g. the proxy checkpoints to solve from.
     checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
-    accumulate: micro-batches of a step.
+    accumulate: micro-batches of a step; fewer where the mesh has more shards than one has rows.
     shuffle: order the instances by seed; False keeps the corpus order, as the reference does.
     loss_chunk: sequence positions whose logits exist at a time; None leaves the default.
     init: a published model to start from, `@pretrained.load()`, whose configuration then replaces
