@@ -276,11 +276,15 @@ def _print_config(resolved) -> None:
   print("\n" + resolved.text(), end="")
 
 
+def cache_folder() -> Path:
+  """Where this user's compiled programs and other copies of what can be made again lie."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmops_jax"
+
+
 def _set_environment() -> None:
   """Defaults that have to stand before jax and TensorFlow are imported; the user's own win."""
-  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   for name, value in {
-    "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "lmops_jax", "xla"),
+    "JAX_COMPILATION_CACHE_DIR": str(cache_folder() / "xla"),
     "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorFlow only reads and writes data here
     "GRPC_VERBOSITY": "ERROR",
   }.items():

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from lmops_jax.cli import cache_folder
+
 # On a busy machine eight threads on two cores can be late to a collective; by default XLA then
 # aborts the process after 40 seconds.
 _FLAGS = {
@@ -26,7 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
   signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Compiling is most of the time. What two tests or two runs compile alike is compiled once.
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmops_jax"
+_CACHE = cache_folder()
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla_of_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
