@@ -106,7 +106,7 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
       command.add_argument("what", nargs="?", choices=("tasks",), metavar="tasks",
                            help="the named tasks of lmops score instead")
       continue
-    command.add_argument("files", nargs="+", metavar="FILE" if name == "run" else "SYSTEM_OR_FILE")
+    command.add_argument("files", nargs="*", metavar="FILE" if name == "run" else "SYSTEM_OR_FILE")
     add_gin(command)
     if name == "run":
       add_workdir(command)
@@ -121,7 +121,11 @@ def _files(arguments: argparse.Namespace, systems: Sequence[str]) -> list[str]:
     named = [gin_files.system_file(arguments.command, arguments.action)]
   else:
     named = [gin_files.system_file(n) if n in systems else n for n in arguments.files]
-  return named + arguments.gin_file
+  files = named + arguments.gin_file
+  if not files:
+    raise _UsageError(f"lmops {arguments.command} was given no gin file; name one, such as "
+                      f"lmops {arguments.command} pds/smoke.gin (lmops list shows all).")
+  return files
 
 
 def _required_options(options: Sequence[str], file: str) -> list[str]:

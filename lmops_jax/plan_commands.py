@@ -33,7 +33,7 @@ def add_parsers(commands, options: dict, add_gin) -> None:
     parser = commands.add_parser(
       name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG, **options)
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    parser.add_argument("files", nargs="+", metavar="SYSTEM_OR_FILE")
+    parser.add_argument("files", nargs="*", metavar="SYSTEM_OR_FILE")
     default = "" if name == "aot" else "; default: this machine's devices"
     parser.add_argument("--topology", metavar="CHIP:SHAPE", required=name == "aot",
                         help=f"such as v5e:4x4{default}")

@@ -47,7 +47,7 @@ def test_plan_says_what_does_not_fit_and_what_helps(lmops):
 
 
 def test_plan_on_this_machine_knows_no_memory(lmops):
-  code, out, _ = lmops("plan", "pds", "--gin.MESH=None")
+  code, out, _ = lmops("plan", "--gin_file", "pds/default.gin", "--gin.MESH=None")
   assert code == 0 and "(memory unknown)" in out and "everything fits" not in out
 
 
@@ -61,6 +61,7 @@ def test_plan_on_this_machine_knows_no_memory(lmops):
   (["plan", "gin/pds/paper.gin"], "--gin.models.TransformerConfig.vocab_size=32000"),
   (["plan", "pds", "--topology", "v5e:16x16"], "does not split over the mesh's 256 data shards"),
   (["aot", "pds"], "--topology"),
+  (["plan", "--topology", "v5e:2x2"], "was given no gin file"),
   (["aot", "--topology", "h100:8", "pds"], "lmops plan knows GPUs"),
 ])
 def test_refused(lmops, arguments, words):
