@@ -62,12 +62,20 @@ def meta(workdir: Path) -> tuple[str, str]:
     "|---" * (5 + len(MEASURES)) + "|"]
   for task, of in summary["tasks"].items():
     for network, found in of["networks"].items():
-      cells = [f"{100 * found[f'accuracy_{name}']['mean']:.1f}" for name in ("zsl", "ft", "icl")]
-      for key, spec in MEASURES.values():
-        mean = found[key]["mean"]
-        cells.append("-" if mean is None else format(mean, spec))
+      measured = [(found[f"accuracy_{name}"], ".1f", 100) for name in ("zsl", "ft", "icl")]
+      measured += [(found[key], spec, 1) for key, spec in MEASURES.values()]
+      cells = [_mean_and_deviation(*of_measure) for of_measure in measured]
       lines.append(f"| {task} | {network.replace('_', ' ')} | " + " | ".join(cells) + " |")
   return "# Learning in context beside finetuning", "\n".join(lines)
+
+
+def _mean_and_deviation(found: dict, spec: str, scale: float) -> str:
+  if found["mean"] is None:
+    return "-"
+  numbers = [found["mean"]]
+  if sum(value is not None for value in found["values"]) > 1:
+    numbers.append(found["deviation"])
+  return " ± ".join(format(scale * number, spec) for number in numbers)
 
 
 def main() -> None:
