@@ -25,17 +25,22 @@ class SolveBytes(NamedTuple):
   costate: float  # P
   cotangents: float  # P + O
   accumulators: float  # 2 P, with micro-batches 3 P, and 2 P more for groups
-  segment_starts: float  # a state for each segment but the one at work
+  given: float  # P, where the solve began, which its caller holds
   gathered: float = 0  # whole parameters, direction, both sums, where they are split but for a step
 
 
-def solve_bytes(params_bytes: float, opt_bytes: float, num_segments: int, *, micro_batches: bool,
-                groups: bool, whole_bytes: float = 0) -> SolveBytes:
+def solve_bytes(params_bytes: float, opt_bytes: float, *, micro_batches: bool, groups: bool,
+                whole_bytes: float = 0) -> SolveBytes:
   """The parts for these sizes; `whole_bytes` of parameters gathered by each device in a step."""
   sums = 2 + micro_batches + 2 * groups
   return SolveBytes(
     params_bytes, opt_bytes, params_bytes, params_bytes + opt_bytes, sums * params_bytes,
-    (num_segments - 1) * (params_bytes + opt_bytes), (4 + micro_batches) * whole_bytes)
+    params_bytes, (4 + micro_batches) * whole_bytes)
+
+
+def host_bytes(params_bytes: float, opt_bytes: float, num_segments: int) -> float:
+  """Of host memory for a device: the state that each segment starts from, and params_T."""
+  return num_segments * (params_bytes + opt_bytes) + params_bytes
 
 
 def choose_trajectory(state_bytes: float, num_steps: int, device_bytes_free: float,

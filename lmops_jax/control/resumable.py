@@ -1,12 +1,12 @@
 """The PMP solve in segments, with every intermediate state handed to a store.
 
 `pmp_scores` is one compiled program; a solve of hours needs to survive an interruption. This driver
-cuts the T steps into segments: the forward pass keeps the state at each segment's start, the
-reverse pass recomputes one segment's states at a time. After each segment of either pass the driver
-saves what that segment made; a later call with the same store goes on from there, with the same
-compiled programs on the same bits, so the result is bitwise that of an undisturbed run on the same
-mesh, and that of another mesh up to rounding. A solve that diverges stops at the end of the segment
-in which it does, with the step in the message.
+cuts the T steps into segments: the forward pass keeps the state at each segment's start in host
+memory, the reverse pass recomputes one segment's states at a time. After each segment of either
+pass the driver saves what that segment made; a later call with the same store goes on from there,
+with the same compiled programs on the same bits, so the result is bitwise that of an undisturbed
+run on the same mesh, and that of another mesh up to rounding. A solve that diverges stops at the
+end of the segment in which it does, with the step in the message.
 """
 
 import dataclasses
@@ -147,17 +147,24 @@ def pmp_scores_resumable(
     if progress is not None:
       progress(done, 2 * num_segments)
 
+  def restored_state(step):
+    return _moved(restored(step)["state"], jax.memory.Space.Host)
+
   done = store.latest_step() or 0
   if done and store.extra(done) != {"fingerprint": fingerprint}:
     raise ValueError(
       "The saved solve belongs to other arguments (settings, parameters, batches, weights or "
       "proxies); start without it, or restore the arguments it was made with.")
   # The starts of the segments that the reverse pass still needs.
-  states = [first_state] + [
-    restored(i)["state"] for i in range(1, min(done + 1, 2 * num_segments - done, num_segments))]
-  run = _Reverse(**restored(done)) if done >= num_segments else None
+  states = [_moved(first_state, jax.memory.Space.Host)] + [
+    restored_state(i) for i in range(1, min(done + 1, 2 * num_segments - done, num_segments))]
+  run = _parked(_Reverse(**restored(done))) if done >= num_segments else None
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first_state)
+  first_state = None  # frees the device's copy
+  state = _place(states[-1], like) if run is None else None
   while done < num_segments:
-    state = _place(_forward_segment(data, states[-1], steps_of(done), **static), first_state)
+    state = _place(_forward_segment(data, state, steps_of(done), **static), like)
     norm = float(_params_norm(state))
     if not np.isfinite(norm):
       last = int(steps_of(done)[-1])
@@ -166,26 +173,29 @@ def pmp_scores_resumable(
         f"were finite before step {starts[done]}; lower the learning rate or check the data.")
     done += 1
     if done < num_segments:
-      states.append(state)
+      states.append(_moved(state, jax.memory.Space.Host))
       keep({"state": state})
     else:
       carry, final_target = _first_carry(data, state, **static)
-      run = _Reverse(state.params, final_target, carry, [])
+      run = _parked(_Reverse(state.params, final_target, carry, []))
+      del carry, state
       keep(run._asdict())
   while done < 2 * num_segments:
     i = 2 * num_segments - 1 - done
-    carry, outs = _reverse_segment(data, states.pop(), run.carry, steps_of(i), **static)
+    start = _place(states.pop(), like)
+    carry, outs = _reverse_segment(data, start, run.carry, steps_of(i), **static)
     run = run._replace(carry=_place(carry, run.carry), outs=[outs, *run.outs])
     _check_segment(run, starts[i], num_steps, log)
     done += 1
     keep(run._asdict())
   outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *run.outs)
-  return make_result(outs, run.final_target, run.carry.proxy_scores, run.final_params)
+  final_params = _place(run.final_params, like.params)
+  return make_result(outs, run.final_target, run.carry.proxy_scores, final_params)
 
 
 class _Reverse(NamedTuple):
   """The reverse pass between two segments."""
-  final_params: Any  # params_T
+  final_params: Any  # params_T, in host memory
   final_target: Any
   carry: Any
   outs: list[Any]  # of the segments reversed, in step order
@@ -252,6 +262,15 @@ def _reverse_segment(data, state, carry, steps, *, settings, shardings, device_r
   problem = _problem(data, settings, shardings, device_rows)
   return trajectories.run(problem.forward, problem.reverse, lambda _: (carry, None), state, steps,
                           settings.trajectory)[:2]
+
+
+def _moved(tree: Any, space: jax.memory.Space) -> Any:
+  return jax.tree.map(lambda x: jax.device_put(x, space), tree)
+
+
+def _parked(run: _Reverse) -> _Reverse:
+  """What no segment reads, in host memory."""
+  return run._replace(final_params=_moved(run.final_params, jax.memory.Space.Host))
 
 
 def _place(tree: Any, like: Any) -> Any:

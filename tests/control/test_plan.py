@@ -51,8 +51,9 @@ def test_bad_sizes(state, steps):
 
 
 def test_parts_of_a_solve():
-  parts = plan.solve_bytes(100, 200, 4, micro_batches=True, groups=True)
-  assert parts == plan.SolveBytes(100, 200, 100, 300, 500, 900)
-  whole = plan.solve_bytes(100, 200, 4, micro_batches=True, groups=True, whole_bytes=800)
+  parts = plan.solve_bytes(100, 200, micro_batches=True, groups=True)
+  assert parts == plan.SolveBytes(100, 200, 100, 300, 500, 100)
+  whole = plan.solve_bytes(100, 200, micro_batches=True, groups=True, whole_bytes=800)
   assert whole == parts._replace(gathered=4000)
-  assert plan.solve_bytes(100, 0, 1, micro_batches=False, groups=False).accumulators == 200
+  assert plan.solve_bytes(100, 0, micro_batches=False, groups=False).accumulators == 200
+  assert plan.host_bytes(100, 200, 4) == 1300

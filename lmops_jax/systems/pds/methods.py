@@ -425,7 +425,7 @@ class PMP:
     )
     policy = plan.resolve_trajectory(self, parts, memory)
     bench.context.log(
-      f"{self.name}: trajectory {policy!r} for states of {parts['state'] / 2**20:,.1f} MiB in "
+      f"{self.name}: trajectory {policy!r} for states of {parts.state / 2**20:,.1f} MiB in "
       f"{memory.device_bytes / 2**20:,.1f} MiB a device"
     )
     return policy

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,6 +22,8 @@ from lmops_jax.training import activations, language_models
 from lmops_jax.training.budget import Memory, Phase
 from lmops_jax.training.mesh import Partitioner
 
+# As compiled they take up to so much more than estimated (tests/benchmarks/results/aot.md).
+_ACTIVATIONS_MARGIN = 0.5
 _BATCH_ITEM_BYTES = 12  # tokens, targets and loss_mask, four bytes a position each
 
 
@@ -89,21 +91,35 @@ def _data_bytes(rows: int, length: int, partitioner: Partitioner) -> float:
   return _BATCH_ITEM_BYTES * rows * length / partitioner.num_batch_shards
 
 
-def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length: int,
-                partitioner: Partitioner, num_target: int, platform: str) -> dict[str, float]:
-  """Bytes on one device in the reverse pass of `methods.PMP`, all but the trajectory in a segment.
+class SolveParts(NamedTuple):
+  """Bytes that the reverse pass of `methods.PMP` takes, for one device.
 
-  The key "state" is one state of the trajectory, which is not part of the sum.
+  Attributes:
+    on_device: by name, all but the trajectory in a segment.
+    state: of one state of that trajectory.
+    on_host: of host memory, whatever the trajectory.
   """
+
+  on_device: dict[str, float]
+  state: float
+  on_host: float
+
+  @property
+  def device_bytes(self) -> float:
+    return sum(self.on_device.values())
+
+
+def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length: int,
+                partitioner: Partitioner, num_target: int, platform: str) -> SolveParts:
+  """The parts by arithmetic."""
   model = language_models.language_model(proxy.model, vocab_size, length)
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
   state = control_programs.abstract_state(method.optimizer, params)
-  num_segments = -(-method.num_steps // method.segment_steps)
   programs.abstract_batch(partitioner, method.batch_size, length)  # checks that it splits
   inner = partitioner.micro_batch_size(method.batch_size, method.inner_micro_batch_size)
+  state_sizes = device_bytes(params), device_bytes(state.opt_state)
   sizes = control_plan.solve_bytes(
-    device_bytes(params), device_bytes(state.opt_state), num_segments,
-    micro_batches=inner is not None, groups=method.groups is not None,
+    *state_sizes, micro_batches=inner is not None, groups=method.groups is not None,
     whole_bytes=programs.gathered_bytes(params, partitioner))
   act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
                           platform=platform, loss_chunk=proxy.loss_chunk)
@@ -116,33 +132,43 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
     "proxy slopes": act(proxy_rows, backward=False, tangents=True),
   }
   rows = method.num_steps * method.batch_size + num_target + proxy_set.num_proxies
-  return {**sizes._asdict(), "data": _data_bytes(rows, length, partitioner),
-          "activations": max(one_by_one.values()), "state": device_bytes(state)}
+  on_device = {**sizes._asdict(), "data": _data_bytes(rows, length, partitioner),
+               "activations": max(one_by_one.values())}
+  num_segments = -(-method.num_steps // method.segment_steps)
+  return SolveParts(
+    on_device, device_bytes(state), control_plan.host_bytes(*state_sizes, num_segments))
 
 
-def resolve_trajectory(method: Any, parts: dict[str, float], memory: Memory) -> str | int:
+def resolve_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
   """The policy that `trajectory="auto"` means; any other as it is.
 
   Raises:
-    ValueError: where the memory of a device is not known, or holds no state.
+    ValueError: where the memory of a device is not known, or holds no state, or where the starts of
+      the segments do not fit into the host's.
   """
+  if 0 < memory.host_bytes < parts.on_host:
+    raise ValueError(
+      f"the states that a solve's segments start from take {parts.on_host / 2**30:,.1f} GiB of the "
+      f"{memory.host_bytes / 2**30:,.1f} GiB of host memory that a device has; raise "
+      f"pds.PMP.segment_steps (now {method.segment_steps}) or give mesh.make.fsdp more devices.")
   if method.trajectory != "auto":
     return method.trajectory
   if memory.device_bytes is None:
     raise ValueError(
       'pds.PMP.trajectory="auto" needs to know the memory of a device, which jax does not tell '
       "here; set pds.PMP.device_bytes, or a policy such as \"all\".")
-  rest = sum(size for name, size in parts.items() if name != "state")
+  free = memory.device_bytes - parts.device_bytes
+  cautious = free - _ACTIVATIONS_MARGIN * parts.on_device["activations"]
+  # Two states at work and on their way are worth some risk, more are not.
   return control_plan.choose_trajectory(
-    parts["state"], min(method.segment_steps, method.num_steps), memory.device_bytes - rest,
-    memory.host_bytes)
+    parts.state, min(method.segment_steps, method.num_steps),
+    max(cautious, min(free, 2 * parts.state)), max(0, memory.host_bytes - parts.on_host))
 
 
-def planned_trajectory(method: Any, parts: dict[str, float], memory: Memory) -> str | int:
+def planned_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
   """`resolve_trajectory`, or one state where not even that fits: the plan then shows the excess."""
-  rest = sum(size for name, size in parts.items() if name != "state")
   if method.trajectory == "auto" and memory.device_bytes is not None:
-    if memory.device_bytes < rest + parts["state"]:
+    if memory.device_bytes < parts.device_bytes + parts.state:
       return 1
   return resolve_trajectory(method, parts, memory)
 
@@ -152,12 +178,11 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   num_target = method.num_target or sizes.num_target
   parts = solve_parts(method, proxy, proxy_set, vocab_size, length, partitioner, num_target,
                       platform)
-  state_bytes = parts["state"]
   policy = planned_trajectory(method, parts, memory)
   segment_steps = min(method.segment_steps, method.num_steps)
   copies = control_plan.device_state_copies(policy, segment_steps)
-  held = {name: size for name, size in parts.items() if name != "state"}
-  reverse = held | {"trajectory": copies * state_bytes}
+  held = parts.on_device
+  reverse = held | {"trajectory": copies * parts.state}
   model = language_models.language_model(proxy.model, vocab_size, length)
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
   num_params = _num_params(params)
@@ -169,7 +194,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   forward_flops = 3 * method.num_steps * method.batch_size * per_row
   step_flops = passes.batch * method.batch_size * per_row - forward_flops
   starts = len(method.checkpoints or (1,))
-  forward = {k: held[k] for k in ("params", "opt_state", "segment_starts", "data")}
+  forward = {k: held[k] for k in ("params", "opt_state", "given", "data")}
   inner = partitioner.micro_batch_size(method.batch_size, method.inner_micro_batch_size)
   micro = inner is not None
   forward["accumulators"] = held["params"] * (1 + micro)
@@ -179,8 +204,9 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
     loss_chunk=proxy.loss_chunk)
   recomputed = control_plan.num_recomputed(policy, segment_steps) / segment_steps
   policy_text = (
-    f"trajectory {policy!r}: {copies} states of {state_bytes / 2**20:,.1f} MiB on a device in a "
-    f"segment of {segment_steps} steps, {recomputed:.2f} steps computed again for each")
+    f"trajectory {policy!r}: {copies} states of {parts.state / 2**20:,.1f} MiB on a device in a "
+    f"segment of {segment_steps} steps, {recomputed:.2f} steps computed again for each; "
+    f"{parts.on_host / 2**20:,.1f} MiB of the host's memory for a device")
   name, total = method.name, starts * method.num_steps
   remedies = programs.solve_remedies(method, proxy, partitioner)
   from_points = f"from {starts} checkpoints" if starts > 1 else "from one checkpoint"

@@ -146,9 +146,8 @@ def solve_programs(
     objective=method.objective, hessian=method.hessian,
     num_scored=num_scored / num_segments) for is_reverse in (False, True))
   sizes = control.Passes(method.batch_size, num_target, proxy_set.num_proxies)
-  state_bytes = device_bytes(programs.state)
   common = dict(steps=segment_steps, remedies=solve_remedies(method, proxy, partitioner),
-                bytes_beside=(num_segments - 1) * state_bytes)
+                bytes_beside=device_bytes(params))
   return [
     Program("solve, forward", with_precision(programs.forward),
             per_row * sum(p * n for p, n in zip(forward, sizes)), **common),

@@ -99,8 +99,8 @@ def test_the_solve_against_the_compiler(mesh, kwargs):
   solve = (method, proxy, proxy_set, VOCAB, LENGTH, mesh, 16)
   forward, reverse = (
     aot.compile_program(p, mesh) for p in programs.solve_programs(*solve, method.trajectory))
-  parts = plan.solve_parts(*solve, "cpu")
-  segment = method.segment_steps
+  sizes = plan.solve_parts(*solve, "cpu")
+  parts, segment = sizes.on_device, method.segment_steps
   slots = control_plan.device_state_copies(method.trajectory, segment)
   copies = slots if slots < segment else segment
   # The state is an argument, and with the carry the cotangents and sums over a group.
@@ -109,11 +109,10 @@ def test_the_solve_against_the_compiler(mesh, kwargs):
   carry = parts["costate"] + parts["opt_state"] + groups
   assert forward.argument_bytes == pytest.approx(state + parts["data"], rel=0.1)
   assert reverse.argument_bytes == pytest.approx(state + carry + parts["data"], rel=0.1)
-  planned = sum(v for k, v in parts.items() if k not in ("state", "segment_starts"))
-  planned += copies * parts["state"]
+  planned = sizes.device_bytes - parts["given"] + copies * sizes.state
   measured = reverse.argument_bytes + reverse.temporary_bytes
   assert 0.5 < measured / planned < 1.5
-  assert reverse.program.bytes_beside == parts["segment_starts"] == parts["state"]
+  assert reverse.program.bytes_beside == parts["given"] == parts["params"]
   for compiled in (forward, reverse):
     ratio = compiled.counts.product_flops * 8 / compiled.program.flops
     assert 0.95 < ratio < 1.3, (compiled.program.name, ratio)
@@ -150,11 +149,13 @@ def test_auto_takes_what_fits():
   method, partitioner = _pmp(trajectory="auto", segment_steps=6), MeshConfig().plan(8)
   parts = plan.solve_parts(
     method, _pretrain(), methods.ProxySet(64), VOCAB, LENGTH, partitioner, 16, "tpu")
-  rest = sum(v for k, v in parts.items() if k != "state")
+  rest = parts.device_bytes
+  margin = 0.5 * parts.on_device["activations"]
   for copies, want in ((6, "all"), (4, 4), (1, 1)):
-    memory = Memory(rest + copies * parts["state"])
+    memory = Memory(rest + margin + copies * parts.state)
     assert plan.resolve_trajectory(method, parts, memory) == want
-  on_host = Memory(rest + 4 * parts["state"], 100 * parts["state"])
+  assert plan.resolve_trajectory(method, parts, Memory(rest + 1.5 * parts.state)) == 1
+  on_host = Memory(rest + 4 * parts.state, parts.on_host + 6 * parts.state)
   assert plan.resolve_trajectory(method, parts, on_host) == "host"
   with pytest.raises(ValueError, match="does not fit"):
     plan.resolve_trajectory(method, parts, Memory(rest))
@@ -163,6 +164,10 @@ def test_auto_takes_what_fits():
   with pytest.raises(ValueError, match="set pds.PMP.device_bytes"):
     plan.resolve_trajectory(method, parts, Memory())
   assert plan.resolve_trajectory(_pmp(trajectory="sqrt"), parts, Memory()) == "sqrt"
+  starts_alone = Memory(rest + margin + 4 * parts.state, parts.on_host + 5 * parts.state)
+  assert plan.resolve_trajectory(method, parts, starts_alone) == 4
+  with pytest.raises(ValueError, match="raise pds.PMP.segment_steps .now 6."):
+    plan.resolve_trajectory(_pmp(trajectory="all", segment_steps=6), parts, Memory(1e9, 1.0))
 
 
 def test_memory_of_a_device():
