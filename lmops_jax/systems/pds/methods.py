@@ -264,7 +264,8 @@ class PMP:
     trajectory: "all", "sqrt", "host" or a number of slots; "auto" takes what recomputes least in
       the memory of the devices, see `control.plan`.
     device_bytes: memory of a device, for "auto" where jax does not tell it.
-    segment_steps: steps between two points that an interrupted solve resumes from.
+    segment_steps: steps between two points that an interrupted solve resumes from, and whose states
+      lie in host memory.
     micro_batch_size: target and proxy instances that are differentiated at a time.
     inner_micro_batch_size: the same for an inner batch, of which it is a divisor; None: all. Both
       are rounded so that each of the mesh's shards has as many rows, and at least one.
