@@ -105,6 +105,9 @@ def _plan(arguments, job, topology) -> int:
     num_corpus=arguments.corpus_instances, platform=platform)
   print(_heading(where, partitioner, memory.device_bytes))
   print(plan_table(phases, num_devices, peak))
+  for phase in phases:
+    if phase.refusal:
+      raise ValueError(phase.refusal)
   return _verdict([
     (phase.name, phase.total_bytes, phase.remedies) for phase in phases
   ], memory.device_bytes)

@@ -58,6 +58,7 @@ def test_plan_on_this_machine_knows_no_memory(lmops):
   (["plan", "pds", "--corpus-instances", "0"], "0 is less than 1"),
   (["plan", "learning-law"], "does not say what it takes"),
   (["plan", "pds", "--gin.STEPZ=1"], "nothing refers to"),
+  (["plan", "gin/pds/paper_1.7b.gin", "--topology", "v5p:1x1x1"], "raise pds.PMP.segment_steps"),
   (["plan", "gin/pds/paper.gin"], "--gin.models.TransformerConfig.vocab_size=32000"),
   (["plan", "pds", "--topology", "v5e:16x16"], "does not split over the mesh's 256 data shards"),
   (["aot", "pds"], "--topology"),
@@ -116,6 +117,9 @@ def test_a_program_that_the_compiler_refuses():
   message = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G "
              "hbm. Exceeded hbm capacity by 1.75G.")
   assert aot._out_of_memory(message) == 17.5 * 2**30
+  assert aot._out_of_memory(
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(15.94G) exceeds available HBM (15.75G).") == 15.94 * 2**30
   assert aot._out_of_memory("INTERNAL: something else") is None
   program = aot.Program("step", None, flops=1.0, remedies=("less",))
   refused = aot.Compiled(program, 0, 0, 0, 0, 0, None, 1.0, 17.5 * 2**30)

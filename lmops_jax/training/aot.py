@@ -109,8 +109,12 @@ def compile_program(program: Program, partitioner: Partitioner) -> Compiled:
 
 
 def _out_of_memory(message: str) -> float | None:
-  """Bytes that the compiler wanted, from its refusal: `Used 17.5G of 15.75G hbm`."""
-  found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+  """Bytes that the compiler wanted, from its refusal.
+
+  `Used 17.5G of 15.75G hbm`, or `HLO temporaries (15.94G) exceeds available HBM (15.75G)`.
+  """
+  found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message) or re.search(
+    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
   if found is None:
     return None
   return float(found[1]) * 2.0 ** {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[found[2]]

@@ -28,6 +28,7 @@ class Phase:
     parts: bytes on one device, by what they are.
     note: what else was decided, such as the trajectory policy.
     remedies: settings that lower its memory, the best first.
+    refusal: a sentence where it cannot run for another reason than the memory of a device.
   """
 
   name: str
@@ -37,6 +38,7 @@ class Phase:
   parts: dict[str, float]
   note: str = ""
   remedies: tuple[str, ...] = ()
+  refusal: str = ""
 
   @property
   def total_bytes(self) -> float:

@@ -146,11 +146,23 @@ def resolve_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | 
     ValueError: where the memory of a device is not known, or holds no state, or where the starts of
       the segments do not fit into the host's.
   """
-  if 0 < memory.host_bytes < parts.on_host:
-    raise ValueError(
-      f"the states that a solve's segments start from take {parts.on_host / 2**30:,.1f} GiB of the "
-      f"{memory.host_bytes / 2**30:,.1f} GiB of host memory that a device has; raise "
-      f"pds.PMP.segment_steps (now {method.segment_steps}) or give mesh.make.fsdp more devices.")
+  excess = _host_excess(method, parts, memory)
+  if excess:
+    raise ValueError(excess)
+  return _trajectory(method, parts, memory)
+
+
+def _host_excess(method: Any, parts: SolveParts, memory: Memory) -> str:
+  """A sentence where the starts of the segments do not fit into the host's memory."""
+  if not 0 < memory.host_bytes < parts.on_host:
+    return ""
+  return (
+    f"the states that a solve's segments start from take {parts.on_host / 2**30:,.1f} GiB of the "
+    f"{memory.host_bytes / 2**30:,.1f} GiB of host memory that a device has; raise "
+    f"pds.PMP.segment_steps (now {method.segment_steps}) or give mesh.make.fsdp more devices.")
+
+
+def _trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
   if method.trajectory != "auto":
     return method.trajectory
   if memory.device_bytes is None:
@@ -166,11 +178,14 @@ def resolve_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | 
 
 
 def planned_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
-  """`resolve_trajectory`, or one state where not even that fits: the plan then shows the excess."""
+  """`resolve_trajectory`, or one state where not even that fits: the plan then shows the excess.
+
+  Whether the host's memory is enough is not asked.
+  """
   if method.trajectory == "auto" and memory.device_bytes is not None:
     if memory.device_bytes < parts.device_bytes + parts.state:
       return 1
-  return resolve_trajectory(method, parts, memory)
+  return _trajectory(method, parts, memory)
 
 
 def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, sizes,
@@ -209,10 +224,11 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
     f"{parts.on_host / 2**20:,.1f} MiB of the host's memory for a device")
   name, total = method.name, starts * method.num_steps
   remedies = programs.solve_remedies(method, proxy, partitioner)
+  refusal = _host_excess(method, parts, memory)
   from_points = f"from {starts} checkpoints" if starts > 1 else "from one checkpoint"
   return [
     Phase(f"solve {name}, forward", num_params, starts * forward_flops, total, forward,
-          f"{method.num_steps} steps {from_points}", remedies),
+          f"{method.num_steps} steps {from_points}", remedies, refusal),
     Phase(f"solve {name}, reverse", num_params,
           starts * (step_flops + passes.target * num_target * per_row), total, reverse,
           policy_text, remedies),
