@@ -43,7 +43,7 @@ def _job(size: str):
 
 
 @functools.cache
-def _planned(size: str, topology: str) -> dict[str, float]:
+def _planned(size: str, topology: str) -> dict[str, tuple[float, str]]:
   from lmops_jax.training import chips
   from lmops_jax.training.budget import Memory
   slice_ = chips.topology(topology)
@@ -51,11 +51,11 @@ def _planned(size: str, topology: str) -> dict[str, float]:
   phases = job.system.phases(
     job.mesh.plan(slice_.num_devices), Memory(slice_.chip.memory_bytes, slice_.chip.host_bytes),
     num_target=1024, num_corpus=1, platform="tpu")
-  return {phase.name: phase.total_bytes for phase in phases}
+  return {phase.name: (phase.total_bytes, phase.refusal) for phase in phases}
 
 
-def planned_bytes(size: str, program: str, topology: str) -> float:
-  """Bytes a device by arithmetic."""
+def planned(size: str, program: str, topology: str) -> tuple[float, str]:
+  """Bytes a device by arithmetic, and why the program cannot run for another reason."""
   return _planned(size, topology)[PLANNED[program]]
 
 
@@ -93,10 +93,10 @@ def smallest(size: str, program: str, kind: str, rows: dict, save) -> dict:
     topology = f"{kind}:{shape}"
     key = f"{size}/{program}/{topology}"
     if key not in rows:
-      planned = planned_bytes(size, program, topology)
+      num_bytes, refusal = planned(size, program, topology)
       from lmops_jax.training import chips
-      if planned > _UNSURE * chips.topology(topology).chip.memory_bytes:
-        rows[key] = {"fits": False, "planned": planned}
+      if refusal or num_bytes > _UNSURE * chips.topology(topology).chip.memory_bytes:
+        rows[key] = {"fits": False, "planned": num_bytes, "refusal": refusal}
       else:
         rows[key] = _in_a_process(size, program, topology)
       save(rows)
@@ -118,8 +118,9 @@ def planned_table(sizes: list[str], kinds: list[str]) -> str:
       for kind in kinds:
         limit, tried = chips.CHIPS[kind].memory_bytes, []
         for shape in SLICES[kind]:
-          tried.append((f"{kind}:{shape}", planned_bytes(size, program, f"{kind}:{shape}")))
-          if tried[-1][1] <= limit:
+          num_bytes, refusal = planned(size, program, f"{kind}:{shape}")
+          tried.append((f"{kind}:{shape}", num_bytes))
+          if num_bytes <= limit and not refusal:
             break
         cells.append(f"{tried[-1][0]}, {tried[-1][1] / 2**30:.1f} GiB")
       lines.append(f"| {size} | {program} | " + " | ".join(cells) + " |")
@@ -129,6 +130,8 @@ def planned_table(sizes: list[str], kinds: list[str]) -> str:
 def _why(row: dict) -> str:
   if row.get("failed"):
     return "the compiler fails"
+  if row.get("refusal"):
+    return "the host's memory"
   if row.get("needed"):
     return f"{row['needed'] / 2**30:.1f} GiB"
   return f"{row['planned'] / 2**30:.1f} GiB planned"

@@ -231,7 +231,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
           f"{method.num_steps} steps {from_points}", remedies, refusal),
     Phase(f"solve {name}, reverse", num_params,
           starts * (step_flops + passes.target * num_target * per_row), total, reverse,
-          policy_text, remedies),
+          policy_text, remedies, refusal),
     Phase(f"solve {name}, off-batch scores", num_params,
           starts * passes.proxy * proxy_set.num_proxies * per_row, total, reverse,
           f"{proxy_set.num_proxies:,} proxies, scored {passes.proxy // 3} times, within the "
