@@ -162,5 +162,6 @@ def test_the_two_smallest_sizes_compile_for_a_tpu(size, topology):
             if line.startswith("  matrix products")]
   # Blocks and logits are computed again in a backward pass: 4 forward passes for 3, 12 for 8. The
   # slopes of the proxies, most of a reverse pass, take no backward pass.
-  assert len(ratios) == 3 and all(1.0 < ratio < 1.6 for ratio in ratios), ratios
+  forward, reverse, pretrain = ratios
+  assert 1.1 < forward < 1.6 and 1.1 < pretrain < 1.6 and 1.0 < reverse < 1.6, ratios
   assert "all-gather" in done.stdout  # parameters are split over the devices

@@ -342,6 +342,10 @@ class PMP:
         f"{', '.join(MATMUL_PRECISIONS)}."
       )
 
+  def inner_rows(self, partitioner: mesh.Partitioner) -> int | None:
+    """Rows of an inner batch that are differentiated at a time on that mesh; None: all."""
+    return partitioner.micro_batch_size(self.batch_size, self.inner_micro_batch_size)
+
   def score_proxies(self, bench: Bench) -> np.ndarray:
     """`[C,M]`: the proxies' scores from each checkpoint."""
     bench.check_sizes(self)
@@ -384,9 +388,7 @@ class PMP:
           every_k=self.every_k, groups=self.groups, hessian=self.hessian,
           proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
           proxy_batch_size=proxy_batch_size,
-          micro_batch_size=bench.partitioner.micro_batch_size(
-            self.batch_size, self.inner_micro_batch_size),
-          segment_steps=self.segment_steps,
+          micro_batch_size=self.inner_rows(bench.partitioner), segment_steps=self.segment_steps,
           device_rows=bench.partitioner.device_rows, store=store, progress=advance,
           log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )

@@ -116,7 +116,7 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
   state = control_programs.abstract_state(method.optimizer, params)
   programs.abstract_batch(partitioner, method.batch_size, length)  # checks that it splits
-  inner = partitioner.micro_batch_size(method.batch_size, method.inner_micro_batch_size)
+  inner = method.inner_rows(partitioner)
   state_sizes = device_bytes(params), device_bytes(state.opt_state)
   sizes = control_plan.solve_bytes(
     *state_sizes, micro_batches=inner is not None, groups=method.groups is not None,
@@ -210,7 +210,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   step_flops = passes.batch * method.batch_size * per_row - forward_flops
   starts = len(method.checkpoints or (1,))
   forward = {k: held[k] for k in ("params", "opt_state", "given", "data")}
-  inner = partitioner.micro_batch_size(method.batch_size, method.inner_micro_batch_size)
+  inner = method.inner_rows(partitioner)
   micro = inner is not None
   forward["accumulators"] = held["params"] * (1 + micro)
   forward["gathered"] = (2 + micro) * programs.gathered_bytes(params, partitioner)

@@ -119,9 +119,7 @@ def solve_programs(
     partitioner.device_rows)
   settings = Settings(
     method.objective, trajectory, method.every_k, method.groups, method.hessian,
-    micro_batch_size=partitioner.micro_batch_size(
-      method.batch_size, method.inner_micro_batch_size),
-    proxy_batch_size=proxy_size,
+    micro_batch_size=method.inner_rows(partitioner), proxy_batch_size=proxy_size,
     proxy_samples=method.proxy_samples, sample_seed=method.data_seed)
   weights = jax.ShapeDtypeStruct((num_steps, method.batch_size), jnp.float32,
                                  sharding=partitioner.replicated)
