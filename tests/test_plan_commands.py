@@ -128,20 +128,52 @@ def test_a_program_that_the_compiler_refuses():
     plan_commands._verdict([("step", 17.5 * 2**30, ("less",), True)], 2**40)
 
 
+def _with_tpu(program, *arguments):
+  done = subprocess.run(
+    [sys.executable, "-c", program, *arguments], capture_output=True, text=True,
+    env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"})
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.tpu
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'lmops_jax[tpu]'")
 @pytest.mark.parametrize("name", [
   "v4:1x1x1", "v4:2x2x1", "v4:2x2x2", "v5e:1x1", "v5e:2x4", "v5p:1x1x1", "v5p:2x2x1", "v6e:2x2"])
 def test_a_chip_is_one_device(name):
   """A v4 chip has two cores, which programs use as one device."""
-  program = (
+  _with_tpu(
     "import sys; from lmops_jax.training import aot, chips; from lmops_jax.training.mesh import "
     "MeshConfig; t = chips.topology(sys.argv[1]); "
-    "assert MeshConfig().build(aot.tpu_devices(t)).mesh.size == t.num_devices")
-  done = subprocess.run(
-    [sys.executable, "-c", program, name], capture_output=True, text=True,
-    env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"})
-  assert done.returncode == 0, done.stderr[-2000:]
+    "assert MeshConfig().build(aot.tpu_devices(t)).mesh.size == t.num_devices", name)
+
+
+HOST_TRAJECTORY = """
+import sys
+import jax, jax.numpy as jnp
+from lmops_jax.control import trajectory
+from lmops_jax.training import aot, chips
+
+device = aot.tpu_devices(chips.topology(sys.argv[1]))[0]
+place = jax.sharding.SingleDeviceSharding(device)
+state = {str(shape): jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+         for shape in ((), (24,), (256,), (12, 768), (2, 3, 5), (12, 64, 4, 128))}
+
+def solve(state):
+  forward = lambda s, t: jax.tree.map(lambda x: jnp.sin(x) + t, s)
+  reverse = lambda c, s, t: (jax.tree.map(lambda a, b: a * b + t, c, s), None)
+  return trajectory.run(forward, reverse, lambda s: (s, None), state, jnp.arange(10), "host")
+
+compiled = jax.jit(solve, out_shardings=place).lower(state).compile()
+assert compiled.memory_analysis().host_temp_size_in_bytes >= 10 * 4 * 12 * 64 * 4 * 128
+"""
+
+
+@pytest.mark.tpu
+@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'lmops_jax[tpu]'")
+@pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+def test_every_chip_keeps_states_of_any_shape_in_host_memory(name):
+  """libtpu crashed on v4, which cannot copy a row of a stack of scalars or vectors."""
+  _with_tpu(HOST_TRAJECTORY, name)
 
 
 @pytest.mark.tpu

@@ -72,7 +72,10 @@ def run(forward: Callable, reverse: Callable, first_carry: Callable, state: Any,
 
 
 def _move(tree, space, on_host):
-  return jax.tree.map(lambda x: jax.device_put(x, space), tree) if on_host else tree
+  """Scalars and vectors stay on the device: a TPU v4 cannot copy one row of their stack."""
+  if not on_host:
+    return tree
+  return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim > 1 else x, tree)
 
 
 def _store_states(forward, state, steps, on_host):

@@ -21,6 +21,7 @@ import numpy as np
 
 from lmops_jax.decoding import prefixes
 from lmops_jax.decoding.lengths import fine_bucket
+from lmops_jax.models.attention import shared_in_blocks
 from lmops_jax.models.cache import Prefix, empty_cache
 from lmops_jax.models.transformer import Transformer, unstack_layers
 from lmops_jax.training.mesh import activated
@@ -176,7 +177,9 @@ class OptionScorer:
       width = fine_bucket(order[start].width)
       part = [row for row in order[start:] if row.width <= width]
       targets = fine_bucket(max(row.targets for row in part), 1)
-      tokens = min(self._batch_tokens, _SCORE_BYTES // (score_bytes * (before + width)))
+      tokens = self._batch_tokens
+      if not shared_in_blocks():
+        tokens = min(tokens, _SCORE_BYTES // (score_bytes * (before + width)))
       size = tokens // max(width, _LOGITS_TOKENS * targets)
       size = shards * 2 ** max(0, (size // shards).bit_length() - 1)
       for first in range(0, len(part), size):

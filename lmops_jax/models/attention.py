@@ -32,7 +32,8 @@ from lmops_jax.models.partitioning import free_axes, platform_in_use
 ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
 _PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
 _NUM_PREFIXES = 8  # chunked: keys are cut to the causal prefix in this many steps
-_BLOCK_BYTES = 1 << 25  # of scores over shared keys at a time, on a CPU
+_WHOLE_BYTES = 1 << 25  # of scores over shared keys that one CPU device computes at once
+_BLOCK_QUERIES, _BLOCK_KEYS = 128, 256  # otherwise
 _MASKED = -1e30  # finite, so that no derivative of the softmax is 0 * inf
 
 
@@ -126,16 +127,43 @@ class Shared(NamedTuple):
   Attributes:
     keys: `[1,K,P,E]`.
     values: like `keys`.
-    mask: `[B,S,P] bool`.
-    distance: `[B,S,P]`, key position minus query position.
+    valid: `[1,P] bool`, False for keys that nothing sees.
+    positions: `[1,P] int32`, of the keys.
+    at: `[B,S] int32`, positions of the queries.
     own_weight: `[]`, added to the scores of a row's own keys.
+    window: latest positions that a query sees, itself included; None for all.
   """
 
   keys: jax.Array
   values: jax.Array
-  mask: jax.Array
-  distance: jax.Array
+  valid: jax.Array
+  positions: jax.Array
+  at: jax.Array
   own_weight: jax.Array | float = 0.0
+  window: int | None = None
+
+  def visible(self) -> tuple[jax.Array, jax.Array]:
+    """`visible_shared` of these."""
+    return visible_shared(self.valid, self.positions, self.at, self.window)
+
+
+def visible_shared(valid, positions, at, window: int | None) -> tuple[jax.Array, jax.Array]:
+  """What queries at the positions `at [B,S]` see of keys of all rows, see `Shared`.
+
+  Returns:
+    mask `[B,S,P] bool` and distance `[B,S,P] int32`, key position minus query position.
+  """
+  distance = positions[:, None, :] - at[:, :, None]
+  mask = jnp.broadcast_to(valid[:, None, :], distance.shape)
+  if window is not None:
+    mask = mask & (-distance < window)
+  return mask, distance
+
+
+def shared_in_blocks() -> bool:
+  """Whether scores over many shared keys are never in memory as a whole, see `_over_shared`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return platform_in_use() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
 def cached_attention(
@@ -153,17 +181,16 @@ def cached_attention(
     shared: more keys and values, of all rows.
   """
   b, s, h, e = q.shape
-  q_BKGSE = q.reshape(b, s, keys.shape[1], -1, e).transpose(0, 2, 3, 1, 4)
-
-  def bias(distance):
-    return None if slopes is None else _alibi(slopes, keys.shape[1], distance[:, None, None])
-
-  own = keys, values, mask[:, None, None], bias(distance)
+  kv_heads = keys.shape[1]
+  q_BKGSE = q.reshape(b, s, kv_heads, -1, e).transpose(0, 2, 3, 1, 4)
+  mask = mask[:, None, None]
+  bias = None if slopes is None else _alibi(slopes, kv_heads, distance[:, None, None])
   if shared is None:
-    out = _softmax_attention(q_BKGSE, *own)
+    out = _softmax_attention(q_BKGSE, keys, values, mask, bias)
   else:
-    before = shared.keys, shared.values, shared.mask[:, None, None], bias(shared.distance)
-    out = _by_rows(q_BKGSE, own, before, shared.own_weight)
+    part = _joined(_over_own(q_BKGSE, keys, values, mask, bias, shared.own_weight),
+                   _over_shared(q, shared, slopes))
+    out = (part.out / part.total).astype(values.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(b, s, h, e)
 
 
@@ -224,81 +251,124 @@ def _softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None):
   return out.reshape(q_BKGSE.shape)
 
 
-def _by_rows(q_BKGSE, own, shared, own_weight):
-  """`_joint_attention`, on one CPU device some rows and queries at a time, as its caches hold.
+class _Part(NamedTuple):
+  """Attention over some keys before its division: parts meet in these numbers alone.
 
-  There the scores of all rows over a long context are written and read through memory four times,
-  which takes longer than the products: 28 against 48 GFLOP/s a core with 8,192 shared keys.
+  So keys may be read in blocks or lie on several devices, each of which adds up its own, and no row
+  of scores is ever put together.
+
+  Attributes:
+    largest: `[...,1]`, of the scores.
+    total: `[...,1]`, the sum of `exp(score - largest)`.
+    out: `[...,E]`, the values summed with those weights.
   """
-  num_rows, length = q_BKGSE.shape[0], q_BKGSE.shape[3]
-  num_bytes = 4 * q_BKGSE.size // q_BKGSE.shape[-1] * shared[0].shape[2]
-  rows, queries = num_rows, length
-  while rows % 2 == 0 and num_bytes * rows // num_rows > _BLOCK_BYTES:
-    rows //= 2
-  while queries % 2 == 0 and num_bytes * rows * queries // (num_rows * length) > _BLOCK_BYTES:
-    queries //= 2
-  mesh = jax.sharding.get_abstract_mesh()
-  whole = rows == num_rows and queries == length
-  if whole or platform_in_use() != "cpu" or (not mesh.empty and mesh.size > 1):
-    return _joint_attention(q_BKGSE, own, shared, own_weight)
-  (keys, values, mask, bias), (shared_keys, shared_values, shared_mask, shared_bias) = own, shared
 
-  def of_rows(inputs):
-    keys, values, by_query = inputs
-
-    def of_queries(inputs):
-      q, mask, bias, shared_mask, shared_bias = inputs
-      of_all = shared_keys, shared_values, shared_mask, shared_bias
-      return _joint_attention(q, (keys, values, mask, bias), of_all, own_weight)
-
-    def split(x):  # [r,K,G,S,...] to [n,r,K,G,queries,...]
-      return jnp.moveaxis(x.reshape(*x.shape[:3], -1, queries, x.shape[-1]), 3, 0)
-
-    out = jnp.moveaxis(jax.lax.map(of_queries, jax.tree.map(split, by_query)), 0, 3)
-    return out.reshape(rows, *q_BKGSE.shape[1:])
-
-  def split(x):
-    return jnp.broadcast_to(x, (num_rows, *x.shape[1:])).reshape(-1, rows, *x.shape[1:])
-
-  inputs = (keys, values, (q_BKGSE, mask, bias, shared_mask, shared_bias))
-  return jax.lax.map(of_rows, jax.tree.map(split, inputs)).reshape(q_BKGSE.shape)
+  largest: jax.Array
+  total: jax.Array
+  out: jax.Array
 
 
-def _joint_attention(q_BKGSE, own, shared, own_weight):
-  """As `_softmax_attention` over both sets of keys; those of `shared` have no batch to copy.
+def _part(scores, product):
+  """Of scores `[...,M]`; `product` takes weights `[...,M]` to the sums of values."""
+  largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+  weights = jnp.exp(scores - largest)
+  return _Part(largest, jnp.sum(weights, axis=-1, keepdims=True), product(weights))
 
-  The two parts meet in their largest score and their sums only, so shared keys may be spread over
-  devices: each adds up its own, and no row of scores is ever put together. Scores of shared keys
-  keep heads in front of the batch, as their products have them: they are the largest arrays here.
-  """
+
+def _joined(a: _Part, b: _Part) -> _Part:
+  largest = jnp.maximum(a.largest, b.largest)
+  of_a, of_b = jnp.exp(a.largest - largest), jnp.exp(b.largest - largest)
+  return _Part(largest, a.total * of_a + b.total * of_b, a.out * of_a + b.out * of_b)
+
+
+def _over_own(q_BKGSE, keys, values, mask, bias, weight):
+  """`_Part` `[B,K,G,S,...]` of each row's own keys, whose scores get `weight` added."""
   b, kv_heads, groups, length, width = q_BKGSE.shape
-  keys, values, mask, bias = own
-  shared_keys, shared_values, shared_mask, shared_bias = shared
   wide = jnp.promote_types(q_BKGSE.dtype, jnp.float32)
   q_BKRE = q_BKGSE.reshape(b, kv_heads, groups * length, width)
-  q_KRE = q_BKRE.swapaxes(0, 1).reshape(kv_heads, -1, width)
-  scale = width**-0.5
   scores = jnp.einsum("bkre,bkme->bkrm", q_BKRE, keys, preferred_element_type=wide)
-  scores = scores.reshape(b, kv_heads, groups, length, -1) * scale + own_weight
+  scores = scores.reshape(*q_BKGSE.shape[:4], -1) * width**-0.5 + weight
   scores = jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
-  before = jnp.einsum("kre,kme->krm", q_KRE, shared_keys[0], preferred_element_type=wide)
-  before = before.reshape(kv_heads, b, groups, length, -1) * scale
-  before = before if shared_bias is None else before + shared_bias.swapaxes(0, 1)
-  before = jnp.where(shared_mask.swapaxes(0, 1), before, _MASKED)
 
-  largest = jax.lax.stop_gradient(jnp.maximum(
-    jnp.max(scores, axis=-1, keepdims=True),
-    jnp.max(before, axis=-1, keepdims=True).swapaxes(0, 1)))
-  shares, before = jnp.exp(scores - largest), jnp.exp(before - largest.swapaxes(0, 1))
-  total = (jnp.sum(shares, axis=-1, keepdims=True)
-           + jnp.sum(before, axis=-1, keepdims=True).swapaxes(0, 1))
-  out = jnp.einsum(
-    "krm,kme->kre", before.astype(values.dtype).reshape(kv_heads, b * groups * length, -1),
-    shared_values[0], preferred_element_type=wide,
-  ).reshape(kv_heads, b, groups, length, width).swapaxes(0, 1)
-  shares = shares.astype(values.dtype).reshape(b, kv_heads, groups * length, -1)
-  own_out = jnp.einsum("bkrm,bkme->bkre", shares, values, preferred_element_type=wide)
-  return ((out + own_out.reshape(out.shape)) / total).astype(values.dtype)
+  def product(weights):
+    weights = weights.astype(values.dtype).reshape(b, kv_heads, groups * length, -1)
+    out = jnp.einsum("bkrm,bkme->bkre", weights, values, preferred_element_type=wide)
+    return out.reshape(q_BKGSE.shape)
+
+  return _part(scores, product)
+
+
+def _over_shared(q, shared: Shared, slopes):
+  """`_Part` `[B,K,G,S,...]` of the keys of all rows, which have no batch to copy.
+
+  Scores keep heads in front of the N queries of all rows, as their products have them: they are the
+  largest arrays here. One CPU device computes them in blocks that its caches hold. Written and read
+  through memory, those over 31,744 keys take 1.3 times as long.
+  """
+  b, s, h, e = q.shape
+  keys, values = shared.keys[0], shared.values[0]
+  kv_heads, num_keys = keys.shape[:2]
+  q_KNGE = q.reshape(b * s, kv_heads, -1, e).transpose(1, 0, 2, 3)
+  at = shared.at.reshape(-1)
+  of_keys = keys, values, shared.valid, shared.positions
+  if not shared_in_blocks() or 4 * at.size * h * num_keys <= _WHOLE_BYTES:
+    part = _over_keys(q_KNGE, at, *of_keys, shared.window, slopes)
+  else:
+    part = _over_blocks(q_KNGE, at, of_keys, shared.window, slopes)
+  return jax.tree.map(
+    lambda x: x.reshape(kv_heads, b, s, -1, x.shape[-1]).transpose(1, 0, 3, 2, 4), part)
+
+
+def _over_keys(q_KNGE, at, keys, values, valid, positions, window, slopes):
+  """`_Part` `[K,N,G,...]` of queries at the positions `at [N]` over keys `[K,M,E]`."""
+  kv_heads, num_queries, groups, width = q_KNGE.shape
+  wide = jnp.promote_types(q_KNGE.dtype, jnp.float32)
+  (mask,), (distance,) = visible_shared(valid, positions, at[None], window)
+  scores = jnp.einsum(
+    "kre,kme->krm", q_KNGE.reshape(kv_heads, -1, width), keys, preferred_element_type=wide)
+  scores = scores.reshape(*q_KNGE.shape[:3], -1) * width**-0.5
+  if slopes is not None:
+    scores = scores + _alibi(slopes, kv_heads, distance).swapaxes(1, 2)
+
+  def product(weights):
+    weights = weights.astype(values.dtype).reshape(kv_heads, num_queries * groups, -1)
+    out = jnp.einsum("krm,kme->kre", weights, values, preferred_element_type=wide)
+    return out.reshape(q_KNGE.shape)
+
+  return _part(jnp.where(mask[:, None], scores, _MASKED), product)
+
+
+def _over_blocks(q_KNGE, at, of_keys, window, slopes):
+  """`_over_keys`, a block of queries at a time over a block of keys at a time."""
+  wide = jnp.promote_types(q_KNGE.dtype, jnp.float32)
+  num_queries, num_keys = at.size, of_keys[0].shape[1]
+  num_block_keys = min(_BLOCK_KEYS, num_keys)
+  num_block_queries = min(_BLOCK_QUERIES, num_queries)
+
+  def of_queries(inputs):
+    q_KNGE, at = inputs
+
+    def go_on(part, first):
+      start = jnp.minimum(first, num_keys - num_block_keys)
+      keys, values, valid, positions = (
+        jax.lax.dynamic_slice_in_dim(x, start, num_block_keys, axis=1) for x in of_keys)
+      valid = valid & (start + jnp.arange(num_block_keys) >= first)  # the last block reaches back
+      more = _over_keys(q_KNGE, at, keys, values, valid, positions, window, slopes)
+      return _joined(part, more), None
+
+    one = (*q_KNGE.shape[:3], 1)
+    nothing = _Part(
+      jnp.full(one, _MASKED, wide), jnp.zeros(one, wide), jnp.zeros(q_KNGE.shape, wide))
+    return jax.lax.scan(go_on, nothing, jnp.arange(0, num_keys, num_block_keys))[0]
+
+  missing = -num_queries % num_block_queries
+  blocks = (
+    jnp.pad(q_KNGE, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(
+      q_KNGE.shape[0], -1, num_block_queries, *q_KNGE.shape[2:]).swapaxes(0, 1),
+    jnp.pad(at, (0, missing)).reshape(-1, num_block_queries))
+  part = jax.lax.map(of_queries, blocks)
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :num_queries], part)
 
 
 def _heads_first(q, k, v):

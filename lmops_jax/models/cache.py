@@ -102,21 +102,6 @@ def with_slots(cache: KVCache, positions, valid, branch) -> KVCache:
   )
 
 
-def visible_shared(
-  shared: KVCache, positions, window: int | None
-) -> tuple[jax.Array, jax.Array]:
-  """What tokens at `positions [B,S]` see of a cache of one row that all rows share.
-
-  Returns:
-    mask `[B,S,P] bool` and distance `[B,S,P] int32`, key position minus query position.
-  """
-  distance = shared.positions[:, None, :] - positions[:, :, None]
-  mask = jnp.broadcast_to(shared.valid[:, None, :], distance.shape)
-  if window is not None:
-    mask = mask & (-distance < window)
-  return mask, distance
-
-
 def visible(cache: KVCache, num_new: int, window: int | None) -> tuple[jax.Array, jax.Array]:
   """What the newest `num_new` slots see, after `with_slots`.
 

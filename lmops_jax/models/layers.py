@@ -47,8 +47,8 @@ class Slots(NamedTuple):
     mask: `[B,S,M] bool`, or None for `fresh` tokens, which see each other only.
     distance: `[B,S,M] int32`, key position minus query position; None with `mask` None.
     segment_ids: `[B,S] int32` for `fresh` tokens, which keeps padding apart.
-    shared: mask and distance `[B,S,P]` of keys that all rows share and the own keys' weight against
-      them, or None.
+    shared: what `attention.Shared` says of keys that all rows share, without them and the window;
+      or None.
     readout: `[B,R] int32`, new tokens to report on, or None.
   """
 
@@ -57,7 +57,7 @@ class Slots(NamedTuple):
   mask: jax.Array | None = None
   distance: jax.Array | None = None
   segment_ids: jax.Array | None = None
-  shared: tuple[jax.Array, jax.Array, jax.Array] | None = None
+  shared: tuple[jax.Array, ...] | None = None
   readout: jax.Array | None = None
 
 
@@ -212,7 +212,8 @@ class Attention(nn.Module):
       out = self._attend(q, k, v, slots.segment_ids)
     else:
       if shared is not None:
-        shared = attention_lib.Shared(*(x.astype(q.dtype) for x in shared), *slots.shared)
+        shared = attention_lib.Shared(
+          *(x.astype(q.dtype) for x in shared), *slots.shared, self.config.sliding_window)
       out = attention_lib.cached_attention(
         q, keys.astype(q.dtype), values.astype(q.dtype), slots.mask, slots.distance,
         self._slopes(), shared,
@@ -256,7 +257,7 @@ class Attention(nn.Module):
     term = momentum_lib.momentum_term_cached(values, slots.mask, slots.distance, c.momentum)
     if shared is not None:
       term = term + momentum_lib.momentum_term_cached(
-        shared.values, shared.mask, shared.distance, c.momentum
+        shared.values, *shared.visible(), c.momentum
       )
     return _added(out, term)
 

@@ -243,8 +243,8 @@ class Transformer(nn.Module):
       mask, distance = cache_lib.visible(cache, num_new, c.sliding_window)
       slots = slots._replace(mask=mask, distance=distance)
     if shared is not None:
-      seen = cache_lib.visible_shared(shared.cache, positions, c.sliding_window)
-      slots = slots._replace(shared=(*seen, shared.own_weight))
+      before = shared.cache
+      slots = slots._replace(shared=(before.valid, before.positions, positions, shared.own_weight))
     slots = slots._replace(readout=readout)
     keys, values, found = list(cache.keys), list(cache.values), []
     for i, params in enumerate(self._layer_params()):

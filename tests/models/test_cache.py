@@ -106,11 +106,13 @@ def test_branches_see_the_shared_context_and_themselves():
         np.testing.assert_allclose(hidden[0, place], alone, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("block_bytes", [None, 1])  # all rows together, and one by one
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_shared_context_is_a_context_of_every_row(name, block_bytes, monkeypatch):
-  if block_bytes is not None:
-    monkeypatch.setattr(attention, "_BLOCK_BYTES", block_bytes)
+def test_a_shared_context_is_a_context_of_every_row(name, in_blocks, monkeypatch):
+  if in_blocks:  # of the 24 queries and 6 keys, neither of which they divide
+    monkeypatch.setattr(attention, "_WHOLE_BYTES", 1)
+    monkeypatch.setattr(attention, "_BLOCK_QUERIES", 5)
+    monkeypatch.setattr(attention, "_BLOCK_KEYS", 4)
   model, params = _model(name)
   context, rows = _tokens(1, 4), _tokens(4, 6, seed=1)
   padded = np.concatenate([np.full((1, 2), 9, np.int32), context], 1)

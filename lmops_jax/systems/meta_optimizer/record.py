@@ -16,7 +16,8 @@ import numpy as np
 
 from lmops_jax.decoding import prefixes
 from lmops_jax.models import positions as positions_lib
-from lmops_jax.models.cache import Prefix, empty_cache, visible_shared
+from lmops_jax.models.attention import visible_shared
+from lmops_jax.models.cache import Prefix, empty_cache
 
 READOUTS = ("prompt", "first_label")
 
@@ -121,7 +122,8 @@ def _record(model, params, ids, mask, context, label_ids, readout):
   if context is None:
     out["ctx"] = jnp.zeros((num_queries, config.num_layers, 0), jnp.float32)
   else:
-    seen, distance = visible_shared(context.cache, at, config.sliding_window)
+    seen, distance = visible_shared(
+      context.cache.valid, context.cache.positions, at, config.sliding_window)
     before = jnp.stack([
       _scores(config, q, keys, distance[:, 0]).sum(axis=1)
       for q, keys in zip(queries, context.cache.keys)], axis=1)
