@@ -188,7 +188,7 @@ class OptionScorer:
 
   def _run(self, prefix, rows, width, targets):
     shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
-    size = shards * 2 ** max(0, -(-len(rows) // shards) - 1).bit_length()
+    size = shards * fine_bucket(-(-len(rows) // shards), 1)
     batch = {
       name: np.zeros((size, length), np.int32)
       for name, length in (
