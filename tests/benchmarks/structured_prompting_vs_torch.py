@@ -12,12 +12,10 @@ all sides hold the same float32 numbers, and all get the same groups of token id
 * groups, JAX: `prefixes.read_groups` and `OptionScorer`, as `lmops structured-prompting`.
 * one text, JAX: the same demonstrations as one ordinary context, attention in chunks; beyond the
   positions that the model was trained on, for its cost only.
-* groups, PyTorch as published: the way of the script for Hugging Face models, plainly: a forward
-  pass a group with `use_cache`, keys and values put together, then for each answer of each row a
-  forward pass of prompt and answer, with the mean of its tokens' log-probabilities; `ln M` on the
-  row's own scores through a 4D mask.
-* groups, PyTorch: the same, but where all answers are one token a single forward pass a row, with
-  the logits at its last position.
+* groups, PyTorch: the published way for Hugging Face models, plainly: a forward pass a group with
+  `use_cache`, keys and values put together, then a forward pass a row with the logits at its last
+  position, or, where an answer has several tokens, one of prompt and answer for each answer, with
+  the mean of its tokens' log-probabilities; `ln M` on the row's own scores through a 4D mask.
 
 Each side and number is a process of its own, and a second call is timed. Memory is the rise of the
 peak resident size over reading and rows above what the process held with the model loaded. Where
@@ -43,7 +41,7 @@ import process_memory  # beside this script
 from lmops_jax.training.memory import keep_freed_memory
 
 TEMPLATE = "Review: {text}\nSentiment: {label}"
-SIDES = ("groups, JAX", "one text, JAX", "groups, PyTorch", "groups, PyTorch as published")
+SIDES = ("groups, JAX", "one text, JAX", "groups, PyTorch")
 
 
 def inputs(args):
@@ -143,7 +141,7 @@ def torch_side(args):
   def score(layers):
     chosen = []
     for request in requests:
-      if args.side == SIDES[2] and all(len(option) == 1 for option in request.options):
+      if all(len(option) == 1 for option in request.options):
         values = logits(layers, request.context, 1)[0, [i for i, in request.options]].tolist()
       else:
         values = [mean_of(layers, request.context, option) for option in request.options]
@@ -155,7 +153,7 @@ def torch_side(args):
 
 def worker(args) -> None:
   keep_freed_memory()
-  make = torch_side if args.side in SIDES[2:] else jax_side
+  make = torch_side if args.side == SIDES[2] else jax_side
   groups, read, score, labels, device_peak = make(args)
   before = process_memory.settled_bytes()
   process_memory.restart_peak()
@@ -186,8 +184,6 @@ def main() -> None:
   parser.add_argument("--window", type=int, default=1984, help="most tokens of a group")
   parser.add_argument("--rows", type=int, default=100)
   parser.add_argument("--threads", type=int, default=os.cpu_count())
-  parser.add_argument("--sides", nargs="+", choices=SIDES[1:], default=SIDES[1:],
-                      help="to compare with groups in JAX")
   parser.add_argument("--largest-text", type=int, default=512,
                       help="most demonstrations as one text, whose time grows with the square")
   parser.add_argument("--output", type=Path)
@@ -217,7 +213,7 @@ def main() -> None:
     exporting.export(str(folder), pretrained.load(args.model), dtype="float32")
     for count in args.counts:
       found = {}
-      for side in (SIDES[0], *args.sides):
+      for side in SIDES:
         if side == SIDES[1] and count > args.largest_text:
           continue
         command = [
@@ -225,7 +221,7 @@ def main() -> None:
           args.train, "--window", str(args.window), "--rows", str(args.rows), "--threads",
           str(args.threads), "--side", side, "--count", str(count), "--folder", str(folder),
           *(["--gpu"] if device != "cpu" else []), "--words", *args.words]
-        env = environment | ({"JAX_PLATFORMS": "cpu"} if side in SIDES[2:] else {})
+        env = environment | ({"JAX_PLATFORMS": "cpu"} if side == SIDES[2] else {})
         out = subprocess.run(
           command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
         found[side] = json.loads(out.splitlines()[-1])
