@@ -107,6 +107,7 @@ def read_groups(
         batch = over_groups.place_batch(batch)
       read.append(_read(model, params, batch["tokens"], positions, batch["valid"]))
       if progress:
+        jax.block_until_ready(read[-1])
         progress(min(size, num_groups - first))
     layers = []
     for kind in (0, 1):

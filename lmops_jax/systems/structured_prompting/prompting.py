@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from lmops_jax.decoding import GenerationOptions, Generator, prefixes
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import answers, in_context
 from lmops_jax.models.cache import Prefix
+from lmops_jax.progress import Progress
 from lmops_jax.systems.structured_prompting import grouping
 
 EOS = "eos"
@@ -176,17 +178,18 @@ class Prompter:
       demos, budget, self.prompting.strategy, bos_id=self.bos_id,
       space_id=blank[0] if len(blank) == 1 else None)
 
-  def read(self, groups: grouping.Groups) -> Prefix:
-    """The groups as what stands in front of every row."""
+  def read(
+    self, groups: grouping.Groups, progress: Callable[[int], None] | None = None) -> Prefix:
+    """The groups as what stands in front of every row; `progress` as in `prefixes.read_groups`."""
     prompting = self.prompting
     return prefixes.read_groups(
       self._model, self.scorer.params, groups.ids, groups.mask, bos_id=self.bos_id,
       scale=prompting.scale if groups.num_groups else None, partitioner=self._partitioner,
-      spread=prompting.spread)
+      spread=prompting.spread, progress=progress)
 
   def evaluate(
     self, task: Task, rows: Sequence[Example], demos: Sequence[Sequence[int]], budget: int | None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, str], Progress] | None = None,
   ) -> Measured:
     """Reads the demonstrations and answers all rows.
 
@@ -195,7 +198,7 @@ class Prompter:
       rows: to answer, at least one.
       demos: of `demonstrations`; none for zero-shot.
       budget: of `budget`; None without demonstrations.
-      progress: called with the number of rows done since the last call.
+      progress: takes a total and its unit ("groups", then "rows"); None shows nothing.
 
     Raises:
       ValueError: no rows, equal label tokens, or what `grouping.pack` and `prefixes` refuse.
@@ -209,20 +212,12 @@ class Prompter:
         f"all {len(demos)} demonstrations are longer than a group of {budget} tokens; raise "
         "structured_prompting.Prompting.group_tokens or take shorter ones."
       )
-    prefix = jax.block_until_ready(self.read(groups))
+    progress = progress or functools.partial(Progress, quiet=True)
+    with progress(groups.num_groups, "groups") as bar:
+      prefix = jax.block_until_ready(self.read(groups, bar.update))
     between = time.monotonic()
-    if task.metric == "accuracy":
-      scores, _ = in_context.score_rows(
-        self.scorer, self._encoder, task, rows, normalisation=self.prompting.normalisation,
-        prefix=prefix, progress=progress)
-      result = in_context.outcome(rows, scores, len(demos), 0)
-      metric, predictions = result.accuracy, result.predictions.tolist()
-    else:
-      predictions = self._answers(rows, prefix)
-      of_one = answers.METRICS[task.metric]
-      metric = float(np.mean([of_one(text, row.answers) for text, row in zip(predictions, rows)]))
-      if progress:
-        progress(len(rows))
+    with progress(len(rows), "rows") as bar:
+      metric, predictions = self._predictions(task, rows, prefix, len(demos), bar.update)
     end = time.monotonic()
     window = groups.ids.shape[1]
     keys = prefix.cache.keys
@@ -230,6 +225,17 @@ class Prompter:
       metric, predictions, groups.num_groups, window, groups.num_tokens, groups.drawn, groups.used,
       groups.skipped, between - start, end - between,
       2 * sum(layer.nbytes for layer in keys) if demos else 0)
+
+  def _predictions(self, task, rows, prefix, num_demos, progress):
+    if task.metric == "accuracy":
+      scores, _ = in_context.score_rows(
+        self.scorer, self._encoder, task, rows, normalisation=self.prompting.normalisation,
+        prefix=prefix, progress=progress)
+      result = in_context.outcome(rows, scores, num_demos, 0)
+      return result.accuracy, result.predictions.tolist()
+    texts, of_one = self._answers(rows, prefix), answers.METRICS[task.metric]
+    progress(len(rows))
+    return float(np.mean([of_one(text, row.answers) for text, row in zip(texts, rows)])), texts
 
   def _answers(self, rows, prefix) -> list[str]:
     if self._generator is None:

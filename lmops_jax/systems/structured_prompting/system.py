@@ -162,9 +162,12 @@ class Pipeline:
         total = sum(len(every[i]) for i in share.demonstrations)
         order = dealt(list(share.demonstrations), -(-total // budget))
         parts.append(([rows[i] for i in share.rows], [every[i] for i in order]))
-    with context.progress(len(rows), "rows", f"{context.name}, {count} demonstrations") as bar:
-      found = [
-        prompter.evaluate(task, some, demos, budget, bar.update) for some, demos in parts]
+    found = []
+    for i, (some, demos) in enumerate(parts, 1):
+      which = f", prefix {i} of {len(parts)}" if len(parts) > 1 else ""
+      progress = functools.partial(
+        context.progress, description=f"{context.name}, {count} demonstrations{which}")
+      found.append(prompter.evaluate(task, some, demos, budget, progress))
     shares = np.array([len(some) for some, _ in parts]) / len(rows)
     record = {"count": count, "num_rows": len(rows), "num_prefixes": len(parts)}
     for name in ("metric", "num_groups", "window", "num_tokens", "used", "skipped", "cache_bytes"):

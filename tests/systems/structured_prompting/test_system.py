@@ -12,6 +12,7 @@ from lmops_jax.data.tasks import Example, Task, TaskChoice
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import in_context
 from lmops_jax.models.transformer import TransformerConfig
+from lmops_jax.progress import Progress
 from lmops_jax.systems import structured_prompting
 from lmops_jax.systems.structured_prompting import prompting, report, system
 from tests import model_folders
@@ -321,9 +322,16 @@ def test_open_answers_are_generated_behind_groups(source):
   demos = prompter.demonstrations(train)
   assert demos[0] == source.tokenizer().encode("tree: fish\n", False)
   for budget in (40, 12):  # one group, two groups
-    done = []
-    measured = prompter.evaluate(task, rows, demos, budget, done.append)
-    assert measured.num_groups == (1 if budget == 40 else 2) and sum(done) == 3
+    bars = []
+
+    def progress(total, unit, bars=bars):
+      bars.append(Progress(total, unit, quiet=True))
+      return bars[-1]
+
+    measured = prompter.evaluate(task, rows, demos, budget, progress)
+    assert measured.num_groups == (num_groups := 1 if budget == 40 else 2)
+    assert [(bar.unit, bar.done, bar.total) for bar in bars] == [
+      ("groups", num_groups, num_groups), ("rows", 3, 3)]
     prefix = prompter.read(prompter.groups(demos, budget))
     for row, answer in zip(rows, measured.predictions):
       ids, text = source.tokenizer().encode(row.prompt, False), []
