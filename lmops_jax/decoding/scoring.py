@@ -29,7 +29,7 @@ from lmops_jax.training.mesh import activated
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a cache of its own
 _PACKED = 128  # tokens of a row that holds several requests
 _LOGITS_TOKENS = 8  # what the logits of one predicted token weigh against a token of the batch
-_SCORE_BYTES = 1 << 28  # of attention scores over a prefix, at most, in one layer
+_SCORE_BYTES = 1 << 28  # of attention scores in memory, at most, in one layer
 
 
 class Request(NamedTuple):
@@ -177,9 +177,8 @@ class OptionScorer:
       width = fine_bucket(order[start].width)
       part = [row for row in order[start:] if row.width <= width]
       targets = fine_bucket(max(row.targets for row in part), 1)
-      tokens = self._batch_tokens
-      if not shared_in_blocks():
-        tokens = min(tokens, _SCORE_BYTES // (score_bytes * (before + width)))
+      at_once = width if shared_in_blocks() else before + width
+      tokens = min(self._batch_tokens, _SCORE_BYTES // (score_bytes * at_once))
       size = tokens // max(width, _LOGITS_TOKENS * targets)
       size = shards * 2 ** max(0, (size // shards).bit_length() - 1)
       for first in range(0, len(part), size):
