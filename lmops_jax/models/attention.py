@@ -180,18 +180,16 @@ def cached_attention(
     slopes: ALiBi's `[H] float32`, or None.
     shared: more keys and values, of all rows.
   """
-  b, s, h, e = q.shape
-  kv_heads = keys.shape[1]
-  q_BKGSE = q.reshape(b, s, kv_heads, -1, e).transpose(0, 2, 3, 1, 4)
+  q_BKGSE = _grouped(q, keys.shape[1])
   mask = mask[:, None, None]
-  bias = None if slopes is None else _alibi(slopes, kv_heads, distance[:, None, None])
+  bias = None if slopes is None else _alibi(slopes, keys.shape[1], distance[:, None, None])
   if shared is None:
     out = _softmax_attention(q_BKGSE, keys, values, mask, bias)
   else:
-    part = _joined(_over_own(q_BKGSE, keys, values, mask, bias, shared.own_weight),
-                   _over_shared(q, shared, slopes))
+    bias = shared.own_weight if bias is None else shared.own_weight + bias
+    part = _joined(_part(q_BKGSE, keys, values, mask, bias), _over_shared(q, shared, slopes))
     out = (part.out / part.total).astype(values.dtype)
-  return out.transpose(0, 3, 1, 2, 4).reshape(b, s, h, e)
+  return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def first_order_only(kernel: Callable, kind: str) -> Callable:
@@ -233,22 +231,33 @@ def _check_known(kind: str) -> None:
     )
 
 
-def _softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None):
-  """Attention of some queries over some keys; `mask`, `bias` broadcast to `[B,K,G,S,M]`."""
-  b, kv_heads, groups, length, width = q_BKGSE.shape
+def _grouped(q, kv_heads):
+  """`[B,S,H,E]` to `[B,K,G,S,E]`, with the G query heads that share a key head."""
+  return q.reshape(*q.shape[:2], kv_heads, -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)
+
+
+def _scores(q_BKGSE, k_BKME, mask, bias):
+  """`[B,K,G,S,M] float32` at least; `mask` and `bias`, or None, broadcast to it."""
   # Query heads of a group are rows of one product: XLA then multiplies without copies.
-  q_BKRE = q_BKGSE.reshape(b, kv_heads, groups * length, width)
+  q_BKRE = q_BKGSE.reshape(*q_BKGSE.shape[:2], -1, q_BKGSE.shape[-1])
   scores = jnp.einsum(
     "bkre,bkme->bkrm", q_BKRE, k_BKME,
     preferred_element_type=jnp.promote_types(q_BKRE.dtype, jnp.float32),
-  ).reshape(b, kv_heads, groups, length, -1)
-  scores = scores * width**-0.5
-  scores = jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
-  probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKME.dtype)
-  out = jnp.einsum(
-    "bkrm,bkme->bkre", probabilities.reshape(b, kv_heads, groups * length, -1), v_BKME
-  )
-  return out.reshape(q_BKGSE.shape)
+  ).reshape(*q_BKGSE.shape[:4], -1)
+  scores = scores * q_BKGSE.shape[-1]**-0.5
+  return jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
+
+
+def _softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None):
+  """Attention of some queries over some keys; `mask`, `bias` broadcast to `[B,K,G,S,M]`."""
+  probabilities = jax.nn.softmax(_scores(q_BKGSE, k_BKME, mask, bias), axis=-1)
+  return _summed(probabilities, v_BKME, None).reshape(q_BKGSE.shape)
+
+
+def _summed(weights, v_BKME, dtype):
+  """Values `[B,K,G*S,E]` summed with the weights `[B,K,G,S,M]`, in `dtype` or their own."""
+  weights = weights.astype(v_BKME.dtype).reshape(*weights.shape[:2], -1, weights.shape[-1])
+  return jnp.einsum("bkrm,bkme->bkre", weights, v_BKME, preferred_element_type=dtype)
 
 
 class _Part(NamedTuple):
@@ -268,11 +277,13 @@ class _Part(NamedTuple):
   out: jax.Array
 
 
-def _part(scores, product):
-  """Of scores `[...,M]`; `product` takes weights `[...,M]` to the sums of values."""
+def _part(q_BKGSE, k_BKME, v_BKME, mask, bias):
+  """Of the same arguments as `_softmax_attention`; a bias may also be one number."""
+  scores = _scores(q_BKGSE, k_BKME, mask, bias)
   largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
   weights = jnp.exp(scores - largest)
-  return _Part(largest, jnp.sum(weights, axis=-1, keepdims=True), product(weights))
+  out = _summed(weights, v_BKME, weights.dtype).reshape(q_BKGSE.shape)
+  return _Part(largest, jnp.sum(weights, axis=-1, keepdims=True), out)
 
 
 def _joined(a: _Part, b: _Part) -> _Part:
@@ -281,94 +292,62 @@ def _joined(a: _Part, b: _Part) -> _Part:
   return _Part(largest, a.total * of_a + b.total * of_b, a.out * of_a + b.out * of_b)
 
 
-def _over_own(q_BKGSE, keys, values, mask, bias, weight):
-  """`_Part` `[B,K,G,S,...]` of each row's own keys, whose scores get `weight` added."""
-  b, kv_heads, groups, length, width = q_BKGSE.shape
-  wide = jnp.promote_types(q_BKGSE.dtype, jnp.float32)
-  q_BKRE = q_BKGSE.reshape(b, kv_heads, groups * length, width)
-  scores = jnp.einsum("bkre,bkme->bkrm", q_BKRE, keys, preferred_element_type=wide)
-  scores = scores.reshape(*q_BKGSE.shape[:4], -1) * width**-0.5 + weight
-  scores = jnp.where(mask, scores if bias is None else scores + bias, _MASKED)
-
-  def product(weights):
-    weights = weights.astype(values.dtype).reshape(b, kv_heads, groups * length, -1)
-    out = jnp.einsum("bkrm,bkme->bkre", weights, values, preferred_element_type=wide)
-    return out.reshape(q_BKGSE.shape)
-
-  return _part(scores, product)
-
-
 def _over_shared(q, shared: Shared, slopes):
-  """`_Part` `[B,K,G,S,...]` of the keys of all rows, which have no batch to copy.
+  """`_Part` `[B,K,G,S,...]` of the keys of all rows, whose queries are those of a single row here.
 
-  Scores keep heads in front of the N queries of all rows, as their products have them: they are the
-  largest arrays here. One CPU device computes them in blocks that its caches hold. Written and read
-  through memory, those over 31,744 keys take 1.7 times as long on two cores.
+  One CPU device computes it in blocks whose scores its caches hold. Written and read through
+  memory, those over 31,744 keys take 1.7 times as long on two cores.
   """
   b, s, h, e = q.shape
-  keys, values = shared.keys[0], shared.values[0]
-  kv_heads, num_keys = keys.shape[:2]
-  q_KNGE = q.reshape(b * s, kv_heads, -1, e).transpose(1, 0, 2, 3)
-  at = shared.at.reshape(-1)
-  of_keys = keys, values, shared.valid, shared.positions
-  if not shared_in_blocks() or 4 * at.size * h * num_keys <= _WHOLE_BYTES:
-    part = _over_keys(q_KNGE, at, *of_keys, shared.window, slopes)
+  kv_heads, num_keys = shared.keys.shape[1:3]
+  q_1KGNE = _grouped(q.reshape(1, b * s, h, e), kv_heads)
+  row = shared._replace(at=shared.at.reshape(1, -1))
+  if not shared_in_blocks() or 4 * b * s * h * num_keys <= _WHOLE_BYTES:
+    part = _over_keys(q_1KGNE, row, slopes)
   else:
-    part = _over_blocks(q_KNGE, at, of_keys, shared.window, slopes)
+    part = _over_blocks(q_1KGNE, row, slopes)
   return jax.tree.map(
-    lambda x: x.reshape(kv_heads, b, s, -1, x.shape[-1]).transpose(1, 0, 3, 2, 4), part)
+    lambda x: x.reshape(*x.shape[1:3], b, s, x.shape[-1]).transpose(2, 0, 1, 3, 4), part)
 
 
-def _over_keys(q_KNGE, at, keys, values, valid, positions, window, slopes):
-  """`_Part` `[K,N,G,...]` of queries at the positions `at [N]` over keys `[K,M,E]`."""
-  kv_heads, num_queries, groups, width = q_KNGE.shape
-  wide = jnp.promote_types(q_KNGE.dtype, jnp.float32)
-  (mask,), (distance,) = visible_shared(valid, positions, at[None], window)
-  scores = jnp.einsum(
-    "kre,kme->krm", q_KNGE.reshape(kv_heads, -1, width), keys, preferred_element_type=wide)
-  scores = scores.reshape(*q_KNGE.shape[:3], -1) * width**-0.5
-  if slopes is not None:
-    scores = scores + _alibi(slopes, kv_heads, distance).swapaxes(1, 2)
-
-  def product(weights):
-    weights = weights.astype(values.dtype).reshape(kv_heads, num_queries * groups, -1)
-    out = jnp.einsum("krm,kme->kre", weights, values, preferred_element_type=wide)
-    return out.reshape(q_KNGE.shape)
-
-  return _part(jnp.where(mask[:, None], scores, _MASKED), product)
+def _over_keys(q_1KGNE, shared: Shared, slopes):
+  mask, distance = (x[:, None, None] for x in shared.visible())
+  bias = None if slopes is None else _alibi(slopes, shared.keys.shape[1], distance)
+  return _part(q_1KGNE, shared.keys, shared.values, mask, bias)
 
 
-def _over_blocks(q_KNGE, at, of_keys, window, slopes):
+def _over_blocks(q_1KGNE, shared: Shared, slopes):
   """`_over_keys`, a block of queries at a time over a block of keys at a time."""
-  wide = jnp.promote_types(q_KNGE.dtype, jnp.float32)
-  num_queries, num_keys = at.size, of_keys[0].shape[1]
-  num_block_keys = min(_BLOCK_KEYS, num_keys)
-  num_block_queries = min(_BLOCK_QUERIES, num_queries)
+  wide = jnp.promote_types(q_1KGNE.dtype, jnp.float32)
+  num_queries, num_keys = q_1KGNE.shape[3], shared.keys.shape[2]
+  num_block_queries, num_block_keys = min(_BLOCK_QUERIES, num_queries), min(_BLOCK_KEYS, num_keys)
 
   def of_queries(inputs):
-    q_KNGE, at = inputs
+    q_1KGNE, at = inputs
 
     def go_on(part, first):
       start = jnp.minimum(first, num_keys - num_block_keys)
       keys, values, valid, positions = (
-        jax.lax.dynamic_slice_in_dim(x, start, num_block_keys, axis=1) for x in of_keys)
+        jax.lax.dynamic_slice_in_dim(x, start, num_block_keys, axis)
+        for x, axis in ((shared.keys, 2), (shared.values, 2), (shared.valid, 1),
+                        (shared.positions, 1)))
       valid = valid & (start + jnp.arange(num_block_keys) >= first)  # the last block reaches back
-      more = _over_keys(q_KNGE, at, keys, values, valid, positions, window, slopes)
-      return _joined(part, more), None
+      block = Shared(keys, values, valid, positions, at, window=shared.window)
+      return _joined(part, _over_keys(q_1KGNE, block, slopes)), None
 
-    one = (*q_KNGE.shape[:3], 1)
+    one = (*q_1KGNE.shape[:4], 1)
     nothing = _Part(
-      jnp.full(one, _MASKED, wide), jnp.zeros(one, wide), jnp.zeros(q_KNGE.shape, wide))
+      jnp.full(one, _MASKED, wide), jnp.zeros(one, wide), jnp.zeros(q_1KGNE.shape, wide))
     return jax.lax.scan(go_on, nothing, jnp.arange(0, num_keys, num_block_keys))[0]
 
-  missing = -num_queries % num_block_queries
-  blocks = (
-    jnp.pad(q_KNGE, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(
-      q_KNGE.shape[0], -1, num_block_queries, *q_KNGE.shape[2:]).swapaxes(0, 1),
-    jnp.pad(at, (0, missing)).reshape(-1, num_block_queries))
-  part = jax.lax.map(of_queries, blocks)
-  return jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :num_queries], part)
+  part = jax.lax.map(of_queries, (
+    _in_chunks(q_1KGNE, 3, num_block_queries), _in_chunks(shared.at, 1, num_block_queries)))
+
+  def together(x):  # [n,1,K,G,block,...] to [1,K,G,N,...]
+    x = jnp.moveaxis(x, 0, 3)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])[:, :, :, :num_queries]
+
+  return jax.tree.map(together, part)
 
 
 def _heads_first(q, k, v):
@@ -376,9 +355,7 @@ def _heads_first(q, k, v):
 
   Batched products want the batch axes first; moving them once is cheaper than once a product.
   """
-  b, s, _, e = q.shape
-  q = q.reshape(b, s, k.shape[2], -1, e).transpose(0, 2, 3, 1, 4)
-  return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+  return _grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
 def _mask(query_index, key_index, query_segments, key_segments, pattern):
@@ -415,21 +392,22 @@ def _xla(q, k, v, segment_ids, pattern):
   return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+def _in_chunks(x, axis, chunk):
+  """Pads and cuts an axis; the chunks come first, `[n,...,chunk,...]`."""
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, -x.shape[axis] % chunk)
+  x = jnp.pad(x, padding)
+  x = x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :])
+  return jnp.moveaxis(x, axis, 0)
+
+
 def _chunked(q, k, v, segment_ids, pattern, chunk):
   shape, length = q.shape, q.shape[1]
   num_chunks = -(-length // chunk)
   q, k, v = _heads_first(q, k, v)
 
-  def in_chunks(x, axis):
-    """Cuts an axis of length S; the chunks come first, `[n,...,chunk,...]`."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, num_chunks * chunk - length)
-    x = jnp.pad(x, padding)
-    x = x.reshape(*x.shape[:axis], num_chunks, chunk, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 0)
-
-  q_chunks = in_chunks(q, 3)
-  segment_chunks = None if segment_ids is None else in_chunks(segment_ids, 1)
+  q_chunks = _in_chunks(q, 3, chunk)
+  segment_chunks = None if segment_ids is None else _in_chunks(segment_ids, 1, chunk)
   outputs = []
   chunks_a_prefix = -(-num_chunks // _NUM_PREFIXES)
   for first in range(0, num_chunks, chunks_a_prefix):
