@@ -13,6 +13,8 @@ from lmops_jax.training import aot, chips, hlo
 from lmops_jax.training.mesh import MeshConfig
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
+NEEDS_LIBTPU = pytest.mark.skipif(
+  NO_LIBTPU, reason="needs libtpu: pip install 'lmops_jax[tpu]'")
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def _with_tpu(program, *arguments):
 
 
 @pytest.mark.tpu
-@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'lmops_jax[tpu]'")
+@NEEDS_LIBTPU
 @pytest.mark.parametrize("name", [
   "v4:1x1x1", "v4:2x2x1", "v4:2x2x2", "v5e:1x1", "v5e:2x4", "v5p:1x1x1", "v5p:2x2x1", "v6e:2x2"])
 def test_a_chip_is_one_device(name):
@@ -169,7 +171,7 @@ assert compiled.memory_analysis().host_temp_size_in_bytes >= 10 * 4 * 12 * 64 * 
 
 
 @pytest.mark.tpu
-@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'lmops_jax[tpu]'")
+@NEEDS_LIBTPU
 @pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
 def test_every_chip_keeps_states_of_any_shape_in_host_memory(name):
   """libtpu crashed on v4, which cannot copy a row of a stack of scalars or vectors."""
@@ -178,7 +180,7 @@ def test_every_chip_keeps_states_of_any_shape_in_host_memory(name):
 
 @pytest.mark.tpu
 @pytest.mark.slow
-@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'lmops_jax[tpu]'")
+@NEEDS_LIBTPU
 @pytest.mark.parametrize("size, topology", [("160m", "v5e:2x2"), ("470m", "v5p:2x2x1")])
 def test_the_two_smallest_sizes_compile_for_a_tpu(size, topology):
   """Pre-training's step and both passes of the solve, as users start it; takes minutes."""
