@@ -47,7 +47,7 @@ class CheckpointStore:
       checkpoint_managers.LatestN(max_to_keep),
       checkpoint_managers.CustomSteps(tuple(keep_steps)),
     ])
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policy, cleanup_tmp_directories=True
@@ -190,6 +190,17 @@ class CheckpointStore:
       self.wait()
     finally:
       self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+  """orbax's, but it does not ask jax's preemption service.
+
+  The service keeps one number a process, which `processes.stop_requested` counts up. orbax would put
+  its step there, at a save and from its own thread after it, and a request to stop would be missed.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
 
 
 class MismatchError(ValueError):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -58,6 +59,15 @@ def test_newest_and_chosen_steps_are_kept(store):
   store.save(4, _state(40))
   store.wait()
   _assert_same(store.restore(4, _abstract(_state()))[0], _state(40))
+
+
+def test_saving_does_not_touch_the_count_of_polls_for_a_stop(store, monkeypatch):
+  asked = []
+  monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+  for step in (1, 2, 3):
+    store.save(step, _state(step))
+  store.wait()
+  assert store.all_steps() == [1, 2, 3] and not asked
 
 
 def test_buffers_may_be_donated_after_save(store):
