@@ -7,6 +7,7 @@ become visible by one rename, so what a kill leaves behind is never read.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -80,15 +81,14 @@ class CheckpointStore:
 
     Newer ones are deleted, and a line says so.
     """
-    damaged = []
-    for step in reversed(self.all_steps()):
-      what = self._damage(step)
-      if what is None:
-        break
-      damaged.append((step, what))
-    if damaged and jax.process_count() > 1:
-      multihost_utils.sync_global_devices("checkpoints examined")  # before one of them is deleted
-    for step, what in damaged:
+    newest_first = self.all_steps()[::-1]
+    damage = []
+    if jax.process_index() == 0:  # whose findings hold for all
+      damage = list(itertools.takewhile(bool, map(self._damage, newest_first)))
+    num_damaged = len(damage)
+    if jax.process_count() > 1:
+      num_damaged = int(multihost_utils.broadcast_one_to_all(np.int32(num_damaged)))
+    for step, what in itertools.zip_longest(newest_first[:num_damaged], damage):
       self._drop(step, what)
     return self._manager.latest_step()
 
@@ -195,8 +195,9 @@ class CheckpointStore:
 class _Manager(ocp.CheckpointManager):
   """orbax's, but it does not ask jax's preemption service.
 
-  The service keeps one number a process, which `processes.stop_requested` counts up. orbax would put
-  its step there, at a save and from its own thread after it, and a request to stop would be missed.
+  The service keeps one number a process, which `processes.stop_requested` counts up. orbax would
+  put its step there, at a save and from its own thread later, and a request to stop would be
+  missed.
   """
 
   def reached_preemption(self, step: int) -> bool:

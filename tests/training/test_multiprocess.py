@@ -59,7 +59,7 @@ def _command(directory, num_steps=5, fault="none", at=-1):
 
 
 def _run(directory, num_processes, devices=2, **kw):
-  several_processes.run(_command(directory, **kw), num_processes, devices=devices)
+  return several_processes.run(_command(directory, **kw), num_processes, devices=devices)
 
 
 def _result(directory):
@@ -101,4 +101,16 @@ def test_a_killed_process_ends_the_other_with_a_word(tmp_path):
   assert "lost a peer" in ended[0][1]
   _run(tmp_path / "cut", 2)
   _run(tmp_path / "whole", 2)
+  assert _result(tmp_path / "cut") == _result(tmp_path / "whole")
+
+
+def test_a_truncated_checkpoint_is_dropped_for_the_one_before(tmp_path):
+  _run(tmp_path / "cut", 2, fault="exit", at=4)
+  folder = tmp_path / "cut" / "checkpoints" / "4"
+  largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:-1])
+  said, of_other = _run(tmp_path / "cut", 2)
+  _run(tmp_path / "whole", 2)
+  assert f"checkpoint {folder} is dropped (its file" in said and "going on from step 2" in said
+  assert "dropped" not in of_other
   assert _result(tmp_path / "cut") == _result(tmp_path / "whole")
