@@ -54,14 +54,15 @@ def saving_on_request() -> Iterator[None]:
 def stop_requested() -> bool:
   """Whether to save and stop now. All processes must call it at the same points of their work.
 
-  With several processes it is True at the same call in each of them, a few calls after one of them
-  got SIGTERM.
+  With several processes it is True from the same call on in each of them, a few calls after one of
+  them got SIGTERM.
   """
-  if count() == 1:
-    return _Requests.arrived
-  from jax.experimental import multihost_utils
-  _Requests.polls += 1
-  return multihost_utils.reached_preemption_sync_point(_Requests.polls)
+  if count() > 1 and not _Requests.arrived:
+    from jax.experimental import multihost_utils
+    _Requests.polls += 1
+    # Says True once only, which may be where the caller has nothing left to stop.
+    _Requests.arrived = multihost_utils.reached_preemption_sync_point(_Requests.polls)
+  return _Requests.arrived
 
 
 def stop_between() -> None:
