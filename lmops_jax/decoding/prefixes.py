@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lmops_jax.decoding.lengths import bucket
 from lmops_jax.models.cache import KVCache, Prefix, empty_cache
@@ -99,28 +100,31 @@ def read_groups(
   params = unstack_layers(nn.unbox(params))
   if config.attention == "xla" and columns > _WRITTEN_OUT:
     model = model.clone(config=dataclasses.replace(config, attention="chunked"))
-  read = []
+  per_shard = size // shards
+  sharding = None
+  if over_groups is not None:
+    heads = over_groups.kv_heads_axis(config.key_heads)
+    sharding = NamedSharding(over_groups.mesh, PartitionSpec("data", heads))
   with activated(over_groups):
+    held = _nothing(config, shards, calls * per_shard * columns, sharding)
     for first in range(0, len(tokens), size):
       batch = {"tokens": tokens[first : first + size], "valid": valid[first : first + size]}
       if over_groups is not None:
         batch = over_groups.place_batch(batch)
-      read.append(_read(model, params, batch["tokens"], positions, batch["valid"]))
+      held = _read(model, params, batch["tokens"], positions, batch["valid"], held,
+                   first // shards * columns, sharding)
       if progress:
-        jax.block_until_ready(read[-1])
+        jax.block_until_ready(held)
         progress(min(size, num_groups - first))
-    layers = []
-    for kind in (0, 1):
-      # A layer at a time, each freed as it is put together: the whole is there once.
-      of_layers = [list(part) for part in zip(*(r[kind] for r in read))]
-      layers.append(tuple(_together(of_layers, over_groups, spread)))
+    if over_groups is not None:
+      held = _in_one_row(held, sharding, spread)
   seen = valid.copy()  # the programs above may still read `valid` itself
   if front:
     seen[1:, columns - window - 1] = False  # once for all groups
-  order = np.arange(len(tokens)).reshape(calls, size).T.ravel()  # as `_concatenated` has them
+  order = np.arange(len(tokens)).reshape(calls, shards, per_shard).swapaxes(0, 1).ravel()
   slots = seen[order].reshape(1, -1)
   cache = KVCache(
-    *layers, positions=np.tile(positions, len(tokens))[None], valid=slots,
+    *held, positions=np.tile(positions, len(tokens))[None], valid=slots,
     branch=np.zeros(slots.shape, np.int32), length=np.int32(slots.shape[1]),
   )
   weight = max(num_groups, 1) if scale is None else scale
@@ -199,33 +203,46 @@ def _check(config, ids, mask, window, bos_id, scale):
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _read(model, params, tokens, positions, valid):
-  """Keys and values of groups, for each layer `[m,K,W,E]`."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _nothing(config, num_shards, num_slots, sharding):
+  """Room for keys and values, for each layer `[n,K,slots,E]`: those of one device together."""
+  return _placed(empty_cache(config, num_shards, num_slots)[:2], sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=5)
+def _read(model, params, tokens, positions, valid, held, start, sharding):
+  """`held` with the keys and values of these groups from the slot `start` on.
+
+  Written where they stay, so that they are in memory once.
+  """
   cache = model.apply(
     {"params": params}, tokens, empty_cache(model.config, *tokens.shape),
     positions=jnp.broadcast_to(positions, tokens.shape), valid=valid, fresh=True, method="extend",
   )[1]
-  return cache.keys, cache.values
+
+  def put(room, new):  # [n,K,slots,E], [m,K,W,E]
+    new = new.reshape(len(room), -1, *new.shape[1:]).swapaxes(1, 2)
+    new = new.reshape(*room.shape[:2], -1, room.shape[3])
+    return jax.lax.dynamic_update_slice_in_dim(room, new, start, axis=2)
+
+  return _placed(jax.tree.map(put, held, (cache.keys, cache.values)), sharding)
 
 
-def _together(of_layers, partitioner, spread):
-  for layer in of_layers:
-    if partitioner is None:
-      yield _concatenated(layer)
-    else:
-      heads = partitioner.kv_heads_axis(layer[0].shape[1])
-      slots = "data" if spread else None
-      sharding = jax.sharding.NamedSharding(
-        partitioner.mesh, jax.sharding.PartitionSpec(None, heads, slots, None))
-      yield jax.jit(_stacked, out_shardings=sharding)(layer)
-    layer.clear()
+def _placed(tree, sharding):
+  return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
 
 
-def _stacked(blocks):
-  """`n x [m,K,W,E]` to `[1,K,m*n*W,E]`; groups of one device stay together."""
-  x = jnp.stack(blocks, axis=1).transpose(2, 0, 1, 3, 4)
-  return x.reshape(1, x.shape[0], -1, x.shape[-1])
+def _in_one_row(held, sharding, spread):
+  """`[n,K,slots,E]` to `[1,K,n*slots,E]`, spread over the data axis or on every device."""
+  _, heads = sharding.spec
+  one_row = jax.jit(
+    lambda x: x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3]),
+    out_shardings=NamedSharding(
+      sharding.mesh, PartitionSpec(None, heads, "data" if spread else None)))
 
+  def moved(x):
+    row = one_row(x)
+    x.delete()  # before the next layer
+    return row
 
-_concatenated = jax.jit(_stacked)
+  return jax.tree.map(moved, held)

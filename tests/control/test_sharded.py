@@ -92,6 +92,7 @@ def test_meshes_agree_with_one_device(single, sizes, reduction, kw):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
+@pytest.mark.slow
 def test_proxies_at_random_steps():
   """Five or six of the 16 proxies a step, which eight devices do not divide."""
   kw = dict(num_proxies=16, proxy_samples=2, sample_seed=3)

@@ -116,14 +116,31 @@ def test_what_the_programs_read_is_not_changed_behind_them(tiny, monkeypatch):
   """They run later than they are called, and may read the host's arrays themselves."""
   read, seen = prefixes._read, []
 
-  def watched(model, params, tokens, positions, valid):
+  def watched(model, params, tokens, positions, valid, *others):
     seen.append([(x, x.copy()) for x in (tokens, positions, valid)])
-    return read(model, params, tokens, positions, valid)
+    return read(model, params, tokens, positions, valid, *others)
 
   monkeypatch.setattr(prefixes, "_read", watched)
   _read(tiny, *_groups(7, 5, 4), bos_id=BOS)
   for given, before in (pair for call in seen for pair in call):
     np.testing.assert_array_equal(given, before)
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_keys_and_values_are_in_memory_once(tiny, on_mesh, monkeypatch):
+  read, rooms = prefixes._read, []
+
+  def watched(*args):
+    rooms.append(args[5])
+    return read(*args)
+
+  monkeypatch.setattr(prefixes, "_read", watched)
+  monkeypatch.setattr(prefixes, "_TOKENS_AT_ONCE", 16)  # one group a call
+  partitioner = MeshConfig(data=2, fsdp=2, tensor=2).build() if on_mesh else None
+  kept = _read(tiny, *_groups(7, 5, 4, 6), partitioner=partitioner).cache
+  assert len(rooms) == (2 if on_mesh else 4)
+  assert all(x.is_deleted() for x in jax.tree.leaves(rooms))
+  assert not any(x.is_deleted() for x in kept.keys)
 
 
 @pytest.mark.parametrize("bos", [None, BOS])

@@ -154,6 +154,7 @@ def test_execution_choices_reach_the_model(corpus, tmp_path, finished):
   assert dataclasses.replace(choice, dtype="float32").opened(finished[1]).config.dtype == "float32"
 
 
+@pytest.mark.slow
 def test_a_study_trains_the_small_model_first(corpus, tmp_path, capsys):
   rows = tmp_path / "rows.jsonl"
   rows.write_text("".join(
