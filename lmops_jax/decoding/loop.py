@@ -20,7 +20,7 @@ import numpy as np
 from lmops_jax.decoding import beam as beam_lib
 from lmops_jax.decoding import sampling
 from lmops_jax.decoding.options import GenerationOptions
-from lmops_jax.models.cache import KVCache, Prefix, empty_cache
+from lmops_jax.models.cache import KVCache, Prefix, constrain_heads, empty_cache
 from lmops_jax.models.partitioning import constrain
 
 
@@ -320,10 +320,7 @@ def _placed(state: State) -> State:
   def rows(x):
     return constrain(x, ("batch",) + (None,) * (x.ndim - 1)) if x.ndim else x
 
-  def heads(x):
-    return constrain(x, ("batch", "kv_heads", "sequence", "head_dim"))
-
   cache = state.cache
-  keys, values = jax.tree.map(heads, (cache.keys, cache.values))
+  keys, values = jax.tree.map(constrain_heads, (cache.keys, cache.values))
   rest = jax.tree.map(rows, state._replace(cache=cache._replace(keys=(), values=())))
   return rest._replace(cache=rest.cache._replace(keys=keys, values=values))

@@ -19,10 +19,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lmops_jax.decoding.lengths import bucket
-from lmops_jax.models.cache import KVCache, Prefix, empty_cache
+from lmops_jax.models.cache import KVCache, Prefix, constrain_heads, empty_cache
+from lmops_jax.models.partitioning import constrain
 from lmops_jax.models.transformer import unstack_layers
 from lmops_jax.training.mesh import activated
 
@@ -101,23 +101,19 @@ def read_groups(
   if config.attention == "xla" and columns > _WRITTEN_OUT:
     model = model.clone(config=dataclasses.replace(config, attention="chunked"))
   per_shard = size // shards
-  sharding = None
-  if over_groups is not None:
-    heads = over_groups.kv_heads_axis(config.key_heads)
-    sharding = NamedSharding(over_groups.mesh, PartitionSpec("data", heads))
   with activated(over_groups):
-    held = _nothing(config, shards, calls * per_shard * columns, sharding)
+    held = _nothing(config, shards, calls * per_shard * columns)
     for first in range(0, len(tokens), size):
       batch = {"tokens": tokens[first : first + size], "valid": valid[first : first + size]}
       if over_groups is not None:
         batch = over_groups.place_batch(batch)
       held = _read(model, params, batch["tokens"], positions, batch["valid"], held,
-                   first // shards * columns, sharding)
+                   first // shards * columns)
       if progress:
         jax.block_until_ready(held)
         progress(min(size, num_groups - first))
     if over_groups is not None:
-      held = _in_one_row(held, sharding, spread)
+      held = _in_one_row(held, spread)
   seen = valid.copy()  # the programs above may still read `valid` itself
   if front:
     seen[1:, columns - window - 1] = False  # once for all groups
@@ -203,14 +199,14 @@ def _check(config, ids, mask, window, bos_id, scale):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _nothing(config, num_shards, num_slots, sharding):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _nothing(config, num_shards, num_slots):
   """Room for keys and values, for each layer `[n,K,slots,E]`: those of one device together."""
-  return _placed(empty_cache(config, num_shards, num_slots)[:2], sharding)
+  return jax.tree.map(constrain_heads, empty_cache(config, num_shards, num_slots)[:2])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=5)
-def _read(model, params, tokens, positions, valid, held, start, sharding):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _read(model, params, tokens, positions, valid, held, start):
   """`held` with the keys and values of these groups from the slot `start` on.
 
   Written where they stay, so that they are in memory once.
@@ -223,22 +219,18 @@ def _read(model, params, tokens, positions, valid, held, start, sharding):
   def put(room, new):  # [n,K,slots,E], [m,K,W,E]
     new = new.reshape(len(room), -1, *new.shape[1:]).swapaxes(1, 2)
     new = new.reshape(*room.shape[:2], -1, room.shape[3])
-    return jax.lax.dynamic_update_slice_in_dim(room, new, start, axis=2)
+    return constrain_heads(jax.lax.dynamic_update_slice_in_dim(room, new, start, axis=2))
 
-  return _placed(jax.tree.map(put, held, (cache.keys, cache.values)), sharding)
-
-
-def _placed(tree, sharding):
-  return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
+  return jax.tree.map(put, held, (cache.keys, cache.values))
 
 
-def _in_one_row(held, sharding, spread):
+def _in_one_row(held, spread):
   """`[n,K,slots,E]` to `[1,K,n*slots,E]`, spread over the data axis or on every device."""
-  _, heads = sharding.spec
-  one_row = jax.jit(
-    lambda x: x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3]),
-    out_shardings=NamedSharding(
-      sharding.mesh, PartitionSpec(None, heads, "data" if spread else None)))
+
+  @jax.jit
+  def one_row(x):
+    x = x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
+    return constrain(x, (None, "kv_heads", "batch" if spread else None, "head_dim"))
 
   def moved(x):
     row = one_row(x)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.partitioning import constrain
 
 
 class KVCache(NamedTuple):
@@ -88,6 +89,11 @@ def empty_cache(config: TransformerConfig, batch_size: int, max_slots: int, dtyp
     zeros(), zeros(), integers, jnp.zeros((batch_size, max_slots), bool), integers,
     jnp.zeros((), jnp.int32),
   )
+
+
+def constrain_heads(x: jax.Array) -> jax.Array:
+  """Keys or values `[B,K,M,E]`, rows over the mesh's batch axes and heads over its tensor axis."""
+  return constrain(x, ("batch", "kv_heads", "sequence", "head_dim"))
 
 
 def with_slots(cache: KVCache, positions, valid, branch) -> KVCache:

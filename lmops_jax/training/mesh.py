@@ -172,11 +172,6 @@ class Partitioner:
     """The number that a batch size must be a multiple of."""
     return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
-  def kv_heads_axis(self, num_heads: int) -> str | None:
-    """The mesh axis that splits so many key heads, None where it does not divide them."""
-    axis = nn.logical_to_mesh_axes(("kv_heads",), self.rules)[0]
-    return None if axis is None or num_heads % self.mesh.shape[axis] else axis
-
   @property
   def platform(self) -> str:
     """Of the mesh's devices, "cpu", "gpu" or "tpu"."""
