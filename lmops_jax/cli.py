@@ -296,11 +296,14 @@ def _set_environment() -> None:
 
 
 def _run(resolved, workdir: Path) -> int:
-  from lmops_jax import pipeline, progress
+  from lmops_jax import config, pipeline, progress, setting_words
   group = pipeline.Group()
   if resolved.tree["mesh"] is not None:
     group = _join_group()  # before anything touches a device
   job = resolved.run()  # constructs everything, so that bad values are found before any work
+  if not isinstance(job.system, config.System):
+    raise settings.ConfigError(f"run.system={setting_words.shown(job.system)} must be "
+                               f"{setting_words.described(config.System)}.")
   partitioner = job.mesh.build() if job.mesh is not None else None
   stages = job.system.stages(resolved.settings, partitioner)
   records = pipeline.run_stages(stages, workdir, only=job.stages, system=job.system.name,

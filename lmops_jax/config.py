@@ -22,7 +22,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import gin
 from gin import config as gin_config
@@ -40,6 +40,7 @@ from lmops_jax.gin_source import (
   short_name,
   written,
 )
+from lmops_jax.setting_types import Distinct, NonEmpty, Text, component
 from lmops_jax.settings import ConfigError, Constant, Printer, Settings, nearest, same_values
 
 
@@ -50,8 +51,27 @@ class Run(NamedTuple):
   stages: tuple[str, ...] | None
 
 
-@gin.register(module="lmops")
-def run(system, mesh=None, stages=None) -> Run:
+@runtime_checkable
+class System(Protocol):
+  """What a run needs of a system, besides its `name`."""
+
+  def stages(self, settings: Settings, partitioner: Any) -> Sequence[Any]:
+    """The stages, see `pipeline`."""
+
+
+@runtime_checkable
+class Mesh(Protocol):
+  """A description of a mesh."""
+
+  def build(self) -> Any:
+    """The partitioner on the devices that are there."""
+
+
+@component(module="lmops")
+def run(
+  system: Any, mesh: Mesh | None = None,
+  stages: Annotated[Sequence[Text], NonEmpty, Distinct] | Text | None = None,
+) -> Run:
   """The root of each configuration.
 
   Args:
@@ -61,9 +81,6 @@ def run(system, mesh=None, stages=None) -> Run:
   """
   if isinstance(stages, str):
     stages = (stages,)
-  if stages is not None and not (stages and all(isinstance(s, str) for s in stages)):
-    raise ValueError(f"stages={stages!r} is not a list of stage names; give names such as "
-                     '["select"] or None for all.')
   return Run(system, mesh, None if stages is None else tuple(stages))
 
 

@@ -1,7 +1,7 @@
 """Files that others wrote: what is no file is refused before it is opened, JSON by its name.
 
 Opening a FIFO waits for a writer that never comes, and a device has no end; both are told apart
-here. What Python's JSON reader raises (nesting, numbers of thousands of digits) becomes one sentence.
+here. What Python's JSON reader raises (nesting, endless numbers) becomes one sentence.
 """
 
 import json

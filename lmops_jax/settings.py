@@ -144,7 +144,10 @@ class _Builder:
     given = set(list(inspect.signature(settings.function).parameters)[:len(args)]) | set(kwargs)
     bound = {name: self._value(value, f"{trail}.{name}") for name, value in settings.params.items()
              if name not in settings.defaults and name not in given}
+    from lmops_jax import setting_types  # the command line starts without it
     try:
+      if not setting_types.checks_itself(settings.function):  # a component of the user's own
+        setting_types.check_arguments(settings.function, settings.selector, bound)
       return settings.function(*args, **bound, **kwargs)
     except (ValueError, TypeError) as error:
       if isinstance(error, ConfigError):

@@ -447,7 +447,7 @@ def test_stages_of_the_root(default):
   assert load([default]).run().stages is None
   assert load([default], ["run.stages='select'"]).run().stages == ("select",)
   assert load([default], ["run.stages=['a', 'b']"]).run().stages == ("a", "b")
-  with pytest.raises(ConfigError, match=r"^run: stages=\[\] is not a list of stage names"):
+  with pytest.raises(ConfigError, match=r"^run: lmops.run.stages=\[\] must be a list of one or"):
     load([default], ["run.stages=[]"]).build()
 
 

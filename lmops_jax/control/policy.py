@@ -13,7 +13,7 @@ gradient, with the general adjoint.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state, strong
 from lmops_jax.control.pmp import PmpResult, check_settings, constrain, shardings_of, solve
 from lmops_jax.control.problem import Problem, Settings
-from lmops_jax.control.simplex import project_simplex, stationarity_gap
+from lmops_jax.control.simplex import METHODS, project_simplex, stationarity_gap
 from lmops_jax.micro_batches import sum_over_micro_batches
 
 _ARMIJO = 1e-4
@@ -274,7 +274,7 @@ class ProjectedGradient:
     method: of the projection, see `project_simplex`; "bisect" is several times faster on a CPU,
       leaves examples where they are on a mesh, and is as exact.
   """
-  method: str = "bisect"
+  method: Literal[METHODS] = "bisect"
   max_rate = float("inf")
 
   def move(self, gamma, scores, rate, mask=None):

@@ -16,14 +16,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import gin
-
 from lmops_jax.data.hashing import order_key
 from lmops_jax.data.near_duplicates import (
   Deduplicator,
   OverlapIndex,
   overlapping_documents,
 )
+from lmops_jax.setting_types import Share, component
 
 __all__ = [
   "Corpus",
@@ -222,7 +221,7 @@ def split_documents(
   )
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class Deduplicated(Corpus):
   """Another corpus without its exact and near-duplicates; the first in its order stays.
@@ -233,10 +232,7 @@ class Deduplicated(Corpus):
   """
 
   corpus: Corpus
-  threshold: float = 0.8
-
-  def __post_init__(self):
-    Deduplicator(self.threshold)
+  threshold: Share = 0.8
 
   def fingerprint(self) -> str:
     return f"deduplicated {self.threshold} {self.corpus.fingerprint()}"

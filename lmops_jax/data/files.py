@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import gin
-
 from lmops_jax import manifests
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id
+from lmops_jax.setting_types import component
 
 _HASHED_BYTES = 2**28  # a copy of a corpus up to this size is the same corpus
 _MAX_PIECES = 4096  # that a corpus is read in
@@ -111,7 +110,7 @@ def _check_field(fields, field: str, where: str, parameter: str) -> None:
     )
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class Jsonl(_Files):
   """JSON lines: one object a line, plain or compressed (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`).
@@ -262,7 +261,7 @@ def _is_text(arrow_type) -> bool:
   )
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class Parquet(_Files):
   """Parquet files; only the named columns are read.
@@ -324,7 +323,7 @@ class Parquet(_Files):
       raise ValueError(f"{path} cannot be read as Parquet: {error}.") from error
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class TextFolder(_Files):
   """A folder of text files, one document each; the kind is the name of its first subfolder.

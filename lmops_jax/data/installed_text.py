@@ -24,14 +24,14 @@ import sys
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-import gin
+from typing import Literal
 
 from lmops_jax.data.documents import Corpus, Document, document_id
 from lmops_jax.data.hashing import order_key
 from lmops_jax.data.near_duplicates import Deduplicator
+from lmops_jax.setting_types import ByteCount, Count, ExistingPath, NonNegative, Share, component
 
 # Kind by the file name's ending. A Python file gives two documents: its docstrings and the rest.
 _KINDS = {
@@ -53,7 +53,7 @@ _WEIGHTS = {"code": 2.0, "header": 2.0, "table": 0.5}  # of the others: 1
 KINDS = ("code", "docstring", "header", "licence", "markup", "prose", "table")
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class InstalledText(Corpus):
   """Text of the installed packages; kinds are those of `KINDS`.
@@ -67,29 +67,16 @@ class InstalledText(Corpus):
     near_duplicates: the share of known text above which a document is left out (`Deduplicator`).
   """
 
-  max_bytes: int | None = 18_000_000
-  roots: tuple[str, ...] | None = None
-  weights: Mapping[str, float] | None = None
-  min_bytes: int = 200
-  max_file_bytes: int = 1 << 17
-  near_duplicates: float = 0.8
+  max_bytes: ByteCount | None = 18_000_000
+  roots: Sequence[ExistingPath] | None = None
+  weights: Mapping[Literal[KINDS], NonNegative] | None = None
+  min_bytes: Count = 200
+  max_file_bytes: ByteCount = 1 << 17
+  near_duplicates: Share = 0.8
 
   def __post_init__(self):
-    if self.max_bytes is not None and self.max_bytes < 1:
-      raise ValueError(
-        f"data.InstalledText.max_bytes={self.max_bytes} is not positive; set a number of bytes, or "
-        "None for all text."
-      )
-    for kind, weight in (self.weights or {}).items():
-      if kind not in KINDS:
-        raise ValueError(
-          f"data.InstalledText.weights names the kind {kind!r}; the kinds are {', '.join(KINDS)}."
-        )
-      if not weight >= 0:
-        raise ValueError(f"data.InstalledText.weights[{kind!r}]={weight} is not 0 or more.")
     if not any(self._weight(kind) for kind in KINDS):
       raise ValueError("data.InstalledText.weights leaves no kind of text; set one above 0.")
-    Deduplicator(self.near_duplicates)
 
   def _weight(self, kind: str) -> float:
     return (_WEIGHTS if self.weights is None else self.weights).get(kind, 1.0)

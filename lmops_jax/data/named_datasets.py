@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import gin
-
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id
+from lmops_jax.setting_types import PositiveInt, Text, component
 
 _PIECE = 100_000  # rows that are read together
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class Tfds(Corpus):
   """A tfds dataset, by name ("lm1b", "wiki40b/en:1.3.0") or by the folder that holds it.
@@ -33,12 +32,12 @@ class Tfds(Corpus):
     download: whether tfds may download and prepare what is missing.
   """
 
-  name: str
-  split: str = "train"
-  text_field: str = "text"
-  id_field: str | None = None
-  kind_field: str | None = None
-  data_dir: str | None = None
+  name: Text
+  split: Text = "train"
+  text_field: Text = "text"
+  id_field: Text | None = None
+  kind_field: Text | None = None
+  data_dir: Text | None = None
   download: bool = False
 
   def fingerprint(self) -> str:
@@ -136,7 +135,7 @@ class _Rows(Corpus):
     return self.corpus.read_rows(range(self.start, self.stop), counts)
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class SeqioTask(Corpus):
   """A registered seqio task or mixture: the text that its preprocessors give.
@@ -152,10 +151,10 @@ class SeqioTask(Corpus):
     sequence_length: what the task's trimming gets for this feature; None does not trim.
   """
 
-  name: str
-  split: str = "train"
-  text_feature: str = "targets"
-  sequence_length: int | None = None
+  name: Text
+  split: Text = "train"
+  text_feature: Text = "targets"
+  sequence_length: PositiveInt | None = None
 
   def fingerprint(self) -> str:
     """A hash of the settings and of what the task reads (file names), as far as seqio can tell."""

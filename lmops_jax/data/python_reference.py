@@ -13,15 +13,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 
-import gin
-
 from lmops_jax.data.documents import Corpus, Document, document_id
 from lmops_jax.data.near_duplicates import normalize
+from lmops_jax.setting_types import component
 
 _MIN_PARAGRAPH_BYTES = 60  # headings and one-line examples may repeat
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class PythonReference(Corpus):
   """One document a topic of `help()`; kind "reference".

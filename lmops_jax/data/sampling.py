@@ -11,13 +11,13 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import gin
 import numpy as np
 
 from lmops_jax.data.hashing import order_key
+from lmops_jax.setting_types import PositiveInt, Text, component
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class SamplingWeights:
   """A policy in a file, read when it is first needed.
@@ -31,8 +31,8 @@ class SamplingWeights:
     ValueError: no such file, no such array, a row that is not on the simplex.
   """
 
-  path: str
-  num_steps: int | None = None
+  path: Text
+  num_steps: PositiveInt | None = None
 
   @functools.cached_property
   def weights(self) -> np.ndarray:

@@ -15,11 +15,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
-import gin
 import numpy as np
 
 from lmops_jax.data.hashing import order_key
+from lmops_jax.setting_types import ByteCount, Seed, Text, at_least, component
 
 METADATA_FILE = "vocabulary.json"
 _SENTENCEPIECE_FILE = "sentencepiece.model"
@@ -31,6 +32,17 @@ _COMMON_NAMES = {
   "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
   "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
 }
+
+
+@runtime_checkable
+class VocabularySource(Protocol):
+  """A setting that makes a vocabulary: it trains one, or brings that of an existing file."""
+
+  def fingerprint(self) -> str:
+    """Hash of what the vocabulary is made from."""
+
+  def build(self, texts: Iterable[str], directory: Path | str) -> "Vocabulary":
+    """Writes the vocabulary into `directory`, for `load_vocabulary`."""
 
 
 class Vocabulary(abc.ABC):
@@ -223,7 +235,7 @@ def as_seqio(vocabulary: Vocabulary):
   return seqio_vocabulary.TokenizerVocabulary(vocabulary)
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class TrainSentencePiece:
   """Trains a SentencePiece model on a sample of the corpus; lossless, bytes for what is rare.
@@ -239,26 +251,10 @@ class TrainSentencePiece:
     model_type: "bpe" or "unigram".
   """
 
-  vocab_size: int = 4096
-  sample_bytes: int = 6_000_000
-  seed: int = 0
-  model_type: str = "bpe"
-
-  def __post_init__(self):
-    if self.model_type not in ("bpe", "unigram"):
-      raise ValueError(
-        f'data.TrainSentencePiece.model_type={self.model_type!r} is neither "bpe" nor "unigram".'
-      )
-    if self.vocab_size < 300:
-      raise ValueError(
-        f"data.TrainSentencePiece.vocab_size={self.vocab_size} leaves no room beside the 256 bytes "
-        "and 4 special tokens; set it to 300 or more."
-      )
-    if self.sample_bytes < 1:
-      raise ValueError(
-        f"data.TrainSentencePiece.sample_bytes={self.sample_bytes} is not positive; set a number "
-        "of bytes such as 6_000_000."
-      )
+  vocab_size: at_least(300) = 4096  # 256 bytes, 4 special tokens and some
+  sample_bytes: ByteCount = 6_000_000
+  seed: Seed = 0
+  model_type: Literal["bpe", "unigram"] = "bpe"
 
   def fingerprint(self) -> str:
     return repr(self)
@@ -339,7 +335,7 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
           yield line[start : start + _MAX_LINE_BYTES // 4].replace("\0", " ")
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class SentencePieceFile:
   """An existing SentencePiece model, for instance of Llama, Mistral or T5.
@@ -348,7 +344,7 @@ class SentencePieceFile:
     path: the `.model` file.
   """
 
-  path: str
+  path: Text
 
   def fingerprint(self) -> str:
     return hashlib.blake2b(self._read(), digest_size=16).hexdigest()
@@ -364,7 +360,7 @@ class SentencePieceFile:
     return _read_model(self.path, "data.SentencePieceFile.path")
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceTokenizer:
   """A Hugging Face fast tokenizer.
@@ -375,10 +371,10 @@ class HuggingFaceTokenizer:
       token EOS serves.
   """
 
-  path: str
-  bos: str | None = None
-  eos: str | None = None
-  pad: str | None = None
+  path: Text
+  bos: Text | None = None
+  eos: Text | None = None
+  pad: Text | None = None
 
   def fingerprint(self) -> str:
     state = hashlib.blake2b(repr((self.bos, self.eos, self.pad)).encode(), digest_size=16)
@@ -436,7 +432,7 @@ class HuggingFaceTokenizer:
     return _read_model(str(path), "data.HuggingFaceTokenizer.path")
 
 
-@gin.register(module="data")
+@component(module="data")
 @dataclasses.dataclass(frozen=True)
 class ModelTokenizer:
   """The tokenizer of a published model, in whatever form the model brings it.
@@ -445,7 +441,7 @@ class ModelTokenizer:
     path: the model's folder, or its `.gguf` file.
   """
 
-  path: str
+  path: Text
 
   def fingerprint(self) -> str:
     return self._load().fingerprint

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
+from typing import Literal
 
-import gin
+from lmops_jax.setting_types import (
+  Count,
+  NonNegative,
+  Positive,
+  PositiveInt,
+  Probability,
+  Seed,
+  Share,
+  component,
+)
 
 _NAME = "decoding.GenerationOptions"
 
 
-@gin.register(module="decoding")
+@component(module="decoding")
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
   """How tokens are chosen. The defaults are greedy.
@@ -48,62 +58,31 @@ class GenerationOptions:
     ValueError: naming the field.
   """
 
-  max_new_tokens: int = 64
-  repetition_penalty: float = 1.0
-  no_repeat_ngram: int = 0
-  min_new_tokens: int = 0
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
-  seed: int = 0
-  num_return_sequences: int = 1
-  num_beams: int = 1
-  num_beam_groups: int = 1
-  diversity_penalty: float = 0.0
+  max_new_tokens: PositiveInt = 64
+  repetition_penalty: Positive = 1.0
+  no_repeat_ngram: Count = 0
+  min_new_tokens: Count = 0
+  temperature: NonNegative = 0.0
+  top_k: Count = 0
+  top_p: Share = 1.0
+  min_p: Probability = 0.0
+  seed: Seed = 0
+  num_return_sequences: PositiveInt = 1
+  num_beams: PositiveInt = 1
+  num_beam_groups: PositiveInt = 1
+  diversity_penalty: NonNegative = 0.0
   length_penalty: float = 1.0
-  early_stopping: bool | str = False
-  eos_ids: tuple[int, ...] | None = None
+  early_stopping: bool | Literal["never"] = False
+  eos_ids: Sequence[Count] | None = None
 
   def __post_init__(self):
-    for field, least in (
-      ("max_new_tokens", 1), ("no_repeat_ngram", 0), ("min_new_tokens", 0), ("top_k", 0),
-      ("seed", 0), ("num_return_sequences", 1), ("num_beams", 1), ("num_beam_groups", 1),
-    ):
-      value = getattr(self, field)
-      if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{_NAME}.{field}={value!r} must be an integer of at least {least}.")
-    for field, low, high in (
-      ("repetition_penalty", 0, math.inf), ("temperature", 0, math.inf), ("top_p", 0, 1),
-      ("min_p", 0, 1), ("diversity_penalty", 0, math.inf),
-      ("length_penalty", -math.inf, math.inf),
-    ):
-      value = getattr(self, field)
-      if not isinstance(value, (int, float)) or not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(
-          f"{_NAME}.{field}={value!r} must be a number"
-          + ("" if low == -math.inf else f" of at least {low}" if high > 1 else " from 0 to 1")
-          + "."
-        )
-    for field in ("repetition_penalty", "top_p"):
-      if not getattr(self, field):
-        raise ValueError(f"{_NAME}.{field}=0 leaves no token; set it above 0, or to 1 for none.")
-    if self.seed >= 2**32:
-      raise ValueError(f"{_NAME}.seed={self.seed} must be below 2**32.")
-    if self.early_stopping not in (True, False, "never"):
-      raise ValueError(
-        f'{_NAME}.early_stopping={self.early_stopping!r} is none of True, False and "never".'
-      )
     if self.min_new_tokens > self.max_new_tokens:
       raise ValueError(
         f"{_NAME}.min_new_tokens={self.min_new_tokens} is more than max_new_tokens="
         f"{self.max_new_tokens}."
       )
     if self.eos_ids is not None:
-      ids = tuple(self.eos_ids)
-      if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ValueError(f"{_NAME}.eos_ids={self.eos_ids!r} must be token ids, integers from 0.")
-      object.__setattr__(self, "eos_ids", ids)
+      object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
     self._check_search()
 
   def _check_search(self):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 
@@ -13,11 +12,12 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.layers import Projection
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.models.vision import VisionConfig, VisionTransformer
+from lmops_jax.setting_types import Count, PositiveInt, component
 
 _INITIAL_LOGIT_SCALE = 2.6592  # log(1 / 0.07), as published
 
 
-@gin.register(module="models")
+@component(module="models")
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
   """Both towers.
@@ -32,8 +32,8 @@ class ClipConfig:
 
   text: TransformerConfig
   vision: VisionConfig
-  projection_width: int = 512
-  eos_id: int | None = None
+  projection_width: PositiveInt = 512
+  eos_id: Count | None = None
 
 
 class Clip(nn.Module):

@@ -7,10 +7,10 @@ published `config.json`; a gin file sets them one by one.
 from __future__ import annotations
 
 import dataclasses
-
-import gin
+from typing import Literal
 
 from lmops_jax.models import attention as attention_lib
+from lmops_jax.setting_types import Count, Decay, Positive, PositiveInt, component
 
 NORMS = ("rms", "layer", "rms_outside")
 INITIALIZATIONS = ("normal", "fan_in")
@@ -18,10 +18,11 @@ NORM_PLACEMENTS = ("pre", "post", "parallel")
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 REMAT_POLICIES = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROPE_SCALINGS = ("linear", "llama3")
 
 
-@gin.register(module="models")
+@component(module="models")
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
   """How rotary frequencies are stretched to contexts longer than those of the first training.
@@ -54,7 +55,7 @@ class RopeScaling:
       )
 
 
-@gin.register(module="models")
+@component(module="models")
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
   """Shape, parts and execution choices of a `Transformer`.
@@ -114,67 +115,51 @@ class TransformerConfig:
     ValueError: naming the field, for values that do not make a model.
   """
 
-  vocab_size: int | None = None
-  num_layers: int = 2
-  width: int = 64
-  num_heads: int = 2
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
-  mlp_width: int = 192
-  max_length: int = 1024
+  vocab_size: PositiveInt | None = None
+  num_layers: PositiveInt = 2
+  width: PositiveInt = 64
+  num_heads: PositiveInt = 2
+  num_kv_heads: PositiveInt | None = None
+  head_dim: PositiveInt | None = None
+  mlp_width: PositiveInt = 192
+  max_length: PositiveInt = 1024
   tied_embeddings: bool = False
-  rope_base: float = 1e4
-  norm_eps: float = 1e-5
-  norm: str = "rms"
-  norm_placement: str = "pre"
+  rope_base: Positive = 1e4
+  norm_eps: Positive = 1e-5
+  norm: Literal[NORMS] = "rms"
+  norm_placement: Literal[NORM_PLACEMENTS] = "pre"
   final_norm: bool = True
-  positions: str = "rotary"
-  position_offset: int = 0
-  rotary_dim: int | None = None
+  positions: Literal[POSITIONS] = "rotary"
+  position_offset: Count = 0
+  rotary_dim: PositiveInt | None = None
   rotary_interleaved: bool = False
   rope_scaling: RopeScaling | None = None
-  activation: str = "silu"
+  activation: Literal[ACTIVATIONS] = "silu"
   gated_mlp: bool = True
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
   embedding_norm: bool = False
   embedding_scale: float = 1.0
-  embedding_width: int | None = None
-  num_token_types: int = 0
+  embedding_width: PositiveInt | None = None
+  num_token_types: Count = 0
   causal: bool = True
-  sliding_window: int | None = None
-  momentum: float | None = None
+  sliding_window: PositiveInt | None = None
+  momentum: Decay | None = None
   unembedding_bias: bool = False
   head_transform: bool = False
   pooler: bool = False
-  attention_scale: float | None = None
-  initialization: str = "normal"
-  attention: str = "xla"
-  attention_chunk: int = 128
+  attention_scale: Positive | None = None
+  initialization: Literal[INITIALIZATIONS] = "normal"
+  attention: Literal[attention_lib.ATTENTION_KINDS] = "xla"
+  attention_chunk: PositiveInt = 128
   scan_layers: bool = True
-  remat: str = "none"
-  dtype: str = "float32"
-  param_dtype: str = "float32"
+  remat: Literal[REMAT_POLICIES] = "none"
+  dtype: Literal[DTYPES] = "float32"
+  param_dtype: Literal[DTYPES] = "float32"
 
   def __post_init__(self):
-    attention_lib.supports_forward_mode(self.attention)  # also refuses unknown kinds
     name = "models.TransformerConfig"
-    optional = {
-      "vocab_size", "num_kv_heads", "head_dim", "rotary_dim", "embedding_width", "sliding_window"
-    }
-    for field in (
-      "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width",
-      "max_length", "attention_chunk", "rotary_dim", "embedding_width", "sliding_window",
-    ):
-      value = getattr(self, field)
-      if not (value is None and field in optional) and (
-        not isinstance(value, int) or isinstance(value, bool) or value < 1
-      ):
-        raise ValueError(f"{name}.{field}={value!r} must be an integer of at least 1.")
-    for field in ("position_offset", "num_token_types"):
-      if getattr(self, field) < 0:
-        raise ValueError(f"{name}.{field}={getattr(self, field)!r} must not be negative.")
     if self.head_dim is None and self.width % self.num_heads:
       raise ValueError(
         f"{name}.width={self.width} is not a multiple of num_heads={self.num_heads}; "
@@ -195,17 +180,7 @@ class TransformerConfig:
         raise ValueError(
           f"{name}.rotary_dim={self.rotary_dim} must not exceed head_dim={self.head_width}."
         )
-    for field, choices in (
-      ("norm", NORMS), ("norm_placement", NORM_PLACEMENTS), ("positions", POSITIONS),
-      ("activation", ACTIVATIONS), ("remat", REMAT_POLICIES), ("initialization", INITIALIZATIONS),
-    ):
-      if getattr(self, field) not in choices:
-        raise ValueError(
-          f"{name}.{field}={getattr(self, field)!r} is not one of {', '.join(choices)}."
-        )
     if self.momentum is not None:
-      if isinstance(self.momentum, bool) or not 0 <= self.momentum < 1:
-        raise ValueError(f"{name}.momentum={self.momentum!r} must be in [0, 1), or None.")
       if not self.causal:
         raise ValueError(
           f"{name}.momentum={self.momentum} needs causal=True: its sum runs over earlier values."
@@ -214,17 +189,6 @@ class TransformerConfig:
         raise ValueError(
           f"{name}.momentum={self.momentum} sums over all earlier values and sliding_window="
           f"{self.sliding_window} hides them; set one of the two to None."
-        )
-    for field in ("rope_base", "norm_eps", "attention_scale"):
-      if getattr(self, field) is None and field == "attention_scale":
-        continue
-      if not getattr(self, field) > 0:
-        raise ValueError(f"{name}.{field}={getattr(self, field)!r} must be positive.")
-    for field in ("dtype", "param_dtype"):
-      if getattr(self, field) not in ("float32", "bfloat16", "float16", "float64"):
-        raise ValueError(
-          f"{name}.{field}={getattr(self, field)!r} is not one of float32, bfloat16, float16, "
-          "float64."
         )
 
   @property

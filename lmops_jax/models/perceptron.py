@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 
+from lmops_jax.setting_types import PositiveInt, component
 
-@gin.register(module="models")
+
+@component(module="models")
 @dataclasses.dataclass(frozen=True)
 class PerceptronConfig:
   """Sizes of a perceptron.
@@ -22,11 +23,8 @@ class PerceptronConfig:
     ValueError: for a dim below 1.
   """
 
-  dim: int = 128
+  dim: PositiveInt = 128
 
-  def __post_init__(self):
-    if self.dim < 1:
-      raise ValueError(f"models.PerceptronConfig.dim={self.dim} must be at least 1.")
 
 
 class Perceptron(nn.Module):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 
@@ -18,11 +17,12 @@ from lmops_jax.models import layers as layers_lib
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.layers import INIT_STDDEV
 from lmops_jax.models.transformer import Transformer
+from lmops_jax.setting_types import PositiveInt, component
 
 NUM_CHANNELS = 3
 
 
-@gin.register(module="models")
+@component(module="models")
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
   """Shape of a `VisionTransformer`.
@@ -38,11 +38,11 @@ class VisionConfig:
   """
 
   trunk: TransformerConfig
-  image_size: int = 224
-  patch_size: int = 16
+  image_size: PositiveInt = 224
+  patch_size: PositiveInt = 16
 
   def __post_init__(self):
-    if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
+    if self.image_size % self.patch_size:
       raise ValueError(
         f"models.VisionConfig.image_size={self.image_size} must be a multiple of patch_size="
         f"{self.patch_size}."

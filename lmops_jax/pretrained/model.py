@@ -11,21 +11,23 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
-import gin
 
+from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.clip import ClipConfig
-from lmops_jax.models.config import RopeScaling, TransformerConfig
+from lmops_jax.models.config import DTYPES, REMAT_POLICIES, RopeScaling, TransformerConfig
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.vision import VisionConfig
 from lmops_jax.pretrained import families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
 from lmops_jax.pretrained.sources import open_source
+from lmops_jax.setting_types import Text, component
 from lmops_jax.whole_files import write_text
 
 DESCRIPTION = "model.json"
@@ -125,15 +127,15 @@ class PretrainedModel:
     return state.hexdigest()
 
 
-@gin.register(module="pretrained")
+@component(module="pretrained")
 def load(
-  path: str,
-  dtype: str = "float32",
-  param_dtype: str = "float32",
-  attention: str = "xla",
+  path: Text | os.PathLike,
+  dtype: Literal[DTYPES] = "float32",
+  param_dtype: Literal[DTYPES] = "float32",
+  attention: Literal[ATTENTION_KINDS] = "xla",
   scan_layers: bool = True,
-  remat: str = "none",
-  ignore: Sequence[str] = (),
+  remat: Literal[REMAT_POLICIES] = "none",
+  ignore: Sequence[Text] = (),
 ) -> PretrainedModel:
   """Opens a published model; see the module's docstring for what `path` may be.
 

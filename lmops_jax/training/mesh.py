@@ -13,18 +13,20 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import flax.linen as nn
-import gin
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmops_jax.micro_batches import DeviceRows, device_share
 from lmops_jax.models.partitioning import unboxed
+from lmops_jax.setting_types import PositiveInt, Text, component
 
 AXES = ("data", "fsdp", "tensor")
+MeshSize = PositiveInt | Literal[-1]
+MeshAxes = Literal[AXES] | Sequence[Literal[AXES]] | None
 REDUCTIONS = ("auto", "step", "layer")
 BATCH_AXES = ("data", "fsdp")
 HOST_FIELDS = ("example_id",)  # 63-bit, and read on the host only
@@ -45,7 +47,7 @@ RULES: dict[str, Rules] = {
 }
 
 
-@gin.register("make", module="mesh")
+@component("make", module="mesh")
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left.
@@ -64,34 +66,22 @@ class MeshConfig:
     ValueError: for sizes, rules or a reduction that make no sense.
   """
 
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
-  rules: str | Sequence[tuple[str, Any]] = "default"
-  reduction: str = "auto"
+  data: MeshSize = -1
+  fsdp: MeshSize = 1
+  tensor: MeshSize = 1
+  rules: Literal[tuple(RULES)] | Sequence[tuple[Text, MeshAxes]] = "default"
+  reduction: Literal[REDUCTIONS] = "auto"
 
   def __post_init__(self):
-    if self.reduction not in REDUCTIONS:
-      raise ValueError(
-        f"mesh.make.reduction={self.reduction!r} is not one of {', '.join(REDUCTIONS)}.")
     sizes = (self.data, self.fsdp, self.tensor)
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+    if sizes.count(-1) > 1:
       raise ValueError(
         f"mesh.make has data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}; each must be at "
         "least 1, and at most one may be -1 to take the remaining devices."
       )
-    if isinstance(self.rules, str):
-      if self.rules not in RULES:
-        raise ValueError(f"mesh.make.rules={self.rules!r} is not one of {', '.join(RULES)}.")
-    else:
-      rules = tuple((name, tuple(a) if isinstance(a, list) else a) for name, a in self.rules)
-      for name, axes in rules:
-        for axis in axes if isinstance(axes, tuple) else (axes,):
-          if axis is not None and axis not in AXES:
-            raise ValueError(
-              f"mesh.make.rules maps {name!r} to {axis!r}, which is not one of {', '.join(AXES)}."
-            )
-      object.__setattr__(self, "rules", rules)
+    if not isinstance(self.rules, str):
+      object.__setattr__(self, "rules", tuple(
+        (name, tuple(axes) if isinstance(axes, list) else axes) for name, axes in self.rules))
 
   def build(self, devices: Sequence[jax.Device] | None = None) -> Partitioner:
     """The mesh over all devices of all processes, or over those given.

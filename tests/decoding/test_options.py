@@ -12,18 +12,18 @@ from lmops_jax.decoding import GenerationOptions
   (dict(seed=2**32), "below 2"),
   (dict(temperature=-0.5), "temperature=-0.5 must be a number of at least 0"),
   (dict(temperature=float("nan")), "temperature=nan"),
-  (dict(top_p=1.5, temperature=1.0), "top_p=1.5 must be a number from 0 to 1"),
-  (dict(top_p=0.0, temperature=1.0), "leaves no token"),
-  (dict(repetition_penalty=0.0), "leaves no token"),
+  (dict(top_p=1.5, temperature=1.0), "top_p=1.5 must be a number above 0 and at most 1"),
+  (dict(top_p=0.0, temperature=1.0), "top_p=0.0 must be a number above 0"),
+  (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must be a number above 0"),
   (dict(top_p=0.9), "temperature=0 samples nothing"),
   (dict(num_beams=4, temperature=1.0), "beam search takes the most probable"),
   (dict(num_beams=4, num_beam_groups=3), "not a multiple of num_beam_groups"),
   (dict(num_beams=4, diversity_penalty=1.0), "between groups"),
   (dict(num_return_sequences=2), "greedy search has one answer"),
   (dict(num_return_sequences=3, num_beams=2), "more than num_beams"),
-  (dict(early_stopping="always"), "none of True, False"),
+  (dict(early_stopping="always"), "early_stopping='always' must be True or False, or 'never'"),
   (dict(min_new_tokens=9, max_new_tokens=8), "more than max_new_tokens"),
-  (dict(eos_ids=("</s>",)), "must be token ids"),
+  (dict(eos_ids=("</s>",)), r"eos_ids\[0\]='</s>' must be an integer"),
 ])
 def test_a_bad_option_is_named(changes, message):
   with pytest.raises(ValueError, match=message) as error:

@@ -209,10 +209,10 @@ def test_too_long_a_sequence_is_refused(params):
     ({"head_dim": 5}, "head_dim=5 must be even"),
     ({"num_layers": 0}, "num_layers=0 must be an integer of at least 1"),
     ({"width": 16.0}, "width=16.0 must be an integer"),
-    ({"attention": "flash"}, "attention='flash' is not one of"),
-    ({"remat": "some"}, "remat='some' is not one of none, full, dots"),
-    ({"dtype": "float8"}, "dtype='float8' is not one of"),
-    ({"norm_eps": 0.0}, "norm_eps=0.0 must be positive"),
+    ({"attention": "flash"}, "attention='flash' must be 'xla', 'chunked'"),
+    ({"remat": "some"}, "remat='some' must be 'none', 'full' or 'dots'"),
+    ({"dtype": "float8"}, "dtype='float8' must be 'float32', "),
+    ({"norm_eps": 0.0}, "norm_eps=0.0 must be a number above 0"),
   ],
 )
 def test_impossible_configs_are_refused_by_field(changes, message):

@@ -46,13 +46,13 @@ def test_one_axis_takes_the_devices_left(sizes, shape):
 @pytest.mark.parametrize(
   "call,message",
   [
-    (lambda: MeshConfig(0), "data=0, fsdp=1, tensor=1; each must be at least 1"),
+    (lambda: MeshConfig(0), "mesh.make.data=0 must be an integer of at least 1 .*, or -1"),
     (lambda: MeshConfig(-1, -1), "at most one may be -1"),
     (lambda: MeshConfig(3).build(), "does not fit 8 devices"),
     (lambda: MeshConfig(-1, 3).build(), "does not fit 8 devices"),
-    (lambda: MeshConfig(rules="best"), "rules='best' is not one of default, sharded, replicated"),
-    (lambda: MeshConfig(reduction="often"), "reduction='often' is not one of auto, step, layer"),
-    (lambda: MeshConfig(rules=[("mlp", "model")]), "maps 'mlp' to 'model', which is not one of"),
+    (lambda: MeshConfig(rules="best"), "rules='best' must be 'default', 'sharded' or 'rep"),
+    (lambda: MeshConfig(reduction="often"), "reduction='often' must be 'auto', 'step' or 'layer'"),
+    (lambda: MeshConfig(rules=[("mlp", "model")]), r"rules\[0\]\[1\]='model' must be 'data', 'fs"),
   ],
 )
 def test_impossible_meshes_are_refused(call, message):

@@ -118,7 +118,7 @@ def test_decay_mask_spares_stacked_norm_scales_and_biases(make):
     "head": {"bias": False, "kernel": False},
   }
   assert all(jax.tree.leaves(moved("all")))
-  with pytest.raises(ValueError, match="decay_mask='none' is not one of all, matrices"):
+  with pytest.raises(ValueError, match="decay_mask='none' must be 'all' or 'matrices'"):
     make(0.1, decay_mask="none")
 
 
@@ -153,17 +153,17 @@ def test_schedule_without_warmup_starts_at_the_peak():
 @pytest.mark.parametrize(
   "call,message",
   [
-    (lambda: optimizers.sgd(0.0), "optim.sgd.learning_rate=0.0 must be positive"),
-    (lambda: optimizers.adamw(-1.0), "optim.adamw.learning_rate=-1.0 must be positive"),
-    (lambda: optimizers.lion(float("nan")), "optim.lion.learning_rate=nan must be positive"),
-    (lambda: optimizers.sgd(0.1, momentum=1.0), r"momentum=1.0 must be in \[0, 1\)"),
+    (lambda: optimizers.sgd(0.0), "sgd.learning_rate=0.0 must be a number above 0, or"),
+    (lambda: optimizers.adamw(-1.0), "optim.adamw.learning_rate=-1.0 must be a number above 0"),
+    (lambda: optimizers.lion(float("nan")), "lion.learning_rate=nan must be a number above 0"),
+    (lambda: optimizers.sgd(0.1, momentum=1.0), "momentum=1.0 must be a number of at least 0 and"),
     (lambda: optimizers.sgd(0.1, nesterov=True), "nesterov=True needs a momentum"),
-    (lambda: optimizers.sgd(0.1, weight_decay=-1.0), "weight_decay=-1.0 must be 0 or more"),
-    (lambda: optimizers.adamw(0.1, clip_norm=0.0), "clip_norm=0.0 must be positive, or None"),
-    (lambda: optimizers.adamw(0.1, b2=1.0), r"optim.adamw.b2=1.0 must be in \[0, 1\)"),
-    (lambda: optimizers.adamw(0.1, eps=0.0), "eps=0.0 and eps_root=0.0 must not be negative"),
-    (lambda: optimizers.constant(0.0), "optim.constant.value=0.0 must be positive"),
-    (lambda: optimizers.warmup_cosine(0.0, 1, 2), "peak=0.0 must be positive"),
+    (lambda: optimizers.sgd(0.1, weight_decay=-1.0), "weight_decay=-1.0 must be a number of"),
+    (lambda: optimizers.adamw(0.1, clip_norm=0.0), "clip_norm=0.0 must be a number above 0"),
+    (lambda: optimizers.adamw(0.1, b2=1.0), "adamw.b2=1.0 must be a number of at"),
+    (lambda: optimizers.adamw(0.1, eps=0.0), "eps=0 and eps_root=0 divide by 0"),
+    (lambda: optimizers.constant(0.0), "optim.constant.value=0.0 must be a number above 0"),
+    (lambda: optimizers.warmup_cosine(0.0, 1, 2), "peak=0.0 must be a number above 0"),
     (lambda: optimizers.warmup_cosine(1.0, 5, 5), r"warmup_steps=5 must be in \[0, total_steps="),
     (lambda: optimizers.warmup_linear(0.0, 1, 2), "optim.warmup_linear.peak=0.0 must be"),
     (lambda: optimizers.warmup_cosine(1.0, 1, 5, 2.0), r"end=2.0 must be in \[0, peak=1.0\]"),

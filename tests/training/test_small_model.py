@@ -88,8 +88,8 @@ def test_interrupted_training_goes_on(finished, corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, match", [
-  (dict(num_steps=0), "num_steps=0 must be at least 1"),
-  (dict(batch_size=0), "batch_size=0 must be at least 1"),
+  (dict(num_steps=0), "num_steps=0 must be an integer of at least 1"),
+  (dict(batch_size=0), "batch_size=0 must be an integer of at least 1"),
   (dict(length=33), "length=33 are longer than models.TransformerConfig.max_length=32"),
 ])
 def test_refuses_sizes_out_of_range(corpus, changes, match):
@@ -144,7 +144,7 @@ def test_a_path_comes_first_then_the_package_then_the_small_model(corpus, tmp_pa
 def test_refuses_none_at_all_and_a_path_without_a_model(corpus, tmp_path):
   with pytest.raises(ValueError, match="there is no model: set MODEL"):
     ModelChoice(None, None, package=None)
-  with pytest.raises(ValueError, match="neither a folder nor a .gguf file"):
+  with pytest.raises(ValueError, match="path='.*absent' must be an existing path, or None"):
     ModelChoice(str(tmp_path / "absent"), _small(corpus), package=None)
 
 

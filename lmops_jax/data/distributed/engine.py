@@ -10,17 +10,20 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gin
-
-# Beam's DirectRunner first looks for a program of another runner on the network.
+from lmops_jax.setting_types import PositiveInt, component
+from lmops_jax.setting_words import Rule, Words
 from lmops_jax.whole_files import replacing_shared
 
+# Beam's DirectRunner first looks for a program of another runner on the network.
 _DEFAULT_RUNNER = "FnApiRunner"
+BeamOption = Annotated[
+  str, Rule(lambda text: text.startswith("--")), Words("an option such as '--runner=FlinkRunner'")
+]
 
 
-@gin.register(module="beam")
+@component(module="beam")
 @dataclasses.dataclass(frozen=True)
 class Engine:
   """How stages that can be spread over workers are run; results do not depend on it.
@@ -38,8 +41,8 @@ class Engine:
     ValueError: Beam is not installed, or a setting is out of range.
   """
 
-  options: Sequence[str] = ()
-  num_buckets: int = 64
+  options: Sequence[BeamOption] = ()
+  num_buckets: PositiveInt = 64
 
   def __post_init__(self):
     if importlib.util.find_spec("apache_beam") is None:
@@ -47,19 +50,6 @@ class Engine:
         "beam.Engine needs Apache Beam, which is not installed; run pip install "
         "'lmops_jax[beam]', or set ENGINE=None."
       )
-    if isinstance(self.options, str) or not all(isinstance(o, str) for o in self.options):
-      raise ValueError(
-        f"beam.Engine.options={self.options!r} is not a list of texts; write each option as on "
-        "Beam's command line, such as ['--runner=FlinkRunner']."
-      )
-    stray = [o for o in self.options if not o.startswith("--")]
-    if stray:
-      raise ValueError(
-        f"beam.Engine.options holds {stray[0]!r}, which does not begin with --; write "
-        "'--name=value' as one text."
-      )
-    if self.num_buckets < 1:
-      raise ValueError(f"beam.Engine.num_buckets={self.num_buckets}; set it to 1 or more.")
 
   def each(
     self, function: Callable[..., None], items: Iterable[Any], *,

@@ -6,20 +6,39 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Protocol, runtime_checkable
 
-import gin
+from annotated_types import MinLen
 
 from lmops_jax import pipeline
 from lmops_jax.data.files import Jsonl
-from lmops_jax.data.tasks.named import named_task
+from lmops_jax.data.tasks.named import check_named, named_task
 from lmops_jax.data.tasks.task import Example, Task, demonstrations
-from lmops_jax.data.tasks.templates import jsonl_task
+from lmops_jax.data.tasks.templates import Template, jsonl_task
+from lmops_jax.setting_types import (
+  Count,
+  Distinct,
+  Name,
+  PositiveInt,
+  Seed,
+  Text,
+  component,
+)
+from lmops_jax.settings import Settings
 
 TASK_FILE = "task.json"
 _FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
-@gin.register("choose", module="tasks")
+@runtime_checkable
+class TaskSource(Protocol):
+  """A setting with a `name` whose stage writes a task, for `read_task`."""
+
+  def stage(self, settings: Settings) -> pipeline.Stage:
+    """The stage `task/NAME`; `settings` are the resolved ones of this source."""
+
+
+@component("choose", module="tasks")
 @dataclasses.dataclass(frozen=True)
 class TaskChoice:
   """Which task, from where, in which words.
@@ -41,29 +60,33 @@ class TaskChoice:
     ValueError: for a file without template or labels, or values out of range.
   """
 
-  task: str
-  data: str | None = None
-  flavour: str | None = None
-  template: int | str = 0
-  labels: Sequence[str] | None = None
-  num_rows: int | None = 500
-  rows_seed: int = 1
-  data_dir: str | None = None
-  label: str | None = None
+  task: Text
+  data: Text | None = None
+  flavour: Text | None = None
+  template: Count | Text = 0
+  labels: Annotated[Sequence[Text], MinLen(2), Distinct] | None = None
+  num_rows: PositiveInt | None = 500
+  rows_seed: Seed = 1
+  data_dir: Text | None = None
+  label: Name | None = None
 
   def __post_init__(self):
-    if self.num_rows is not None and self.num_rows < 1:
-      raise ValueError(f"tasks.choose.num_rows={self.num_rows} must be at least 1, or None.")
     if self.is_file and (isinstance(self.template, int) or not self.labels):
       raise ValueError(
         f"tasks.choose.task={self.task!r} is a file, so it needs tasks.choose.template, such as "
         "'Review: {text} Sentiment: {label}', and tasks.choose.labels."
       )
-    if not self.is_file and isinstance(self.template, str):
+    if self.is_file:
+      Template(self.template)
+      if not Path(self.task).expanduser().is_file():
+        raise ValueError(f"tasks.choose.task={self.task!r} is not a file; give JSON lines.")
+      return
+    if isinstance(self.template, str):
       raise ValueError(
         f"tasks.choose.template={self.template!r} is text and {self.task!r} no .jsonl file; give "
         "the index of one of the task's templates (lmops list tasks)."
       )
+    check_named(self.task, self.flavour, self.template, self.data, None, self.labels)
 
   @property
   def is_file(self) -> bool:

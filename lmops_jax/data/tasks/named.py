@@ -8,7 +8,7 @@ from typing import Any
 
 from lmops_jax.data.files import jsonl_rows
 from lmops_jax.data.tasks import installed_kind, rows
-from lmops_jax.data.tasks.registry import Entry, Wording, entry, wording
+from lmops_jax.data.tasks.registry import Entry, Wording, entry, worded, wording
 from lmops_jax.data.tasks.task import Example, Task
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -51,18 +51,13 @@ def named_task(
   """
   if limit is not None and limit < 1:
     raise ValueError(f"limit={limit} must be at least 1, or None for all rows.")
+  check_named(name, flavour, template, data, split, labels)
   if name == installed_kind.NAME:
-    if data is not None or split is not None or labels is not None:
-      raise ValueError(
-        f"the task {name} comes from the installed packages; leave data, split and labels out."
-      )
     return installed_kind.installed_kind(flavour=flavour, template=template, limit=limit)
   of_name, how = entry(name), wording(name, flavour, template)
   if data is not None:
     sources = _folder(name, Path(data).expanduser(), split)
     order = None if labels is None else _order(labels, of_name, how)
-  elif labels is not None:
-    raise ValueError("labels= tells the order of a folder's numbers; give it with data=.")
   else:
     sources, order = _tfds(name, of_name, split, data_dir), None
   found, train = _read(sources[0], of_name, how, order, limit), ([], 0)
@@ -72,6 +67,27 @@ def named_task(
     name, tuple(found[0]), tuple(train[0]), how.words, rows.null_prompt(of_name, how),
     of_name.metric, found[1] + train[1],
   )
+
+
+def check_named(
+  name: str, flavour: str | None, template: int, data: Path | str | None, split: str | None,
+  labels: Sequence[str] | None,
+) -> None:
+  """Refuses, as `named_task` does, what can be told without reading rows or importing tfds."""
+  if name == installed_kind.NAME:
+    if data is not None or split is not None or labels is not None:
+      raise ValueError(
+        f"the task {name} comes from the installed packages; leave data, split and labels out."
+      )
+    worded(name, installed_kind.TEMPLATES, flavour, template)
+    return
+  of_name, how = entry(name), wording(name, flavour, template)
+  if data is not None:
+    _folder(name, Path(data).expanduser(), split)
+    if labels is not None:
+      _order(labels, of_name, how)
+  elif labels is not None:
+    raise ValueError("labels= tells the order of a folder's numbers; give it with data=.")
 
 
 def _read(source, of_name: Entry, how: Wording, order, limit) -> tuple[list[Example], int]:

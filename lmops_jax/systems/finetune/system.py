@@ -13,10 +13,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import gin
 import numpy as np
+import optax
 
 from lmops_jax import pipeline
 from lmops_jax.data import batches as batches_lib
@@ -25,8 +25,10 @@ from lmops_jax.data.hashing import order_key
 from lmops_jax.evaluation.lm import mean_loss, perplexity
 from lmops_jax.models import flops
 from lmops_jax.pretrained import model as model_lib
+from lmops_jax.pretrained.model import PretrainedModel
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
+from lmops_jax.setting_types import Decay, ExistingPath, PositiveInt, Seed, component
 from lmops_jax.training import loop, losses
 from lmops_jax.training.mesh import single_device
 from lmops_jax.training.metrics import read_records
@@ -34,7 +36,7 @@ from lmops_jax.training.metrics import read_records
 TRAIN, VALIDATION = "train", "validation"
 
 
-@gin.register(module="finetune")
+@component(module="finetune")
 @dataclasses.dataclass(frozen=True)
 class Finetune:
   """One fine-tuning run.
@@ -59,35 +61,26 @@ class Finetune:
     ValueError: for values out of range, a length beyond the model's, or a file that is not there.
   """
 
-  init: Any
-  train: str
-  optimizer: Any
-  num_steps: int
-  batch_size: int = 8
-  length: int = 512
-  validation: str | None = None
-  validation_fraction: float = 0.05
-  eval_every: int = 50
-  checkpoint_every: int | None = 100
-  accumulate: int = 1
+  init: PretrainedModel
+  train: ExistingPath
+  optimizer: optax.GradientTransformation
+  num_steps: PositiveInt
+  batch_size: PositiveInt = 8
+  length: PositiveInt = 512
+  validation: ExistingPath | None = None
+  validation_fraction: Decay = 0.05
+  eval_every: PositiveInt = 50
+  checkpoint_every: PositiveInt | None = 100
+  accumulate: PositiveInt = 1
   pack: bool = True
-  too_long: str = "drop"
-  seed: int = 0
+  too_long: Literal[supervised.TOO_LONG] = "drop"
+  seed: Seed = 0
   name = "finetune"
 
   def __post_init__(self):
-    for field in ("num_steps", "batch_size", "length", "eval_every", "accumulate"):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field}={getattr(self, field)} must be at least 1.")
     if self.batch_size % self.accumulate:
       raise ValueError(
         f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}."
-      )
-    if not 0 <= self.validation_fraction < 1:
-      raise ValueError(f"validation_fraction={self.validation_fraction} must be in [0, 1).")
-    if self.too_long not in supervised.TOO_LONG:
-      raise ValueError(
-        f"too_long={self.too_long!r} is not one of {', '.join(supervised.TOO_LONG)}."
       )
     config = self.init.config
     if not getattr(config, "causal", False):

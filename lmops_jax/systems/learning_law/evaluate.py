@@ -11,15 +11,15 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import jax
 import numpy as np
 
 from lmops_jax import control, pipeline
 from lmops_jax.data import sampling
 from lmops_jax.evaluation import contributions, learning_speed
+from lmops_jax.setting_types import Distinct, PositiveInt, Seed, component
 from lmops_jax.systems.learning_law import inner as inner_lib
 from lmops_jax.systems.learning_law.inner import InnerRun, Training
 from lmops_jax.systems.learning_law.policies import Bench
@@ -32,7 +32,7 @@ RESULTS_FILE, SERIES_FILE = "results.json", "series.npz"
 PARTS = ("dev", "select", "test")
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
   """What is measured under each policy.
@@ -47,21 +47,10 @@ class Evaluate:
     sampled_every: steps between two evaluations of these runs.
   """
 
-  other_inits: Sequence[int] = ()
+  other_inits: Annotated[Sequence[Seed], Distinct] = ()
   adjoint: bool = True
-  sampled_batch_size: int | None = None
-  sampled_every: int = 20
-
-  def __post_init__(self):
-    if self.sampled_batch_size is not None and self.sampled_batch_size < 1:
-      raise ValueError(
-        f"learning_law.Evaluate.sampled_batch_size={self.sampled_batch_size} must be at least 1, "
-        "or None."
-      )
-    if self.sampled_every < 1:
-      raise ValueError(
-        f"learning_law.Evaluate.sampled_every={self.sampled_every} must be at least 1."
-      )
+  sampled_batch_size: PositiveInt | None = None
+  sampled_every: PositiveInt = 20
 
 
 def run(

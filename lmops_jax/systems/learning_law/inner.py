@@ -6,22 +6,23 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lmops_jax import control
-from lmops_jax.systems.learning_law.tasks import Task, check_at_least_one
+from lmops_jax.setting_types import PositiveInt, component
+from lmops_jax.systems.learning_law.tasks import Task
 from lmops_jax.training.mesh import BATCH_AXES, Partitioner
 
 MONITORED = ("select", "test")  # parts whose loss is recorded and steers nothing within a run
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class Training:
   """How the model is trained under a policy.
@@ -34,14 +35,11 @@ class Training:
     target_batch_size: examples of the other parts evaluated at once; None: all.
   """
 
-  num_steps: int
-  optimizer: Any
-  trajectory: Any = "all"
-  micro_batch_size: int | None = None
-  target_batch_size: int | None = None
-
-  def __post_init__(self):
-    check_at_least_one(self, "num_steps")
+  num_steps: PositiveInt
+  optimizer: optax.GradientTransformation
+  trajectory: Literal["all", "sqrt", "host"] | PositiveInt = "all"
+  micro_batch_size: PositiveInt | None = None
+  target_batch_size: PositiveInt | None = None
 
   def on(self, task: Task, init_seed: int, partitioner: Partitioner) -> InnerRun:
     """The run on a task's data from the initialisation of `init_seed`."""

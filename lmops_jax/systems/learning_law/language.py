@@ -11,15 +11,16 @@ import collections
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-import gin
 import numpy as np
 
 from lmops_jax import pipeline
 from lmops_jax.data import OverlapIndex, packing, vocabularies
+from lmops_jax.data.documents import Corpus
+from lmops_jax.data.vocabularies import VocabularySource
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.systems.learning_law.tasks import Task, check_at_least_one
+from lmops_jax.setting_types import Name, PositiveInt, Probability, at_least, component
+from lmops_jax.systems.learning_law.tasks import Task
 from lmops_jax.whole_files import write_json
 
 UNKNOWN, PAD, BOS, EOS = range(4)  # ids of a reduced vocabulary
@@ -27,9 +28,10 @@ _TEXTS_FILE = "texts.npz"
 _BLOCK = 256
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 def paper_transformer(
-  width: int = 128, num_heads: int = 8, num_layers: int = 2, max_length: int = 64
+  width: PositiveInt = 128, num_heads: PositiveInt = 8, num_layers: PositiveInt = 2,
+  max_length: PositiveInt = 64,
 ) -> TransformerConfig:
   """The transformer of the paper's code, with its odd parts, at any size.
 
@@ -44,7 +46,7 @@ def paper_transformer(
   )
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class Language:
   """Next-token prediction on short texts.
@@ -69,41 +71,26 @@ class Language:
     ValueError: for values out of range.
   """
 
-  corpus: Any
-  vocabulary: Any
+  corpus: Corpus
+  vocabulary: VocabularySource
   model: TransformerConfig
-  name: str = "language"
-  desired: Any = None
-  length: int = 64
-  num_train: int = 16384
-  num_desired: int = 512
-  num_select: int = 512
-  min_tokens: int = 8
-  pieces_per_document: int | None = 1
-  num_frequent: int | None = None
-  noise_fraction: float = 0.5
-  noise_iterations: int = 20
+  name: Name = "language"
+  desired: Corpus | None = None
+  length: at_least(2) = 64
+  num_train: PositiveInt = 16384
+  num_desired: PositiveInt = 512
+  num_select: PositiveInt = 512
+  min_tokens: PositiveInt = 8
+  pieces_per_document: PositiveInt | None = 1
+  num_frequent: at_least(EOS + 2) | None = None
+  noise_fraction: Probability = 0.5
+  noise_iterations: PositiveInt = 20
 
   def __post_init__(self):
-    for field in ("num_train", "num_desired", "num_select", "min_tokens", "noise_iterations"):
-      check_at_least_one(self, field)
-    if self.pieces_per_document is not None:
-      check_at_least_one(self, "pieces_per_document")
-    if self.length < 2:
-      raise ValueError(f"learning_law.Language.length={self.length} is too short; set 2 or more.")
     if self.length > self.model.max_length:
       raise ValueError(
         f"learning_law.Language.length={self.length} is beyond models.TransformerConfig.max_length="
         f"{self.model.max_length}; raise the latter."
-      )
-    if not 0 <= self.noise_fraction <= 1:
-      raise ValueError(
-        f"learning_law.Language.noise_fraction={self.noise_fraction} must be in [0, 1]."
-      )
-    if self.num_frequent is not None and self.num_frequent <= EOS + 1:
-      raise ValueError(
-        f"learning_law.Language.num_frequent={self.num_frequent} must exceed {EOS + 1}, the ids of "
-        "unknown, pad, BOS and EOS."
       )
 
   def fingerprints(self) -> dict[str, str]:

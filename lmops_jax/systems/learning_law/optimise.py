@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +19,9 @@ import numpy as np
 from lmops_jax import control, pipeline
 from lmops_jax.data import sampling
 from lmops_jax.evaluation import contributions
+from lmops_jax.setting_types import Count, Name, NonNegative, PositiveInt, component
 from lmops_jax.systems.learning_law.inner import InnerRun, Training
-from lmops_jax.systems.learning_law.tasks import Task, check_at_least_one, load_task
+from lmops_jax.systems.learning_law.tasks import Task, load_task
 from lmops_jax.whole_files import write_arrays, write_json
 
 POLICY_FILE, ABOUT_FILE, HISTORY_FILE = "policy.npz", "policy.json", "history.json"
@@ -30,7 +30,15 @@ _STATE_FILE = "state.npz"
 OBJECTIVES, SCHEDULES = ("mean", "sum"), ("linear", "constant")
 
 
-@gin.register(module="learning_law")
+@runtime_checkable
+class PolicyRule(Protocol):
+  """One of `control.RULES`, or another with a `max_rate`."""
+
+  def move(self, gamma: jax.Array, scores: jax.Array, rate: float, mask: Any = None) -> jax.Array:
+    """The rows after a step of `rate` along `scores`, like `gamma`."""
+
+
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class PolicyOptimizer:
   """How a policy is improved.
@@ -57,38 +65,18 @@ class PolicyOptimizer:
     ValueError: for values out of range.
   """
 
-  step_size: float
-  num_epochs: int
-  objective: str = "mean"
-  rule: Any = control.ProjectedGradient()
-  schedule: str = "linear"
+  step_size: NonNegative
+  num_epochs: PositiveInt
+  objective: Literal[OBJECTIVES] = "mean"
+  rule: PolicyRule = control.ProjectedGradient()
+  schedule: Literal[SCHEDULES] = "linear"
   line_search: bool = False
-  frozen_steps: int = 0
-  patience: int | None = None
-  gap_tolerance: float | None = None
-  measure_every: int | None = 20
-  checkpoint_every: int = 50
-  name: str = "projected"
-
-  def __post_init__(self):
-    owner = "learning_law.PolicyOptimizer"
-    if not (np.isfinite(self.step_size) and self.step_size >= 0):
-      raise ValueError(f"{owner}.step_size={self.step_size} must be finite and >= 0.")
-    for field in ("num_epochs", "checkpoint_every", "patience", "measure_every"):
-      if getattr(self, field) is not None or field in ("num_epochs", "checkpoint_every"):
-        check_at_least_one(self, field)
-    for field, choices in (("objective", OBJECTIVES), ("schedule", SCHEDULES)):
-      if getattr(self, field) not in choices:
-        raise ValueError(
-          f"{owner}.{field}={getattr(self, field)!r} is not one of {', '.join(choices)}."
-        )
-    if not hasattr(self.rule, "move"):
-      raise ValueError(
-        f"{owner}.rule={self.rule!r} is no rule; take @policy.ProjectedGradient(), "
-        "@policy.ExponentiatedGradient() or @policy.FrankWolfe()."
-      )
-    if self.frozen_steps < 0:
-      raise ValueError(f"{owner}.frozen_steps={self.frozen_steps} must not be negative.")
+  frozen_steps: Count = 0
+  patience: PositiveInt | None = None
+  gap_tolerance: NonNegative | None = None
+  measure_every: PositiveInt | None = 20
+  checkpoint_every: PositiveInt = 50
+  name: Name = "projected"
 
   def check_steps(self, num_steps: int) -> None:
     """Refuses what does not fit an inner run of T steps."""

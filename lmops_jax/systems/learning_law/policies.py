@@ -9,20 +9,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax import control
 from lmops_jax.control import ControlledRun, Signals
+from lmops_jax.setting_types import Name, Share, component
 from lmops_jax.systems.learning_law.tasks import Task
 
 # The policy optimisers' steps, by gin as well.
 for _rule in (control.ProjectedGradient, control.ExponentiatedGradient, control.FrankWolfe):
-  gin.register(module="policy")(_rule)
+  component(module="policy")(_rule)
 
 
 class Bench(NamedTuple):
@@ -42,6 +42,14 @@ class Bench(NamedTuple):
 
 
 Policy = Callable[[Signals], jax.Array]
+
+
+@runtime_checkable
+class PracticalPolicy(Protocol):
+  """A setting with a `name` that weights by what a step shows."""
+
+  def choose(self, bench: Bench) -> Policy:
+    """The policy on a task: `Signals` of a step to weights `[N]`."""
 
 
 def _normalised(values: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -64,13 +72,13 @@ def _best_share(values: jax.Array, fraction: Any, mask: jax.Array | None) -> jax
   return (rank < count) / count
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class LossProportional:
   """Weights in proportion to `loss ** power`: hard examples first."""
 
   power: float = 1.0
-  name: str = "loss"
+  name: Name = "loss"
 
   def choose(self, bench: Bench) -> Policy:
     """See the module."""
@@ -81,7 +89,7 @@ def _by_loss(mask, power, signals: Signals) -> jax.Array:
   return _normalised(jnp.maximum(signals.losses, 0) ** power, mask)
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class GradientAlignment:
   """Weights in proportion to `max(CT, 0) ** power`, the contribution to the desired loss now.
@@ -91,7 +99,7 @@ class GradientAlignment:
   """
 
   power: float = 1.0
-  name: str = "alignment"
+  name: Name = "alignment"
 
   def choose(self, bench: Bench) -> Policy:
     """See the module."""
@@ -102,7 +110,7 @@ def _by_alignment(mask, power, signals: Signals) -> jax.Array:
   return _normalised(jnp.maximum(signals.contributions["dev"], 0) ** power, mask)
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
   """Short (easy) examples first: equal weights on a growing share in the order of difficulty.
@@ -112,15 +120,9 @@ class Curriculum:
     pace: share of the steps after which all are in.
   """
 
-  start: float = 0.2
-  pace: float = 0.5
-  name: str = "curriculum"
-
-  def __post_init__(self):
-    if not (0 < self.start <= 1 and 0 < self.pace <= 1):
-      raise ValueError(
-        f"learning_law.Curriculum has start={self.start}, pace={self.pace}; both must be in (0, 1]."
-      )
+  start: Share = 0.2
+  pace: Share = 0.5
+  name: Name = "curriculum"
 
   def choose(self, bench: Bench) -> Policy:
     """See the module."""
@@ -134,7 +136,7 @@ def _by_difficulty(mask, ease, start, last, signals: Signals) -> jax.Array:
   return _best_share(ease, share, mask)
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class RHO:
   """Equal weights on the examples with the largest reducible loss (arXiv 2206.07137).
@@ -145,12 +147,8 @@ class RHO:
     fraction: share of the examples with weight.
   """
 
-  fraction: float = 0.25
-  name: str = "rho"
-
-  def __post_init__(self):
-    if not 0 < self.fraction <= 1:
-      raise ValueError(f"learning_law.RHO.fraction={self.fraction} must be in (0, 1].")
+  fraction: Share = 0.25
+  name: Name = "rho"
 
   def choose(self, bench: Bench) -> Policy:
     """See the module."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gin
 import numpy as np
 from scipy import stats
 
@@ -17,6 +16,7 @@ from lmops_jax.evaluation import power_law
 from lmops_jax.evaluation.intervals import mean_and_half_width
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
+from lmops_jax.setting_types import Count, NonNegative, PositiveInt, component
 from lmops_jax.systems.learning_law import evaluate, optimise
 from lmops_jax.systems.learning_law.evaluate import UNIFORM
 from lmops_jax.systems.learning_law.tasks import load_task
@@ -36,7 +36,7 @@ _NUM_FITTED_POINTS = 40
 _LEVEL = 0.95
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class Report:
   """What the report shows.
@@ -48,13 +48,13 @@ class Report:
     num_bootstrap: refits for the intervals of the laws' constants.
   """
 
-  fit_from: int | None = None
-  fit_loss: float | None = None
-  num_bootstrap: int = 200
+  fit_from: Count | None = None
+  fit_loss: NonNegative | None = None
+  num_bootstrap: PositiveInt = 200
 
   def check(self, num_steps: int) -> None:
     """Refuses what does not fit a run of T steps."""
-    if self.fit_from is not None and not 0 <= self.fit_from <= num_steps - 3:
+    if self.fit_from is not None and self.fit_from > num_steps - 3:
       raise ValueError(
         f"learning_law.Report.fit_from={self.fit_from} leaves fewer than 3 of the {num_steps} "
         "steps for a fit; lower it."

@@ -7,20 +7,20 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import jax
 
 from lmops_jax import pipeline
+from lmops_jax.setting_types import NonEmpty, Seeds, Text, component
 from lmops_jax.systems.learning_law import evaluate, optimise, report
 from lmops_jax.systems.learning_law.inner import Training
-from lmops_jax.systems.learning_law.optimise import PolicyOptimizer
-from lmops_jax.systems.learning_law.tasks import load_task
+from lmops_jax.systems.learning_law.policies import PracticalPolicy
+from lmops_jax.systems.learning_law.tasks import LearningTask, load_task
 from lmops_jax.training import mesh
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
   """Optimises policies for tasks and compares them with practical ones.
@@ -34,13 +34,13 @@ class Pipeline:
     seeds: of data and initialisation.
   """
 
-  tasks: Sequence[Any]
+  tasks: Annotated[Sequence[LearningTask], NonEmpty]
   training: Training
-  optimizers: Sequence[PolicyOptimizer]
-  practical: Sequence[Any]
+  optimizers: Sequence[optimise.PolicyOptimizer]
+  practical: Sequence[PracticalPolicy]
   evaluate: evaluate.Evaluate
   report: report.Report
-  seeds: Sequence[int] = (0, 1, 2)
+  seeds: Seeds = (0, 1, 2)
 
   name = "learning_law"
 
@@ -116,7 +116,7 @@ class Pipeline:
     return _summary(workdir)
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   """Trains again under saved policies: from other initialisations, on batches, beside others.
@@ -131,7 +131,7 @@ class Evaluation:
     ValueError: for a folder that holds no policy, or policies that do not go together.
   """
 
-  policies: Sequence[str]
+  policies: Annotated[Sequence[Text], NonEmpty] | Text
   training: Training
   practical: Sequence[Any]
   evaluate: evaluate.Evaluate
@@ -143,8 +143,6 @@ class Evaluation:
   def __post_init__(self):
     if isinstance(self.policies, str):
       object.__setattr__(self, "policies", (self.policies,))
-    if not self.policies:
-      raise ValueError("learning_law.Evaluation.policies is empty; name the folder of a policy.")
     loaded = [optimise.load_policy(folder) for folder in self.policies]
     object.__setattr__(self, "_loaded", loaded)
     for folder, saved in zip(self.policies, loaded):

@@ -14,10 +14,9 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
-import gin
 import jax
 import numpy as np
 
@@ -26,12 +25,24 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.perceptron import Perceptron as PerceptronModel
 from lmops_jax.models.perceptron import PerceptronConfig
 from lmops_jax.models.transformer import Transformer
+from lmops_jax.setting_types import Decay, Name, Positive, PositiveInt, component
 from lmops_jax.training import losses
 from lmops_jax.whole_files import write_json
 
 PARTS = ("train", "dev", "select", "test")
 _DATA_FILE, _TASK_FILE = "data.npz", "task.json"
 Batch = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class LearningTask(Protocol):
+  """A setting with a `name` that makes a `Task`; `texts(context)` is a stage before, if there."""
+
+  def make(self, seed: int, *inputs: Path) -> Task:
+    """The task; `inputs` is the folder of its texts."""
+
+  def fingerprints(self) -> dict[str, str]:
+    """What the task is made from besides its settings."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,7 +190,7 @@ def _config_of(described: dict[str, Any]):
 # ------------------------------------------------------------------------------------- perceptron
 
 
-@gin.register(module="learning_law")
+@component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class Perceptron:
   """Linearly separable data of the paper, with other inputs at training than desired.
@@ -196,24 +207,14 @@ class Perceptron:
     ValueError: for values out of range.
   """
 
-  name: str = "perceptron"
-  dim: int = 128
-  num_train: int = 4096
-  num_desired: int = 512
-  num_select: int = 512
-  train_variance: float = 3.0
+  name: Name = "perceptron"
+  dim: PositiveInt = 128
+  num_train: PositiveInt = 4096
+  num_desired: PositiveInt = 512
+  num_select: PositiveInt = 512
+  train_variance: Positive = 3.0
   shift: float = 0.5
-  label_flip: float = 0.0
-
-  def __post_init__(self):
-    for field in ("dim", "num_train", "num_desired", "num_select"):
-      check_at_least_one(self, field)
-    if not self.train_variance > 0:
-      raise ValueError(
-        f"learning_law.Perceptron.train_variance={self.train_variance} must be positive."
-      )
-    if not 0 <= self.label_flip < 1:
-      raise ValueError(f"learning_law.Perceptron.label_flip={self.label_flip} must be in [0, 1).")
+  label_flip: Decay = 0.0
 
   def fingerprints(self) -> dict[str, str]:
     """What the data are made from besides the settings: nothing."""
@@ -253,12 +254,3 @@ def perceptron_data(
   labels = parts["train"]["labels"]
   parts["train"]["labels"] = np.where(is_flipped, 1 - labels, labels)
   return {part: parts[part] for part in PARTS}, is_flipped
-
-
-def check_at_least_one(config: Any, field: str) -> None:
-  """Refuses a size below 1, naming the gin parameter."""
-  value = getattr(config, field)
-  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-    raise ValueError(
-      f"learning_law.{type(config).__name__}.{field}={value!r} must be an integer of at least 1."
-    )

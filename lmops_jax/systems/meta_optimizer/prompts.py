@@ -23,7 +23,7 @@ from lmops_jax.evaluation.in_context import Encoder
 
 NEWLINES = ("space", "eos")
 _TEXT_SEPARATOR = "\n\n"
-_NUM_ORDERS = 5
+NUM_ORDERS = 5
 _MAX_SHOWN = 40
 
 
@@ -82,13 +82,13 @@ def draw(num_rows: int, count: int, seed: int, order: int = 0) -> tuple[np.ndarr
       f"{count} demonstrations are wanted and the training rows are {num_rows}; ask for at most "
       f"{num_rows}."
     )
-  if not 0 <= order < _NUM_ORDERS:
-    raise ValueError(f"order={order} is not one of 0 to {_NUM_ORDERS - 1}.")
+  if not 0 <= order < NUM_ORDERS:
+    raise ValueError(f"order={order} is not one of 0 to {NUM_ORDERS - 1}.")
   shuffled = np.random.default_rng(seed).permutation(num_rows)
   chosen = shuffled[:count]
   if order:
     state = np.random.RandomState(seed)
-    chosen = chosen[[state.permutation(count) for _ in range(_NUM_ORDERS)][order]]
+    chosen = chosen[[state.permutation(count) for _ in range(NUM_ORDERS)][order]]
   return chosen, shuffled[count:]
 
 

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gin
 import numpy as np
 
 from lmops_jax import pipeline, progress
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
+from lmops_jax.setting_types import PositiveInt, component
 from lmops_jax.systems.meta_optimizer.study import METRICS, SETTINGS, TRAINED, Results
 
 REQUIRED = (
@@ -31,7 +31,7 @@ _CAUTION = (
 )
 
 
-@gin.register(module="meta_optimizer")
+@component(module="meta_optimizer")
 @dataclasses.dataclass(frozen=True)
 class Report:
   """What the report shows.
@@ -40,12 +40,7 @@ class Report:
     picture_tokens: most tokens in the picture of a query's attention.
   """
 
-  picture_tokens: int = 400
-
-  def __post_init__(self):
-    if self.picture_tokens < 1:
-      raise ValueError(
-        f"meta_optimizer.Report.picture_tokens={self.picture_tokens} must be at least 1.")
+  picture_tokens: PositiveInt = 400
 
 
 def run(

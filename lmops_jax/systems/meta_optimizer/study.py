@@ -17,26 +17,26 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Lt
 
 from lmops_jax.decoding.prefixes import read_text
 from lmops_jax.models import flops
 from lmops_jax.models.transformer import unstack_layers
+from lmops_jax.setting_types import Count, Distinct, NonEmpty, NonNegative, PositiveInt, component
 from lmops_jax.systems.meta_optimizer import metrics
 from lmops_jax.systems.meta_optimizer.finetune import (
   OBJECTIVES,
   check_losses,
-  check_rate,
   key_value_leaves,
   kv_finetune,
 )
-from lmops_jax.systems.meta_optimizer.prompts import NEWLINES, Prompts, draw
+from lmops_jax.systems.meta_optimizer.prompts import NEWLINES, NUM_ORDERS, Prompts, draw
 from lmops_jax.systems.meta_optimizer.record import READOUTS, predict, record
 
 GRID = tuple(digit / 10**power for power in (4, 3, 2, 1) for digit in range(1, 10))
@@ -59,7 +59,7 @@ _TABLES = ("embedding", "norm")  # in names of leaves that "untrained_but_tables
 _ARRAYS, _SUMMARY = "arrays.npz", "study.json"
 
 
-@gin.register(module="meta_optimizer")
+@component(module="meta_optimizer")
 @dataclasses.dataclass(frozen=True)
 class Study:
   """What one seed's study does.
@@ -87,49 +87,21 @@ class Study:
     ValueError: naming the field, for values out of range.
   """
 
-  demonstrations: int = 32
-  order: int = 0
-  rates: Sequence[float] = GRID
-  objective: str = "lm"
-  tune_on: str = "validation"
-  validation_rows: int = 200
-  evaluation_rows: int | None = 2000
-  readout: str = "prompt"
-  newline: str = "space"
-  kendall: str = "tau_b"
-  kendall_rows: int = 100
-  batch_rows: int = 16
-  rates_at_once: int = 4
-  controls: Sequence[str] = ("untrained",)
+  demonstrations: Count = 32
+  order: Annotated[int, Ge(0), Lt(NUM_ORDERS)] = 0
+  rates: Annotated[Sequence[NonNegative], NonEmpty, Distinct] = GRID
+  objective: Literal[OBJECTIVES] = "lm"
+  tune_on: Literal[TUNE_ON] = "validation"
+  validation_rows: PositiveInt = 200
+  evaluation_rows: PositiveInt | None = 2000
+  readout: Literal[READOUTS] = "prompt"
+  newline: Literal[NEWLINES] = "space"
+  kendall: Literal[metrics.KENDALL_VARIANTS] = "tau_b"
+  kendall_rows: PositiveInt = 100
+  batch_rows: PositiveInt = 16
+  rates_at_once: PositiveInt = 4
+  controls: Annotated[Sequence[Literal[CONTROLS]], Distinct] = ("untrained",)
 
-  def __post_init__(self):
-    name = "meta_optimizer.Study"
-    for field, least in (
-      ("demonstrations", 0), ("order", 0), ("validation_rows", 1), ("evaluation_rows", 1),
-      ("kendall_rows", 1), ("batch_rows", 1), ("rates_at_once", 1),
-    ):
-      value = getattr(self, field)
-      if value is None and field == "evaluation_rows":
-        continue
-      if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}.{field}={value!r} must be an integer of at least {least}.")
-    for field, choices in (
-      ("objective", OBJECTIVES), ("tune_on", TUNE_ON), ("readout", READOUTS), ("newline", NEWLINES),
-      ("kendall", metrics.KENDALL_VARIANTS),
-    ):
-      if getattr(self, field) not in choices:
-        raise ValueError(
-          f"{name}.{field}={getattr(self, field)!r} is not one of {', '.join(choices)}.")
-    if not self.rates:
-      raise ValueError(f"{name}.rates is empty; name at least one learning rate.")
-    for rate in self.rates:
-      try:
-        check_rate(rate)
-      except ValueError as error:
-        raise ValueError(f"{name}.rates: {error}") from error
-    for control in self.controls:
-      if control not in CONTROLS:
-        raise ValueError(f"{name}.controls: {control!r} is not one of {', '.join(CONTROLS)}.")
 
 
 class Results(NamedTuple):

@@ -6,20 +6,21 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import gin
 import jax
 
 from lmops_jax import pipeline
-from lmops_jax.data.tasks import TaskChoice, read_task
+from lmops_jax.data.tasks import TaskSource, read_task
 from lmops_jax.reporting.summary import read_summary
+from lmops_jax.setting_types import NonEmpty, Seeds, component
 from lmops_jax.systems.meta_optimizer import report
 from lmops_jax.systems.meta_optimizer.study import Study, num_rows, run_study
 from lmops_jax.training import mesh
-from lmops_jax.training.small_model import ModelChoice
+from lmops_jax.training.small_model import ModelSource
 
 
-@gin.register(module="meta_optimizer")
+@component(module="meta_optimizer")
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
   """Compares learning in context with finetuning on the demonstrations.
@@ -35,27 +36,21 @@ class Pipeline:
     ValueError: no task or seed, a name or seed twice, or an encoder.
   """
 
-  model: ModelChoice
-  tasks: Sequence[TaskChoice]
+  model: ModelSource
+  tasks: Annotated[Sequence[TaskSource], NonEmpty]
   study: Study
   report: report.Report
-  seeds: Sequence[int] = (0, 1, 2)
+  seeds: Seeds = (0, 1, 2)
 
   name = "meta_optimizer"
 
   def __post_init__(self):
-    if not self.tasks:
-      raise ValueError("meta_optimizer.Pipeline.tasks is empty; name at least one task.")
     names = [task.name for task in self.tasks]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
       raise ValueError(
         f"meta_optimizer.Pipeline.tasks has the name {twice[0]!r} twice; give each a name of its "
         "own."
-      )
-    if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-      raise ValueError(
-        f"meta_optimizer.Pipeline.seeds={list(self.seeds)}; name one or more different seeds."
       )
     if not getattr(self.model.config, "causal", False):
       raise ValueError(

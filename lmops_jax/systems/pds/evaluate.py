@@ -9,12 +9,12 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 
-import gin
 import numpy as np
 
 from lmops_jax import pipeline
 from lmops_jax.evaluation import lm
 from lmops_jax.models import flops
+from lmops_jax.setting_types import Count, PositiveInt, component
 from lmops_jax.systems.pds import prepare, pretrain
 from lmops_jax.training import language_models, losses
 
@@ -22,7 +22,7 @@ FILE = "evaluations.json"
 TARGET, CORPUS = "target_test_loss", "corpus_loss"
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
   """What the final models are measured on.
@@ -32,8 +32,8 @@ class Evaluate:
     max_held_out: most held-out corpus instances (the corpus loss); None: all.
   """
 
-  batch_size: int = 64
-  max_held_out: int | None = 256
+  batch_size: PositiveInt = 64
+  max_held_out: Count | None = 256
 
 
 def run(

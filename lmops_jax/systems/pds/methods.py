@@ -14,18 +14,31 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-import gin
 import jax
 import numpy as np
+import optax
 
 from lmops_jax import control, pipeline, processes
+from lmops_jax.control.checks import OBJECTIVES
 from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.data import export
 from lmops_jax.evaluation import examples
 from lmops_jax.models import flops
+from lmops_jax.setting_types import (
+  Count,
+  Distinct,
+  Name,
+  NonEmpty,
+  NonNegative,
+  Positive,
+  PositiveInt,
+  Seed,
+  at_least,
+  component,
+)
 from lmops_jax.systems.pds import dsir, plan, prepare, pretrain
 from lmops_jax.training import (
   budget,
@@ -41,7 +54,7 @@ DIVISORS = ("gradient_norm", "sqrt_length")
 UNFINISHED = "unfinished"  # folder of a solve's states, in its stage until the scores are written
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class ProxySet:
   """The random part of the corpus that gradient methods score. The same for every method.
@@ -51,14 +64,8 @@ class ProxySet:
     seed: of the draw, uniform without replacement.
   """
 
-  num_proxies: int = 3072
-  seed: int = 1234
-
-  def __post_init__(self):
-    if self.num_proxies < 4:
-      raise ValueError(
-        f"pds.ProxySet.num_proxies={self.num_proxies} is too few to learn from; set 4 or more."
-      )
+  num_proxies: at_least(4) = 3072
+  seed: Seed = 1234
 
   def ids(self, num_examples: int) -> np.ndarray:
     """`[M] int64`, ascending."""
@@ -69,6 +76,22 @@ class ProxySet:
       )
     rng = np.random.default_rng(self.seed)
     return np.sort(rng.choice(num_examples, self.num_proxies, replace=False)).astype(np.int64)
+
+
+@runtime_checkable
+class ProxyMethod(Protocol):
+  """A setting with a `name` that scores the proxy set."""
+
+  def score_proxies(self, bench: Bench) -> np.ndarray:
+    """`[runs, M]` scores, one row a proxy checkpoint; large is good."""
+
+
+@runtime_checkable
+class CorpusMethod(Protocol):
+  """A setting with a `name` that scores every instance of the corpus."""
+
+  def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
+    """Scores of consecutive instances, in blocks; large is good."""
 
 
 @dataclasses.dataclass
@@ -246,7 +269,7 @@ def check_sizes(
     )
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class PMP:
   """PDS: scores from the costates of Pontryagin's principle, averaged over proxy checkpoints.
@@ -279,68 +302,48 @@ class PMP:
       "sqrt_length" of its text; None leaves it, as the paper does.
   """
 
-  optimizer: Any = None
-  name: str = "pds"
-  num_steps: int = 40
-  batch_size: int = 32
-  checkpoints: tuple[int, ...] | None = None
-  num_target: int | None = None
-  objective: str = "area"
-  every_k: int = 1
-  groups: int | None = None
-  proxy_samples: int | None = None
+  optimizer: optax.GradientTransformation = None
+  name: Name = "pds"
+  num_steps: PositiveInt = 40
+  batch_size: PositiveInt = 32
+  checkpoints: Annotated[Sequence[Count], NonEmpty, Distinct] | None = None
+  num_target: PositiveInt | None = None
+  objective: Literal[OBJECTIVES] = "area"
+  every_k: PositiveInt = 1
+  groups: PositiveInt | None = None
+  proxy_samples: PositiveInt | None = None
   hessian: bool = True
-  trajectory: Any = "all"
-  device_bytes: float | None = None
-  segment_steps: int = 10
-  micro_batch_size: int = 64
-  inner_micro_batch_size: int | None = None
-  matmul_precision: str | None = None
-  data_seed: int = 0
-  inner_data: str = "corpus"
+  trajectory: Literal["all", "sqrt", "host", "auto"] | PositiveInt = "all"
+  device_bytes: Positive | None = None
+  segment_steps: PositiveInt = 10
+  micro_batch_size: PositiveInt = 64
+  inner_micro_batch_size: PositiveInt | None = None
+  matmul_precision: Literal[MATMUL_PRECISIONS] | None = None
+  data_seed: Seed = 0
+  inner_data: Literal["corpus", "proxies"] = "corpus"
   shuffle: bool = True
-  divide_by: str | None = None
+  divide_by: Literal[DIVISORS] | None = None
 
   def __post_init__(self):
-    _check_divisor("pds.PMP", self.divide_by)
-    if self.inner_data not in ("corpus", "proxies"):
-      raise ValueError(
-        f"pds.PMP.inner_data={self.inner_data!r}; set it to 'corpus' or 'proxies'."
-      )
-    if self.optimizer is None:
-      raise ValueError("pds.PMP.optimizer is not set; bind it, e.g. to @inner/optim.sgd().")
-    for name in ("num_steps", "batch_size", "every_k", "segment_steps", "micro_batch_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"pds.PMP.{name}={getattr(self, name)}; set it to 1 or more.")
     if self.inner_micro_batch_size is not None and self.batch_size % self.inner_micro_batch_size:
       raise ValueError(
         f"pds.PMP.inner_micro_batch_size={self.inner_micro_batch_size} does not divide "
         f"batch_size={self.batch_size}; choose a divisor."
       )
-    if self.groups is not None and not 1 <= self.groups <= self.num_steps:
+    if self.groups is not None and self.groups > self.num_steps:
       raise ValueError(
-        f"pds.PMP.groups={self.groups} is not between 1 and num_steps={self.num_steps}."
+        f"pds.PMP.groups={self.groups} is more than num_steps={self.num_steps}."
       )
     if self.proxy_samples is not None:
-      if not 1 <= self.proxy_samples <= self.num_steps:
+      if self.proxy_samples > self.num_steps:
         raise ValueError(
-          f"pds.PMP.proxy_samples={self.proxy_samples} is not between 1 and "
-          f"num_steps={self.num_steps}."
+          f"pds.PMP.proxy_samples={self.proxy_samples} is more than num_steps={self.num_steps}."
         )
       if self.groups is not None or self.every_k != 1:
         raise ValueError(
           f"pds.PMP.proxy_samples={self.proxy_samples} goes with neither groups={self.groups} nor "
           f"every_k={self.every_k}; set groups to None and every_k to 1."
         )
-    if self.objective not in ("area", "terminal"):
-      raise ValueError(
-        f"pds.PMP.objective={self.objective!r}; set it to 'area' or 'terminal'."
-      )
-    if self.matmul_precision not in (None, *MATMUL_PRECISIONS):
-      raise ValueError(
-        f"pds.PMP.matmul_precision={self.matmul_precision!r} is not None or one of "
-        f"{', '.join(MATMUL_PRECISIONS)}."
-      )
 
   def inner_rows(self, partitioner: mesh.Partitioner) -> int | None:
     """Rows of an inner batch that are differentiated at a time on that mesh; None: all."""
@@ -442,13 +445,10 @@ class _DirectionMethod:
     checkpoints, num_target, micro_batch_size, divide_by: as in `PMP`.
   """
 
-  checkpoints: tuple[int, ...] | None = None
-  num_target: int | None = None
-  micro_batch_size: int = 64
-  divide_by: str | None = None
-
-  def __post_init__(self):
-    _check_divisor(f"pds.{type(self).__name__}", self.divide_by)
+  checkpoints: Annotated[Sequence[Count], NonEmpty, Distinct] | None = None
+  num_target: PositiveInt | None = None
+  micro_batch_size: PositiveInt = 64
+  divide_by: Literal[DIVISORS] | None = None
 
   def direction(self, bench: Bench, params, target_grad):
     raise NotImplementedError
@@ -474,18 +474,18 @@ class _DirectionMethod:
     return np.stack(rows)
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class OneStep(_DirectionMethod):
   """Gradient similarity at one step, `<grad J, grad l_n>`: the limit of PDS for T = 1."""
 
-  name: str = "one_step"
+  name: Name = "one_step"
 
   def direction(self, bench, params, target_grad):
     return target_grad
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class InfluenceScores(_DirectionMethod):
   """IF-score: `<(H + damping I)^-1 grad J, grad l_n>` at one checkpoint, H of the corpus loss.
@@ -500,21 +500,15 @@ class InfluenceScores(_DirectionMethod):
     num_hessian: corpus instances that estimate the Hessian, a multiple of `micro_batch_size`.
   """
 
-  name: str = "if_score"
-  curvature: str = "fisher"
-  damping: float | None = None
-  solver: str = "lissa"
-  iterations: int = 50
-  num_hessian: int = 256
-  data_seed: int = 0
+  name: Name = "if_score"
+  curvature: Literal["fisher", "hessian"] = "fisher"
+  damping: NonNegative | None = None
+  solver: Literal["lissa", "cg"] = "lissa"
+  iterations: PositiveInt = 50
+  num_hessian: PositiveInt = 256
+  data_seed: Seed = 0
 
   def __post_init__(self):
-    super().__post_init__()
-    for name in ("iterations", "num_hessian", "micro_batch_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"pds.InfluenceScores.{name}={getattr(self, name)}; set it to 1 or more."
-        )
     if self.num_hessian % min(self.micro_batch_size, self.num_hessian):
       raise ValueError(
         f"pds.InfluenceScores.num_hessian={self.num_hessian} is not a multiple of "
@@ -538,7 +532,7 @@ class InfluenceScores(_DirectionMethod):
     )
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class RhoLoss:
   """RHO-loss: the proxy's loss less the loss after fine-tuning the proxy on the target.
@@ -550,13 +544,13 @@ class RhoLoss:
     batch_size: of the fine-tuning; at most the target's size, in multiples of the mesh's shards.
   """
 
-  name: str = "rho_loss"
-  optimizer: Any = None
-  learning_rate: float = 1e-5
-  epochs: int = 3
-  batch_size: int = 32
-  micro_batch_size: int = 64
-  data_seed: int = 0
+  name: Name = "rho_loss"
+  optimizer: optax.GradientTransformation | None = None
+  learning_rate: Positive = 1e-5
+  epochs: PositiveInt = 3
+  batch_size: PositiveInt = 32
+  micro_batch_size: PositiveInt = 64
+  data_seed: Seed = 0
 
   def score_proxies(self, bench: Bench) -> np.ndarray:
     bench.check_sizes(self)
@@ -582,30 +576,30 @@ class RhoLoss:
     return (before - bench.losses_of(after, bench.proxies, self.micro_batch_size))[None]
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Random:
   """Uniform selection: every score is 0 and the selection's Gumbel noise decides."""
 
-  name: str = "random"
+  name: Name = "random"
 
   def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
     return (np.zeros(len(ids)) for ids in blocks(len(bench.corpus), 65_536))
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Length:
   """Prefers instances with many real tokens; tells whether length alone explains a gain."""
 
-  name: str = "length"
+  name: Name = "length"
 
   def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
     for ids in blocks(len(bench.corpus), 4096):
       yield bench.corpus.batch(ids)["loss_mask"].sum(axis=1)
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
   """Filters by the proxy's loss on each instance.
@@ -614,13 +608,9 @@ class Perplexity:
     prefer: "low" keeps what the proxy predicts best, "middle" what is nearest the median loss.
   """
 
-  name: str = "perplexity"
-  prefer: str = "low"
-  batch_size: int = 64
-
-  def __post_init__(self):
-    if self.prefer not in ("low", "middle"):
-      raise ValueError(f'pds.Perplexity.prefer={self.prefer!r}; set it to "low" or "middle".')
+  name: Name = "perplexity"
+  prefer: Literal["low", "middle"] = "low"
+  batch_size: PositiveInt = 64
 
   def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
     corpus, params = bench.corpus, bench.proxy_params()
@@ -634,7 +624,7 @@ class Perplexity:
     yield -values if self.prefer == "low" else -np.abs(values - np.median(values))
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class DSIR:
   """Importance weights of hashed n-grams, target against raw (spec section 7).
@@ -643,9 +633,9 @@ class DSIR:
     num_raw: corpus instances that estimate the raw distribution, drawn by `seed`.
   """
 
-  name: str = "dsir"
-  num_raw: int = 20_000
-  seed: int = 0
+  name: Name = "dsir"
+  num_raw: PositiveInt = 20_000
+  seed: Seed = 0
 
   def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
     corpus, vocabulary = bench.corpus, bench.prepared.vocabulary

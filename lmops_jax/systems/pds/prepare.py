@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gin
 import numpy as np
 
 from lmops_jax import pipeline
 from lmops_jax.data import documents as documents_lib
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import near_duplicates, packing, vocabularies
+from lmops_jax.setting_types import Count, Part, PositiveInt, Seed, at_least, component
 
 LABELS_FILE = "labels.jsonl"  # document id, kind, source: read by the report alone
 STATISTICS_FILE = "statistics.json"
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Prepare:
   """What text to use and how to cut it.
@@ -46,28 +46,17 @@ class Prepare:
     seed: of the target's split.
   """
 
-  corpus: Any
-  target: Any
-  vocabulary: Any
-  length: int = 128
-  target_test: Any = None
-  test_fraction: float = 0.5
+  corpus: documents_lib.Corpus
+  target: documents_lib.Corpus
+  vocabulary: vocabularies.VocabularySource
+  length: at_least(2) = 128
+  target_test: documents_lib.Corpus | None = None
+  test_fraction: Part = 0.5
   sentence_ends: bool = False
   pack_target: bool = True
-  num_held_out: int = 256
-  max_target_instances: int | None = None
-  seed: int = 0
-
-  def __post_init__(self):
-    if self.length < 2:
-      raise ValueError(f"pds.Prepare.length={self.length} is too short; set it to 2 or more.")
-    if self.target_test is None and not 0 < self.test_fraction < 1:
-      raise ValueError(
-        f"pds.Prepare.test_fraction={self.test_fraction} is not between 0 and 1; "
-        "set a fraction such as 0.5, or give the test part as pds.Prepare.target_test."
-      )
-    if self.num_held_out < 0:
-      raise ValueError(f"pds.Prepare.num_held_out={self.num_held_out} is negative; set 0 or more.")
+  num_held_out: Count = 256
+  max_target_instances: PositiveInt | None = None
+  seed: Seed = 0
 
   def fingerprints(self) -> dict[str, str]:
     """What the text is made from, as settings of the stage: a changed file re-runs it."""

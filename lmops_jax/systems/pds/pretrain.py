@@ -9,21 +9,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import gin
 import numpy as np
+import optax
 
 from lmops_jax import pipeline
 from lmops_jax.models import flops
+from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.pretrained.model import PretrainedModel
+from lmops_jax.setting_types import PositiveInt, Steps, component
 from lmops_jax.systems.pds import prepare as prepare_lib
 from lmops_jax.training import loop, losses
 from lmops_jax.training.language_models import batch_source, language_model
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
   """One pre-training run.
@@ -43,17 +45,17 @@ class Pretrain:
       `model`; the instances must be in its own vocabulary.
   """
 
-  model: Any
-  optimizer: Any
-  num_steps: int
-  batch_size: int = 16
-  keep_every: int | None = None
-  keep_steps: tuple[int, ...] = ()
-  checkpoint_every: int | None = 100
-  accumulate: int = 1
+  model: TransformerConfig
+  optimizer: optax.GradientTransformation
+  num_steps: PositiveInt
+  batch_size: PositiveInt = 16
+  keep_every: PositiveInt | None = None
+  keep_steps: Steps = ()
+  checkpoint_every: PositiveInt | None = 100
+  accumulate: PositiveInt = 1
   shuffle: bool = True
-  loss_chunk: int | None = None
-  init: Any = None
+  loss_chunk: PositiveInt | None = None
+  init: PretrainedModel | None = None
 
   def __post_init__(self):
     if self.init is not None:
@@ -63,15 +65,12 @@ class Pretrain:
           "token; take a decoder."
         )
       object.__setattr__(self, "model", self.init.config)
-    for name in ("num_steps", "batch_size", "accumulate"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"pds.Pretrain.{name}={getattr(self, name)}; set it to 1 or more.")
     if self.batch_size % self.accumulate:
       raise ValueError(
         f"pds.Pretrain.batch_size={self.batch_size} is not a multiple of "
         f"pds.Pretrain.accumulate={self.accumulate}; choose one that divides it."
       )
-    late = [s for s in self.keep_steps if not 0 <= s <= self.num_steps]
+    late = [s for s in self.keep_steps if s > self.num_steps]
     if late:
       raise ValueError(
         f"pds.Pretrain.keep_steps={list(self.keep_steps)} names step {late[0]}, but the run ends "

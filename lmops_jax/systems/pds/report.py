@@ -11,19 +11,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import gin
 import numpy as np
 
 from lmops_jax import pipeline, progress
 from lmops_jax.evaluation import curves
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
+from lmops_jax.setting_types import Count, PositiveInt, component
 from lmops_jax.systems.pds import evaluate, methods, prepare, scorer, scores, select
 
 BASELINE = "random"
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Report:
   """What the report shows.
@@ -33,8 +33,8 @@ class Report:
     excerpt_characters: of a shown instance.
   """
 
-  num_examples: int = 5
-  excerpt_characters: int = 400
+  num_examples: Count = 5
+  excerpt_characters: PositiveInt = 400
 
 
 SUMMARY_KEYS = (

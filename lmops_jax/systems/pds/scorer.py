@@ -10,17 +10,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import gin
 import jax
 import numpy as np
+import optax
 
 from lmops_jax import pipeline, processes
 from lmops_jax.data import batches as batches_lib
 from lmops_jax.data import vocabularies
+from lmops_jax.data.vocabularies import VocabularySource
 from lmops_jax.evaluation import correlation, examples
 from lmops_jax.models import flops, heads
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.pretrained.model import PretrainedModel
+from lmops_jax.setting_types import Part, Positive, PositiveInt, Seed, component
 from lmops_jax.systems.pds import convert, prepare, pretrain, scores
 from lmops_jax.training import checkpoints, language_models, loop, losses
 from lmops_jax.whole_files import write_arrays
@@ -30,7 +34,7 @@ VALIDATION_FILE = "validation.npz"
 _NUM_COMPARED = 64  # instances whose conversion is read back and compared
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Scorer:
   """How the proxy scores are learned and applied to the corpus.
@@ -55,31 +59,23 @@ class Scorer:
     seed: of split, initialisation and order.
   """
 
-  optimizer: Any
-  num_steps: int = 300
-  batch_size: int = 32
-  eval_every: int = 50
-  validation_fraction: float = 0.1
-  clip: float | None = 3.0
+  optimizer: optax.GradientTransformation
+  num_steps: PositiveInt = 300
+  batch_size: PositiveInt = 32
+  eval_every: PositiveInt = 50
+  validation_fraction: Part = 0.1
+  clip: Positive | None = 3.0
   ranks: bool = False
-  model: Any = None
-  vocabulary: Any = None
+  model: TransformerConfig | None = None
+  vocabulary: VocabularySource | None = None
   from_proxy: bool = True
-  init: Any = None
-  pooling: str = "mean"
-  inference_batch_size: int = 64
-  shard_size: int = 8192
-  seed: int = 0
+  init: PretrainedModel | None = None
+  pooling: Literal[heads.POOLINGS] = "mean"
+  inference_batch_size: PositiveInt = 64
+  shard_size: PositiveInt = 8192
+  seed: Seed = 0
 
   def __post_init__(self):
-    for name in ("num_steps", "batch_size", "eval_every", "inference_batch_size", "shard_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"pds.Scorer.{name}={getattr(self, name)}; set it to 1 or more.")
-    if not 0 < self.validation_fraction < 1:
-      raise ValueError(
-        f"pds.Scorer.validation_fraction={self.validation_fraction} is not between 0 and 1; set a "
-        "fraction such as 0.1."
-      )
     for name in ("model", "vocabulary", "init"):
       if getattr(self, name) is not None and self.from_proxy:
         raise ValueError(

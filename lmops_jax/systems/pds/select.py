@@ -8,22 +8,23 @@ depends on neither shard sizes nor their order (PDS, section 3; spec 4).
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
-import gin
 import numpy as np
+from annotated_types import Ge, Lt
 
 from lmops_jax import pipeline
 from lmops_jax.data import export
+from lmops_jax.setting_types import Distinct, NonNegative, Share, component
 from lmops_jax.systems.pds import moments, prepare, scores, selection
 
 IDS_FILE = "ids.npy"
 FORMATS = tuple(name for name in export.FORMATS if name != "ids")  # ids are always written
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Select:
   """How many instances to keep, and for whom.
@@ -38,28 +39,11 @@ class Select:
     formats: further exports beside the ids: "tfds", "jsonl", "parquet", "mmididx".
   """
 
-  ratio: float = 0.4
-  tau: float = 0.1
-  seed: int = 0
+  ratio: Share = 0.4
+  tau: NonNegative = 0.1
+  seed: Annotated[int, Ge(0), Lt(2**64)] = 0
   standardize: bool = True
-  formats: tuple[str, ...] = ()
-
-  def __post_init__(self):
-    if not 0 < self.ratio <= 1:
-      raise ValueError(f"pds.Select.ratio={self.ratio} is not in (0, 1]; set a share such as 0.4.")
-    if not 0 <= self.tau < math.inf:
-      raise ValueError(
-        f"pds.Select.tau={self.tau} is not a finite number of 0 (no noise) or more; set one."
-      )
-    if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral) or not (
-      0 <= self.seed < 1 << 64
-    ):
-      raise ValueError(f"pds.Select.seed={self.seed} is not an integer in [0, 2^64); set one.")
-    unknown = [f for f in self.formats if f not in FORMATS]
-    if unknown:
-      raise ValueError(
-        f"pds.Select.formats names {unknown[0]!r}; the formats are {', '.join(FORMATS)}."
-      )
+  formats: Annotated[Sequence[Literal[FORMATS]], Distinct] = ()
 
 
 def write_ids(path: Path, folder: Path, num_examples: int, config: Select) -> None:

@@ -8,13 +8,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import gin
 import numpy as np
 
 from lmops_jax import pipeline
+from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.models import attention
+from lmops_jax.setting_types import NonEmpty, Seed, Seeds, component
 from lmops_jax.systems.pds import (
   distributed,
   evaluate,
@@ -31,7 +32,7 @@ from lmops_jax.systems.pds import (
 from lmops_jax.training import language_models, mesh
 
 
-@gin.register(module="pds")
+@component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
   """The whole of PDS and its baselines.
@@ -49,33 +50,26 @@ class Pipeline:
   prepare: prepare.Prepare
   proxy: pretrain.Pretrain
   proxy_set: methods.ProxySet
-  methods: Sequence[Any]
+  methods: Annotated[Sequence[methods.ProxyMethod | methods.CorpusMethod], NonEmpty]
   scorer: scorer.Scorer
   select: select.Select
   pretrain: pretrain.Pretrain
   evaluate: evaluate.Evaluate
   report: report.Report
-  seeds: Sequence[int] = (0, 1)
-  proxy_seed: int = 0
-  engine: Any = None
+  seeds: Seeds = (0, 1)
+  proxy_seed: Seed = 0
+  engine: Engine | None = None
 
   name = "pds"
 
   def __post_init__(self):
     names = [m.name for m in self.methods]
-    if not names:
-      raise ValueError("pds.Pipeline.methods is empty; name at least one, e.g. [@pds.PMP()].")
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
       raise ValueError(
         f"pds.Pipeline.methods holds the name {twice[0]!r} twice; give each method its own name."
       )
     for method in self.methods:
-      if not (hasattr(method, "score_proxies") or hasattr(method, "score_corpus")):
-        raise ValueError(
-          f"pds.Pipeline.methods: {method.name!r} has neither score_proxies nor score_corpus; see "
-          "lmops_jax.systems.pds.methods."
-        )
       for step in getattr(method, "checkpoints", None) or ():
         if step not in self.proxy.kept_steps():
           raise ValueError(
@@ -106,8 +100,6 @@ class Pipeline:
           f"that are left to train on of pds.ProxySet.num_proxies={self.proxy_set.num_proxies}; "
           "raise PROXIES or lower the batch size."
         )
-    if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
-      raise ValueError(f"pds.Pipeline.seeds={list(self.seeds)}; name one or more different seeds.")
 
   def _models(self):
     return self.proxy.model, self.pretrain.model, self.scorer.trunk(self.proxy)

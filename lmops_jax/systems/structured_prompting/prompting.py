@@ -6,9 +6,8 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import gin
 import jax
 import numpy as np
 
@@ -18,12 +17,13 @@ from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import answers, in_context
 from lmops_jax.models.cache import Prefix
 from lmops_jax.progress import Progress
+from lmops_jax.setting_types import Positive, PositiveInt, Text, component
 from lmops_jax.systems.structured_prompting import grouping
 
 EOS = "eos"
 
 
-@gin.register(module="structured_prompting")
+@component(module="structured_prompting")
 @dataclasses.dataclass(frozen=True)
 class Prompting:
   """How demonstrations and rows are put before the model.
@@ -46,34 +46,19 @@ class Prompting:
     ValueError: for values out of range.
   """
 
-  strategy: str = "even"
-  group_tokens: int | None = None
-  separator: str = in_context.SEPARATOR
+  strategy: Literal[grouping.STRATEGIES] = "even"
+  group_tokens: PositiveInt | None = None
+  separator: Text = in_context.SEPARATOR
   bos: bool | None = None
-  scale: float | None = None
+  scale: Positive | None = None
   balanced: bool = False
-  normalisation: str = "auto"
+  normalisation: Literal[tuple(n for n in in_context.NORMALISATIONS if n != "null")] = "auto"
   spread: bool = False
-  batch_tokens: int = 4096
-  max_new_tokens: int = 30
-  num_beams: int = 3
+  batch_tokens: PositiveInt = 4096
+  max_new_tokens: PositiveInt = 30
+  num_beams: PositiveInt = 3
   length_penalty: float = 0.6
 
-  def __post_init__(self):
-    name = "structured_prompting.Prompting"
-    for field, choices in (
-      ("strategy", grouping.STRATEGIES),
-      ("normalisation", tuple(n for n in in_context.NORMALISATIONS if n != "null")),
-    ):
-      if getattr(self, field) not in choices:
-        raise ValueError(
-          f"{name}.{field}={getattr(self, field)!r} is not one of {', '.join(choices)}.")
-    if self.group_tokens is not None and self.group_tokens < 1:
-      raise ValueError(f"{name}.group_tokens={self.group_tokens} must be at least 1, or None.")
-    if not self.separator:
-      raise ValueError(f"{name}.separator is empty; demonstrations would run into each other.")
-    if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
-      raise ValueError(f"{name}.scale={self.scale} must be finite and positive, or None.")
 
 
 class Measured(NamedTuple):

@@ -7,18 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gin
 import numpy as np
 
 from lmops_jax import pipeline, progress
 from lmops_jax.data.tasks import Task, read_task
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
+from lmops_jax.setting_types import component
 
 REQUIRED = ("tasks.*.counts[].metric", "tasks.*.seeds", "stages[].seconds")
 
 
-@gin.register(module="structured_prompting")
+@component(module="structured_prompting")
 @dataclasses.dataclass(frozen=True)
 class Report:
   """What the report shows.

@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import gin
 import numpy as np
 
 from lmops_jax.data.tasks import Example
+from lmops_jax.setting_types import PositiveInt, component
 
 
 class Share(NamedTuple):
@@ -29,7 +29,7 @@ class Share(NamedTuple):
   demonstrations: np.ndarray
 
 
-@gin.register(module="structured_prompting")
+@component(module="structured_prompting")
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
   """Nearest demonstrations instead of random ones.
@@ -41,12 +41,7 @@ class Retrieval:
     ValueError: for less than one cluster.
   """
 
-  clusters: int | None = 8
-
-  def __post_init__(self):
-    if self.clusters is not None and self.clusters < 1:
-      raise ValueError(
-        f"structured_prompting.Retrieval.clusters={self.clusters} must be at least 1, or None.")
+  clusters: PositiveInt | None = 8
 
   def shares(self, rows: Sequence[Example], pool: Sequence[Example], count: int) -> list[Share]:
     """Each cluster's rows with the `count` most alike demonstrations; equals by their place."""

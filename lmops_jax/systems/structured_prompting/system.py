@@ -8,20 +8,20 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import gin
 import jax
 import numpy as np
 
 from lmops_jax import pipeline
-from lmops_jax.data.tasks import Example, Task, TaskChoice, demonstrations, read_task
+from lmops_jax.data.tasks import Example, Task, TaskSource, demonstrations, read_task
 from lmops_jax.models import flops
+from lmops_jax.setting_types import Count, Distinct, NonEmpty, Seeds, component
 from lmops_jax.systems.structured_prompting import report
 from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
 from lmops_jax.systems.structured_prompting.retrieval import Retrieval, dealt
 from lmops_jax.training import mesh
-from lmops_jax.training.small_model import ModelChoice
+from lmops_jax.training.small_model import ModelSource
 from lmops_jax.whole_files import write_json
 
 WINDOW = "window"
@@ -29,7 +29,7 @@ _WINDOW_POOL = 4096  # demonstrations that no window holds
 RECORDS_FILE = "records.json"
 
 
-@gin.register(module="structured_prompting")
+@component(module="structured_prompting")
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
   """Accuracy and cost of a model on a task, against the number of demonstrations.
@@ -49,31 +49,22 @@ class Pipeline:
     ValueError: for values out of range, or a model that is no decoder.
   """
 
-  model: ModelChoice
-  tasks: Sequence[TaskChoice]
+  model: ModelSource
+  tasks: Annotated[Sequence[TaskSource], NonEmpty]
   prompting: Prompting
   report: report.Report
   retrieval: Retrieval | None = None
-  counts: Sequence[int | str] = (0, WINDOW, 1000)
-  seeds: Sequence[int] = (0, 1, 2, 3, 4)
+  counts: Annotated[Sequence[Count | Literal[WINDOW]], NonEmpty, Distinct] = (0, WINDOW, 1000)
+  seeds: Seeds = (0, 1, 2, 3, 4)
 
   name = "structured_prompting"
 
   def __post_init__(self):
     owner = "structured_prompting.Pipeline"
-    for count in self.counts:
-      if count != WINDOW and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
-        raise ValueError(
-          f'{owner}.counts holds {count!r}; expected numbers of demonstrations, or "{WINDOW}".')
-    if not self.counts or len(set(self.counts)) != len(self.counts):
-      raise ValueError(f"{owner}.counts={list(self.counts)}; name one or more different numbers.")
-    if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-      raise ValueError(f"{owner}.seeds={list(self.seeds)}; name one or more different seeds.")
     names = [task.name for task in self.tasks]
-    if not names or len(set(names)) != len(names):
+    if len(set(names)) != len(names):
       raise ValueError(
-        f"{owner}.tasks are called {', '.join(names) or 'nothing'}; name one or more, each with a "
-        "tasks.choose.label of its own."
+        f"{owner}.tasks are called {', '.join(names)}; give each a tasks.choose.label of its own."
       )
     config = self.model.config
     if not getattr(config, "causal", False):

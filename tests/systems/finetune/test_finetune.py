@@ -109,11 +109,11 @@ def test_the_step_learns_tokens_not_sequences(folder):
 @pytest.mark.parametrize(
   "bindings,message",
   [
-    (["--gin.TRAIN='absent.jsonl'"], "train='absent.jsonl' is not a file"),
+    (["--gin.TRAIN='absent.jsonl'"], "train='absent.jsonl' must be an existing path"),
     (["--gin.LENGTH=300"], "length=300 is beyond the 256 positions"),
     (["--gin.LENGTH=12", "--gin.BATCH_SIZE=60"], "sequences of length 12, fewer than one batch"),
     (["--gin.LENGTH=2"], "no row of the train part is left"),
-    (["--gin.finetune.Finetune.too_long='keep'"], "too_long='keep' is not one of"),
+    (["--gin.finetune.Finetune.too_long='keep'"], "too_long='keep' must be 'drop', 'cut'"),
     (["--gin.MODEL='absent'"], "neither a folder nor a .gguf file"),
   ],
 )

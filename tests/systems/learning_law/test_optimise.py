@@ -177,9 +177,10 @@ def test_one_step_and_one_example(device, context_at, tmp_path):
 
 @pytest.mark.parametrize("kwargs, match", [
   ({"step_size": -1.0}, "step_size=-1.0"), ({"step_size": float("nan")}, "step_size=nan"),
-  ({"num_epochs": 0}, "num_epochs=0"), ({"objective": "max"}, "objective='max' is not one of mean"),
+  ({"num_epochs": 0}, "num_epochs=0"), ({"objective": "max"}, "objective='max' must be 'mean' or"),
   ({"schedule": "cosine"}, "schedule='cosine'"), ({"frozen_steps": -1}, "frozen_steps=-1"),
-  ({"rule": "sgd"}, "is no rule"), ({"patience": 0}, "patience=0"),
+  ({"rule": "sgd"}, "rule='sgd' must be a component such as @policy.Exp"),
+  ({"patience": 0}, "patience=0"),
 ])
 def test_settings_are_checked(kwargs, match):
   with pytest.raises(ValueError, match=match):

@@ -80,7 +80,7 @@ def test_the_irreducible_model_is_trained_on_dev(task, training, device, context
 
 
 def test_settings_out_of_range_are_refused():
-  with pytest.raises(ValueError, match="Curriculum has start=0"):
+  with pytest.raises(ValueError, match="Curriculum.start=0"):
     policies.Curriculum(start=0.0)
   with pytest.raises(ValueError, match="RHO.fraction=2"):
     policies.RHO(fraction=2.0)

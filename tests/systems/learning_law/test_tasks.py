@@ -300,7 +300,8 @@ def test_too_little_text_is_said(tmp_path, vocabulary):
 
 
 @pytest.mark.parametrize("kwargs, match", [
-  ({"length": 1}, "length=1 is too short"), ({"length": 13}, "beyond models.TransformerConfig"),
+  ({"length": 1}, "length=1 must be an integer of at least 2"),
+  ({"length": 13}, "beyond models.TransformerConfig"),
   ({"noise_fraction": 1.5}, "noise_fraction"), ({"num_frequent": 4}, "num_frequent=4"),
   ({"pieces_per_document": 0}, "pieces_per_document=0"), ({"num_desired": 0}, "num_desired=0"),
 ])

@@ -71,11 +71,11 @@ def test_running_again_is_free_and_another_task_runs_alone(finished, capsys):
 
 
 @pytest.mark.parametrize("arguments, match", [
-  (["--gin.TASKS=[]"], "tasks is empty"),
+  (["--gin.TASKS=[]"], "tasks=[] must be a list of one or more"),
   (["--gin.TASKS=[@tiny.Task(), @tiny.Task()]"], "'toy' twice"),
-  (["--gin.SEEDS=[]"], "name one or more different seeds"),
-  (["--gin.SEEDS=[1, 1]"], "name one or more different seeds"),
-  (["--gin.RATES=[-1.0]"], "rates: lr=-1.0"), (["--gin.READOUT='end'"], "readout='end'"),
+  (["--gin.SEEDS=[]"], "seeds=[] must be a list of one or more different"),
+  (["--gin.SEEDS=[1, 1]"], "seeds=[1, 1] must be a list of one or more different"),
+  (["--gin.RATES=[-1.0]"], "rates[0]=-1.0"), (["--gin.READOUT='end'"], "readout='end'"),
   (["--gin.DEMONSTRATIONS=99"], "99 demonstrations are wanted and the training rows are 14"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, match):

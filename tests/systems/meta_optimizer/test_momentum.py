@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lmops_jax import cli, config, pretrained
+from lmops_jax.data import PythonReference, vocabularies
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data.documents import Document
 from lmops_jax.data.hashing import order_key
@@ -127,7 +128,8 @@ def test_a_pair_starts_from_the_same_numbers_and_reads_the_same_batches(finished
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first[arm] = [r["num_tokens"] for r in records]
   assert first["vanilla"] == first["momentum"]
-  system = pairs.Pairs(0.5, texts.Texts(None, None, 32), pairs.Training(
+  own = texts.Texts(PythonReference(), vocabularies.TrainSentencePiece(), 32)
+  system = pairs.Pairs(0.5, own, pairs.Training(
     TransformerConfig(vocab_size=9, width=16, num_layers=2, num_heads=2, mlp_width=16,
                       max_length=64), optax.sgd(0.1), 2), pairs.Evaluate())
   made = [
@@ -179,20 +181,20 @@ def test_the_unseen_share_is_that_of_a_sampled_corpus_too():
 
 
 @pytest.mark.parametrize("binding, message", [
-  ("--gin.ETA=1.0", "eta=1.0 must be in [0, 1)"),
-  ("--gin.ETA=0", "makes both models the same"),
-  ("--gin.ETA=-0.5", "eta=-0.5 must be in [0, 1)"),
-  ("--gin.SEEDS=[]", "name one or more different seeds"),
-  ("--gin.SEEDS=[1, 1]", "name one or more different seeds"),
-  ("--gin.LENGTH=30", "must be a multiple of 4"),
+  ("--gin.ETA=1.0", "eta=1.0 must be a number above 0 and below 1"),
+  ("--gin.ETA=0", "eta=0 must be a number above 0 and below 1"),
+  ("--gin.ETA=-0.5", "eta=-0.5 must be a number above 0"),
+  ("--gin.SEEDS=[]", "seeds=[] must be a list of one or more different"),
+  ("--gin.SEEDS=[1, 1]", "seeds=[1, 1] must be a list of one or more different"),
+  ("--gin.LENGTH=30", "and a multiple of 4"),
   ("--gin.LENGTH=128", "raise the latter"),
   ("--gin.STEPS=0", "must be"),
-  ("--gin.BATCH_SIZE=0", "batch_size=0 must be at least 1"),
-  ("--gin.TASK='task'", "is no task"),
+  ("--gin.BATCH_SIZE=0", "batch_size=0 must be an integer of at least 1"),
+  ("--gin.TASK='task'", "task='task' must be a component such as @tasks.choose()"),
   ("--gin.models.TransformerConfig.momentum=0.3", "leave it None"),
   ("--gin.models.TransformerConfig.sliding_window=8", "hides them"),
-  ("--gin.momentum.Evaluate.normalisation='x'", "is not one of sum, token"),
-  ("--gin.momentum.Texts.validation_fraction=1.0", "is not between 0 and 1"),
+  ("--gin.momentum.Evaluate.normalisation='x'", "normalisation='x' must be 'sum', 'token'"),
+  ("--gin.momentum.Texts.validation_fraction=1.0", "fraction=1.0 must be a number above 0"),
 ])
 def test_bad_input_is_one_sentence(files, tmp_path, capsys, binding, message):
   code = cli.main(["run", str(files), "--workdir", str(tmp_path / "w"), binding])

@@ -159,11 +159,13 @@ def test_divergence_and_bad_tasks_are_refused(tiny):
 
 @pytest.mark.parametrize("changes, match", [
   (dict(demonstrations=-1), "demonstrations=-1 must be an integer of at least 0"),
-  (dict(rates=()), "rates is empty"), (dict(rates=(0.1, -1.0)), "rates: lr=-1.0 must be finite"),
-  (dict(rates=(float("nan"),)), "must be finite"), (dict(tune_on="test"), "tune_on='test'"),
+  (dict(rates=()), "rates=\\(\\) must be"), (
+    dict(rates=(0.1, -1.0)), r"rates\[1\]=-1.0 must be a number of at least 0"),
+  (dict(rates=(float("nan"),)), r"rates\[0\]=nan must be a number"),
+  (dict(tune_on="test"), "tune_on='test'"),
   (dict(readout="end"), "readout='end'"), (dict(newline=""), "newline=''"),
   (dict(objective="l2"), "objective='l2'"),
-  (dict(kendall="tau"), "kendall='tau'"), (dict(controls=("random",)), "controls: 'random'"),
+  (dict(kendall="tau"), "kendall='tau'"), (dict(controls=("random",)), "controls\\[0\\]='random'"),
   (dict(batch_rows=0), "batch_rows=0"), (dict(evaluation_rows=0), "evaluation_rows=0"),
 ])
 def test_bad_settings_are_refused(changes, match):

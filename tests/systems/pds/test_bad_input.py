@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lmops_jax import cli
+from lmops_jax.models.config import TransformerConfig
 from lmops_jax.systems.pds import methods, pretrain, scorer, select
 from lmops_jax.training import optimizers
 
@@ -154,7 +155,7 @@ def test_full_disk(lmops, corpus, target, tmp_path):
     shutil.rmtree(small, ignore_errors=True)
 
 
-SGD = optimizers.sgd(0.1)
+SGD, MODEL = optimizers.sgd(0.1), TransformerConfig()
 
 
 @pytest.mark.parametrize(
@@ -164,18 +165,18 @@ SGD = optimizers.sgd(0.1)
     (lambda: select.Select(ratio=1.2), "ratio=1.2"),
     (lambda: select.Select(tau=-1), "tau=-1"),
     (lambda: select.Select(tau=float("nan")), "tau=nan"),
-    (lambda: select.Select(tau=float("inf")), "tau=inf"),
+    (lambda: select.Select(tau=float("inf")), "tau=1e999"),
     (lambda: select.Select(ratio=float("nan")), "ratio=nan"),
     (lambda: select.Select(seed=-1), "seed=-1"),
     (lambda: select.Select(seed=0.5), "seed=0.5"),
     (lambda: select.Select(seed=1 << 64), "seed=18446744073709551616"),
-    (lambda: select.Select(formats=("csv",)), "'csv'"),
-    (lambda: pretrain.Pretrain(None, SGD, num_steps=0), "num_steps=0"),
-    (lambda: pretrain.Pretrain(None, SGD, 10, batch_size=6, accumulate=4), "multiple"),
-    (lambda: pretrain.Pretrain(None, SGD, 10, keep_steps=(20,)), "step 20"),
+    (lambda: select.Select(formats=("csv",)), r"formats\[0\]='csv'"),
+    (lambda: pretrain.Pretrain(MODEL, SGD, num_steps=0), "num_steps=0"),
+    (lambda: pretrain.Pretrain(MODEL, SGD, 10, batch_size=6, accumulate=4), "multiple"),
+    (lambda: pretrain.Pretrain(MODEL, SGD, 10, keep_steps=(20,)), "step 20"),
     (lambda: scorer.Scorer(SGD, validation_fraction=1.0), "validation_fraction=1.0"),
     (lambda: scorer.Scorer(SGD, eval_every=0), "eval_every=0"),
-    (lambda: methods.PMP(), "pds.PMP.optimizer"),
+    (lambda: methods.PMP(None), "pds.PMP.optimizer=None"),
     (lambda: methods.PMP(SGD, num_steps=0), "num_steps=0"),
     (lambda: methods.PMP(SGD, every_k=0), "every_k=0"),
     (lambda: methods.PMP(SGD, num_steps=4, groups=5), "groups=5"),

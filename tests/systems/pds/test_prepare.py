@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmops_jax import pipeline
-from lmops_jax.data import documents, vocabularies
+from lmops_jax.data import PythonReference, documents, vocabularies
 from lmops_jax.systems.pds import prepare
 
 
@@ -111,7 +111,8 @@ def test_a_cap_on_the_target_is_counted(tmp_path):
    ({"num_held_out": -1}, "num_held_out=-1")],
 )
 def test_settings_are_checked(kwargs, message):
-  base = {"corpus": None, "target": None, "vocabulary": None}
+  corpus = PythonReference()
+  base = {"corpus": corpus, "target": corpus, "vocabulary": vocabularies.TrainSentencePiece()}
   with pytest.raises(ValueError, match=message):
     prepare.Prepare(**base | kwargs)
 

@@ -40,5 +40,5 @@ def test_every_group_has_near_ones_the_nearest_last():
 
 
 def test_refuses_no_cluster():
-  with pytest.raises(ValueError, match="clusters=0 must be at least 1"):
+  with pytest.raises(ValueError, match="clusters=0 must be an integer of at least 1"):
     Retrieval(0)

@@ -207,24 +207,24 @@ def test_a_balanced_window_is_one_group_too(files, tmp_path):
 @pytest.mark.parametrize("bindings, message", [
   (["--gin.COUNTS=[0, 29]"], "29 demonstrations are asked for and the task rows has 28 rows"),
   (["--gin.ROWS=None", "--gin.COUNTS=[40]"], "has 40 rows, all of them demonstrations"),
-  (["--gin.LABELS=['a', 'a']"], "must be at least two different words"),
+  (["--gin.LABELS=['a', 'a']"], "labels=['a', 'a'] must be a list of 2 or more different"),
   (["--gin.tasks.choose.template='{text}{text}{text}{text}{text}{text}{text}{text}{text}{text}:{label}'",
     "--gin.COUNTS=[2]"], "leaves no room for a demonstration"),
   (["--gin.GROUP_TOKENS=8", "--gin.COUNTS=[2]"], "a group room for 7"),
-  (["--gin.STRATEGY='blank'"], "'blank' is not one of even, truncate, mask, space"),
-  (["--gin.GROUP_TOKENS=0"], "group_tokens=0 must be at least 1"),
-  (["--gin.COUNTS=[-1]"], "holds -1; expected numbers"),
-  (["--gin.COUNTS=['windows']"], "holds 'windows'; expected numbers"),
-  (["--gin.COUNTS=[True]"], "holds True; expected numbers"),
-  (["--gin.COUNTS=[2, 2]"], "name one or more different numbers"),
-  (["--gin.SEEDS=[]"], "name one or more different seeds"),
-  (["--gin.SEPARATOR=''"], "separator is empty"),
-  (["--gin.structured_prompting.Prompting.scale=0.0"], "scale=0.0 must be finite and positive"),
-  (["--gin.structured_prompting.Prompting.normalisation='null'"], "is not one of sum, token"),
+  (["--gin.STRATEGY='blank'"], "'blank' must be 'even', 'truncate', 'mask' or 'space'"),
+  (["--gin.GROUP_TOKENS=0"], "group_tokens=0 must be an integer of at least 1"),
+  (["--gin.COUNTS=[-1]"], "counts[0]=-1 must be an integer"),
+  (["--gin.COUNTS=['windows']"], "counts[0]='windows' must be an integer"),
+  (["--gin.COUNTS=[True]"], "counts[0]=True must be an integer"),
+  (["--gin.COUNTS=[2, 2]"], "counts=[2, 2] must be a list of one or more different"),
+  (["--gin.SEEDS=[]"], "seeds=[] must be a list of one or more different"),
+  (["--gin.SEPARATOR=''"], "separator='' must be a text that is not empty"),
+  (["--gin.structured_prompting.Prompting.scale=0.0"], "scale=0.0 must be a number above 0"),
+  (["--gin.structured_prompting.Prompting.normalisation='null'"], "='null' must be 'sum', 'token'"),
   (["--gin.structured_prompting.Pipeline.tasks=[@tasks.choose(), @tasks.choose()]"],
-   "each with a tasks.choose.label"),
-  (["--gin.structured_prompting.Pipeline.tasks=[]"], "are called nothing"),
-  (["--gin.MODEL='absent'"], "neither a folder nor a .gguf file"),
+   "give each a tasks.choose.label"),
+  (["--gin.structured_prompting.Pipeline.tasks=[]"], "tasks=[] must be a list of one or more"),
+  (["--gin.MODEL='absent'"], "path='absent' must be an existing path"),
 ])
 def test_bad_input_is_one_sentence(files, tmp_path, capsys, bindings, message):
   code = cli.main(["run", str(files.run), "--workdir", str(tmp_path / "w"), *bindings])
@@ -242,8 +242,9 @@ def test_an_empty_file_is_refused(files, tmp_path, capsys):
 def test_encoders_are_refused():
   encoder = types.SimpleNamespace(
     config=TransformerConfig(vocab_size=9, width=8, num_layers=1, num_heads=1, mlp_width=8,
-                             max_length=8, causal=False), label="tiny-bert", family="bert")
-  choice = TaskChoice("x.jsonl", template="{text}{label}", labels=("a", "b"))
+                             max_length=8, causal=False), label="tiny-bert", family="bert",
+    stages=list, settings=dict, opened=list)
+  choice = TaskChoice("installed_kind")
   with pytest.raises(ValueError, match="tiny-bert is a bert model, whose tokens see later ones"):
     structured_prompting.Pipeline(encoder, [choice], prompting.Prompting(), report.Report())
 

@@ -11,10 +11,10 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import gin
 import numpy as np
+import optax
 
 from lmops_jax import pipeline
 from lmops_jax.data.batches import epoch_permutation
@@ -23,15 +23,23 @@ from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import in_context, lm
 from lmops_jax.models import attention, flops
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.momentum import check_eta
 from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.setting_types import (
+  Count,
+  Distinct,
+  NonEmpty,
+  Part,
+  PositiveInt,
+  Seeds,
+  component,
+)
 from lmops_jax.systems.meta_optimizer.momentum import report, texts
 from lmops_jax.systems.meta_optimizer.momentum.report import MOMENTUM, RESULTS_FILE, VANILLA
 from lmops_jax.training import language_models, loop, losses, mesh
 from lmops_jax.whole_files import write_json
 
 
-@gin.register(module="momentum")
+@component(module="momentum")
 @dataclasses.dataclass(frozen=True)
 class Training:
   """What both models of a pair share.
@@ -47,17 +55,14 @@ class Training:
   """
 
   model: TransformerConfig
-  optimizer: Any
-  num_steps: int
-  batch_size: int = 16
-  accumulate: int = 1
-  checkpoint_every: int | None = 100
-  loss_chunk: int | None = None
+  optimizer: optax.GradientTransformation
+  num_steps: PositiveInt
+  batch_size: PositiveInt = 16
+  accumulate: PositiveInt = 1
+  checkpoint_every: PositiveInt | None = 100
+  loss_chunk: PositiveInt | None = None
 
   def __post_init__(self):
-    for name in ("num_steps", "batch_size", "accumulate"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"momentum.Training.{name}={getattr(self, name)} must be at least 1.")
     if self.batch_size % self.accumulate:
       raise ValueError(
         f"momentum.Training.batch_size={self.batch_size} is not a multiple of "
@@ -74,7 +79,7 @@ class Training:
     return dataclasses.replace(self.model, momentum=eta)
 
 
-@gin.register(module="momentum")
+@component(module="momentum")
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
   """What the trained models are measured on.
@@ -88,33 +93,19 @@ class Evaluate:
     normalisation: of option scores, see `evaluation.in_context`.
   """
 
-  batch_size: int = 32
-  num_train: int = 128
+  batch_size: PositiveInt = 32
+  num_train: PositiveInt = 128
   task: TaskChoice | None = None
-  shots: Sequence[int] = (0, 4)
-  draws: Sequence[int] = (0, 1, 2)
-  normalisation: str = "sum"
-
-  def __post_init__(self):
-    for name in ("batch_size", "num_train"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"momentum.Evaluate.{name}={getattr(self, name)} must be at least 1.")
-    if self.normalisation not in in_context.NORMALISATIONS:
-      raise ValueError(
-        f"momentum.Evaluate.normalisation={self.normalisation!r} is not one of "
-        f"{', '.join(in_context.NORMALISATIONS)}."
-      )
-    if self.task is not None and not isinstance(self.task, TaskChoice):
-      raise ValueError(
-        f"momentum.Evaluate.task={self.task!r} is no task; give @tasks.choose(), or None."
-      )
+  shots: Annotated[Sequence[Count], NonEmpty, Distinct] = (0, 4)
+  draws: Seeds = (0, 1, 2)
+  normalisation: Literal[in_context.NORMALISATIONS] = "sum"
 
   def fingerprints(self) -> dict[str, str]:
     """What the task is made from."""
     return {} if self.task is None else self.task.fingerprints()
 
 
-@gin.register(module="momentum")
+@component(module="momentum")
 @dataclasses.dataclass(frozen=True)
 class Pairs:
   """Trains pairs with and without momentum attention and compares them.
@@ -125,24 +116,17 @@ class Pairs:
     seeds: of initialisation and data order.
   """
 
-  eta: float
+  eta: Part
   texts: texts.Texts
   training: Training
   evaluate: Evaluate
-  seeds: Sequence[int] = (0, 1, 2)
+  seeds: Seeds = (0, 1, 2)
 
   name = "meta_optimizer_momentum"
 
   def __post_init__(self):
-    check_eta(self.eta)
-    if self.eta == 0:
-      raise ValueError("momentum.Pairs.eta=0 makes both models the same; give one in (0, 1).")
     self.training.config(self.eta)  # also refuses windows and encoders
     language_models.check_length(self.training.model, self.texts.length)
-    if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-      raise ValueError(
-        f"momentum.Pairs.seeds={list(self.seeds)}; name one or more different seeds."
-      )
 
   def arms(self) -> dict[str, float | None]:
     """Name to decay."""

@@ -12,18 +12,20 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import gin
+from annotated_types import MultipleOf
 
 from lmops_jax import pipeline
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import near_duplicates, packing, vocabularies
-from lmops_jax.data.documents import Document
+from lmops_jax.data.documents import Corpus, Document
 from lmops_jax.data.hashing import order_key
+from lmops_jax.data.vocabularies import VocabularySource
+from lmops_jax.setting_types import ByteCount, Part, Seed, at_least, component
 
 
-@gin.register(module="momentum")
+@component(module="momentum")
 @dataclasses.dataclass(frozen=True)
 class Texts:
   """What text to use and how to cut it.
@@ -38,27 +40,12 @@ class Texts:
     seed: of the split.
   """
 
-  corpus: Any
-  vocabulary: Any
-  length: int = 256
-  validation_fraction: float = 0.02
-  validation_bytes: int = 200_000
-  seed: int = 0
-
-  def __post_init__(self):
-    if self.length < 8 or self.length % 4:
-      raise ValueError(
-        f"momentum.Texts.length={self.length} must be a multiple of 4 and at least 8: validation "
-        "is packed at a quarter of it as well."
-      )
-    if not 0 < self.validation_fraction < 1:
-      raise ValueError(
-        f"momentum.Texts.validation_fraction={self.validation_fraction} is not between 0 and 1."
-      )
-    if self.validation_bytes < 1:
-      raise ValueError(
-        f"momentum.Texts.validation_bytes={self.validation_bytes} must be at least 1."
-      )
+  corpus: Corpus
+  vocabulary: VocabularySource
+  length: Annotated[at_least(8), MultipleOf(4)] = 256
+  validation_fraction: Part = 0.02
+  validation_bytes: ByteCount = 200_000
+  seed: Seed = 0
 
   def lengths(self) -> tuple[int, ...]:
     """Of the validation instances, ascending."""
