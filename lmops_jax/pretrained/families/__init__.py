@@ -43,11 +43,14 @@ def matching(config: TransformerConfig) -> Family | None:
 
 def explicit(config: TransformerConfig) -> TransformerConfig:
   """The same model, with every width written out and no choice of how it runs."""
+  scaling = config.rope_scaling
+  if scaling is not None:
+    scaling = dataclasses.replace(scaling, attention_factor=scaling.amplitude)
   return dataclasses.replace(
     config, **PLAIN, attention_chunk=1, num_kv_heads=config.key_heads, head_dim=config.head_width,
     embedding_width=config.token_width, momentum=None,
     rotary_dim=config.rotary_width if config.positions == "rotary" else None,
-    max_length=llama.stretched_length(config.max_length, config.rope_scaling),
+    rope_scaling=scaling, max_length=llama.stretched_length(config.max_length, config.rope_scaling),
   )
 
 
