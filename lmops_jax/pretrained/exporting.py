@@ -124,4 +124,4 @@ def tensors(family: Family, config, params, dtype) -> Iterator[tuple]:
 
 def _make(rule, leaves, layer, dtype) -> np.ndarray:
   own = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-  return np.ascontiguousarray(rule.join(own)).astype(dtype)
+  return np.asarray(rule.join(own), order="C").astype(dtype)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 
 import gguf
 import jax
@@ -286,3 +287,28 @@ def test_gguf_that_is_not_modelled_is_refused_by_name(tmp_path, ours, sentence):
   with pytest.raises(ValueError) as error:
     write_gguf(tmp_path / "x.gguf", peer, **ours)
   assert sentence in str(error.value) and "x.gguf" in str(error.value)
+
+
+@pytest.mark.parametrize("key,number,sentence", [
+  ("block_count", 2**32 - 1, "block_count=4294967295, but .*.gguf holds 2 layers: it lacks blk.2."),
+  ("block_count", 0, "block_count=0 should be a whole number of at least 1"),
+  ("embedding_length", 2**31, r"embedding_length=2147483648, but its token_embd.weight is"),
+  ("feed_forward_length", 2**31, "feed_forward_length=2147483648, but no tensor"),
+  ("attention.head_count", 0, "attention.head_count=0 should be"),
+  ("attention.head_count", 3, "attention.head_count=3 should be a multiple of .*head_count_kv=2"),
+  ("attention.head_count", 6, "embedding_length=32 should be a multiple of attention.head_count=6"),
+  ("attention.head_count_kv", 3, "should be a multiple of attention.head_count_kv=3"),
+  ("rope.dimension_count", 4, "rope.dimension_count=4 is not modelled"),
+  ("context_length", 2**32 - 1, "context_length=4294967295 should be .* at most 2147483647"),
+  ("context_length", 0, "context_length=0 should be"),
+])
+def test_gguf_counts_are_held_against_its_tensors(tmp_path, key, number, sentence):
+  path = tmp_path / "x.gguf"
+  write_gguf(path, _peer(rope_parameters={"rope_type": "default", **THETA}))
+  content, name = bytearray(path.read_bytes()), f"llama.{key}".encode()
+  place = content.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4
+  struct.pack_into("<I", content, place, number)
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=sentence) as error:
+    model_lib.load(str(path))
+  assert "x.gguf" in str(error.value)

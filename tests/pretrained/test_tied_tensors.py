@@ -115,7 +115,8 @@ def test_an_export_of_one_stored_name_is_read_by_transformers(folders, tmp_path)
 @pytest.mark.parametrize("name,advised", [
   ("classifier.weight", True), ("score.weight", True), ("qa_outputs.bias", True),
   ("model.layers.0.self_attn.q_norm.weight", False),
-  ("model.layers.0.self_attn.q_proj.bias", False), ("rope_freqs.weight", False), ("model.rotary_emb.scale", False), ("lm_head.bias", False),
+  ("model.layers.0.self_attn.q_proj.bias", False), ("rope_freqs.weight", False),
+  ("model.rotary_emb.scale", False), ("lm_head.bias", False),
 ])
 def test_only_other_tasks_heads_are_advised_to_be_left_out(folders, tmp_path, name, advised):
   path = _changed(

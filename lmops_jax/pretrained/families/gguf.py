@@ -75,22 +75,27 @@ def read_gguf(source: GGUFSource) -> tuple[Family, TransformerConfig]:
   """
   where, names = source.where, set(source.names())
   kind = source.metadata.get("general.architecture")
-  if kind not in _FAMILIES:
+  if kind not in list(_FAMILIES):  # a damaged file's may be a list, which no dictionary takes
     raise ValueError(
       f"{where} has general.architecture={kind!r}; the GGUF architectures that lmops_jax reads are "
       f"{', '.join(_FAMILIES)}."
     )
   matrices = [name for name in (_EMBEDDING, _OUTPUT) if name in names]
-  if not matrices or len(source.shape(matrices[0])) != 2:
+  shape = source.shape(matrices[0]) if matrices else ()
+  if len(shape) != 2:
     raise ValueError(f"{where} holds no matrix {_EMBEDDING}; it is no language model.")
   keys = {key.removeprefix(f"{kind}."): value for key, value in source.metadata.items()
           if key.startswith(f"{kind}.")}
   p = checked(Published, keys, where)
+  if p.width != shape[1]:
+    raise ValueError(
+      f"{where}: embedding_length={p.width}, but its {matrices[0]} is {list(shape)}."
+    )
   _check(p, where)
   base, width, heads = _FAMILIES[kind], p.width, p.num_heads
   scaling = _stretch(p, source, where)
   config = TransformerConfig(
-    vocab_size=source.shape(matrices[0])[0], num_layers=p.num_layers, width=width, num_heads=heads,
+    vocab_size=shape[0], num_layers=p.num_layers, width=width, num_heads=heads,
     num_kv_heads=p.num_kv_heads or heads,
     head_dim=None if p.key_length in (None, width // heads) else p.key_length,
     mlp_width=p.mlp_width, max_length=stretched_length(p.max_length, scaling),

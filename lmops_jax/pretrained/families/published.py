@@ -86,7 +86,9 @@ class AnyModel(_Published):
   architectures: list[str] | None = None
   dtype: str | None = None
   torch_dtype: str | None = None
+  bos_token_id: int | list[int] | None = None
   eos_token_id: int | list[int] | None = None
+  pad_token_id: int | None = None
   quantization_config: _only(dict | None, None, {}) = None
   pruned_heads: _only(dict | None, None, {}) = None
 
