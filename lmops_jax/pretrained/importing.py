@@ -46,6 +46,9 @@ class NameTable:
   Args:
     prefix: see `Family`.
     twins: names, each with another for the same tensor.
+
+  Raises:
+    ValueError: a checkpoint that has both the name with prefix and the bare one.
   """
 
   def __init__(self, source: TensorSource, prefix: str, twins: Mapping[str, str] | None = None):
@@ -56,8 +59,13 @@ class NameTable:
     pairs = [(self.bare(a), self.bare(b)) for a, b in self.twins.items()]
     self._other = dict(pairs) | {b: a for a, b in pairs}
     for name in source.names():
-      bare = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-      self.actual[self.bare(bare)] = name
+      bare = self.bare(re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)))
+      if bare in self.actual:
+        raise ValueError(
+          f"{source.where} holds both {self.actual[bare]} and {name}, which name one tensor of the "
+          "model; keep the one that is right."
+        )
+      self.actual[bare] = name
 
   def bare(self, name: str) -> str:
     return name.removeprefix(self._prefix)

@@ -72,6 +72,7 @@ def _close(got, want):
   {"rope_parameters": {**YARN, "rope_theta": 100.0, "beta_fast": 4.0, "beta_slow": 0.5,
                        "truncate": False, "mscale": 0.7, "mscale_all_dim": 1.3}},
   {"rope_parameters": {**YARN, "rope_theta": 100.0, "factor": None, "mscale": 0.7}},
+  {"rope_parameters": {**YARN, "rope_theta": 100.0}, "original_max_position_embeddings": 8},
   {"rope_parameters": {**LONGROPE, "rope_theta": 100.0}},
   {"rope_parameters": {**LONGROPE, "attention_factor": 1.1, "rope_theta": 100.0}},
 ])
@@ -98,6 +99,16 @@ def test_logits_equal_torch_and_an_export_says_the_same(tmp_path, fields):
     tmp_path / "out", attn_implementation="eager"
   )
   _close(_torch_logits(again.float().eval()), want)
+
+
+def test_a_stretch_that_transformers_cannot_say_is_not_exported(tmp_path):
+  peer = _peer(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0})
+  peer.save_pretrained(tmp_path / "in")
+  source = model_lib.load(str(tmp_path / "in"))
+  scaling = model_lib.dataclasses.replace(source.config.rope_scaling, attention_factor=0.5)
+  config = model_lib.dataclasses.replace(source.config, rope_scaling=scaling)
+  with pytest.raises(ValueError, match="has parts that no llama model of transformers has"):
+    exporting.export(tmp_path / "out", model_lib.dataclasses.replace(source, config=config))
 
 
 def test_a_converted_model_keeps_its_stretch(tmp_path):

@@ -102,6 +102,14 @@ def test_a_body_without_prefix_may_have_the_embedding_by_the_heads_name(folders,
   jax.tree.map(np.testing.assert_array_equal, source.params(), want)
 
 
+def test_a_name_with_prefix_and_the_bare_one_are_refused_together(folders, tmp_path):
+  path = _changed(
+    folders("gpt2"), tmp_path / "m", lambda t: t.update({"wte.weight": t["transformer.wte.weight"]})
+  )
+  with pytest.raises(ValueError, match="holds both .*wte.weight and .*wte.weight, which name one"):
+    model_lib.load(path)
+
+
 def test_an_export_of_one_stored_name_is_read_by_transformers(folders, tmp_path):
   path = _changed(
     folders("llama"), tmp_path / "in", lambda t: t.pop("model.embed_tokens.weight")
