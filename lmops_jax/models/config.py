@@ -7,7 +7,11 @@ published `config.json`; a gin file sets them one by one.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from lmops_jax.models import attention as attention_lib
 from lmops_jax.setting_types import Count, Decay, Positive, PositiveInt, component
@@ -19,7 +23,7 @@ POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-ROPE_SCALINGS = ("linear", "llama3")
+ROPE_SCALINGS = ("linear", "dynamic", "llama3", "yarn", "factors")
 
 
 @component(module="models")
@@ -30,29 +34,55 @@ class RopeScaling:
   Attributes:
     kind: "linear" divides every frequency by `factor` (arXiv:2306.15595); "llama3" divides those
       whose wavelength exceeds `original_max_length / low_freq_factor`, keeps those below
-      `original_max_length / high_freq_factor`, and goes smoothly between (Llama 3.1).
+      `original_max_length / high_freq_factor`, and goes smoothly between (Llama 3.1); "yarn" keeps
+      frequencies with more than `beta_fast` turns in `original_max_length`, divides those with
+      fewer than `beta_slow`, and goes in a line between, by the frequency's number
+      (arXiv:2309.00071); "dynamic" changes nothing up to `original_max_length`, beyond which its
+      frequencies would depend on the length, so that no model may be longer; "factors" divides each
+      frequency by its own of `factors`.
     factor: of the stretch.
-    low_freq_factor, high_freq_factor, original_max_length: of "llama3".
+    low_freq_factor, high_freq_factor: of "llama3".
+    original_max_length: of "llama3", "yarn" and "dynamic".
+    beta_fast, beta_slow: of "yarn".
+    truncate: whether "yarn" rounds the ends of its line outwards to whole numbers.
+    attention_factor: cosines and sines are multiplied by it; None is `0.1 ln(factor) + 1` for
+      "yarn" and 1 for the others.
+    factors: of "factors", one for each pair of dimensions that turns.
   """
 
-  kind: str = "linear"
-  factor: float = 1.0
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_max_length: int = 8192
+  kind: Literal[ROPE_SCALINGS] = "linear"
+  factor: Annotated[float, Ge(1)] = 1.0
+  low_freq_factor: Positive = 1.0
+  high_freq_factor: Positive = 4.0
+  original_max_length: PositiveInt = 8192
+  beta_fast: Positive = 32.0
+  beta_slow: Positive = 1.0
+  truncate: bool = True
+  attention_factor: Positive | None = None
+  factors: Sequence[Positive] = ()
 
   def __post_init__(self):
-    if self.kind not in ROPE_SCALINGS:
+    object.__setattr__(self, "factors", tuple(self.factors))  # a list where it was read from JSON
+    name = "models.RopeScaling"
+    if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
       raise ValueError(
-        f"models.RopeScaling.kind={self.kind!r} is not one of {', '.join(ROPE_SCALINGS)}."
+        f"{name} has low_freq_factor={self.low_freq_factor} and high_freq_factor="
+        f"{self.high_freq_factor}; the first must be below the second."
       )
-    if not self.factor >= 1:
-      raise ValueError(f"models.RopeScaling.factor={self.factor} must be at least 1.")
-    if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+    if self.kind == "yarn" and not self.beta_slow <= self.beta_fast:
       raise ValueError(
-        f"models.RopeScaling has low_freq_factor={self.low_freq_factor} and high_freq_factor="
-        f"{self.high_freq_factor}; the first must be positive and below the second."
+        f"{name} has beta_slow={self.beta_slow} and beta_fast={self.beta_fast}; the first must not "
+        "be above the second."
       )
+    if (self.kind == "factors") != bool(self.factors):
+      raise ValueError(f"{name}.factors belong to kind='factors', and only to it.")
+
+  @property
+  def amplitude(self) -> float:
+    """What cosines and sines are multiplied by."""
+    if self.attention_factor is not None:
+      return self.attention_factor
+    return 0.1 * math.log(self.factor) + 1 if self.kind == "yarn" else 1.0
 
 
 @component(module="models")
@@ -180,6 +210,7 @@ class TransformerConfig:
         raise ValueError(
           f"{name}.rotary_dim={self.rotary_dim} must not exceed head_dim={self.head_width}."
         )
+      self._check_rope_scaling(name)
     if self.momentum is not None:
       if not self.causal:
         raise ValueError(
@@ -190,6 +221,24 @@ class TransformerConfig:
           f"{name}.momentum={self.momentum} sums over all earlier values and sliding_window="
           f"{self.sliding_window} hides them; set one of the two to None."
         )
+
+  def _check_rope_scaling(self, name: str) -> None:
+    scaling = self.rope_scaling
+    if scaling is None:
+      return
+    if scaling.kind == "factors" and len(scaling.factors) != self.rotary_width // 2:
+      raise ValueError(
+        f"{name}.rope_scaling has {len(scaling.factors)} factors for the {self.rotary_width // 2} "
+        "pairs of dimensions that turn; give one for each."
+      )
+    if scaling.kind == "dynamic" and self.max_length > scaling.original_max_length:
+      raise ValueError(
+        f"{name}.max_length={self.max_length} exceeds rope_scaling.original_max_length="
+        f"{scaling.original_max_length}, beyond which frequencies of kind 'dynamic' would change "
+        "with the length, which is not modelled; lower it."
+      )
+    if scaling.kind == "yarn" and not self.rope_base > 1:
+      raise ValueError(f"{name}.rope_base={self.rope_base} must exceed 1 for kind 'yarn'.")
 
   @property
   def head_width(self) -> int:

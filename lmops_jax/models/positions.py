@@ -22,30 +22,56 @@ def rotary_frequencies(width: int, base: float, scaling: RopeScaling | None = No
   half = width // 2
   frequencies = base ** (-np.arange(half, dtype=np.float32) / np.float32(half))
   frequencies = frequencies.astype(np.float32)
-  if scaling is None:
+  if scaling is None or scaling.kind == "dynamic":
     return frequencies
+  if scaling.kind == "factors":
+    return frequencies / np.asarray(scaling.factors, np.float32)
   stretched = frequencies / np.float32(scaling.factor)
   if scaling.kind == "linear":
     return stretched
-  turns = scaling.original_max_length * frequencies / (2 * np.pi)  # over the original context
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  kept = np.clip((turns - low) / (high - low), 0, 1)
+  if scaling.kind == "yarn":
+    kept = 1 - _yarn_line(width, base, scaling)
+  else:
+    turns = scaling.original_max_length * frequencies / (2 * np.pi)  # over the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
   return (kept * frequencies + (1 - kept) * stretched).astype(np.float32)
 
 
-def rotary_angles(positions, frequencies: np.ndarray):
-  """Cosines and sines of `positions * frequencies`.
+def _yarn_line(width: int, base: float, scaling: RopeScaling) -> np.ndarray:
+  """How far each frequency is stretched, `[width/2]`: 0 for the fastest, 1 for the slowest."""
+
+  def number(turns):  # of the frequency that turns so often in the original context
+    return width * math.log(scaling.original_max_length / (turns * 2 * math.pi)) / (
+      2 * math.log(base)
+    )
+
+  low, high = number(scaling.beta_fast), number(scaling.beta_slow)
+  if scaling.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, width - 1)
+  if low == high:
+    high += 1e-3
+  return np.clip((np.arange(width // 2) - low) / (high - low), 0, 1).astype(np.float32)
+
+
+def rotary_angles(positions, frequencies: np.ndarray, amplitude: float = 1.0):
+  """Cosines and sines of `positions * frequencies`, times `amplitude`.
 
   Args:
     positions: `[B,S]` or `[1,S]` int32; a NumPy array gives NumPy results.
     frequencies: `[R/2] float32`, see `rotary_frequencies`.
+    amplitude: of a `RopeScaling`.
 
   Returns:
     Two `[B or 1,S,1,R/2] float32`.
   """
   xp = np if isinstance(positions, np.ndarray) else jnp
   angles = positions[:, :, None, None].astype(np.float32) * frequencies
-  return xp.cos(angles), xp.sin(angles)
+  cos, sin = xp.cos(angles), xp.sin(angles)
+  if amplitude == 1:
+    return cos, sin
+  return cos * np.float32(amplitude), sin * np.float32(amplitude)
 
 
 def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool = False):

@@ -318,7 +318,8 @@ class Transformer(nn.Module):
     if c.positions != "rotary":
       return None
     frequencies = positions_lib.rotary_frequencies(c.rotary_width, c.rope_base, c.rope_scaling)
-    return positions_lib.rotary_angles(positions, frequencies)
+    amplitude = 1.0 if c.rope_scaling is None else c.rope_scaling.amplitude
+    return positions_lib.rotary_angles(positions, frequencies, amplitude)
 
   def _embed(self, tokens, positions, token_types):
     """Embeddings `[B,S,D]`."""

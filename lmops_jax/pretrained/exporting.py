@@ -81,13 +81,22 @@ def config_json(family: Family, source: PretrainedModel, dtype: str) -> dict[str
   fields, architecture = dict(source.original), family.architecture
   if fields:
     architecture = (fields.get("architectures") or [architecture])[0]
-    published = family.read_config(ConfigReader(fields, "config.json"))
-    if _shape(family, published) != _shape(family, source.config):
-      fields |= family.write_config(source.config)
-  else:
-    fields = {**family.write_config(source.config), "model_type": family.name}
+  if not fields or not _describes(family, fields, source.config):
+    for name in family.schema.superseding():
+      fields.pop(name, None)
+    fields |= {**family.write_config(source.config), "model_type": family.name}
+    if not _describes(family, fields, source.config):
+      raise ValueError(
+        f"{source.path} has parts that no {family.name} model of transformers has; load it with "
+        "lmops_jax."
+      )
   fields.pop("torch_dtype", None)
   return {**fields, "architectures": [architecture], "dtype": dtype}
+
+
+def _describes(family: Family, fields: dict[str, Any], config) -> bool:
+  published = family.read_config(ConfigReader(fields, "config.json"))
+  return _shape(family, published) == _shape(family, config)
 
 
 def _shape(family: Family, config):
@@ -95,7 +104,7 @@ def _shape(family: Family, config):
   if not isinstance(config, TransformerConfig):
     return family.with_choices(config, **PLAIN)
   heads = dict(head_transform=False, unembedding_bias=False, pooler=False, tied_embeddings=True)
-  return dataclasses.replace(config, **PLAIN, **heads)
+  return dataclasses.replace(families.explicit(config), initialization="normal", **heads)
 
 
 def tensors(family: Family, config, params, dtype) -> Iterator[tuple]:
@@ -115,4 +124,4 @@ def tensors(family: Family, config, params, dtype) -> Iterator[tuple]:
 
 def _make(rule, leaves, layer, dtype) -> np.ndarray:
   own = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-  return np.ascontiguousarray(rule.join(own)).astype(dtype)
+  return np.asarray(rule.join(own), order="C").astype(dtype)

@@ -8,6 +8,7 @@ is used and every parameter filled, or the error lists both sides.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -24,33 +25,57 @@ if TYPE_CHECKING:
   from lmops_jax.pretrained.sources import TensorSource
 
 _MAX_LISTED = 12
+# Heads of other tasks, which the function of a language model does not depend on.
+_OTHER_HEADS = re.compile(
+  r"(score|classifier|qa_outputs|v_head|value_head|multiple_choice_head|summary)\..*"
+)
 
 
 def abstract_params(family: Family, config):
   """The model's parameters as shapes, boxed with logical axes; nothing is allocated."""
   module, inputs = family.module(config), family.inputs(config)
-  return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
+  return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 class NameTable:
   """The tensors of a source under the full names of a family's rules.
 
-  A checkpoint of the bare body lacks the prefix; old ones call a norm's tensors gamma and beta.
+  A checkpoint of the bare body lacks the prefix; old ones call a norm's tensors gamma and beta; of
+  two names for one tensor it may have either.
+
+  Args:
+    prefix: see `Family`.
+    twins: names, each with another for the same tensor.
+
+  Raises:
+    ValueError: a checkpoint that has both the name with prefix and the bare one.
   """
 
-  def __init__(self, source: TensorSource, prefix: str):
+  def __init__(self, source: TensorSource, prefix: str, twins: Mapping[str, str] | None = None):
     self._source = source
     self.actual: dict[str, str] = {}  # name without prefix -> name in the source
     self._prefix = prefix
+    self.twins = dict(twins or {})
+    pairs = [(self.bare(a), self.bare(b)) for a, b in self.twins.items()]
+    self._other = dict(pairs) | {b: a for a, b in pairs}
     for name in source.names():
-      bare = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-      self.actual[self.bare(bare)] = name
+      bare = self.bare(re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)))
+      if bare in self.actual:
+        raise ValueError(
+          f"{source.where} holds both {self.actual[bare]} and {name}, which name one tensor of the "
+          "model; keep the one that is right."
+        )
+      self.actual[bare] = name
 
   def bare(self, name: str) -> str:
     return name.removeprefix(self._prefix)
 
   def find(self, name: str) -> str | None:
     """The name in the source of a rule's tensor, None if it has none."""
+    return self.stored(name) or self.stored(self._other.get(self.bare(name), name))
+
+  def stored(self, name: str) -> str | None:
+    """The name in the source of just this tensor, whatever else it may be called."""
     return self.actual.get(self.bare(name))
 
   def shape(self, name: str) -> tuple[int, ...] | None:
@@ -66,6 +91,48 @@ class NameTable:
   def has(self, patterns: Iterable[str]) -> bool:
     """Whether any tensor's name without prefix starts like one of the patterns."""
     return any(re.match(p, bare) for p in patterns for bare in self.actual)
+
+
+def named(source: TensorSource, family: Family, config) -> NameTable:
+  """The tensors of a checkpoint of a model; a tied one may have its embedding by either name."""
+  tied = family.tied if getattr(config, "tied_embeddings", False) else {}
+  return NameTable(source, family.prefix, {**tied, **family.same})
+
+
+def check_sizes(names: NameTable, source: TensorSource, family: Family, config, where: str) -> None:
+  """Holds declared sizes against the tensors, before anything is made of those sizes.
+
+  Args:
+    where: the file that declares them.
+
+  Raises:
+    ValueError: a count of layers or a size that the checkpoint cannot hold.
+  """
+  rules = [rule for rule in family.rules(config) if rule.of_layers]
+  largest = max(source.names(), key=lambda name: max(source.shape(name), default=0), default=None)
+  most = 0 if largest is None else max(source.shape(largest), default=0)
+  for sizes in family.sizes(config):
+    rule = next(rule for rule in rules if rule.ours[0].startswith(sizes.part))
+    held = _num_layers(names, rule.theirs)
+    if sizes.num_layers > held:
+      raise ValueError(
+        f"{where}: {sizes.layers}={sizes.num_layers}, but {source.where} holds {held} layers: it "
+        f"lacks {rule.theirs.format(i=held)}."
+      )
+    for field, size in sizes.axes.items():
+      if size > most:
+        raise ValueError(
+          f"{where}: {field}={size}, but no tensor of {source.where} is that large; its longest "
+          f"axis is {most} ({largest})."
+        )
+
+
+def _num_layers(names: NameTable, theirs: str) -> int:
+  """Layers of the checkpoint, from the first one on, of tensors named like a rule's."""
+  before = re.escape(names.bare(theirs).split("{i}")[0])
+  matches = (re.match(rf"{before}(\d+)\.", bare) for bare in names.actual)
+  found = {match[1] for match in matches if match}
+  return next(i for i in itertools.count() if str(i) not in found)
 
 
 def load_params(
@@ -89,13 +156,12 @@ def load_params(
   Raises:
     ValueError: tensors are missing, left over or of another shape; the sentence lists them.
   """
-  names = NameTable(source, family.prefix)
+  names = named(source, family, config)
   boxed = abstract_params(family, config)
   ignored = (*family.ignored, *ignore)
-  tied = family.tied if getattr(config, "tied_embeddings", False) else ()
-  rules = family.rules(config)
-  table = check_fit(names, source, rules, unboxed(boxed), ignored, tied)
-  _check_tied(names, rules, tied)
+  table = check_fit(names, source, family.rules(config), unboxed(boxed), ignored)
+  if getattr(config, "tied_embeddings", False):
+    _check_twins(names)
   return place(names, table, boxed, partitioner)
 
 
@@ -150,8 +216,7 @@ def _once_a_part(read):
 
 
 def check_fit(
-  names: NameTable, source: TensorSource, rules: Sequence[Rule], params, ignored: Sequence[str],
-  tied: Sequence[str],
+  names: NameTable, source: TensorSource, rules: Sequence[Rule], params, ignored: Sequence[str]
 ) -> dict[str, tuple[Rule, int]]:
   """Compares a checkpoint with a model by name and shape.
 
@@ -185,11 +250,12 @@ def check_fit(
   unfilled = sorted(leaves.keys() - table.keys())
   assert not unfilled, unfilled  # a family's table covers its own models
   patterns = [re.compile(pattern) for pattern in ignored]
-  left = [
-    f"{name} {list(source.shape(name))}" for bare, name in names.actual.items()
-    if name not in used and bare not in {names.bare(t) for t in tied}
+  twins = {names.bare(twin) for twin in names.twins}
+  left = {
+    bare: f"{name} {list(source.shape(name))}" for bare, name in names.actual.items()
+    if name not in used and bare not in twins
     and not any(p.fullmatch(bare) or p.fullmatch(name) for p in patterns)
-  ]
+  }
   if missing or wrong or left:
     problems = []
     if missing:
@@ -197,23 +263,25 @@ def check_fit(
     if wrong:
       problems.append(_listed(wrong))
     if left:
-      problems.append(f"the model has no place for its {_listed(left)}")
+      problems.append(f"the model has no place for its {_listed(list(left.values()))}")
+    advice = "Give it the configuration that it was saved with"
+    if left and not missing and not wrong and all(map(_OTHER_HEADS.fullmatch, left)):
+      advice += ", or leave the other task's head out by its name in pretrained.load.ignore"
     raise ValueError(
-      f"The checkpoint {source.where} does not fit its configuration: {'; '.join(problems)}. Give "
-      "it the config.json that it was saved with, or name tensors to leave out in "
-      "pretrained.load.ignore."
+      f"The checkpoint {source.where} does not fit its configuration: {'; '.join(problems)}. "
+      f"{advice}."
     )
   return table
 
 
-def _check_tied(names: NameTable, rules: Sequence[Rule], tied: Sequence[str]) -> None:
-  """A stored output matrix of a tied model must be the embedding."""
-  for name in filter(names.find, tied):
-    embedding = next(rule.theirs for rule in rules if rule.ours == ("embedding",))
-    if not np.array_equal(names.read(name), names.read(embedding)):
+def _check_twins(names: NameTable) -> None:
+  """Where both of two names for one tensor are stored, they must say the same."""
+  for twin, name in names.twins.items():
+    first, second = names.stored(twin), names.stored(name)
+    if first and second and not np.array_equal(names.read(twin), names.read(name)):
       raise ValueError(
-        f"{names.find(name)} differs from {names.find(embedding)} though the model ties its "
-        "embeddings; set tie_word_embeddings to false in config.json to load both."
+        f"{first} differs from {second} though the model ties its embeddings; set "
+        "tie_word_embeddings to false in config.json to load both."
       )
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
+import pydantic
 
+from lmops_jax.foreign_files import checked, read_json
 from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.clip import ClipConfig
 from lmops_jax.models.config import DTYPES, REMAT_POLICIES, RopeScaling, TransformerConfig
@@ -42,6 +45,17 @@ _NESTED = {
 }
 _EXECUTION = ("attention", "attention_chunk", "scan_layers", "remat", "dtype", "param_dtype")
 _HASHED_BYTES = 1 << 20  # of each end of a large file
+
+
+class _Described(pydantic.BaseModel):
+  """What `model.json` holds."""
+
+  format: Literal[_FORMAT]
+  family: Literal[tuple(family.name for family in families.FAMILIES)]
+  config: dict[str, Any]
+  params: str
+  tokenizer: str
+  original: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,16 +182,19 @@ def load(
     return make(
       families.by_name(described["family"]), described["config"], described["original"]
     )
-  original = _read_json(folder / _CONFIG)
-  family = families.find(original, str(folder / _CONFIG))
-  try:
-    config = family.read_config(families.ConfigReader(original, str(folder / _CONFIG)))
-  except (TypeError, KeyError) as error:
-    raise ValueError(f"{folder / _CONFIG} is not a configuration of {family.name}: {error}.") from (
-      error
+  path = folder / _CONFIG
+  if not path.exists():
+    raise ValueError(
+      f"{path} cannot be read (it is not there); a model folder holds config.json beside its "
+      "weights."
     )
+  original = _read_object(path)
+  family = families.find(original, str(path))
+  with _naming(path):
+    config = family.read_config(families.ConfigReader(original, str(path)))
   with open_source(folder) as source:
-    names = importing.NameTable(source, family.prefix)
+    names = importing.named(source, family, config)
+    importing.check_sizes(names, source, family, config, str(path))
     config = _as_stored(config, family, names, original.get("architectures") or ())
   return make(family, config, original)
 
@@ -188,11 +205,22 @@ def _make(path, choices, ignore, family, config, original) -> PretrainedModel:
 
 
 def _gguf(source) -> tuple[families.Family, TransformerConfig]:
-  names = source.names()
-  if "token_embd.weight" not in names:
-    raise ValueError(f"{source.where} holds no tensor token_embd.weight; it is no language model.")
-  vocab_size = source.shape("token_embd.weight")[0]
-  return read_gguf(source.metadata, vocab_size, "output.weight" in names, source.where)
+  with _naming(source.where):
+    family, config = read_gguf(source)
+  names = importing.named(source, family, config)
+  importing.check_sizes(names, source, family, config, source.where)
+  return family, config
+
+
+@contextlib.contextmanager
+def _naming(path: Path | str):
+  """What makes no model is said of the file that says it."""
+  try:
+    yield
+  except ValueError as error:
+    if str(path) in str(error):
+      raise
+    raise ValueError(f"{path} makes no model: {error}") from error
 
 
 def _as_stored(config, family, names, architectures):
@@ -210,31 +238,21 @@ def _as_stored(config, family, names, architectures):
   return dataclasses.replace(config, **changes)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise ValueError(
-      f"{path} cannot be read ({error.strerror}); a model folder holds config.json beside its "
-      "weights."
-    ) from error
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}); fetch it again.") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} holds a {type(value).__name__}, not an object with fields.")
-  return value
+def _read_object(path: Path) -> dict[str, Any]:
+  return checked(dict[str, Any], read_json(path), path)
 
 
 def _description(folder: Path) -> dict[str, Any]:
   """`model.json`, with its configuration as a `TransformerConfig`."""
-  described = _read_json(folder / DESCRIPTION)
+  path = folder / DESCRIPTION
+  described = checked(_Described, read_json(path), path).model_dump()
   try:
     kind = ClipConfig if described["family"] == "clip" else TransformerConfig
     return {**described, "config": _from_fields(kind, described["config"])}
-  except (KeyError, TypeError) as error:
+  except (TypeError, ValueError) as error:
     raise ValueError(
-      f"{folder / DESCRIPTION} does not describe a model of this version ({error}); write it again "
-      "with lmops convert."
+      f"{path} does not describe a model of this version ({error}); write it again with lmops "
+      "convert."
     ) from error
 
 

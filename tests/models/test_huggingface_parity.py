@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmops_jax.models.config import RopeScaling
+from lmops_jax.models.positions import rotary_angles, rotary_frequencies
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.parity
@@ -105,3 +107,65 @@ def test_logits_and_gradients_equal_torch(kind, tied):
     np.testing.assert_allclose(
       got, want, rtol=1e-3, atol=2e-6, err_msg=jax.tree_util.keystr(path)
     )
+
+
+@pytest.mark.parametrize("scaling,theirs", [
+  (RopeScaling("linear", 4.0), {"factor": 4.0}),
+  (RopeScaling("dynamic", 4.0, original_max_length=64), {"factor": 4.0}),
+  (RopeScaling("llama3", 8.0, original_max_length=16), {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16}),
+  (RopeScaling("yarn", 4.0, original_max_length=16),
+   {"factor": 4.0, "original_max_position_embeddings": 16}),
+  (RopeScaling("yarn", 16.0, original_max_length=64, beta_fast=9.0, beta_slow=0.3, truncate=False,
+               attention_factor=0.7), {
+    "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 9.0, "beta_slow": 0.3,
+    "truncate": False, "attention_factor": 0.7}),
+  (RopeScaling("yarn", 1.0, original_max_length=4096),
+   {"factor": 1.0, "original_max_position_embeddings": 4096}),
+  (RopeScaling("factors", factors=tuple(range(1, 13)), attention_factor=1.5), {
+    "rope_type": "longrope", "factor": 1.0, "short_factor": list(range(1, 13)),
+    "long_factor": list(range(1, 13)), "original_max_position_embeddings": 16,
+    "attention_factor": 1.5}),
+])
+def test_stretched_frequencies_equal_torch(scaling, theirs):
+  from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+  rope = {"rope_type": scaling.kind, "rope_theta": 500.0, **theirs}
+  config = transformers.LlamaConfig(
+    hidden_size=24, num_attention_heads=1, max_position_embeddings=64, rope_parameters=rope
+  )
+  want, amplitude = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+  got = rotary_frequencies(24, 500.0, scaling)
+  assert got.dtype == np.float32
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  assert scaling.amplitude == pytest.approx(amplitude)
+  cos, sin = rotary_angles(np.array([[3]], np.int32), got, scaling.amplitude)
+  np.testing.assert_allclose(cos[0, 0, 0], np.cos(3 * np.asarray(want)) * amplitude, atol=1e-6)
+  np.testing.assert_allclose(sin[0, 0, 0], np.sin(3 * np.asarray(want)) * amplitude, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields,message", [
+  ({"kind": "su"}, "is not one of linear, dynamic, llama3, yarn, factors"),
+  ({"factor": 0.5}, "factor=0.5 must be at least 1"),
+  ({"factor": float("nan")}, "factor=nan must be at least 1"),
+  ({"kind": "yarn", "beta_slow": 40.0}, "beta_slow=40.0 and beta_fast=32.0"),
+  ({"attention_factor": 0.0}, "attention_factor=0.0 must be positive"),
+  ({"kind": "factors"}, "factors belong to kind='factors'"),
+  ({"factors": (2.0,)}, "factors belong to kind='factors'"),
+  ({"kind": "factors", "factors": (2.0, 0.0)}, "must be positive"),
+  ({"original_max_length": 0}, "original_max_length=0 must be at least 1"),
+])
+def test_stretches_that_are_none_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    RopeScaling(**fields)
+
+
+@pytest.mark.parametrize("fields,message", [
+  ({"rope_scaling": RopeScaling("factors", factors=[1.0, 2.0])}, "2 factors for the 3 pairs"),
+  ({"rope_scaling": RopeScaling("dynamic", 2.0, original_max_length=32)}, "max_length=64 exceeds"),
+  ({"rope_scaling": RopeScaling("yarn", 2.0), "rope_base": 1.0}, "rope_base=1.0 must exceed 1"),
+])
+def test_a_stretch_must_fit_its_model(fields, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **fields)

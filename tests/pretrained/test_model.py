@@ -175,8 +175,9 @@ def _change(folder, tmp_path, **fields):
   [
     ({"model_type": "t5"}, "model_type 't5'.*families that it can read are gpt2, opt, xglm"),
     ({"hidden_act": "snake"}, "hidden_act='snake'; the activations"),
-    ({"num_attention_heads": None}, "no field 'num_attention_heads'"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "positions by 'yarn'"),
+    ({"num_attention_heads": None}, "config.json: num_attention_heads=null should be a whole"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "positions by 'yarn' without factor"),
+    ({"rope_parameters": {"rope_type": "su"}}, "positions by 'su'; lmops_jax reads default, lin"),
     ({"num_hidden_layers": 4}, "lacks model.layers.3.input_layernorm.weight"),
     ({"num_hidden_layers": 2}, "no place for its model.layers.2"),
     ({"vocab_size": 60}, r"embed_tokens.weight is \[61, 24\] and should be \[60, 24\]"),
@@ -195,7 +196,7 @@ def test_paths_that_hold_no_model_are_refused(tmp_path):
   with pytest.raises(ValueError, match="config.json cannot be read"):
     model_lib.load(str(tmp_path))
   (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ValueError, match="config.json is not JSON"):
+  with pytest.raises(ValueError, match="config.json is not valid JSON"):
     model_lib.load(str(tmp_path))
 
 

@@ -5,16 +5,18 @@
 
 import dataclasses
 
+from lmops_jax.foreign_files import checked
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained.families import bert, bloom, clip, gpt2, gptj, llama, opt, xglm
 from lmops_jax.pretrained.families.family import PLAIN, ConfigReader, Family
+from lmops_jax.pretrained.families.published import AnyModel
 
 FAMILIES: tuple[Family, ...] = (
   gpt2.FAMILY, opt.FAMILY, xglm.FAMILY, bloom.FAMILY, gptj.FAMILY, llama.LLAMA, llama.MISTRAL,
   llama.QWEN2, bert.BERT, bert.ROBERTA, clip.FAMILY,
 )
 
-__all__ = ["FAMILIES", "ConfigReader", "Family", "by_name", "find", "matching"]
+__all__ = ["FAMILIES", "ConfigReader", "Family", "by_name", "explicit", "find", "matching"]
 
 
 def by_name(name: str) -> Family:
@@ -27,24 +29,28 @@ def matching(config: TransformerConfig) -> Family | None:
 
   Momentum attention is left aside: it has no tensors, and an export refuses it.
   """
-  wanted = _explicit(config)
+  wanted = explicit(config)
   for family in sorted(FAMILIES, key=lambda family: family is not llama.LLAMA):
     try:
       written = {**family.write_config(config), "model_type": family.name}
       read = family.read_config(ConfigReader(written, "config.json"))
-    except (ValueError, TypeError, KeyError, AttributeError):  # parts that it cannot say
+    except (ValueError, AttributeError):  # parts that it cannot say
       continue
-    if isinstance(read, TransformerConfig) and _explicit(read) == wanted:
+    if isinstance(read, TransformerConfig) and explicit(read) == wanted:
       return family
   return None
 
 
-def _explicit(config: TransformerConfig) -> TransformerConfig:
+def explicit(config: TransformerConfig) -> TransformerConfig:
   """The same model, with every width written out and no choice of how it runs."""
+  scaling = config.rope_scaling
+  if scaling is not None:
+    scaling = dataclasses.replace(scaling, attention_factor=scaling.amplitude)
   return dataclasses.replace(
     config, **PLAIN, attention_chunk=1, num_kv_heads=config.key_heads, head_dim=config.head_width,
     embedding_width=config.token_width, momentum=None,
     rotary_dim=config.rotary_width if config.positions == "rotary" else None,
+    rope_scaling=scaling, max_length=llama.stretched_length(config.max_length, config.rope_scaling),
   )
 
 
@@ -58,7 +64,8 @@ def find(config: dict, where: str) -> Family:
   for family in FAMILIES:
     if family.name == kind:
       return family
-  architectures = ", ".join(config.get("architectures") or ()) or "no architecture"
+  architectures = ", ".join(checked(AnyModel, config, where).architectures or ())
+  architectures = architectures or "no architecture"
   raise ValueError(
     f"{where} has model_type {kind!r} ({architectures}), which lmops_jax cannot read; the families "
     f"that it can read are {', '.join(family.name for family in FAMILIES)}."

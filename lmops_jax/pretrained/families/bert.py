@@ -3,27 +3,25 @@
 import functools
 
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.pretrained.families.family import ConfigReader, Family, written_activation
+from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation
 from lmops_jax.pretrained.rules import Rule, attention_rules, linear, mlp_rules, norm_rules, same
 
 
-def _read(r: ConfigReader, offset: int) -> TransformerConfig:
-  r.refuse("position_embedding_type", "absolute")
-  r.refuse("is_decoder", False)
-  r.refuse("add_cross_attention", False)
-  if offset:
-    r.refuse("pad_token_id", offset - 1)  # the first position is the row after the padding's
+def _read(r: ConfigReader, schema: type[published.Bert], offset: int) -> TransformerConfig:
+  p = r.read(schema)
+  if p.max_position_embeddings <= offset:
+    raise r.error(f"max_position_embeddings={p.max_position_embeddings}, of which the first "
+                  f"{offset} are no positions; it should be more.")
   return TransformerConfig(
-    vocab_size=r.need("vocab_size"), num_layers=r.need("num_hidden_layers"),
-    width=r.need("hidden_size"), num_heads=r.need("num_attention_heads"),
-    mlp_width=r.need("intermediate_size"),
-    max_length=r.need("max_position_embeddings") - offset,
-    tied_embeddings=r.get("tie_word_embeddings", True), norm_eps=r.get("layer_norm_eps", 1e-12),
-    norm="layer", norm_placement="post", final_norm=False, positions="learned",
-    position_offset=offset, activation=r.activation("hidden_act", "gelu"), gated_mlp=False,
-    qkv_bias=True, out_bias=True, mlp_bias=True, embedding_norm=True,
-    num_token_types=r.get("type_vocab_size", 2), causal=False, unembedding_bias=True,
-    head_transform=True, pooler=True,
+    vocab_size=p.vocab_size, num_layers=p.num_hidden_layers, width=p.hidden_size,
+    num_heads=p.num_attention_heads, mlp_width=p.intermediate_size,
+    max_length=p.max_position_embeddings - offset, tied_embeddings=p.tie_word_embeddings,
+    norm_eps=p.layer_norm_eps, norm="layer", norm_placement="post", final_norm=False,
+    positions="learned", position_offset=offset,
+    activation=r.activation("hidden_act", p.hidden_act), gated_mlp=False, qkv_bias=True,
+    out_bias=True, mlp_bias=True, embedding_norm=True, num_token_types=p.type_vocab_size,
+    causal=False, unembedding_bias=True, head_transform=True, pooler=True,
   )
 
 
@@ -36,6 +34,14 @@ def _write(c: TransformerConfig) -> dict:
     "hidden_act": written_activation(c.activation), "type_vocab_size": c.num_token_types,
     "pad_token_id": max(c.position_offset - 1, 0),
   }
+
+
+def _sizes(c: TransformerConfig) -> tuple[Sizes, ...]:
+  return Sizes("num_hidden_layers", c.num_layers, {
+    "hidden_size": c.width, "vocab_size": c.vocab_size, "intermediate_size": c.mlp_width,
+    "max_position_embeddings": c.max_length + c.position_offset,
+    "type_vocab_size": c.num_token_types,
+  }),
 
 
 def _rules(c: TransformerConfig, prefix: str, transform: str, norm: str, head: str) -> list[Rule]:
@@ -73,12 +79,15 @@ def _rules(c: TransformerConfig, prefix: str, transform: str, norm: str, head: s
 
 BERT = Family(
   name="bert", architecture="BertForMaskedLM", prefix="bert.",
-  read_config=functools.partial(_read, offset=0), write_config=_write,
+  schema=published.Bert, read_config=functools.partial(_read, schema=published.Bert, offset=0),
+  write_config=_write,
   rules=functools.partial(
     _rules, prefix="bert.", transform="cls.predictions.transform.dense",
     norm="cls.predictions.transform.LayerNorm", head="cls.predictions",
   ),
-  tied=("cls.predictions.decoder.weight",), head=(r"cls\.predictions\.",),
+  sizes=_sizes,
+  tied={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"},
+  same={"cls.predictions.decoder.bias": "cls.predictions.bias"}, head=(r"cls\.predictions\.",),
   ignored=(
     r"embeddings\.position_ids", r"cls\.seq_relationship\..*",
     r"cls\.predictions\.(decoder\.)?bias",
@@ -86,11 +95,13 @@ BERT = Family(
 )
 ROBERTA = Family(
   name="roberta", architecture="RobertaForMaskedLM", prefix="roberta.",
-  read_config=functools.partial(_read, offset=2), write_config=_write,
+  schema=published.Roberta,
+  read_config=functools.partial(_read, schema=published.Roberta, offset=2), write_config=_write,
   rules=functools.partial(
     _rules, prefix="roberta.", transform="lm_head.dense", norm="lm_head.layer_norm",
     head="lm_head",
   ),
-  tied=("lm_head.decoder.weight",),
+  sizes=_sizes, tied={"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight"},
+  same={"lm_head.decoder.bias": "lm_head.bias"},
   ignored=(r"embeddings\.position_ids", r"lm_head\.(decoder\.)?bias"),
 )

@@ -3,24 +3,19 @@
 import numpy as np
 
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.pretrained.families.family import ConfigReader, Family
+from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes
 from lmops_jax.pretrained.rules import Rule, linear, mlp_rules, norm_rules, same, unembedding_rules
-
-_MAX_LENGTH = 2048  # of its training; ALiBi itself has no end
 
 
 def _read(r: ConfigReader) -> TransformerConfig:
-  r.refuse("apply_residual_connection_post_layernorm", False)
-  width = r.get("hidden_size") or r.need("n_embed")
-  layers = r.get("n_layer") or r.need("num_hidden_layers")
+  p = r.read(published.Bloom)
+  width = p.n_embed or p.hidden_size
   return TransformerConfig(
-    vocab_size=r.need("vocab_size"), num_layers=layers, width=width,
-    num_heads=r.get("n_head") or r.need("num_attention_heads"), mlp_width=4 * width,
-    max_length=r.get("seq_length", _MAX_LENGTH),
-    tied_embeddings=r.get("tie_word_embeddings", True),
-    norm_eps=r.get("layer_norm_epsilon", 1e-5), norm="layer", positions="alibi",
-    activation="gelu_tanh", gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True,
-    embedding_norm=True,
+    vocab_size=p.vocab_size, num_layers=p.n_layer, width=width, num_heads=p.n_head,
+    mlp_width=4 * width, max_length=p.seq_length, tied_embeddings=p.tie_word_embeddings,
+    norm_eps=p.layer_norm_epsilon, norm="layer", positions="alibi", activation="gelu_tanh",
+    gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, embedding_norm=True,
   )
 
 
@@ -30,6 +25,10 @@ def _write(c: TransformerConfig) -> dict:
     "n_head": c.num_heads, "seq_length": c.max_length, "tie_word_embeddings": c.tied_embeddings,
     "layer_norm_epsilon": c.norm_eps,
   }
+
+
+def _sizes(c: TransformerConfig) -> tuple[Sizes, ...]:
+  return Sizes("n_layer", c.num_layers, {"hidden_size": c.width, "vocab_size": c.vocab_size}),
 
 
 def _fused(c: TransformerConfig, name: str) -> list[Rule]:
@@ -72,6 +71,7 @@ def _rules(c: TransformerConfig) -> list[Rule]:
 
 
 FAMILY = Family(
-  name="bloom", architecture="BloomForCausalLM", prefix="transformer.", read_config=_read,
-  write_config=_write, rules=_rules,
+  name="bloom", architecture="BloomForCausalLM", prefix="transformer.", schema=published.Bloom,
+  read_config=_read, write_config=_write, rules=_rules, sizes=_sizes,
+  tied={"lm_head.weight": "transformer.word_embeddings.weight"},
 )

@@ -5,59 +5,64 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lmops_jax.models.clip import Clip, ClipConfig
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig
-from lmops_jax.pretrained.families.family import ConfigReader, Family, written_activation
+from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation
 from lmops_jax.pretrained.rules import Rule, attention_rules, linear, mlp_rules, norm_rules, same
 
 _FIRST_EOS = 2  # what the first checkpoints' config.json says, which is not their EOS
-_COMMON = dict(norm="layer", gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True)
-_DEFAULTS = {  # of transformers, which writes only what differs from them in old files
-  "text": dict(
-    hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
-    vocab_size=49408, max_position_embeddings=77,
-  ),
-  "vision": dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-    image_size=224, patch_size=32,
-  ),
-}
 
 
 def _read(r: ConfigReader) -> ClipConfig:
-  readers = {}
-  for tower, defaults in _DEFAULTS.items():
-    given = r.get(f"{tower}_config") or r.get(f"{tower}_config_dict") or {}
-    readers[tower] = ConfigReader({**defaults, **given}, f"{r.where} ({tower}_config)")
-  text, vision = readers["text"], readers["vision"]
-  vision.refuse("num_channels", NUM_CHANNELS)
-  image_size, patch_size = vision.need("image_size"), vision.need("patch_size")
+  p = r.read(published.Clip)
+  text = p.text_config_dict or p.text_config or published.ClipText()
+  vision = p.vision_config_dict or p.vision_config or published.ClipVision()
   trunk = TransformerConfig(
-    **_sizes(vision), **_COMMON, positions="none", causal=False, final_norm=False,
-    max_length=(image_size // patch_size) ** 2 + 1,
+    **_parts(r, vision), positions="none", causal=False, final_norm=False,
+    max_length=(vision.image_size // vision.patch_size) ** 2 + 1,
   )
-  eos_id = text.get("eos_token_id", _FIRST_EOS)
   return ClipConfig(
     text=TransformerConfig(
-      **_sizes(text), **_COMMON, vocab_size=text.need("vocab_size"), positions="learned",
-      max_length=text.need("max_position_embeddings"), tied_embeddings=True,
+      **_parts(r, text), vocab_size=text.vocab_size, positions="learned",
+      max_length=text.max_position_embeddings, tied_embeddings=True,
     ),
-    vision=VisionConfig(trunk, image_size, patch_size),
-    projection_width=r.get("projection_dim", 512),
-    eos_id=None if eos_id == _FIRST_EOS else eos_id,
+    vision=VisionConfig(trunk, vision.image_size, vision.patch_size),
+    projection_width=p.projection_dim,
+    eos_id=None if text.eos_token_id == _FIRST_EOS else text.eos_token_id,
   )
 
 
-def _sizes(r: ConfigReader) -> dict[str, Any]:
+def _parts(r: ConfigReader, p: published.ClipText | published.ClipVision) -> dict[str, Any]:
   return dict(
-    num_layers=r.need("num_hidden_layers"), width=r.need("hidden_size"),
-    num_heads=r.need("num_attention_heads"), mlp_width=r.need("intermediate_size"),
-    norm_eps=r.get("layer_norm_eps", 1e-5),
-    activation=r.activation("hidden_act", "quick_gelu"),
+    num_layers=p.num_hidden_layers, width=p.hidden_size, num_heads=p.num_attention_heads,
+    mlp_width=p.intermediate_size, norm_eps=p.layer_norm_eps,
+    activation=r.activation("hidden_act", p.hidden_act), norm="layer", gated_mlp=False,
+    qkv_bias=True, out_bias=True, mlp_bias=True,
   )
+
+
+def _sizes(c: ClipConfig) -> tuple[Sizes, ...]:
+  def tower(name: str, part: str, t: TransformerConfig, **axes: int) -> Sizes:
+    axes |= {"hidden_size": t.width, "intermediate_size": t.mlp_width}
+    return Sizes(
+      f"{name}.num_hidden_layers", t.num_layers,
+      {f"{name}.{field}": size for field, size in axes.items()}, part,
+    )
+
+  text = tower(
+    "text_config", "text/", c.text, vocab_size=c.text.vocab_size,
+    max_position_embeddings=c.text.max_length,
+  )
+  vision = tower(
+    "vision_config", "vision/", c.vision.trunk, patch_size=c.vision.patch_size,
+    **{"(image_size / patch_size)^2": c.vision.num_patches},
+  )
+  return text._replace(axes={**text.axes, "projection_dim": c.projection_width}), vision
 
 
 def _write(c: ClipConfig) -> dict[str, Any]:
@@ -118,7 +123,8 @@ def _tower(c: TransformerConfig, theirs: str, ours: str) -> list[Rule]:
 
 def _inputs(c: ClipConfig) -> tuple:
   size = c.vision.image_size
-  return jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, size, size, NUM_CHANNELS))
+  images = jax.ShapeDtypeStruct((1, size, size, NUM_CHANNELS), jnp.float32)
+  return jax.ShapeDtypeStruct((1, 1), jnp.int32), images
 
 
 def _with_choices(c: ClipConfig, **choices) -> ClipConfig:
@@ -128,7 +134,8 @@ def _with_choices(c: ClipConfig, **choices) -> ClipConfig:
 
 
 FAMILY = Family(
-  name="clip", architecture="CLIPModel", prefix="", read_config=_read, write_config=_write,
-  rules=_rules, tied=(), ignored=(r".*embeddings\.position_ids",), module=Clip, inputs=_inputs,
+  name="clip", architecture="CLIPModel", prefix="", schema=published.Clip, read_config=_read,
+  write_config=_write, rules=_rules, tied={}, sizes=_sizes,
+  ignored=(r".*embeddings\.position_ids",), module=Clip, inputs=_inputs,
   with_choices=_with_choices,
 )

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
+from lmops_jax.foreign_files import checked
 from lmops_jax.models.transformer import Transformer
+from lmops_jax.pretrained.families import published
 from lmops_jax.pretrained.rules import Rule
+
+Schema = TypeVar("Schema")
 
 # How a model runs, which no `config.json` says.
 PLAIN = dict(
@@ -21,12 +26,31 @@ ACTIVATIONS = {
   "silu": "silu",
   "swish": "silu",
   "gelu": "gelu",
+  "gelu_python": "gelu",
   "gelu_new": "gelu_tanh",
   "gelu_fast": "gelu_tanh",
+  "gelu_accurate": "gelu_tanh",
+  "gelu_python_tanh": "gelu_tanh",
   "gelu_pytorch_tanh": "gelu_tanh",
   "quick_gelu": "quick_gelu",
   "relu": "relu",
 }
+
+
+class Sizes(NamedTuple):
+  """What the configuration of one stack of layers declares, by the fields of its file.
+
+  Attributes:
+    layers: field with the number of layers.
+    num_layers: that number.
+    axes: by field, numbers that some tensor has an axis of, or a longer one.
+    part: where in our tree the stack is, such as "text/".
+  """
+
+  layers: str
+  num_layers: int
+  axes: dict[str, int]
+  part: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,67 +61,59 @@ class Family:
     name: the `model_type` of its `config.json`.
     architecture: the class that transformers loads an exported model with.
     prefix: what its body's tensor names start with; checkpoints of the bare body lack it.
+    schema: of its `config.json`.
     read_config: `ConfigReader` to the module's configuration.
     write_config: the configuration to the fields of `config.json`.
     rules: the configuration to the table of tensors, names with prefix.
-    tied: tensor names that repeat the embedding when embeddings are tied.
+    tied: names of the output matrix, each with that of the embedding, which it repeats when
+      embeddings are tied.
+    same: names of tensors that always repeat another, each with that other's.
     head: patterns of full names of the head; a checkpoint without any of them is a bare body.
+    sizes: the configuration to what it declares about the tensors' sizes.
     ignored: patterns of tensors that are no parameters, or belong to heads not modelled here.
     module: the configuration to the Linen module.
-    inputs: the configuration to inputs that the module can be initialised with.
+    inputs: the configuration to shapes of inputs that the module can be initialised with.
     with_choices: configuration and execution choices (`dtype=`, ...) to a configuration.
   """
 
   name: str
   architecture: str
   prefix: str
+  schema: type[published.AnyModel]
   read_config: Callable[[ConfigReader], Any]
   write_config: Callable[[Any], dict[str, Any]]
   rules: Callable[[Any], list[Rule]]
-  tied: tuple[str, ...] = ("lm_head.weight",)
+  tied: Mapping[str, str]
+  sizes: Callable[[Any], tuple[Sizes, ...]]
+  same: Mapping[str, str] = dataclasses.field(default_factory=dict)
   head: tuple[str, ...] = (r"lm_head\.",)
   ignored: tuple[str, ...] = ()
   module: Callable[[Any], nn.Module] = Transformer
-  inputs: Callable[[Any], tuple] = lambda config: (jnp.zeros((1, 1), jnp.int32),)
+  inputs: Callable[[Any], tuple] = lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
   with_choices: Callable[..., Any] = dataclasses.replace
 
 
 class ConfigReader:
-  """Fields of a `config.json`, with errors that name file and field."""
+  """A `config.json`, read by its family's schema, with errors that name file and field."""
 
   def __init__(self, fields: Mapping[str, Any], where: str):
     self.fields, self.where = fields, where
 
-  def get(self, name: str, default: Any = None) -> Any:
-    """The field, or `default` where it is absent or null."""
-    value = self.fields.get(name)
-    return default if value is None else value
+  def read(self, schema: type[Schema]) -> Schema:
+    """The fields as a class of `families.published` has them."""
+    return checked(schema, dict(self.fields), self.where)
 
-  def need(self, name: str) -> Any:
-    """The field; raises ValueError where it is absent."""
-    value = self.fields.get(name)
-    if value is None:
-      raise ValueError(f"{self.where} has no field {name!r}, which this kind of model needs.")
-    return value
-
-  def activation(self, name: str, default: str) -> str:
-    """The activation named in a field, by its name here."""
-    value = self.get(name, default)
+  def activation(self, name: str, value: str) -> str:
+    """The activation that a field names, by its name here."""
     if value not in ACTIVATIONS:
-      raise ValueError(
-        f"{self.where} has {name}={value!r}; the activations that lmops_jax has are "
-        f"{', '.join(ACTIVATIONS)}."
+      raise self.error(
+        f"{name}={value!r}; the activations that lmops_jax has are {', '.join(ACTIVATIONS)}."
       )
     return ACTIVATIONS[value]
 
-  def refuse(self, name: str, *allowed: Any) -> None:
-    """Raises ValueError where the field is set to something not modelled here."""
-    value = self.fields.get(name)
-    if value is not None and value not in allowed:
-      raise ValueError(
-        f"{self.where} has {name}={value!r}, which lmops_jax does not model; it reads models with "
-        f"{name} {' or '.join(map(repr, allowed)) if allowed else 'absent'}."
-      )
+  def error(self, found: str) -> ValueError:
+    """That the file has something that no model here has."""
+    return ValueError(f"{self.where} has {found}")
 
 
 def written_activation(name: str) -> str:

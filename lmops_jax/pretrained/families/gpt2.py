@@ -3,24 +3,19 @@
 import numpy as np
 
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.pretrained.families.family import ConfigReader, Family, written_activation
+from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation
 from lmops_jax.pretrained.rules import Rule, conv1d, norm_rules, same, unembedding_rules
 
 
 def _read(r: ConfigReader) -> TransformerConfig:
-  for field, allowed in (
-    ("scale_attn_weights", (True,)), ("scale_attn_by_inverse_layer_idx", (False,)),
-    ("add_cross_attention", (False,)),
-  ):
-    r.refuse(field, *allowed)
-  width = r.need("n_embd")
+  p = r.read(published.GPT2)
   return TransformerConfig(
-    vocab_size=r.need("vocab_size"), num_layers=r.need("n_layer"), width=width,
-    num_heads=r.need("n_head"), mlp_width=r.get("n_inner", 4 * width),
-    max_length=r.get("n_positions", 1024), tied_embeddings=r.get("tie_word_embeddings", True),
-    norm_eps=r.get("layer_norm_epsilon", 1e-5), norm="layer", positions="learned",
-    activation=r.activation("activation_function", "gelu_new"), gated_mlp=False, qkv_bias=True,
-    out_bias=True, mlp_bias=True,
+    vocab_size=p.vocab_size, num_layers=p.n_layer, width=p.n_embd, num_heads=p.n_head,
+    mlp_width=p.n_inner or 4 * p.n_embd, max_length=p.n_positions,
+    tied_embeddings=p.tie_word_embeddings, norm_eps=p.layer_norm_epsilon, norm="layer",
+    positions="learned", activation=r.activation("activation_function", p.activation_function),
+    gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True,
   )
 
 
@@ -30,6 +25,13 @@ def _write(c: TransformerConfig) -> dict:
     "n_inner": c.mlp_width, "n_positions": c.max_length, "tie_word_embeddings": c.tied_embeddings,
     "layer_norm_epsilon": c.norm_eps, "activation_function": written_activation(c.activation),
   }
+
+
+def _sizes(c: TransformerConfig) -> tuple[Sizes, ...]:
+  return Sizes("n_layer", c.num_layers, {
+    "n_embd": c.width, "vocab_size": c.vocab_size, "n_inner": c.mlp_width,
+    "n_positions": c.max_length,
+  }),
 
 
 def _fused(c: TransformerConfig, name: str) -> list[Rule]:
@@ -73,6 +75,8 @@ def _rules(c: TransformerConfig) -> list[Rule]:
 
 
 FAMILY = Family(
-  name="gpt2", architecture="GPT2LMHeadModel", prefix="transformer.", read_config=_read,
-  write_config=_write, rules=_rules, ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
+  name="gpt2", architecture="GPT2LMHeadModel", prefix="transformer.", schema=published.GPT2,
+  read_config=_read, write_config=_write, rules=_rules, sizes=_sizes,
+  tied={"lm_head.weight": "transformer.wte.weight"},
+  ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
 )

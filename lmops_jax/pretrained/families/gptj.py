@@ -1,7 +1,8 @@
 """GPT-J (Wang and Komatsuzaki 2021): attention beside the MLP; rotary in part, interleaved."""
 
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.pretrained.families.family import ConfigReader, Family, written_activation
+from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation
 from lmops_jax.pretrained.rules import (
   Rule,
   attention_rules,
@@ -13,16 +14,14 @@ from lmops_jax.pretrained.rules import (
 
 
 def _read(r: ConfigReader) -> TransformerConfig:
-  width = r.need("n_embd")
-  tied = r.get("tie_word_embeddings", False)
+  p = r.read(published.GPTJ)
   return TransformerConfig(
-    vocab_size=r.need("vocab_size"), num_layers=r.need("n_layer"), width=width,
-    num_heads=r.need("n_head"), mlp_width=r.get("n_inner", 4 * width),
-    max_length=r.get("n_positions", 2048), tied_embeddings=tied,
-    norm_eps=r.get("layer_norm_epsilon", 1e-5), norm="layer", norm_placement="parallel",
-    rotary_dim=r.get("rotary_dim"), rotary_interleaved=True,
-    activation=r.activation("activation_function", "gelu_new"), gated_mlp=False, mlp_bias=True,
-    unembedding_bias=True,
+    vocab_size=p.vocab_size, num_layers=p.n_layer, width=p.n_embd, num_heads=p.n_head,
+    mlp_width=p.n_inner or 4 * p.n_embd, max_length=p.n_positions,
+    tied_embeddings=p.tie_word_embeddings, norm_eps=p.layer_norm_epsilon, norm="layer",
+    norm_placement="parallel", rotary_dim=p.rotary_dim, rotary_interleaved=True,
+    activation=r.activation("activation_function", p.activation_function), gated_mlp=False,
+    mlp_bias=True, unembedding_bias=True,
   )
 
 
@@ -30,9 +29,15 @@ def _write(c: TransformerConfig) -> dict:
   return {
     "vocab_size": c.vocab_size, "n_layer": c.num_layers, "n_embd": c.width, "n_head": c.num_heads,
     "n_inner": c.mlp_width, "n_positions": c.max_length, "tie_word_embeddings": c.tied_embeddings,
-    "layer_norm_epsilon": c.norm_eps, "rotary_dim": c.rotary_dim,
+    "layer_norm_epsilon": c.norm_eps, "rotary_dim": c.rotary_width,
     "activation_function": written_activation(c.activation),
   }
+
+
+def _sizes(c: TransformerConfig) -> tuple[Sizes, ...]:
+  return Sizes("n_layer", c.num_layers, {
+    "n_embd": c.width, "vocab_size": c.vocab_size, "n_inner": c.mlp_width,
+  }),
 
 
 def _rules(c: TransformerConfig) -> list[Rule]:
@@ -48,6 +53,8 @@ def _rules(c: TransformerConfig) -> list[Rule]:
 
 
 FAMILY = Family(
-  name="gptj", architecture="GPTJForCausalLM", prefix="transformer.", read_config=_read,
-  write_config=_write, rules=_rules, ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
+  name="gptj", architecture="GPTJForCausalLM", prefix="transformer.", schema=published.GPTJ,
+  read_config=_read, write_config=_write, rules=_rules, sizes=_sizes,
+  tied={"lm_head.weight": "transformer.wte.weight"},
+  ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
 )

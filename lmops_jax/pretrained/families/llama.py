@@ -1,10 +1,13 @@
 """Llama, Mistral, Qwen2 (arXiv:2302.13971, 2310.06825, 2407.10671): one table, other switches."""
 
 import functools
+import math
 from typing import Any
 
+from lmops_jax.foreign_files import shown
 from lmops_jax.models.config import RopeScaling, TransformerConfig
-from lmops_jax.pretrained.families.family import ConfigReader, Family, written_activation
+from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation
 from lmops_jax.pretrained.rules import (
   Rule,
   attention_rules,
@@ -15,67 +18,132 @@ from lmops_jax.pretrained.rules import (
 )
 
 
-def _rope(r: ConfigReader) -> tuple[float, RopeScaling | None]:
-  """Base and stretch, from `rope_parameters` (new) or `rope_theta` with `rope_scaling` (old)."""
-  new = r.get("rope_parameters", {})
-  scaling = new or r.get("rope_scaling", {})
-  base = float(new.get("rope_theta") or r.get("rope_theta", 1e4))
-  kind = scaling.get("rope_type", scaling.get("type", "default"))
-  if kind == "default":
-    return base, None
-  if kind == "linear":
-    return base, RopeScaling("linear", float(scaling["factor"]))
-  if kind == "llama3":
-    return base, RopeScaling(
-      "llama3", float(scaling["factor"]), float(scaling["low_freq_factor"]),
-      float(scaling["high_freq_factor"]), int(scaling["original_max_position_embeddings"]),
-    )
-  raise ValueError(
-    f"{r.where} stretches rotary positions by {kind!r}; lmops_jax reads default, linear and llama3."
+def _read(r: ConfigReader, schema: type[published.Llama], family: str) -> TransformerConfig:
+  p = r.read(schema)
+  scaling = _stretch(r, p)
+  width, heads = p.hidden_size, p.num_attention_heads
+  max_length = stretched_length(p.max_position_embeddings, scaling)
+  bias = family == "llama" and p.attention_bias
+  return TransformerConfig(
+    vocab_size=p.vocab_size, num_layers=p.num_hidden_layers, width=width, num_heads=heads,
+    num_kv_heads=p.num_key_value_heads or heads,
+    head_dim=None if p.head_dim in (None, width // heads) else p.head_dim,
+    mlp_width=p.intermediate_size, max_length=max_length, tied_embeddings=p.tie_word_embeddings,
+    rope_base=float(_given_stretch(r, p)[1].rope_theta or p.rope_theta), rope_scaling=scaling,
+    norm_eps=p.rms_norm_eps, activation=r.activation("hidden_act", p.hidden_act),
+    qkv_bias=bias or family == "qwen2", out_bias=bias,
+    mlp_bias=family == "llama" and p.mlp_bias,
+    sliding_window=None if family == "llama" else _window(r, p, max_length),
   )
 
 
-def _read(r: ConfigReader, family: str) -> TransformerConfig:
-  r.refuse("pretraining_tp", 1)
-  base, scaling = _rope(r)
-  width, heads = r.need("hidden_size"), r.need("num_attention_heads")
-  head_dim = r.get("head_dim")
-  window = None
-  if family == "mistral":
-    window = r.get("sliding_window")
-  elif family == "qwen2" and r.get("use_sliding_window", False):
-    r.refuse("max_window_layers", 0)
-    window = r.get("sliding_window")
-  bias = r.get("attention_bias", False)
-  return TransformerConfig(
-    vocab_size=r.need("vocab_size"), num_layers=r.need("num_hidden_layers"), width=width,
-    num_heads=heads, num_kv_heads=r.get("num_key_value_heads", heads),
-    head_dim=None if head_dim in (None, width // heads) else head_dim,
-    mlp_width=r.need("intermediate_size"), max_length=r.get("max_position_embeddings", 2048),
-    tied_embeddings=r.get("tie_word_embeddings", False), rope_base=base, rope_scaling=scaling,
-    norm_eps=r.get("rms_norm_eps", 1e-6), activation=r.activation("hidden_act", "silu"),
-    qkv_bias=True if family == "qwen2" else bias, out_bias=bias and family == "llama",
-    mlp_bias=r.get("mlp_bias", False), sliding_window=window,
+def stretched_length(declared: int, scaling: RopeScaling | None) -> int:
+  """Positions of a model: the declared ones, where YaRN was not put beside the first number."""
+  if scaling is None or scaling.kind != "yarn":
+    return declared
+  return max(declared, int(min(scaling.factor * scaling.original_max_length, published.LONGEST)))
+
+
+def _given_stretch(r: ConfigReader, p: published.Llama) -> tuple[str, published.Stretch]:
+  """The field that counts, and what it says: the old one where both are there."""
+  if r.fields.get("rope_scaling"):
+    return "rope_scaling", p.rope_scaling
+  return "rope_parameters", p.rope_parameters or published.Stretch()
+
+
+def _stretch(r: ConfigReader, p: published.Llama) -> RopeScaling | None:
+  """How rotary frequencies are stretched, as transformers computes it of the same fields."""
+  field, s = _given_stretch(r, p)
+  kind, longest = s.rope_type, p.max_position_embeddings
+  first = p.original_max_position_embeddings or s.original_max_position_embeddings or longest
+
+  def need(name: str):
+    if getattr(s, name) is None:
+      raise ValueError(
+        f"{r.where} stretches rotary positions by {kind!r} without {name}; give it in {field}."
+      )
+    return getattr(s, name)
+
+  if kind == "default":
+    return None
+  if kind == "linear":
+    return RopeScaling("linear", float(need("factor")))
+  if kind == "dynamic":
+    return RopeScaling("dynamic", float(need("factor")), original_max_length=longest)
+  if kind == "llama3":
+    return RopeScaling(
+      "llama3", float(need("factor")), float(need("low_freq_factor")),
+      float(need("high_freq_factor")), first,
+    )
+  if kind == "yarn":
+    is_null = "factor" in s.model_fields_set and s.factor is None
+    factor = float(longest / first if is_null else need("factor"))
+    amplitude = s.attention_factor
+    if amplitude is None and s.mscale and s.mscale_all_dim:
+      amplitude = _mscale(factor, s.mscale) / _mscale(factor, s.mscale_all_dim)
+    return RopeScaling(
+      "yarn", factor, original_max_length=first, beta_fast=float(s.beta_fast or 32),
+      beta_slow=float(s.beta_slow or 1), truncate=bool(s.truncate), attention_factor=amplitude,
+    )
+  if kind == "longrope":
+    short, long = need("short_factor"), need("long_factor")
+    if short == long or longest <= first:  # else which of them holds would depend on the length
+      factor = s.factor or longest / first
+      amplitude = s.attention_factor
+      if amplitude is None:
+        amplitude = math.sqrt(1 + math.log(factor) / math.log(first)) if factor > 1 < first else 1.0
+      return RopeScaling("factors", factors=short, attention_factor=amplitude)
+    kind = "longrope with other factors for long texts than for short ones"
+  raise ValueError(
+    f"{r.where} stretches rotary positions by {kind!r}; lmops_jax reads default, linear, dynamic, "
+    "llama3, yarn, and longrope with the same factors for all lengths."
+  )
+
+
+def _mscale(factor: float, share: float) -> float:
+  return 0.1 * share * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def _window(r: ConfigReader, p: published.Mistral | published.Qwen2, length: int) -> int | None:
+  """The window of all layers, None where no layer has one."""
+  total, window, reason = p.num_hidden_layers, p.sliding_window, "layer_types"
+  if isinstance(p, published.Qwen2) and not p.use_sliding_window:
+    window = None
+  if p.layer_types is not None:
+    kinds = ["full_attention" if kind == "attention" else kind for kind in p.layer_types]
+    sliding = kinds.count("sliding_attention")
+    if len(kinds) != total or sliding + kinds.count("full_attention") != total:
+      raise r.error(
+        f"layer_types={shown(kinds)}, which should be full_attention or sliding_attention for each "
+        f"of {total} layers."
+      )
+    if sliding and window is None:
+      raise r.error("layer_types with sliding_attention and no sliding_window; give its length.")
+  elif isinstance(p, published.Qwen2):
+    reason = f"max_window_layers={p.max_window_layers}"
+    sliding = max(total - p.max_window_layers, 0)
+  else:
+    sliding = total
+  if window is None or sliding == 0:
+    return None
+  if sliding == total:
+    return window
+  if window >= length:
+    return None
+  raise r.error(
+    f"a window of {window} positions in {sliding} of {total} layers ({reason}), which lmops_jax "
+    "does not model; it reads models with the window in every layer or in none."
   )
 
 
 def _write(c: TransformerConfig, family: str) -> dict[str, Any]:
-  rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_base}
-  if c.rope_scaling is not None:
-    s = c.rope_scaling
-    rope |= {"rope_type": s.kind, "factor": s.factor}
-    if s.kind == "llama3":
-      rope |= {
-        "low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor,
-        "original_max_position_embeddings": s.original_max_length,
-      }
   fields = {
     "vocab_size": c.vocab_size, "num_hidden_layers": c.num_layers, "hidden_size": c.width,
     "num_attention_heads": c.num_heads, "num_key_value_heads": c.key_heads,
     "head_dim": c.head_width, "intermediate_size": c.mlp_width,
     "max_position_embeddings": c.max_length, "tie_word_embeddings": c.tied_embeddings,
     "rms_norm_eps": c.norm_eps, "hidden_act": written_activation(c.activation),
-    "rope_theta": c.rope_base, "rope_parameters": rope,
+    "rope_theta": c.rope_base, "rope_parameters": _written_stretch(c),
   }
   if family == "llama":
     fields |= {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
@@ -87,6 +155,36 @@ def _write(c: TransformerConfig, family: str) -> dict[str, Any]:
       "max_window_layers": 0,
     }
   return fields
+
+
+def _written_stretch(c: TransformerConfig) -> dict[str, Any]:
+  """`rope_parameters`; single factors are those of a longrope that has them for every length."""
+  s, rope = c.rope_scaling, {"rope_type": "default", "rope_theta": c.rope_base}
+  if s is None:
+    return rope
+  rope |= {"rope_type": s.kind, "factor": s.factor}
+  if s.kind in ("llama3", "yarn"):
+    rope["original_max_position_embeddings"] = s.original_max_length
+  if s.kind == "llama3":
+    rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+  if s.kind == "yarn":
+    rope |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
+  if s.kind == "factors":
+    factors = list(s.factors)
+    rope |= {
+      "rope_type": "longrope", "short_factor": factors, "long_factor": factors,
+      "original_max_position_embeddings": c.max_length,
+    }
+  if s.kind in ("yarn", "factors"):
+    rope["attention_factor"] = float(s.amplitude)
+  return rope
+
+
+def _sizes(c: TransformerConfig) -> tuple[Sizes, ...]:
+  return Sizes("num_hidden_layers", c.num_layers, {
+    "hidden_size": c.width, "vocab_size": c.vocab_size, "intermediate_size": c.mlp_width,
+    "num_attention_heads * head_dim": c.num_heads * c.head_width,
+  }),
 
 
 def _rules(c: TransformerConfig) -> list[Rule]:
@@ -102,15 +200,16 @@ def _rules(c: TransformerConfig) -> list[Rule]:
   ]
 
 
-def _family(name: str, architecture: str) -> Family:
+def _family(name: str, architecture: str, schema: type[published.AnyModel]) -> Family:
   return Family(
-    name=name, architecture=architecture, prefix="model.",
-    read_config=functools.partial(_read, family=name),
-    write_config=functools.partial(_write, family=name), rules=_rules,
+    name=name, architecture=architecture, prefix="model.", schema=schema,
+    read_config=functools.partial(_read, schema=schema, family=name),
+    write_config=functools.partial(_write, family=name), rules=_rules, sizes=_sizes,
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
   )
 
 
-LLAMA = _family("llama", "LlamaForCausalLM")
-MISTRAL = _family("mistral", "MistralForCausalLM")
-QWEN2 = _family("qwen2", "Qwen2ForCausalLM")
+LLAMA = _family("llama", "LlamaForCausalLM", published.Llama)
+MISTRAL = _family("mistral", "MistralForCausalLM", published.Mistral)
+QWEN2 = _family("qwen2", "Qwen2ForCausalLM", published.Qwen2)

@@ -1,7 +1,8 @@
 """OPT (arXiv:2205.01068): learned positions that start at row 2, ReLU; the 350M one norms after."""
 
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.pretrained.families.family import ConfigReader, Family, written_activation
+from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation
 from lmops_jax.pretrained.rules import (
   Rule,
   attention_rules,
@@ -14,20 +15,16 @@ from lmops_jax.pretrained.rules import (
 
 
 def _read(r: ConfigReader) -> TransformerConfig:
-  r.refuse("layer_norm_elementwise_affine", True)
-  width, pre = r.need("hidden_size"), r.get("do_layer_norm_before", True)
-  bias = r.get("enable_bias", True)
-  token_width = r.get("word_embed_proj_dim", width)
+  p = r.read(published.OPT)
+  pre = p.do_layer_norm_before
   return TransformerConfig(
-    vocab_size=r.need("vocab_size"), num_layers=r.need("num_hidden_layers"), width=width,
-    num_heads=r.need("num_attention_heads"), mlp_width=r.need("ffn_dim"),
-    max_length=r.need("max_position_embeddings"),
-    tied_embeddings=r.get("tie_word_embeddings", True), norm="layer",
-    norm_placement="pre" if pre else "post",
-    final_norm=pre and not r.get("_remove_final_layer_norm", False), positions="learned",
-    position_offset=2, activation=r.activation("activation_function", "relu"), gated_mlp=False,
-    qkv_bias=bias, out_bias=bias, mlp_bias=bias,
-    embedding_width=None if token_width == width else token_width,
+    vocab_size=p.vocab_size, num_layers=p.num_hidden_layers, width=p.hidden_size,
+    num_heads=p.num_attention_heads, mlp_width=p.ffn_dim, max_length=p.max_position_embeddings,
+    tied_embeddings=p.tie_word_embeddings, norm="layer", norm_placement="pre" if pre else "post",
+    final_norm=pre and not p.remove_final_layer_norm, positions="learned", position_offset=2,
+    activation=r.activation("activation_function", p.activation_function), gated_mlp=False,
+    qkv_bias=p.enable_bias, out_bias=p.enable_bias, mlp_bias=p.enable_bias,
+    embedding_width=None if p.word_embed_proj_dim == p.hidden_size else p.word_embed_proj_dim,
   )
 
 
@@ -41,6 +38,13 @@ def _write(c: TransformerConfig) -> dict:
     "activation_function": written_activation(c.activation), "enable_bias": c.qkv_bias,
     "word_embed_proj_dim": c.token_width,
   }
+
+
+def _sizes(c: TransformerConfig) -> tuple[Sizes, ...]:
+  return Sizes("num_hidden_layers", c.num_layers, {
+    "hidden_size": c.width, "vocab_size": c.vocab_size, "ffn_dim": c.mlp_width,
+    "max_position_embeddings": c.max_length, "word_embed_proj_dim": c.token_width,
+  }),
 
 
 def _rules(c: TransformerConfig) -> list[Rule]:
@@ -67,6 +71,7 @@ def _rules(c: TransformerConfig) -> list[Rule]:
 
 
 FAMILY = Family(
-  name="opt", architecture="OPTForCausalLM", prefix="model.", read_config=_read,
-  write_config=_write, rules=_rules,
+  name="opt", architecture="OPTForCausalLM", prefix="model.", schema=published.OPT,
+  read_config=_read, write_config=_write, rules=_rules, sizes=_sizes,
+  tied={"lm_head.weight": "model.decoder.embed_tokens.weight"},
 )

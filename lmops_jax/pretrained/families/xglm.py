@@ -3,7 +3,8 @@
 import math
 
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.pretrained.families.family import ConfigReader, Family, written_activation
+from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation
 from lmops_jax.pretrained.rules import (
   Rule,
   attention_rules,
@@ -15,16 +16,14 @@ from lmops_jax.pretrained.rules import (
 
 
 def _read(r: ConfigReader) -> TransformerConfig:
-  r.refuse("add_cross_attention", False)
-  width = r.need("d_model")
+  p = r.read(published.XGLM)
   return TransformerConfig(
-    vocab_size=r.need("vocab_size"), num_layers=r.need("num_layers"), width=width,
-    num_heads=r.need("attention_heads"), mlp_width=r.need("ffn_dim"),
-    max_length=r.need("max_position_embeddings"),
-    tied_embeddings=r.get("tie_word_embeddings", True), norm="layer", positions="sinusoidal",
-    position_offset=2, activation=r.activation("activation_function", "gelu"), gated_mlp=False,
-    qkv_bias=True, out_bias=True, mlp_bias=True,
-    embedding_scale=math.sqrt(width) if r.get("scale_embedding", True) else 1.0,
+    vocab_size=p.vocab_size, num_layers=p.num_layers, width=p.d_model,
+    num_heads=p.attention_heads, mlp_width=p.ffn_dim, max_length=p.max_position_embeddings,
+    tied_embeddings=p.tie_word_embeddings, norm="layer", positions="sinusoidal",
+    position_offset=2, activation=r.activation("activation_function", p.activation_function),
+    gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True,
+    embedding_scale=math.sqrt(p.d_model) if p.scale_embedding else 1.0,
   )
 
 
@@ -36,6 +35,12 @@ def _write(c: TransformerConfig) -> dict:
     "activation_function": written_activation(c.activation),
     "scale_embedding": c.embedding_scale != 1.0,
   }
+
+
+def _sizes(c: TransformerConfig) -> tuple[Sizes, ...]:
+  return Sizes("num_layers", c.num_layers, {
+    "d_model": c.width, "vocab_size": c.vocab_size, "ffn_dim": c.mlp_width,
+  }),
 
 
 def _rules(c: TransformerConfig) -> list[Rule]:
@@ -54,6 +59,8 @@ def _rules(c: TransformerConfig) -> list[Rule]:
 
 
 FAMILY = Family(
-  name="xglm", architecture="XGLMForCausalLM", prefix="model.", read_config=_read,
-  write_config=_write, rules=_rules, ignored=(r"embed_positions\.weights",),
+  name="xglm", architecture="XGLMForCausalLM", prefix="model.", schema=published.XGLM,
+  read_config=_read, write_config=_write, rules=_rules, sizes=_sizes,
+  tied={"lm_head.weight": "model.embed_tokens.weight"},
+  ignored=(r"embed_positions\.weights",),
 )
