@@ -1,9 +1,11 @@
 """Files that others wrote: what is no file is refused before it is opened, JSON by its name.
 
 Opening a FIFO waits for a writer that never comes, and a device has no end; both are told apart
-here. What Python's JSON reader raises (nesting, numbers of thousands of digits) becomes one sentence.
+here. What Python's JSON reader raises (nesting, numbers of thousands of digits) becomes one
+sentence, and so does what pydantic finds where a value does not fit its schema.
 """
 
+import functools
 import json
 import os
 import stat
@@ -72,3 +74,124 @@ def read_json(path: Path | str) -> Any:
   except OSError as error:
     raise ValueError(f"{path} cannot be read ({error.strerror or error}).") from error
   return parse_json(content, path)
+
+
+_MAX_SHOWN = 60  # characters of a value in a sentence
+
+
+def checked(schema: Any, value: Any, where: Path | str) -> Any:
+  """A value of a foreign file as its schema has it: no number for a text, no true for a 1.
+
+  Args:
+    schema: a pydantic model, or any type that pydantic knows, such as `dict[str, int]`. What a
+      validator of its own raises as ValueError is taken as the sentence's second half.
+    value: of the file.
+    where: the file, for the message.
+
+  Returns:
+    What pydantic makes of it: an instance of the model.
+
+  Raises:
+    ValueError: the first field that does not fit, its value and what it should be.
+  """
+  import pydantic
+
+  adapter = _adapter(schema)
+  try:
+    return adapter.validate_python(value, strict=True)
+  except pydantic.ValidationError as error:
+    first = error.errors(include_url=False)[0]
+  except RecursionError:
+    raise ValueError(f"{where} is nested too deeply to be read.") from None
+  missing = first["type"] == "missing"
+  field, found, expected = _located(schema, value, first["loc"], missing)
+  if first["type"] in ("value_error", "assertion_error"):
+    raise ValueError(f"{where}: {first['ctx']['error']}")
+  if missing:
+    raise ValueError(f"{where} has no field {field!r}, which should be {expected}.")
+  if not field:
+    raise ValueError(f"{where} holds {shown(found)} and should hold {expected}.")
+  raise ValueError(f"{where}: {field}={shown(found)} should be {expected}.")
+
+
+def shown(value: Any) -> str:
+  """A value in JSON's words, cut where it is long."""
+  text = json.dumps(value, ensure_ascii=False, default=repr)
+  return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+@functools.cache
+def _adapter(schema: Any):
+  import pydantic
+
+  return pydantic.TypeAdapter(schema)
+
+
+def _located(schema, value, location, missing: bool) -> tuple[str, Any, str]:
+  """Where in a file pydantic stopped: the field's name, its value, what it should be in words.
+
+  Args:
+    location: of the error; names fields and entries, and branches of unions between them.
+    missing: whether the last part is a field that is not there.
+  """
+  whole = _adapter(schema).json_schema()
+  field, at = "", whole
+  for i, part in enumerate(location):
+    absent = missing and i == len(location) - 1
+    if isinstance(value, dict) and (part in value or absent):
+      field += f".{part}"
+    elif isinstance(value, list) and isinstance(part, int):
+      field += f"[{part}]"
+    else:
+      continue
+    value = None if absent else value[part]
+    at = _below(at, part, whole)
+  return field.removeprefix("."), value, _in_words(at, whole)
+
+
+def _branches(at: dict[str, Any], whole: dict[str, Any]) -> list[dict[str, Any]]:
+  """The kinds of value that a part of a JSON schema allows, references followed."""
+  if "$ref" in at:
+    return _branches(whole["$defs"][at["$ref"].rsplit("/", 1)[1]], whole)
+  kinds = at.get("anyOf") or at.get("oneOf")
+  return [at] if kinds is None else [b for kind in kinds for b in _branches(kind, whole)]
+
+
+def _below(at: dict[str, Any], part: str | int, whole: dict[str, Any]) -> dict[str, Any]:
+  """The part of a JSON schema that is for a field or an entry; {} where it allows anything."""
+  for branch in _branches(at, whole):
+    if isinstance(part, int):
+      entry = branch.get("items")
+    else:
+      entry = branch.get("properties", {}).get(part, branch.get("additionalProperties"))
+    if isinstance(entry, dict):
+      return entry
+  return {}
+
+
+def _in_words(at: dict[str, Any], whole: dict[str, Any]) -> str:
+  """What a JSON schema allows, as a sentence says it."""
+  kinds = [_kind_in_words(branch, whole) for branch in _branches(at, whole)]
+  return " or ".join(dict.fromkeys(kinds))
+
+
+def _kind_in_words(at: dict[str, Any], whole: dict[str, Any]) -> str:
+  if "const" in at:
+    return shown(at["const"])
+  if "enum" in at:
+    return f"one of {', '.join(map(shown, at['enum']))}"
+  kind = at.get("type")
+  if kind == "array":
+    entries = _in_words(at["items"], whole) if at.get("items") else ""
+    return f"a list whose entries are each {entries}" if entries else "a list"
+  words = {
+    "integer": "a whole number", "number": "a finite number", "boolean": "true or false",
+    "string": "a text", "null": "null", "object": "an object with fields",
+  }.get(kind, "something else")
+  bounds = [
+    f"{bound} {at[name]}" for name, bound in (
+      ("minimum", "of at least"), ("exclusiveMinimum", "above"), ("maximum", "of at most"),
+      ("exclusiveMaximum", "below"),
+    ) if name in at
+  ]
+  return " ".join([words, " and ".join(bounds)]).rstrip()

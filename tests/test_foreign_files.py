@@ -1,7 +1,9 @@
-"""What is no regular file, and JSON that Python's reader cannot take."""
+"""What is no regular file, JSON that Python's reader cannot take, values that fit no schema."""
 
 import os
+from typing import Annotated, Literal
 
+import pydantic
 import pytest
 
 from lmops_jax import foreign_files
@@ -34,3 +36,66 @@ def test_a_byte_order_mark_is_no_content(tmp_path):
   path = tmp_path / "a.json"
   path.write_bytes(b'\xef\xbb\xbf{"a": [1.5, null]}')
   assert foreign_files.read_json(path) == {"a": [1.5, None]}
+
+
+class _Token(pydantic.BaseModel):
+  content: str
+  special: bool = False
+
+
+class _File(pydantic.BaseModel):
+  heads: Annotated[int, pydantic.Field(ge=1)]
+  share: Annotated[float, pydantic.Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+  window: Annotated[int, pydantic.Field(ge=1)] | None = None
+  ends: int | list[int] | None = None
+  kind: Literal["wide", "deep"] = "wide"
+  tokens: dict[str, _Token] = {}
+  merges: list[str | list[str]] = []
+
+  @pydantic.model_validator(mode="after")
+  def _fits(self):
+    if self.window is not None and self.heads > self.window:
+      raise ValueError(f"heads={self.heads} should not exceed window={self.window}.")
+    return self
+
+
+@pytest.mark.parametrize("fields, sentence", [
+  ({"heads": 0}, "heads=0 should be a whole number of at least 1."),
+  ({"heads": True}, "heads=true should be a whole number of at least 1."),
+  ({"heads": 2.0}, "heads=2.0 should be a whole number of at least 1."),
+  ({"share": 2}, "share=2 should be a finite number above 0 and of at most 1."),
+  ({"share": float("nan")}, "share=NaN should be a finite number above 0 and of at most 1."),
+  ({"window": "x"}, 'window="x" should be a whole number of at least 1 or null.'),
+  ({"ends": "x" * 99}, f'ends="{"x" * 59}... should be a whole number or a list whose entries are '
+   "each a whole number or null."),
+  ({"kind": []}, 'kind=[] should be one of "wide", "deep".'),
+  ({"tokens": []}, "tokens=[] should be an object with fields."),
+  ({"tokens": {"int": {"content": 5}}}, "tokens.int.content=5 should be a text."),
+  ({"merges": ["a b", 5]}, "merges[1]=5 should be a text or a list whose entries are each a text."),
+  ({"heads": 9, "window": 4}, "heads=9 should not exceed window=4."),
+])
+def test_a_value_that_does_not_fit_its_schema_is_one_sentence(fields, sentence):
+  with pytest.raises(ValueError) as error:
+    foreign_files.checked(_File, {"heads": 1, **fields}, "a.json")
+  assert str(error.value) == f"a.json: {sentence}"
+
+
+def test_a_file_that_fits_its_schema_is_an_instance():
+  value = {"heads": 2, "share": 1, "ends": [1], "tokens": {"a": {"content": "b"}}, "other": 5}
+  file = foreign_files.checked(_File, value, "a.json")
+  assert (file.heads, file.ends, file.tokens["a"].content) == (2, [1], "b")
+  assert foreign_files.checked(dict[str, int], {"a": 1}, "a.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("schema, value, sentence", [
+  (_File, {}, "a.json has no field 'heads', which should be a whole number of at least 1."),
+  (_File, {"heads": 1, "tokens": {"a": {}}},
+   "a.json has no field 'tokens.a.content', which should be a text."),
+  (_File, [1], "a.json holds [1] and should hold an object with fields."),
+  (dict[str, int], None, "a.json holds null and should hold an object with fields."),
+  (dict[str, int], {"a": "b"}, 'a.json: a="b" should be a whole number.'),
+])
+def test_what_is_missing_or_no_such_file_is_one_sentence(schema, value, sentence):
+  with pytest.raises(ValueError) as error:
+    foreign_files.checked(schema, value, "a.json")
+  assert str(error.value) == sentence
