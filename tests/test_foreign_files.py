@@ -21,6 +21,35 @@ def test_special_files_are_refused_before_they_are_opened(tmp_path):
   foreign_files.require_regular(tmp_path / "nothing")
 
 
+def test_what_is_no_file_is_not_taken_for_absent(tmp_path):
+  (tmp_path / "file").write_text("\ufeffa", encoding="utf-8")
+  (tmp_path / "good").symlink_to("file")
+  assert foreign_files.is_there(tmp_path / "file") and foreign_files.is_there(tmp_path / "good")
+  assert foreign_files.read_text(tmp_path / "good") == "a"
+  assert not foreign_files.is_there(tmp_path / "nothing")
+  assert not foreign_files.is_there(tmp_path / "file" / "nothing")
+  os.mkfifo(tmp_path / "fifo")
+  (tmp_path / "dangling").symlink_to("../blobs/5")
+  (tmp_path / "turning").symlink_to("turning")
+  (tmp_path / "folder").mkdir()
+  for name, reason in {
+    "fifo": "is a FIFO", "folder": "is a folder, where a file should be",
+    "dangling": r"is a link to \.\./blobs/5, where there is nothing", "turning": "cannot be read",
+  }.items():
+    with pytest.raises(ValueError, match=f"{name} {reason}"):
+      foreign_files.is_there(tmp_path / name)
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path):
+  path = tmp_path / "sparse.json"
+  path.touch()
+  os.truncate(path, 10**12)
+  with pytest.raises(ValueError, match="sparse.json has 1,000,000,000,000 bytes; .* at most 268"):
+    foreign_files.read_json(path)
+  with pytest.raises(ValueError, match=f"{tmp_path} cannot be read .Is a directory"):
+    foreign_files.read_bytes(tmp_path)
+
+
 @pytest.mark.parametrize("content, reason", [
   ("[" * 100_000, "nested too deeply"), ("1" * 5_000, "a whole number of thousands of digits"),
   ("{", "not valid JSON: Expecting"), (b"\xff", "not UTF-8"),
