@@ -232,7 +232,9 @@ def _kind_in_words(at: dict[str, Any], whole: dict[str, Any]) -> str:
   kind = at.get("type")
   if kind == "array":
     entries = _in_words(at["items"], whole) if at.get("items") else ""
-    return f"a list whose entries are each {entries}" if entries else "a list"
+    exact = at.get("minItems") if at.get("minItems") == at.get("maxItems") else None
+    size = "" if exact is None else f" of {exact}"
+    return f"a list{size} whose entries are each {entries}" if entries else f"a list{size}"
   words = {
     "integer": "a whole number", "number": "a finite number", "boolean": "true or false",
     "string": "a text", "null": "null", "object": "an object with fields",

@@ -80,6 +80,7 @@ class _File(pydantic.BaseModel):
   kind: Literal["wide", "deep"] = "wide"
   tokens: dict[str, _Token] = {}
   merges: list[str | list[str]] = []
+  span: Annotated[list[int], pydantic.Field(min_length=2, max_length=2)] = [0, 0]
 
   @pydantic.model_validator(mode="after")
   def _fits(self):
@@ -101,6 +102,7 @@ class _File(pydantic.BaseModel):
   ({"tokens": []}, "tokens=[] should be an object with fields."),
   ({"tokens": {"int": {"content": 5}}}, "tokens.int.content=5 should be a text."),
   ({"merges": ["a b", 5]}, "merges[1]=5 should be a text or a list whose entries are each a text."),
+  ({"span": [1]}, "span=[1] should be a list of 2 whose entries are each a whole number."),
   ({"heads": 9, "window": 4}, "heads=9 should not exceed window=4."),
 ])
 def test_a_value_that_does_not_fit_its_schema_is_one_sentence(fields, sentence):

@@ -6,13 +6,14 @@ that slicing one reads just the part that is asked for.
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lmops_jax.foreign_files import checked, is_there, read_json, require_regular
 from lmops_jax.pretrained.gguf_files import QuantizedTensor, map_gguf
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
 from lmops_jax.pretrained.torch_pickle import map_torch_file
@@ -118,7 +119,7 @@ def open_source(path: Path | str) -> TensorSource:
       return GGUFSource(path, tensors, metadata)
     return TensorSource(path, _map_file(path))
   for name in _FOLDER_FILES:
-    if (path / name).is_file():
+    if is_there(path / name):
       if name.endswith(".index.json"):
         return TensorSource(path, _map_shards(path / name))
       return TensorSource(path, _map_file(path / name))
@@ -137,6 +138,7 @@ def _map_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def _mapped(path: Path, mapper):
+  require_regular(path)
   try:
     with path.open("rb") as file:
       start = file.read(len(_POINTER))
@@ -157,7 +159,7 @@ def _map_shards(index: Path) -> dict[str, np.ndarray]:
   """The tensors of all files that an index names."""
   weight_map = _weight_map(index)
   for file in sorted(set(weight_map.values())):
-    if not (index.parent / file).is_file():
+    if not is_there(index.parent / file):
       name = next(name for name, of in weight_map.items() if of == file)
       raise ValueError(
         f"{index} places {name} and others in {file}, but there is no such file in its folder; "
@@ -183,19 +185,23 @@ def _map_shards(index: Path) -> dict[str, np.ndarray]:
   return tensors
 
 
+@functools.cache
+def _index_schema():
+  from pydantic import BaseModel
+
+  class Index(BaseModel):
+    weight_map: dict[str, str]
+
+  return Index
+
+
 def _weight_map(index: Path) -> dict[str, str]:
   """Tensor name to file name."""
-  try:
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-      raise ValueError("weight_map is not a filled map from tensors to files")
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    raise ValueError(
-      f"{index} is not the index of a sharded checkpoint ({type(error).__name__}: {error}); fetch "
-      "the file again."
-    ) from error
+  weight_map = checked(_index_schema(), read_json(index), index).weight_map
+  if not weight_map:
+    raise ValueError(f"{index} places no tensor in any file; fetch the file again.")
   for name, file in weight_map.items():
-    if not file or Path(file).name != file:
+    if not file or Path(file).name != file or "\0" in file:
       raise ValueError(
         f"{index} places the tensor {name} in {file!r}, outside of its folder; an index may name "
         "files beside it only."
