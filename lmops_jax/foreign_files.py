@@ -149,7 +149,7 @@ def checked(schema: Any, value: Any, where: Path | str) -> Any:
   try:
     return adapter.validate_python(value, strict=True)
   except pydantic.ValidationError as error:
-    first = error.errors(include_url=False)[0]
+    first = _first(error.errors(include_url=False))
   except RecursionError:
     raise ValueError(f"{where} is nested too deeply to be read.") from None
   missing = first["type"] == "missing"
@@ -161,6 +161,12 @@ def checked(schema: Any, value: Any, where: Path | str) -> Any:
   if not field:
     raise ValueError(f"{where} holds {shown(found)} and should hold {expected}.")
   raise ValueError(f"{where}: {field}={shown(found)} should be {expected}.")
+
+
+def _first(errors: list[dict[str, Any]]) -> dict[str, Any]:
+  """The first field's error; of the branches of a union, that of the one which fits furthest."""
+  field = errors[0]["loc"][:1]
+  return max((e for e in errors if e["loc"][:1] == field), key=lambda e: len(e["loc"]))
 
 
 def shown(value: Any) -> str:

@@ -101,6 +101,7 @@ class _File(pydantic.BaseModel):
   ({"kind": []}, 'kind=[] should be one of "wide", "deep".'),
   ({"tokens": []}, "tokens=[] should be an object with fields."),
   ({"tokens": {"int": {"content": 5}}}, "tokens.int.content=5 should be a text."),
+  ({"ends": [1, "x"]}, 'ends[1]="x" should be a whole number.'),
   ({"merges": ["a b", 5]}, "merges[1]=5 should be a text or a list whose entries are each a text."),
   ({"span": [1]}, "span=[1] should be a list of 2 whose entries are each a whole number."),
   ({"heads": 9, "window": 4}, "heads=9 should not exceed window=4."),

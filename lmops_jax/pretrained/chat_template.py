@@ -115,21 +115,14 @@ def _now(form: str) -> str:
   return datetime.datetime.now().strftime(form)
 
 
-def choose(value: Any, where: str) -> str | None:
-  """The template among what a configuration holds: a text, or a list or mapping of named ones.
+def choose(value: str | Mapping[str, str] | None, where: str) -> str | None:
+  """The template among what a file holds: a text, or a mapping of named ones.
 
   Raises:
     ValueError: several, and none is named "default".
   """
-  if isinstance(value, list):
-    try:
-      value = {entry["name"]: entry["template"] for entry in value}
-    except (TypeError, KeyError) as error:
-      raise ValueError(f"{where} lists chat templates without name and template.") from error
   if not value or isinstance(value, str):
     return value or None
-  if not isinstance(value, dict):
-    raise ValueError(f"{where} holds a {type(value).__name__} as chat template, not a text.")
   if "default" in value:
     return value["default"]
   if len(value) == 1:

@@ -384,20 +384,20 @@ def test_folder_without_tokenizer(tmp_path):
 @pytest.mark.parametrize("files,message", [
   ({"tokenizer.json": "{"}, r"tokenizer\.json is not a tokenizer that the tokenizers package"),
   ({"tokenizer.json": b"\xff\xfe"}, r"tokenizer\.json cannot be read"),
-  ({"vocab.json": "{", "merges.txt": ""}, r"vocab\.json is not JSON"),
+  ({"vocab.json": "{", "merges.txt": ""}, r"vocab\.json is not valid JSON"),
   ({"vocab.json": {"a": 0}, "merges.txt": "#version\nx y\n"}, "do not fit together"),
   ({"vocab.txt": "a\nb\n"}, r"vocab\.txt has no line \[UNK\]"),
   ({"tokenizer.model": b"no model"}, r"tokenizer\.model is not a SentencePiece model"),
-  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": "["}, r"tokenizer_config\.json is not JSON"),
-  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": []}, "holds a list, not an object"),
-  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": {"bos_token": 5}}, "special token 5"),
+  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": "["}, r"config\.json is not valid JSON"),
+  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": []}, r"holds \[\] and should hold an object"),
+  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": {"bos_token": 5}}, "bos_token=5 should be a"),
   ({"spiece.model": b"", "tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"}},
    "has a tokenizer of 'T5Tokenizer'.*it knows LlamaTokenizer, XGLMTokenizer"),
   ({"vocab.json": {}, "merges.txt": "", "config.json": {"model_type": "llama"}},
    "has a tokenizer of 'LlamaTokenizer'"),
   ({"vocab.json": {}, "merges.txt": "", "config.json": {"model_type": "clip"}},
    "has a tokenizer of 'clip'"),
-  ({"vocab.txt": "[UNK]\n", "added_tokens.json": {"<x>": [1]}}, "does not list added tokens"),
+  ({"vocab.txt": "[UNK]\n", "added_tokens.json": {"<x>": [1]}}, r"<x>=\[1\] should be a whole"),
 ])
 def test_broken_files(files, message, tmp_path):
   with pytest.raises(ValueError, match=message) as caught:
