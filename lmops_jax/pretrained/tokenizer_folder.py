@@ -10,7 +10,7 @@ special_tokens_map.json and added_tokens.json.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,8 +172,8 @@ class _Settings:
       value = getattr(self.own, f"{name}_token")
       if not self.names(name):
         value = family.special.get(name) if family else None
-      if value is not None:
-        found[name] = _token(value)
+      for token in _tokens([value]):
+        found[name] = token
     return found
 
   def names(self, name: str) -> bool:
@@ -183,16 +183,19 @@ class _Settings:
   def added(self) -> Iterator[tuple[int, dict[str, Any]]]:
     """Tokens outside of the vocabulary, `(id, arguments)` in the order of ids."""
     if self.own.added_tokens_decoder:
-      listed = [(int(i), _token(t)) for i, t in self.own.added_tokens_decoder.items()]
+      listed = [
+        (int(i), token) for i, value in self.own.added_tokens_decoder.items()
+        for token in _tokens([value])
+      ]
     else:
       older = _checked(schemas.Vocabulary, self.folder / ADDED)
-      listed = [(i, {"content": text, "special": False}) for text, i in older.items()]
+      listed = [(i, {"content": text, "special": False}) for text, i in older.items() if text]
     yield from sorted(listed, key=lambda pair: pair[0])
 
   def extra(self) -> Iterator[dict[str, Any]]:
     """Special tokens that have no name."""
     for value in (self.own.additional_special_tokens, self.own.extra_special_tokens):
-      yield from map(_token, value.values() if isinstance(value, dict) else value or ())
+      yield from _tokens(value.values() if isinstance(value, dict) else value or ())
 
   def special(self, backend) -> dict[str, str]:
     """Special tokens by name, as far as the vocabulary has them."""
@@ -222,8 +225,12 @@ class _Settings:
     return chat_template.choose(value, str(path)), path
 
 
-def _token(value: schemas.Token) -> dict[str, Any]:
-  return {"content": value, "special": True} if isinstance(value, str) else value.arguments()
+def _tokens(values: Iterable[schemas.Token | None]) -> Iterator[dict[str, Any]]:
+  """Arguments of `tokenizers.AddedToken`; an empty text is no token."""
+  for value in values:
+    text = value.content if isinstance(value, schemas.AddedToken) else value
+    if text:
+      yield value.arguments() if text is not value else {"content": text, "special": True}
 
 
 def _checked(schema, path: Path):
@@ -271,7 +278,7 @@ def _byte_level(settings: _Settings) -> FastBackend:
     ])
   tokenizer.decoder = decoders.ByteLevel()
   _add_tokens(tokenizer, settings, family)
-  surround(tokenizer, *_around(settings, family))
+  _surround(tokenizer, settings, family)
   return FastBackend(tokenizer, where=folder / VOCAB)
 
 
@@ -307,8 +314,19 @@ def _word_pieces(settings: _Settings) -> FastBackend:
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = decoders.WordPiece(prefix="##")
   _add_tokens(tokenizer, settings, family)
-  surround(tokenizer, *_around(settings, family))
+  _surround(tokenizer, settings, family)
   return FastBackend(tokenizer, where=path)
+
+
+def _surround(tokenizer, settings: _Settings, family: _Family) -> None:
+  before, after = _around(settings, family)
+  for text in (*before, *after):
+    if tokenizer.token_to_id(text) is None:
+      raise ValueError(
+        f"{settings.folder} holds no token {text!r} in its vocabulary, which stands around every "
+        "text; fetch its files again."
+      )
+  surround(tokenizer, before, after)
 
 
 def _around(settings: _Settings, family: _Family) -> tuple[list[str], list[str]]:

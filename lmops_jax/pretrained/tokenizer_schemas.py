@@ -14,6 +14,7 @@ from lmops_jax.foreign_files import shown
 
 _MAX_ID = (1 << 24) - 1
 Id = Annotated[int, Field(ge=0, le=_MAX_ID)]
+EndId = Annotated[int, Field(ge=-1, le=_MAX_ID)]  # -1 stands for none
 Vocabulary = dict[str, Id]
 
 
@@ -91,7 +92,7 @@ class TemplateFile(BaseModel):
 class Ends(BaseModel):
   """generation_config.json, and the text model in config.json: ids that end a text."""
 
-  eos_token_id: int | list[int] | None = None
+  eos_token_id: EndId | list[EndId] | None = None
 
 
 class ModelKind(Ends):
