@@ -19,7 +19,7 @@ _PROBES = ("", "a", "The 3 naïve cats' \n\t漢字🙂")
 
 @contextlib.contextmanager
 def named(where: Path | str, what: str) -> Iterator[None]:
-  """Turns whatever the two packages raise within into a sentence; sentences pass.
+  """Turns whatever the two packages raise within into a sentence; one that names the file passes.
 
   Args:
     where: the tokenizer's file.
@@ -31,8 +31,8 @@ def named(where: Path | str, what: str) -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    is_foreign = isinstance(error, Exception) and type(error) is not ValueError
-    if not is_foreign and not _is_panic(error):
+    is_ours = type(error) is ValueError and str(where) in str(error)
+    if is_ours or not (isinstance(error, Exception) or _is_panic(error)):
       raise
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     raise ValueError(f"{where} {what} ({reason}); fetch it again.") from None
@@ -68,7 +68,7 @@ def check_distinct(vocabulary: dict[str, int], where: Path | str) -> None:
   if len(set(vocabulary.values())) == len(vocabulary):
     return
   seen: dict[int, str] = {}
-  token, i = next((t, i) for t, i in vocabulary.items() if seen.setdefault(i, t) != t)
+  token, i = next((t, i) for t, i in sorted(vocabulary.items()) if seen.setdefault(i, t) != t)
   raise ValueError(
     f"{where} gives the tokens {seen[i]!r} and {token!r} one id, {i}; fetch it again.")
 

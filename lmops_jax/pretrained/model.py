@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import gin
 
+from lmops_jax.foreign_files import require_regular
 from lmops_jax.models.clip import ClipConfig
 from lmops_jax.models.config import RopeScaling, TransformerConfig
 from lmops_jax.models.partitioning import unboxed
@@ -157,6 +158,7 @@ def load(
     dtype=dtype, param_dtype=param_dtype, attention=attention, scan_layers=scan_layers, remat=remat
   )
   make = functools.partial(_make, folder, choices, tuple(ignore), max_inflated_bytes)
+  require_regular(folder)
   if folder.suffix == ".gguf" and folder.is_file():
     with open_source(folder) as source:
       family, config = _gguf(source)
