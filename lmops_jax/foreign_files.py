@@ -16,6 +16,7 @@ _KINDS = (
   (stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
   (stat.S_ISSOCK, "a socket"),
 )
+_MAX_BYTES = 1 << 28
 
 
 def special_kind(path: Path | str) -> str | None:
@@ -36,6 +37,59 @@ def require_regular(path: Path | str) -> None:
   kind = special_kind(path)
   if kind is not None:
     raise ValueError(f"{path} is {kind}, not a regular file; give the file itself.")
+
+
+def is_there(path: Path | str) -> bool:
+  """Whether there is a file of that name; anything else of that name is not passed over as absent.
+
+  Raises:
+    ValueError: a folder, a FIFO, a device, a link to nothing, or a folder that may not be entered.
+  """
+  try:
+    mode = os.stat(path).st_mode
+  except (FileNotFoundError, NotADirectoryError):
+    if not os.path.islink(path):
+      return False
+    raise ValueError(
+      f"{path} is a link to {os.readlink(path)}, where there is nothing; fetch the file again."
+    ) from None
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read ({error.strerror or error}).") from error
+  if stat.S_ISDIR(mode):
+    raise ValueError(f"{path} is a folder, where a file should be; delete it or fetch the file.")
+  require_regular(path)
+  return True
+
+
+def read_bytes(path: Path | str) -> bytes:
+  """The whole contents of a file, which is not a large one.
+
+  Raises:
+    ValueError: as `require_regular`, a file of more than 256 MiB, or one that cannot be read.
+  """
+  require_regular(path)
+  try:
+    size = os.stat(path).st_size
+    if size > _MAX_BYTES:
+      raise ValueError(
+        f"{path} has {size:,} bytes; such a file is read as a whole, and has at most "
+        f"{_MAX_BYTES:,}; fetch the file again."
+      )
+    return Path(path).read_bytes()
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def read_text(path: Path | str) -> str:
+  """The text of a file, without a byte-order mark.
+
+  Raises:
+    ValueError: as `read_bytes`, or it is not UTF-8.
+  """
+  try:
+    return read_bytes(path).decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} cannot be read: it is not UTF-8 text ({error.reason}).") from error
 
 
 def parse_json(text: str | bytes, where: Path | str, **options: Any) -> Any:
@@ -66,14 +120,9 @@ def read_json(path: Path | str) -> Any:
   """What a JSON file holds.
 
   Raises:
-    ValueError: as `require_regular` and `parse_json`, or the file cannot be read.
+    ValueError: as `read_bytes` and `parse_json`.
   """
-  require_regular(path)
-  try:
-    content = Path(path).read_bytes()
-  except OSError as error:
-    raise ValueError(f"{path} cannot be read ({error.strerror or error}).") from error
-  return parse_json(content, path)
+  return parse_json(read_bytes(path), path)
 
 
 _MAX_SHOWN = 60  # characters of a value in a sentence
@@ -100,7 +149,7 @@ def checked(schema: Any, value: Any, where: Path | str) -> Any:
   try:
     return adapter.validate_python(value, strict=True)
   except pydantic.ValidationError as error:
-    first = error.errors(include_url=False)[0]
+    first = _first(error.errors(include_url=False))
   except RecursionError:
     raise ValueError(f"{where} is nested too deeply to be read.") from None
   missing = first["type"] == "missing"
@@ -112,6 +161,12 @@ def checked(schema: Any, value: Any, where: Path | str) -> Any:
   if not field:
     raise ValueError(f"{where} holds {shown(found)} and should hold {expected}.")
   raise ValueError(f"{where}: {field}={shown(found)} should be {expected}.")
+
+
+def _first(errors: list[dict[str, Any]]) -> dict[str, Any]:
+  """The first field's error; of the branches of a union, that of the one which fits furthest."""
+  field = errors[0]["loc"][:1]
+  return max((e for e in errors if e["loc"][:1] == field), key=lambda e: len(e["loc"]))
 
 
 def shown(value: Any) -> str:
@@ -183,7 +238,9 @@ def _kind_in_words(at: dict[str, Any], whole: dict[str, Any]) -> str:
   kind = at.get("type")
   if kind == "array":
     entries = _in_words(at["items"], whole) if at.get("items") else ""
-    return f"a list whose entries are each {entries}" if entries else "a list"
+    exact = at.get("minItems") if at.get("minItems") == at.get("maxItems") else None
+    size = "" if exact is None else f" of {exact}"
+    return f"a list{size} whose entries are each {entries}" if entries else f"a list{size}"
   words = {
     "integer": "a whole number", "number": "a finite number", "boolean": "true or false",
     "string": "a text", "null": "null", "object": "an object with fields",

@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from lmops_jax import foreign_files
+
 COMMANDS = {
   "generate": "continue prompts with a published model",
   "score": "measure a published model on a labelled task by scoring its answer options",
@@ -272,20 +274,19 @@ def _prompts(arguments) -> list[str]:
   prompts = list(arguments.prompt)
   if arguments.prompts:
     path = Path(arguments.prompts).expanduser()
-    try:
-      lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise ValueError(f"--prompts {arguments.prompts} cannot be read ({error}).") from error
+    lines = foreign_files.read_text(path).splitlines()
     for number, line in enumerate(lines, 1):
       if path.suffix != ".jsonl":
         prompts.append(line)
         continue
-      try:
-        prompts.append(json.loads(line)["prompt"])
-      except (ValueError, KeyError, TypeError) as error:
+      row = foreign_files.parse_json(line, f"{path}:{number}")
+      prompt = row.get("prompt") if isinstance(row, dict) else None
+      if not isinstance(prompt, str):
         raise ValueError(
-          f'{path}:{number} is not a JSON object with a field "prompt" ({error!r}).'
-        ) from error
+          f'{path}:{number} should be a JSON object with a text in its field "prompt", such as '
+          '{"prompt": "The capital of"}.'
+        )
+      prompts.append(prompt)
   if not prompts:
     raise ValueError("there is nothing to continue; give --prompt TEXT or --prompts FILE.")
   return prompts

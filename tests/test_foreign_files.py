@@ -21,6 +21,35 @@ def test_special_files_are_refused_before_they_are_opened(tmp_path):
   foreign_files.require_regular(tmp_path / "nothing")
 
 
+def test_what_is_no_file_is_not_taken_for_absent(tmp_path):
+  (tmp_path / "file").write_text("\ufeffa", encoding="utf-8")
+  (tmp_path / "good").symlink_to("file")
+  assert foreign_files.is_there(tmp_path / "file") and foreign_files.is_there(tmp_path / "good")
+  assert foreign_files.read_text(tmp_path / "good") == "a"
+  assert not foreign_files.is_there(tmp_path / "nothing")
+  assert not foreign_files.is_there(tmp_path / "file" / "nothing")
+  os.mkfifo(tmp_path / "fifo")
+  (tmp_path / "dangling").symlink_to("../blobs/5")
+  (tmp_path / "turning").symlink_to("turning")
+  (tmp_path / "folder").mkdir()
+  for name, reason in {
+    "fifo": "is a FIFO", "folder": "is a folder, where a file should be",
+    "dangling": r"is a link to \.\./blobs/5, where there is nothing", "turning": "cannot be read",
+  }.items():
+    with pytest.raises(ValueError, match=f"{name} {reason}"):
+      foreign_files.is_there(tmp_path / name)
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path):
+  path = tmp_path / "sparse.json"
+  path.touch()
+  os.truncate(path, 10**12)
+  with pytest.raises(ValueError, match="sparse.json has 1,000,000,000,000 bytes; .* at most 268"):
+    foreign_files.read_json(path)
+  with pytest.raises(ValueError, match=f"{tmp_path} cannot be read .Is a directory"):
+    foreign_files.read_bytes(tmp_path)
+
+
 @pytest.mark.parametrize("content, reason", [
   ("[" * 100_000, "nested too deeply"), ("1" * 5_000, "a whole number of thousands of digits"),
   ("{", "not valid JSON: Expecting"), (b"\xff", "not UTF-8"),
@@ -51,6 +80,7 @@ class _File(pydantic.BaseModel):
   kind: Literal["wide", "deep"] = "wide"
   tokens: dict[str, _Token] = {}
   merges: list[str | list[str]] = []
+  span: Annotated[list[int], pydantic.Field(min_length=2, max_length=2)] = [0, 0]
 
   @pydantic.model_validator(mode="after")
   def _fits(self):
@@ -71,7 +101,9 @@ class _File(pydantic.BaseModel):
   ({"kind": []}, 'kind=[] should be one of "wide", "deep".'),
   ({"tokens": []}, "tokens=[] should be an object with fields."),
   ({"tokens": {"int": {"content": 5}}}, "tokens.int.content=5 should be a text."),
+  ({"ends": [1, "x"]}, 'ends[1]="x" should be a whole number.'),
   ({"merges": ["a b", 5]}, "merges[1]=5 should be a text or a list whose entries are each a text."),
+  ({"span": [1]}, "span=[1] should be a list of 2 whose entries are each a whole number."),
   ({"heads": 9, "window": 4}, "heads=9 should not exceed window=4."),
 ])
 def test_a_value_that_does_not_fit_its_schema_is_one_sentence(fields, sentence):

@@ -1,6 +1,7 @@
 """`lmops generate`, `score`, `convert` and `export` on a tiny model folder."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -97,6 +98,9 @@ def test_a_mesh_of_eight_devices_gives_the_same_text(lmops, folder):
   "arguments,message",
   [
     (("--model", "absent", "--prompt", "x"), "neither a folder nor a .gguf file"),
+    (("--model", "/dev/zero", "--prompt", "x"), "/dev/zero is a device, not a regular file"),
+    (("--model", "FOLDER", "--prompts", "/dev/zero"), "/dev/zero is a device, not a regular file"),
+    (("--model", "FOLDER", "--prompts", "PROMPTS"), "jsonl:2 should be a JSON object with a text"),
     (("--model", "FOLDER", "--prompt", "x", "--system", "y"), "add --chat"),
     (("--model", "FOLDER"), "nothing to continue; give --prompt"),
     (("--model", "FOLDER", "--prompts", "absent.txt"), "absent.txt cannot be read"),
@@ -109,11 +113,27 @@ def test_a_mesh_of_eight_devices_gives_the_same_text(lmops, folder):
     (("--prompt", "x"), "--model"),
   ],
 )
-def test_bad_input_is_one_sentence(lmops, folder, arguments, message):
-  arguments = [folder if a == "FOLDER" else a for a in arguments]
+def test_bad_input_is_one_sentence(lmops, folder, arguments, message, tmp_path):
+  prompts = tmp_path / "prompts.jsonl"
+  prompts.write_text('{"prompt": "one"}\n{"prompt": ["two"]}\n')
+  given = {"FOLDER": folder, "PROMPTS": prompts}
+  arguments = [given.get(a, a) for a in arguments]
   error = lmops("generate", *arguments, fails=True)
   assert error.startswith("lmops: error: ") and error.count("\n") == 1
   assert re.search(message, error), error
+
+
+def test_special_files_of_a_model_are_named_and_not_waited_for(lmops, folder, tmp_path):
+  for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+    broken = tmp_path / name
+    shutil.copytree(folder, broken)
+    (broken / name).unlink()
+    os.mkfifo(broken / name)
+    error = lmops("generate", "--model", broken, "--prompt", "x", fails=True)
+    assert f"{broken / name} is a FIFO, not a regular file" in error
+  os.mkfifo(tmp_path / "model.gguf")
+  error = lmops("generate", "--model", tmp_path / "model.gguf", "--prompt", "x", fails=True)
+  assert "model.gguf is a FIFO, not a regular file" in error
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(lmops, folder, tmp_path):

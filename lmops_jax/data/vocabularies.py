@@ -19,6 +19,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from lmops_jax.data import tokenizer_errors
 from lmops_jax.data.hashing import order_key
 from lmops_jax.setting_types import ByteCount, Seed, Text, at_least, component
 
@@ -183,11 +184,13 @@ class HuggingFaceVocabulary(Vocabulary):
     self._tokenizer = _hugging_face(self.file)
 
   def encode_batch(self, texts):
-    encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    with tokenizer_errors.named(self.file, "cannot encode this text"):
+      encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
   def _decode(self, ids):
-    return self._tokenizer.decode(ids, skip_special_tokens=False)
+    with tokenizer_errors.named(self.file, "cannot decode these ids"):
+      return self._tokenizer.decode(ids, skip_special_tokens=False)
 
   def _token_text(self, identifier):
     piece = self._tokenizer.id_to_token(identifier)
@@ -391,12 +394,10 @@ class HuggingFaceTokenizer:
     import tokenizers
 
     data = self._read()
-    try:
+    where = f"data.HuggingFaceTokenizer.path={self.path!r}"
+    with tokenizer_errors.named(where, "is not a tokenizer.json"):
       tokenizer = tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # tokenizers raises plain Exceptions
-      raise ValueError(
-        f"data.HuggingFaceTokenizer.path={self.path!r} is not a tokenizer.json: {error}."
-      ) from error
+    tokenizer_errors.check(tokenizer, where)
     found = {name: self._special(tokenizer, name) for name in ("bos", "eos", "pad")}
     if found["eos"] is None:
       raise ValueError(
@@ -480,11 +481,9 @@ def _sentencepiece(path: Path):
 def _sentencepiece_ids(data: bytes, where: str) -> dict:
   import sentencepiece
 
-  try:
+  with tokenizer_errors.named(where, "is not a SentencePiece model"):
     processor = sentencepiece.SentencePieceProcessor(model_proto=data)
     vocab_size = processor.get_piece_size()
-  except (RuntimeError, OSError) as error:
-    raise ValueError(f"{where} is not a SentencePiece model.") from error
   eos_id, bos_id, pad_id = processor.eos_id(), processor.bos_id(), processor.pad_id()
   if eos_id < 0:
     raise ValueError(f"{where} has no EOS token, which separates documents; use another model.")

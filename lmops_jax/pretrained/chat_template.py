@@ -3,7 +3,8 @@
 They are other people's code, so they run in Jinja's immutable sandbox, with the few names that
 Hugging Face's own renderer offers: `raise_exception`, `strftime_now`, a `tojson` that leaves HTML
 characters alone, `break` and `continue`, and the tag `generation` around an assistant's words.
-Left out: tool functions as Python objects (give schemas) and masks of the assistant's tokens.
+What they do and write is limited, see `template_limits`. Left out: tool functions as Python objects
+(give schemas), masks of the assistant's tokens, and filters for pages of HTML.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+_MAX_REASON = 500  # characters of what a template itself says
 
 
 def render(
@@ -28,28 +31,39 @@ def render(
   Args:
     template: Jinja source.
     messages: each with `role` ("system", "user", "assistant", ...) and `content`.
-    where: the model, for errors.
+    where: the file that holds the template, for errors.
     add_generation_prompt: end with the beginning of an assistant's turn.
     variables: what else the template may ask for, such as `bos_token` or `tools`.
 
   Raises:
-    ValueError: no messages, one without a role, or a template that does not compile or objects.
+    ValueError: no messages, one without a role, or a template that does not compile, objects, or
+      does more than a published one would.
   """
   import jinja2
+
+  from lmops_jax.pretrained import template_limits
 
   messages = [_checked(i, message) for i, message in enumerate(messages)]
   if not messages:
     raise ValueError("a chat needs at least one message; give one with a role and a content.")
   try:
-    return _compile(template).render(**{
+    return template_limits.run(_compile(template), {
       "tools": None, "documents": None, **variables, "messages": messages,
       "add_generation_prompt": add_generation_prompt,
     })
   except jinja2.TemplateSyntaxError as error:
-    raise ValueError(f"the chat template of {where} is no Jinja template: {error}.") from error
-  except Exception as error:  # the template is a program: anything may go wrong in it
     raise ValueError(
-      f"the chat template of {where} refuses this conversation: {str(error).rstrip('.')}."
+      f"the chat template of {where} is no Jinja template: {str(error).rstrip('.')}."
+    ) from error
+  except template_limits.LimitError as error:
+    raise ValueError(
+      f"the chat template of {where} {error}, which no conversation needs; give the model the "
+      "template that it was published with."
+    ) from error
+  except Exception as error:  # the template is a program: anything may go wrong in it
+    reason = str(error)[:_MAX_REASON].rstrip(".") or type(error).__name__
+    raise ValueError(
+      f"the chat template of {where} refuses this conversation: {reason}."
     ) from error
 
 
@@ -66,7 +80,8 @@ def _compile(template: str):
   import jinja2
   import jinja2.ext
   import jinja2.nodes
-  import jinja2.sandbox
+
+  from lmops_jax.pretrained import template_limits
 
   class Generation(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` stands for what is between."""
@@ -81,13 +96,13 @@ def _compile(template: str):
   def raise_exception(message):
     raise jinja2.TemplateError(message)
 
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+  environment = template_limits.MeteredEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
   )
-  environment.filters["tojson"] = _to_json
+  environment.add_filter("tojson", _to_json)
   environment.globals["raise_exception"] = raise_exception
   environment.globals["strftime_now"] = _now
-  return environment.from_string(template)
+  return template_limits.compiled(environment, template)
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
@@ -100,21 +115,14 @@ def _now(form: str) -> str:
   return datetime.datetime.now().strftime(form)
 
 
-def choose(value: Any, where: str) -> str | None:
-  """The template among what a configuration holds: a text, or a list or mapping of named ones.
+def choose(value: str | Mapping[str, str] | None, where: str) -> str | None:
+  """The template among what a file holds: a text, or a mapping of named ones.
 
   Raises:
     ValueError: several, and none is named "default".
   """
-  if isinstance(value, list):
-    try:
-      value = {entry["name"]: entry["template"] for entry in value}
-    except (TypeError, KeyError) as error:
-      raise ValueError(f"{where} lists chat templates without name and template.") from error
   if not value or isinstance(value, str):
     return value or None
-  if not isinstance(value, dict):
-    raise ValueError(f"{where} holds a {type(value).__name__} as chat template, not a text.")
   if "default" in value:
     return value["default"]
   if len(value) == 1:

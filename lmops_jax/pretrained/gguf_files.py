@@ -17,6 +17,11 @@ import numpy as np
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
+_LENGTH_BYTES = 8
+_MAX_NAME_BYTES = (1 << 16) - 1  # of a key, says the format
+_MAX_HEADER_BYTES = 1 << 27  # a vocabulary of a million tokens takes a quarter
+_MIN_KEY_BYTES = _LENGTH_BYTES + 4 + 1  # no name, its kind, the shortest value
+_MIN_TENSOR_BYTES = _LENGTH_BYTES + 4 + 4 + 8  # no name, no dimensions, its kind, its offset
 _ALIGNMENT_KEY, _DEFAULT_ALIGNMENT = "general.alignment", 32
 _CHUNK_ELEMENTS = 1 << 17  # fits a cache; the package's own 16 rows are up to ten times slower
 _PLAIN = {
@@ -77,27 +82,39 @@ def map_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray | Quantiz
   num_tensors, num_keys = _counts(path, cursor)
   metadata: dict[str, Any] = {}
   for _ in range(num_keys):
-    key = cursor.string()
+    key = cursor.name()
     if key in metadata:
       raise ValueError(f"{path} gives the key {key} twice; {_FETCH}.")
     metadata[key] = cursor.value(key)
-  if metadata.get("split.count", 1) > 1:
+  num_parts = metadata.get("split.count", 1)
+  if num_parts != 1 and num_parts != 0:
     raise ValueError(
-      f"{path} is one of {metadata['split.count']} parts of a model; join them with "
+      f"{path} is one of {num_parts} parts of a model; join them with "
       "llama-gguf-split --merge and give the result."
     )
-  infos = [_TensorInfo.read(cursor) for _ in range(num_tensors)]
-  alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
-  if type(alignment) is not int or alignment < 1:
-    raise ValueError(f"{path} gives {_ALIGNMENT_KEY} as {alignment!r}, not as a positive number.")
-  start = math.ceil(cursor.at / alignment) * alignment
-  tensors: dict[str, np.ndarray | QuantizedTensor] = {}
-  readable: set[int] = set()
-  for info in infos:
-    if info.name in tensors:
+  infos: dict[str, _TensorInfo] = {}
+  for _ in range(num_tensors):
+    info = _TensorInfo.read(cursor)
+    if info.name in infos:
       raise ValueError(f"{path} gives the tensor {info.name} twice; {_FETCH}.")
-    tensors[info.name] = _tensor(path, data, start, info, readable)
+    infos[info.name] = info
+  alignment = _alignment(path, metadata)
+  start = math.ceil(cursor.at / alignment) * alignment
+  readable: set[int] = set()
+  spans = [_span(path, info, readable) for info in infos.values()]
+  tensors = {span.name: _tensor(path, data, start, span) for span in spans}
+  _check_spans(path, spans, alignment)
   return metadata, tensors
+
+
+def _alignment(path: Path, metadata: dict[str, Any]) -> int:
+  alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
+  if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
+    raise ValueError(
+      f"{path} gives {_ALIGNMENT_KEY} as {alignment!r}, not as a power of two of at least 8; "
+      f"{_FETCH}."
+    )
+  return alignment
 
 
 def _counts(path: Path, cursor: _Cursor) -> tuple[int, int]:
@@ -111,7 +128,13 @@ def _counts(path: Path, cursor: _Cursor) -> tuple[int, int]:
       f"{path} is a GGUF file {kind}, but little-endian versions 2 and 3 are read; convert the "
       "model anew with llama.cpp."
     )
-  return cursor.number("<u8"), cursor.number("<u8")
+  num_tensors, num_keys = cursor.number("<u8"), cursor.number("<u8")
+  if num_tensors * _MIN_TENSOR_BYTES + num_keys * _MIN_KEY_BYTES > cursor.size - cursor.at:
+    raise ValueError(
+      f"{path} is truncated: its header goes on after its {cursor.size} bytes, for it announces "
+      f"{num_keys} keys and {num_tensors} tensors; {_FETCH}."
+    )
+  return num_tensors, num_keys
 
 
 class _Cursor:
@@ -122,21 +145,39 @@ class _Cursor:
     self.at, self.size = 0, len(data)
 
   def take(self, num_bytes: int) -> memoryview:
+    self._require(num_bytes)
+    part = self._data[self.at : self.at + num_bytes]
+    self.at += num_bytes
+    return part
+
+  def _require(self, num_bytes: int) -> None:
     end = self.at + num_bytes
     if end > self.size:
       raise ValueError(
         f"{self.path} is truncated: its header goes on after its {self.size} bytes; {_FETCH}."
       )
-    part = self._data[self.at : end]
-    self.at = end
-    return part
+    if end > _MAX_HEADER_BYTES:
+      raise ValueError(
+        f"{self.path} has a header of more than {_MAX_HEADER_BYTES:,} bytes, which no model needs; "
+        f"{_FETCH}."
+      )
 
   def number(self, dtype: str):
     return np.frombuffer(self.take(np.dtype(dtype).itemsize), dtype)[0].item()
 
   def string(self) -> str:
-    size = struct.unpack("<Q", self.take(8))[0]
+    size = struct.unpack("<Q", self.take(_LENGTH_BYTES))[0]
     return str(self.take(size), "utf-8", "surrogateescape")  # a token may be any bytes
+
+  def name(self) -> str:
+    before = self.at
+    name = self.string()
+    size = self.at - before - _LENGTH_BYTES
+    if size > _MAX_NAME_BYTES:
+      raise ValueError(
+        f"{self.path} has a name of {size} bytes, more than GGUF's {_MAX_NAME_BYTES}; {_FETCH}."
+      )
+    return name
 
   def value(self, key: str):
     kind = self._kind(key)
@@ -146,6 +187,7 @@ class _Cursor:
       return self.number(_SCALARS[kind])
     kind, length = self._kind(key), self.number("<u8")
     if kind == "STRING":
+      self._require(length * _LENGTH_BYTES)
       return [self.string() for _ in range(length)]
     if kind == "ARRAY":
       raise ValueError(f"{self.path} nests lists in its key {key}, which GGUF does not allow.")
@@ -172,7 +214,7 @@ class _TensorInfo(NamedTuple):
 
   @classmethod
   def read(cls, cursor: _Cursor) -> _TensorInfo:
-    name, num_dimensions = cursor.string(), cursor.number("<u4")
+    name, num_dimensions = cursor.name(), cursor.number("<u4")
     if num_dimensions > _MAX_DIMENSIONS:
       raise ValueError(
         f"{cursor.path} gives its tensor {name} {num_dimensions} dimensions, more than GGUF's "
@@ -182,7 +224,17 @@ class _TensorInfo(NamedTuple):
     return cls(name, tuple(reversed(shape)), cursor.number("<u4"), cursor.number("<u8"))
 
 
-def _tensor(path: Path, data: np.ndarray, start: int, info: _TensorInfo, readable: set[int]):
+class _Span(NamedTuple):
+  """Where a tensor lies, in bytes of the data."""
+
+  begin: int
+  end: int
+  name: str
+  shape: tuple[int, ...]
+  kind: Any  # a gguf.GGMLQuantizationType
+
+
+def _span(path: Path, info: _TensorInfo, readable: set[int]) -> _Span:
   import gguf
 
   try:
@@ -203,19 +255,45 @@ def _tensor(path: Path, data: np.ndarray, start: int, info: _TensorInfo, readabl
       f"{path} stores rows of {row} numbers of the tensor {info.name} in {kind.name}, whose blocks "
       f"hold {block_size}; {_FETCH}."
     )
-  size = math.prod(info.shape) // block_size * block_bytes
-  begin = start + info.offset
-  if begin + size > len(data):
+  if math.prod(n for n in info.shape if n) > np.iinfo(np.intp).max // 8:
     raise ValueError(
-      f"{path} is truncated: its tensor {info.name} ends at byte {begin + size}, the file at "
-      f"{len(data)}; {_FETCH}."
+      f"{path} gives its tensor {info.name} the shape {list(info.shape)}, which no array can "
+      f"have; {_FETCH}."
     )
-  if kind.name in _PLAIN:
-    try:
-      return np.ndarray(info.shape, _PLAIN[kind.name], buffer=data, offset=begin)
-    except (ValueError, OverflowError) as error:
+  size = math.prod(info.shape) // block_size * block_bytes
+  return _Span(info.offset, info.offset + size, info.name, info.shape, kind)
+
+
+def _check_spans(path: Path, spans: list[_Span], alignment: int) -> None:
+  """Each tensor begins at a multiple of the alignment, and every byte between belongs to one."""
+  reached, before, gaps = 0, None, []
+  for span in sorted(spans, key=lambda span: (span.begin, span.end)):
+    if span.begin % alignment:
       raise ValueError(
-        f"{path} gives its tensor {info.name} the shape {list(info.shape)}, which no array can "
-        f"have; {_FETCH}."
-      ) from error
-  return QuantizedTensor(info.shape, np.asarray(data[begin : begin + size]), kind)
+        f"{path} places its tensor {span.name} at byte {span.begin} of the data, which is no "
+        f"multiple of its alignment, {alignment}; {_FETCH}."
+      )
+    if span.begin < reached:
+      raise ValueError(
+        f"{path} places the tensors {before} and {span.name} on the same bytes; {_FETCH}."
+      )
+    if span.begin - reached >= alignment:
+      gaps.append((span.begin - reached, span.name))
+    reached, before = span.end, span.name
+  if gaps:
+    size, name = gaps[0]
+    raise ValueError(
+      f"{path} holds {size} bytes before its tensor {name} that belong to no tensor; {_FETCH}."
+    )
+
+
+def _tensor(path: Path, data: np.ndarray, start: int, span: _Span) -> np.ndarray | QuantizedTensor:
+  begin, end = start + span.begin, start + span.end
+  if end > len(data):
+    raise ValueError(
+      f"{path} is truncated: its tensor {span.name} ends at byte {end}, the file at {len(data)}; "
+      f"{_FETCH}."
+    )
+  if span.kind.name in _PLAIN:
+    return np.ndarray(span.shape, _PLAIN[span.kind.name], buffer=data, offset=begin)
+  return QuantizedTensor(span.shape, np.asarray(data[begin:end]), span.kind)

@@ -7,9 +7,14 @@ merges. What a file leaves open is as llama.cpp takes it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
+from lmops_jax.data import tokenizer_errors
+from lmops_jax.foreign_files import checked
 from lmops_jax.pretrained.tokenizer_backends import surround
 
 _BLANK = "\u2581"
@@ -19,7 +24,9 @@ _IDS = {
   "sep": "seperator_token_id", "pad": "padding_token_id", "cls": "cls_token_id",
   "mask": "mask_token_id",
 }
+_PREFIX = "tokenizer.ggml."
 _STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_MAX_TOKEN_CHARACTERS = 1024  # of one that merges are made for, which takes their square
 
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,6 +49,29 @@ _WORDS = {
 }
 _WHOLE_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 _KINDS = ("gpt2", "llama")
+
+
+class _Keys(BaseModel):
+  """The keys below `tokenizer.ggml.` that are read."""
+
+  model: str | None = None
+  pre: str | None = None
+  tokens: list[str] | None = None
+  token_type: list[int] | None = None
+  scores: list[float] | None = None
+  merges: list[str] | None = None
+  bos_token_id: int | None = None
+  eos_token_id: int | None = None
+  eot_token_id: int | None = None
+  eom_token_id: int | None = None
+  unknown_token_id: int | None = None
+  seperator_token_id: int | None = None
+  padding_token_id: int | None = None
+  cls_token_id: int | None = None
+  mask_token_id: int | None = None
+  add_bos_token: bool | None = None
+  add_eos_token: bool | None = None
+  add_space_prefix: bool | None = None
 
 
 def build(metadata: Mapping[str, Any], where: str):
@@ -69,32 +99,35 @@ def build(metadata: Mapping[str, Any], where: str):
     )
   tokens = fields.tokens()
   types = fields.per_token("token_type", tokens, [_NORMAL] * len(tokens))
-  try:
+  with tokenizer_errors.named(where, "embeds a damaged vocabulary"):
     if kind == "gpt2":
       tokenizer = _byte_level(fields, tokens)
     else:
       tokenizer = _sentencepiece(fields, tokens, types)
-  except ValueError:
-    raise
-  except Exception as error:  # tokenizers raises plain Exceptions
-    raise ValueError(f"{where} embeds a damaged vocabulary: {error}.") from error
   special = {name: tokens[i] for name, key in _IDS.items()
              if (i := fields.token_id(key, tokens)) is not None}
   _add_tokens(tokenizer, tokens, types, special.values())
   _surround(tokenizer, fields, kind, special)
   stops = [fields.token_id(key, tokens) for key in _STOPS]
   stops = tuple(dict.fromkeys(i for i in stops if i is not None))
-  return tokenizer, special, stops, metadata.get("tokenizer.chat_template")
+  template = checked(str | None, metadata.get("tokenizer.chat_template"),
+                     f"{where}: tokenizer.chat_template")
+  return tokenizer, special, stops, template
 
 
 class _Fields:
   """The keys below `tokenizer.ggml.`."""
 
   def __init__(self, metadata: Mapping[str, Any], where: str):
-    self._metadata, self.where = metadata, where
+    self.where = where
+    self._keys = checked(
+      _Keys, {key.removeprefix(_PREFIX): value for key, value in metadata.items()
+              if key.startswith(_PREFIX)}, f"{where}: {_PREFIX.rstrip('.')}",
+    )
 
   def get(self, key: str, default=None):
-    return self._metadata.get(f"tokenizer.ggml.{key}", default)
+    value = getattr(self._keys, key)
+    return default if value is None else value
 
   def tokens(self) -> list[str]:
     texts = self.get("tokens")
@@ -145,7 +178,8 @@ def _byte_level(fields: _Fields, tokens: list[str]):
   if merges is None:
     raise ValueError(f"{fields.where} has no tokenizer.ggml.merges, which its vocabulary needs.")
   tokenizer = Tokenizer(models.BPE(
-    vocab={token: i for i, token in enumerate(tokens)}, merges=[_pair(m) for m in merges],
+    vocab={token: i for i, token in enumerate(tokens)},
+    merges=[_pair(merge, fields.where) for merge in merges],
     ignore_merges=pre in _WHOLE_FIRST,
   ))
   words = _WORDS[pre]
@@ -167,8 +201,13 @@ def _byte_level(fields: _Fields, tokens: list[str]):
   return tokenizer
 
 
-def _pair(merge: str) -> tuple[str, str]:
+def _pair(merge: str, where: str) -> tuple[str, str]:
   at = merge.find(" ", 1)
+  if at < 0:
+    raise ValueError(
+      f"{where} has the merge {merge!r}, which is not two tokens with a blank between them; fetch "
+      "the file again."
+    )
   return merge[:at], merge[at + 1 :]
 
 
@@ -176,6 +215,14 @@ def _sentencepiece(fields: _Fields, tokens: list[str], types: list[int]):
   from tokenizers import Tokenizer, decoders, models, normalizers
 
   scores = fields.per_token("scores", tokens)
+  if any(map(math.isnan, scores)):
+    raise ValueError(f"{fields.where} has a score that is no number; fetch the file again.")
+  longest = max(tokens, key=len)
+  if len(longest) > _MAX_TOKEN_CHARACTERS:
+    raise ValueError(
+      f"{fields.where} has a token of {len(longest)} characters, more than "
+      f"{_MAX_TOKEN_CHARACTERS}; fetch the file again."
+    )
   unknown = fields.token_id("unknown_token_id", tokens)
   if unknown is None:
     unknown = next((i for i, t in enumerate(types) if t == _UNKNOWN), None)

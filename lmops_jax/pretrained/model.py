@@ -21,7 +21,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import pydantic
 
-from lmops_jax.foreign_files import checked, read_json
+from lmops_jax.foreign_files import checked, read_json, require_regular
 from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.clip import ClipConfig
 from lmops_jax.models.config import DTYPES, REMAT_POLICIES, RopeScaling, TransformerConfig
@@ -29,8 +29,8 @@ from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.vision import VisionConfig
 from lmops_jax.pretrained import families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
-from lmops_jax.pretrained.sources import open_source
-from lmops_jax.setting_types import Text, component
+from lmops_jax.pretrained.sources import MAX_INFLATED_BYTES, open_source
+from lmops_jax.setting_types import ByteCount, Text, component
 from lmops_jax.whole_files import write_text
 
 DESCRIPTION = "model.json"
@@ -68,6 +68,7 @@ class PretrainedModel:
     config: `TransformerConfig` (`ClipConfig` of the family "clip"), execution choices included.
     original: the `config.json` that it was published with, {} where there is none.
     ignore: patterns of tensor names to leave out.
+    max_inflated_bytes: see `load`.
   """
 
   path: Path
@@ -75,6 +76,7 @@ class PretrainedModel:
   config: Any
   original: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
   ignore: tuple[str, ...] = ()
+  max_inflated_bytes: int = dataclasses.field(default=MAX_INFLATED_BYTES, compare=False)
 
   @property
   def model(self) -> nn.Module:
@@ -101,7 +103,7 @@ class PretrainedModel:
       folder = self.path / _description(self.path)["params"]
       family = families.by_name(self.family)
       return checkpoints.load_params(folder, _abstract(family, self.config, partitioner))
-    with open_source(self.path) as source:
+    with open_source(self.path, self.max_inflated_bytes) as source:
       family = families.by_name(self.family)
       if self.path.suffix == ".gguf":
         family, _ = _gguf(source)
@@ -150,6 +152,7 @@ def load(
   scan_layers: bool = True,
   remat: Literal[REMAT_POLICIES] = "none",
   ignore: Sequence[Text] = (),
+  max_inflated_bytes: ByteCount = MAX_INFLATED_BYTES,
 ) -> PretrainedModel:
   """Opens a published model; see the module's docstring for what `path` may be.
 
@@ -159,6 +162,8 @@ def load(
     dtype, param_dtype, attention, scan_layers, remat: execution choices of
       `models.TransformerConfig`.
     ignore: regular expressions for names of tensors to leave out, such as "classifier.*".
+    max_inflated_bytes: the most that a PyTorch file's pickle and its compressed entries may hold
+      (torch itself compresses nothing); a few megabytes could fill any memory.
 
   Raises:
     ValueError: nothing readable there, or a kind of model that is not modelled.
@@ -167,7 +172,8 @@ def load(
   choices = dict(
     dtype=dtype, param_dtype=param_dtype, attention=attention, scan_layers=scan_layers, remat=remat
   )
-  make = functools.partial(_make, folder, choices, tuple(ignore))
+  make = functools.partial(_make, folder, choices, tuple(ignore), max_inflated_bytes)
+  require_regular(folder)
   if folder.suffix == ".gguf" and folder.is_file():
     with open_source(folder) as source:
       family, config = _gguf(source)
@@ -192,16 +198,18 @@ def load(
   family = families.find(original, str(path))
   with _naming(path):
     config = family.read_config(families.ConfigReader(original, str(path)))
-  with open_source(folder) as source:
+  with open_source(folder, max_inflated_bytes) as source:
     names = importing.named(source, family, config)
     importing.check_sizes(names, source, family, config, str(path))
     config = _as_stored(config, family, names, original.get("architectures") or ())
   return make(family, config, original)
 
 
-def _make(path, choices, ignore, family, config, original) -> PretrainedModel:
+def _make(
+  path, choices, ignore, max_inflated_bytes, family, config, original
+) -> PretrainedModel:
   config = family.with_choices(config, **choices)
-  return PretrainedModel(path, family.name, config, original, ignore)
+  return PretrainedModel(path, family.name, config, original, ignore, max_inflated_bytes)
 
 
 def _gguf(source) -> tuple[families.Family, TransformerConfig]:

@@ -8,6 +8,7 @@ neither bfloat16 nor float8 in NumPy; here a tensor is a view of the mapped file
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -15,10 +16,12 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from lmops_jax.foreign_files import checked, parse_json
 
 _DTYPES = {
   "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -34,6 +37,8 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+_MAX_DIMENSIONS = 64  # of NumPy
+_MAX_SHOWN = 60  # characters of a dtype
 _FETCH = "fetch the file again"
 
 
@@ -73,6 +78,7 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _header(path: Path, data: np.ndarray) -> tuple[dict, int]:
   """The header without its metadata, and where the data starts."""
+  where = f"{path}: its header"
   length = struct.unpack("<Q", data[:_LENGTH_BYTES].tobytes().ljust(_LENGTH_BYTES, b"\xff"))[0]
   if length > _MAX_HEADER_BYTES:
     raise ValueError(f"{path} is not a safetensors file (no header at its start); {_FETCH}.")
@@ -81,40 +87,53 @@ def _header(path: Path, data: np.ndarray) -> tuple[dict, int]:
     raise ValueError(
       f"{path} is truncated: its header ends at byte {start}, the file at {len(data)}; {_FETCH}."
     )
-  try:
-    header = json.loads(data[_LENGTH_BYTES:start].tobytes(), object_pairs_hook=_without_repeats)
-    if not isinstance(header, dict):
-      raise ValueError("not an object")
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} has no readable safetensors header ({error}); {_FETCH}.") from error
+  header = parse_json(
+    data[_LENGTH_BYTES:start].tobytes(), where,
+    object_pairs_hook=functools.partial(_without_repeats, path),
+  )
+  header = checked(dict[str, Any], header, where)
   header.pop(_METADATA, None)
   return header, start
 
 
-def _without_repeats(pairs):
+def _without_repeats(path, pairs):
   fields = dict(pairs)
   if len(fields) < len(pairs):
-    names = [name for name, _ in pairs]
-    raise ValueError(f"{next(n for n in names if names.count(n) > 1)} stands there twice")
+    seen: set[str] = set()
+    twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+    raise ValueError(f"{path} has {twice} twice in its header; {_FETCH}.")
   return fields
 
 
+@functools.cache
+def _schema():
+  """Of one tensor in the header."""
+  from pydantic import BaseModel, Field
+
+  Size = Annotated[int, Field(ge=0)]
+
+  class Entry(BaseModel):
+    dtype: str
+    shape: list[Size]
+    data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2)]
+
+  return Entry
+
+
 def _entry(path: Path, name: str, fields) -> tuple[np.dtype, tuple[int, ...], int, int]:
-  try:
-    code, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-    numbers = [*shape, begin, end]
-    if any(type(n) is not int or n < 0 for n in numbers) or begin > end:
-      raise ValueError
-  except (TypeError, KeyError, ValueError) as error:
+  entry = checked(_schema(), fields, f"{path}: its tensor {name}")
+  begin, end = entry.data_offsets
+  if begin > end or len(entry.shape) > _MAX_DIMENSIONS:
     raise ValueError(
-      f"{path} describes its tensor {name} without a valid dtype, shape and data_offsets; {_FETCH}."
-    ) from error
-  if code not in _DTYPES:
-    raise ValueError(
-      f"{path} stores the tensor {name} as {code}, which is not one of {', '.join(_DTYPES)}; take "
-      "a copy of the model in one of these."
+      f"{path} describes its tensor {name} with {len(entry.shape)} dimensions from byte {begin} to "
+      f"{end}, which no tensor has; {_FETCH}."
     )
-  return _DTYPES[code], tuple(shape), begin, end
+  if entry.dtype not in _DTYPES:
+    raise ValueError(
+      f"{path} stores the tensor {name} as {entry.dtype[:_MAX_SHOWN]}, which is not one of "
+      f"{', '.join(_DTYPES)}; take a copy of the model in one of these."
+    )
+  return _DTYPES[entry.dtype], tuple(entry.shape), begin, end
 
 
 def _check_spans(path: Path, spans: list[tuple[int, int, str]], num_bytes: int) -> None:

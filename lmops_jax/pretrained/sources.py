@@ -6,28 +6,27 @@ that slicing one reads just the part that is asked for.
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lmops_jax.foreign_files import checked, is_there, read_json, require_regular
 from lmops_jax.pretrained.gguf_files import QuantizedTensor, map_gguf
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
-from lmops_jax.pretrained.torch_pickle import map_torch_file
+from lmops_jax.pretrained.torch_pickle import MAX_INFLATED_BYTES, CompressedTensor, map_torch_file
 
-__all__ = ["GGUFSource", "TensorSource", "open_source", "write_safetensors"]
+__all__ = ["MAX_INFLATED_BYTES", "GGUFSource", "TensorSource", "open_source", "write_safetensors"]
 
-_MAPPERS = {
-  ".safetensors": map_safetensors,
-  ".bin": map_torch_file, ".pt": map_torch_file, ".pth": map_torch_file,
-}
-_GGUF = ".gguf"
+_SAFETENSORS, _TORCH, _GGUF = ".safetensors", (".bin", ".pt", ".pth"), ".gguf"
+Tensors = Mapping[str, np.ndarray | QuantizedTensor | CompressedTensor]
 _FOLDER_FILES = (  # the first that is there is read, as transformers does it
   "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
   "pytorch_model.bin.index.json",
 )
+_SUFFIXES = (_SAFETENSORS, *_TORCH, _GGUF)
 _POINTER = b"version https://git-lfs"
 _MAX_LISTED = 8
 
@@ -39,9 +38,9 @@ class TensorSource:
     where: the path, for error messages.
   """
 
-  def __init__(self, where: Path | str, tensors: Mapping[str, np.ndarray | QuantizedTensor]):
+  def __init__(self, where: Path | str, tensors: Tensors):
     self.where = str(where)
-    self._tensors: Mapping[str, np.ndarray | QuantizedTensor] | None = tensors
+    self._tensors: Tensors | None = tensors
 
   def names(self) -> list[str]:
     """Every tensor's name, in the order of the checkpoint."""
@@ -56,13 +55,14 @@ class TensorSource:
     return self._find(name).dtype
 
   def read(self, name: str) -> np.ndarray:
-    """The tensor, read-only: a mapped view that reads nothing yet, unless it is quantised.
+    """The tensor, read-only: a mapped view that reads nothing yet, unless it is quantised or
+    compressed.
 
     Raises:
-      ValueError: no tensor of that name.
+      ValueError: no tensor of that name, or a compressed one that cannot be inflated.
     """
     found = self._find(name)
-    return found.read() if isinstance(found, QuantizedTensor) else found
+    return found if isinstance(found, np.ndarray) else found.read()
 
   def close(self) -> None:
     """Lets go of the files; a file stays mapped as long as an array of it is in use."""
@@ -74,12 +74,12 @@ class TensorSource:
   def __exit__(self, *exception):
     self.close()
 
-  def _opened(self) -> Mapping[str, np.ndarray | QuantizedTensor]:
+  def _opened(self) -> Tensors:
     if self._tensors is None:
       raise ValueError(f"{self.where} was closed; open it again to read from it.")
     return self._tensors
 
-  def _find(self, name: str) -> np.ndarray | QuantizedTensor:
+  def _find(self, name: str) -> np.ndarray | QuantizedTensor | CompressedTensor:
     tensors = self._opened()
     if name not in tensors:
       raise ValueError(
@@ -101,12 +101,15 @@ class GGUFSource(TensorSource):
     self.metadata = metadata
 
 
-def open_source(path: Path | str) -> TensorSource:
+def open_source(
+  path: Path | str, max_inflated_bytes: int = MAX_INFLATED_BYTES
+) -> TensorSource:
   """Opens a checkpoint and checks that it is complete.
 
   Args:
     path: a folder with `model.safetensors`, `pytorch_model.bin` or the index of a sharded one, or
       one `.safetensors`, `.bin`, `.pt`, `.pth` or `.gguf` file (this gives a `GGUFSource`).
+    max_inflated_bytes: the most that a PyTorch file's pickle and compressed entries may hold.
 
   Raises:
     ValueError: nothing readable there, or a file that is missing, damaged or truncated.
@@ -116,27 +119,30 @@ def open_source(path: Path | str) -> TensorSource:
     if path.suffix == _GGUF:
       metadata, tensors = _mapped(path, map_gguf)
       return GGUFSource(path, tensors, metadata)
-    return TensorSource(path, _map_file(path))
+    return TensorSource(path, _map_file(path, max_inflated_bytes))
   for name in _FOLDER_FILES:
-    if (path / name).is_file():
+    if is_there(path / name):
       if name.endswith(".index.json"):
-        return TensorSource(path, _map_shards(path / name))
-      return TensorSource(path, _map_file(path / name))
-  there = sorted(p.name for p in path.iterdir() if p.suffix in (*_MAPPERS, _GGUF))
+        return TensorSource(path, _map_shards(path / name, max_inflated_bytes))
+      return TensorSource(path, _map_file(path / name, max_inflated_bytes))
+  there = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)
   found = f"it holds {_listed(there)}, of which one can be named itself" if there else "it has none"
   raise ValueError(f"{path} should hold one of {', '.join(_FOLDER_FILES)}, but {found}.")
 
 
-def _map_file(path: Path) -> dict[str, np.ndarray]:
-  if path.suffix not in _MAPPERS:
-    raise ValueError(
-      f"{path} is neither a folder nor a file that ends in one of "
-      f"{', '.join((*_MAPPERS, _GGUF))}; name one of these."
-    )
-  return _mapped(path, _MAPPERS[path.suffix])
+def _map_file(path: Path, max_inflated_bytes: int) -> Tensors:
+  if path.suffix == _SAFETENSORS:
+    return _mapped(path, map_safetensors)
+  if path.suffix in _TORCH:
+    return _mapped(path, functools.partial(map_torch_file, max_inflated_bytes=max_inflated_bytes))
+  raise ValueError(
+    f"{path} is neither a folder nor a file that ends in one of {', '.join(_SUFFIXES)}; name one "
+    "of these."
+  )
 
 
 def _mapped(path: Path, mapper):
+  require_regular(path)
   try:
     with path.open("rb") as file:
       start = file.read(len(_POINTER))
@@ -153,20 +159,20 @@ def _mapped(path: Path, mapper):
     ) from error
 
 
-def _map_shards(index: Path) -> dict[str, np.ndarray]:
+def _map_shards(index: Path, max_inflated_bytes: int) -> Tensors:
   """The tensors of all files that an index names."""
   weight_map = _weight_map(index)
   for file in sorted(set(weight_map.values())):
-    if not (index.parent / file).is_file():
+    if not is_there(index.parent / file):
       name = next(name for name, of in weight_map.items() if of == file)
       raise ValueError(
         f"{index} places {name} and others in {file}, but there is no such file in its folder; "
         "fetch the missing file."
       )
-  tensors: dict[str, np.ndarray] = {}
+  tensors = {}
   holder: dict[str, str] = {}
   for file in sorted(set(weight_map.values())):
-    for name, tensor in _map_file(index.parent / file).items():
+    for name, tensor in _map_file(index.parent / file, max_inflated_bytes).items():
       if name in holder:
         raise ValueError(
           f"{index.parent} holds the tensor {name} twice, in {holder[name]} and in {file}; fetch "
@@ -183,19 +189,23 @@ def _map_shards(index: Path) -> dict[str, np.ndarray]:
   return tensors
 
 
+@functools.cache
+def _index_schema():
+  from pydantic import BaseModel
+
+  class Index(BaseModel):
+    weight_map: dict[str, str]
+
+  return Index
+
+
 def _weight_map(index: Path) -> dict[str, str]:
   """Tensor name to file name."""
-  try:
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-      raise ValueError("weight_map is not a filled map from tensors to files")
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    raise ValueError(
-      f"{index} is not the index of a sharded checkpoint ({type(error).__name__}: {error}); fetch "
-      "the file again."
-    ) from error
+  weight_map = checked(_index_schema(), read_json(index), index).weight_map
+  if not weight_map:
+    raise ValueError(f"{index} places no tensor in any file; fetch the file again.")
   for name, file in weight_map.items():
-    if not file or Path(file).name != file:
+    if not file or Path(file).name != file or "\0" in file:
       raise ValueError(
         f"{index} places the tensor {name} in {file!r}, outside of its folder; an index may name "
         "files beside it only."

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmops_jax.foreign_files import is_there
 from lmops_jax.pretrained import chat_template, gguf_tokenizer, tokenizer_folder
 from lmops_jax.pretrained.tokenizer_backends import FastBackend, SentencePieceBackend
 
@@ -44,6 +45,7 @@ class Tokenizer:
     special: Mapping[str, str],
     stop_ids: Sequence[int] = (),
     template: str | None = None,
+    template_file: Path | None = None,
   ):
     self.path = path
     self.special = dict(special)
@@ -56,6 +58,7 @@ class Tokenizer:
     own = () if self.eos_id is None else (self.eos_id,)
     self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*own, *stop_ids)))
     self.chat_template = template
+    self._template_file = path if template_file is None else template_file
 
   def _special_id(self, name: str) -> int | None:
     return self._backend.token_to_id(self.special[name]) if name in self.special else None
@@ -119,7 +122,7 @@ class Tokenizer:
       )
     names = {f"{name}_token": text for name, text in self.special.items()}
     return chat_template.render(
-      self.chat_template, messages, where=str(self.path),
+      self.chat_template, messages, where=str(self._template_file),
       add_generation_prompt=add_generation_prompt, **{**names, **variables},
     )
 
@@ -204,19 +207,22 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     ValueError: nothing of these, a broken file, or a kind that is not known.
   """
   path = Path(path).expanduser()
-  if path.is_file() and path.suffix == ".gguf":
+  if path.suffix == ".gguf" and not path.is_dir():
     from lmops_jax.pretrained.sources import open_source
 
     with open_source(path) as source:
       tokenizer, special, stop_ids, template = gguf_tokenizer.build(source.metadata, str(path))
-    return Tokenizer(path, FastBackend(tokenizer), special, stop_ids, template)
+    return Tokenizer(path, FastBackend(tokenizer, where=path), special, stop_ids, template)
   if not path.is_dir():
     raise ValueError(
       f"{path} is neither a folder nor a .gguf file; give the folder of a published model, or its "
       "GGUF file."
     )
   nested = path / NESTED
-  if nested.is_dir() and not any((path / name).is_file() for name in tokenizer_folder.VOCABULARIES):
+  if nested.is_dir() and not any(is_there(path / name) for name in tokenizer_folder.VOCABULARIES):
     path = nested
   contents = tokenizer_folder.read(path)
-  return Tokenizer(path, contents.backend, contents.special, contents.stop_ids, contents.template)
+  return Tokenizer(
+    path, contents.backend, contents.special, contents.stop_ids, contents.template,
+    contents.template_file,
+  )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lmops_jax.data import vocabularies
+from lmops_jax.data import tokenizer_errors, vocabularies
 
 _BLANK = "\u2581"
 # Appended to a serialized model it overrides one field, as protocol buffers merge what comes later:
@@ -24,15 +24,23 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 class FastBackend:
   """A `tokenizers.Tokenizer`."""
 
-  def __init__(self, tokenizer, *, word_end: str | None = None):
+  def __init__(
+    self, tokenizer, *, where: Path | str = "the tokenizer", word_end: str | None = None
+  ):
+    """Tries it out.
+
+    Raises:
+      ValueError: naming `where`, for one that can encode nothing or has an id twice.
+    """
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer_errors.check(tokenizer, where)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    tokenizer_errors.check_distinct(ids, where)
     self.tokenizer = tokenizer
+    self.vocab_size = max(ids.values(), default=-1) + 1
+    self._where = where
     self._word_end = word_end  # CLIP's decoder leaves it in
-
-  @property
-  def vocab_size(self) -> int:
-    return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
   def token_to_id(self, text: str) -> int | None:
     return self.tokenizer.token_to_id(text)
@@ -41,11 +49,13 @@ class FastBackend:
     return self.tokenizer.id_to_token(identifier)
 
   def encode_batch(self, texts: Sequence[str], add_special: bool) -> list[list[int]]:
-    encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special)
+    with tokenizer_errors.named(self._where, "cannot encode this text"):
+      encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special)
     return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: list[int], skip_special: bool) -> str:
-    text = self.tokenizer.decode(ids, skip_special_tokens=skip_special)
+    with tokenizer_errors.named(self._where, "cannot decode these ids"):
+      text = self.tokenizer.decode(ids, skip_special_tokens=skip_special)
     return text if self._word_end is None else text.replace(self._word_end, " ").strip()
 
   def fingerprint(self) -> bytes:

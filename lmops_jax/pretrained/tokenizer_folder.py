@@ -10,12 +10,14 @@ special_tokens_map.json and added_tokens.json.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmops_jax.data import tokenizer_errors
+from lmops_jax.foreign_files import checked, is_there, read_bytes, read_json, read_text
 from lmops_jax.pretrained import chat_template
+from lmops_jax.pretrained import tokenizer_schemas as schemas
 from lmops_jax.pretrained.tokenizer_backends import (
   Added,
   FastBackend,
@@ -26,12 +28,11 @@ from lmops_jax.pretrained.tokenizer_backends import (
 FAST, VOCAB, MERGES, WORDS = "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 VOCABULARIES = (FAST, VOCAB, MERGES, WORDS, *SENTENCEPIECE)
-CONFIG = "tokenizer_config.json"
+CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 GENERATION = "generation_config.json"
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, TEMPLATES = "chat_template.jinja", "chat_template.json"
 FILES = (
-  *VOCABULARIES, CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE,
-  "chat_template.json", GENERATION, "config.json",
+  *VOCABULARIES, CONFIG, SPECIAL, ADDED, TEMPLATE, TEMPLATES, GENERATION, "config.json",
 )
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _END = "<|endoftext|>"
@@ -91,12 +92,14 @@ class Contents:
     special: texts of the special tokens by name ("bos", "eos", ...).
     stop_ids: ids that end a text, by the model's configurations.
     template: chat template, or None.
+    template_file: where it stands.
   """
 
   backend: FastBackend | SentencePieceBackend
   special: dict[str, str]
   stop_ids: tuple[int, ...]
   template: str | None
+  template_file: Path
 
 
 def read(folder: Path) -> Contents:
@@ -106,20 +109,22 @@ def read(folder: Path) -> Contents:
     ValueError: no tokenizer, a broken file, or a class whose rules are not known.
   """
   settings = _Settings(folder)
-  if (folder / FAST).is_file():
+  if is_there(folder / FAST):
     backend = _fast(settings)
-  elif (folder / VOCAB).is_file() and (folder / MERGES).is_file():
+  elif is_there(folder / VOCAB) and is_there(folder / MERGES):
     backend = _byte_level(settings)
-  elif (folder / WORDS).is_file():
+  elif is_there(folder / WORDS):
     backend = _word_pieces(settings)
-  elif found := next((name for name in SENTENCEPIECE if (folder / name).is_file()), None):
+  elif found := next((name for name in SENTENCEPIECE if is_there(folder / name)), None):
     backend = _sentencepiece(settings, folder / found)
   else:
     raise ValueError(
       f"{folder} holds no tokenizer: none of {FAST}, {VOCAB} with {MERGES}, {WORDS}, "
       f"{', '.join(SENTENCEPIECE)}; copy those of the published model into it."
     )
-  return Contents(backend, settings.special(backend), settings.stop_ids(), settings.template())
+  template, template_file = settings.template()
+  return Contents(
+    backend, settings.special(backend), settings.stop_ids(), template, template_file)
 
 
 class _Settings:
@@ -127,21 +132,26 @@ class _Settings:
 
   def __init__(self, folder: Path):
     self.folder = folder
-    self.own = _read_json(folder / CONFIG)
-    self.model = _read_json(folder / "config.json")
-    self._generation = _read_json(folder / GENERATION)
-    map_ = _read_json(folder / "special_tokens_map.json")
-    if "added_tokens_decoder" not in self.own:  # an older folder, whose map decides
-      self.own = {**self.own, **map_}
-    name = self.own.get("tokenizer_class") or self.model.get("tokenizer_class") or ""
-    name = str(name).removesuffix("Fast")
-    kind = self.model.get("model_type") or ""
+    own = _checked(schemas.Configuration, folder / CONFIG)
+    self.model = _checked(schemas.ModelKind, folder / "config.json")
+    self._generation = _checked(schemas.Ends, folder / GENERATION)
+    special = _checked(schemas.Special, folder / SPECIAL)
+    if "added_tokens_decoder" not in own.model_fields_set:  # an older folder, whose map decides
+      own = own.model_copy(update={n: getattr(special, n) for n in special.model_fields_set})
+    self.own = own
+    name = own.tokenizer_class or self.model.tokenizer_class or ""
+    name = name.removesuffix("Fast")
+    kind = self.model.model_type or ""
     by_model = _BY_MODEL.get(kind, kind)
     of_kind = by_model == "OPT" and name == "GPT2Tokenizer"
     self.class_name = by_model if of_kind or not name or name in _GENERIC else name
     # A class without rules of its own, for a vocabulary that says everything itself.
-    plain = name in _GENERIC and (folder / FAST).is_file()
+    plain = name in _GENERIC and is_there(folder / FAST)
     self.defaults = None if plain else _FAMILIES.get(self.class_name)
+
+  def flag(self, name: str, default: bool | None) -> bool | None:
+    """What the folder says, null included, or the default where it says nothing."""
+    return getattr(self.own, name) if name in self.own.model_fields_set else default
 
   def family(self, forms: tuple[str, ...], default: str) -> _Family:
     """The rules of the folder's class, which must have a vocabulary of this form."""
@@ -159,31 +169,33 @@ class _Settings:
     """Special tokens by name, as arguments of `tokenizers.AddedToken`."""
     found: dict[str, dict[str, Any]] = {}
     for name in NAMES:
-      default = family.special.get(name) if family else None
-      value = self.own.get(f"{name}_token", default)
-      if value is not None:
-        found[name] = _token(value, self.folder / CONFIG)
+      value = getattr(self.own, f"{name}_token")
+      if not self.names(name):
+        value = family.special.get(name) if family else None
+      for token in _tokens([value]):
+        found[name] = token
     return found
+
+  def names(self, name: str) -> bool:
+    """Whether the folder says what a special token is, be it that there is none."""
+    return f"{name}_token" in self.own.model_fields_set
 
   def added(self) -> Iterator[tuple[int, dict[str, Any]]]:
     """Tokens outside of the vocabulary, `(id, arguments)` in the order of ids."""
-    path, decoder = self.folder / CONFIG, self.own.get("added_tokens_decoder")
-    older = {} if decoder else _read_json(self.folder / "added_tokens.json")
-    try:
-      if not decoder:
-        path = self.folder / "added_tokens.json"
-        decoder = {i: {"content": text, "special": False} for text, i in older.items()}
-      listed = [(int(i), _token(token, path)) for i, token in decoder.items()]
-    except (TypeError, AttributeError) as error:
-      raise ValueError(f"{path} does not list added tokens with their ids ({error}).") from error
+    if self.own.added_tokens_decoder:
+      listed = [
+        (int(i), token) for i, value in self.own.added_tokens_decoder.items()
+        for token in _tokens([value])
+      ]
+    else:
+      older = _checked(schemas.Vocabulary, self.folder / ADDED)
+      listed = [(i, {"content": text, "special": False}) for text, i in older.items() if text]
     yield from sorted(listed, key=lambda pair: pair[0])
 
   def extra(self) -> Iterator[dict[str, Any]]:
     """Special tokens that have no name."""
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-      value = self.own.get(key) or ()
-      for token in value.values() if isinstance(value, dict) else value:
-        yield _token(token, self.folder / CONFIG)
+    for value in (self.own.additional_special_tokens, self.own.extra_special_tokens):
+      yield from _tokens(value.values() if isinstance(value, dict) else value or ())
 
   def special(self, backend) -> dict[str, str]:
     """Special tokens by name, as far as the vocabulary has them."""
@@ -195,65 +207,49 @@ class _Settings:
 
   def stop_ids(self) -> tuple[int, ...]:
     ids: list[int] = []
-    for config in (self._generation, self.model, self.model.get("text_config")):
-      value = config.get("eos_token_id") if isinstance(config, dict) else None
+    for config in (self._generation, self.model, self.model.text_config):
+      value = config.eos_token_id if config else None
       ids += value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(i for i in ids if type(i) is int and i >= 0))
+    return tuple(dict.fromkeys(i for i in ids if i is not None and i >= 0))
 
-  def template(self) -> str | None:
-    if (self.folder / TEMPLATE).is_file():
-      return _read_text(self.folder / TEMPLATE)
-    value = self.own.get("chat_template")
+  def template(self) -> tuple[str | None, Path]:
+    """The chat template, or None, and the file that it stands in."""
+    if is_there(self.folder / TEMPLATE):
+      return read_text(self.folder / TEMPLATE), self.folder / TEMPLATE
+    path, value = self.folder / CONFIG, self.own.chat_template
     if value is None:
-      value = _read_json(self.folder / "chat_template.json").get("chat_template")
-    return chat_template.choose(value, str(self.folder / CONFIG))
+      path = self.folder / TEMPLATES
+      value = _checked(schemas.TemplateFile, path).chat_template
+    if isinstance(value, list):
+      value = {entry.name: entry.template for entry in value}
+    return chat_template.choose(value, str(path)), path
 
 
-def _token(value, path: Path) -> dict[str, Any]:
-  if isinstance(value, str):
-    return {"content": value, "special": True}
-  if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-    raise ValueError(f"{path} names the special token {value!r}, which is no text.")
-  fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-  return {"special": True, **{k: v for k, v in value.items() if k in fields}}
+def _tokens(values: Iterable[schemas.Token | None]) -> Iterator[dict[str, Any]]:
+  """Arguments of `tokenizers.AddedToken`; an empty text is no token."""
+  for value in values:
+    text = value.content if isinstance(value, schemas.AddedToken) else value
+    if text:
+      yield value.arguments() if text is not value else {"content": text, "special": True}
 
 
-def _read_text(path: Path) -> str:
-  try:
-    return path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} cannot be read ({error}); fetch it again.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  """The fields of a file, {} where it is missing."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(_read_text(path))
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not JSON ({error}); fetch it again.") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} holds a {type(value).__name__}, not an object with fields.")
-  return value
+def _checked(schema, path: Path):
+  """What a file holds, as its schema has it; of one that is missing, nothing."""
+  return checked(schema, read_json(path) if is_there(path) else {}, path)
 
 
 def _fast(settings: _Settings) -> FastBackend:
   from tokenizers import Tokenizer
 
   path = settings.folder / FAST
-  text = _read_text(path)
-  try:
+  text = read_text(path)
+  with tokenizer_errors.named(path, "is not a tokenizer that the tokenizers package reads"):
     tokenizer = Tokenizer.from_str(text)
-  except Exception as error:  # tokenizers raises plain Exceptions
-    raise ValueError(
-      f"{path} is not a tokenizer that the tokenizers package reads ({error}); fetch it again, or "
-      "update tokenizers."
-    ) from error
-  _add_tokens(tokenizer, settings, settings.defaults)
-  tokenizer.encode_special_tokens = bool(settings.own.get("split_special_tokens", False))
-  clip = settings.class_name == "CLIPTokenizer" or settings.model.get("model_type") == "clip"
-  return FastBackend(tokenizer, word_end=tokenizer.model.end_of_word_suffix if clip else None)
+    _add_tokens(tokenizer, settings, settings.defaults)
+  tokenizer.encode_special_tokens = bool(settings.flag("split_special_tokens", False))
+  clip = settings.class_name == "CLIPTokenizer" or settings.model.model_type == "clip"
+  suffix = getattr(tokenizer.model, "end_of_word_suffix", None) if clip else None
+  return FastBackend(tokenizer, where=path, word_end=suffix)
 
 
 def _byte_level(settings: _Settings) -> FastBackend:
@@ -261,18 +257,14 @@ def _byte_level(settings: _Settings) -> FastBackend:
 
   folder = settings.folder
   family = settings.family(("bytes",), "GPT2Tokenizer")
-  _read_json(folder / VOCAB)
-  try:
-    model = models.BPE.from_file(
-      str(folder / VOCAB), str(folder / MERGES), continuing_subword_prefix="",
-      end_of_word_suffix="", fuse_unk=False,
+  vocab = _checked(schemas.Vocabulary, folder / VOCAB)
+  merges = _merges(folder / MERGES)
+  with tokenizer_errors.named(folder / VOCAB, f"and {MERGES} do not fit together"):
+    model = models.BPE(
+      vocab, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False
     )
-  except Exception as error:  # tokenizers raises plain Exceptions
-    raise ValueError(
-      f"{folder / VOCAB} and {MERGES} do not fit together ({error}); fetch both again."
-    ) from error
   tokenizer = Tokenizer(model)
-  prefix = bool(settings.own.get("add_prefix_space", False))
+  prefix = bool(settings.flag("add_prefix_space", False))
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
   if settings.class_name == "Qwen2Tokenizer":
     from tokenizers import Regex
@@ -286,8 +278,21 @@ def _byte_level(settings: _Settings) -> FastBackend:
     ])
   tokenizer.decoder = decoders.ByteLevel()
   _add_tokens(tokenizer, settings, family)
-  surround(tokenizer, *_around(settings, family))
-  return FastBackend(tokenizer)
+  _surround(tokenizer, settings, family)
+  return FastBackend(tokenizer, where=folder / VOCAB)
+
+
+def _merges(path: Path) -> list[tuple[str, str]]:
+  lines = [line.rstrip("\r") for line in read_text(path).removesuffix("\n").split("\n")]
+  pairs = [
+    (number, line.split(" ")) for number, line in enumerate(lines, 1)
+    if line and not line.startswith("#version")
+  ]
+  for number, pair in pairs:
+    if len(pair) != 2:
+      raise ValueError(
+        f"{path}:{number} should be two tokens with a blank between them; fetch it again.")
+  return [(left, right) for _, (left, right) in pairs]
 
 
 def _word_pieces(settings: _Settings) -> FastBackend:
@@ -296,21 +301,32 @@ def _word_pieces(settings: _Settings) -> FastBackend:
   family = settings.family(("words",), "BertTokenizer")
   unknown = settings.tokens(family).get("unk", {"content": "[UNK]"})["content"]
   path = settings.folder / WORDS
-  words = _read_text(path).split("\n")
+  words = read_text(path).split("\n")
   vocab = {word.rstrip("\r"): i for i, word in enumerate(words) if word or i + 1 < len(words)}
   if unknown not in vocab:
     raise ValueError(f"{path} has no line {unknown}, the unknown token; fetch it again.")
   tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown))
-  own = settings.own
   tokenizer.normalizer = normalizers.BertNormalizer(
-    clean_text=True, handle_chinese_chars=own.get("tokenize_chinese_chars", True),
-    strip_accents=own.get("strip_accents"), lowercase=own.get("do_lower_case", True),
+    clean_text=True, handle_chinese_chars=bool(settings.flag("tokenize_chinese_chars", True)),
+    strip_accents=settings.flag("strip_accents", None),
+    lowercase=bool(settings.flag("do_lower_case", True)),
   )
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = decoders.WordPiece(prefix="##")
   _add_tokens(tokenizer, settings, family)
-  surround(tokenizer, *_around(settings, family))
-  return FastBackend(tokenizer)
+  _surround(tokenizer, settings, family)
+  return FastBackend(tokenizer, where=path)
+
+
+def _surround(tokenizer, settings: _Settings, family: _Family) -> None:
+  before, after = _around(settings, family)
+  for text in (*before, *after):
+    if tokenizer.token_to_id(text) is None:
+      raise ValueError(
+        f"{settings.folder} holds no token {text!r} in its vocabulary, which stands around every "
+        "text; fetch its files again."
+      )
+  surround(tokenizer, before, after)
 
 
 def _around(settings: _Settings, family: _Family) -> tuple[list[str], list[str]]:
@@ -319,8 +335,8 @@ def _around(settings: _Settings, family: _Family) -> tuple[list[str], list[str]]
   if family.before is not None:
     names = family.before, family.after
   else:
-    add_bos = settings.own.get("add_bos_token", family.add_bos)
-    add_eos = settings.own.get("add_eos_token", False)
+    add_bos = settings.flag("add_bos_token", family.add_bos)
+    add_eos = settings.flag("add_eos_token", False)
     names = ("bos",) if add_bos else (), ("eos",) if add_eos else ()
   for name in (*names[0], *names[1]):
     if name not in tokens:
@@ -339,8 +355,7 @@ def _add_tokens(tokenizer, settings: _Settings, family: _Family | None) -> None:
   wanted = [token for _, token in settings.added()]
   for name, token in settings.tokens(family).items():
     # What a class takes for granted is no reason to make the vocabulary larger.
-    given = f"{name}_token" in settings.own
-    if given or tokenizer.token_to_id(token["content"]) is not None:
+    if settings.names(name) or tokenizer.token_to_id(token["content"]) is not None:
       wanted.append(token)
   for token in [*wanted, *settings.extra()]:
     if token["content"] in known:
@@ -354,12 +369,13 @@ def _sentencepiece(settings: _Settings, path: Path) -> SentencePieceBackend:
   import sentencepiece
 
   family = settings.family(("pieces", "fairseq"), "LlamaTokenizer")
-  model = path.read_bytes()
-  try:
+  model = read_bytes(path)
+  with tokenizer_errors.named(path, "is not a SentencePiece model"):
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     num_pieces = processor.get_piece_size()
-  except (RuntimeError, OSError) as error:
-    raise ValueError(f"{path} is not a SentencePiece model; fetch it again.") from error
+    texts = [processor.id_to_piece(i) for i in range(num_pieces)]  # each must be UTF-8
+  if not texts:
+    raise ValueError(f"{path} is not a SentencePiece model with pieces; fetch it again.")
   fairseq = family.form == "fairseq"
   added: dict[str, Added] = {}
 
@@ -372,7 +388,7 @@ def _sentencepiece(settings: _Settings, path: Path) -> SentencePieceBackend:
     size = num_pieces + 1
   else:
     pieces = {
-      processor.id_to_piece(i): i for i in range(num_pieces)
+      text: i for i, text in enumerate(texts)
       if processor.is_control(i) or processor.is_unknown(i)
     }
     size = num_pieces
@@ -397,7 +413,7 @@ def _sentencepiece(settings: _Settings, path: Path) -> SentencePieceBackend:
       identifier = max([size - 1, *(t.id for t in added.values())]) + 1
     add(token, identifier)
   before, after = _around(settings, family)
-  every_part = fairseq or bool(settings.own.get("legacy", False))
+  every_part = fairseq or bool(settings.flag("legacy", False))
   return SentencePieceBackend(
     model, added=added, before=[added[t].id for t in before], after=[added[t].id for t in after],
     fairseq=fairseq, prefix_every_part=every_part,

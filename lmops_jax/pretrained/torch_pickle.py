@@ -8,11 +8,13 @@ Both layouts are read: the zip archive (torch 1.6 and later) and the plain file 
 
 from __future__ import annotations
 
+import bisect
 import collections
+import dataclasses
 import functools
 import io
+import math
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
@@ -21,6 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from lmops_jax.pretrained import pickle_bounds
 
 _STORAGES = {
   "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
@@ -35,31 +39,54 @@ _DTYPES = {
   **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64")},
 }
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_NEEDLESS = ("EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER")
-_MEMO_WRITES = ("PUT", "BINPUT", "LONG_BINPUT")  # a high index would take any amount of memory
+MAX_INFLATED_BYTES = 1 << 28
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_MAX_DIMENSIONS = 64  # of NumPy
+_ENCRYPTED = 1  # a flag of a zip entry
 _ARCHIVE_MAGIC, _LOCAL_HEADER_BYTES, _COUNT_BYTES = b"PK\x03\x04", 30, 8
 _CONVERT = "where you trust it, load it with torch and save its state dict as safetensors"
 
 
-def map_torch_file(path: Path) -> dict[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class CompressedTensor:
+  """A tensor of a compressed entry, which `read` inflates; NumPy takes it for an array."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return np.asarray(self.read(), dtype)
+
+
+def map_torch_file(
+  path: Path, max_inflated_bytes: int = MAX_INFLATED_BYTES
+) -> dict[str, np.ndarray | CompressedTensor]:
   """Every tensor of a saved state dict as a read-only view of the mapped file.
 
   Values that are not tensors (an epoch, options) are left out. A state dict inside another dict is
   found under state_dict, model_state_dict, model or module. Strides are kept, and tensors that
-  share storage share it here.
+  share storage share it here. torch itself stores; what another tool compressed is inflated when
+  it is read.
+
+  Args:
+    max_inflated_bytes: the most that the pickle and the compressed entries may hold together.
 
   Raises:
     ValueError: the file asks for more than plain tensors need, is damaged or truncated, was
-      written on a big-endian machine, or holds no named tensors.
+      written on a big-endian machine, inflates to more than it may, or holds no named tensors.
   """
   data = np.memmap(path, np.uint8, mode="r")
   is_archive = data[:4].tobytes() == _ARCHIVE_MAGIC
-  read = _read_archive if is_archive else _read_legacy
   try:
-    content, storage_bytes = read(path, data)
+    if is_archive:
+      content, storage_of = _read_archive(path, data, max_inflated_bytes)
+    else:
+      content, storage_of = _read_legacy(path, data)
     tensors = _named_tensors(path, content)
-    return {name: _view(path, name, tensor, storage_bytes) for name, tensor in tensors.items()}
+    return {
+      name: _view(path, name, tensor, storage_of, len(data)) for name, tensor in tensors.items()
+    }
   except _RefusedError:
     raise
   except zipfile.BadZipFile as error:
@@ -87,7 +114,8 @@ class _Kind(NamedTuple):
 class _Storage(NamedTuple):
   key: str
   dtype: np.dtype
-  first: int  # in elements; not 0 for the views of old files
+  size: int  # in elements, as are the next two
+  first: int  # not 0 for the views of old files
   end: int
 
 
@@ -134,7 +162,7 @@ def _checked(storage, dtype, offset, shape, strides, metadata) -> _Tensor:
   if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
     raise ValueError("a tensor without valid offset, shape and strides")
   if metadata:
-    raise ValueError(f"a tensor with the flags {sorted(map(str, metadata))}")
+    raise ValueError(f"a tensor with the flags {sorted(map(str, dict(metadata)))}")
   return _Tensor(storage, dtype, offset, shape, strides)
 
 
@@ -163,9 +191,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 def _load(file: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
   """One pickled object, and the bytes of an element of each storage that it mentions."""
   start = file.tell()
-  for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-    if opcode.name in _NEEDLESS or opcode.name in _MEMO_WRITES and argument > count:
-      raise ValueError(f"the opcode {opcode.name}, or its argument, is none of torch.save")
+  pickle_bounds.check(file)
   file.seek(start)
   unpickler = _Unpickler(file, path)
   return unpickler.load(), unpickler.widths
@@ -191,7 +217,7 @@ class _Unpickler(pickle.Unpickler):
   def persistent_load(self, pid):
     tag, kind, key, _, num_elements, *view = pid
     if tag != "storage" or not isinstance(kind, _Kind) or type(key) is not str:
-      raise ValueError(f"a reference to {tag!r} where a storage was expected")
+      raise ValueError("a reference to something else where a storage was expected")
     first, end = 0, num_elements
     if view and view[0] is not None:
       _, first, num_viewed = view[0]
@@ -199,10 +225,42 @@ class _Unpickler(pickle.Unpickler):
     if any(type(n) is not int or n < 0 for n in (first, end, num_elements)) or end > num_elements:
       raise ValueError(f"storage {key} without valid size")
     self.widths.setdefault(key, kind.dtype.itemsize)
-    return _Storage(key, kind.dtype, first, end)
+    return _Storage(key, kind.dtype, num_elements, first, end)
 
 
-def _read_archive(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndarray]]:
+class _Compressed:
+  """A compressed entry in the place of its bytes."""
+
+  def __init__(self, path: Path, entry: zipfile.ZipInfo):
+    self._path, self._entry = path, entry
+    self._last = functools.lru_cache(maxsize=1)(self._inflated)  # parts of a tensor come in a row
+
+  def __len__(self) -> int:
+    return self._entry.file_size
+
+  def read(self) -> np.ndarray:
+    return self._last()
+
+  def _inflated(self) -> np.ndarray:
+    try:
+      with zipfile.ZipFile(self._path) as archive:
+        return np.frombuffer(_inflated(archive, self._entry), np.uint8)
+    except Exception as error:  # whatever damaged bytes make of zlib
+      raise ValueError(
+        f"{self._path} has a damaged entry {self._entry.filename} ({error}); fetch the file again."
+      ) from error
+
+
+def _inflated(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+  """What an entry holds, and not a byte more than the directory says."""
+  with archive.open(entry) as file:
+    content = file.read(entry.file_size)
+  if len(content) != entry.file_size:
+    raise ValueError(f"{len(content)} bytes instead of {entry.file_size}")
+  return content
+
+
+def _read_archive(path: Path, data: np.ndarray, max_inflated_bytes: int) -> tuple[Any, Callable]:
   """The pickled object, and what gives the bytes of a storage."""
   with zipfile.ZipFile(path) as archive:
     entries = {entry.filename: entry for entry in archive.infolist()}
@@ -212,30 +270,74 @@ def _read_archive(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np
         f"{path} is a zip archive without the one data.pkl that torch.save writes; give a file of "
         "torch.save or of safetensors."
       )
+    _check_entries(path, archive, names[0], max_inflated_bytes)
     folder = names[0].removesuffix("data.pkl")
     order = folder + "byteorder"
-    if order in entries and archive.read(order) != b"little":
-      raise _big_endian(path)
-    content, _ = _load(io.BytesIO(archive.read(names[0])), path)
+    if order in entries:
+      with archive.open(order) as file:
+        if file.read(_COUNT_BYTES) != b"little":
+          raise _big_endian(path)
+    content, _ = _load(io.BytesIO(_inflated(archive, entries[names[0]])), path)
+    end = archive.start_dir
+  begins = sorted(entry.header_offset for entry in entries.values()) + [end]
 
   @functools.cache
-  def storage_bytes(key: str) -> np.ndarray:
+  def storage_of(key: str) -> np.ndarray | _Compressed:
     entry = entries.get(f"{folder}data/{key}")
     if entry is None:
       raise ValueError(f"no entry data/{key}")
-    if entry.compress_type != zipfile.ZIP_STORED:  # torch stores; other tools may compress
-      with zipfile.ZipFile(path) as archive:
-        return np.frombuffer(archive.read(entry), np.uint8)
+    if entry.compress_type != zipfile.ZIP_STORED:
+      return _Compressed(path, entry)
     header = data[entry.header_offset : entry.header_offset + _LOCAL_HEADER_BYTES].tobytes()
     if header[:4] != _ARCHIVE_MAGIC:
       raise ValueError(f"no entry data/{key} at byte {entry.header_offset}")
     begin = entry.header_offset + _LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", header[26:30]))
+    following = begins[bisect.bisect_right(begins, entry.header_offset)]
+    if begin < following < begin + entry.file_size:
+      raise ValueError(f"the entry data/{key} reaches into the one behind it")
     return data[begin : begin + entry.file_size]
 
-  return content, storage_bytes
+  return content, storage_of
 
 
-def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndarray]]:
+def _check_entries(
+  path: Path, archive: zipfile.ZipFile, pickled: str, max_inflated_bytes: int
+) -> None:
+  """Refuses an archive by its directory, before anything is inflated."""
+  entries = archive.infolist()
+  seen: set[str] = set()
+  for entry in entries:
+    is_stored = entry.compress_type == zipfile.ZIP_STORED
+    is_known = is_stored or entry.compress_type == zipfile.ZIP_DEFLATED
+    if entry.filename in seen:
+      raise _RefusedError(
+        f"{path} has two entries {entry.filename} in its zip archive; fetch the file again.")
+    seen.add(entry.filename)
+    if entry.flag_bits & _ENCRYPTED or not is_known:
+      raise _RefusedError(
+        f"{path} has an entry {entry.filename} that is encrypted, or compressed in a way that "
+        f"torch does not read; {_CONVERT}."
+      )
+    if is_stored and entry.compress_size != entry.file_size:
+      raise _RefusedError(
+        f"{path} gives its entry {entry.filename} two sizes, {entry.compress_size} and "
+        f"{entry.file_size}; fetch the file again."
+      )
+  inflated = {
+    entry.filename: entry.file_size for entry in entries
+    if entry.compress_type != zipfile.ZIP_STORED or entry.filename == pickled
+  }
+  total = sum(inflated.values())
+  if total > max_inflated_bytes:
+    largest = max(inflated, key=inflated.get)
+    raise _RefusedError(
+      f"{path} takes {total:,} bytes when it is inflated, its entry {largest} alone "
+      f"{inflated[largest]:,}, and pretrained.load.max_inflated_bytes={max_inflated_bytes:,} is "
+      "all that it may; take the model as safetensors, or raise the limit where you trust the file."
+    )
+
+
+def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable]:
   """As `_read_archive`: five pickles, then of each storage its number of elements and its bytes."""
   with path.open("rb") as file:
     try:
@@ -261,7 +363,7 @@ def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable[[str], np.
     if len(header) < _COUNT_BYTES:
       break  # the tensors behind this are missed below, by name
     at += _COUNT_BYTES
-    end = at + struct.unpack("<q", header)[0] * widths[key]
+    end = at + struct.unpack("<Q", header)[0] * widths[key]
     spans[key] = at, end
     at = end
   return content, lambda key: data[slice(*spans.get(key, (0, 0)))]
@@ -294,25 +396,46 @@ def _named_tensors(path: Path, content) -> dict[str, _Tensor]:
 
 
 def _view(
-  path: Path, name: str, tensor: _Tensor, storage_bytes: Callable[[str], np.ndarray]
-) -> np.ndarray:
+  path: Path, name: str, tensor: _Tensor, storage_of: Callable[[str], np.ndarray | _Compressed],
+  file_bytes: int,
+) -> np.ndarray | CompressedTensor:
   """The tensor as a strided view, checked against the storage that is really there."""
   storage, width = tensor.storage, tensor.dtype.itemsize
   if 0 in tensor.shape:
     return np.empty(tensor.shape, tensor.dtype)
-  raw = storage_bytes(storage.key)
-  first, end = (n * storage.dtype.itemsize for n in (storage.first, storage.end))
-  if end > len(raw):
+  raw = storage_of(storage.key)
+  size, first, end = (
+    n * storage.dtype.itemsize for n in (storage.size, storage.first, storage.end)
+  )
+  if size > len(raw):
     raise _RefusedError(
-      f"{path} is truncated: the storage of its tensor {name} should have {end} bytes and has "
+      f"{path} is truncated: the storage of its tensor {name} should have {size} bytes and has "
       f"{len(raw)}; fetch the file again."
+    )
+  if size + storage.dtype.itemsize <= len(raw):
+    raise _RefusedError(
+      f"{path} gives the storage of its tensor {name} {size} bytes, but it has {len(raw)}; fetch "
+      "the file again."
     )
   last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides))
   if first + (last + 1) * width > end:
     raise _RefusedError(
       f"{path} lets its tensor {name} reach beyond the end of its storage; fetch the file again."
     )
-  return np.ndarray(
-    tensor.shape, tensor.dtype, buffer=raw, offset=first + tensor.offset * width,
-    strides=[stride * width for stride in tensor.strides],
-  )
+  if len(tensor.shape) > _MAX_DIMENSIONS or math.prod(tensor.shape) * width > max(
+    file_bytes, len(raw)
+  ):
+    raise _RefusedError(
+      f"{path} repeats the {len(raw)} bytes of its tensor {name} so often that they would take "
+      "more than the whole file; fetch the file again."
+    )
+
+  def strided(raw: np.ndarray) -> np.ndarray:
+    return np.ndarray(
+      tensor.shape, tensor.dtype, buffer=raw, offset=first + tensor.offset * width,
+      strides=[stride * width for stride in tensor.strides],
+    )
+
+  if isinstance(raw, np.ndarray):
+    return strided(raw)
+  return CompressedTensor(tensor.shape, tensor.dtype, lambda: strided(raw.read()))

@@ -185,6 +185,18 @@ def test_errors(make, message, tmp_path):
     make(tmp_path / "v")
 
 
+def test_a_tokenizer_that_panics_is_named(hugging_face, tmp_path, capfd):
+  state = json.loads((hugging_face.directory / "tokenizer.json").read_text())
+  state["post_processor"] = {
+    "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "nope", "type_id": 0}}],
+    "pair": [], "special_tokens": {}}
+  (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+  spec = HuggingFaceTokenizer(str(tmp_path))
+  with pytest.raises(ValueError, match="HuggingFaceTokenizer.path=.* makes the tokenizers package"):
+    spec.build([], tmp_path / "v")
+  assert capfd.readouterr().err == "" and not (tmp_path / "v").exists()
+
+
 def test_metadata_is_plain(trained):
   metadata = json.loads((trained.directory / "vocabulary.json").read_text())
   assert metadata["kind"] == "sentencepiece" and metadata["vocab_size"] == 400

@@ -196,6 +196,21 @@ def header(tensors=(), keys=(), version=3, data=b""):
   (b"GGUF" + struct.pack("<IQQ", 3, 1 << 63, 0), "truncated: its header goes on"),
   (header(keys=[key("general.alignment", 4, b"\0\0\0\0")]), "general.alignment as 0"),
   (header(keys=[key("split.count", 2, b"\3\0")]), "one of 3 parts of a model; join them"),
+  (header(keys=[key("split.count", 8, text("x"))]), "one of x parts of a model; join them"),
+  (header([tensor(), tensor("v")], data=b"\0" * 64), "the tensors [vw] and [vw] on the same"),
+  (header([tensor("a", (16,)), tensor("b", offset=32)], data=b"\0" * 64), "a and b on the same"),
+  (header([tensor(), tensor("v", offset=16)], data=b"\0" * 64), "v at byte 16 .*alignment, 32"),
+  (header([tensor(offset=8)], keys=[key("general.alignment", 4, b"\x10\0\0\0")],
+          data=b"\0" * 64), "w at byte 8 of the data.* no multiple of its alignment, 16"),
+  (header([tensor(), tensor("v", offset=64)], data=b"\0" * 96), "48 bytes before its tensor v"),
+  (header(keys=[key("general.alignment", 4, b"\x18\0\0\0")]), "alignment as 24, not as a power"),
+  (header(keys=[key("general.alignment", 4, b"\1\0\0\0")]), "alignment as 1, not as a power"),
+  (header(keys=[key("general.alignment", 8, text("32"))]), "general.alignment as '32'"),
+  (header([tensor(shape=(1 << 31, 1 << 31, 1 << 31, 0))]), "which no array can have"),
+  (header([tensor(shape=(1 << 62, 0), kind=8)]), "which no array can have"),
+  (header([tensor("n" * 70_000)], data=b"\0" * 99), "of 70000 bytes, more than GGUF's 65535"),
+  (header(keys=[key("n" * 70_000, 4, b"\0\0\0\0")]), "a name of 70000 bytes"),
+  (b"GGUF" + struct.pack("<IQQ", 3, 0, 10**12) + b"\0" * 999, "1000000000000 keys and 0 tensors"),
 ])
 def test_bad_files(tmp_path, content, match):
   path = tmp_path / "x.gguf"
@@ -203,6 +218,38 @@ def test_bad_files(tmp_path, content, match):
   with pytest.raises(ValueError, match=match) as caught:
     open_source(path)
   assert str(path) in str(caught.value)
+
+
+def test_what_a_header_announces_is_held_against_the_file_before_it_is_read(tmp_path):
+  """Sparse files: long, and without anything in them."""
+  path = tmp_path / "x.gguf"
+  announced = {
+    "is truncated: its header goes on .* 0 keys and 1000000000000 tensors":
+      b"GGUF" + struct.pack("<IQQ", 3, 10**12, 0),
+    "gives the tensor  twice": b"GGUF" + struct.pack("<IQQ", 3, 10**8, 0),
+    "gives the key  twice": b"GGUF" + struct.pack("<IQQ", 3, 0, 10**8),
+    "a header of more than 134,217,728 bytes":
+      b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key("k", 9, struct.pack("<IQ", 0, 10**9)),
+    r"a header of more than 134,217,728":
+      b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key("k", 9, struct.pack("<IQ", 8, 10**8)),
+    r"a header of more than 134,217,728 ":
+      b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key("k", 8, struct.pack("<Q", 10**9)),
+  }
+  for match, content in announced.items():
+    path.write_bytes(content)
+    with path.open("r+b") as file:
+      file.truncate(4 * 10**9)
+    with pytest.raises(ValueError, match=match):
+      open_source(path)
+
+
+def test_tensors_may_lie_in_any_order(tmp_path):
+  path = tmp_path / "x.gguf"
+  data = np.arange(16, dtype=np.float32)
+  path.write_bytes(header([tensor("b", (4,), offset=32), tensor("a", (5,))], data=data.tobytes()))
+  source = open_source(path)
+  np.testing.assert_array_equal(source.read("b"), data[8:12])
+  np.testing.assert_array_equal(source.read("a"), data[:5])
 
 
 def test_every_truncation_is_noticed(path, tmp_path):

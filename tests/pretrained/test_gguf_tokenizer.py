@@ -151,6 +151,16 @@ def test_special_ids_and_chat_template():
   ({"merges": ["zq qz"]}, "embeds a damaged vocabulary"),
   ({"token_type": [1]}, "has 1 numbers in tokenizer.ggml.token_type for"),
   ({"eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id=1000000, beyond its"),
+  ({"eos_token_id": -1}, "tokenizer.ggml.eos_token_id=-1, beyond its"),
+  ({"eos_token_id": "x"}, 'tokenizer.ggml: eos_token_id="x" should be a whole number'),
+  ({"tokens": [1, 2]}, r"tokenizer.ggml: tokens\[0\]=1 should be a text"),
+  ({"tokens": "ab"}, 'tokenizer.ggml: tokens="ab" should be a list'),
+  ({"token_type": ["x"]}, r'tokenizer.ggml: token_type\[0\]="x" should be a whole number'),
+  ({"merges": [["a", "b"]]}, r'tokenizer.ggml: merges\[0\]=\["a", "b"\] should be a text'),
+  ({"merges": ["ab"]}, "has the merge 'ab', which is not two tokens"),
+  ({"add_bos_token": 1}, "tokenizer.ggml: add_bos_token=1 should be true or false"),
+  ({"pre": ["gpt-2"]}, "tokenizer.ggml: pre=.* should be a text"),
+  ({"model": 5}, "tokenizer.ggml: model=5 should be a text"),
   ({"tokens": ["a", "a"], "token_type": [1, 1]}, "has the token 'a' twice"),
   ({"bos_token_id": None, "add_bos_token": True}, "wants BOS added to every text and has no"),
 ])
@@ -158,6 +168,21 @@ def test_bad_metadata(changes, message):
   with pytest.raises(ValueError, match=message) as caught:
     _load(_byte_level(**changes))
   assert "model.gguf" in str(caught.value)
+
+
+def test_a_chat_template_is_a_text():
+  with pytest.raises(ValueError, match="model.gguf: tokenizer.chat_template holds 5 and should"):
+    _load(_byte_level() | {"tokenizer.chat_template": 5})
+
+
+def test_scores_that_are_none_and_tokens_without_end(model):
+  metadata = _pieces(model)
+  scores = metadata["tokenizer.ggml.scores"]
+  with pytest.raises(ValueError, match="model.gguf has a score that is no number"):
+    _load({**metadata, "tokenizer.ggml.scores": [float("nan"), *scores[1:]]})
+  tokens = metadata["tokenizer.ggml.tokens"]
+  with pytest.raises(ValueError, match="model.gguf has a token of 10000000 characters, more than"):
+    _load({**metadata, "tokenizer.ggml.tokens": [*tokens[:-1], "a" * 10**7]})
 
 
 def test_scores_are_needed(model):

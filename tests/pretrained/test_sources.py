@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import struct
 import weakref
@@ -235,7 +236,8 @@ def test_a_truncated_shard_is_named(sharded):
     open_source(folder)
 
 
-@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", ""])
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", "",
+                                  "a\0.safetensors"])
 def test_an_index_does_not_lead_out_of_its_folder(sharded, file):
   folder, _ = sharded
   rewrite_index(folder, lambda m: m.update({"layer.0": file}))
@@ -243,10 +245,35 @@ def test_an_index_does_not_lead_out_of_its_folder(sharded, file):
     open_source(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
-def test_an_unreadable_index(tmp_path, text):
+@pytest.mark.parametrize("text, match", [
+  ("", "is not valid JSON"), ("[]", r"holds \[\] and should hold an object"),
+  ("{}", "has no field 'weight_map', which should be an object"),
+  ('{"weight_map": {}}', "places no tensor in any file"),
+  ('{"weight_map": {"a": 1}}', "weight_map.a=1 should be a text"),
+  ('{"weight_map": 5}', "weight_map=5 should be an object"),
+  ('{"weight_map": ' + "[" * 100_000, "is JSON nested too deeply"),
+])
+def test_an_unreadable_index(tmp_path, text, match):
   (tmp_path / "model.safetensors.index.json").write_text(text)
-  with pytest.raises(ValueError, match="is not the index of a sharded checkpoint"):
+  with pytest.raises(ValueError, match=f"model.safetensors.index.json:? {match}"):
+    open_source(tmp_path)
+
+
+def test_special_files_are_refused_before_they_are_opened(tmp_path):
+  for name in ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "x.gguf"):
+    folder = tmp_path / name.replace(".", "_")
+    folder.mkdir()
+    os.mkfifo(folder / name)
+    path = folder / name if name == "x.gguf" else folder
+    with pytest.raises(ValueError, match=f"{name} is a FIFO, not a regular file"):
+      open_source(path)
+  (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+  (tmp_path / "b.safetensors").symlink_to("/dev/zero")
+  with pytest.raises(ValueError, match="b.safetensors is a device, not a regular file"):
+    open_source(tmp_path)
+  (tmp_path / "b.safetensors").unlink()
+  (tmp_path / "b.safetensors").mkdir()
+  with pytest.raises(ValueError, match="b.safetensors is a folder, where a file should be"):
     open_source(tmp_path)
 
 
@@ -260,15 +287,20 @@ def test_an_unreadable_index(tmp_path, text):
   ({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12, "a and b on the same bytes"),
   ({"a": entry(offsets=(4, 12))}, b"\0" * 12, "4 bytes before its tensor a that belong to no"),
   ({"a": entry()}, b"\0" * 10, "2 bytes after its last tensor"),
-  ({"a": entry(offsets=(8, 0))}, b"\0" * 8, "tensor a without a valid dtype"),
-  ({"a": entry(shape=(-2,))}, b"\0" * 8, "tensor a without a valid dtype"),
-  ({"a": entry(shape=(True, 2))}, b"\0" * 8, "tensor a without a valid dtype"),
-  ({"a": 3}, b"", "tensor a without a valid dtype"),
+  ({"a": entry(offsets=(8, 0))}, b"\0" * 8, "tensor a with 1 dimensions from byte 8 to 0"),
+  ({"a": entry(shape=(1,) * 65)}, b"\0" * 8, "tensor a with 65 dimensions"),
+  ({"a": entry(shape=(-2,))}, b"\0" * 8, r"tensor a: shape\[0\]=-2 should be a whole number of a"),
+  ({"a": entry(shape=(True, 2))}, b"\0" * 8, r"tensor a: shape\[0\]=true should be a whole"),
+  ({"a": entry(dtype=["F32"])}, b"\0" * 8, r'tensor a: dtype=\["F32"\] should be a text'),
+  ({"a": entry(offsets=(0, 8, 8))}, b"\0" * 8, r"data_offsets=\[0, 8, 8\] should be a list of 2"),
+  ({"a": {"dtype": "F32"}}, b"", "tensor a has no field 'shape', which should be a list"),
+  ({"a": 3}, b"", "its tensor a holds 3 and should hold an object"),
   ({"a": entry(shape=(0, 1 << 70), offsets=(0, 0))}, b"", "which no array can have"),
-  ([], b"", "no readable safetensors header"),
-  (b"{", b"", "no readable safetensors header"),
-  (b"[" * 100_000, b"", "no readable safetensors header"),
-  (b'{"a": 1, "a": 2}', b"", "a stands there twice"),
+  ([], b"", r"its header holds \[\] and should hold an object"),
+  (b"{", b"", "its header is not valid JSON"),
+  (b"\xff", b"", "its header is not UTF-8"),
+  (b"[" * 100_000, b"", "its header is JSON nested too deeply"),
+  (b'{"a": 1, "a": 2}', b"", "has a twice in its header"),
 ])
 def test_damaged_safetensors(tmp_path, header, data, match):
   with pytest.raises(ValueError, match=match) as caught:

@@ -1,6 +1,7 @@
 """Tokenizers of model folders, against transformers and SentencePiece where they are installed."""
 
 import json
+import os
 
 import pytest
 import sentencepiece
@@ -8,6 +9,7 @@ import sentencepiece
 from lmops_jax.data import as_seqio, load_vocabulary, vocabularies
 from lmops_jax.decoding.text import TextStream
 from lmops_jax.pretrained.tokenizer import load_tokenizer
+from tests import model_folders
 from tests.pretrained import tiny_tokenizers as tiny
 
 GPT2_FILES = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
@@ -384,25 +386,158 @@ def test_folder_without_tokenizer(tmp_path):
 @pytest.mark.parametrize("files,message", [
   ({"tokenizer.json": "{"}, r"tokenizer\.json is not a tokenizer that the tokenizers package"),
   ({"tokenizer.json": b"\xff\xfe"}, r"tokenizer\.json cannot be read"),
-  ({"vocab.json": "{", "merges.txt": ""}, r"vocab\.json is not JSON"),
+  ({"vocab.json": "{", "merges.txt": ""}, r"vocab\.json is not valid JSON"),
   ({"vocab.json": {"a": 0}, "merges.txt": "#version\nx y\n"}, "do not fit together"),
   ({"vocab.txt": "a\nb\n"}, r"vocab\.txt has no line \[UNK\]"),
   ({"tokenizer.model": b"no model"}, r"tokenizer\.model is not a SentencePiece model"),
-  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": "["}, r"tokenizer_config\.json is not JSON"),
-  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": []}, "holds a list, not an object"),
-  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": {"bos_token": 5}}, "special token 5"),
+  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": "["}, r"config\.json is not valid JSON"),
+  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": []}, r"holds \[\] and should hold an object"),
+  ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": {"bos_token": 5}}, "bos_token=5 should be a"),
   ({"spiece.model": b"", "tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"}},
    "has a tokenizer of 'T5Tokenizer'.*it knows LlamaTokenizer, XGLMTokenizer"),
   ({"vocab.json": {}, "merges.txt": "", "config.json": {"model_type": "llama"}},
    "has a tokenizer of 'LlamaTokenizer'"),
   ({"vocab.json": {}, "merges.txt": "", "config.json": {"model_type": "clip"}},
    "has a tokenizer of 'clip'"),
-  ({"vocab.txt": "[UNK]\n", "added_tokens.json": {"<x>": [1]}}, "does not list added tokens"),
+  ({"vocab.json": {"a": 0, "b": 0}, "merges.txt": ""}, "gives the tokens 'a' and 'b' one id, 0"),
+  ({"vocab.json": {"a": -1}, "merges.txt": ""}, r"vocab\.json: a=-1 should be a whole number"),
+  ({"vocab.json": {"a": 10**12}, "merges.txt": ""}, "a=1000000000000 should be a whole number"),
+  ({"vocab.json": {"a": 0}, "merges.txt": "#version\na b c\n"}, r"merges\.txt:2 should be two to"),
+  ({"vocab.txt": "[UNK]\n"}, r"holds no token '\[CLS\]' in its vocabulary, which stands around"),
+  ({"vocab.txt": "[UNK]\n",
+    "tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "a"}}}},
+   'added_tokens_decoder has the id "x", which should be a whole number'),
+  ({"vocab.txt": "[UNK]\n", "config.json": "[" * 99_999}, r"config\.json is JSON nested too dee"),
+  ({"vocab.txt": "[UNK]\n", "config.json": {"eos_token_id": 10**12}}, "eos_token_id=1000000"),
+  ({"vocab.txt": "[UNK]\n", "generation_config.json": {"eos_token_id": ["a"]}},
+   r'generation_config\.json: eos_token_id\[0\]="a" should be a whole number'),
+  ({"tokenizer.model": b""}, r"tokenizer\.model is not a SentencePiece model"),
+  ({"vocab.txt": "[UNK]\n", "added_tokens.json": {"<x>": [1]}}, r"<x>=\[1\] should be a whole"),
 ])
 def test_broken_files(files, message, tmp_path):
   with pytest.raises(ValueError, match=message) as caught:
     load_tokenizer(tiny.write(tmp_path, files))
   assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def good_folder(tmp_path_factory):
+  """Every file that can stand around a vocabulary; returns the folder and the files' contents."""
+  folder = tmp_path_factory.mktemp("good") / "model"
+  tokenizer = model_folders.byte_tokenizer()
+  tiny.write(folder, {
+    "tokenizer.json": tokenizer.to_str(),
+    "tokenizer_config.json": {
+      "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "model_max_length": 5,
+      "eos_token": {"content": "</s>", "lstrip": False, "special": True}, "add_bos_token": True,
+      "chat_template": [{"name": "default", "template": model_folders.TEMPLATE}],
+      "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
+      "additional_special_tokens": ["<x>", {"content": "<y>"}], "split_special_tokens": False},
+    "generation_config.json": {"eos_token_id": [1, 2]},
+    "config.json": {"model_type": "llama", "eos_token_id": 1, "text_config": {"eos_token_id": 1}},
+  })
+  return folder, {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def _places(value, at=()):
+  yield at
+  pairs = value.items() if isinstance(value, dict) else (
+    enumerate(value) if isinstance(value, list) else ())
+  for name, inner in list(pairs)[:8]:
+    yield from _places(inner, (*at, name))
+
+
+def _put(value, place, new):
+  if not place:
+    return new
+  copy = value.copy()
+  copy[place[0]] = _put(copy[place[0]], place[1:], new)
+  return copy
+
+
+@pytest.mark.parametrize("new", [
+  None, True, -1, 10**12, "x", "", [], {}, float("nan"), {"content": 5}], ids=repr)
+def test_whatever_stands_in_a_field_it_is_right_or_named(good_folder, new):
+  """Any other value for any field: a tokenizer that works, or one sentence with the file's name."""
+  folder, contents = good_folder
+  refused = 0
+  for name, text in contents.items():
+    value = json.loads(text)
+    for place in _places(value):
+      (folder / name).write_text(json.dumps(_put(value, place, new)))
+      try:
+        tokenizer = load_tokenizer(folder)
+        ids = tokenizer.encode("Hello <s> wörld</s>")
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert isinstance(tokenizer.decode(ids), str) and tokenizer.fingerprint
+        if tokenizer.chat_template:
+          tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+      except ValueError as error:
+        assert type(error) is ValueError and str(folder / name) in str(error), (name, place)
+        assert "\n" not in str(error)
+        refused += 1
+    (folder / name).write_text(text)
+  assert refused > 60
+
+
+def test_a_panic_of_the_tokenizers_package_is_a_sentence(tmp_path, capfd):
+  state = json.loads(model_folders.byte_tokenizer().to_str())
+  state["post_processor"]["single"] = [{"SpecialToken": {"id": "nope", "type_id": 0}}]
+  tiny.write(tmp_path, {"tokenizer.json": state})
+  with pytest.raises(ValueError, match=r"json makes the tokenizers package fail \(no entry"):
+    load_tokenizer(tmp_path)
+  assert capfd.readouterr().err == ""
+  state["post_processor"] = None
+  tiny.write(tmp_path, {"tokenizer.json": state})
+  assert load_tokenizer(tmp_path).encode("a")
+
+
+def test_ids_around_a_text_that_the_vocabulary_lacks(tmp_path):
+  state = json.loads(model_folders.byte_tokenizer().to_str())
+  state["post_processor"]["special_tokens"]["<s>"]["ids"] = [70_000]
+  tiny.write(tmp_path, {"tokenizer.json": state})
+  with pytest.raises(ValueError, match="puts the id 70000 around every text, and has no su"):
+    load_tokenizer(tmp_path)
+
+
+def test_a_text_that_cannot_be_encoded_names_the_file(tmp_path):
+  state = json.loads(tiny.word_pieces().to_str())
+  del state["model"]["vocab"]["[UNK]"]
+  state["added_tokens"] = []
+  tiny.write(tmp_path, {"tokenizer.json": state})
+  tokenizer = load_tokenizer(tmp_path)
+  assert tokenizer.encode("the", add_special=False)
+  with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode this text \(.*UNK"):
+    tokenizer.encode("Ω")
+
+
+@pytest.mark.parametrize("name", [
+  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+  "added_tokens.json", "generation_config.json", "config.json", "vocab.json", "tokenizer.model"])
+def test_what_is_no_file_is_not_passed_over(tmp_path, name):
+  folder = _gpt2_files(tmp_path)
+  if name == "tokenizer.model":
+    (folder / "vocab.json").unlink()
+  (folder / name).unlink(missing_ok=True)
+  os.mkfifo(folder / name)
+  with pytest.raises(ValueError, match=f"{name} is a FIFO, not a regular file"):
+    load_tokenizer(folder)
+  (folder / name).unlink()
+  (folder / name).symlink_to("nothing")
+  with pytest.raises(ValueError, match=f"{name} is a link to nothing, where there is nothing"):
+    load_tokenizer(folder)
+  (folder / name).unlink()
+  (folder / name).mkdir()
+  with pytest.raises(ValueError, match=f"{name} is a folder, where a file should be"):
+    load_tokenizer(folder)
+
+
+def test_an_empty_text_is_no_token(tmp_path):
+  plain = load_tokenizer(_llama_model(tmp_path / "plain"))
+  tokenizer = load_tokenizer(_llama_model(
+    tmp_path / "model", pad_token="", additional_special_tokens=["", {"content": ""}]))
+  assert tokenizer.pad_id is None and tokenizer.vocab_size == plain.vocab_size
+  assert tokenizer.encode("Hello world") == plain.encode("Hello world")
 
 
 @pytest.mark.parity

@@ -187,6 +187,121 @@ def test_a_file_made_by_hand(tmp_path, compression):
   np.testing.assert_array_equal(got["c"], NUMBERS.reshape(2, 3).T)
 
 
+def _declared(path, size, name="archive/data/0"):
+  """Gives an entry another size in the directory of the archive and in its own header."""
+  content = bytearray(path.read_bytes())
+  for magic, at_size, at_name in ((b"PK\x03\x04", 22, 30), (b"PK\x01\x02", 24, 46)):
+    at = -1
+    while (at := content.find(magic, at + 1)) >= 0:
+      if content[at + at_name:].startswith(name.encode()):
+        content[at + at_size:at + at_size + 4] = struct.pack("<I", size)
+  path.write_bytes(content)
+
+
+def test_an_archive_that_inflates_to_more_than_it_may_is_refused_unread(tmp_path):
+  """The directory says so already; one that lies is read no further than it says."""
+  path = archive(tmp_path / "pytorch_model.bin", state_dict(named("a")),
+                 {"0": NUMBERS.tobytes()}, compression=zipfile.ZIP_DEFLATED)
+  _declared(path, 3_000_000_000, "archive/data.pkl")
+  with pytest.raises(ValueError, match=(
+      r"model.bin takes 3,000,000,\d+ bytes when it is inflated, its entry archive/data.pkl "
+      "alone 3,000,000,000, and pretrained.load.max_inflated_bytes=268,435,456 is all")):
+    open_source(tmp_path)
+  archive(path, state_dict(named("a")), {"0": NUMBERS.tobytes()})
+  with pytest.raises(ValueError, match="pretrained.load.max_inflated_bytes=99 is all that it may"):
+    open_source(tmp_path, max_inflated_bytes=99)  # a stored pickle is held in memory as well
+  assert open_source(tmp_path, max_inflated_bytes=999).shape("a") == (2, 3)
+
+
+def test_a_compressed_storage_is_inflated_when_it_is_read_and_only_as_far_as_announced(tmp_path):
+  big = np.zeros(1 << 20, np.float32)
+  pickled = state_dict(named("a"), named("b", shape=(1 << 20,), strides=(1,), key="1",
+                                         count=1 << 20))
+  path = archive(tmp_path / "x.bin", pickled, {"0": NUMBERS.tobytes(), "1": big.tobytes()},
+                 compression=zipfile.ZIP_DEFLATED)
+  source = open_source(path)
+  assert source.shape("b") == (1 << 20,) and source.dtype("b") == np.float32
+  np.testing.assert_array_equal(source.read("b"), big)
+  _declared(path, 24, "archive/data/1")
+  with pytest.raises(ValueError, match="storage of its tensor b should have 4194304 bytes and has"):
+    open_source(path)
+  archive(path, state_dict(named("a")), {"0": big.tobytes()}, compression=zipfile.ZIP_DEFLATED)
+  with pytest.raises(ValueError, match="the storage of its tensor a 24 bytes, but it has 4194304"):
+    open_source(path)
+  _declared(path, 24)  # inflates to more: what is read is no more, and its checksum is wrong
+  with pytest.raises(ValueError, match="x.bin has a damaged entry archive/data/0"):
+    open_source(path).read("a")
+
+
+def test_archives_that_say_two_things(tmp_path):
+  path = archive(tmp_path / "x.bin", state_dict(named("a")), {"0": NUMBERS.tobytes()})
+  _declared(path, 20)
+  with pytest.raises(ValueError, match="gives its entry archive/data/0 two sizes, 24 and 20"):
+    map_torch_file(path)
+  for compression in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+    archive(path, state_dict(named("a")), {"0": NUMBERS.tobytes()}, compression=compression)
+    with pytest.raises(ValueError, match="encrypted, or compressed in a way that torch does not"):
+      map_torch_file(path)
+  with zipfile.ZipFile(path, "w") as file, pytest.warns(UserWarning, match="Duplicate name"):
+    for pickled in (state_dict(named("a")), state_dict(named("b"))):
+      file.writestr("m/data.pkl", pickled)
+  with pytest.raises(ValueError, match="has two entries m/data.pkl"):
+    map_torch_file(path)
+  both = state_dict(named("a"), named("b", key="1", shape=(6,), strides=(1,)))
+  archive(path, both, {"0": NUMBERS.tobytes(), "1": NUMBERS.tobytes()})
+  content = path.read_bytes()
+  at = content.index(b"PK\x01\x02", content.index(b"archive/data/1"))
+  end = content.rindex(b"archive/data/0")
+  size = struct.pack("<II", 60, 60)  # both sizes in the directory
+  at = content.rindex(b"PK\x01\x02", 0, end)
+  path.write_bytes(content[:at + 20] + size + content[at + 28:])
+  with pytest.raises(ValueError, match="the entry data/0 reaches into the one behind it"):
+    map_torch_file(path)
+
+
+def _tuples_in_tuples(depth):
+  """A key of a dict that holds the first tuple 2^depth times."""
+  doubled = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(depth))
+  return b"\x80\x02}()q\x00" + doubled + b"I1\nu."
+
+
+@pytest.mark.parametrize("pickled", [
+  _tuples_in_tuples(60), b"\x80\x02(" + b"N0" * 2_000 + b"d.", b"\x80\x02N" + b"2" * 2_000 + b".",
+])
+def test_a_pickle_that_would_never_end_is_not_begun(tmp_path, pickled, monkeypatch):
+  monkeypatch.setattr("lmops_jax.pretrained.pickle_bounds._MAX_VALUES", 1_000)
+  path = archive(tmp_path / "x.bin", pickled)
+  with pytest.raises(ValueError, match="x.bin .* asks for more than 1,000 values"):
+    map_torch_file(path)
+  path.write_bytes(legacy(pickled))
+  with pytest.raises(ValueError, match="x.bin .* asks for more than 1,000 values"):
+    map_torch_file(path)
+
+
+def test_a_tensor_is_not_repeated_to_more_than_its_file_holds(tmp_path):
+  path = tmp_path / "x.bin"
+  for shape, strides in [((1 << 40,), (0,)), ((1 << 40,) * 3, (0,) * 3), ((1,) * 65, (0,) * 65)]:
+    archive(path, state_dict(named("a", shape=shape, strides=strides)), {"0": NUMBERS.tobytes()})
+    with pytest.raises(ValueError, match="repeats the 24 bytes of its tensor a so often"):
+      map_torch_file(path)
+
+
+@pytest.mark.parametrize("count", [-1, 5, 7, 1 << 62])
+def test_an_old_file_whose_counts_do_not_fit(tmp_path, count):
+  content = legacy(state_dict(named("a"))).removesuffix(pickle.dumps([], 2))
+  path = tmp_path / "x.bin"
+
+  def write(number):
+    data = struct.pack("<q", number) + NUMBERS.tobytes()
+    path.write_bytes(content + pickle.dumps(["0"], 2) + data + b"\0" * 8)
+
+  write(6)
+  np.testing.assert_array_equal(map_torch_file(path)["a"], NUMBERS.reshape(2, 3))
+  write(count)
+  with pytest.raises(ValueError, match="x.bin .*the storage of its tensor a"):
+    map_torch_file(path)
+
+
 def test_no_torch_is_imported(tmp_path):
   import subprocess
   import sys
