@@ -1,7 +1,8 @@
 """Files that others wrote: what is no file is refused before it is opened, JSON by its name.
 
 Opening a FIFO waits for a writer that never comes, and a device has no end; both are told apart
-here. What Python's JSON reader raises (nesting, numbers of thousands of digits) becomes one sentence.
+here. What Python's JSON reader raises (nesting, numbers of thousands of digits) becomes one
+sentence.
 """
 
 import json
@@ -33,7 +34,13 @@ def require_regular(path: Path | str) -> None:
   """
   kind = special_kind(path)
   if kind is not None:
-    raise ValueError(f"{path} is {kind}, not a regular file; give the file itself.")
+    raise ValueError(f"{printable(path)} is {kind}, not a regular file; give the file itself.")
+
+
+def printable(text: Path | str) -> str:
+  """Text that can be written everywhere: halves of characters, as names that are not UTF-8 and JSON
+  escapes have them, become their escapes."""
+  return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def parse_json(text: str | bytes, where: Path | str, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmops_jax.data.documents import document_id
-from lmops_jax.data.files import jsonl_rows
+from lmops_jax.data.lines import jsonl_rows
 
 TOO_LONG = ("drop", "cut", "error")
 _FIELDS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmops_jax.data.files import jsonl_rows
+from lmops_jax.data.lines import jsonl_rows
 from lmops_jax.data.tasks import installed_kind, rows
 from lmops_jax.data.tasks.registry import Entry, Wording, entry, wording
 from lmops_jax.data.tasks.task import Example, Task

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmops_jax.data.documents import document_id
-from lmops_jax.data.files import jsonl_rows
+from lmops_jax.data.lines import jsonl_rows
 from lmops_jax.data.tasks.rows import NULL_FIELD
 from lmops_jax.data.tasks.task import Example, Task
 
