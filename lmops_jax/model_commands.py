@@ -271,24 +271,29 @@ def _task(arguments):
 def _prompts(arguments) -> list[str]:
   prompts = list(arguments.prompt)
   if arguments.prompts:
-    path = Path(arguments.prompts).expanduser()
-    try:
-      lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise ValueError(f"--prompts {arguments.prompts} cannot be read ({error}).") from error
-    for number, line in enumerate(lines, 1):
-      if path.suffix != ".jsonl":
-        prompts.append(line)
-        continue
-      try:
-        prompts.append(json.loads(line)["prompt"])
-      except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-          f'{path}:{number} is not a JSON object with a field "prompt" ({error!r}).'
-        ) from error
+    prompts += _prompts_of(Path(arguments.prompts).expanduser())
   if not prompts:
     raise ValueError("there is nothing to continue; give --prompt TEXT or --prompts FILE.")
   return prompts
+
+
+def _prompts_of(path: Path) -> list[str]:
+  """The lines of a file, or the fields "prompt" of its rows where it is one of JSON lines."""
+  from lmops_jax import foreign_files
+  from lmops_jax.data.lines import jsonl_rows
+
+  if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    prompts = []
+    for number, row in jsonl_rows(path):
+      if not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{path}:{number} has no field "prompt" with a text.')
+      prompts.append(row["prompt"])
+    return prompts
+  foreign_files.require_regular(path)
+  try:
+    return path.read_text(encoding="utf-8-sig").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f"--prompts {path} cannot be read ({error}).") from error
 
 
 def _convert(arguments) -> None:

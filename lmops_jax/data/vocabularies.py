@@ -20,6 +20,7 @@ import gin
 import numpy as np
 
 from lmops_jax.data.hashing import order_key
+from lmops_jax.foreign_files import require_regular
 
 METADATA_FILE = "vocabulary.json"
 _SENTENCEPIECE_FILE = "sentencepiece.model"
@@ -469,6 +470,7 @@ class ModelTokenizer:
 
 
 def _read_model(path: str, parameter: str) -> bytes:
+  require_regular(Path(path).expanduser())
   try:
     return Path(path).expanduser().read_bytes()
   except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lmops_jax.data.files import Jsonl
 from lmops_jax.data.tasks.named import named_task
 from lmops_jax.data.tasks.task import Example, Task, demonstrations
 from lmops_jax.data.tasks.templates import jsonl_task
+from lmops_jax.foreign_files import printable
 
 TASK_FILE = "task.json"
 _FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -73,7 +75,8 @@ class TaskChoice:
   @property
   def name(self) -> str:
     """In stages and reports."""
-    return self.label or (Path(self.task).name.split(".")[0] if self.is_file else self.task)
+    of_file = printable(Path(self.task).name.split(".")[0])
+    return self.label or (of_file if self.is_file else self.task)
 
   def fingerprints(self) -> dict[str, str]:
     """What local files hold, as settings of a stage."""
@@ -81,8 +84,10 @@ class TaskChoice:
     if place is None:
       return {}
     path = Path(place).expanduser()
-    files = [path] if self.is_file else sorted(p for p in path.glob("*") if p.name.endswith(_FILES))
-    return {f"task.{file.name}": Jsonl(str(file)).fingerprint() for file in files if file.is_file()}
+    files = [path] if self.is_file else sorted(
+      p for p in path.glob("[!.]*") if p.name.endswith(_FILES))
+    return {f"task.{printable(file.name)}": Jsonl(str(file)).fingerprint()
+            for file in files if os.path.lexists(file)}
 
   def stage(self, settings) -> pipeline.Stage:
     """The stage `task/NAME`, which `read_task` reads; `settings` are this choice's."""

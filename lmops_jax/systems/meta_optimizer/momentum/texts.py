@@ -18,7 +18,7 @@ import gin
 
 from lmops_jax import pipeline
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import near_duplicates, packing, vocabularies
+from lmops_jax.data import matching, near_duplicates, packing, vocabularies
 from lmops_jax.data.documents import Document
 from lmops_jax.data.hashing import order_key
 
@@ -107,6 +107,8 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
     )
   vocabulary = vocabularies.load_vocabulary(out / "vocabulary")
   context.log(f"vocabulary: {vocabulary.vocab_size} pieces; {len(unseen)} validation documents")
+  for line in matching.left_out_lines(config.corpus):
+    context.log(f"corpus: {line}")
   index, used = near_duplicates.OverlapIndex(unseen), {document.id for document in unseen}
 
   def second_reading() -> Iterator[Document]:
