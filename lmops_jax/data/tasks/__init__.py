@@ -7,7 +7,7 @@ template, `kind_task` one from an embedded corpus, without any download. Nothing
 TensorFlow or jax on import.
 """
 
-from lmops_jax.data.tasks.choice import TaskChoice, read_task, write_task
+from lmops_jax.data.tasks.choice import TaskChoice, checked, read_task, write_task
 from lmops_jax.data.tasks.installed_kind import kind_task
 from lmops_jax.data.tasks.named import named_task
 from lmops_jax.data.tasks.registry import ENTRIES, FLAVOURS
@@ -22,6 +22,7 @@ __all__ = [
   "Task",
   "TaskChoice",
   "Template",
+  "checked",
   "demonstrations",
   "jsonl_task",
   "kind_task",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 
@@ -118,6 +119,15 @@ class TaskChoice:
     return dataclasses.replace(
       whole, name=self.name, rows=tuple(row for row in whole.rows if row.id in chosen),
       train=whole.train or tuple(row for row in whole.rows if row.id not in chosen))
+
+
+def checked(stage: pipeline.Stage, check: Callable[[Task], Any]) -> pipeline.Stage:
+  """The stage of a task, which ends with what `check` raises of the task that it has read."""
+  def run(context: pipeline.StageContext) -> None:
+    stage.run(context)
+    check(read_task(context.directory))
+
+  return dataclasses.replace(stage, run=run)
 
 
 def write_task(folder: Path, task: Task) -> None:
