@@ -145,7 +145,9 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
       out / "validation" / str(length), pack(unseen, length), vocabulary, length
     )
   context.extra["statistics"] = statistics
-  context.log(", ".join(f"{value} {key}" for key, value in statistics.items() if key != "dropped"))
+  told = {key: value for key, value in statistics.items() if key != "dropped"}
+  told |= {f"documents or files left out ({why})": num for why, num in dropped.items()}
+  context.log(", ".join(f"{value} {key}" for key, value in told.items()))
 
 
 class Prepared:
