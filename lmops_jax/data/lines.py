@@ -113,7 +113,7 @@ class _ZstdFile(io.RawIOBase):
 
   def __init__(self, zstandard, file: BinaryIO):
     self._new = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj
-    self._frame, self._file, self._ready = None, file, b""
+    self._frame, self._file, self._ready = None, file, memoryview(b"")
     self._data, self._taken = b"", 0
 
   def readable(self) -> bool:
@@ -130,12 +130,12 @@ class _ZstdFile(io.RawIOBase):
       if self._frame is None or self._frame.eof:
         self._frame = self._new()
       piece = self._data[self._taken : self._taken + _COMPRESSED_BYTES]
-      self._ready = self._frame.decompress(piece)
+      self._ready = memoryview(self._frame.decompress(piece))
       self._taken += len(piece) - len(self._frame.unused_data)
-    taken = self._ready[: len(buffer)]
-    buffer[: len(taken)] = taken
-    self._ready = self._ready[len(taken) :]
-    return len(taken)
+    size = min(len(buffer), len(self._ready))
+    buffer[:size] = self._ready[:size]
+    self._ready = self._ready[size:]
+    return size
 
   def close(self) -> None:
     self._file.close()
