@@ -32,6 +32,8 @@ def _limit(num_bytes: int) -> int:
 class _Files(Corpus):
   """Corpora whose `path` is a file, a folder or a pattern."""
 
+  counts_unreadable = False  # whether files that cannot be opened are left out, else refused
+
   def found(self) -> matching.Found:
     """The files, by name relative to the fixed part of the pattern, and what is not read."""
     raise NotImplementedError
@@ -70,7 +72,9 @@ class _Files(Corpus):
         status = path.stat()
         mark = (manifests.hash_file(path) if is_small
                 else f"{status.st_size} {status.st_mtime_ns}")
-      except OSError:
+      except OSError as error:
+        if not self.counts_unreadable:
+          raise ValueError(f"{printable(path)} cannot be read: {printable(error)}.") from error
         mark = "unreadable"
       state.update(f"{name}\0{mark}\n".encode("utf-8", "surrogateescape"))
     return state.hexdigest()
@@ -277,7 +281,12 @@ class Parquet(_Files):
   def _fields(self, batch, row: int, source: str, where: str) -> tuple[int, str, str] | None:
     """A row's id, text and kind, None without a text; not UTF-8 raises UnicodeDecodeError."""
     def value(column):
-      return batch.column(column)[row].as_py()
+      try:
+        return batch.column(column)[row].as_py()
+      except UnicodeDecodeError:
+        raise
+      except (ValueError, OverflowError) as error:  # such as times that Python cannot hold
+        raise ValueError(f"{where}: column {column!r} cannot be read: {error}.") from error
 
     text = value(self.text_field)
     if text is None:
@@ -307,6 +316,8 @@ class TextFolder(_Files):
   pattern: str = "**/*.txt"
   max_file_bytes: int = _limit(2**30)
 
+  counts_unreadable = True
+
   def found(self):
     base, parts = Path(os.path.expanduser(self.path)), Path(self.pattern).parts
     if not base.is_dir():
@@ -316,11 +327,11 @@ class TextFolder(_Files):
       )
     found = None
     if parts and not os.path.isabs(self.pattern):
-      found = matching.search(base, parts, keep_broken=True)  # counted as unreadable
+      found = matching.search(base, parts, keep_broken=self.counts_unreadable)
     if not found or not found.files:
       raise ValueError(
-        f"data.TextFolder.pattern={self.pattern!r} matches no file in {base}; set it to the names "
-        'that you have, such as "**/*.md".'
+        f"data.TextFolder.pattern={self.pattern!r} matches no file in {printable(base)}; set "
+        'it to the names that you have, such as "**/*.md".'
       )
     return found
 

@@ -321,6 +321,13 @@ def test_kinds_of_bytes_are_texts(tmp_path):
   assert document.kind == "law" and counts == {"undecodable": 1}
 
 
+def test_values_that_python_cannot_hold_are_named(tmp_path):
+  dates = pyarrow.array([2**62], pyarrow.timestamp("us"))
+  _parquet_of(tmp_path / "x.parquet", dates)
+  with pytest.raises(ValueError, match="x.parquet:1: column 'id' cannot be read"):
+    list(Parquet(str(tmp_path), kind_field="id").documents())
+
+
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.string_view(), None])
 def test_long_texts_are_refused_by_row(tmp_path, kind):
   column = pyarrow.array(["short", None, "a long text", "short"], kind)
@@ -339,6 +346,8 @@ def test_long_texts_are_refused_by_row(tmp_path, kind):
 @pytest.mark.parametrize("corpus", [Jsonl, Parquet])
 def test_unreadable_files_are_named(corpus):
   """One that opens and fails at the first read, whoever asks."""
+  with pytest.raises(ValueError, match="^/proc/self/mem cannot be read"):
+    corpus("/proc/self/mem").fingerprint()
   with pytest.raises(ValueError, match="^/proc/self/mem cannot be read"):
     list(corpus("/proc/self/mem").documents())
 
