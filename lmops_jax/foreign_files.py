@@ -36,7 +36,13 @@ def require_regular(path: Path | str) -> None:
   """
   kind = special_kind(path)
   if kind is not None:
-    raise ValueError(f"{path} is {kind}, not a regular file; give the file itself.")
+    raise ValueError(f"{printable(path)} is {kind}, not a regular file; give the file itself.")
+
+
+def printable(text: Path | str) -> str:
+  """Text that can be written everywhere: halves of characters, as names that are not UTF-8 and JSON
+  escapes have them, become their escapes."""
+  return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def is_there(path: Path | str) -> bool:

@@ -273,23 +273,24 @@ def _task(arguments):
 def _prompts(arguments) -> list[str]:
   prompts = list(arguments.prompt)
   if arguments.prompts:
-    path = Path(arguments.prompts).expanduser()
-    lines = foreign_files.read_text(path).splitlines()
-    for number, line in enumerate(lines, 1):
-      if path.suffix != ".jsonl":
-        prompts.append(line)
-        continue
-      row = foreign_files.parse_json(line, f"{path}:{number}")
-      prompt = row.get("prompt") if isinstance(row, dict) else None
-      if not isinstance(prompt, str):
-        raise ValueError(
-          f'{path}:{number} should be a JSON object with a text in its field "prompt", such as '
-          '{"prompt": "The capital of"}.'
-        )
-      prompts.append(prompt)
+    prompts += _prompts_of(Path(arguments.prompts).expanduser())
   if not prompts:
     raise ValueError("there is nothing to continue; give --prompt TEXT or --prompts FILE.")
   return prompts
+
+
+def _prompts_of(path: Path) -> list[str]:
+  """The lines of a file, or the fields "prompt" of its rows where it is one of JSON lines."""
+  from lmops_jax.data.lines import jsonl_rows
+
+  if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    prompts = []
+    for number, row in jsonl_rows(path):
+      if not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{path}:{number} has no field "prompt" with a text.')
+      prompts.append(row["prompt"])
+    return prompts
+  return foreign_files.read_text(path).splitlines()
 
 
 def _convert(arguments) -> None:

@@ -1,5 +1,6 @@
 """`lmops generate`, `score`, `convert` and `export` on a tiny model folder."""
 
+import gzip
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmops_jax import cli
+from lmops_jax import cli, model_commands
 from lmops_jax.pretrained import sources
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
 from tests import model_folders
@@ -55,6 +56,22 @@ def test_many_prompts_and_answers_are_numbered(lmops, folder, tmp_path):
   )
   again = [json.loads(line) for line in again.splitlines()]
   assert [row["ids"] for row in again] == [row["ids"] for row in rows[:2]]
+
+
+def test_prompts_as_other_systems_write_them(tmp_path):
+  """With a byte-order mark, compressed, with a line separator inside of a text."""
+  rows = '\ufeff{"prompt": "one\u2028two"}\r\n\r\n{"prompt": "three"}\r\n'.encode()
+  (tmp_path / "a.jsonl").write_bytes(rows)
+  (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows))
+  (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo".encode())
+  read = model_commands._prompts_of
+  assert read(tmp_path / "a.jsonl") == read(tmp_path / "a.jsonl.gz") == ["one\u2028two", "three"]
+  assert read(tmp_path / "a.txt") == ["one", "two"]
+  (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"prompt": 5}\n')
+  with pytest.raises(ValueError, match='b.jsonl:2 has no field "prompt" with a text'):
+    read(tmp_path / "b.jsonl")
+  with pytest.raises(ValueError, match="/dev/zero is a device"):
+    read(Path("/dev/zero"))
 
 
 def test_chat_goes_through_the_template(lmops, folder):

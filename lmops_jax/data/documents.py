@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import hashlib
 import pickle
+import reprlib
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -30,6 +32,8 @@ __all__ = [
   "Document",
   "OverlapIndex",
   "document_id",
+  "given_id",
+  "kind_label",
   "overlapping_documents",
   "shuffled",
   "split_documents",
@@ -58,8 +62,9 @@ class Document(NamedTuple):
 class Corpus:
   """Base of the corpora: a subclass reads, this class checks, counts and orders.
 
-  Reasons in `counts`: "empty" (white space only), "duplicate" and "near_duplicate" (where a corpus
-  removes them), "undecodable" (not UTF-8), "too_large", "too_short", "unreadable", "over_budget".
+  Reasons in `counts`: "empty" (white space only, or missing), "duplicate" and "near_duplicate"
+  (where a corpus removes them), "undecodable" (not UTF-8), "too_large", "too_short", "unreadable",
+  "over_budget"; of files and folders those of `matching.Found`.
   """
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:
@@ -69,6 +74,10 @@ class Corpus:
   def fingerprint(self) -> str:
     """Changes when the settings or the underlying data change; cheap, reads no text."""
     raise NotImplementedError
+
+  def left_out(self) -> dict[str, list[str]]:
+    """Names of files and folders that stand beside what is read, by reason."""
+    return {}
 
   def pieces(self) -> "list[Corpus]":
     """Corpora that read the same documents, each a part of them, for readers side by side.
@@ -123,28 +132,39 @@ def check_not_empty(num_documents: int, corpus: Corpus, counts: Counter[str]) ->
     raise ValueError(f"the corpus {corpus} is empty: it has no usable document ({dropped}).")
 
 
-def document_id(source: str) -> int:
-  """A 63-bit id from a name, the same on every machine."""
-  digest = hashlib.blake2b(source.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def document_id(source: str | bytes) -> int:
+  """A 63-bit id from a name, the same on every machine; of bytes that of the text they encode."""
+  if isinstance(source, str):
+    source = source.encode("utf-8", "surrogatepass")
+  digest = hashlib.blake2b(source, digest_size=8).digest()
   return int.from_bytes(digest, "little") & MAX_ID
 
 
 def given_id(value: object, where: str, field: str) -> int:
-  """An id that the data gives: an integer in range as it is, a text hashed.
+  """An id that the data gives: an integer in range as it is; texts, bytes and UUIDs hashed.
 
   Raises:
-    ValueError: a number out of range, or neither number nor text.
+    ValueError: a number out of range, or anything else.
   """
-  if isinstance(value, bytes):
-    value = value.decode("utf-8", "replace")
-  if isinstance(value, str):
+  if isinstance(value, uuid.UUID):
+    value = value.bytes
+  if isinstance(value, str | bytes):
     return document_id(value)
   if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ID:
     return value
   raise ValueError(
-    f"{where}: field {field!r} holds {value!r}, which is no id (a text, or a number from 0 to "
-    "2^63 - 1)."
+    f"{where}: field {field!r} holds {reprlib.repr(value)}, which is no id (a text, bytes, or a "
+    "number from 0 to 2^63 - 1)."
   )
+
+
+def kind_label(value: object) -> str:
+  """A kind that the data gives, as a text.
+
+  Raises:
+    UnicodeDecodeError: bytes that are not UTF-8.
+  """
+  return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def shuffled(
@@ -236,6 +256,9 @@ class Deduplicated(Corpus):
 
   def fingerprint(self) -> str:
     return f"deduplicated {self.threshold} {self.corpus.fingerprint()}"
+
+  def left_out(self) -> dict[str, list[str]]:
+    return self.corpus.left_out()
 
   def read(self, counts):
     deduplicator = Deduplicator(self.threshold)

@@ -5,47 +5,58 @@ and of its row; or it comes from a field of the data. Moving a corpus therefore 
 """
 
 import dataclasses
-import glob
-import gzip
 import hashlib
-import io
-import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from lmops_jax import manifests
-from lmops_jax.data.documents import Corpus, Document, document_id, given_id
+from lmops_jax.data import matching
+from lmops_jax.data.documents import Corpus, Document, document_id, given_id, kind_label
+from lmops_jax.data.lines import MAX_LINE_BYTES, is_text, jsonl_rows
+from lmops_jax.foreign_files import printable
 from lmops_jax.setting_types import component
 
 _HASHED_BYTES = 2**28  # a copy of a corpus up to this size is the same corpus
 _MAX_PIECES = 4096  # that a corpus is read in
 
 
+def _limit(num_bytes: int) -> int:
+  """A field that does not show in `repr`: it changes no document, so no fingerprint either."""
+  return dataclasses.field(default=num_bytes, repr=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Files(Corpus):
   """Corpora whose `path` is a file, a folder or a pattern."""
 
-  def _paths(self) -> list[tuple[str, Path]]:
-    """(name relative to the fixed part of the pattern, path), sorted by name."""
+  counts_unreadable = False  # whether files that cannot be opened are left out, else refused
+
+  def found(self) -> matching.Found:
+    """The files, by name relative to the fixed part of the pattern, and what is not read."""
     raise NotImplementedError
 
   def read_file(self, name: str, path: Path, counts: Counter[str]) -> Iterator[Document]:
     """The documents of one of the files."""
     raise NotImplementedError
 
+  def left_out(self) -> dict[str, list[str]]:
+    return self.found().left_out
+
   def read(self, counts: Counter[str]) -> Iterator[Document]:
-    for name, path in self._paths():
+    found = self.found()
+    counts.update(_sizes(found.left_out))
+    for name, path in found.files:
       yield from self.read_file(name, path, counts)
 
   def pieces(self):
     """One a file; of very many files, several."""
-    files = [(name, path.absolute()) for name, path in self._paths()]
+    found = self.found()
+    files = [(name, path.absolute()) for name, path in found.files]
     size = -(-len(files) // _MAX_PIECES)
-    return [_Part(self, tuple(files[i : i + size])) for i in range(0, len(files), size)]
+    parts = [_Part(self, tuple(files[i : i + size])) for i in range(0, len(files), size)]
+    return [dataclasses.replace(parts[0], beside=_sizes(found.left_out)), *parts[1:]]
 
   def fingerprint(self) -> str:
     """A hash of the settings, the files' names and what they hold.
@@ -53,60 +64,44 @@ class _Files(Corpus):
     Of more than 256 MiB together, sizes and modification times stand for the contents.
     """
     state = hashlib.blake2b(repr(self).encode(), digest_size=16)
-    paths = self._paths()
+    paths = self.found().files
     is_small = sum(path.stat().st_size for _, path in paths if path.is_file()) <= _HASHED_BYTES
     for name, path in paths:
       try:
         status = path.stat()
         mark = (manifests.hash_file(path) if is_small
                 else f"{status.st_size} {status.st_mtime_ns}")
-      except OSError:
+      except OSError as error:
+        if not self.counts_unreadable:
+          raise ValueError(f"{printable(path)} cannot be read: {printable(error)}.") from error
         mark = "unreadable"
-      state.update(f"{name}\0{mark}\n".encode())
+      state.update(f"{name}\0{mark}\n".encode("utf-8", "surrogateescape"))
     return state.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part(Corpus):
-  """Some files of a corpus of files."""
+  """Some files of a corpus of files; `beside` counts what is read with none of them."""
 
   corpus: _Files
   files: tuple[tuple[str, Path], ...]
+  beside: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:
+    counts.update(self.beside)
     for name, path in self.files:
       yield from self.corpus.read_file(name, path, counts)
 
 
-def _matching(path: str, field: str, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-  """Files that a path or pattern stands for; a folder stands for its files with these endings."""
-  pattern = os.path.expanduser(path)
-  if os.path.isdir(pattern):
-    base = Path(pattern)
-    paths = [p for p in base.rglob("*") if p.is_file() and p.name.endswith(suffixes)]
-  elif glob.has_magic(pattern) and not os.path.exists(pattern):
-    fixed = []
-    for part in Path(pattern).parts:
-      if glob.has_magic(part):
-        break
-      fixed.append(part)
-    base = Path(*fixed) if fixed else Path()
-    paths = [Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
-  else:
-    base, paths = Path(pattern).parent, [Path(pattern)] if os.path.exists(pattern) else []
-  if not paths:
-    raise ValueError(
-      f"{field}={path!r} matches no file ({' or '.join(suffixes)} in a folder); check the path, "
-      f"which is relative to {os.getcwd()}."
-    )
-  return sorted((p.relative_to(base).as_posix(), p) for p in paths)
+def _sizes(left_out: dict[str, list[str]]) -> dict[str, int]:
+  return {reason: len(names) for reason, names in left_out.items()}
 
 
 def _check_field(fields, field: str, where: str, parameter: str) -> None:
   if field not in fields:
+    there = printable(", ".join(sorted(map(str, fields))))
     raise ValueError(
-      f"{where} has no field {field!r} (it has {', '.join(sorted(map(str, fields))) or 'none'}); "
-      f"set {parameter} to one of them."
+      f"{where} has no field {field!r} (it has {there or 'none'}); set {parameter} to one of them."
     )
 
 
@@ -119,146 +114,79 @@ class Jsonl(_Files):
     path: a file, a folder (all its JSON lines files), or a pattern with `*` and `**`.
     text_field, id_field, kind_field: names of the fields; without `id_field` an id comes from file
       and line, without `kind_field` the kind is "text".
+    max_line_bytes: a longer line, decompressed, is refused.
   """
 
-  path: str
-  text_field: str = "text"
-  id_field: str | None = None
-  kind_field: str | None = None
+  path: Text
+  text_field: Text = "text"
+  id_field: Text | None = None
+  kind_field: Text | None = None
+  max_line_bytes: ByteCount = _limit(MAX_LINE_BYTES)
 
-  def _paths(self):
+  def found(self):
     endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
-    return _matching(self.path, "data.Jsonl.path", endings)
+    return matching.matching(self.path, "data.Jsonl.path", endings)
 
   def read_file(self, name, path, counts):
-    for number, row in jsonl_rows(path, counts):
-      where = f"{path}:{number}"
+    shown, source_file = printable(path), printable(name)
+    for number, row in jsonl_rows(path, counts, self.max_line_bytes):
+      where = f"{shown}:{number}"
       _check_field(row, self.text_field, where, "data.Jsonl.text_field")
       text = row[self.text_field]
+      if text is None:
+        counts["empty"] += 1
+        continue
       if not isinstance(text, str):
         raise ValueError(
           f"{where}: field {self.text_field!r} holds a {type(text).__name__}, not a text."
         )
-      source = f"{name}:{number}"
+      is_whole = is_text(text)
       kind = "text"
       if self.kind_field is not None:
         _check_field(row, self.kind_field, where, "data.Jsonl.kind_field")
-        kind = str(row[self.kind_field])
-      identifier = document_id(source)
-      if self.id_field is not None:
+        kind = kind_label(row[self.kind_field])
+        is_whole = is_whole and is_text(kind)
+      if self.id_field is None:
+        identifier = document_id(f"{name}:{number}")
+      else:
         _check_field(row, self.id_field, where, "data.Jsonl.id_field")
-        identifier = given_id(row[self.id_field], where, self.id_field)
-      if _has_surrogates(text):
+        given = row[self.id_field]
+        identifier = given_id(given, where, self.id_field)
+        is_whole = is_whole and is_text(str(given))
+      if not is_whole:
         counts["undecodable"] += 1
         continue
-      yield Document(identifier, text, kind, source)
+      yield Document(identifier, text, kind, f"{source_file}:{number}")
 
 
-def jsonl_rows(
-  path: Path | str, counts: Counter[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-  """The objects of one file of JSON lines (`.gz`, `.zst` or plain) and their line numbers, from 1.
+def _value_type(arrow_type):
+  """What a column's values are: of categories the categories, of an extension what it stores."""
+  import pyarrow
 
-  Args:
-    path: of the file.
-    counts: gets the lines that are not UTF-8 under "undecodable"; without it they are an error.
-
-  Raises:
-    ValueError: naming file and line, for what cannot be read or is not an object.
-  """
-  for number, line in _lines(Path(path).expanduser()):
-    where = f"{path}:{number}"
-    try:
-      row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-      if counts is None:
-        raise ValueError(f"{where} is not UTF-8 text ({error.reason}).") from error
-      counts["undecodable"] += 1
-      continue
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{where} is not valid JSON: {error.msg}.") from error
-    if not isinstance(row, dict):
-      raise ValueError(f"{where} holds a {type(row).__name__}, not an object with fields.")
-    yield number, row
-
-
-def _has_surrogates(text: str) -> bool:
-  """Whether a JSON escape made half a character, which no encoding can hold."""
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return True
-  return False
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-  """Non-blank lines with their numbers, from 1; a file that cannot be read is named."""
-  try:
-    with _open(path) as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          yield number, line
-  except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f"{path} cannot be read: {error}.") from error
-  except Exception as error:
-    if type(error).__name__ != "ZstdError":  # zstandard is imported only where it is needed
-      raise
-    raise ValueError(f"{path} cannot be read: {error}.") from error
-
-
-def _open(path: Path) -> BinaryIO:
-  if path.name.endswith(".gz"):
-    return gzip.open(path, "rb")
-  if path.name.endswith(".zst"):
-    import zstandard
-
-    reader = _ZstdFile(zstandard, path.open("rb"))
-    return io.BufferedReader(reader, 1 << 20)
-  return path.open("rb")
-
-
-class _ZstdFile(io.RawIOBase):
-  """A stream of zstd frames that notices when the last one is cut off."""
-
-  def __init__(self, zstandard, file: BinaryIO):
-    self._new = zstandard.ZstdDecompressor().decompressobj
-    self._frame, self._file, self._ready = None, file, b""
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer) -> int:
-    while not self._ready:
-      data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-      if data or self._frame is None or self._frame.eof:
-        data = data or self._file.read(1 << 20)
-        if not data:
-          return 0
-        self._frame = self._new()
-      else:
-        data = self._file.read(1 << 20)
-        if not data:
-          raise EOFError("compressed file ended before the end of its last frame")
-      self._ready = self._frame.decompress(data)
-    taken = self._ready[: len(buffer)]
-    buffer[: len(taken)] = taken
-    self._ready = self._ready[len(taken) :]
-    return len(taken)
-
-  def close(self) -> None:
-    self._file.close()
-    super().close()
+  if pyarrow.types.is_dictionary(arrow_type):
+    return _value_type(arrow_type.value_type)
+  if isinstance(arrow_type, pyarrow.BaseExtensionType):
+    return _value_type(arrow_type.storage_type)
+  return arrow_type
 
 
 def _is_text(arrow_type) -> bool:
-  """Whether a column's values are strings, categories of strings included."""
+  """Whether a column's values are strings, or all missing."""
   from pyarrow import types
 
-  if types.is_dictionary(arrow_type):
-    arrow_type = arrow_type.value_type
-  return any(
-    check(arrow_type) for check in (types.is_string, types.is_large_string, types.is_string_view)
+  checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+  return any(check(_value_type(arrow_type)) for check in checks)
+
+
+def _is_id(arrow_type) -> bool:
+  """Whether different values of a column are different ids."""
+  from pyarrow import types
+
+  checks = (
+    types.is_integer, types.is_binary, types.is_large_binary, types.is_fixed_size_binary,
+    types.is_binary_view,
   )
+  return _is_text(arrow_type) or any(check(_value_type(arrow_type)) for check in checks)
 
 
 @component(module="data")
@@ -270,57 +198,104 @@ class Parquet(_Files):
     path: a file, a folder (all its `.parquet` files), or a pattern with `*` and `**`.
     text_field, id_field, kind_field: names of columns; without `id_field` an id comes from file and
       row, without `kind_field` the kind is "text".
+    max_cell_bytes: a longer text is refused.
   """
 
-  path: str
-  text_field: str = "text"
-  id_field: str | None = None
-  kind_field: str | None = None
+  path: Text
+  text_field: Text = "text"
+  id_field: Text | None = None
+  kind_field: Text | None = None
+  max_cell_bytes: ByteCount = _limit(MAX_LINE_BYTES)
 
-  def _paths(self):
-    return _matching(self.path, "data.Parquet.path", (".parquet",))
+  def found(self):
+    return matching.matching(self.path, "data.Parquet.path", (".parquet",))
 
   def read_file(self, name, path, counts):
     import pyarrow
     import pyarrow.parquet
 
-    wanted = {
-      name: column
-      for name in ("text_field", "id_field", "kind_field")
-      if (column := getattr(self, name)) is not None
-    }
-    number = 0
+    shown, source_file = printable(path), printable(name)
     try:
-      with pyarrow.parquet.ParquetFile(path) as file:
-        for parameter, column in wanted.items():
-          _check_field(file.schema_arrow.names, column, str(path), f"data.Parquet.{parameter}")
-        text_type = file.schema_arrow.field(self.text_field).type
-        if not _is_text(text_type):
-          raise ValueError(
-            f"{path}: column {self.text_field!r} holds {text_type}, not text; set "
-            "data.Parquet.text_field to a text column."
-          )
-        for batch in file.iter_batches(1024, columns=sorted(set(wanted.values()))):
-          columns = {column: batch.column(column) for column in wanted.values()}
+      # Opened here: Arrow takes no name that is not UTF-8.
+      with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
+        self._check_columns(file.schema_arrow, shown)
+        number = 0
+        for batch in file.iter_batches(1024, columns=sorted(set(self._columns().values()))):
+          self._check_sizes(batch.column(self.text_field), shown, number)
           for row in range(batch.num_rows):
             number += 1
-            where = f"{name}:{number}"
             try:
-              values = {column: array[row].as_py() for column, array in columns.items()}
+              fields = self._fields(batch, row, f"{name}:{number}", f"{shown}:{number}")
             except UnicodeDecodeError:
               counts["undecodable"] += 1
               continue
-            text = values[self.text_field]
-            if text is None:
+            if fields is None:
               counts["empty"] += 1
-              continue
-            identifier = document_id(where)
-            if self.id_field is not None:
-              identifier = given_id(values[self.id_field], f"{path}:{number}", self.id_field)
-            kind = "text" if self.kind_field is None else str(values[self.kind_field])
-            yield Document(identifier, text, kind, where)
+            else:
+              yield Document(*fields, f"{source_file}:{number}")
     except (OSError, pyarrow.ArrowException) as error:
-      raise ValueError(f"{path} cannot be read as Parquet: {error}.") from error
+      raise ValueError(f"{shown} cannot be read as Parquet: {printable(error)}.") from error
+
+  def _columns(self) -> dict[str, str]:
+    """The columns to read, by parameter."""
+    names = {name: getattr(self, name) for name in ("text_field", "id_field", "kind_field")}
+    return {name: column for name, column in names.items() if column is not None}
+
+  def _check_columns(self, schema, shown: str) -> None:
+    for parameter, column in self._columns().items():
+      _check_field(schema.names, column, shown, f"data.Parquet.{parameter}")
+    text_type = schema.field(self.text_field).type
+    if not _is_text(text_type):
+      raise ValueError(
+        f"{shown}: column {self.text_field!r} holds {text_type}, not text; set "
+        "data.Parquet.text_field to a text column."
+      )
+    if self.id_field is not None and not _is_id(id_type := schema.field(self.id_field).type):
+      raise ValueError(
+        f"{shown}: column {self.id_field!r} holds {id_type}, which is no id; set "
+        "data.Parquet.id_field to a column of texts, whole numbers or bytes."
+      )
+
+  def _check_sizes(self, texts, shown: str, num_before: int) -> None:
+    """Refuses long texts before they become Python's."""
+    import pyarrow.compute
+
+    if pyarrow.types.is_null(texts.type):
+      return
+    if isinstance(texts, pyarrow.ExtensionArray):
+      texts = texts.storage
+    if pyarrow.types.is_dictionary(texts.type):
+      sizes = pyarrow.compute.binary_length(texts.dictionary).take(texts.indices)
+    else:
+      sizes = pyarrow.compute.binary_length(texts.cast(pyarrow.large_binary()))
+    largest = pyarrow.compute.max(sizes).as_py()
+    if largest is not None and largest > self.max_cell_bytes:
+      number = num_before + pyarrow.compute.index(sizes, largest).as_py() + 1
+      raise ValueError(
+        f"{shown}:{number}: column {self.text_field!r} holds a text of {largest:,} bytes, more "
+        f"than max_cell_bytes={self.max_cell_bytes:,}; leave it out, or raise "
+        "data.Parquet.max_cell_bytes."
+      )
+
+  def _fields(self, batch, row: int, source: str, where: str) -> tuple[int, str, str] | None:
+    """A row's id, text and kind, None without a text; not UTF-8 raises UnicodeDecodeError."""
+    def value(column):
+      try:
+        return batch.column(column)[row].as_py()
+      except UnicodeDecodeError:
+        raise
+      except (ValueError, OverflowError) as error:  # such as times that Python cannot hold
+        raise ValueError(f"{where}: column {column!r} cannot be read: {error}.") from error
+
+    text = value(self.text_field)
+    if text is None:
+      return None
+    kind, identifier = "text", document_id(source)
+    if self.kind_field is not None:
+      kind = kind_label(value(self.kind_field))
+    if self.id_field is not None:
+      identifier = given_id(value(self.id_field), where, self.id_field)
+    return identifier, text, kind
 
 
 @component(module="data")
@@ -333,35 +308,51 @@ class TextFolder(_Files):
   Attributes:
     path: the folder.
     pattern: which of its files, with `*` and `**`.
+    max_file_bytes: a larger file is refused.
   """
 
-  path: str
-  pattern: str = "**/*.txt"
+  path: Text
+  pattern: Text = "**/*.txt"
+  max_file_bytes: ByteCount = _limit(2**30)
 
-  def _paths(self):
-    base = Path(os.path.expanduser(self.path))
+  counts_unreadable = True
+
+  def found(self):
+    base, parts = Path(os.path.expanduser(self.path)), Path(self.pattern).parts
     if not base.is_dir():
       raise ValueError(
         f"data.TextFolder.path={self.path!r} is not a folder; check the path, which is relative to "
         f"{os.getcwd()}."
       )
-    # A link that leads nowhere is kept, so that it is counted as unreadable.
-    paths = [p for p in base.glob(self.pattern) if not p.is_dir()]
-    if not paths:
+    found = None
+    if parts and not os.path.isabs(self.pattern):
+      found = matching.search(base, parts, keep_broken=self.counts_unreadable)
+    if not found or not found.files:
       raise ValueError(
-        f"data.TextFolder.pattern={self.pattern!r} matches no file in {base}; set it to the names "
-        'that you have, such as "**/*.md".'
+        f"data.TextFolder.pattern={self.pattern!r} matches no file in {printable(base)}; set "
+        'it to the names that you have, such as "**/*.md".'
       )
-    return sorted((p.relative_to(base).as_posix(), p) for p in paths)
+    return found
 
   def read_file(self, name, path, counts):
     try:
-      text = path.read_bytes().decode("utf-8-sig")
+      num_bytes = path.stat().st_size
+      if num_bytes > self.max_file_bytes:
+        raise ValueError(
+          f"{printable(path)} has {num_bytes:,} bytes, more than "
+          f"max_file_bytes={self.max_file_bytes:,}; leave it out, or raise "
+          "data.TextFolder.max_file_bytes."
+        )
+      data = path.read_bytes()
     except OSError:
       counts["unreadable"] += 1
       return
+    try:
+      text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
+      text = "\0"
+    if "\0" in text[:2]:  # UTF-16 without its mark
       counts["undecodable"] += 1
       return
-    kind = name.split("/")[0] if "/" in name else "text"
-    yield Document(document_id(name), text, kind, name)
+    kind = printable(name.split("/")[0]) if "/" in name else "text"
+    yield Document(document_id(name), text, kind, printable(name))

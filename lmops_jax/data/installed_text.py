@@ -85,12 +85,12 @@ class InstalledText(Corpus):
     """A hash of the settings and of the names and sizes of all files that could be read."""
     state = hashlib.blake2b(digest_size=16)
     state.update(repr((dataclasses.astuple(self), sys.version_info[:2])).encode())
-    for path, file in sorted(self._files().items()):
+    for path, file in sorted(self._files(Counter()).items()):
       state.update(f"{path}\0{file.size}\n".encode("utf-8", "surrogatepass"))
     return state.hexdigest()
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:
-    files = self._files()
+    files = self._files(counts)
     streams = {
       kind: self._candidates(kind, files, counts) for kind in KINDS if self._weight(kind) > 0
     }
@@ -118,14 +118,18 @@ class InstalledText(Corpus):
       total += num_bytes
       yield document
 
-  def _files(self) -> dict[str, "_File"]:
-    """Readable text files by their path relative to their root, `/` between the parts."""
+  def _files(self, counts: Counter[str]) -> dict[str, "_File"]:
+    """Text files by their path relative to their root, `/` between the parts.
+
+    Args:
+      counts: gets the number of folders that cannot be listed under "unreadable".
+    """
     roots = _site_packages() if self.roots is None else tuple(map(Path, self.roots))
     files: dict[str, _File] = {}
     for root in roots:
       if not root.is_dir():
         raise ValueError(f"data.InstalledText.roots: {root} is not a folder.")
-      for path, file in _walk(root, ""):
+      for path, file in _walk(root, "", counts):
         files.setdefault(path, file)
     return files
 
@@ -194,11 +198,14 @@ def _site_packages() -> tuple[Path, ...]:
   return tuple(dict.fromkeys(Path(paths[name]).resolve() for name in ("purelib", "platlib")))
 
 
-def _walk(folder: os.PathLike | str, prefix: str) -> Iterator[tuple[str, _File]]:
+def _walk(
+  folder: os.PathLike | str, prefix: str, counts: Counter[str]
+) -> Iterator[tuple[str, _File]]:
   try:
     with os.scandir(folder) as entries:
       entries = sorted(entries, key=lambda entry: entry.name)
   except OSError:
+    counts["unreadable"] += 1
     return
   for entry in entries:
     name = entry.name
@@ -206,7 +213,7 @@ def _walk(folder: os.PathLike | str, prefix: str) -> Iterator[tuple[str, _File]]
       continue
     if entry.is_dir(follow_symlinks=False):
       if name not in _VOLATILE_FOLDERS:
-        yield from _walk(entry.path, f"{prefix}{name}/")
+        yield from _walk(entry.path, f"{prefix}{name}/", counts)
     elif entry.is_file(follow_symlinks=False) and name not in _VOLATILE_NAMES:
       kind = _kind(name, prefix)
       if kind is not None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lmops_jax.data.documents import Corpus, Document, document_id, given_id
+from lmops_jax.data.documents import Corpus, Document, document_id, given_id, kind_label
 from lmops_jax.setting_types import PositiveInt, Text, component
 
 _PIECE = 100_000  # rows that are read together
@@ -97,12 +97,15 @@ class Tfds(Corpus):
         continue
       kind = self._builder.info.name
       if self.kind_field is not None:
-        value = _feature(example, self.kind_field, where, "data.Tfds.kind_field")
-        kind = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+        try:
+          kind = kind_label(_feature(example, self.kind_field, where, "data.Tfds.kind_field"))
+        except UnicodeDecodeError:
+          counts["undecodable"] += 1
+          continue
       identifier = document_id(where)
       if self.id_field is not None:
         given = _feature(example, self.id_field, where, "data.Tfds.id_field")
-        given = given.item() if hasattr(given, "item") else given
+        given = given.item() if getattr(given, "ndim", None) == 0 else given
         identifier = given_id(given, where, self.id_field)
       yield Document(identifier, text, kind, where)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmops_jax.foreign_files import require_regular
 from lmops_jax.whole_files import replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -103,6 +104,7 @@ class Shard:
     prefix = Path(prefix)
     index_path, data_path = _file(prefix, ".idx"), _file(prefix, ".bin")
     for path in (index_path, data_path):
+      require_regular(path)
       if not path.is_file():
         raise ValueError(f"the shard {prefix} has no file {path}.")
     index = index_path.read_bytes()

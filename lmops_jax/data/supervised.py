@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmops_jax.data.documents import document_id
-from lmops_jax.data.files import jsonl_rows
+from lmops_jax.data.lines import jsonl_rows
+from lmops_jax.foreign_files import printable
 
 TOO_LONG = ("drop", "cut", "error")
 _FIELDS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
@@ -143,7 +144,7 @@ def read_examples(path: Path | str, tokenizer) -> list[Example]:
   """
   name = Path(path).name
   return [
-    encode_row(tokenizer, row, document_id(f"{name}:{number}"), f"{path}:{number}")
+    encode_row(tokenizer, row, document_id(f"{name}:{number}"), f"{printable(path)}:{number}")
     for number, row in jsonl_rows(path)
   ]
 

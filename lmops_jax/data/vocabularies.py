@@ -21,6 +21,7 @@ import numpy as np
 
 from lmops_jax.data import tokenizer_errors
 from lmops_jax.data.hashing import order_key
+from lmops_jax.foreign_files import require_regular
 from lmops_jax.setting_types import ByteCount, Seed, Text, at_least, component
 
 METADATA_FILE = "vocabulary.json"
@@ -466,6 +467,7 @@ class ModelTokenizer:
 
 
 def _read_model(path: str, parameter: str) -> bytes:
+  require_regular(Path(path).expanduser())
   try:
     return Path(path).expanduser().read_bytes()
   except OSError as error:

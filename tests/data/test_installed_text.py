@@ -160,6 +160,20 @@ def test_unreadable_file_is_counted(heap, monkeypatch):
   assert counts["unreadable"] == 1 and "pkg/guide.md" not in documents
 
 
+def test_unreadable_folder_is_counted(heap, monkeypatch):
+  scandir = os.scandir
+
+  def refusing(path):
+    if str(path).endswith("include"):
+      raise PermissionError(13, "Permission denied")
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refusing)
+  counts = Counter()
+  documents = list(InstalledText(roots=(str(heap),)).documents(counts))
+  assert counts["unreadable"] == 1 and "header" not in {d.kind for d in documents}
+
+
 def test_fingerprint_follows_files_and_settings(heap):
   corpus = InstalledText(roots=(str(heap),))
   before = corpus.fingerprint()

@@ -3,9 +3,11 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from lmops_jax.data import InstalledText, PythonReference, Tfds, named_datasets
+from lmops_jax.data.documents import document_id
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,20 @@ def test_errors(prepared, tmp_path):
     Tfds("no_such_data", data_dir=str(tmp_path)).fingerprint()
   with pytest.raises(ValueError, match="is not prepared in"):
     Tfds("python_reference", data_dir=str(tmp_path)).fingerprint()
+
+
+def test_ids_and_kinds_of_bytes(prepared, monkeypatch):
+  rows = [{"text": b"a", "id": b"\xff", "kind": b"law"}, {"text": b"b", "id": b"\xfe", "kind": "x"},
+          {"text": b"c", "id": b"c", "kind": b"\xff"}]
+  monkeypatch.setattr(Tfds, "_examples", lambda self: rows)
+  corpus, counts = Tfds(str(prepared.data_dir), id_field="id", kind_field="kind"), Counter()
+  found = {d.text: (d.id, d.kind) for d in corpus.documents(counts)}
+  assert found == {"a": (document_id(b"\xff"), "law"), "b": (document_id(b"\xfe"), "x")}
+  assert counts == {"undecodable": 1}
+  for value in (np.float32(1), np.arange(2)):
+    rows[0]["id"] = value
+    with pytest.raises(ValueError, match=r"\[train\]:0: field 'id' holds .*, which is no id"):
+      list(corpus.documents())
 
 
 def test_array_record_needs_no_tensorflow(prepared):

@@ -1,3 +1,4 @@
+import os
 import struct
 
 import numpy as np
@@ -109,3 +110,9 @@ def test_shard_boundaries(tmp_path, count, per_shard, sizes):
   assert [len(part) for part in parts] == sizes
   assert [row.tolist() for part in parts for row in part] == sequences
   assert not (tmp_path / f"data_{len(sizes)}.idx").exists()
+
+
+def test_special_files_are_refused(tmp_path):
+  os.mkfifo(tmp_path / "data_0.idx")
+  with pytest.raises(ValueError, match="data_0.idx is a FIFO"):
+    shards.read_shard(tmp_path / "data_0")

@@ -119,6 +119,12 @@ def test_weights_make_the_mean_over_rows_one_over_learned_tokens(tmp_path):
   assert again.counts == data.counts
 
 
+def test_a_file_saved_on_windows_and_half_a_character(tokenizer, tmp_path):
+  (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "abc"}\r\n{"text": "\\ud800"}\r\n')
+  with pytest.raises(ValueError, match="a.jsonl:2 holds half a character"):
+    supervised.read_examples(tmp_path / "a.jsonl", tokenizer)
+
+
 def test_files_may_be_compressed(tokenizer, tmp_path):
   lines = '{"text": "one"}\n\n{"prompt": "two", "completion": "three"}\n'
   with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:

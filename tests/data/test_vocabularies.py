@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import random
 
@@ -217,3 +218,12 @@ def test_seqio_gives_the_same_ids(trained, hugging_face):
       assert other.decode(ids) == text
       assert other.decode_tf(tf.constant(ids)).numpy().decode() == text
     assert pickle.loads(pickle.dumps(other)) == other
+
+
+def test_special_files_are_refused(tmp_path):
+  os.mkfifo(tmp_path / "tokenizer.json")
+  for spec in (
+    SentencePieceFile(str(tmp_path / "tokenizer.json")), HuggingFaceTokenizer(str(tmp_path)),
+  ):
+    with pytest.raises(ValueError, match="tokenizer.json is a FIFO"):
+      spec.fingerprint()

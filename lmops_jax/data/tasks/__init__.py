@@ -7,7 +7,7 @@ template, `kind_task` one from an embedded corpus, without any download. Nothing
 TensorFlow or jax on import.
 """
 
-from lmops_jax.data.tasks.choice import TaskChoice, TaskSource, read_task, write_task
+from lmops_jax.data.tasks.choice import TaskChoice, TaskSource, checked, read_task, write_task
 from lmops_jax.data.tasks.installed_kind import kind_task
 from lmops_jax.data.tasks.named import named_task
 from lmops_jax.data.tasks.registry import ENTRIES, FLAVOURS
@@ -23,6 +23,7 @@ __all__ = [
   "TaskChoice",
   "TaskSource",
   "Template",
+  "checked",
   "demonstrations",
   "jsonl_task",
   "kind_task",

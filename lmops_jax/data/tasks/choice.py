@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from annotated_types import MinLen
 
@@ -15,6 +16,7 @@ from lmops_jax.data.files import Jsonl
 from lmops_jax.data.tasks.named import check_named, named_task
 from lmops_jax.data.tasks.task import Example, Task, demonstrations
 from lmops_jax.data.tasks.templates import Template, jsonl_task
+from lmops_jax.foreign_files import printable
 from lmops_jax.setting_types import (
   Count,
   Distinct,
@@ -96,7 +98,8 @@ class TaskChoice:
   @property
   def name(self) -> str:
     """In stages and reports."""
-    return self.label or (Path(self.task).name.split(".")[0] if self.is_file else self.task)
+    of_file = printable(Path(self.task).name.split(".")[0])
+    return self.label or (of_file if self.is_file else self.task)
 
   def fingerprints(self) -> dict[str, str]:
     """What local files hold, as settings of a stage."""
@@ -104,8 +107,10 @@ class TaskChoice:
     if place is None:
       return {}
     path = Path(place).expanduser()
-    files = [path] if self.is_file else sorted(p for p in path.glob("*") if p.name.endswith(_FILES))
-    return {f"task.{file.name}": Jsonl(str(file)).fingerprint() for file in files if file.is_file()}
+    files = [path] if self.is_file else sorted(
+      p for p in path.glob("[!.]*") if p.name.endswith(_FILES))
+    return {f"task.{printable(file.name)}": Jsonl(str(file)).fingerprint()
+            for file in files if os.path.lexists(file)}
 
   def stage(self, settings) -> pipeline.Stage:
     """The stage `task/NAME`, which `read_task` reads; `settings` are this choice's."""
@@ -136,6 +141,15 @@ class TaskChoice:
     return dataclasses.replace(
       whole, name=self.name, rows=tuple(row for row in whole.rows if row.id in chosen),
       train=whole.train or tuple(row for row in whole.rows if row.id not in chosen))
+
+
+def checked(stage: pipeline.Stage, check: Callable[[Task], Any]) -> pipeline.Stage:
+  """The stage of a task, which ends with what `check` raises of the task that it has read."""
+  def run(context: pipeline.StageContext) -> None:
+    stage.run(context)
+    check(read_task(context.directory))
+
+  return dataclasses.replace(stage, run=run)
 
 
 def write_task(folder: Path, task: Task) -> None:

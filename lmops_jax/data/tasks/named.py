@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmops_jax.data.files import jsonl_rows
+from lmops_jax.data.lines import jsonl_rows
 from lmops_jax.data.tasks import installed_kind, rows
 from lmops_jax.data.tasks.registry import Entry, Wording, entry, worded, wording
 from lmops_jax.data.tasks.task import Example, Task
@@ -119,7 +120,8 @@ def _folder(name: str, folder: Path, split: str | None):
     raise ValueError(f"data={str(folder)!r} is no folder; give one with train and test.jsonl.")
 
   def file(stem: str) -> Path | None:
-    return next((p for e in _ENDINGS if (p := folder / f"{stem}{e}").is_file()), None)
+    # A link that leads nowhere is taken, so that reading it tells of it.
+    return next((p for e in _ENDINGS if os.path.lexists(p := folder / f"{stem}{e}")), None)
 
   stems = (*_STEMS, "all") if split is None else (split,)
   chosen = next((p for stem in stems if (p := file(stem)) is not None), None)

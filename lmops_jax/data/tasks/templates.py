@@ -7,15 +7,17 @@ A template is text with fields of the row in braces and ends with `{label}`:
 from __future__ import annotations
 
 import dataclasses
+import math
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmops_jax.data.documents import document_id
-from lmops_jax.data.files import jsonl_rows
+from lmops_jax.data.lines import jsonl_rows
 from lmops_jax.data.tasks.rows import NULL_FIELD
 from lmops_jax.data.tasks.task import Example, Task
+from lmops_jax.foreign_files import printable
 
 LABEL = "label"
 
@@ -97,7 +99,7 @@ def jsonl_task(
   shape, words = Template(template), tuple(words)
   null_prompt, _ = shape.prompt_and_options(dict.fromkeys(shape.fields, NULL_FIELD), words)
   return Task(
-    Path(path).stem, _examples(path, shape, words, limit),
+    printable(Path(path).stem), _examples(path, shape, words, limit),
     () if train is None else _examples(train, shape, words, None), words, null_prompt,
   )
 
@@ -107,14 +109,15 @@ def _examples(path, shape: Template, words: tuple[str, ...], limit) -> tuple[Exa
   for number, row in jsonl_rows(path):
     if limit is not None and len(rows) == limit:
       break
-    where = f"{path}:{number}"
+    where = f"{printable(path)}:{number}"
     for name in (*shape.fields, LABEL):
       if name not in row:
         raise ValueError(
           f"{where} has no field {name!r} (it has {', '.join(sorted(row)) or 'none'}); name one of "
           "them in the template."
         )
-      if not isinstance(row[name], str | int | float):
+      if not (isinstance(row[name], str) or isinstance(row[name], int | float)
+              and math.isfinite(row[name])):
         raise ValueError(
           f"{where} has {row[name]!r} in its field {name!r}; expected a text or a number."
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lmops_jax import pipeline
-from lmops_jax.data import OverlapIndex, packing, vocabularies
+from lmops_jax.data import OverlapIndex, matching, packing, vocabularies
 from lmops_jax.data.documents import Corpus
 from lmops_jax.data.vocabularies import VocabularySource
 from lmops_jax.models.config import TransformerConfig
@@ -101,6 +101,9 @@ class Language:
   def texts(self, context: pipeline.StageContext) -> None:
     """Stage: reads and tokenises; writes rows of at most S + 1 ids and the vocabulary."""
     dropped: collections.Counter[str] = collections.Counter()
+    for name in ("corpus", "desired"):
+      for line in matching.left_out_lines(getattr(self, name)):
+        context.log(f"{name}: {line}")
     documents = list(self.corpus.documents(dropped))
     desired, desired_dropped = [], collections.Counter()
     if self.desired is not None:

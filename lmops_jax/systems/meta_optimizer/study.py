@@ -103,6 +103,11 @@ class Study:
   controls: Annotated[Sequence[Literal[CONTROLS]], Distinct] = ("untrained",)
 
 
+  @property
+  def needs_validation(self) -> bool:
+    """Whether a rate is chosen on training rows that are not demonstrated."""
+    return self.tune_on == "validation" and len(self.rates) > 1
+
 
 class Results(NamedTuple):
   """What a study found.
@@ -159,6 +164,25 @@ def run_study(
     return _Run(model, params, tokenizer, task, settings, seed, log, progress).results()
 
 
+def check_rows(task, settings: Study) -> None:
+  """Refuses a task with too few rows to demonstrate, or none left to choose the rate on.
+
+  Raises:
+    ValueError: naming the task.
+  """
+  num = len(task.train or ())
+  if num < settings.demonstrations:
+    raise ValueError(
+      f"task {task.name}: {settings.demonstrations} demonstrations are wanted and the training "
+      f"rows are {num}; ask for at most {num}."
+    )
+  if num == settings.demonstrations and settings.needs_validation:
+    raise ValueError(
+      f"task {task.name} has {num} training rows, all of them demonstrations, and none to choose "
+      "the learning rate on; give more, or name a single rate."
+    )
+
+
 def num_rows(task, settings: Study) -> int:
   """Rows that a study measures, each network's counted."""
   limit = settings.evaluation_rows or len(task.rows)
@@ -173,18 +197,14 @@ class _Run:
     self.params = unstack_layers(nn.unbox(params))
     self.settings, self.seed, self.log, self.progress = settings, seed, log, progress
     self.prompts = Prompts(tokenizer, task, settings.newline)
-    train = task.train or ()
-    chosen, others = draw(len(train), settings.demonstrations, seed, settings.order)
+    check_rows(task, settings)
+    chosen, others = draw(
+      len(task.train or ()), settings.demonstrations, seed, settings.order)
     rows = np.random.default_rng(_EVALUATION_SEED).permutation(len(task.rows))
     self.row_indices = np.sort(rows[: settings.evaluation_rows])
     self.queries = self.prompts.queries([task.rows[i] for i in self.row_indices])
     self.validation = self.queries
-    if settings.tune_on == "validation" and len(settings.rates) > 1:
-      if not len(others):
-        raise ValueError(
-          f"task {task.name} has {len(train)} training rows, all of them demonstrations, and none "
-          "to choose the learning rate on; give more, or name a single rate."
-        )
+    if settings.needs_validation:
       others = others[: settings.validation_rows]
       self.validation = self.prompts.queries([task.train[i] for i in others])
     longest = max(int(q.mask.sum(1).max()) for q in (self.queries, self.validation))

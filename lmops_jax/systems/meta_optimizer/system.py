@@ -11,11 +11,11 @@ from typing import Annotated
 import jax
 
 from lmops_jax import pipeline
-from lmops_jax.data.tasks import TaskSource, read_task
+from lmops_jax.data.tasks import TaskSource, checked, read_task
 from lmops_jax.reporting.summary import read_summary
 from lmops_jax.setting_types import NonEmpty, Seeds, component
 from lmops_jax.systems.meta_optimizer import report
-from lmops_jax.systems.meta_optimizer.study import Study, num_rows, run_study
+from lmops_jax.systems.meta_optimizer.study import Study, check_rows, num_rows, run_study
 from lmops_jax.training import mesh
 from lmops_jax.training.small_model import ModelSource
 
@@ -64,13 +64,15 @@ class Pipeline:
         f"this job has {jax.process_count()} processes, and a study runs in one; start it once."
       )
     one = mesh.single_device()  # a study runs on one device
-    stages = self.model.stages(settings.child("model"), partitioner or one)
-    before = tuple(stage.name for stage in stages)
+    check = functools.partial(check_rows, settings=self.study)
+    readings = [
+      checked(task.stage(settings.child("tasks")[i]), check) for i, task in enumerate(self.tasks)]
+    of_model = self.model.stages(settings.child("model"), partitioner or one)
+    before = tuple(stage.name for stage in of_model)
+    stages = [*readings, *of_model]  # what the tasks are too small for is told first
     own = self.model.settings(settings.child("model")) | _flat(settings, "study", "study")
     runs = {}
-    for i, task in enumerate(self.tasks):
-      reading = task.stage(settings.child("tasks")[i])
-      stages.append(reading)
+    for task, reading in zip(self.tasks, readings, strict=True):
       for seed in self.seeds:
         name = f"study/{task.name}/seed{seed}"
         runs[task.name, seed] = name

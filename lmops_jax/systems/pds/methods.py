@@ -51,6 +51,7 @@ from lmops_jax.training import (
 
 MATMUL_PRECISIONS = ("default", "high", "highest")
 DIVISORS = ("gradient_norm", "sqrt_length")
+AUTO = "auto"  # as many as there are, up to a bound
 UNFINISHED = "unfinished"  # folder of a solve's states, in its stage until the scores are written
 
 
@@ -60,22 +61,42 @@ class ProxySet:
   """The random part of the corpus that gradient methods score. The same for every method.
 
   Attributes:
-    num_proxies: instances, M.
+    num_proxies: instances, M; "auto" takes `max_proxies`, or all of a smaller corpus.
     seed: of the draw, uniform without replacement.
+    max_proxies: most that "auto" takes.
   """
 
-  num_proxies: at_least(4) = 3072
+  num_proxies: at_least(4) | Literal[AUTO] = AUTO
   seed: Seed = 1234
+  max_proxies: at_least(4) = 3072
 
-  def ids(self, num_examples: int) -> np.ndarray:
-    """`[M] int64`, ascending."""
-    if self.num_proxies > num_examples:
+  @property
+  def most(self) -> int:
+    """M, of a corpus that is large enough."""
+    return self.max_proxies if self.num_proxies == AUTO else self.num_proxies
+
+  def count(self, num_examples: int) -> int:
+    """M, of a corpus of that size.
+
+    Raises:
+      ValueError: the corpus has fewer than are asked for, or hardly any.
+    """
+    if self.num_proxies != AUTO and self.num_proxies > num_examples:
       raise ValueError(
         f"pds.ProxySet.num_proxies={self.num_proxies} (PROXIES) exceeds the corpus's "
         f"{num_examples} instances; lower it or enlarge the corpus."
       )
+    if num_examples < 4:
+      raise ValueError(
+        f"the corpus has {num_examples} instances, too few to learn scores from; enlarge it."
+      )
+    return min(self.most, num_examples)
+
+  def ids(self, num_examples: int) -> np.ndarray:
+    """`[M] int64`, ascending."""
     rng = np.random.default_rng(self.seed)
-    return np.sort(rng.choice(num_examples, self.num_proxies, replace=False)).astype(np.int64)
+    chosen = rng.choice(num_examples, self.count(num_examples), replace=False)
+    return np.sort(chosen).astype(np.int64)
 
 
 @runtime_checkable
@@ -240,33 +261,68 @@ def check_sizes(
   if not hasattr(method, "score_proxies"):
     return
   proxy_set.ids(num_corpus)
-  wanted = getattr(method, "num_target", None)
-  if wanted is not None and wanted > num_target:
-    raise ValueError(
-      f"method {method.name!r} has num_target={wanted} (TARGET_INSTANCES), but the target's dev "
-      f"part has {num_target} instances; lower it, or set None for all."
-    )
-  if isinstance(method, PMP):
-    size, what = method.batch_size, "batch_size (INNER_BATCH_SIZE)"
-    if method.inner_data == "proxies" and size > proxy_set.num_proxies:
-      raise ValueError(
-        f"method {method.name!r} has {what} of {size}, more than the {proxy_set.num_proxies} "
-        "proxies that it draws from; lower it or raise PROXIES."
-      )
-  elif isinstance(method, InfluenceScores):
-    size, what = method.num_hessian, "num_hessian"
-  else:
-    return
+  check_most_target(method, num_target, f"the target's dev part has {num_target} instances")
+  size, what = _inner_size(method)
   if size > num_corpus:
     raise ValueError(
       f"method {method.name!r} has {what} of {size}, more than the corpus's {num_corpus} "
       "instances; lower it or enlarge the corpus."
+    )
+  check_inner_size(method, proxy_set.count(num_corpus), num_shards)
+
+
+def check_most_target(method, most: int, why: str) -> None:
+  """Refuses a number of target instances that is more than there can be."""
+  wanted = getattr(method, "num_target", None)
+  if isinstance(wanted, int) and wanted > most:
+    raise ValueError(
+      f"method {method.name!r} has num_target={wanted} (TARGET_INSTANCES), but {why}; lower it, "
+      "or set None for all."
+    )
+
+
+def check_inner_size(method, num_proxies: int, num_shards: int) -> None:
+  """Refuses an inner batch that the proxies or the mesh cannot give."""
+  size, what = _inner_size(method)
+  if getattr(method, "inner_data", None) == "proxies" and size > num_proxies:
+    raise ValueError(
+      f"method {method.name!r} has {what} of {size}, more than the {num_proxies} proxies that it "
+      "draws from; lower it or raise PROXIES."
     )
   if size % num_shards:
     raise ValueError(
       f"method {method.name!r} has {what} of {size}, which does not split over the mesh's "
       f"{num_shards} data shards; set it to a multiple of {num_shards}."
     )
+
+
+def _inner_size(method) -> tuple[int, str]:
+  """Instances that a method takes together, and what they are called; 0 of other methods."""
+  if isinstance(method, PMP):
+    return method.batch_size, "batch_size (INNER_BATCH_SIZE)"
+  if isinstance(method, InfluenceScores):
+    return method.num_hessian, "num_hessian"
+  return 0, ""
+
+
+def fewer_than_most(
+  method, proxy_set: ProxySet, *, num_corpus: int, num_target: int
+) -> list[str]:
+  """Sentences that tell where "auto" takes less than its bound; arguments as for `check_sizes`."""
+  if not hasattr(method, "score_proxies"):
+    return []
+  told = []
+  if proxy_set.num_proxies == AUTO and num_corpus < proxy_set.most:
+    told.append(
+      f"all {num_corpus} instances of the corpus are proxies, fewer than "
+      f"pds.ProxySet.max_proxies={proxy_set.most}"
+    )
+  if getattr(method, "num_target", None) == AUTO and num_target < method.max_target:
+    told.append(
+      f"method {method.name!r} takes all {num_target} instances of the target's dev part, fewer "
+      f"than max_target={method.max_target}"
+    )
+  return told
 
 
 @component(module="pds")
@@ -280,7 +336,9 @@ class PMP:
     num_steps: inner steps, T.
     batch_size: instances of an inner step, drawn from the corpus by `data_seed`.
     checkpoints: proxy steps to start from; None: the proxy's last.
-    num_target: random instances of the target's dev part in J; None: all.
+    num_target: random instances of the target's dev part in J; None: all; "auto": `max_target`, or
+      all where there are fewer.
+    max_target: most that "auto" takes.
     objective: "area" (the paper's) or "terminal".
     every_k, groups, proxy_samples: which costates score the proxies, see `control.pmp_scores`.
     hessian: False drops the Hessian term, a cheap ablation.
@@ -307,7 +365,8 @@ class PMP:
   num_steps: PositiveInt = 40
   batch_size: PositiveInt = 32
   checkpoints: Annotated[Sequence[Count], NonEmpty, Distinct] | None = None
-  num_target: PositiveInt | None = None
+  num_target: PositiveInt | Literal[AUTO] | None = None
+  max_target: PositiveInt = 128
   objective: Literal[OBJECTIVES] = "area"
   every_k: PositiveInt = 1
   groups: PositiveInt | None = None
@@ -345,6 +404,12 @@ class PMP:
           f"every_k={self.every_k}; set groups to None and every_k to 1."
         )
 
+  def target_instances(self, num: int) -> int:
+    """Instances in J, of a dev part of that size."""
+    if self.num_target == AUTO:
+      return min(self.max_target, num)
+    return self.num_target or num
+
   def inner_rows(self, partitioner: mesh.Partitioner) -> int | None:
     """Rows of an inner batch that are differentiated at a time on that mesh; None: all."""
     return partitioner.micro_batch_size(self.batch_size, self.inner_micro_batch_size)
@@ -352,7 +417,7 @@ class PMP:
   def score_proxies(self, bench: Bench) -> np.ndarray:
     """`[C,M]`: the proxies' scores from each checkpoint."""
     bench.check_sizes(self)
-    corpus, num_proxies = bench.corpus, bench.proxy_set.num_proxies
+    corpus, num_proxies = bench.corpus, len(bench.proxies["example_id"])
     proxies, proxy_batch_size = bench.place_rows(bench.proxies, self.micro_batch_size)
     inner_ids = bench.proxies["example_id"] if self.inner_data == "proxies" else None
     source = language_models.batch_source(
@@ -363,8 +428,8 @@ class PMP:
       {name: np.stack([step[name] for step in steps]) for name in steps[0]}, axis=1
     )
     weights = np.full((self.num_steps, self.batch_size), 1 / self.batch_size, np.float32)
-    target_loss = bench.target_loss(self.num_target, self.micro_batch_size)
-    num_target = len(bench.target_batch(self.num_target)["example_id"])
+    num_target = self.target_instances(len(bench.prepared.target_dev))
+    target_loss = bench.target_loss(num_target, self.micro_batch_size)
     num_segments = 2 * -(-self.num_steps // self.segment_steps)
     trajectory = self._trajectory(bench, num_target)
     rows, norms = [], collections.defaultdict(list)
@@ -455,6 +520,7 @@ class _DirectionMethod:
 
   def score_proxies(self, bench: Bench) -> np.ndarray:
     bench.check_sizes(self)
+    num_proxies = len(bench.proxies["example_id"])
     proxies, proxy_batch_size = bench.place_rows(bench.proxies, self.micro_batch_size)
     target_loss = bench.target_loss(self.num_target, self.micro_batch_size)
     gradient = jax.jit(jax.grad(target_loss))
@@ -466,10 +532,10 @@ class _DirectionMethod:
         values = processes.fetch(control.directional_scores(
           bench.example_losses, params, direction, proxies, proxy_batch_size,
           device_rows=bench.partitioner.device_rows,
-        ))[: bench.proxy_set.num_proxies]
+        ))[:num_proxies]
       rows.append(bench.divided(values, params, self.divide_by))
     num_target = len(bench.target_batch(self.num_target)["example_id"])
-    num_scored = num_target + bench.proxy_set.num_proxies
+    num_scored = num_target + num_proxies
     bench.add_flops(num_scored * bench.corpus.length * len(rows), 3)
     return np.stack(rows)
 
@@ -572,7 +638,7 @@ class RhoLoss:
     )
     before = bench.losses_of(bench.proxy_params(), bench.proxies, self.micro_batch_size)
     bench.add_flops(num_steps * size * target.length, 3)
-    bench.add_flops(2 * bench.proxy_set.num_proxies * bench.corpus.length, 1)
+    bench.add_flops(2 * len(bench.proxies["example_id"]) * bench.corpus.length, 1)
     return (before - bench.losses_of(after, bench.proxies, self.micro_batch_size))[None]
 
 

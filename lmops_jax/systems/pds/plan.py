@@ -123,15 +123,15 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
     whole_bytes=programs.gathered_bytes(params, partitioner))
   act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
                           platform=platform, loss_chunk=proxy.loss_chunk)
-  num_target = method.num_target or num_target
+  num_target = method.target_instances(num_target)
   _, target_rows = partitioner.filled_rows(num_target, method.micro_batch_size)
-  _, proxy_rows = partitioner.filled_rows(proxy_set.num_proxies, method.micro_batch_size)
+  _, proxy_rows = partitioner.filled_rows(proxy_set.most, method.micro_batch_size)
   one_by_one = {
     "Hessian product": act(inner or method.batch_size, tangents=True),
     "target gradient": act(target_rows),
     "proxy slopes": act(proxy_rows, backward=False, tangents=True),
   }
-  rows = method.num_steps * method.batch_size + num_target + proxy_set.num_proxies
+  rows = method.num_steps * method.batch_size + num_target + proxy_set.most
   on_device = {**sizes._asdict(), "data": _data_bytes(rows, length, partitioner),
                "activations": max(one_by_one.values())}
   num_segments = -(-method.num_steps // method.segment_steps)
@@ -190,7 +190,7 @@ def planned_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | 
 
 def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, sizes,
            platform) -> list[Phase]:
-  num_target = method.num_target or sizes.num_target
+  num_target = method.target_instances(sizes.num_target)
   parts = solve_parts(method, proxy, proxy_set, vocab_size, length, partitioner, num_target,
                       platform)
   policy = planned_trajectory(method, parts, memory)
@@ -233,8 +233,8 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
           starts * (step_flops + passes.target * num_target * per_row), total, reverse,
           policy_text, remedies, refusal),
     Phase(f"solve {name}, off-batch scores", num_params,
-          starts * passes.proxy * proxy_set.num_proxies * per_row, total, reverse,
-          f"{proxy_set.num_proxies:,} proxies, scored {passes.proxy // 3} times, within the "
+          starts * passes.proxy * proxy_set.most * per_row, total, reverse,
+          f"{proxy_set.most:,} proxies, scored {passes.proxy // 3} times, within the "
           "reverse pass", remedies),
   ]
 

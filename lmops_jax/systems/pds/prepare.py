@@ -19,7 +19,7 @@ import numpy as np
 from lmops_jax import pipeline
 from lmops_jax.data import documents as documents_lib
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import near_duplicates, packing, vocabularies
+from lmops_jax.data import matching, near_duplicates, packing, vocabularies
 from lmops_jax.setting_types import Count, Part, PositiveInt, Seed, at_least, component
 
 LABELS_FILE = "labels.jsonl"  # document id, kind, source: read by the report alone
@@ -122,6 +122,9 @@ def run(context: pipeline.StageContext, config: Prepare, *, write_corpus=write_c
   statistics: dict[str, Any] = {}
   target_dev, target_test = _target_documents(config, statistics)
   context.log(f"target: {len(target_dev)} documents for dev, {len(target_test)} for test")
+  for name in ("corpus", "target", "target_test"):
+    for line in matching.left_out_lines(getattr(config, name)):
+      context.log(f"{name}: {line}")
 
   packed = write_corpus(context, config, [*target_dev, *target_test])
   totals, vocabulary = packed.totals, vocabularies.load_vocabulary(out / "vocabulary")

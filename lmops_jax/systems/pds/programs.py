@@ -111,9 +111,9 @@ def solve_programs(
   example_losses = losses.lm_example_losses(model, chunk=proxy.loss_chunk)
   params = abstract_train_state(model, proxy.optimizer, partitioner)[0].params
   num_steps, segment_steps = method.num_steps, min(method.segment_steps, method.num_steps)
-  num_target = method.num_target or num_target
+  num_target = method.target_instances(num_target)
   target_rows, target_size = partitioner.filled_rows(num_target, method.micro_batch_size)
-  proxy_rows, proxy_size = partitioner.filled_rows(proxy_set.num_proxies, method.micro_batch_size)
+  proxy_rows, proxy_size = partitioner.filled_rows(proxy_set.most, method.micro_batch_size)
   target = MeanTargetLoss(
     abstract_batch(partitioner, target_rows, length), example_losses, target_size, num_target,
     partitioner.device_rows)
@@ -143,7 +143,7 @@ def solve_programs(
     method.optimizer, params, segment_steps, is_reverse=is_reverse, trajectory=trajectory,
     objective=method.objective, hessian=method.hessian,
     num_scored=num_scored / num_segments) for is_reverse in (False, True))
-  sizes = control.Passes(method.batch_size, num_target, proxy_set.num_proxies)
+  sizes = control.Passes(method.batch_size, num_target, proxy_set.most)
   common = dict(steps=segment_steps, remedies=solve_remedies(method, proxy, partitioner),
                 bytes_beside=device_bytes(params))
   return [

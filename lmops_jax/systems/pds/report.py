@@ -266,6 +266,8 @@ class _View:
       ["held out", corpus["num_held_out"]],
       *([f"left out: {reason}", num] for reason, num in corpus["dropped"].items()),
       ["left out: shared with the target", len(corpus["overlaps_with_target"])],
+      *([f"left out of the target: {reason}", num]
+        for reason, num in statistics["target"]["dropped"].items()),
       *([f"{part} {unit}", statistics[part][f"num_{unit}"]]
         for part in ("target_dev", "target_test") for unit in ("documents", "instances")),
     ]

@@ -28,6 +28,7 @@ from lmops_jax.systems.pds import (
   scorer,
   scores,
   select,
+  selection,
 )
 from lmops_jax.training import language_models, mesh
 
@@ -93,13 +94,21 @@ class Pipeline:
           f"attention={kind!r} cannot; give PROXY_MODEL 'xla' or 'chunked'."
         )
     if any(hasattr(method, "score_proxies") for method in self.methods):
-      train, _ = scorer.split(self.proxy_set.num_proxies, self.scorer.validation_fraction, 0)
-      if len(train) < self.scorer.batch_size:
-        raise ValueError(
-          f"pds.Scorer.batch_size={self.scorer.batch_size} is more than the {len(train)} proxies "
-          f"that are left to train on of pds.ProxySet.num_proxies={self.proxy_set.num_proxies}; "
-          "raise PROXIES or lower the batch size."
-        )
+      self._check_scorer(self.proxy_set.most, "raise PROXIES")
+
+    most = self.prepare.max_target_instances
+    if most is not None:
+      why = f"pds.Prepare.max_target_instances={most} leaves no more of the target"
+      for method in self.methods:
+        methods.check_most_target(method, most, why)
+
+  def _check_scorer(self, num_proxies: int, remedy: str) -> None:
+    train, _ = scorer.split(num_proxies, self.scorer.validation_fraction, 0)
+    if len(train) < self.scorer.batch_size:
+      raise ValueError(
+        f"pds.Scorer.batch_size={self.scorer.batch_size} is more than the {len(train)} of "
+        f"{num_proxies} proxies that are left to train on; {remedy} or lower the batch size."
+      )
 
   def _models(self):
     return self.proxy.model, self.pretrain.model, self.scorer.trunk(self.proxy)
@@ -114,6 +123,8 @@ class Pipeline:
     partitioner = partitioner or mesh.single_device()
     for config in self._models():
       attention.check_platform(config.attention, partitioner.platform)
+    for method in self.methods:
+      methods.check_inner_size(method, self.proxy_set.most, partitioner.num_batch_shards)
 
     def part(*names: str) -> dict[str, str]:
       return {
@@ -234,10 +245,23 @@ class Pipeline:
   def _train_proxy(self, context, partitioner) -> None:
     """Trains the proxy, after all that prepared data can be too small for is checked."""
     prepared = prepare.Prepared(context.input("prepare"))
+    num_corpus, num_target = len(prepared.corpus), len(prepared.target_dev)
+    told: dict[str, None] = {}
     for method in self.methods:
+      sizes = {"num_corpus": num_corpus, "num_target": num_target}
       methods.check_sizes(
-        method, self.proxy_set, num_corpus=len(prepared.corpus),
-        num_target=len(prepared.target_dev), num_shards=partitioner.num_batch_shards,
+        method, self.proxy_set, **sizes, num_shards=partitioner.num_batch_shards)
+      told |= dict.fromkeys(methods.fewer_than_most(method, self.proxy_set, **sizes))
+    if any(hasattr(method, "score_proxies") for method in self.methods):
+      self._check_scorer(self.proxy_set.count(num_corpus), "enlarge the corpus")
+    for sentence in told:
+      context.log(sentence)
+    num_selected = selection.num_selected(num_corpus, ratio=self.select.ratio)
+    if num_selected < self.pretrain.batch_size:  # a selection may be wanted without a training
+      context.log(
+        f"pds.Select.ratio={self.select.ratio} of {num_corpus} instances selects {num_selected}, "
+        f"fewer than pds.Pretrain.batch_size={self.pretrain.batch_size}: the stage pretrain will "
+        "refuse them"
       )
     pretrain.run(context, config=self.proxy, partitioner=partitioner, seed=self.proxy_seed)
 
@@ -248,6 +272,11 @@ class Pipeline:
 
   def _solve(self, context, method, partitioner) -> None:
     bench = self._bench(context, partitioner)
+    for sentence in methods.fewer_than_most(
+      method, self.proxy_set, num_corpus=len(bench.corpus),
+      num_target=len(bench.prepared.target_dev),
+    ):
+      context.log(sentence)
     values = np.atleast_2d(method.score_proxies(bench))
     ids = bench.proxies["example_id"]
     if values.shape[1] != len(ids):

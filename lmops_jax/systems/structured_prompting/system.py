@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lmops_jax import pipeline
-from lmops_jax.data.tasks import Example, Task, TaskSource, demonstrations, read_task
+from lmops_jax.data.tasks import Example, Task, TaskSource, checked, demonstrations, read_task
 from lmops_jax.models import flops
 from lmops_jax.setting_types import Count, Distinct, NonEmpty, Seeds, component
 from lmops_jax.systems.structured_prompting import report
@@ -81,15 +81,17 @@ class Pipeline:
         "it once, on a machine that holds all the devices."
       )
     partitioner = partitioner or mesh.single_device()
-    stages = self.model.stages(settings.child("model"), partitioner)
-    before = tuple(stage.name for stage in stages)
+    check = functools.partial(
+      _parts, counts=self.counts, seed=self.seeds[0], balanced=self.prompting.balanced)
+    readings = [
+      checked(task.stage(settings.child("tasks")[i]), check) for i, task in enumerate(self.tasks)]
+    of_model = self.model.stages(settings.child("model"), partitioner)
+    before = tuple(stage.name for stage in of_model)
+    stages = [*readings, *of_model]  # what the tasks are too small for is told first
     model = self.model.settings(settings.child("model"))
     prompting = {f"prompting.{k}": v for k, v in settings.child("prompting").flatten().items()}
     evaluated = []
-    for i, task in enumerate(self.tasks):
-      reading = task.stage(settings.child("tasks")[i])
-      read = reading.name
-      stages.append(reading)
+    for task, read in zip(self.tasks, [stage.name for stage in readings], strict=True):
       for seed in self.seeds:
         name = f"prompt/{task.name}/seed{seed}"
         evaluated.append((task.name, seed, name))

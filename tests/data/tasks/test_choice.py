@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 
 import pytest
@@ -112,3 +113,11 @@ def test_refuses_while_loading(tmp_path, changes, match):
 def test_a_written_task_is_read_back(tmp_path, task):
   write_task(tmp_path, task)
   assert read_task(tmp_path) == task
+
+
+def test_what_cannot_be_read_is_refused_before_the_stage(tmp_path):
+  os.mkfifo(tmp_path / "fifo.jsonl")
+  (tmp_path / "gone.jsonl").symlink_to("/nowhere/x")
+  for name, message in (("fifo", "is a FIFO"), ("gone", "is a link to /nowhere/x")):
+    with pytest.raises(ValueError, match=message):
+      _choice(str(tmp_path / f"{name}.jsonl")).fingerprints()

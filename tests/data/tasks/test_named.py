@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -301,3 +302,19 @@ def test_the_table_has_a_line_for_each_task_and_loads_nothing_heavy():
              f"print(sorted({heavy} & set(sys.modules)))")
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert done.stdout.splitlines() == [*lines, "[]"], done
+
+
+@pytest.mark.parametrize("stem", ["train", "test"])
+def test_a_file_that_is_a_link_to_nothing_is_not_passed_over(tmp_path, stem):
+  for name in ("train", "test", "validation"):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROWS["sst2"]))
+  (tmp_path / f"{stem}.jsonl").unlink()
+  (tmp_path / f"{stem}.jsonl").symlink_to("/nowhere/x")
+  with pytest.raises(ValueError, match=f"{stem}.jsonl cannot be read"):
+    tasks.named_task("sst2", data=tmp_path)
+
+
+def test_a_fifo_is_refused(tmp_path):
+  os.mkfifo(tmp_path / "test.jsonl")
+  with pytest.raises(ValueError, match="test.jsonl is a FIFO"):
+    tasks.named_task("sst2", data=tmp_path)

@@ -1,6 +1,7 @@
 """Templates of the user's own, and rows from files."""
 
 import json
+import os
 
 import pytest
 
@@ -70,6 +71,27 @@ def test_labels_are_numbers_or_words(tmp_path):
 def test_bad_rows_are_named(tmp_path, rows, message):
   with pytest.raises(ValueError, match=message):
     tasks.jsonl_task(_write(tmp_path / "t.jsonl", rows), TEMPLATE, ["bad", "good"])
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(tmp_path, value):
+  """pandas writes a missing text as NaN."""
+  path = tmp_path / "t.jsonl"
+  path.write_text(f'{{"text": "a", "label": 0}}\n{{"text": {value}, "label": 0}}\n')
+  with pytest.raises(ValueError, match=r"t.jsonl:2 has (nan|-?inf) in its field 'text'; expected"):
+    tasks.jsonl_task(path, TEMPLATE, ["bad", "good"])
+
+
+def test_a_file_saved_on_windows_and_one_whose_name_is_not_utf_8(tmp_path):
+  place = os.path.join(os.fsencode(tmp_path), b"caf\xe9.jsonl")
+  with open(place, "wb") as file:
+    file.write(b'\xef\xbb\xbf{"text": "a", "label": 0}\r\n{"text": "b", "label": 2}\r\n')
+  task = tasks.jsonl_task(os.fsdecode(place), TEMPLATE, ["bad", "good", "fine"])
+  assert task.name == "caf\\udce9" and [row.prompt for row in task.rows] == [
+    "Review: a\nSentiment:", "Review: b\nSentiment:"]
+  with pytest.raises(ValueError, match=r"caf\\udce9.jsonl:2 has the label 2") as found:
+    tasks.jsonl_task(os.fsdecode(place), TEMPLATE, ["bad", "good"])
+  str(found.value).encode()
 
 
 def test_lines_that_are_no_json_are_named(tmp_path):

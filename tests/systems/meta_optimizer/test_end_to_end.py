@@ -76,7 +76,8 @@ def test_running_again_is_free_and_another_task_runs_alone(finished, capsys):
   (["--gin.SEEDS=[]"], "seeds=[] must be a list of one or more different"),
   (["--gin.SEEDS=[1, 1]"], "seeds=[1, 1] must be a list of one or more different"),
   (["--gin.RATES=[-1.0]"], "rates[0]=-1.0"), (["--gin.READOUT='end'"], "readout='end'"),
-  (["--gin.DEMONSTRATIONS=99"], "99 demonstrations are wanted and the training rows are 14"),
+  (["--gin.DEMONSTRATIONS=99"],
+   "stage task/toy: task toy: 99 demonstrations are wanted and the training rows are 14"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, match):
   code, printed = lmops(

@@ -119,6 +119,27 @@ def test_more_proxies_than_instances(lmops, corpus, target):
   assert code == 2 and "num_proxies=100000" in printed
 
 
+def test_a_default_is_an_upper_bound_and_a_number_is_strict(lmops, tmp_path, corpus):
+  few = _jsonl(tmp_path / "few.jsonl", _texts(4, 2))
+  code, printed = lmops(corpus, few, "--gin.TARGET_INSTANCES=32")
+  assert code == 2 and "num_target=32 (TARGET_INSTANCES), but the target's dev part has" in printed
+  code, printed = lmops(corpus, few, "--gin.RATIO=0.01")
+  assert code == 0 and "instances of the target's dev part, fewer than max_target=32" in printed
+  assert "max_proxies" not in printed  # there are enough
+  assert "fewer than pds.Pretrain.batch_size=16: the stage pretrain will refuse" in printed
+
+
+def test_what_can_be_known_is_refused_before_the_first_stage(lmops, corpus, target, tmp_path):
+  for binding, message in (
+    ("TARGET_INSTANCES=49", "num_target=49 (TARGET_INSTANCES), but pds.Prepare.max_target_inst"),
+    ("MESH=@mesh.make()", "INNER_BATCH_SIZE) of 9, which does not split"),
+  ):
+    more = ("--gin.mesh.make.data=8", "--gin.INNER_BATCH_SIZE=9") if "MESH" in binding else ()
+    code, printed = lmops(corpus, target, f"--gin.{binding}", *more)
+    assert code == 2 and message in printed
+  assert not (tmp_path / "run").exists()
+
+
 def test_sequences_longer_than_the_model(lmops, corpus, target):
   code, printed = lmops(corpus, target, "--gin.LENGTH=256")
   assert code == 2 and "length=256" in printed and "max_length=128" in printed
@@ -190,6 +211,7 @@ SGD, MODEL = optimizers.sgd(0.1), TransformerConfig()
     (lambda: methods.InfluenceScores(num_hessian=100), "num_hessian=100"),
     (lambda: methods.Perplexity(prefer="high"), "prefer='high'"),
     (lambda: methods.ProxySet(num_proxies=1), "num_proxies=1"),
+    (lambda: methods.ProxySet(max_proxies=1), "max_proxies=1"),
   ],
 )
 def test_settings_are_checked_when_they_are_built(make, message):

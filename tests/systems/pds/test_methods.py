@@ -254,6 +254,23 @@ def test_sizes_that_do_not_fit_are_refused_first(tmp_path, method, sizes, messag
     method.score_proxies(bench)
 
 
+def test_auto_takes_up_to_its_bound_and_tells_where_there_are_fewer():
+  proxy_set, method = methods.ProxySet(max_proxies=20), methods.PMP(SGD, num_target="auto")
+  assert proxy_set.most == 20 and [proxy_set.count(n) for n in (12, 20, 21)] == [12, 20, 20]
+  np.testing.assert_array_equal(proxy_set.ids(64), methods.ProxySet(20).ids(64))
+  np.testing.assert_array_equal(proxy_set.ids(12), np.arange(12))
+  assert [method.target_instances(n) for n in (33, 128, 500)] == [33, 128, 128]
+  few, enough = {"num_corpus": 12, "num_target": 33}, {"num_corpus": 20, "num_target": 128}
+  assert methods.fewer_than_most(method, proxy_set, **few) == [
+    "all 12 instances of the corpus are proxies, fewer than pds.ProxySet.max_proxies=20",
+    "method 'pds' takes all 33 instances of the target's dev part, fewer than max_target=128",
+  ]
+  assert methods.fewer_than_most(method, proxy_set, **enough) == []
+  assert methods.fewer_than_most(methods.PMP(SGD), methods.ProxySet(8), **few) == []
+  with pytest.raises(ValueError, match="the corpus has 3 instances, too few"):
+    proxy_set.count(3)
+
+
 def test_methods_of_the_whole_corpus_need_no_proxies():
   methods.check_sizes(
     methods.Perplexity(), methods.ProxySet(100), num_corpus=10, num_target=1, num_shards=7

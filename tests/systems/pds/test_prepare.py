@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmops_jax import pipeline
-from lmops_jax.data import PythonReference, documents, vocabularies
+from lmops_jax.data import PythonReference, documents, files, vocabularies
 from lmops_jax.systems.pds import prepare
 
 
@@ -123,3 +123,22 @@ def test_counts_of_both_readings_agree(prepared):
   counts: collections.Counter[str] = collections.Counter()
   list(config.corpus.documents(counts))
   assert parts.statistics()["corpus"]["dropped"] == dict(counts)
+
+
+def test_files_that_are_not_read_are_told_and_counted(tmp_path):
+  (tmp_path / "corpus").mkdir()
+  rows = "".join(json.dumps({"text": d.text}) + "\n" for d in Texts("corpus", 90).rows)
+  for name in ("part.jsonl", "._part.jsonl", "notes.md", "late.JSONL"):
+    (tmp_path / "corpus" / name).write_text(rows)
+  config = prepare.Prepare(
+    files.Jsonl(str(tmp_path / "corpus")), Texts("target!", 20),
+    vocabularies.TrainSentencePiece(vocab_size=320, sample_bytes=50_000), length=32,
+    num_held_out=10,
+  )
+  (tmp_path / "out").mkdir()
+  told = []
+  prepare.run(pipeline.StageContext("prepare", tmp_path / "out", {}, told.append), config)
+  dropped = prepare.Prepared(tmp_path / "out").statistics()["corpus"]["dropped"]
+  assert dropped == {"hidden": 1, "other_ending": 2}
+  assert "prepare: corpus: 1 left out (hidden): ._part.jsonl" in told
+  assert "prepare: corpus: 2 left out (other_ending): late.JSONL, notes.md" in told

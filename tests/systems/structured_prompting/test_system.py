@@ -205,7 +205,8 @@ def test_a_balanced_window_is_one_group_too(files, tmp_path):
 
 
 @pytest.mark.parametrize("bindings, message", [
-  (["--gin.COUNTS=[0, 29]"], "29 demonstrations are asked for and the task rows has 28 rows"),
+  (["--gin.COUNTS=[0, 29]"],
+   "stage task/rows: 29 demonstrations are asked for and the task rows has 28 rows"),
   (["--gin.ROWS=None", "--gin.COUNTS=[40]"], "has 40 rows, all of them demonstrations"),
   (["--gin.LABELS=['a', 'a']"], "labels=['a', 'a'] must be a list of 2 or more different"),
   (["--gin.tasks.choose.template='{text}{text}{text}{text}{text}{text}{text}{text}{text}{text}:{label}'",

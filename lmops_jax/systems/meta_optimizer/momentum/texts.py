@@ -18,7 +18,7 @@ from annotated_types import MultipleOf
 
 from lmops_jax import pipeline
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import near_duplicates, packing, vocabularies
+from lmops_jax.data import matching, near_duplicates, packing, vocabularies
 from lmops_jax.data.documents import Corpus, Document
 from lmops_jax.data.hashing import order_key
 from lmops_jax.data.vocabularies import VocabularySource
@@ -94,6 +94,8 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
     )
   vocabulary = vocabularies.load_vocabulary(out / "vocabulary")
   context.log(f"vocabulary: {vocabulary.vocab_size} pieces; {len(unseen)} validation documents")
+  for line in matching.left_out_lines(config.corpus):
+    context.log(f"corpus: {line}")
   index, used = near_duplicates.OverlapIndex(unseen), {document.id for document in unseen}
 
   def second_reading() -> Iterator[Document]:
@@ -130,7 +132,9 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
       out / "validation" / str(length), pack(unseen, length), vocabulary, length
     )
   context.extra["statistics"] = statistics
-  context.log(", ".join(f"{value} {key}" for key, value in statistics.items() if key != "dropped"))
+  told = {key: value for key, value in statistics.items() if key != "dropped"}
+  told |= {f"documents or files left out ({why})": num for why, num in dropped.items()}
+  context.log(", ".join(f"{value} {key}" for key, value in told.items()))
 
 
 class Prepared:
