@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.decoding import beam as beam_lib
 from lmops_jax.decoding import loop as loop_lib
 from lmops_jax.decoding import prefixes
@@ -126,8 +127,9 @@ class Generator:
       callback: called as `callback(i, piece)` with the text of result `i` as it comes; the pieces
         together are its text. Returns True to end this result. Beam search has one piece.
       row_ids: see `generate_ids`.
-      add_special: the tokenizer adds its special tokens; not to what a chat template wrote, and
-        not behind a prefix.
+      add_special: what the tokenizer puts in front of every text, a BOS for instance, stands there
+        once, also where a text begins with it; never behind a prefix. False leaves texts as they
+        are, as what a chat template wrote.
       prefix: see `generate_ids`.
 
     Returns:
@@ -139,8 +141,8 @@ class Generator:
     if self._tokenizer is None:
       raise ValueError("Generator has no tokenizer; give it one, or call generate_ids with ids.")
     stop = text_lib.check_stop(stop)
-    add_special = add_special and prefix is None
-    prompts = [list(self._tokenizer.encode(text, add_special)) for text in texts]
+    front = front_ids(self._tokenizer) if add_special and prefix is None else []
+    prompts = [encode_behind(front, self._tokenizer, text) for text in texts]
     streams = [
       text_lib.TextStream(self._tokenizer, stop, prompt)
       for prompt in prompts for _ in range(options.num_return_sequences)

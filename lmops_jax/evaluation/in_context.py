@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmops_jax.data.supervised import front_ids
+from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.data.tasks import Example, Task, demonstrations
 from lmops_jax.decoding.scoring import OptionScorer, Request, total
 from lmops_jax.models.cache import Prefix
@@ -66,8 +66,8 @@ class Encoder:
     self.start = front_ids(tokenizer) if start is None else list(start)
 
   def encode(self, text: str) -> list[int]:
-    """A prompt with what the model wants in front of it."""
-    return self.start + self._tokenizer.encode(text, False)
+    """A prompt with what the model wants in front of it, once where the text has it already."""
+    return encode_behind(self.start, self._tokenizer, text)
 
   def split(self, context: str, options: Sequence[str]) -> Request:
     """The context's and each option's ids."""
