@@ -193,10 +193,10 @@ class Generator:
       For each prompt in order its `num_return_sequences` results.
 
     Raises:
-      ValueError: for an empty prompt without BOS token, ids that the model does not have, or a
-        prompt that with `max_new_tokens` exceeds the model's `max_length`.
+      ValueError: see `checked_prompts`; or where the model's logits are not finite.
     """
-    prompts = self._checked(prompts, options, prefix)
+    bos_id = None if self._tokenizer is None else self._tokenizer.bos_id
+    prompts = checked_prompts(self._model.config, prompts, options, bos_id, prefix)
     row_ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
     if len(row_ids) != len(prompts):
       raise ValueError(f"{len(row_ids)} row_ids are given for {len(prompts)} prompts.")
@@ -211,40 +211,6 @@ class Generator:
         prompts, row_ids, rows, plan, options, callback, prefix):
         results[place] = generated
     return results
-
-  def _checked(self, prompts, options, prefix):
-    config = self._model.config
-    end = 0
-    if prefix is not None:
-      prefixes.check_model(config, prefix)
-      end = int(prefix.end)
-    bos = None if self._tokenizer is None else self._tokenizer.bos_id
-    checked = []
-    for i, prompt in enumerate(prompts):
-      prompt = [int(t) for t in prompt]
-      if not prompt:
-        if bos is None or prefix is not None:
-          raise ValueError(
-            f"prompt {i} is empty and there is no BOS token to begin with; give it some text."
-          )
-        prompt = [bos]
-      prefixes.check_length(config, end, len(prompt) + options.max_new_tokens, f"prompt {i}")
-      if prefix is None and len(prompt) + options.max_new_tokens > config.max_length:
-        together = "" if len(prompt) > config.max_length else (
-          f" and decoding.GenerationOptions.max_new_tokens={options.max_new_tokens} more"
-        )
-        raise ValueError(
-          f"prompt {i} has {len(prompt)} tokens{together}, and the model's context is "
-          f"{config.max_length} tokens; shorten the prompt or ask for fewer new tokens."
-        )
-      worst = max(prompt) if min(prompt) >= 0 else min(prompt)
-      if not 0 <= worst < config.vocab_size:
-        raise ValueError(
-          f"prompt {i} has token id {worst}, which is not among the model's {config.vocab_size} "
-          "ids; use the model's own tokenizer."
-        )
-      checked.append(prompt)
-    return checked
 
   def _eos_ids(self, options):
     if options.eos_ids is not None:
@@ -385,6 +351,52 @@ def _read_beams(state, prompt_lengths, plan, options, stopped):
       reason = "eos" if ids[-1] in plan.eos_ids else "length"
       answers.append(Generated(ids, log_probs[b, k, :n].tolist(), reason, float(scores[b, k])))
     yield answers
+
+
+def checked_prompts(
+  config, prompts: Sequence[Sequence[int]], options: GenerationOptions, bos_id: int | None = None,
+  prefix: Prefix | None = None,
+) -> list[list[int]]:
+  """The prompts as a model can continue them, an empty one as BOS; needs no parameters.
+
+  The last new token is not read, so a prompt with its new tokens may have one token more than the
+  model has positions.
+
+  Raises:
+    ValueError: for an empty prompt without BOS token, ids that the model does not have, or a prompt
+      that is too long with `max_new_tokens`; names the prompt by its index.
+  """
+  end = 0
+  if prefix is not None:
+    prefixes.check_model(config, prefix)
+    end = int(prefix.end)
+  checked = []
+  for i, prompt in enumerate(prompts):
+    prompt = [int(t) for t in prompt]
+    if not prompt:
+      if bos_id is None or prefix is not None:
+        raise ValueError(
+          f"prompt {i} is empty and there is no BOS token to begin with; give it some text."
+        )
+      prompt = [bos_id]
+    num_read = len(prompt) + options.max_new_tokens - 1
+    prefixes.check_length(config, end, num_read, f"prompt {i}")
+    if prefix is None and num_read > config.max_length:
+      together = "" if len(prompt) > config.max_length else (
+        f" and decoding.GenerationOptions.max_new_tokens={options.max_new_tokens} more"
+      )
+      raise ValueError(
+        f"prompt {i} has {len(prompt)} tokens{together}, and the model's context is "
+        f"{config.max_length} tokens; shorten the prompt or ask for fewer new tokens."
+      )
+    worst = max(prompt) if min(prompt) >= 0 else min(prompt)
+    if not 0 <= worst < config.vocab_size:
+      raise ValueError(
+        f"prompt {i} has token id {worst}, which is not among the model's {config.vocab_size} "
+        "ids; use the model's own tokenizer."
+      )
+    checked.append(prompt)
+  return checked
 
 
 def _for_decoding(model, params, partitioner):
