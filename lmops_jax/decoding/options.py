@@ -6,8 +6,11 @@ import dataclasses
 import math
 
 import gin
+import numpy as np
 
 _NAME = "decoding.GenerationOptions"
+_MOST = 2**20  # beams, answers a prompt, and ids in an n-gram: far more than memory or use
+_SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @gin.register(module="decoding")
@@ -73,6 +76,9 @@ class GenerationOptions:
       value = getattr(self, field)
       if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{_NAME}.{field}={value!r} must be an integer of at least {least}.")
+    for field in ("no_repeat_ngram", "num_return_sequences", "num_beams"):
+      if getattr(self, field) > _MOST:
+        raise ValueError(f"{_NAME}.{field}={getattr(self, field)} must be at most {_MOST}.")
     for field, low, high in (
       ("repetition_penalty", 0, math.inf), ("temperature", 0, math.inf), ("top_p", 0, 1),
       ("min_p", 0, 1), ("diversity_penalty", 0, math.inf),
@@ -84,6 +90,11 @@ class GenerationOptions:
           f"{_NAME}.{field}={value!r} must be a number"
           + ("" if low == -math.inf else f" of at least {low}" if high > 1 else " from 0 to 1")
           + "."
+        )
+      if value and not _SMALLEST <= abs(value) <= _LARGEST:
+        raise ValueError(
+          f"{_NAME}.{field}={value!r} is no number in float32; take one from {_SMALLEST:.1g} to "
+          f"{_LARGEST:.1g}, or 0."
         )
     for field in ("repetition_penalty", "top_p"):
       if not getattr(self, field):

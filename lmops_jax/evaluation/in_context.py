@@ -120,6 +120,26 @@ def evaluate(
     ValueError: an unknown normalisation, open answers, too few rows, two labels with the same
       tokens, no prompt for "null", or a prompt longer than the model's context.
   """
+  rows, front = rows_and_front(
+    task, shots=shots, seed=seed, train=train, balanced=balanced, normalisation=normalisation,
+    separator=separator)
+  try:
+    scores, num_tokens = score_rows(
+      scorer, Encoder(tokenizer), task, rows, front=front, normalisation=normalisation,
+      progress=progress)
+  except ValueError as error:
+    raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
+  return outcome(rows, scores, shots, num_tokens)
+
+
+def rows_and_front(
+  task: Task, *, shots: int = 0, seed: int = 0, train: Sequence[Example] | None = None,
+  balanced: bool = False, normalisation: str = "sum", separator: str = SEPARATOR,
+) -> tuple[list[Example], str]:
+  """The rows to score and the demonstrations in front of each; needs no model.
+
+  Arguments and errors are those of `evaluate`.
+  """
   if normalisation not in NORMALISATIONS:
     raise ValueError(
       f"normalisation={normalisation!r} is not one of {', '.join(NORMALISATIONS)}."
@@ -143,14 +163,7 @@ def evaluate(
       f"the task {task.name} has {len(task.rows)} rows, all of them demonstrations; give others "
       "with --train."
     )
-  front = "".join(row.demonstration + separator for row in drawn)
-  try:
-    scores, num_tokens = score_rows(
-      scorer, Encoder(tokenizer), task, rows, front=front, normalisation=normalisation,
-      progress=progress)
-  except ValueError as error:
-    raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
-  return outcome(rows, scores, shots, num_tokens)
+  return rows, "".join(row.demonstration + separator for row in drawn)
 
 
 def score_rows(
