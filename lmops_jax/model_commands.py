@@ -134,6 +134,11 @@ def _load(arguments):
     arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
     attention=arguments.attention,
   )
+  if not getattr(source.config, "causal", False):
+    raise ValueError(
+      f"{arguments.model} is a model of the family {source.family} that does not continue a text; "
+      f"lmops {arguments.command} needs a decoder."
+    )
   return source, source.tokenizer(), partitioner
 
 
@@ -158,8 +163,20 @@ def _generate(arguments) -> None:
   prompts = _prompts(arguments)
   if arguments.system is not None and not arguments.chat:
     raise ValueError("--system is a message in front of a chat; add --chat, or leave it out.")
+  for i, text in enumerate(prompts):
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"prompt {i} holds {text[error.start]!r}, half a character or a byte that is no UTF-8; "
+        "write the text in UTF-8."
+      ) from error
+  from lmops_jax.data.supervised import encode_behind, front_ids
   from lmops_jax.decoding import GenerationOptions, Generator
+  from lmops_jax.decoding.generate import checked_prompts
+  from lmops_jax.decoding.text import check_stop
 
+  check_stop(arguments.stop)
   names = (
     "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "no_repeat_ngram", "num_beams", "num_beam_groups", "diversity_penalty", "length_penalty",
@@ -175,6 +192,10 @@ def _generate(arguments) -> None:
       tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
       for text in prompts
     ]
+  front = [] if arguments.chat else front_ids(tokenizer)
+  checked_prompts(
+    source.config, [encode_behind(front, tokenizer, text) for text in texts], options,
+    tokenizer.bos_id)
   generator = Generator(source.model, source.params(partitioner), tokenizer, partitioner)
   if len(texts) == 1 and options.num_beams == options.num_return_sequences == 1 and not (
     arguments.json
@@ -208,10 +229,15 @@ def _score(arguments) -> None:
   from lmops_jax.decoding.scoring import OptionScorer
   from lmops_jax.evaluation import in_context
 
-  if arguments.output and not Path(arguments.output).expanduser().parent.is_dir():
-    raise ValueError(
-      f"--output {arguments.output} lies in a folder that does not exist; make it first.")
+  if arguments.batch_tokens < 1:
+    raise ValueError(f"--batch-tokens {arguments.batch_tokens} must be at least 1.")
   task, train = _task(arguments)
+  how = dict(
+    shots=arguments.shots, seed=arguments.seed, train=train, balanced=arguments.balanced,
+    normalisation=arguments.normalise)
+  in_context.rows_and_front(task, **how)  # what is wrong with them is told before a model is read
+  if arguments.output:
+    _check_output(arguments.output)
   if task.skipped:
     print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
           "empty or repeated one, or no answer.", file=sys.stderr)
@@ -221,10 +247,7 @@ def _score(arguments) -> None:
   )
   prompts = sum(len(row.prompts) or 1 for row in task.rows)
   with progress_lib.Progress(prompts, "prompts", "scoring") as bar:
-    result = in_context.evaluate(
-      scorer, tokenizer, task, shots=arguments.shots, seed=arguments.seed, train=train,
-      balanced=arguments.balanced, normalisation=arguments.normalise, progress=bar.update,
-    )
+    result = in_context.evaluate(scorer, tokenizer, task, **how, progress=bar.update)
   if arguments.output:
     with Path(arguments.output).expanduser().open("w", encoding="utf-8") as file:
       for i in range(len(result.labels)):
@@ -238,6 +261,17 @@ def _score(arguments) -> None:
   for i, word in enumerate(task.words):
     print(f"  {word:{width}}  {result.confusion[i].sum():4}  {result.confusion[:, i].sum():9}  "
           f"{result.confusion[i, i]:5}")
+
+
+def _check_output(path: str) -> None:
+  """Opens the file, which is written at the end, so that hours of scoring are not lost then."""
+  file = Path(path).expanduser()
+  if not file.parent.is_dir():
+    raise ValueError(f"--output {path} lies in a folder that does not exist; make it first.")
+  try:
+    file.open("a").close()
+  except OSError as error:
+    raise ValueError(f"--output {path} cannot be written ({error.strerror}).") from error
 
 
 def _task(arguments):

@@ -1,8 +1,8 @@
 """Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere.
 
 A terminal gets a tqdm bar. A log file or a pipe gets one line when the work has taken a while, then
-one at every interval, then one at the end, so that a log of hours stays readable. Nothing here
-imports jax.
+one at every interval, then one at the end, so that a log of hours stays readable. Rate and time
+left are those after the first update, in which programs are compiled. Nothing here imports jax.
 """
 
 import contextlib
@@ -56,7 +56,8 @@ class Progress:
     total: number of units, or None where it is not known beforehand.
     unit: plural name of what is counted ("steps", "documents").
     description: what is being done, put in front.
-    initial: units done by an earlier attempt; they count as done, not towards the rate.
+    initial: units done by an earlier attempt; they count as done, and like those of the first
+      update not towards the rate.
     stream: where to draw (default stderr).
     first_line_seconds, interval_seconds: when a stream that is no terminal gets a line.
     quiet: show nothing, only count; for the other processes of a job.
@@ -74,15 +75,16 @@ class Progress:
     self._start = clock()
     self._next_line = float("inf") if quiet else self._start + first_line_seconds
     self._lines, self._closed, self._note = 0, False, ""
+    self._first: tuple[int, float] | None = None  # done and time after the first update
     self._bar = None
     if not quiet and getattr(self._stream, "isatty", lambda: False)():
-      from tqdm import tqdm
-      self._bar = tqdm(total=total, initial=initial, unit=f" {unit}", desc=description or None,
-                       file=self._stream, dynamic_ncols=True, leave=False, smoothing=0.1)
+      self._bar = self._make_bar()
 
   def update(self, n: int = 1, **figures: float) -> None:
     """Adds `n` done units; `figures` (for example `loss=3.2`) are shown beside the count."""
     self.done += n
+    if n and self._first is None:
+      self._first = self.done, self._clock()
     if figures:
       self._note = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
     if self._bar is not None:
@@ -103,23 +105,41 @@ class Progress:
       self._bar.close()
     elif self._lines:
       seconds = max(self._clock() - self._start, 0.0)
-      self._write(f"{self._count()} in {format_seconds(seconds)}{self._rate(seconds)}")
+      self._write(f"{self._count()} in {format_seconds(seconds)}{self._rate(self._per_second())}")
 
   def _count(self) -> str:
     of = "" if self.total is None else f"/{self.total}"
     return f"{self.done}{of} {self.unit}"
 
-  def _rate(self, seconds: float) -> str:
-    done = self.done - self.initial
-    return f", {format_count(done / seconds)} {self.unit}/s" if seconds > 0 and done else ""
+  def _make_bar(self):
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+      """Shows our rate, and "?" as long as there is none."""
+
+      @property
+      def format_dict(bar):
+        return {**super().format_dict, "rate": self._per_second()}
+
+    return Bar(total=self.total, initial=self.initial, unit=f" {self.unit}", leave=False,
+               desc=self.description or None, file=self._stream, dynamic_ncols=True)
+
+  def _per_second(self) -> float:
+    """Units a second after the first update; 0 where nothing is known yet."""
+    if self._first is None:
+      return 0.0
+    done, since = self._first
+    seconds = self._clock() - since
+    return (self.done - done) / seconds if seconds > 0 else 0.0
+
+  def _rate(self, rate: float) -> str:
+    return f", {format_count(rate)} {self.unit}/s" if rate else ""
 
   def _status(self) -> str:
-    seconds = self._clock() - self._start
-    text = self._count() + self._rate(seconds)
-    done = self.done - self.initial
-    if self.total is not None and done and self.done < self.total:
-      left = seconds * (self.total - self.done) / done
-      text += f", {format_seconds(left)} left"
+    rate = self._per_second()
+    text = self._count() + self._rate(rate)
+    if rate and self.total is not None and self.done < self.total:
+      text += f", {format_seconds((self.total - self.done) / rate)} left"
     return f"{text}, {self._note}" if self._note else text
 
   def _write(self, text: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from lmops_jax import cli, model_commands
 from lmops_jax.pretrained import sources
+from lmops_jax.pretrained.model import PretrainedModel
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
 from tests import model_folders
 
@@ -151,6 +152,61 @@ def test_special_files_of_a_model_are_named_and_not_waited_for(lmops, folder, tm
   os.mkfifo(tmp_path / "model.gguf")
   error = lmops("generate", "--model", tmp_path / "model.gguf", "--prompt", "x", fails=True)
   assert "model.gguf is a FIFO, not a regular file" in error
+
+
+@pytest.fixture
+def unread(monkeypatch):
+  """Fails where the weights of a model are read."""
+  def params(*_):
+    raise AssertionError("the model is read")
+
+  monkeypatch.setattr(PretrainedModel, "params", params)
+
+
+@pytest.mark.parametrize("arguments,message", [
+  (("--temperature", "-1"), "temperature=-1.0 must be a number of at least 0"),
+  (("--temperature", "1", "--top-p", "2"), "top_p=2.0 must be a number above 0 and at most 1"),
+  (("--beams", "0"), "num_beams=0 must be an integer of at least 1"),
+  (("--max-new-tokens", "-1"), "max_new_tokens=-1 must be an integer"),
+  (("--max-new-tokens", "256"), "prompt 0 has 2 tokens and .*max_new_tokens=256 more"),
+  (("--max-new-tokens", 10**30), "prompt 0 has 2 tokens and .* the model's context is 256"),
+  (("--prompt", "y" * 300), "prompt 1 has 301 tokens, and the model's context is 256"),
+  (("--prompt", "caf\udce9"), r"prompt 1 holds '\\udce9', half a character"),
+  (("--stop", ""), "the stop string '' must be"),
+])
+def test_what_cannot_be_generated_is_refused_before_a_model_is_read(
+  lmops, folder, unread, arguments, message
+):
+  error = lmops("generate", "--model", folder, "--prompt", "x", *arguments, fails=True)
+  assert error.startswith("lmops: error: ") and error.count("\n") == 1
+  assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("arguments,message", [
+  (("--shots", 10), "10 demonstrations are asked for and there are 9 rows"),
+  (("--shots", 9), "9 rows, all of them demonstrations"),
+  (("--shots", -1), "-1 demonstrations are asked for; ask for 0 or more"),
+  (("--shots", 8, "--limit", 9, "--balanced", "--train", "TASK"), None),
+  (("--batch-tokens", 0), "--batch-tokens 0 must be at least 1"),
+  (("--output", "FOLDER"), "--output .* cannot be written \\(Is a directory"),
+  (("--template", "{} {label}"), "has {}, which is no name of a field"),
+  (("--template", "{text.x} {label}"), "has {text.x}, which is no name of a field"),
+  (("--template", "{0}: {label}"), r"has \{0\}, which is no name of a field"),
+  (("--labels", "no,no"), "the labels 'no', 'no' must be at least two different words"),
+  (("--labels", "no,"), "hold an empty word"),
+])
+def test_what_cannot_be_scored_is_refused_before_a_model_is_read(
+  lmops, folder, unread, tmp_path, arguments, message
+):
+  task = tmp_path / "task.jsonl"
+  task.write_text("".join(
+    json.dumps({"text": "ab" * (i % 4 + 1), "label": i % 2}) + "\n" for i in range(9)))
+  arguments = [{"TASK": task, "FOLDER": folder}.get(a, a) for a in arguments]
+  base = ("score", "--model", folder, "--task", task, "--labels", "no,yes", "--template",
+          "{text}: {label}")
+  error = lmops(*base, *arguments, fails=True)
+  assert error.startswith("lmops: error: ") and error.count("\n") == 1
+  assert re.search(message or "the model is read", error), error
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(lmops, folder, tmp_path):

@@ -66,22 +66,40 @@ def test_quick_work_writes_nothing(clock):
 
 def test_units_of_an_earlier_attempt_do_not_count_towards_the_rate(clock):
   out = io.StringIO()
-  progress = Progress(100, "shards", stream=out, clock=clock, initial=90, first_line_seconds=1)
+  progress = Progress(100, "shards", stream=out, clock=clock, initial=90, first_line_seconds=1,
+                      interval_seconds=1)
+  clock.now += 600
+  progress.update(2)
   clock.now += 2
   progress.update(2)
-  assert out.getvalue() == "92/100 shards, 1 shards/s, 8.0s left\n"
+  assert out.getvalue() == "92/100 shards\n94/100 shards, 1 shards/s, 6.0s left\n"
+
+
+def test_the_first_update_compiles_and_tells_no_rate(clock):
+  out = io.StringIO()
+  with Progress(201, "steps", "train", stream=out, clock=clock, interval_seconds=10) as progress:
+    clock.now += 60
+    progress.update(loss=3.0)
+    for _ in range(40):
+      clock.now += 0.25
+      progress.update(loss=2.0)
+  assert out.getvalue().splitlines() == [
+    "train: 1/201 steps, loss 3",
+    "train: 41/201 steps, 4 steps/s, 40.0s left, loss 2",
+    "train: 41/201 steps in 1m10s, 4 steps/s"]
 
 
 def test_unknown_total(clock):
   out = io.StringIO()
   progress = Progress(None, "documents", "packing", stream=out, clock=clock, first_line_seconds=1)
+  progress.update(1)
   clock.now += 4
   progress.update(5000)
   progress.close()
   progress.close()
   assert out.getvalue().splitlines() == [
-    "packing: 5000 documents, 1.25k documents/s",
-    "packing: 5000 documents in 4.0s, 1.25k documents/s"]
+    "packing: 5001 documents, 1.25k documents/s",
+    "packing: 5001 documents in 4.0s, 1.25k documents/s"]
 
 
 def test_quiet(clock):
@@ -91,6 +109,19 @@ def test_quiet(clock):
     progress.update(3)
     progress.close()
     assert out.getvalue() == "" and progress.done == 3
+
+
+def test_a_bar_leaves_the_first_update_out_too(clock):
+  out = Terminal()
+  with Progress(201, "steps", stream=out, clock=clock) as progress:
+    clock.now += 600
+    progress.update()
+    progress._bar.refresh()
+    assert "1/201" in out.getvalue() and "<?, ? steps/s" in out.getvalue()
+    clock.now += 10
+    progress.update(40)
+    progress._bar.refresh()
+  assert "41/201" in out.getvalue() and "<00:40,  4.00 steps/s" in out.getvalue()
 
 
 def test_bar_on_a_terminal():
@@ -107,8 +138,8 @@ def test_bar_on_a_terminal():
 def test_track_takes_the_length_and_closes_on_errors(clock):
   out = io.StringIO()
   with pytest.raises(RuntimeError):
-    for _ in track([1, 2], unit="files", stream=out, clock=clock, first_line_seconds=0):
+    for _ in track([1, 2, 3], unit="files", stream=out, clock=clock, first_line_seconds=2):
       clock.now += 1
-      if clock.now > 101:
+      if clock.now > 102:
         raise RuntimeError
-  assert out.getvalue().startswith("1/2 files, 1 files/s, 1.0s left\n")
+  assert out.getvalue().startswith("2/3 files, 1 files/s, 1.0s left\n")

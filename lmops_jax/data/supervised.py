@@ -72,6 +72,15 @@ def front_ids(tokenizer) -> list[int]:
   return full[: next((i for i in starts if full[i : i + len(plain)] == plain), 0)]
 
 
+def encode_behind(front: Sequence[int], tokenizer, text: str) -> list[int]:
+  """Ids of a text behind what stands in front of every text (`front_ids`).
+
+  A text that writes the beginning itself, as chat templates do, does not get it twice.
+  """
+  ids = tokenizer.encode(text, False)
+  return ids if front and ids[:1] == list(front[:1]) else [*front, *ids]
+
+
 def encode_row(tokenizer, row: Mapping[str, Any], identifier: int, where: str) -> Example:
   """The tokens of a row.
 
@@ -90,10 +99,11 @@ def encode_row(tokenizer, row: Mapping[str, Any], identifier: int, where: str) -
     return _conversation(tokenizer, row["messages"], identifier, where)
   if {"prompt", "completion"} <= row.keys():
     prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
-    given = front + tokenizer.encode(prompt, False)
+    given = encode_behind(front, tokenizer, prompt)
     answer = tokenizer.encode(completion, False) + end
   elif "text" in row:
-    given, answer = list(front), tokenizer.encode(_text(row, "text", where), False) + end
+    whole = encode_behind(front, tokenizer, _text(row, "text", where)) + end
+    given, answer = whole[: len(front)], whole[len(front) :]
   else:
     raise ValueError(
       f'{where} has the fields {", ".join(sorted(row)) or "none"}; a row has "text", "prompt" and '

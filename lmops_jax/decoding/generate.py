@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.decoding import beam as beam_lib
 from lmops_jax.decoding import loop as loop_lib
 from lmops_jax.decoding import prefixes
@@ -126,8 +127,9 @@ class Generator:
       callback: called as `callback(i, piece)` with the text of result `i` as it comes; the pieces
         together are its text. Returns True to end this result. Beam search has one piece.
       row_ids: see `generate_ids`.
-      add_special: the tokenizer adds its special tokens; not to what a chat template wrote, and
-        not behind a prefix.
+      add_special: what the tokenizer puts in front of every text, a BOS for instance, stands there
+        once, also where a text begins with it; never behind a prefix. False leaves texts as they
+        are, as what a chat template wrote.
       prefix: see `generate_ids`.
 
     Returns:
@@ -139,8 +141,8 @@ class Generator:
     if self._tokenizer is None:
       raise ValueError("Generator has no tokenizer; give it one, or call generate_ids with ids.")
     stop = text_lib.check_stop(stop)
-    add_special = add_special and prefix is None
-    prompts = [list(self._tokenizer.encode(text, add_special)) for text in texts]
+    front = front_ids(self._tokenizer) if add_special and prefix is None else []
+    prompts = [encode_behind(front, self._tokenizer, text) for text in texts]
     streams = [
       text_lib.TextStream(self._tokenizer, stop, prompt)
       for prompt in prompts for _ in range(options.num_return_sequences)
@@ -191,10 +193,10 @@ class Generator:
       For each prompt in order its `num_return_sequences` results.
 
     Raises:
-      ValueError: for an empty prompt without BOS token, ids that the model does not have, or a
-        prompt that with `max_new_tokens` exceeds the model's `max_length`.
+      ValueError: see `checked_prompts`; or where the model's logits are not finite.
     """
-    prompts = self._checked(prompts, options, prefix)
+    bos_id = None if self._tokenizer is None else self._tokenizer.bos_id
+    prompts = checked_prompts(self._model.config, prompts, options, bos_id, prefix)
     row_ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
     if len(row_ids) != len(prompts):
       raise ValueError(f"{len(row_ids)} row_ids are given for {len(prompts)} prompts.")
@@ -209,40 +211,6 @@ class Generator:
         prompts, row_ids, rows, plan, options, callback, prefix):
         results[place] = generated
     return results
-
-  def _checked(self, prompts, options, prefix):
-    config = self._model.config
-    end = 0
-    if prefix is not None:
-      prefixes.check_model(config, prefix)
-      end = int(prefix.end)
-    bos = None if self._tokenizer is None else self._tokenizer.bos_id
-    checked = []
-    for i, prompt in enumerate(prompts):
-      prompt = [int(t) for t in prompt]
-      if not prompt:
-        if bos is None or prefix is not None:
-          raise ValueError(
-            f"prompt {i} is empty and there is no BOS token to begin with; give it some text."
-          )
-        prompt = [bos]
-      prefixes.check_length(config, end, len(prompt) + options.max_new_tokens, f"prompt {i}")
-      if prefix is None and len(prompt) + options.max_new_tokens > config.max_length:
-        together = "" if len(prompt) > config.max_length else (
-          f" and decoding.GenerationOptions.max_new_tokens={options.max_new_tokens} more"
-        )
-        raise ValueError(
-          f"prompt {i} has {len(prompt)} tokens{together}, and the model's context is "
-          f"{config.max_length} tokens; shorten the prompt or ask for fewer new tokens."
-        )
-      worst = max(prompt) if min(prompt) >= 0 else min(prompt)
-      if not 0 <= worst < config.vocab_size:
-        raise ValueError(
-          f"prompt {i} has token id {worst}, which is not among the model's {config.vocab_size} "
-          "ids; use the model's own tokenizer."
-        )
-      checked.append(prompt)
-    return checked
 
   def _eos_ids(self, options):
     if options.eos_ids is not None:
@@ -383,6 +351,52 @@ def _read_beams(state, prompt_lengths, plan, options, stopped):
       reason = "eos" if ids[-1] in plan.eos_ids else "length"
       answers.append(Generated(ids, log_probs[b, k, :n].tolist(), reason, float(scores[b, k])))
     yield answers
+
+
+def checked_prompts(
+  config, prompts: Sequence[Sequence[int]], options: GenerationOptions, bos_id: int | None = None,
+  prefix: Prefix | None = None,
+) -> list[list[int]]:
+  """The prompts as a model can continue them, an empty one as BOS; needs no parameters.
+
+  The last new token is not read, so a prompt with its new tokens may have one token more than the
+  model has positions.
+
+  Raises:
+    ValueError: for an empty prompt without BOS token, ids that the model does not have, or a prompt
+      that is too long with `max_new_tokens`; names the prompt by its index.
+  """
+  end = 0
+  if prefix is not None:
+    prefixes.check_model(config, prefix)
+    end = int(prefix.end)
+  checked = []
+  for i, prompt in enumerate(prompts):
+    prompt = [int(t) for t in prompt]
+    if not prompt:
+      if bos_id is None or prefix is not None:
+        raise ValueError(
+          f"prompt {i} is empty and there is no BOS token to begin with; give it some text."
+        )
+      prompt = [bos_id]
+    num_read = len(prompt) + options.max_new_tokens - 1
+    prefixes.check_length(config, end, num_read, f"prompt {i}")
+    if prefix is None and num_read > config.max_length:
+      together = "" if len(prompt) > config.max_length else (
+        f" and decoding.GenerationOptions.max_new_tokens={options.max_new_tokens} more"
+      )
+      raise ValueError(
+        f"prompt {i} has {len(prompt)} tokens{together}, and the model's context is "
+        f"{config.max_length} tokens; shorten the prompt or ask for fewer new tokens."
+      )
+    worst = max(prompt) if min(prompt) >= 0 else min(prompt)
+    if not 0 <= worst < config.vocab_size:
+      raise ValueError(
+        f"prompt {i} has token id {worst}, which is not among the model's {config.vocab_size} "
+        "ids; use the model's own tokenizer."
+      )
+    checked.append(prompt)
+  return checked
 
 
 def _for_decoding(model, params, partitioner):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
+
+import numpy as np
+from annotated_types import Ge, Le
 
 from lmops_jax.setting_types import (
   Count,
@@ -18,6 +21,8 @@ from lmops_jax.setting_types import (
 )
 
 _NAME = "decoding.GenerationOptions"
+_Few = Annotated[int, Ge(1), Le(2**20)]  # beams and answers: far more than memory or use
+_SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @component(module="decoding")
@@ -60,15 +65,15 @@ class GenerationOptions:
 
   max_new_tokens: PositiveInt = 64
   repetition_penalty: Positive = 1.0
-  no_repeat_ngram: Count = 0
+  no_repeat_ngram: Annotated[int, Ge(0), Le(2**20)] = 0
   min_new_tokens: Count = 0
   temperature: NonNegative = 0.0
   top_k: Count = 0
   top_p: Share = 1.0
   min_p: Probability = 0.0
   seed: Seed = 0
-  num_return_sequences: PositiveInt = 1
-  num_beams: PositiveInt = 1
+  num_return_sequences: _Few = 1
+  num_beams: _Few = 1
   num_beam_groups: PositiveInt = 1
   diversity_penalty: NonNegative = 0.0
   length_penalty: float = 1.0
@@ -76,6 +81,14 @@ class GenerationOptions:
   eos_ids: Sequence[Count] | None = None
 
   def __post_init__(self):
+    for field in ("repetition_penalty", "temperature", "top_p", "min_p", "diversity_penalty",
+                  "length_penalty"):
+      value = getattr(self, field)
+      if value and not _SMALLEST <= abs(value) <= _LARGEST:
+        raise ValueError(
+          f"{_NAME}.{field}={value!r} is no number in float32; take one from {_SMALLEST:.1g} to "
+          f"{_LARGEST:.1g}, or 0."
+        )
     if self.min_new_tokens > self.max_new_tokens:
       raise ValueError(
         f"{_NAME}.min_new_tokens={self.min_new_tokens} is more than max_new_tokens="

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.decoding import prefixes
+from lmops_jax.decoding import prefixes, sampling
 from lmops_jax.decoding.lengths import fine_bucket
 from lmops_jax.models.attention import shared_in_blocks
 from lmops_jax.models.cache import Prefix, empty_cache
@@ -87,8 +87,9 @@ class OptionScorer:
       For each request, for each option `[its tokens] float32`.
 
     Raises:
-      ValueError: an empty context or option, an id outside of the vocabulary, or more tokens than
-        the model has positions; names the request by its index.
+      ValueError: an empty context or option, an id outside of the vocabulary, or more tokens,
+        the last one of an option not counted, than the model has positions; names the request by
+        its index.
     """
     return [[scores for scores, _ in row] for row in self.score_and_rank(
       requests, progress, prefix)]
@@ -97,7 +98,7 @@ class OptionScorer:
     self, requests: Sequence[Request], progress: Callable[[int], None] | None = None,
     prefix: Prefix | None = None,
   ) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """As `score`, and for each token whether it is the most probable one, `[its tokens] bool`."""
+    """As `score`, and for each token whether greedy search takes it, `[its tokens] bool`."""
     self._check(requests, prefix)
     shared = 0 if prefix is not None else _common_prefix(requests)
     if shared:
@@ -151,12 +152,14 @@ class OptionScorer:
           "every option at least one token."
         )
       longest = len(request.context) + max(map(len, request.options))
+      # An option's last token is predicted and never read.
       if prefix is not None:
-        prefixes.check_length(config, int(prefix.end), longest, f"request {i}")
-      elif longest > config.max_length:
+        prefixes.check_length(config, int(prefix.end), longest - 1, f"request {i}")
+      elif longest - 1 > config.max_length:
         raise ValueError(
           f"request {i} has {longest} tokens with its longest option, the model "
-          f"{config.max_length} positions; give a shorter text or fewer demonstrations."
+          f"{config.max_length} positions, for all but the last; give a shorter text or fewer "
+          "demonstrations."
         )
       parts = (request.context, *request.options)
       lowest, largest = min(map(min, parts)), max(map(max, parts))
@@ -268,8 +271,8 @@ def rolling_requests(ids: Sequence[int], first: int, max_length: int) -> list[Re
   """
   whole, requests, done = [first, *ids], [], 0
   while done < len(ids):
-    count = min(max_length - 1, len(ids) - done)
-    start = max(0, done + count + 1 - max_length)
+    count = min(max_length, len(ids) - done)
+    start = max(0, done + count - max_length)
     requests.append(Request(whole[start : done + 1], [whole[done + 1 : done + count + 1]]))
     done += count
   return requests
@@ -290,7 +293,7 @@ def _common_prefix(requests: Sequence[Request]) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model, params, shared, batch):
-  """Log-probabilities `[R,T] float32` of the targets, and which are the most probable tokens."""
+  """Log-probabilities `[R,T] float32` of the targets, and which of them greedy search takes."""
   cache = empty_cache(model.config, *batch["tokens"].shape)
   start = 0 if shared is None else shared.end
   hidden, _ = model.apply(
@@ -300,4 +303,4 @@ def _score(model, params, shared, batch):
   hidden = jnp.take_along_axis(hidden, batch["queries"][:, :, None], axis=1)
   logits = model.apply({"params": params}, hidden, method="unembed")
   chosen = jnp.take_along_axis(logits, batch["targets"][:, :, None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= jnp.max(logits, axis=-1)
+  return chosen - jax.nn.logsumexp(logits, axis=-1), sampling.best(logits) == batch["targets"]

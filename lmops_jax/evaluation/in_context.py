@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmops_jax.data.supervised import front_ids
+from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.data.tasks import Example, Task, demonstrations
 from lmops_jax.decoding.scoring import OptionScorer, Request, total
 from lmops_jax.models.cache import Prefix
@@ -66,8 +66,8 @@ class Encoder:
     self.start = front_ids(tokenizer) if start is None else list(start)
 
   def encode(self, text: str) -> list[int]:
-    """A prompt with what the model wants in front of it."""
-    return self.start + self._tokenizer.encode(text, False)
+    """A prompt with what the model wants in front of it, once where the text has it already."""
+    return encode_behind(self.start, self._tokenizer, text)
 
   def split(self, context: str, options: Sequence[str]) -> Request:
     """The context's and each option's ids."""
@@ -120,6 +120,26 @@ def evaluate(
     ValueError: an unknown normalisation, open answers, too few rows, two labels with the same
       tokens, no prompt for "null", or a prompt longer than the model's context.
   """
+  rows, front = rows_and_front(
+    task, shots=shots, seed=seed, train=train, balanced=balanced, normalisation=normalisation,
+    separator=separator)
+  try:
+    scores, num_tokens = score_rows(
+      scorer, Encoder(tokenizer), task, rows, front=front, normalisation=normalisation,
+      progress=progress)
+  except ValueError as error:
+    raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
+  return outcome(rows, scores, shots, num_tokens)
+
+
+def rows_and_front(
+  task: Task, *, shots: int = 0, seed: int = 0, train: Sequence[Example] | None = None,
+  balanced: bool = False, normalisation: str = "sum", separator: str = SEPARATOR,
+) -> tuple[list[Example], str]:
+  """The rows to score and the demonstrations in front of each; needs no model.
+
+  Arguments and errors are those of `evaluate`.
+  """
   if normalisation not in NORMALISATIONS:
     raise ValueError(
       f"normalisation={normalisation!r} is not one of {', '.join(NORMALISATIONS)}."
@@ -143,14 +163,7 @@ def evaluate(
       f"the task {task.name} has {len(task.rows)} rows, all of them demonstrations; give others "
       "with --train."
     )
-  front = "".join(row.demonstration + separator for row in drawn)
-  try:
-    scores, num_tokens = score_rows(
-      scorer, Encoder(tokenizer), task, rows, front=front, normalisation=normalisation,
-      progress=progress)
-  except ValueError as error:
-    raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
-  return outcome(rows, scores, shots, num_tokens)
+  return rows, "".join(row.demonstration + separator for row in drawn)
 
 
 def score_rows(

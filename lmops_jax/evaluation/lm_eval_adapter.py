@@ -5,17 +5,34 @@
     lm_eval.simple_evaluate(LmopsLM("DIR"), tasks=["lambada_openai"])
 
 or, where this module is imported, by the harness's own name "lmops" with `pretrained=DIR`.
+
+Requests become tokens as in the harness's own models of class `hf`, so that figures compare. White
+space at a context's end goes to the continuation. A continuation's tokens are those that the whole
+text has beyond as many as the context has by itself, also where the vocabulary merges the end of a
+context with what follows; only where nothing is left then, which ends the harness's run, is the
+continuation encoded by itself. (`lmops score` always encodes such an option by itself, see
+`in_context.Encoder`: there each of its characters counts once.) A context that is too long loses
+its beginning, BOS included.
+
+On purpose otherwise than there:
+  - What a tokenizer puts in front of a text, BOS mostly, stands there once. `hf` looks for it only
+    in the first text of a batch when it generates, and `loglikelihood_rolling` scores a second BOS
+    behind the first, unless `add_bos_token=False`.
+  - A context that is too long to generate from keeps its BOS and loses what follows: models that
+    were trained with it continue badly without.
+  - Options that are not known are refused by name instead of being handed on or left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmops_jax import pretrained as pretrained_lib
 from lmops_jax import progress
 from lmops_jax.decoding import GenerationOptions, Generator
 from lmops_jax.decoding.scoring import OptionScorer, Request, rolling_requests, total
+from lmops_jax.decoding.text import check_stop, find_stop
 from lmops_jax.evaluation.in_context import Encoder
 
 try:
@@ -27,20 +44,24 @@ except ImportError as error:
   ) from error
 
 _MAX_NEW_TOKENS = 256
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# What tasks call it; of several the first counts, as in the harness.
+_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_SEARCH = {
+  "no_repeat_ngram_size": "no_repeat_ngram", **{name: name for name in (
+    "repetition_penalty", "min_new_tokens", "num_beams", "num_beam_groups", "diversity_penalty",
+    "length_penalty", "early_stopping", "seed")},
+}
 
 
 @register_model("lmops")
 class LmopsLM(LM):
-  """A model that `pretrained.load` opens, as the harness wants one.
-
-  Contexts too long for the model lose their beginning, as in the harness's own models; how many is
-  logged.
-  """
+  """A model that `pretrained.load` opens, as the harness wants one."""
 
   def __init__(
     self, pretrained: str, *, dtype: str = "float32", param_dtype: str = "float32",
-    batch_tokens: int = 4096, max_new_tokens: int = _MAX_NEW_TOKENS, partitioner=None, **_: Any,
+    batch_tokens: int = 4096, max_new_tokens: int = _MAX_NEW_TOKENS, max_length: int | None = None,
+    partitioner=None, batch_size=None, max_batch_size=None, device=None, **unknown: Any,
   ):
     """
     Args:
@@ -48,10 +69,26 @@ class LmopsLM(LM):
       dtype, param_dtype: execution choices.
       batch_tokens: most token positions of a batch.
       max_new_tokens: where a task does not say.
+      max_length: most positions to use; None is all that the model has.
       partitioner: a `training.mesh.Partitioner`; None is one device.
+      batch_size, max_batch_size, device: the harness gives these to every model; `batch_tokens`,
+        `partitioner` and JAX decide here.
+
+    Raises:
+      ValueError: for other arguments, which would change nothing, or `max_length` out of range.
     """
     super().__init__()
+    if unknown:
+      raise ValueError(
+        f"the model lmops has no argument {', '.join(sorted(unknown))}; leave it out of model_args."
+      )
     source = pretrained_lib.load(pretrained, dtype=dtype, param_dtype=param_dtype)
+    positions = source.config.max_length
+    self._max_length = positions if max_length is None else int(max_length)
+    if not 1 <= self._max_length <= positions:
+      raise ValueError(
+        f"max_length={max_length} is not between 1 and the {positions} positions of {pretrained}."
+      )
     self._tokenizer = source.tokenizer()
     self._model, self._max_new_tokens = source.model, int(max_new_tokens)
     self._scorer = OptionScorer(
@@ -65,8 +102,25 @@ class LmopsLM(LM):
 
   @property
   def max_length(self) -> int:
-    """Positions of the model."""
-    return self._model.config.max_length
+    """Positions that are used."""
+    return self._max_length
+
+  @property
+  def eot_token_id(self) -> int | None:
+    """The token that ends a text."""
+    return self._tokenizer.eos_id
+
+  @property
+  def prefix_token_id(self) -> int:
+    """The token that an empty context is: BOS, or the end token of a model without."""
+    tokenizer = self._tokenizer
+    for found in (tokenizer.bos_id, tokenizer.eos_id):
+      if found is not None:
+        return found
+    raise ValueError(
+      f"the tokenizer of {tokenizer.path} has neither BOS nor end token to begin with, and a "
+      "request has no context; give it one."
+    )
 
   @property
   def tokenizer_name(self) -> str:
@@ -74,20 +128,30 @@ class LmopsLM(LM):
     return str(self._tokenizer.path).replace("/", "__")
 
   def chat_template(self, chat_template: bool | str = False) -> str:
-    """The template's source, which the harness logs."""
+    """The template's source, which the harness logs.
+
+    Raises:
+      ValueError: another one than the model's is asked for.
+    """
+    if isinstance(chat_template, str) and chat_template != "default":
+      raise ValueError(
+        f"the chat template {chat_template!r} is asked for, and lmops takes the model's default "
+        "one; set apply_chat_template to True."
+      )
     return self._tokenizer.chat_template or ""
 
   def apply_chat_template(
     self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
   ) -> str:
-    """A conversation as text."""
+    """A conversation as text; without generation prompt the model goes on with the last message."""
     return self._tokenizer.apply_chat_template(
-      chat_history, add_generation_prompt=add_generation_prompt
+      chat_history, add_generation_prompt=add_generation_prompt,
+      continue_final_message=not add_generation_prompt,
     )
 
   def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """For each (context, continuation) its log-likelihood and whether it is the greedy answer."""
-    pairs = [self._fit(self._encoder.split(*_pair(request.args))) for request in requests]
+    pairs = [self._fit(self._split(i, *request.args)) for i, request in enumerate(requests)]
     found = self._score(pairs, "loglikelihood", disable_tqdm)
     return [(float(total([scores])[0]), bool(best.all())) for ((scores, best),) in found]
 
@@ -96,7 +160,9 @@ class LmopsLM(LM):
     windows, counts = [], []
     for request in requests:
       ids = self._tokenizer.encode(request.args[0], False)
-      parts = rolling_requests(ids, self._first(), self.max_length)
+      if ids[:1] == [self.prefix_token_id]:  # given, not predicted
+        ids = ids[1:]
+      parts = rolling_requests(ids, self.prefix_token_id, self.max_length)
       windows += parts
       counts.append(len(parts))
     sums = iter(
@@ -115,43 +181,102 @@ class LmopsLM(LM):
       len(requests), "requests", "generate_until", quiet=disable_tqdm
     ) as bar:
       for (options, stop), indices in groups.items():
-        texts = [self._shortened(requests[i].args[0], options) for i in indices]
-        for i, answer in zip(indices, self._generator.generate(texts, options, stop=stop)):
-          answers[i] = answer.text
+        prompts = [self._prompt(requests[i].args[0], options) for i in indices]
+        for i, answer in zip(indices, self._generate(prompts, options, stop), strict=True):
+          answers[i] = answer
         bar.update(len(indices))
     self._report_cut()
     return answers
 
-  def _options(self, kwargs) -> tuple[GenerationOptions, tuple[str, ...]]:
-    until = kwargs.get("until") or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    sampled = kwargs.get("do_sample", bool(kwargs.get("temperature", 0)))
-    fields = {name: kwargs[name] for name in _SAMPLING if name in kwargs} if sampled else {}
-    if sampled:
-      fields.setdefault("temperature", 1.0)
-    return GenerationOptions(
-      max_new_tokens=int(kwargs.get("max_gen_toks", self._max_new_tokens)), **fields
-    ), tuple(text for text in until if text)
+  def _generate(self, prompts, options: GenerationOptions, stop: Sequence[str]) -> list[str]:
+    """Each text until the first of `stop` is there, cut at one after the other in their order."""
+    so_far: list[list[int]] = [[] for _ in prompts]
 
-  def _shortened(self, text: str, options: GenerationOptions) -> str:
-    room = self.max_length - options.max_new_tokens
-    ids = self._encoder.encode(text)
+    def stopped(i, ids):
+      so_far[i] += ids
+      return find_stop(self._tokenizer.decode(so_far[i]), stop) is not None
+
+    texts = []
+    for generated in self._generator.generate_ids(prompts, options, stopped):
+      text = self._tokenizer.decode(generated.ids)
+      for end in stop:
+        text = text.split(end)[0]
+      texts.append(text)
+    return texts
+
+  def _options(self, kwargs: Mapping[str, Any]) -> tuple[GenerationOptions, tuple[str, ...]]:
+    """A task's `generation_kwargs` as our options and the texts that end an answer."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    unknown = given.keys() - {"until", "do_sample", *_NEW_TOKENS, *_SAMPLING, *_SEARCH}
+    if unknown:
+      raise ValueError(
+        f"generation_kwargs hold {', '.join(sorted(unknown))}, which lmops does not know; it takes "
+        f"until, do_sample, {', '.join((*_NEW_TOKENS, *_SAMPLING, *_SEARCH))}."
+      )
+    fields = {ours: given[theirs] for theirs, ours in _SEARCH.items() if theirs in given}
+    if given.get("do_sample", bool(given.get("temperature"))):
+      fields |= {"temperature": 1.0, **{name: given[name] for name in _SAMPLING if name in given}}
+      if not fields["temperature"]:
+        raise ValueError(
+          "generation_kwargs hold do_sample=True and temperature=0; set a temperature above 0, or "
+          "do_sample to False for the most probable tokens."
+        )
+    wanted = next((given[name] for name in _NEW_TOKENS if name in given), self._max_new_tokens)
+    stop, ends = self._stop(given.get("until", ()))
+    options = GenerationOptions(max_new_tokens=int(wanted), eos_ids=ends, **fields)
+    if self._room(options) < max(1, len(self._encoder.start)):
+      raise ValueError(
+        f"max_gen_toks={wanted} leaves no room for a context in the {self.max_length} positions; "
+        "set a smaller one in the task's generation_kwargs."
+      )
+    return options, stop
+
+  def _stop(self, until: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Texts that end an answer, and tokens: special ones, which no text shows, end it as such."""
+    until, tokenizer = [until] if isinstance(until, str) else until, self._tokenizer
+    if not isinstance(until, (list, tuple)):
+      raise ValueError(f"until={until!r} in generation_kwargs is no text and no list of texts.")
+    texts = list(check_stop([text for text in until if text]))
+    first = [id for text in texts for id in tokenizer.encode(text, False)[:1]]
+    special = [id for id in first if tokenizer.decode([id], False) and not tokenizer.decode([id])]
+    if "eos" in tokenizer.special:  # also where its characters are generated one by one
+      texts.append(tokenizer.special["eos"])
+    return tuple(texts), (*tokenizer.stop_ids, *special)
+
+  def _room(self, options: GenerationOptions) -> int:
+    return self.max_length - options.max_new_tokens
+
+  def _prompt(self, text: str, options: GenerationOptions) -> list[int]:
+    """The context's ids; where they are too long, what stands in front of it and its end."""
+    ids, room = self._encoder.encode(text) or [self.prefix_token_id], self._room(options)
     if len(ids) <= room:
-      return text
+      return ids
     self._cut += 1
-    return self._tokenizer.decode(ids[-(room - len(self._encoder.start)) :])
+    front = len(self._encoder.start)
+    return ids[:front] + ids[len(ids) - (room - front) :]
 
-  def _first(self) -> int:
-    tokenizer = self._tokenizer
-    return next(i for i in (tokenizer.bos_id, tokenizer.eos_id, 0) if i is not None)
+  def _split(self, number: int, context: str, continuation: str) -> Request:
+    """Tokens of a context and its continuation, see the module."""
+    bare = context.rstrip()
+    whole = context + continuation
+    if len(whole) == len(bare):
+      raise ValueError(f"request {number} has an empty continuation; give it some text.")
+    if not bare:
+      ids = self._tokenizer.encode(whole, False)
+      if ids[:1] != [self.prefix_token_id]:
+        ids = [self.prefix_token_id, *ids]
+      given, rest = ids[:1], ids[1:]
+    else:
+      given = self._encoder.encode(bare)
+      rest = self._encoder.encode(whole)[len(given) :]
+    return Request(given, [rest or self._tokenizer.encode(continuation, False)])
 
   def _fit(self, request: Request) -> Request:
-    context = list(request.context) or [self._first()]
-    room = self.max_length - len(request.options[0])
-    if len(context) > room:
+    """The request without what the model has no positions for; the last token needs none."""
+    room = max(1, self.max_length + 1 - len(request.options[0]))
+    if len(request.context) > room:
       self._cut += 1
-      context = context[-max(room, 1) :]
-    return Request(context, request.options)
+    return Request(request.context[-room:], request.options)
 
   def _score(self, pairs: Sequence[Request], name: str, quiet: bool):
     with progress.Progress(len(pairs), "requests", name, quiet=quiet) as bar:
@@ -166,9 +291,3 @@ class LmopsLM(LM):
         "beginning."
       )
       self._cut = 0
-
-
-def _pair(args) -> tuple[str, list[str]]:
-  """Context and continuation; blanks between them belong to the continuation."""
-  context, continuation = args
-  return context, [continuation]

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MAX_REASON = 500  # characters of what a template itself says
+_OPEN_END = "\ue123 "  # for private use, and a blank, which a template that trims takes away
 
 
 def render(
@@ -65,6 +66,30 @@ def render(
     raise ValueError(
       f"the chat template of {where} refuses this conversation: {reason}."
     ) from error
+
+
+def render_open(
+  template: str, messages: Sequence[Mapping[str, Any]], *, where: str, **variables: Any
+) -> str:
+  """As `render`, up to the end of the last message's content, which the model is to go on with.
+
+  Blanks at its end are there if the template leaves them.
+
+  Raises:
+    ValueError: as `render`; or the template leaves out the content of the last message.
+  """
+  messages = [_checked(i, message) for i, message in enumerate(messages)]
+  if not messages or not isinstance(messages[-1].get("content"), str):
+    raise ValueError("the last message of the chat has no text to go on with; give it a content.")
+  messages[-1]["content"] += _OPEN_END
+  text = render(template, messages, where=where, add_generation_prompt=False, **variables)
+  text, mark, behind = text.rpartition(_OPEN_END[0])
+  if not mark:
+    raise ValueError(
+      f"the chat template of {where} leaves out the content of the last message, so there is "
+      "nothing to go on with; let the model begin a turn of its own."
+    )
+  return text if behind.startswith(_OPEN_END[1:]) else text.rstrip()
 
 
 def _checked(i: int, message: Mapping[str, Any]) -> dict[str, Any]:

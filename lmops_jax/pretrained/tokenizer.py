@@ -101,6 +101,7 @@ class Tokenizer:
     self,
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     **variables: Any,
   ) -> str:
     """A conversation as the text that the model was trained on.
@@ -110,20 +111,31 @@ class Tokenizer:
     Args:
       messages: each with `role` ("system", "user", "assistant") and `content`.
       add_generation_prompt: end with the beginning of the assistant's next turn.
+      continue_final_message: end with the last message's content, without what closes its turn.
       variables: what else this template may ask for.
 
     Raises:
-      ValueError: the model has no chat template, or its template refuses the messages.
+      ValueError: the model has no chat template, its template refuses the messages, or both ends
+        are asked for.
     """
     if self.chat_template is None:
       raise ValueError(
         f"{self.path} has no chat template; give the prompt as plain text, or take a model that "
         "was trained on conversations."
       )
+    if add_generation_prompt and continue_final_message:
+      raise ValueError(
+        "add_generation_prompt begins a turn and continue_final_message goes on with one; set one "
+        "of them to False."
+      )
     names = {f"{name}_token": text for name, text in self.special.items()}
+    variables = {**names, **variables}
+    if continue_final_message:
+      return chat_template.render_open(
+        self.chat_template, messages, where=str(self._template_file), **variables)
     return chat_template.render(
       self.chat_template, messages, where=str(self._template_file),
-      add_generation_prompt=add_generation_prompt, **{**names, **variables},
+      add_generation_prompt=add_generation_prompt, **variables,
     )
 
   @functools.cached_property

@@ -35,6 +35,13 @@ def test_of_a_prompt_the_completion_is_learned(tokenizer):
   assert _learned_text(tokenizer, example) == "yes</s>"
 
 
+def test_a_row_that_writes_its_own_bos_has_it_once(tokenizer):
+  for row in ({"text": "abc"}, {"prompt": "ab", "completion": "c"}):
+    first = next(iter(row))
+    want = supervised.encode_row(tokenizer, row, 0, "f:1")
+    assert supervised.encode_row(tokenizer, {**row, first: "<s>" + row[first]}, 0, "f:1") == want
+
+
 def test_of_a_conversation_the_assistants_turns_are_learned(tokenizer):
   messages = [
     {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"},

@@ -265,6 +265,10 @@ def test_the_context_may_be_filled(tiny, generator):
   prompt = [1, 5] * 20
   got = generator.generate_ids([prompt], dataclasses.replace(GREEDY, max_new_tokens=8))
   assert got[0].ids == _naive(tiny, prompt, 8)[0]
+  more = generator.generate_ids([prompt], dataclasses.replace(GREEDY, max_new_tokens=9))
+  assert more[0].ids == _naive(tiny, prompt, 9)[0]  # the last new token is not read
+  with pytest.raises(ValueError, match="has 40 tokens and .*max_new_tokens=10 more"):
+    generator.generate_ids([prompt], dataclasses.replace(GREEDY, max_new_tokens=10))
 
 
 def test_what_cannot_generate_is_refused(tiny, make_tiny):

@@ -24,6 +24,11 @@ from lmops_jax.decoding import GenerationOptions
   (dict(early_stopping="always"), "early_stopping='always' must be True or False, or 'never'"),
   (dict(min_new_tokens=9, max_new_tokens=8), "more than max_new_tokens"),
   (dict(eos_ids=("</s>",)), r"eos_ids\[0\]='</s>' must be an integer"),
+  (dict(num_beams=10**12), "num_beams=1000000000000 must be .* at most 1048576"),
+  (dict(num_return_sequences=10**12, temperature=1.0), "num_return_sequences=.* at most 1048576"),
+  (dict(no_repeat_ngram=10**12), "no_repeat_ngram=1000000000000 must be .* at most 1048576"),
+  (dict(temperature=1e-300), "temperature=1e-300 is no number in float32"),
+  (dict(num_beams=2, length_penalty=-1e300), "length_penalty=-1e.300 is no number in float32"),
 ])
 def test_a_bad_option_is_named(changes, message):
   with pytest.raises(ValueError, match=message) as error:

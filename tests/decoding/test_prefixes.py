@@ -239,10 +239,10 @@ def test_refuses_what_cannot_be_aligned(make_tiny, tiny):
     _read(learned, ids, mask, window=50)
   late = _read(learned, ids, mask, window=46)
   with pytest.raises(ValueError, match="request 0 has 5 tokens .* position 46.* end at 48"):
-    OptionScorer(learned.model, learned.params).score([Request([5, 6, 7, 8], [[9]])], prefix=late)
+    OptionScorer(learned.model, learned.params).score([Request([5] * 4, [[9, 9]])], prefix=late)
   with pytest.raises(ValueError, match="prompt 0 has 3 tokens .* position 46.* end at 48"):
     Generator(learned.model, learned.params).generate_ids(
-      [[5, 6]], GenerationOptions(max_new_tokens=1), prefix=late)
+      [[5, 6]], GenerationOptions(max_new_tokens=2), prefix=late)
   deeper = make_tiny(num_layers=3)
   with pytest.raises(ValueError, match="prefix has 2 layers .* model 3"):
     OptionScorer(deeper.model, deeper.params).score(

@@ -120,7 +120,8 @@ def test_rolling_windows_score_every_token_once(tiny):
   for limit in (6, 7, 23, 24, 40):
     windows = scoring.rolling_requests(ids, first=1, max_length=limit)
     assert [t for w in windows for t in w.options[0]] == ids
-    assert all(len(w.context) + len(w.options[0]) <= limit for w in windows)
+    read = [len(w.context) + len(w.options[0]) - 1 for w in windows]
+    assert all(n == limit for n in read[:-1]) and read[-1] == min(limit, len(ids))
   whole, = scoring.rolling_requests(ids, first=1, max_length=40)
   assert whole.context == [1]
   scores = OptionScorer(tiny.model, tiny.params).score([whole])
@@ -128,12 +129,38 @@ def test_rolling_windows_score_every_token_once(tiny):
   assert scoring.total(scores[0])[0] == pytest.approx(float(np.sum(scores[0][0])), rel=1e-5)
 
 
+def test_the_last_token_needs_no_position(make_tiny):
+  tiny = make_tiny(positions="learned")
+  rng = np.random.default_rng(4)
+  for lengths in ((48, 1), (40, 9), (1, 48)):
+    context, option = (rng.integers(3, 32, n).tolist() for n in lengths)
+    (found,) = OptionScorer(tiny.model, tiny.params).score([Request(context, [option])])
+    logits = tiny.model.apply(
+      {"params": tiny.params}, np.array([[*context, *option[:-1]]]), method="logits")
+    log_probs = np.asarray(jax.nn.log_softmax(logits[0]))
+    want = [log_probs[lengths[0] - 1 + i, token] for i, token in enumerate(option)]
+    _same([found], [[want]])
+
+
+def test_of_equally_probable_tokens_greedy_search_takes_the_first(make_tiny):
+  tiny = make_tiny(tied_embeddings=False)
+  greedy = int(tiny.log_probs([3, 5]).argmax())
+  twin = greedy - 1 if greedy else 1
+  head = np.array(tiny.params["unembedding"])
+  head[:, twin] = head[:, greedy]
+  params = {**tiny.params, "unembedding": head}
+  first, second = sorted((greedy, twin))
+  ((_, one), (_, other)), = OptionScorer(tiny.model, params).score_and_rank(
+    [Request([3, 5], [[first], [second]])])
+  assert one.tolist() == [True] and other.tolist() == [False]
+
+
 @pytest.mark.parametrize(
   "request_,message",
   [
     (Request([], [[3]]), "request 0 has an empty context or option"),
     (Request([3], [[4], []]), "request 0 has an empty context or option"),
-    (Request([3] * 47, [[4], [4, 5]]), "has 49 tokens with its longest option, the model 48"),
+    (Request([3] * 48, [[4], [4, 5]]), "has 50 tokens with its longest option, the model 48"),
     (Request([3], [[32]]), "holds id 32, outside of the model's vocabulary of 32"),
   ],
 )

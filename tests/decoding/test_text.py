@@ -110,12 +110,16 @@ def test_special_tokens_are_added_when_asked(recite, byte_tokenizer):
   class Adding(type(byte_tokenizer)):
 
     def encode(self, text, add_special=True):
-      return [1] * add_special + super().encode(text)
+      written = [1] if text.startswith("^") else []  # as a special token that stands in a text
+      return [1] * add_special + written + super().encode(text[len(written) :])
 
   generator = Generator(*recite("abcdef"), Adding())
   assert [
     generator.generate(["ab"], OPTIONS, add_special=special)[0].text for special in (True, False)
   ] == ["def", "cdef"]
+  assert [  # a text that begins with it gets no second one
+    generator.generate(["^ab"], OPTIONS, add_special=special)[0].text for special in (True, False)
+  ] == ["def", "def"]
 
 
 def test_an_empty_stop_string_is_refused(generator):

@@ -119,6 +119,12 @@ def test_an_option_takes_the_tokens_that_the_whole_text_has():
   assert inside.context == [0, ord("x"), ord("a")] and inside.options == [[ord("!")]]
 
 
+def test_a_prompt_that_writes_its_own_bos_has_it_once(loaded):
+  encoder = in_context.Encoder(loaded[2])
+  assert encoder.encode("<s>ab") == encoder.encode("ab") == [0, *loaded[2].encode("ab", False)]
+  assert encoder.split("<s>ab is:", [" yes"]) == encoder.split("ab is:", [" yes"])
+
+
 def test_labels_with_the_same_tokens_are_refused(loaded, task):
   source, params, tokenizer = loaded
 

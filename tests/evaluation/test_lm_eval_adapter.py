@@ -40,9 +40,9 @@ def test_loglikelihood_and_greediness(lm):
   pairs = [("abc", " def"), ("", "x"), ("abc ", "y"), ("q" * 80, "zz")]
   found = lm.loglikelihood(_requests("loglikelihood", *pairs))
   for (context, continuation), (value, _) in zip(pairs, found):
-    ids = lm._tokenizer.encode(context + continuation)[-64:]
+    ids = lm._tokenizer.encode(context + continuation)[-65:]  # the last one is not read
     count = len(lm._tokenizer.encode(continuation, False)) + (context.endswith(" "))
-    rows = _log_probs(lm, ids)
+    rows = _log_probs(lm, ids[:-1])
     want = sum(rows[i - 1, ids[i]] for i in range(len(ids) - count, len(ids)))
     assert value == pytest.approx(want, abs=2e-3)
   best = lm._tokenizer.encode("abc")
@@ -57,7 +57,7 @@ def test_loglikelihood_and_greediness(lm):
 def test_rolling_scores_every_token(lm):
   text = "some text that is longer than one window of the model, which has sixty-four positions"
   value, = lm.loglikelihood_rolling(_requests("loglikelihood_rolling", (text,)))
-  ids = [lm._first(), *lm._tokenizer.encode(text, False)]
+  ids = [lm.prefix_token_id, *lm._tokenizer.encode(text, False)]
   rows = _log_probs(lm, ids[:64])
   first = sum(rows[i - 1, ids[i]] for i in range(1, 64))
   assert value < first < 0
@@ -74,6 +74,62 @@ def test_generate_until_stops(lm):
     _requests("generate_until", ("abc", {"max_gen_toks": 12, "until": [stop]}))
   )
   assert cut == plain[: plain.index(stop)]
+
+
+def test_a_long_context_keeps_bos_and_its_end(lm, capfd):
+  options = {"max_gen_toks": 10, "until": []}
+  text = "abcdefghij" * 7
+  long, short = lm.generate_until(
+    _requests("generate_until", (text, options), (text[-53:], options)), disable_tqdm=True)
+  assert long == short and "1 contexts exceed the model's 64 positions" in capfd.readouterr().err
+
+
+def test_generation_options_by_the_names_that_tasks_use(lm):
+  def options(**kwargs):
+    return lm._options(kwargs)[0]
+
+  assert [options(**{name: 7}).max_new_tokens for name in (
+    "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")] == [7] * 4
+  assert options(max_tokens=3, max_gen_toks=9).max_new_tokens == 9
+  found = options(max_gen_toks=9, do_sample=True, top_p=0.9, top_k=None, no_repeat_ngram_size=2)
+  assert (found.temperature, found.top_p, found.no_repeat_ngram) == (1, 0.9, 2)
+  found = options(max_gen_toks=9, do_sample=False, temperature=0.7, repetition_penalty=1.5,
+                  num_beams=3)
+  assert (found.temperature, found.repetition_penalty, found.num_beams) == (0, 1.5, 3)
+  assert options(max_gen_toks=9, temperature=0.7).temperature == 0.7
+
+
+def test_a_special_token_in_until_ends_an_answer(lm):
+  options, stop = lm._options({"max_gen_toks": 9, "until": ["<s>\n", "x", ""]})
+  assert options.eos_ids == (1, 0) and stop == ("<s>\n", "x", "</s>")
+  assert lm._options({"max_gen_toks": 9, "until": "x"})[0].eos_ids == (1,)
+
+
+@pytest.mark.parametrize("kwargs,message", [
+  ({"max_gen_toks": 4, "max_length": 9, "cut": 1}, "hold cut, max_length, which lmops does not kn"),
+  ({"max_gen_toks": 4, "do_sample": True, "temperature": 0.0}, "do_sample=True and temperature=0"),
+  ({}, "max_gen_toks=256 leaves no room for a context in the 64 positions"),
+  ({"max_gen_toks": 4, "until": 5}, "until=5 in generation_kwargs is no text"),
+  ({"max_gen_toks": 4, "until": ["x", 5]}, "stop string 5 must be"),
+])
+def test_generation_options_that_make_no_sense(lm, kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    lm.generate_until(_requests("generate_until", ("abc", kwargs)))
+
+
+def test_what_cannot_be_asked_is_refused(lm, tmp_path):
+  with pytest.raises(ValueError, match="request 1 has an empty continuation"):
+    lm.loglikelihood(_requests("loglikelihood", ("a", " "), ("a", "")))
+  with pytest.raises(ValueError, match="has 66 tokens with its longest option, the model 64"):
+    lm.loglikelihood(_requests("loglikelihood", ("a", "x" * 65)))
+  with pytest.raises(ValueError, match="'tool_use' is asked for"):
+    lm.chat_template("tool_use")
+  with pytest.raises(ValueError, match="no argument add_bos_token, trust_remote_code; leave"):
+    LmopsLM("DIR", device="cpu", batch_size=1, trust_remote_code=True, add_bos_token=True)
+  folder = str(model_folders.write(tmp_path / "model", max_length=64))
+  with pytest.raises(ValueError, match="max_length=65 is not between 1 and the 64 positions"):
+    LmopsLM(folder, max_length=65)
+  assert LmopsLM(folder, max_length="32").max_length == 32
 
 
 def test_the_harness_runs_a_task_with_it(lm, tmp_path):

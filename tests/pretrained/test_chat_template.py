@@ -62,6 +62,36 @@ def test_same_text_as_transformers(template, tmp_path):
       MESSAGES, tokenize=False, add_generation_prompt=prompt)
 
 
+OPEN = [
+  "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}",
+  "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}",
+  "{% for m in messages %}{{ m.content | trim + ' ' + eos_token }}{% endfor %}",
+]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("template", OPEN)
+def test_the_last_message_is_left_open_as_by_transformers(template, tmp_path):
+  transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+  ours = load_tokenizer(_folder(tmp_path, template))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  for content in ("yes", "yes, ", " The answer is:\n"):
+    messages = [*MESSAGES, {"role": "user", "content": content}, MESSAGES[0] | {"content": content}]
+    want = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert ours.apply_chat_template(messages, False, True) == want
+
+
+def test_what_cannot_be_left_open(tmp_path):
+  tokenizer = load_tokenizer(_folder(tmp_path, "{{ messages[0].content }}"))
+  assert tokenizer.apply_chat_template(MESSAGES[:1], False, True) == MESSAGES[0]["content"]
+  with pytest.raises(ValueError, match="leaves out the content of the last message"):
+    tokenizer.apply_chat_template(MESSAGES, False, True)
+  with pytest.raises(ValueError, match="the last message of the chat has no text to go on with"):
+    tokenizer.apply_chat_template([{"role": "assistant"}], False, True)
+  with pytest.raises(ValueError, match="add_generation_prompt begins a turn"):
+    tokenizer.apply_chat_template(MESSAGES, True, True)
+
+
 def _render(template, messages=None, **variables):
   messages = MESSAGES if messages is None else messages
   return chat_template.render(template, messages, where="MODEL", **variables)

@@ -31,7 +31,7 @@ class Template:
 
   Raises:
     ValueError: without label, with something after it, without any other field, or with a field
-      that asks for formatting.
+      without a plain name or that asks for formatting.
   """
 
   text: str
@@ -42,6 +42,11 @@ class Template:
     except ValueError as error:
       raise ValueError(f"the template {self.text!r} has unpaired braces ({error}).") from error
     for _, name, spec, conversion in parts:
+      if name is not None and (not name or name.isdigit() or "." in name or "[" in name):
+        raise ValueError(
+          f"the template {self.text!r} has {{{name}}}, which is no name of a field; write the "
+          "name alone, for example {text}."
+        )
       if spec or conversion:
         raise ValueError(
           f"the template {self.text!r} formats its field {name!r}; fields are put in as they are, "

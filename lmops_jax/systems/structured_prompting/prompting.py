@@ -242,7 +242,7 @@ class Prompter:
     return sum(len(r.context) + sum(map(len, r.options)) for r in requests)
 
   def _length(self, row: Example) -> int:
-    """Positions that a row takes."""
+    """Positions that a row takes, one to spare with them: its last token is not read."""
     if not row.options:
       return self.num_row_tokens(row)
     requests = in_context.requests_of(self._encoder, row)
