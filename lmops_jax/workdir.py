@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lmops_jax.whole_files import WRITING, sync_folder, write_json, write_text
 
 LOG, CONFIG, _MARKER, _LOCK = "log.txt", "config.gin", "lmops.json", ".lock"
 PARTIAL, REPLACED, DISCARDED = ".partial", ".replaced", ".discarded"
+_SIGN = ".job-"  # and a name that nobody has seen before
 _FORMAT = 1
 
 
@@ -111,6 +113,19 @@ class Workdir:
   def partial(self, name: str) -> Path:
     return self.path / (name + PARTIAL)
 
+  @contextlib.contextmanager
+  def signed(self) -> Iterator[str]:
+    """Inside, a file of the name that this yields tells other processes the folder by its sight.
+
+    The name is new each time: what a network file system knows of older names says nothing of it.
+    """
+    sign = self.path / f"{_SIGN}{uuid.uuid4().hex}"
+    sign.touch()
+    try:
+      yield sign.name
+    finally:
+      sign.unlink(missing_ok=True)
+
   def write_config(self, text: str) -> None:
     try:
       write_text(self.path / CONFIG, text)
@@ -126,6 +141,8 @@ class Workdir:
 
   def recover(self, names: Iterable[str]) -> None:
     """Undoes the replacement that a killed process left half done; `adopt` completes it."""
+    for sign in self.path.glob(_SIGN + "*"):
+      sign.unlink(missing_ok=True)
     for name in names:
       final, replaced = self.final(name), self.path / (name + REPLACED)
       if replaced.exists() and not final.exists():
