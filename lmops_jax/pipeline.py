@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmops_jax import agreement
+from lmops_jax import agreement, records
 from lmops_jax import progress as progress_lib
 from lmops_jax.manifests import (
   ATTEMPT,
@@ -38,7 +38,6 @@ from lmops_jax.manifests import (
   load_manifest,
 )
 from lmops_jax.settings import nearest
-from lmops_jax.whole_files import write_json
 from lmops_jax.workdir import DISCARDED, PARTIAL, REPLACED, Workdir
 
 _FORMAT = 1
@@ -377,7 +376,7 @@ class _Attempt:
   def _save(self) -> None:
     state = {**self._attempt, "seconds": self.seconds(), "flops": float(self._context.flops)}
     with contextlib.suppress(OSError):  # a full disk is reported by the stage itself
-      write_json(self._context.directory / ATTEMPT, state)
+      records.write(self._context.directory / ATTEMPT, state)
 
   def __enter__(self) -> "_Attempt":
     self._start, self._end = time.monotonic(), None
