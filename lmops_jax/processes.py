@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lmops_jax import progress
+from lmops_jax import manifests, progress
 
 _PATIENCE_MS = 10_000  # after which waiting for another process is told
 
@@ -184,7 +184,11 @@ _LOST = ("connection closed by peer", "connection reset by peer", "connection re
 
 
 def is_lost_peer(error: BaseException) -> bool:
-  """Whether an error of jax says that another process of the job has gone."""
+  """Whether an error, or what caused it, is jax's word that another process of the job has gone."""
+  return any(map(_tells_of_a_lost_peer, manifests.chain(error)))
+
+
+def _tells_of_a_lost_peer(error: BaseException) -> bool:
   names = {kind.__name__ for kind in type(error).__mro__}
   text = str(error).lower()
   return bool(names & {"JaxRuntimeError", "XlaRuntimeError"}) and any(s in text for s in _LOST)
