@@ -5,6 +5,7 @@ neither jax nor TensorFlow.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -179,9 +180,22 @@ def main(argv: Sequence[str] | None = None) -> int:
       code = 75  # EX_TEMPFAIL: the same command may succeed
       text = ("another process of this job has ended, see its output; run the same command again "
               f"on all hosts to continue where it stopped ({text[:200]})")
-    print(f"lmops: error: {text}", file=sys.stderr)
+    print(f"lmops: error: {text}", file=sys.stderr, flush=True)
+    if _is_one_of_several(argv):
+      from lmops_jax import agreement
+      agreement.refuse_before_joining(text)
     processes.leave_others(code)
     return code
+
+
+def _is_one_of_several(argv: Sequence[str]) -> bool:
+  """Whether this is a run of a job of several processes, which this one has not joined."""
+  command = next((argument for argument in argv if not argument.startswith("-")), None)
+  if processes.is_joined() or command not in ("run", *gin_files.systems()):
+    return False
+  with contextlib.suppress(ValueError):
+    return processes.are_expected(os.environ)
+  return False
 
 
 def _stopped(how: str, code: int) -> int:
@@ -300,14 +314,24 @@ def _run(resolved, workdir: Path) -> int:
   group = pipeline.Group()
   if resolved.tree["mesh"] is not None:
     group = _join_group()  # before anything touches a device
-  job = resolved.run()  # constructs everything, so that bad values are found before any work
-  if not isinstance(job.system, config.System):
-    raise settings.ConfigError(f"run.system={setting_words.shown(job.system)} must be "
-                               f"{setting_words.described(config.System)}.")
-  partitioner = job.mesh.build() if job.mesh is not None else None
-  stages = job.system.stages(resolved.settings, partitioner)
-  records = pipeline.run_stages(stages, workdir, only=job.stages, system=job.system.name,
-                                group=group, config=resolved.text())
+  elif processes.are_expected(os.environ):
+    raise settings.ConfigError(
+      "this job has several processes and run.mesh is None, so each would run by itself; bind "
+      "run.mesh, for example to @mesh.make(), or start it once.")
+  try:
+    job = resolved.run()  # constructs everything, so that bad values are found before any work
+    if not isinstance(job.system, config.System):
+      raise settings.ConfigError(f"run.system={setting_words.shown(job.system)} must be "
+                                 f"{setting_words.described(config.System)}.")
+    group.council.start()
+    partitioner = job.mesh.build() if job.mesh is not None else None
+    stages = job.system.stages(resolved.settings, partitioner)
+    records = pipeline.run_stages(stages, workdir, only=job.stages, system=job.system.name,
+                                  group=group, config=resolved.text())
+  except BaseException as error:
+    group.council.refuse(
+      _one_line(error) if isinstance(error, Exception) else "it was interrupted")
+    raise
   if group.index == 0:
     print(_record_table(records, progress))
     if {record.name for record in records} == {stage.name for stage in stages}:
@@ -317,14 +341,14 @@ def _run(resolved, workdir: Path) -> int:
 
 def _join_group():
   """Joins the other processes of this job, where the environment says that there are some."""
-  from lmops_jax import pipeline
+  from lmops_jax import agreement, pipeline
   from lmops_jax.training import mesh
   if not mesh.initialize_distributed():
     return pipeline.Group()
-  import jax
   from jax.experimental import multihost_utils
-  return pipeline.Group(jax.process_index(), jax.process_count(),
-                        multihost_utils.sync_global_devices, processes.stop_between)
+  index, count = processes.place()
+  return pipeline.Group(index, count, multihost_utils.sync_global_devices, processes.stop_between,
+                        agreement.Council(index, count))
 
 
 def _record_table(records, progress) -> str:

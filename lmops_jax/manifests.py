@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmops_jax.whole_files import WRITING
+from lmops_jax.whole_files import SEAL, WRITING
 
 MANIFEST, ATTEMPT = "manifest.json", ".attempt.json"
 _PACKAGES = ("lmops_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio",
@@ -43,11 +43,12 @@ def now() -> str:
 
 
 def list_files(folder: Path) -> Iterator[str]:
-  """A stage's own files below its folder, `/` between the parts, sorted."""
+  """A stage's own files below its folder, `/` between the parts, sorted; without seals."""
   ours = {base + end for base in (MANIFEST, ATTEMPT) for end in ("", WRITING)}
   found = (Path(directory, name).relative_to(folder).as_posix()
            for directory, _, names in os.walk(folder) for name in names)
-  return iter(sorted(path for path in found if path not in ours))
+  seals = (SEAL, SEAL + WRITING)
+  return iter(sorted(path for path in found if path not in ours and not path.endswith(seals)))
 
 
 def hash_file(path: Path) -> str:
@@ -56,14 +57,15 @@ def hash_file(path: Path) -> str:
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
 
 
-def _hash_all(paths: Sequence[Path]) -> list[str]:
+def hash_all(paths: Sequence[Path]) -> list[str]:
+  """`hash_file` of each, on several threads."""
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     return list(pool.map(hash_file, paths))
 
 
 def hash_files(folder: Path) -> dict[str, tuple[int, str]]:
   names = list(list_files(folder))
-  digests = _hash_all([folder / name for name in names])
+  digests = hash_all([folder / name for name in names])
   return {name: ((folder / name).stat().st_size, digest) for name, digest in zip(names, digests)}
 
 
@@ -81,16 +83,21 @@ def checksum(manifest: Mapping[str, Any]) -> str:
 
 
 def load_manifest(folder: Path, name: str) -> dict[str, Any]:
+  from lmops_jax import records  # its library is imported where a record is read
+
   path = folder / MANIFEST
   try:
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    intact = manifest["checksum"] == checksum(manifest)
-  except (OSError, ValueError, KeyError, TypeError):
-    intact = False
-  if not intact:
+    return records.read(path, records.Manifest)
+  except ValueError as error:
     raise StageError(f"{path}, the manifest of stage {name!r}, is damaged; delete the folder "
-                     f"{folder} and run again to make it anew.")
-  return manifest
+                     f"{folder} and run again to make it anew.") from error
+  except OSError as error:
+    raise cannot_read(path, error) from error
+
+
+def cannot_read(path: Path, error: OSError) -> StageError:
+  return StageError(f"{path} cannot be read ({error.strerror or error}); it was left as it is, run "
+                    "the same command again when it can be read.")
 
 
 def difference(new_identity: Mapping[str, Any], old_identity: Mapping[str, Any]) -> str:
@@ -136,14 +143,14 @@ def compare(name: str, folder: Path, manifest: Mapping[str, Any], *, thorough: b
   extra = set(list_files(folder)) - set(files)
   if extra:
     raise StageError(f"{folder / min(extra)} was not written by stage {name!r}; remove it.")
-  hashes = _hash_all([path for path, _ in suspects])
+  hashes = hash_all([path for path, _ in suspects])
   for (path, digest), found in zip(suspects, hashes):
     if found != digest:
       raise StageError(f"{path}, an output of stage {name!r}, is corrupted: its content is not "
                        f"what the stage wrote; {again}.")
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
   """An error with all its causes and members."""
   seen: set[int] = set()
   pending = [error]
@@ -164,13 +171,13 @@ def is_disk_full(error: BaseException) -> bool:
   """Whether an error, or a library's error that wraps it, says that nothing more can be written."""
   codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
   return any(getattr(item, "errno", None) in codes or any(text in str(item) for text in _FULL)
-             for item in _chain(error))
+             for item in chain(error))
 
 
 def disk_full(error: BaseException, what: str, folder: Path) -> StageError:
-  named = next((item.filename for item in _chain(error) if getattr(item, "filename", None)), folder)
+  named = next((item.filename for item in chain(error) if getattr(item, "filename", None)), folder)
   limit = any(getattr(item, "errno", None) == errno.EFBIG or _TOO_LARGE in str(item)
-              for item in _chain(error))
+              for item in chain(error))
   try:
     free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB free"
   except OSError:

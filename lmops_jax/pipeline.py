@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmops_jax import agreement, records
 from lmops_jax import progress as progress_lib
 from lmops_jax.manifests import (
   ATTEMPT,
@@ -37,7 +38,6 @@ from lmops_jax.manifests import (
   load_manifest,
 )
 from lmops_jax.settings import nearest
-from lmops_jax.whole_files import write_json
 from lmops_jax.workdir import DISCARDED, PARTIAL, REPLACED, Workdir
 
 _FORMAT = 1
@@ -81,11 +81,13 @@ class Group:
     index: of this process. count: of all.
     barrier: waits for all of them at a label.
     check: called by all of them before a stage; raises where the job is asked to stop.
+    council: in which they agree on what they run.
   """
   index: int = 0
   count: int = 1
   barrier: Callable[[str], None] = lambda label: None
   check: Callable[[], None] = lambda: None
+  council: agreement.Council = dataclasses.field(default_factory=agreement.Council)
 
 
 class StageContext:
@@ -225,26 +227,35 @@ def run_stages(stages: Sequence[Stage], workdir: str | os.PathLike, *,
     workdir: made where it does not exist; must be empty or belong to the same system.
     only: names or leading parts of names; the others must be finished where these read them.
     system: name of the system, kept in the workdir.
-    group: this process among those of the job; all of them must call this with the same arguments.
+    group: this process among those of the job; all of them must call this with the same arguments,
+      and all end where these differ.
     config: the resolved configuration, kept in the workdir as config.gin.
 
   Returns:
     One record for each chosen stage, in the order in which they ran.
 
   Raises:
-    StageError: see the class. What a stage raises passes through with a note that names the stage,
-      except that a full disk becomes a StageError that names the path.
+    StageError: see the class; also where the processes of the job disagree. What a stage raises
+      passes through with a note that names the stage, except that a full disk becomes a StageError
+      that names the path.
   """
   all_stages = ordered(stages)
   identity = identities(all_stages, system)
   selected = chosen(all_stages, only)
-  group = group or Group()
+  group, workdir = group or Group(), Path(workdir)
+  plan = {}
+  if group.count > 1:
+    names = [stage.name for stage in selected]
+    plan = agreement.plan_of(system, names, identity, config, workdir)
   if group.index > 0:
+    group.council.agree(plan, workdir)
     group.barrier("open")
-    return [_follow(Path(workdir), stage, group) for stage in selected]
-  with Workdir(Path(workdir), system) as work:
+    return [_follow(workdir, stage, group) for stage in selected]
+  with Workdir(workdir, system) as work:
     work.recover(identity)
     _require_inputs(work, selected, identity)
+    with work.signed() as sign:
+      group.council.agree({**plan, "sign": sign}, workdir)
     if config is not None:
       work.write_config(config)
     work.log(f"workdir: {work.path}")
@@ -365,7 +376,7 @@ class _Attempt:
   def _save(self) -> None:
     state = {**self._attempt, "seconds": self.seconds(), "flops": float(self._context.flops)}
     with contextlib.suppress(OSError):  # a full disk is reported by the stage itself
-      write_json(self._context.directory / ATTEMPT, state)
+      records.write(self._context.directory / ATTEMPT, state)
 
   def __enter__(self) -> "_Attempt":
     self._start, self._end = time.monotonic(), None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 WRITING = ".writing"  # behind a file's name until it is whole
+SEAL = ".lmops-seal"  # behind a name: what `seals` keeps of it
 
 
 @contextlib.contextmanager
@@ -51,7 +52,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-  write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+  write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+  return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -6,16 +6,18 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lmops_jax import foreign_files, records
 from lmops_jax import progress as progress_lib
 from lmops_jax.manifests import (
   ATTEMPT,
   MANIFEST,
   StageError,
-  checksum,
+  cannot_read,
   compare,
   difference,
   disk_full,
@@ -26,10 +28,11 @@ from lmops_jax.manifests import (
   plain,
   versions,
 )
-from lmops_jax.whole_files import WRITING, sync_folder, write_json, write_text
+from lmops_jax.whole_files import SEAL, WRITING, sync_folder, write_json, write_text
 
 LOG, CONFIG, _MARKER, _LOCK = "log.txt", "config.gin", "lmops.json", ".lock"
 PARTIAL, REPLACED, DISCARDED = ".partial", ".replaced", ".discarded"
+_SIGN = ".job-"  # and a name that nobody has seen before
 _FORMAT = 1
 
 
@@ -50,21 +53,24 @@ class Workdir:
       except BaseException:
         self._release_lock()
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:
       if is_disk_full(error):
         raise disk_full(error, "the workdir", self.path) from error
-      raise StageError(f"the workdir {self.path} cannot be used ({error.strerror or error}); "
-                       "choose another --workdir.") from error
+      why = getattr(error, "strerror", None) or str(error).rstrip(".")
+      raise StageError(f"the workdir {self.path} cannot be used ({why}); choose another "
+                       "--workdir.") from error
     return self
 
   def __exit__(self, *_) -> None:
     self._release_lock()
 
   def _take_lock(self) -> None:
+    for name in (_LOCK, LOG):
+      foreign_files.require_regular(self.path / name)
     existed = set(os.listdir(self.path)) - {_LOCK, _MARKER + WRITING}
     if existed and not (self.path / _MARKER).exists():
       raise self._foreign(existed)
-    self._lock = open(self.path / _LOCK, "a+", encoding="utf-8")
+    self._lock = open(self.path / _LOCK, "a+", encoding="utf-8", errors="replace")
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -97,8 +103,8 @@ class Workdir:
       write_json(marker, {"system": self._system, "format": _FORMAT, "created": now()})
       return
     try:
-      owner = json.loads(marker.read_text(encoding="utf-8"))["system"]
-    except (ValueError, KeyError, TypeError) as error:
+      owner = records.read(marker, records.Marker)["system"]
+    except ValueError as error:
       raise StageError(f"{marker} is damaged, so it is not known whose workdir this is; choose "
                        "another --workdir.") from error
     if owner != self._system:
@@ -110,6 +116,19 @@ class Workdir:
 
   def partial(self, name: str) -> Path:
     return self.path / (name + PARTIAL)
+
+  @contextlib.contextmanager
+  def signed(self) -> Iterator[str]:
+    """Inside, a file of the name that this yields tells other processes the folder by its sight.
+
+    The name is new each time: what a network file system knows of older names says nothing of it.
+    """
+    sign = self.path / f"{_SIGN}{uuid.uuid4().hex}"
+    sign.touch()
+    try:
+      yield sign.name
+    finally:
+      sign.unlink(missing_ok=True)
 
   def write_config(self, text: str) -> None:
     try:
@@ -126,13 +145,14 @@ class Workdir:
 
   def recover(self, names: Iterable[str]) -> None:
     """Undoes the replacement that a killed process left half done; `adopt` completes it."""
+    for sign in self.path.glob(_SIGN + "*"):
+      sign.unlink(missing_ok=True)
     for name in names:
       final, replaced = self.final(name), self.path / (name + REPLACED)
       if replaced.exists() and not final.exists():
         replaced.rename(final)
       for leftover in (replaced, self.path / (name + DISCARDED)):
-        if leftover.exists():
-          shutil.rmtree(leftover)
+        _remove(leftover)
 
   def finished(self, name: str) -> dict[str, Any] | None:
     """The manifest of a finished stage, None where there is none."""
@@ -157,10 +177,14 @@ class Workdir:
     reason = "first run" if finished is None else difference(identity, finished)
     partial = self.partial(name)
     attempt = None
-    if partial.exists():
-      with contextlib.suppress(OSError, ValueError):
-        attempt = json.loads((partial / ATTEMPT).read_text(encoding="utf-8"))
-      if attempt is not None and attempt.get("fingerprint") == identity["fingerprint"]:
+    if os.path.lexists(partial):
+      try:
+        attempt = records.read(partial / ATTEMPT, records.Attempt)
+      except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        reason = "the record of an earlier attempt is missing or damaged"
+      except OSError as error:
+        raise cannot_read(partial / ATTEMPT, error) from error
+      if attempt is not None and attempt["fingerprint"] == identity["fingerprint"]:
         reason = "interrupted earlier"
         for leftover in (MANIFEST, MANIFEST + WRITING, ATTEMPT + WRITING):
           (partial / leftover).unlink(missing_ok=True)
@@ -173,8 +197,8 @@ class Workdir:
       if attempt is None:
         partial.mkdir(parents=True)
         attempt = {**identity, "attempts": 0, "seconds": 0.0, "flops": 0.0, "started": now()}
-      attempt["attempts"] += 1
-      write_json(partial / ATTEMPT, attempt)
+      attempt = records.write(
+        partial / ATTEMPT, {**attempt, "attempts": attempt["attempts"] + 1})
     except OSError as error:
       if is_disk_full(error):
         raise disk_full(error, f"stage {name}", partial) from error
@@ -184,10 +208,9 @@ class Workdir:
   def _discard(self, folder: Path) -> None:
     """Deletes a folder so that no half-deleted state can be mistaken for it."""
     target = folder.with_name(folder.name.removesuffix(PARTIAL) + DISCARDED)
-    if target.exists():
-      shutil.rmtree(target)
+    _remove(target)
     folder.rename(target)
-    shutil.rmtree(target)
+    _remove(target)
 
   def finish(self, name: str, identity: Mapping[str, Any], attempt: Mapping[str, Any],
              seconds: float, flops: float, extra: Mapping[str, Any]) -> None:
@@ -200,15 +223,13 @@ class Workdir:
       **identity, "stage": name, "system": self._system, "seconds": round(seconds, 3),
       "flops": flops, "attempts": attempt["attempts"], "started": attempt["started"],
       "finished": now(), "versions": versions(), "extra": extra, "files": hash_files(partial)}
-    manifest = json.loads(json.dumps(manifest, default=plain))
-    manifest["checksum"] = checksum(manifest)
-    write_json(partial / MANIFEST, manifest)
+    records.write(partial / MANIFEST, json.loads(json.dumps(manifest, default=plain)))
     self._publish(name)
 
   def _publish(self, name: str) -> None:
     partial, final, replaced = self.partial(name), self.final(name), self.path / (name + REPLACED)
-    for leftover in (ATTEMPT, ATTEMPT + WRITING):
-      (partial / leftover).unlink(missing_ok=True)
+    for leftover in (partial / ATTEMPT, partial / (ATTEMPT + WRITING), *partial.rglob(f"*{SEAL}*")):
+      leftover.unlink(missing_ok=True)
     sync_folder(partial)
     if final.exists():
       final.rename(replaced)
@@ -238,3 +259,11 @@ class Workdir:
     compare(name, self.final(name), manifest, thorough=thorough)
     if thorough:
       self._verified.add(name)
+
+
+def _remove(path: Path) -> None:
+  """Deletes whatever is there."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def start(command, num_processes, *, devices=1, environ=None, cwd=None):
+def start(command, num_processes, *, devices=1, environ=None, cwd=None, own=None):
   """The running processes, the coordinator first.
 
   Args:
@@ -14,6 +14,7 @@ def start(command, num_processes, *, devices=1, environ=None, cwd=None):
     num_processes: of the job; 1 is an ordinary run.
     devices: virtual CPU devices a process.
     environ: further environment variables.
+    own: further arguments of each process.
   """
   with socket.socket() as s:
     s.bind(("localhost", 0))
@@ -22,13 +23,13 @@ def start(command, num_processes, *, devices=1, environ=None, cwd=None):
   base["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
   processes = []
   for index in range(num_processes):
-    own = {}
+    place = {}
     if num_processes > 1:
-      own = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-             "JAX_NUM_PROCESSES": str(num_processes), "JAX_PROCESS_ID": str(index)}
+      place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+               "JAX_NUM_PROCESSES": str(num_processes), "JAX_PROCESS_ID": str(index)}
     processes.append(subprocess.Popen(
-      [sys.executable, *map(str, command)], env=base | own, cwd=cwd, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, text=True))
+      [sys.executable, *map(str, command), *(own[index] if own else ())], env=base | place,
+      cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
   return processes
 
 

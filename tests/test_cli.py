@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +11,7 @@ import pytest
 
 import lmops_jax
 from lmops_jax import cli, config, gin_files
+from tests import several_processes
 
 SYSTEM = """
   import dataclasses, sys, time
@@ -63,6 +63,8 @@ GIN = """
   run.stages = %STAGES
   toy.System.steps = %STEPS
 """
+
+JOB = ["-m", "lmops_jax.cli", "run", "job.gin"]
 
 
 @pytest.fixture
@@ -297,10 +299,9 @@ def test_messages_are_one_line():
   assert cli._one_line(ValueError()) == "no message"
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_two_processes_of_one_job(toy):
-  """Both work in each stage; only the first decides, writes manifests and prints the table."""
+@pytest.fixture
+def job(toy):
+  """Gin files of a system that takes a mesh; all processes work in its first stage."""
   (toy / "modules" / "toy_job_system.py").write_text(textwrap.dedent("""
     import gin
     from lmops_jax import pipeline
@@ -309,7 +310,12 @@ def test_two_processes_of_one_job(toy):
     class System:
       name = "job"
 
+      def __init__(self, size=8):
+        self.size = size
+
       def stages(self, settings, partitioner):
+        if self.size > 99:
+          raise ValueError(f"size={self.size} is too large.")
         assert partitioner.mesh.size == 2
         def work(context):
           (context.directory / f"part{context.group.index}").write_text(str(context.group.count))
@@ -317,7 +323,8 @@ def test_two_processes_of_one_job(toy):
           folder = context.input("work")
           found = [(folder / f"part{i}").read_text() for i in range(2)]
           (context.directory / f"saw{context.group.index}").write_text(" ".join(found))
-        return [pipeline.Stage("work", work), pipeline.Stage("read", read, ("work",))]
+        return [pipeline.Stage("work", work, settings={"size": str(self.size)}),
+                pipeline.Stage("read", read, ("work",))]
 
       def summary(self, workdir):
         return "all done"
@@ -325,28 +332,58 @@ def test_two_processes_of_one_job(toy):
   (toy / "job.gin").write_text(textwrap.dedent("""
     import toy_job_system
     import lmops_jax.training.mesh
+    SIZE = 8
+    STAGES = None
     run.system = @toy_job.System()
     run.mesh = @mesh.make()
+    run.stages = %STAGES
+    toy_job.System.size = %SIZE
   """))
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
-                 "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  return toy
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_of_one_job(job):
+  """Both work in each stage; only the first decides, writes manifests and prints the table."""
   for status in ("ran", "cached"):
-    processes = [
-      subprocess.Popen([sys.executable, "-m", "lmops_jax.cli", "run", "job.gin"], text=True,
-                       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                       env={**environment, "JAX_PROCESS_ID": str(index)})
-      for index in range(2)]
-    try:
-      results = [process.communicate(timeout=3600) for process in processes]
-    finally:
-      for process in processes:
-        process.kill()
-    assert [process.returncode for process in processes] == [0, 0], results
-    first, second = (out.splitlines() for out, _ in results)  # gloo prints a line of its own on top
+    ended = several_processes.finish(several_processes.start(JOB, 2))
+    assert [code for code, _ in ended] == [0, 0], ended
+    first, second = (out.splitlines() for _, out in ended)
     assert [line.split()[1] for line in first[-5:-3]] == [status, status]
     assert first[-1] == "all done" and "all done" not in second
+  work = job / "lmops_runs" / "job"
   for index in range(2):
-    assert (toy / "lmops_runs" / "job" / "read" / f"saw{index}").read_text() == "2 2"
+    assert (work / "read" / f"saw{index}").read_text() == "2 2"
+  assert not list(work.glob(".job-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("other, said", [
+  ("--gin.SIZE=4", "disagree: toy_job.System.size is 8 in process 0 and 4 in process 1; start all"),
+  ("--gin.STAGES='work'", "the list of stages is work, read in process 0 and work in process 1;"),
+  ("--workdir=elsewhere", "lmops_runs/job in process 0 and .*/elsewhere, another folder, in "),
+  ("--gin.SIZE=100", r"process 1 of this job cannot start: size=100 is too large\."),
+  ("--gin.SIZE='", r"process 1 of this job cannot start: --gin\.SIZE"),
+  ("--gin.run.mesh=None", "process 1 of this job cannot start: .*run.mesh is None"),
+])
+def test_processes_that_disagree_all_end_with_the_same_sentence(job, other, said):
+  """Before any stage, and long before jax would notice (100 seconds and more)."""
+  ended = several_processes.finish(several_processes.start(JOB, 2, own=((), (other,))))
+  assert [code for code, _ in ended] == [2, 2], ended
+  first, second = (out.strip().splitlines()[-1] for _, out in ended)
+  assert re.search(said, first), ended
+  assert second == first.replace("process 1 of this job cannot start: ", "")
+  assert not (job / "lmops_runs" / "job" / "work").exists() and not (job / "elsewhere").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_first_process_cannot_start_and_the_other_ends(job):
+  ended = several_processes.finish(
+    several_processes.start(JOB, 2, own=(("--gin.SIZE=100",), ())))
+  assert [code for code, _ in ended] == [2, 2], ended
+  first, other = (out.strip().splitlines()[-1] for _, out in ended)
+  assert first == "lmops: error: size=100 is too large."
+  assert other == "lmops: error: process 0 of this job cannot start: size=100 is too large."

@@ -1,6 +1,7 @@
 """Stages killed, corrupted, starved of disk space, contended for: never wrong, always explained."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lmops_jax import manifests
 from lmops_jax.pipeline import Group, Stage, StageError, read_manifest, run_stages
 
 # The same three stages in this process and in ones that get killed: `count` writes ten pieces and
@@ -378,6 +380,105 @@ def test_manifest_whose_figures_were_changed_is_damaged(tmp_path):
     run(tmp_path, size=4)
 
 
+def _fields(change):
+  """A manifest or record whose checksum is right, and which lacks or holds what it should not."""
+  def damage(path):
+    record = json.loads(path.read_text())
+    change(record)
+    record.pop("checksum")
+    path.write_text(json.dumps({**record, "checksum": manifests.checksum(record)}))
+
+  return damage
+
+
+_WRONG = {
+  "empty": lambda path: path.write_text(""),
+  "null": lambda path: path.write_text("null"),
+  "list": lambda path: path.write_text("[]"),
+  "number": lambda path: path.write_text("5"),
+  "no field": lambda path: path.write_text("{}"),
+  "deep": lambda path: path.write_text("[" * 100_000),
+  "deep object": lambda path: path.write_text('{"a":' * 5000 + "1" + "}" * 5000),
+  "digits": lambda path: path.write_text('{"attempts": ' + "9" * 5000 + "}"),
+  "bytes": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+  "no seconds": _fields(lambda record: record.pop("seconds")),
+  "no inputs": _fields(lambda record: record.pop("inputs")),
+  "no fingerprint": _fields(lambda record: record.pop("fingerprint")),
+  "settings": _fields(lambda record: record.update(settings=["size"])),
+  "setting": _fields(lambda record: record.update(settings={"size": 3})),
+  "nan": _fields(lambda record: record.update(seconds=float("nan"))),
+  "infinite": _fields(lambda record: record.update(seconds=float("inf"))),
+  "negative": _fields(lambda record: record.update(seconds=-1.0)),
+  "text": _fields(lambda record: record.update(attempts="1")),
+  "truth": _fields(lambda record: record.update(attempts=True)),
+  "checksum": lambda path: path.write_text(path.read_text().replace('"size": "4"', '"size": "3"')),
+}
+
+
+@pytest.mark.parametrize("damage", [
+  *_WRONG.values(), _fields(lambda record: record.pop("files")),
+  _fields(lambda record: record.update(files=[])),
+  _fields(lambda record: record["files"].update(total=[3])),
+  _fields(lambda record: record["files"].update(total="abc")),
+  _fields(lambda record: record.pop("stage")), _fields(lambda record: record.update(extra=5)),
+], ids=[*_WRONG, "no files", "files", "file", "file text", "no stage", "extra"])
+def test_a_manifest_of_any_other_content_is_damaged(tmp_path, damage):
+  run(tmp_path, size=4)
+  damage(tmp_path / "count" / "manifest.json")
+  for only in (None, ["sum"]):
+    with pytest.raises(StageError, match="count/manifest.json, the manifest of stage 'count', is "
+                       "damaged; delete the folder"):
+      run(tmp_path, only=only, size=4)
+
+
+@pytest.mark.parametrize("damage", [
+  *_WRONG.values(), Path.unlink, lambda path: (path.unlink(), path.mkdir()),
+  lambda path: (path.unlink(), os.mkfifo(path)),
+], ids=[*_WRONG, "missing", "folder", "fifo"])
+def test_a_damaged_record_of_an_attempt_starts_the_stage_anew(tmp_path, undisturbed, damage):
+  def killed(context):
+    (context.directory / "pieces").mkdir()
+    (context.directory / "pieces" / "0.json").write_text("[7]")
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run_stages([Stage("count", killed, settings={"size": "4"})], tmp_path, system="toy")
+  damage(tmp_path / "count.partial" / ".attempt.json")
+  records = run(tmp_path, size=4)
+  assert (records[0].status, records[0].reason) == (
+    "ran", "the record of an earlier attempt is missing or damaged")
+  assert outputs(tmp_path) == undisturbed[4]
+
+
+@pytest.mark.parametrize("make", [
+  lambda path: path.write_text("x"), lambda path: path.symlink_to("nowhere"),
+  lambda path: path.symlink_to(path.parent)], ids=["file", "dangling link", "link"])
+def test_whatever_lies_where_a_stage_works_is_put_away(tmp_path, undisturbed, make):
+  run_stages([], tmp_path, system="toy")
+  make(tmp_path / "count.partial")
+  run(tmp_path, size=4)
+  assert outputs(tmp_path) == undisturbed[4]
+
+
+def test_a_record_that_cannot_be_read_now_is_left(tmp_path, monkeypatch):
+  run(tmp_path, only=["count"])
+  (tmp_path / "show.partial").mkdir()
+  (tmp_path / "show.partial" / ".attempt.json").write_text("{}")
+  read = Path.read_bytes
+
+  def failing(path):
+    if path.name == broken:
+      raise OSError(errno.EIO, "Input/output error", str(path))
+    return read(path)
+
+  monkeypatch.setattr(Path, "read_bytes", failing)
+  for broken in (".attempt.json", "manifest.json"):
+    with pytest.raises(StageError, match=f"{broken} cannot be read .Input/output error.; it was "
+                       "left as it is"):
+      run(tmp_path)
+  assert (tmp_path / "show.partial" / ".attempt.json").exists()
+
+
 def test_file_that_the_stage_did_not_write(tmp_path):
   run(tmp_path)
   (tmp_path / "count" / "pieces" / "10.json").write_text("[1]")
@@ -412,11 +513,33 @@ def test_workdir_of_another_system(tmp_path):
     run_stages([], tmp_path, system="pds")
 
 
-def test_damaged_marker(tmp_path):
+@pytest.mark.parametrize("text", [
+  "{", "", "[]", "{}", "5", '{"system": 5}', '{"system": null}', "[" * 100_000])
+def test_damaged_marker(tmp_path, text):
   run(tmp_path)
-  (tmp_path / "lmops.json").write_text("{")
+  (tmp_path / "lmops.json").write_text(text)
   with pytest.raises(StageError, match="lmops.json is damaged"):
     run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lmops.json", ".lock", "log.txt"])
+def test_a_fifo_among_the_files_of_a_workdir_does_not_hang(tmp_path, name):
+  run(tmp_path)
+  (tmp_path / name).unlink()
+  os.mkfifo(tmp_path / name)
+  with pytest.raises(StageError, match=f"{name} is (a FIFO|damaged)"):
+    run(tmp_path)
+
+
+def test_a_lock_that_holds_no_text_still_locks(tmp_path):
+  run(tmp_path)
+  with open(tmp_path / ".lock", "wb") as holder:
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    holder.write(b"\xff\xfe")
+    holder.flush()
+    with pytest.raises(StageError, match="is in use by"):
+      run(tmp_path)
+  assert statuses(run(tmp_path))[0] == ("count", "cached")
 
 
 def test_workdir_that_cannot_be_made(tmp_path):

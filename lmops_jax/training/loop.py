@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmops_jax import processes
+from lmops_jax import processes, seals
 from lmops_jax import progress as progress_lib
-from lmops_jax.training.checkpoints import CheckpointStore, load_params, save_params
+from lmops_jax.training.checkpoints import CheckpointStore, first_says, load_params, save_params
 from lmops_jax.training.mesh import Partitioner, single_device
 from lmops_jax.training.metrics import MetricsLog
 from lmops_jax.training.step import make_train_step
@@ -142,8 +142,8 @@ def train(
   store = CheckpointStore(directory / "checkpoints", max_to_keep=2)
   try:
     with partitioner.activate(), processes.saving_on_request():
-      found = _restore(store, abstract, shardings, settings, directory)
-      start, pending = None, _Pending()
+      found = _restore(store, abstract, shardings, settings, directory, kept)
+      start, pending, history = None, _Pending(), []
       if found is None:
         if initial_params is None:
           state = _compiled_init(init_params, optimizer, *placed)(key)
@@ -156,8 +156,8 @@ def train(
           initial_params = None  # free what only this run held
       else:
         start, state, extra = found
-        pending = _Pending(**extra["pending"])
-      log = MetricsLog(directory, start, tensorboard)
+        pending, history = _Pending(**extra["pending"]), extra["history"]
+      log = MetricsLog(directory, history, tensorboard, resumed=start is not None)
 
       def boundary(step, state):
         """Everything that happens between steps; on resume it is done already."""
@@ -171,12 +171,15 @@ def train(
         if len(record) > 1:
           log.write(record)
         if step in kept:
-          save_params(directory / "params" / str(step), state.params)
+          save_params(_kept(directory, step), state.params)
+          if jax.process_index() == 0:
+            seals.seal(_kept(directory, step))
         if last or (checkpoint_every and step > 0 and step % checkpoint_every == 0):
           save(step, state)
 
       def save(step, state):
-        store.save(step, state, {"settings": settings, "pending": pending._asdict()})
+        store.save(step, state, {
+          "settings": settings, "pending": pending._asdict(), "history": list(log.history)})
 
       bar = _progress(progress, num_steps, description, start or 0)
       speed = _Speed(log, positions, flops_per_token)
@@ -240,13 +243,17 @@ def load_kept_params(directory: Path, step: int, abstract=None):
   Raises:
     FileNotFoundError: naming the steps that were kept.
   """
-  path = Path(directory) / "params" / str(step)
+  path = _kept(directory, step)
   if not path.is_dir():
     there = sorted(int(p.name) for p in path.parent.glob("*") if p.name.isdigit())
     raise FileNotFoundError(
       f"{directory} keeps no parameters of step {step}, only of {there}; add it to params_at."
     )
   return load_params(path, abstract)
+
+
+def _kept(directory: Path, step: int) -> Path:
+  return Path(directory) / "params" / str(step)
 
 
 class _Pending:
@@ -332,10 +339,11 @@ def _hashable(tree):
   return tuple(leaves), treedef
 
 
-def _restore(store, abstract, shardings, settings, directory):
+def _restore(store, abstract, shardings, settings, directory, kept):
   wanted = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
   )
+  _drop_beyond_lost_params(store, directory, kept)
   found = store.restore_latest(wanted)
   if found is None:
     return None
@@ -347,6 +355,20 @@ def _restore(store, abstract, shardings, settings, directory):
         f"{name}={value}; use an empty directory or the old setting."
       )
   return found
+
+
+def _drop_beyond_lost_params(store, directory, kept):
+  """Goes back to before the first step whose kept parameters are not as they were written."""
+  newest = store.latest_step()
+  if newest is None:
+    return
+  lost = -1
+  if jax.process_index() == 0:
+    lost = next((step for step in kept
+                 if step <= newest and not seals.is_whole(_kept(directory, step))), -1)
+  lost = first_says(lost)
+  if lost >= 0:
+    store.drop_from(lost, f"the parameters of step {lost} are not what was written")
 
 
 def _is_boundary(done, num_steps, log_every, checkpoint_every, kept, evaluators):

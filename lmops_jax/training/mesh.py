@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lmops_jax import processes
 from lmops_jax.micro_batches import DeviceRows, device_share
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.setting_types import PositiveInt, Text, component
@@ -342,11 +343,10 @@ def initialize_distributed(
     ValueError: when only some of the three values are given.
   """
   env = os.environ if environ is None else environ
-  explicit = (
-    coordinator_address or env.get("JAX_COORDINATOR_ADDRESS"),
-    num_processes if num_processes is not None else _integer(env, "JAX_NUM_PROCESSES"),
-    process_id if process_id is not None else _integer(env, "JAX_PROCESS_ID"),
-  )
+  told = processes.told_by(env)
+  explicit = tuple(
+    value if value is not None else known
+    for value, known in zip((coordinator_address, num_processes, process_id), told))
   if any(value is not None for value in explicit):
     if any(value is None for value in explicit):
       raise ValueError(
@@ -354,24 +354,8 @@ def initialize_distributed(
         f"JAX_NUM_PROCESSES, JAX_PROCESS_ID) only some are given, {explicit}; give all or none."
       )
     jax.distributed.initialize(*explicit)
-    return explicit[1] > 1
-  tasks = max(_integer(env, "SLURM_NTASKS") or 1, _integer(env, "OMPI_COMM_WORLD_SIZE") or 1)
-  # A step of one task, or an interactive shell within an allocation, is a job by itself.
-  tasks = 1 if "SLURM_JOB_ID" in env and "SLURM_PROCID" not in env else tasks
-  tpu_workers = env.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
-  kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-  multislice = "MEGASCALE_COORDINATOR_ADDRESS" in env
-  asked = env.get("LMOPS_DISTRIBUTED") == "1"
-  if asked or tasks > 1 or tpu_workers > 1 or kubernetes or multislice:
+  elif processes.are_expected(env):
     jax.distributed.initialize()
-    return jax.process_count() > 1
-  return False
-
-
-def _integer(env, name):
-  if name not in env:
-    return None
-  try:
-    return int(env[name])
-  except ValueError:
-    raise ValueError(f"The environment variable {name}={env[name]!r} is not an integer.") from None
+  else:
+    return False
+  return processes.place()[1] > 1

@@ -24,22 +24,22 @@ class MetricsLog:
 
   Args:
     directory: of the files.
-    start: step that the run resumes from; later records are dropped. None starts anew.
+    history: the records up to the step that a run resumes from.
     tensorboard: write event files too, if clu and its TensorBoard writer are installed.
+    resumed: keep the times of earlier attempts.
   """
 
-  def __init__(self, directory: Path, start: int | None, tensorboard: bool = True):
+  def __init__(self, directory: Path, history: list[dict[str, Any]], tensorboard: bool = True,
+               resumed: bool = False):
     self._directory = Path(directory)
     self._writing = jax.process_index() == 0
-    self.history: list[dict[str, Any]] = []
-    if start is not None:
-      self.history = [r for r in read_records(self._path) if r["step"] <= start]
+    self.history = list(history)
     self._writer = None
     if not self._writing:
       return
     self._directory.mkdir(parents=True, exist_ok=True)
     write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
-    if start is None:
+    if not resumed:
       self._speed.unlink(missing_ok=True)
     if tensorboard:
       self._writer = _summary_writer(self._directory / "tensorboard")
@@ -75,11 +75,8 @@ class MetricsLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-  """Records of a file of JSON lines; a last line that a kill cut off is left out."""
-  if not Path(path).exists():
-    return []
-  lines = Path(path).read_text().split("\n")
-  return [json.loads(line) for line in lines[:-1] if line]
+  """Records of a finished run's file of JSON lines."""
+  return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def _summary_writer(directory):

@@ -1,19 +1,34 @@
 """What is written comes back bit for bit, also on another mesh; what does not fit is named."""
 
+import contextlib
+import errno
+import os
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmops_jax import processes, seals
+from lmops_jax.control import pmp_scores_resumable
 from lmops_jax.training import optimizers
-from lmops_jax.training.checkpoints import CheckpointStore, load_params, save_params
+from lmops_jax.training.checkpoints import (
+  CheckpointStore,
+  DamagedError,
+  UnreadableError,
+  load_params,
+  save_params,
+)
 from lmops_jax.training.mesh import MeshConfig
 from lmops_jax.training.train_state import new_state
 
 OPTIMIZER = optimizers.adamw(0.1)
+ADAM = optax.adam(0.1)
 
 
 def _state(seed=0, width=8):
@@ -137,6 +152,146 @@ def test_missing_and_damaged_params_are_named(tmp_path):
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   with pytest.raises(ValueError, match=f"checkpoint {tmp_path}/p cannot be read"):
     load_params(tmp_path / "p")
+
+
+def flip_a_bit(path):
+  """As a failing disk does: same size, same times."""
+  status, data = path.stat(), bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _files(folder):
+  return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _saved(store, *steps):
+  for step in steps:
+    store.save(step, _state(step), {"step": step})
+  store.wait()
+
+
+def test_one_flipped_bit_in_any_file_of_a_step_drops_it(store, tmp_path, capfd):
+  _saved(store, 2, 4)
+  number = 0
+  while number < len(files := _files(tmp_path / "c" / "4")):  # data files have new names each time
+    flip_a_bit(files[number])
+    assert store.latest_step() == 2
+    name = files[number].relative_to(tmp_path / "c" / "4")
+    assert f"4 is dropped (its file {name} " in capfd.readouterr().err
+    _saved(store, 4)
+    number += 1
+  _assert_same(store.restore_latest(_abstract(_state()))[1], _state(4))
+
+
+@pytest.mark.parametrize("damage", [
+  lambda folder: (folder / "hashes.json").unlink(),
+  lambda folder: (folder / "hashes.json").write_text("{}\n"),
+  lambda folder: (folder / "hashes.json").write_text("[]\n"),
+  lambda folder: (folder / "hashes.json").write_text('{"a": 1}'),
+  lambda folder: (folder / "hashes.json").write_text("[" * 100_000),
+  lambda folder: (folder / "hashes.json").write_bytes(b"\xff"),
+  lambda folder: (folder / "another").write_text("x"),
+  lambda folder: _files(folder / "state")[0].unlink(),
+], ids=["missing", "nothing", "list", "other", "deep", "bytes", "file more", "file less"])
+def test_a_step_that_is_not_as_noted_is_dropped(store, tmp_path, damage):
+  _saved(store, 2, 4)
+  damage(tmp_path / "c" / "4")
+  assert store.restore_latest(_abstract(_state()))[0] == 2
+  assert store.all_steps() == [2]
+
+
+def test_a_damaged_step_is_not_read(store, tmp_path):
+  _saved(store, 2)
+  flip_a_bit(_files(tmp_path / "c" / "2" / "state")[-1])
+  for read in (store.extra, lambda step: store.restore(step, _abstract(_state()))):
+    with pytest.raises(DamagedError, match="/2 is damaged .its file state/.* does not hold"):
+      read(2)
+  assert store.latest_step() is None
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, lambda path: shutil.rmtree(path.parents[1])])
+def test_steps_that_need_a_damaged_one_go_with_it(tmp_path, damage):
+  with contextlib.closing(CheckpointStore(
+      tmp_path / "c", max_to_keep=1, keep_steps=(1, 2), chained=True)) as store:
+    _saved(store, 1, 2, 3)
+    damage(_files(tmp_path / "c" / "2" / "state")[0])
+    assert store.latest_step() == 1 and store.all_steps() == [1]
+
+
+def _failing(error):
+  def fail(*_, **__):
+    raise error
+
+  return fail
+
+
+def test_what_cannot_be_read_now_is_left(store, tmp_path, monkeypatch):
+  _saved(store, 2, 4)
+  error = OSError(errno.EIO, "Input/output error")
+  left = r"checkpoint .*/4 cannot be read \(OSError: .*Input/output error\); it was left as it is"
+  with monkeypatch.context() as patch, pytest.raises(UnreadableError, match=left):
+    patch.setattr(seals, "hash_all", _failing(error))
+    store.restore_latest(_abstract(_state()))
+  with monkeypatch.context() as patch, pytest.raises(UnreadableError, match=left):
+    patch.setattr(store._manager, "restore", _failing(error))
+    store.restore_latest(_abstract(_state()))
+  assert store.all_steps() == [2, 4]
+  assert store.restore_latest(_abstract(_state()))[0] == 4
+
+
+def test_a_lost_peer_is_not_blamed_on_the_checkpoint(store, tmp_path, monkeypatch):
+  _saved(store, 2)
+  lost = jax.errors.JaxRuntimeError("INTERNAL: Gloo all-gather failed: Connection closed by peer")
+  monkeypatch.setattr(store._manager, "restore", _failing(lost))
+  with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+    store.restore_latest(_abstract(_state()))
+  assert processes.is_lost_peer(caught.value) and store.all_steps() == [2]
+
+
+class _Stop(Exception):
+  pass
+
+
+def _losses(params, batch):
+  return jnp.square(jnp.tanh(batch["x"] @ params["w"]) - 0.3)
+
+
+def _target_loss(params):
+  return jnp.sum(jnp.square(params["w"]))
+
+
+def _scores(folder, stop_after=None):
+  """Of a solve of three segments in each pass; the second pass reads what the first one left."""
+  rng = np.random.default_rng(0)
+  batches = {"x": rng.normal(size=(6, 4, 3)).astype(np.float32)}
+  params = {"w": jnp.asarray(rng.normal(size=3), jnp.float32)}
+  store = CheckpointStore(folder, max_to_keep=2, keep_steps=(1, 2), chained=True)
+
+  def progress(done, total):
+    store.wait()
+    if done == stop_after:
+      raise _Stop
+
+  with contextlib.closing(store):
+    return pmp_scores_resumable(
+      _losses, _target_loss, ADAM, params, batches, None, segment_steps=2, store=store,
+      progress=progress).scores
+
+
+@pytest.fixture(scope="module")
+def undisturbed_scores(tmp_path_factory):
+  return _scores(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("stop_after, damaged", [(2, 2), (3, 1), (4, 4)])
+def test_a_solve_with_a_flipped_bit_in_its_state_gives_the_same_scores(
+    tmp_path, undisturbed_scores, stop_after, damaged):
+  with pytest.raises(_Stop):
+    _scores(tmp_path, stop_after)
+  flip_a_bit(max(_files(tmp_path / str(damaged) / "state"), key=lambda p: p.stat().st_size))
+  np.testing.assert_array_equal(_scores(tmp_path), undisturbed_scores)
 
 
 def test_keeping_none_is_refused(tmp_path):

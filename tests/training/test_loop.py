@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +256,63 @@ def test_a_truncated_checkpoint_is_dropped_for_the_one_before(tmp_path, capfd):
   assert f"checkpoint {folder} is dropped (its file" in said and "going on from step 2" in said
   jax.tree.map(np.testing.assert_array_equal, got.state, want.state)
   assert got.history == want.history
+
+
+def _flip_a_bit(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def _flip_in(pattern):
+  def flip(folder):
+    for path in folder.glob(pattern):
+      if path.is_file():
+        _flip_a_bit(path)
+
+  return flip
+
+
+@pytest.mark.parametrize("damage, resumed_at, word", [
+  (_flip_in("checkpoints/4/state/d/*"), 2, "checkpoints/4 is dropped (its file state/d/"),
+  (_flip_in("checkpoints/*/state/d/*"), 0, "there is none before it"),
+  (_flip_in("params/3/d/*"), 2, "parameters of step 3 are not what was written"),
+  (_flip_in("params/3.lmops-seal"), 2, "parameters of step 3 are not what was written"),
+  (lambda folder: shutil.rmtree(folder / "params" / "3"), 2, "parameters of step 3"),
+  (_flip_in("params/0/d/*"), 0, "parameters of step 0 are not what was written"),
+  (_flip_in("metrics.jsonl"), 4, ""),
+  (lambda folder: (folder / "metrics.jsonl").write_text('[]\n{"step": "x"}\n5\n'), 4, ""),
+  (lambda folder: (folder / "metrics.jsonl").unlink(), 4, ""),
+], ids=["state", "all states", "params", "seal", "no params", "first params", "metrics",
+        "other metrics", "no metrics"])
+def test_what_was_damaged_in_an_unfinished_run_is_not_read(
+    tmp_path, capfd, damage, resumed_at, word):
+  """One flipped bit at the same size; the continued run is the undisturbed one in all it leaves."""
+  options = {"checkpoint_every": 2, "params_at": (0, 3, 7)}
+  want = _linear(tmp_path / "whole", **options)
+  steps = []
+
+  def interrupted(step):
+    if step == 5:
+      raise _Interrupt
+    return _linear_batch(step)
+
+  def watched(step):
+    steps.append(step)
+    return _linear_batch(step)
+
+  with pytest.raises(_Interrupt):
+    _linear(tmp_path / "cut", batch_at=interrupted, **options)
+  damage(tmp_path / "cut")
+  got = _linear(tmp_path / "cut", batch_at=watched, **options)
+  assert steps[1:][0 if resumed_at else slice(None)] == (resumed_at or [1, 2, 3, 4, 5, 6])
+  assert word in capfd.readouterr().err
+  np.testing.assert_array_equal(got.state.params["w"], want.state.params["w"])
+  assert got.history == want.history
+  assert read_records(tmp_path / "cut" / "metrics.jsonl") == want.history
+  for step in options["params_at"]:
+    kept = [load_kept_params(tmp_path / run, step)["w"] for run in ("cut", "whole")]
+    np.testing.assert_array_equal(*kept)
 
 
 _FULL = """

@@ -26,6 +26,10 @@ from jax.experimental import multihost_utils
 rows = 8 // jax.process_count()
 mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
+if fault == "killed reading" and jax.process_index() == jax.process_count() - 1:
+  from lmops_jax.training import checkpoints
+  checkpoints.CheckpointStore.restore = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
 def batch_at(step):
   if step == at and fault == "exit":
     raise SystemExit(0)
@@ -104,11 +108,30 @@ def test_a_killed_process_ends_the_other_with_a_word(tmp_path):
   assert _result(tmp_path / "cut") == _result(tmp_path / "whole")
 
 
-def test_a_truncated_checkpoint_is_dropped_for_the_one_before(tmp_path):
+def test_a_process_killed_while_a_checkpoint_is_read_is_not_blamed_on_it(tmp_path):
+  _run(tmp_path / "cut", 2, fault="exit", at=4)
+  command = _command(tmp_path / "cut", fault="killed reading")
+  ended = several_processes.finish(several_processes.start(command, 2, devices=2))
+  assert [code for code, _ in ended] == [2, -9], ended
+  assert "lost a peer" in ended[0][1] and "dropped" not in ended[0][1]
+  assert {path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()} >= {"2", "4"}
+
+
+def _truncate(path):
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip_a_bit(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip_a_bit])
+def test_a_damaged_checkpoint_is_dropped_for_the_one_before(tmp_path, damage):
   _run(tmp_path / "cut", 2, fault="exit", at=4)
   folder = tmp_path / "cut" / "checkpoints" / "4"
-  largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[:-1])
+  damage(max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
   said, of_other = _run(tmp_path / "cut", 2)
   _run(tmp_path / "whole", 2)
   assert f"checkpoint {folder} is dropped (its file" in said and "going on from step 2" in said

@@ -481,7 +481,7 @@ class PMP:
     num_segments = -(-self.num_steps // self.segment_steps)
     return contextlib.closing(checkpoints.CheckpointStore(
       bench.context.directory / UNFINISHED / str(step), max_to_keep=2,
-      keep_steps=range(1, num_segments),
+      keep_steps=range(1, num_segments), chained=True,
     ))
 
   def _trajectory(self, bench: Bench, num_target: int) -> str | int:
