@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.control.surrogates import SURROGATES
 from lmops_jax.control.trajectory import POLICIES
 from lmops_jax.micro_batches import DeviceRows
 
@@ -51,6 +52,10 @@ def trajectory(value: Any) -> str | int:
 
 def hvp_mode(value: Any) -> str:
   return one_of(value, "hvp_mode", HVP_MODES)
+
+
+def surrogate(value: Any) -> str | None:
+  return None if value is None else one_of(value, "surrogate (or None)", SURROGATES)
 
 
 def device_rows(value: DeviceRows | None, **sizes: int) -> None:

@@ -8,9 +8,9 @@ measures them). Rematerialisation inside a model is not counted.
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
+import numpy as np
 
-from lmops_jax.control import adjoint, checks, plan
+from lmops_jax.control import adjoint, checks, jaxprs, plan
 from lmops_jax.control.dynamics import init_state
 
 GRADIENT = 3
@@ -38,7 +38,8 @@ def solve_passes(
     every_k: int = 1,
     groups: int | None = None,
     hessian: bool = True,
-    proxy_samples: int | None = None) -> Passes:
+    proxy_samples: int | None = None,
+    surrogate: str | None = None) -> Passes:
   """What `pmp_scores`, or `pmp_scores_resumable` with `segment_steps`, computes over T steps.
 
   Args:
@@ -49,7 +50,7 @@ def solve_passes(
   """
   checks.integer(num_steps, "num_steps", 1)
   num_gradients = _trajectory_gradients(num_steps, segment_steps, trajectory)
-  if _reverse_reads_gradient(optimizer, params):
+  if _reverse_reads_gradient(optimizer, params, surrogate):
     num_gradients += num_steps
   reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
   # J and its gradient at params_T; then at params_{T-1} .. params_1, and J alone at params_0.
@@ -72,7 +73,8 @@ def segment_passes(
     num_scored: float,
     trajectory: str | int = "all",
     objective: str = "area",
-    hessian: bool = True) -> Passes:
+    hessian: bool = True,
+    surrogate: str | None = None) -> Passes:
   """What one segment of `pmp_scores_resumable` computes, in either pass.
 
   Args:
@@ -81,7 +83,7 @@ def segment_passes(
   if not is_reverse:
     return Passes(GRADIENT * num_steps, 0, 0)
   num_gradients = _run_gradients(num_steps, trajectory)
-  if _reverse_reads_gradient(optimizer, params):
+  if _reverse_reads_gradient(optimizer, params, surrogate):
     num_gradients += num_steps
   reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
   target = (GRADIENT if objective == "area" else 1) * num_steps
@@ -119,7 +121,7 @@ def _run_gradients(num_steps: int, policy: str | int) -> int:
   return num_steps + plan.num_recomputed(policy, num_steps)
 
 
-def _reverse_reads_gradient(optimizer: Any, params: Any) -> bool:
+def _reverse_reads_gradient(optimizer: Any, params: Any, surrogate: str | None) -> bool:
   """Whether any cotangent of the update depends on the gradient; if none does, XLA drops it."""
   def start(params):
     state = init_state(optimizer.init, optimizer.update, params)
@@ -128,19 +130,10 @@ def _reverse_reads_gradient(optimizer: Any, params: Any) -> bool:
   state, floats = jax.eval_shape(start, params)
 
   def pull(state, grads, costate, opt_cotangent):
-    return adjoint.update_pullback(optimizer.update, state, grads, costate, opt_cotangent)
+    return adjoint.update_pullback(
+      optimizer.update, state, grads, costate, opt_cotangent, surrogate)
 
   jaxpr = jax.make_jaxpr(pull)(state, state.params, state.params, floats).jaxpr
-  first = len(jax.tree.leaves(state))
-  return _reaches(jaxpr, jaxpr.invars[first:first + len(jax.tree.leaves(state.params))])
-
-
-def _reaches(jaxpr: Any, variables: list) -> bool:
-  """Whether an output of `jaxpr` is computed from one of `variables` (calls taken as a whole)."""
-  found = set(variables)
-  def is_found(atom):
-    return not isinstance(atom, jex.Literal) and atom in found
-  for eqn in jaxpr.eqns:
-    if any(map(is_found, eqn.invars)):
-      found.update(eqn.outvars)
-  return any(map(is_found, jaxpr.outvars))
+  num = [len(jax.tree.leaves(tree)) for tree in (state, state.params, state.params, floats)]
+  of_gradient = np.repeat([0, 1, 0, 0], num).tolist()
+  return any(jaxprs.dependence(jaxpr, of_gradient))

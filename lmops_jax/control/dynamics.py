@@ -8,6 +8,7 @@ its appendix on Adam) is `(params, opt_state)`; one step is
 Everything is a pure function of arrays, so it runs under `jit`, `scan` and sharding.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,12 +81,15 @@ def init_state(init: Callable, update: Callable, params: Any) -> State:
   first state is widened to what later steps hold, so that all states of a run have one type.
 
   Raises:
-    ValueError: if the update changes the structure or a shape of the optimizer state.
+    ValueError: if the optimizer does not work on these parameters, or the update changes the
+      structure or a shape of the optimizer state.
   """
   params = strong(params)
-  opt_state = strong(init(params))
+  with _optimizer_at_work():
+    opt_state = strong(init(params))
   for _ in range(3):  # a widened leaf may widen another one: repeat until nothing changes
-    out = jax.eval_shape(update, params, opt_state, params)[1]
+    with _optimizer_at_work():
+      out = jax.eval_shape(update, params, opt_state, params)[1]
     if jax.tree.structure(out) != jax.tree.structure(opt_state) or any(
         a.shape != b.shape for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(opt_state))):
       raise ValueError(
@@ -100,3 +104,15 @@ def init_state(init: Callable, update: Callable, params: Any) -> State:
       break
     opt_state = wide
   return State(params, opt_state)
+
+
+@contextlib.contextmanager
+def _optimizer_at_work():
+  """What the code of an optimizer raises, as one sentence."""
+  try:
+    yield
+  except Exception as error:
+    first_line = next(iter(str(error).splitlines()), type(error).__name__)
+    raise ValueError(
+      f"The optimizer cannot take a step on params, given (gradients, state, params) alone: "
+      f"{first_line}") from error

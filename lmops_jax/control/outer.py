@@ -52,12 +52,13 @@ def solve_weights(
     trajectory: str | int = "all",
     hessian: bool = True,
     hvp_mode: str = "jvp_of_grad",
-    micro_batch_size: int | None = None) -> WeightSolution:
+    micro_batch_size: int | None = None,
+    surrogate: str | None = None) -> WeightSolution:
   """Learns constant weights gamma on the simplex by projected ascent on the scores.
 
   Args:
     example_losses, target_loss, optimizer, params, objective, trajectory, hessian, hvp_mode,
-      micro_batch_size: as for `pmp_scores`.
+      micro_batch_size, surrogate: as for `pmp_scores`.
     data: leaves `[N, ...]`.
     num_steps: T, inner steps in each outer epoch, always from `params`.
     outer_lr: step on gamma, >= 0. outer_epochs: outer steps, >= 1.
@@ -90,7 +91,7 @@ def solve_weights(
   checks.target(target_loss, params)
   settings = check_settings(
     Settings(objective, trajectory, hessian=hessian, hvp_mode=hvp_mode,
-             micro_batch_size=micro_batch_size), num_steps, batch_size)
+             micro_batch_size=micro_batch_size, surrogate=surrogate), num_steps, batch_size)
   return _solve_weights(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, data, batch_indices, gamma, outer_lr, num_steps,

@@ -80,7 +80,8 @@ def controlled_run(
     monitor: Callable | None = None,
     trajectory: str | int = "all",
     hvp_mode: str = "jvp_of_grad",
-    micro_batch_size: int | None = None) -> ControlledRun:
+    micro_batch_size: int | None = None,
+    surrogate: str | None = None) -> ControlledRun:
   """Checks and bundles what a policy controls.
 
   Args:
@@ -92,7 +93,7 @@ def controlled_run(
     num_steps: T.
     mask: `[N] bool`; False marks rows that only fill the data up to a size that a mesh divides.
     monitor: `params -> pytree` recorded at every params_t, such as losses on held-out data.
-    trajectory, hvp_mode, micro_batch_size: see `pmp_scores`.
+    trajectory, hvp_mode, micro_batch_size, surrogate: see `pmp_scores`.
   Raises:
     ValueError: for arguments that do not fit together, in one sentence, before compilation.
   """
@@ -115,8 +116,8 @@ def controlled_run(
   if monitor is not None and not callable(monitor):
     raise ValueError(f"monitor must be a function of params or None, got {monitor!r}.")
   settings = check_settings(
-    Settings("area", trajectory, hvp_mode=hvp_mode, micro_batch_size=micro_batch_size), num_steps,
-    num_examples)
+    Settings("area", trajectory, hvp_mode=hvp_mode, micro_batch_size=micro_batch_size,
+             surrogate=surrogate), num_steps, num_examples)
   return ControlledRun(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, data, mask,

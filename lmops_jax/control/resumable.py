@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmops_jax import processes
-from lmops_jax.control import checks
+from lmops_jax.control import checks, piecewise
 from lmops_jax.control import trajectory as trajectories
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state
@@ -85,7 +85,8 @@ def pmp_scores_resumable(
     keep_costates: bool = False,
     proxy_samples: int | None = None,
     sample_seed: int = 0,
-    device_rows: DeviceRows | None = None) -> PmpResult:
+    device_rows: DeviceRows | None = None,
+    surrogate: str | None = None) -> PmpResult:
   """`pmp_scores`, resumable. Arguments not listed here are those of `pmp_scores`.
 
   Args:
@@ -106,7 +107,9 @@ def pmp_scores_resumable(
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
     Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
-             proxy_batch_size, keep_costates, proxy_samples, sample_seed), device_rows)
+             proxy_batch_size, keep_costates, proxy_samples, sample_seed, surrogate), device_rows)
+  settings = settings._replace(
+    surrogate=piecewise.check_optimizer(optimizer, params, settings.surrogate))
   num_steps = weights.shape[0]
   segment_steps = min(checks.integer(segment_steps, "segment_steps", 1), num_steps)
   starts = range(0, num_steps, segment_steps)

@@ -32,6 +32,8 @@ class Training:
     trajectory: what the reverse pass keeps, "all", "sqrt", "host" or a number of states.
     micro_batch_size: training examples differentiated at once; None: all.
     target_batch_size: examples of the other parts evaluated at once; None: all.
+    surrogate: "clipped_straight_through" for an optimizer whose update is piecewise constant, such
+      as Lion, see `control.surrogates`.
   """
 
   num_steps: int
@@ -39,9 +41,23 @@ class Training:
   trajectory: Any = "all"
   micro_batch_size: int | None = None
   target_batch_size: int | None = None
+  surrogate: str | None = None
 
   def __post_init__(self):
     check_at_least_one(self, "num_steps")
+    if self.surrogate not in (None, *control.SURROGATES):
+      raise ValueError(
+        f"learning_law.Training.surrogate={self.surrogate!r} is not None or one of "
+        f"{', '.join(control.SURROGATES)}."
+      )
+
+  def check_optimizer(self, params: Any) -> None:
+    """Refuses an optimizer that would leave every policy as it is.
+
+    Args:
+      params: arrays or `ShapeDtypeStruct`s.
+    """
+    control.check_optimizer(self.optimizer, params, self.surrogate, "learning_law.Training.")
 
   def on(self, task: Task, init_seed: int, partitioner: Partitioner) -> InnerRun:
     """The run on a task's data from the initialisation of `init_seed`."""
@@ -63,6 +79,7 @@ class InnerRun:
     shards = partitioner.num_batch_shards
     self.num_rows = -(-task.num_train // shards) * shards
     self.params = self._initial(init_seed)
+    training.check_optimizer(self.params)
     self.target_losses = {
       part: self._target(part) for part in ("dev", *MONITORED)
     }
@@ -76,7 +93,7 @@ class InnerRun:
         task.example_losses, self.target_losses["dev"], training.optimizer, self.params,
         self._placed(task.parts["train"], self.num_rows), training.num_steps, mask=mask,
         monitor=jax.tree_util.Partial(losses_at, monitored), trajectory=training.trajectory,
-        micro_batch_size=training.micro_batch_size,
+        micro_batch_size=training.micro_batch_size, surrogate=training.surrogate,
       )
 
   def _initial(self, seed: int) -> Any:
@@ -163,7 +180,8 @@ def cost_of(
   """
   num_steps = training.num_steps
   passes = control.solve_passes(
-    training.optimizer, params, num_steps, trajectory=training.trajectory)
+    training.optimizer, params, num_steps, trajectory=training.trajectory,
+    surrogate=training.surrogate)
   monitored = sum(sizes[part] for part in MONITORED) * (num_steps + 1)
   state = jax.eval_shape(
     lambda p: control.dynamics.init_state(training.optimizer.init, training.optimizer.update, p),

@@ -31,6 +31,7 @@ from lmops_jax.training import (
   budget,
   checkpoints,
   language_models,
+  loop,
   losses,
   mesh,
   optimizers,
@@ -254,6 +255,8 @@ class PMP:
   Attributes:
     name: of the method in folders and figures.
     optimizer: of the inner run; the costates are exact for any optax transformation.
+    surrogate: "clipped_straight_through" for an optimizer whose update is piecewise constant, such
+      as Lion: its exact scores are all 0, see `control.surrogates`.
     num_steps: inner steps, T.
     batch_size: instances of an inner step, drawn from the corpus by `data_seed`.
     checkpoints: proxy steps to start from; None: the proxy's last.
@@ -300,9 +303,15 @@ class PMP:
   inner_data: str = "corpus"
   shuffle: bool = True
   divide_by: str | None = None
+  surrogate: str | None = None
 
   def __post_init__(self):
     _check_divisor("pds.PMP", self.divide_by)
+    if self.surrogate not in (None, *control.SURROGATES):
+      raise ValueError(
+        f"pds.PMP.surrogate={self.surrogate!r} is not None or one of "
+        f"{', '.join(control.SURROGATES)}."
+      )
     if self.inner_data not in ("corpus", "proxies"):
       raise ValueError(
         f"pds.PMP.inner_data={self.inner_data!r}; set it to 'corpus' or 'proxies'."
@@ -341,6 +350,13 @@ class PMP:
         f"pds.PMP.matmul_precision={self.matmul_precision!r} is not None or one of "
         f"{', '.join(MATMUL_PRECISIONS)}."
       )
+
+  def check_optimizer(self, proxy: pretrain.Pretrain, length: int, partitioner) -> None:
+    """Refuses, from shapes alone, an inner optimizer under which every score would be 0."""
+    size = proxy.model.vocab_size or 2  # the real one is not known before the texts are read
+    model = language_models.language_model(proxy.model, size, length)
+    params = language_models.abstract_params(loop.initializer(model), partitioner)
+    control.check_optimizer(self.optimizer, params, self.surrogate, "pds.PMP.")
 
   def inner_rows(self, partitioner: mesh.Partitioner) -> int | None:
     """Rows of an inner batch that are differentiated at a time on that mesh; None: all."""
@@ -389,7 +405,8 @@ class PMP:
           proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
           proxy_batch_size=proxy_batch_size,
           micro_batch_size=self.inner_rows(bench.partitioner), segment_steps=self.segment_steps,
-          device_rows=bench.partitioner.device_rows, store=store, progress=advance,
+          device_rows=bench.partitioner.device_rows, surrogate=self.surrogate, store=store,
+          progress=advance,
           log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )
       result = processes.fetch(result._replace(params=None))
@@ -403,6 +420,7 @@ class PMP:
       self.optimizer, params, self.num_steps, segment_steps=self.segment_steps,
       trajectory=trajectory, objective=self.objective, every_k=self.every_k,
       groups=self.groups, hessian=self.hessian, proxy_samples=self.proxy_samples,
+      surrogate=self.surrogate,
     )
     sizes = control.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
     for num_passes, size in zip(passes, sizes, strict=True):

@@ -122,6 +122,9 @@ class Pipeline:
     partitioner = partitioner or mesh.single_device()
     for config in self._models():
       attention.check_platform(config.attention, partitioner.platform)
+    for method in self.methods:
+      if isinstance(method, methods.PMP):
+        method.check_optimizer(self.proxy, self.prepare.length, partitioner)
 
     def part(*names: str) -> dict[str, str]:
       return {
