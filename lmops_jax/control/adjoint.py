@@ -167,13 +167,16 @@ def directional_scores(example_losses: Callable, params: Any, direction: Any, da
   Returns:
     `[M] float32` (or wider, as the losses).
   """
-  data = jax.tree.map(jnp.asarray, data)
+  checks.parameters(params)
   num_rows, = checks.leading_axes(data, "data", 1, "M")
+  params, data = strong(params), checks.arrays(data, "data")
+  direction = _like(checks.like_params(direction, "direction", params), params)
+  checks.losses(example_losses, params, data, num_rows, "data")
   checks.device_rows(device_rows, data=num_rows)
   if batch_size is not None:
     batch_size = checks.integer(batch_size, "batch_size", 1)
   return _directional_scores(
-    as_pytree(example_losses), strong(params), _like(direction, params), data, num_rows, batch_size,
+    as_pytree(example_losses), params, direction, data, num_rows, batch_size,
     checks.one_of(mode, "mode", HVP_MODES), device_rows)
 
 

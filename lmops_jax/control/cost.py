@@ -12,6 +12,8 @@ import numpy as np
 
 from lmops_jax.control import adjoint, checks, jaxprs, plan
 from lmops_jax.control.dynamics import init_state
+from lmops_jax.control.pmp import check_settings
+from lmops_jax.control.problem import Settings
 
 GRADIENT = 3
 SLOPES = 3
@@ -48,7 +50,13 @@ def solve_passes(
     params: of its state, arrays or shapes.
     num_steps: T. The other arguments are those of the solve.
   """
+  checks.optimizer(optimizer)
   checks.integer(num_steps, "num_steps", 1)
+  if segment_steps is not None:
+    checks.integer(segment_steps, "segment_steps", 1)
+  check_settings(Settings(
+    objective, trajectory, every_k, groups, hessian, proxy_samples=proxy_samples,
+    surrogate=surrogate), num_steps, 1)
   num_gradients = _trajectory_gradients(num_steps, segment_steps, trajectory)
   if _reverse_reads_gradient(optimizer, params, surrogate):
     num_gradients += num_steps
@@ -99,6 +107,9 @@ def influence_passes(
     scale: float | None = None,
     num_batches: int = 1) -> int:
   """Forward passes over one batch in `influence_direction`; for "cg" the most that it takes."""
+  checks.one_of(method, "method", checks.INFLUENCE_METHODS)
+  checks.one_of(curvature, "curvature", checks.CURVATURES)
+  checks.integer(iterations, "iterations", 1)
   product = HESSIAN_AND_SLOPES if curvature == "hessian" else SLOPES + GRADIENT
   whole = 1 + (NUM_PROBES if damping is None else 0)  # products with all batches: the residual last
   single = 0

@@ -8,7 +8,6 @@ its appendix on Adam) is `(params, opt_state)`; one step is
 Everything is a pure function of arrays, so it runs under `jit`, `scan` and sharding.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
 
@@ -85,10 +85,11 @@ def init_state(init: Callable, update: Callable, params: Any) -> State:
       structure or a shape of the optimizer state.
   """
   params = strong(params)
-  with _optimizer_at_work():
+  failure = "optimizer cannot take a step on params, given gradients, its state and params alone"
+  with checks.failing(failure):
     opt_state = strong(init(params))
   for _ in range(3):  # a widened leaf may widen another one: repeat until nothing changes
-    with _optimizer_at_work():
+    with checks.failing(failure):
       out = jax.eval_shape(update, params, opt_state, params)[1]
     if jax.tree.structure(out) != jax.tree.structure(opt_state) or any(
         a.shape != b.shape for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(opt_state))):
@@ -104,15 +105,3 @@ def init_state(init: Callable, update: Callable, params: Any) -> State:
       break
     opt_state = wide
   return State(params, opt_state)
-
-
-@contextlib.contextmanager
-def _optimizer_at_work():
-  """What the code of an optimizer raises, as one sentence."""
-  try:
-    yield
-  except Exception as error:
-    first_line = next(iter(str(error).splitlines()), type(error).__name__)
-    raise ValueError(
-      f"The optimizer cannot take a step on params, given (gradients, state, params) alone: "
-      f"{first_line}") from error

@@ -74,17 +74,17 @@ def solve_weights(
   num_examples, = checks.leading_axes(data, "data", 1, "N")
   num_steps = checks.integer(num_steps, "num_steps", 1)
   outer_epochs = checks.integer(outer_epochs, "outer_epochs", 1)
-  if checks.is_concrete(outer_lr) and not (np.isfinite(outer_lr) and outer_lr >= 0):
-    raise ValueError(f"outer_lr must be finite and >= 0, got {outer_lr}.")
-  params, data = strong(params), jax.tree.map(jnp.asarray, data)
+  checks.number(outer_lr, "outer_lr")
+  params, data = strong(params), checks.arrays(data, "data")
   if batch_indices is None:
     batch_size = num_examples
   else:
-    batch_indices = jnp.asarray(batch_indices)
+    batch_indices = checks.array(batch_indices, "batch_indices")
     _check_indices(batch_indices, num_steps, num_examples)
     batch_size = batch_indices.shape[1]
   if gamma is None:
     gamma = jnp.full(num_examples, 1 / num_examples)
+  gamma = checks.array(gamma, "gamma")
   checks.simplex(gamma, num_examples)
   gamma = strong(jnp.asarray(gamma, jnp.promote_types(jnp.result_type(gamma), jnp.float32)))
   checks.losses(example_losses, params, data, num_examples, "data")

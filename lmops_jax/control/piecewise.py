@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from lmops_jax.control import adjoint, jaxprs
+from lmops_jax.control import adjoint, checks, jaxprs
 from lmops_jax.control.dynamics import State, apply_update, init_state
 from lmops_jax.control.surrogates import SURROGATES
 
@@ -30,8 +30,10 @@ def check_optimizer(optimizer: Any, params: Any, surrogate: str | None = None,
   Args:
     params: arrays or `ShapeDtypeStruct`s.
   """
+  checks.optimizer(optimizer)
+  checks.parameters(params)
   state = jax.eval_shape(functools.partial(init_state, optimizer.init, optimizer.update), params)
-  return used_surrogate(optimizer.update, state, surrogate, owner)
+  return used_surrogate(optimizer.update, state, checks.surrogate(surrogate), owner)
 
 
 def used_surrogate(update: Callable, state: State, surrogate: str | None,

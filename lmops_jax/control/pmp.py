@@ -216,16 +216,13 @@ def check_steps(step_losses, target_losses, costate_norms, scores, target_grad_n
 def prepare(example_losses, target_loss, optimizer, params, batches, weights, proxy, settings,
             device_rows):
   """Checks the arguments of a solve and puts arrays into the types that it uses."""
-  for name, fn in (("example_losses", example_losses), ("target_loss", target_loss)):
-    if not callable(fn):
-      raise ValueError(f"{name} must be a function, got {fn!r}.")
   checks.optimizer(optimizer)
   checks.parameters(params)
   num_steps, batch_size = checks.leading_axes(batches, "batches", 2, "T, B")
-  params, batches = strong(params), jax.tree.map(jnp.asarray, batches)
+  params, batches = strong(params), checks.arrays(batches, "batches")
   if weights is None:
     weights = jnp.full((num_steps, batch_size), 1 / batch_size)
-  weights = jnp.asarray(weights)
+  weights = checks.array(weights, "weights")
   if not jnp.issubdtype(weights.dtype, jnp.floating):
     weights = weights.astype(jnp.result_type(float))
   weights = strong(weights.astype(jnp.promote_types(weights.dtype, jnp.float32)))
@@ -236,7 +233,7 @@ def prepare(example_losses, target_loss, optimizer, params, batches, weights, pr
   checks.device_rows(device_rows, batches=batch_size)
   if proxy is not None:
     num_proxies, = checks.leading_axes(proxy, "proxy", 1, "M")
-    proxy = jax.tree.map(jnp.asarray, proxy)
+    proxy = checks.arrays(proxy, "proxy")
     checks.losses(example_losses, params, proxy, num_proxies, "proxy")
     checks.device_rows(device_rows, proxy=num_proxies)
   return params, batches, proxy, weights, check_settings(settings, num_steps, batch_size)
@@ -267,10 +264,10 @@ def check_settings(settings: Settings, num_steps: int, batch_size: int) -> Setti
     proxy_batch_size = micro_batch_size or max(batch_size, 32)
   return settings._replace(
     trajectory=checks.trajectory(settings.trajectory), every_k=every_k, groups=groups,
-    hessian=bool(settings.hessian), hvp_mode=checks.hvp_mode(settings.hvp_mode),
+    hessian=checks.flag(settings.hessian, "hessian"), hvp_mode=checks.hvp_mode(settings.hvp_mode),
     micro_batch_size=micro_batch_size,
     proxy_batch_size=checks.integer(proxy_batch_size, "proxy_batch_size", 1),
-    keep_costates=bool(settings.keep_costates), proxy_samples=proxy_samples,
+    keep_costates=checks.flag(settings.keep_costates, "keep_costates"), proxy_samples=proxy_samples,
     sample_seed=sample_seed, surrogate=checks.surrogate(settings.surrogate))
 
 

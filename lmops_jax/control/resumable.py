@@ -104,6 +104,11 @@ def pmp_scores_resumable(
     FloatingPointError: naming the step, where the run or its adjoint diverges (see `check_result`).
       The segment is not saved: what was saved is sound.
   """
+  for name in ("latest_step", "save", "extra", "restore"):
+    checks.function(getattr(store, name, None), f"store.{name}")
+  for name, fn in (("progress", progress), ("log", log)):
+    if fn is not None:
+      checks.function(fn, f"{name} (or None)")
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
     Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
@@ -118,6 +123,8 @@ def pmp_scores_resumable(
                batches, weights, proxy)
   init = as_pytree(optimizer.init)
   first_state = _first_state(init, data, params, **static)
+  if not np.isfinite(norm := float(_params_norm(first_state))):
+    raise ValueError(f"params has norm {norm}; a run must start from finite parameters.")
   fingerprint = _fingerprint((settings, segment_steps, str(jax.tree.structure(first_state))),
                              (first_state, batches, weights, proxy))
 
