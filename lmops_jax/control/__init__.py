@@ -11,7 +11,8 @@ from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.control.guards import finite_derivatives
 from lmops_jax.control.influence import influence_direction
 from lmops_jax.control.outer import WeightSolution, solve_weights
-from lmops_jax.control.pmp import PmpResult, check_result, pmp_scores
+from lmops_jax.control.piecewise import check_optimizer
+from lmops_jax.control.pmp import PmpResult, check_not_all_zero, check_result, pmp_scores
 from lmops_jax.control.policy import (
   ControlledRun,
   ExponentiatedGradient,
@@ -29,9 +30,11 @@ from lmops_jax.control.policy import (
 from lmops_jax.control.resumable import pmp_scores_resumable
 from lmops_jax.control.several_targets import pmp_scores_by_target
 from lmops_jax.control.simplex import project_simplex, stationarity_gap
+from lmops_jax.control.surrogates import SURROGATES
 from lmops_jax.control.targets import mean_target_loss
 
 __all__ = [
+  "SURROGATES",
   "ControlledRun",
   "ExponentiatedGradient",
   "FrankWolfe",
@@ -42,6 +45,8 @@ __all__ = [
   "Signals",
   "Simulation",
   "WeightSolution",
+  "check_not_all_zero",
+  "check_optimizer",
   "check_policy",
   "check_result",
   "controlled_run",

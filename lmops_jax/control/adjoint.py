@@ -43,7 +43,7 @@ def float_leaves(tree: Any) -> list[jax.Array]:
 
 
 def update_pullback(update: Callable, state: State, grads: Any, params_cotangent: Any,
-                    opt_cotangent: list[jax.Array]):
+                    opt_cotangent: list[jax.Array], surrogate: str | None = None):
   """Cotangents of everything one optimizer step reads, from those of what it writes.
 
   Args:
@@ -51,6 +51,7 @@ def update_pullback(update: Callable, state: State, grads: Any, params_cotangent
     state: the state before the step. grads: the raw gradient of the step.
     params_cotangent: cotangent of the new parameters, like `params`.
     opt_cotangent: cotangents of the new state's floating-point leaves, in leaf order.
+    surrogate: the derivative that a sign gets in place of 0, see `surrogates`.
   Returns:
     `(d, q, u)`: cotangents of `state.params` (through the update alone), of the floating-point
     leaves of `state.opt_state`, and of `grads`. Finite also where the second moment of Adam is 0 or
@@ -64,7 +65,8 @@ def update_pullback(update: Callable, state: State, grads: Any, params_cotangent
     new = apply_update(update, State(params, opt_state), grads)
     return new.params, float_leaves(new.opt_state)
 
-  _, pull = jax.vjp(finite_derivatives(step), state.params, float_leaves(state.opt_state), grads)
+  _, pull = jax.vjp(
+    finite_derivatives(step, surrogate), state.params, float_leaves(state.opt_state), grads)
   return pull((params_cotangent, opt_cotangent))
 
 
@@ -165,13 +167,16 @@ def directional_scores(example_losses: Callable, params: Any, direction: Any, da
   Returns:
     `[M] float32` (or wider, as the losses).
   """
-  data = jax.tree.map(jnp.asarray, data)
+  checks.parameters(params)
   num_rows, = checks.leading_axes(data, "data", 1, "M")
+  params, data = strong(params), checks.arrays(data, "data")
+  direction = _like(checks.like_params(direction, "direction", params), params)
+  checks.losses(example_losses, params, data, num_rows, "data")
   checks.device_rows(device_rows, data=num_rows)
   if batch_size is not None:
     batch_size = checks.integer(batch_size, "batch_size", 1)
   return _directional_scores(
-    as_pytree(example_losses), strong(params), _like(direction, params), data, num_rows, batch_size,
+    as_pytree(example_losses), params, direction, data, num_rows, batch_size,
     checks.one_of(mode, "mode", HVP_MODES), device_rows)
 
 

@@ -1,18 +1,24 @@
 """Argument checks of the solvers: every mistake is one sentence, before anything is compiled."""
 
+import contextlib
 import operator
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.control import jaxprs
+from lmops_jax.control.surrogates import SURROGATES
 from lmops_jax.control.trajectory import POLICIES
 from lmops_jax.micro_batches import DeviceRows
 
 HVP_MODES = ("jvp_of_grad", "vjp_of_grad")
 OBJECTIVES = ("area", "terminal")
+INFLUENCE_METHODS = ("cg", "lissa")
+CURVATURES = ("hessian", "fisher")
 
 
 def is_concrete(*trees: Any) -> bool:
@@ -36,6 +42,65 @@ def integer(value: Any, name: str, low: int, high: int | None = None) -> int:
   return number
 
 
+def number(value: Any, name: str, *, positive: bool = False) -> None:
+  """A finite number >= 0, or > 0 (looked at only where it is concrete)."""
+  if not is_concrete(value):
+    return
+  try:
+    if np.shape(value) or not (np.isfinite(value) and value >= 0) or (positive and value == 0):
+      raise TypeError
+  except TypeError:
+    raise ValueError(
+      f"{name} must be finite and {'>' if positive else '>='} 0, got {value!r}.") from None
+
+
+def flag(value: Any, name: str) -> bool:
+  if not isinstance(value, bool | np.bool_):
+    raise ValueError(f"{name} must be True or False, got {value!r}.")
+  return bool(value)
+
+
+def function(value: Any, name: str) -> None:
+  if not callable(value):
+    raise ValueError(f"{name} must be a function, got {value!r}.")
+
+
+def array(value: Any, name: str) -> jax.Array:
+  """Real numbers as an array."""
+  found = _held(value, name)
+  if jnp.issubdtype(found.dtype, jnp.complexfloating):
+    raise ValueError(f"{name} has dtype {found.dtype}; expected real numbers.")
+  return found
+
+
+def arrays(tree: Any, name: str) -> Any:
+  """`tree` with every leaf an array."""
+  return jax.tree.map_with_path(
+    lambda path, x: _held(x, f"{name}{jax.tree_util.keystr(path)}"), tree)
+
+
+def _held(value: Any, name: str) -> jax.Array:
+  try:
+    return jnp.asarray(value)
+  except (TypeError, ValueError, OverflowError):
+    raise _not_numbers(value, name) from None
+
+
+def _not_numbers(value: Any, name: str) -> ValueError:
+  found = " ".join(reprlib.repr(value).split())
+  return ValueError(f"{name} must be an array of numbers, got {found}.")
+
+
+@contextlib.contextmanager
+def failing(what: str) -> Iterator[None]:
+  """What the code of others raises, as one sentence that begins with `what`."""
+  try:
+    yield
+  except Exception as error:
+    line = next(iter(str(error).splitlines()), "").rstrip(".")
+    raise ValueError(f"{what}: {type(error).__name__}: {line}.") from error
+
+
 def one_of(value: Any, name: str, options: tuple[str, ...]) -> str:
   if not isinstance(value, str) or value not in options:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}.")
@@ -53,8 +118,14 @@ def hvp_mode(value: Any) -> str:
   return one_of(value, "hvp_mode", HVP_MODES)
 
 
+def surrogate(value: Any) -> str | None:
+  return None if value is None else one_of(value, "surrogate (or None)", SURROGATES)
+
+
 def device_rows(value: DeviceRows | None, **sizes: int) -> None:
   """A ValueError where the devices of `value` do not divide one of the numbers of rows."""
+  if value is not None and not isinstance(value, DeviceRows):
+    raise ValueError(f"device_rows must be a DeviceRows or None, got {value!r}.")
   for name, size in sizes.items() if value is not None else ():
     if size % value.num_shards:
       raise ValueError(
@@ -74,6 +145,8 @@ def parameters(params: Any) -> None:
   if not leaves:
     raise ValueError("params has no array leaf; there is nothing to train.")
   for path, leaf in leaves:
+    if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)):
+      raise _not_numbers(leaf, f"params{jax.tree_util.keystr(path)}")
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
       raise ValueError(
@@ -135,23 +208,39 @@ def simplex(gamma: Any, num_examples: int) -> None:
 
 def losses(example_losses: Callable, params: Any, batch: Any, batch_size: int, name: str) -> None:
   """`example_losses(params, batch)` is `[B]` floating point, by abstract evaluation."""
-  out = jax.eval_shape(example_losses, params, batch)
+  function(example_losses, "example_losses")
+  leaves = ", ".join(jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(batch))
+  with failing(f"example_losses fails on {name} with the leaves {leaves}"):
+    closed, out = jax.make_jaxpr(example_losses, return_shape=True)(params, batch)
   if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != (batch_size,):
     raise ValueError(
       f"example_losses returned {_describe(out)} for {name} of {batch_size} examples; expected one "
       f"loss an example, shape ({batch_size},).")
   if not jnp.issubdtype(out.dtype, jnp.floating):
     raise ValueError(f"example_losses returned dtype {out.dtype}; expected floating point.")
+  _depends(closed.jaxpr, params, "example_losses")
 
 
-def target(target_loss: Callable, params: Any) -> None:
+def target(target_loss: Callable, params: Any, name: str = "target_loss") -> None:
   """`target_loss(params)` is a floating-point scalar, by abstract evaluation."""
-  out = jax.eval_shape(target_loss, params)
+  function(target_loss, name)
+  with failing(f"{name} fails"):
+    closed, out = jax.make_jaxpr(target_loss, return_shape=True)(params)
   if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != ():
     raise ValueError(
-      f"target_loss returned {_describe(out)}; expected a scalar (take the mean over the target).")
+      f"{name} returned {_describe(out)}; expected a scalar (take the mean over the target).")
   if not jnp.issubdtype(out.dtype, jnp.floating):
-    raise ValueError(f"target_loss returned dtype {out.dtype}; expected floating point.")
+    raise ValueError(f"{name} returned dtype {out.dtype}; expected floating point.")
+  _depends(closed.jaxpr, params, name)
+
+
+def like_params(tree: Any, name: str, params: Any) -> Any:
+  """`tree` as arrays, which has the structure and shapes of `params`."""
+  shapes = [np.shape(x) for x in jax.tree.leaves(params)]
+  if jax.tree.structure(tree) != jax.tree.structure(params) or shapes != [
+      np.shape(x) for x in jax.tree.leaves(tree)]:
+    raise ValueError(f"{name} must have the structure and shapes of params.")
+  return arrays(tree, name)
 
 
 def micro_batch(value: Any, name: str, batch_size: int) -> int | None:
@@ -162,6 +251,12 @@ def micro_batch(value: Any, name: str, batch_size: int) -> int | None:
     raise ValueError(
       f"{name}={size} does not divide the batch of {batch_size} examples; choose a divisor.")
   return size
+
+
+def _depends(jaxpr: Any, params: Any, name: str) -> None:
+  num_params, num = len(jax.tree.leaves(params)), len(jaxpr.invars)
+  if not any(jaxprs.dependence(jaxpr, [1] * num_params + [0] * (num - num_params))):
+    raise ValueError(f"{name} does not depend on params; there is nothing to differentiate.")
 
 
 def _describe(out: Any) -> str:

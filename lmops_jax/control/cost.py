@@ -8,10 +8,12 @@ measures them). Rematerialisation inside a model is not counted.
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
+import numpy as np
 
-from lmops_jax.control import adjoint, checks, plan
+from lmops_jax.control import adjoint, checks, jaxprs, plan
 from lmops_jax.control.dynamics import init_state
+from lmops_jax.control.pmp import check_settings
+from lmops_jax.control.problem import Settings
 
 GRADIENT = 3
 SLOPES = 3
@@ -38,7 +40,8 @@ def solve_passes(
     every_k: int = 1,
     groups: int | None = None,
     hessian: bool = True,
-    proxy_samples: int | None = None) -> Passes:
+    proxy_samples: int | None = None,
+    surrogate: str | None = None) -> Passes:
   """What `pmp_scores`, or `pmp_scores_resumable` with `segment_steps`, computes over T steps.
 
   Args:
@@ -47,9 +50,15 @@ def solve_passes(
     params: of its state, arrays or shapes.
     num_steps: T. The other arguments are those of the solve.
   """
+  checks.optimizer(optimizer)
   checks.integer(num_steps, "num_steps", 1)
+  if segment_steps is not None:
+    checks.integer(segment_steps, "segment_steps", 1)
+  check_settings(Settings(
+    objective, trajectory, every_k, groups, hessian, proxy_samples=proxy_samples,
+    surrogate=surrogate), num_steps, 1)
   num_gradients = _trajectory_gradients(num_steps, segment_steps, trajectory)
-  if _reverse_reads_gradient(optimizer, params):
+  if _reverse_reads_gradient(optimizer, params, surrogate):
     num_gradients += num_steps
   reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
   # J and its gradient at params_T; then at params_{T-1} .. params_1, and J alone at params_0.
@@ -72,7 +81,8 @@ def segment_passes(
     num_scored: float,
     trajectory: str | int = "all",
     objective: str = "area",
-    hessian: bool = True) -> Passes:
+    hessian: bool = True,
+    surrogate: str | None = None) -> Passes:
   """What one segment of `pmp_scores_resumable` computes, in either pass.
 
   Args:
@@ -81,7 +91,7 @@ def segment_passes(
   if not is_reverse:
     return Passes(GRADIENT * num_steps, 0, 0)
   num_gradients = _run_gradients(num_steps, trajectory)
-  if _reverse_reads_gradient(optimizer, params):
+  if _reverse_reads_gradient(optimizer, params, surrogate):
     num_gradients += num_steps
   reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
   target = (GRADIENT if objective == "area" else 1) * num_steps
@@ -97,6 +107,9 @@ def influence_passes(
     scale: float | None = None,
     num_batches: int = 1) -> int:
   """Forward passes over one batch in `influence_direction`; for "cg" the most that it takes."""
+  checks.one_of(method, "method", checks.INFLUENCE_METHODS)
+  checks.one_of(curvature, "curvature", checks.CURVATURES)
+  checks.integer(iterations, "iterations", 1)
   product = HESSIAN_AND_SLOPES if curvature == "hessian" else SLOPES + GRADIENT
   whole = 1 + (NUM_PROBES if damping is None else 0)  # products with all batches: the residual last
   single = 0
@@ -119,7 +132,7 @@ def _run_gradients(num_steps: int, policy: str | int) -> int:
   return num_steps + plan.num_recomputed(policy, num_steps)
 
 
-def _reverse_reads_gradient(optimizer: Any, params: Any) -> bool:
+def _reverse_reads_gradient(optimizer: Any, params: Any, surrogate: str | None) -> bool:
   """Whether any cotangent of the update depends on the gradient; if none does, XLA drops it."""
   def start(params):
     state = init_state(optimizer.init, optimizer.update, params)
@@ -128,19 +141,10 @@ def _reverse_reads_gradient(optimizer: Any, params: Any) -> bool:
   state, floats = jax.eval_shape(start, params)
 
   def pull(state, grads, costate, opt_cotangent):
-    return adjoint.update_pullback(optimizer.update, state, grads, costate, opt_cotangent)
+    return adjoint.update_pullback(
+      optimizer.update, state, grads, costate, opt_cotangent, surrogate)
 
   jaxpr = jax.make_jaxpr(pull)(state, state.params, state.params, floats).jaxpr
-  first = len(jax.tree.leaves(state))
-  return _reaches(jaxpr, jaxpr.invars[first:first + len(jax.tree.leaves(state.params))])
-
-
-def _reaches(jaxpr: Any, variables: list) -> bool:
-  """Whether an output of `jaxpr` is computed from one of `variables` (calls taken as a whole)."""
-  found = set(variables)
-  def is_found(atom):
-    return not isinstance(atom, jex.Literal) and atom in found
-  for eqn in jaxpr.eqns:
-    if any(map(is_found, eqn.invars)):
-      found.update(eqn.outvars)
-  return any(map(is_found, jaxpr.outvars))
+  num = [len(jax.tree.leaves(tree)) for tree in (state, state.params, state.params, floats)]
+  of_gradient = np.repeat([0, 1, 0, 0], num).tolist()
+  return any(jaxprs.dependence(jaxpr, of_gradient))

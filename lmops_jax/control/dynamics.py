@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
 
@@ -80,12 +81,16 @@ def init_state(init: Callable, update: Callable, params: Any) -> State:
   first state is widened to what later steps hold, so that all states of a run have one type.
 
   Raises:
-    ValueError: if the update changes the structure or a shape of the optimizer state.
+    ValueError: if the optimizer does not work on these parameters, or the update changes the
+      structure or a shape of the optimizer state.
   """
   params = strong(params)
-  opt_state = strong(init(params))
+  failure = "optimizer cannot take a step on params, given gradients, its state and params alone"
+  with checks.failing(failure):
+    opt_state = strong(init(params))
   for _ in range(3):  # a widened leaf may widen another one: repeat until nothing changes
-    out = jax.eval_shape(update, params, opt_state, params)[1]
+    with checks.failing(failure):
+      out = jax.eval_shape(update, params, opt_state, params)[1]
     if jax.tree.structure(out) != jax.tree.structure(opt_state) or any(
         a.shape != b.shape for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(opt_state))):
       raise ValueError(

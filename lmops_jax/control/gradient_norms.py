@@ -26,10 +26,12 @@ def gradient_norms(example_losses: Callable, params: Any, data: Any,
     data: leaves `[M, ...]`.
     batch_size: gradients, each of the size of the parameters, that exist at a time (any size).
   """
-  data = jax.tree.map(jnp.asarray, data)
-  checks.leading_axes(data, "data", 1, "M")
+  checks.parameters(params)
+  num_rows, = checks.leading_axes(data, "data", 1, "M")
+  params, data = strong(params), checks.arrays(data, "data")
+  checks.losses(example_losses, params, data, num_rows, "data")
   return _gradient_norms(
-    as_pytree(example_losses), strong(params), data, checks.integer(batch_size, "batch_size", 1))
+    as_pytree(example_losses), params, data, checks.integer(batch_size, "batch_size", 1))
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")

@@ -18,6 +18,9 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from lmops_jax.control import surrogates
+from lmops_jax.control.jaxprs import CALLS, called, opened
+
 
 def _guard(is_pole: Callable[..., Any]):
   """A rule that keeps a primitive's value and makes it constant where `is_pole(*args)` holds."""
@@ -52,26 +55,29 @@ _RULES = {
 }
 
 
-def finite_derivatives(fn: Callable) -> Callable:
+def finite_derivatives(fn: Callable, surrogate: str | None = None) -> Callable:
   """`fn` with the same values and with zero instead of undefined derivatives at poles.
 
   Args:
     fn: a function of pytrees of arrays that returns a pytree of arrays; control flow through
       `jit`, `cond`, `switch`, `scan` and `remat` is followed, and `custom_jvp` / `custom_vjp`
       functions keep their own rules.
+    surrogate: the derivative that a sign gets in place of 0, see `surrogates`.
   Returns:
     A function of the same signature (positional arguments only).
   """
 
+  rules = _RULES | surrogates.rules(surrogate)
+
   def wrapped(*args):
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    outs = _eval(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
+    outs = _eval(rules, closed.jaxpr, closed.consts, *jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(out_shape), outs)
 
   return wrapped
 
 
-def _eval(jaxpr, consts, *args):
+def _eval(rules, jaxpr, consts, *args):
   env = {}
 
   def read(atom):
@@ -80,26 +86,25 @@ def _eval(jaxpr, consts, *args):
   env.update(zip(jaxpr.constvars, consts, strict=True))
   env.update(zip(jaxpr.invars, args, strict=True))
   for eqn in jaxpr.eqns:
-    outs = _eval_eqn(eqn, [read(v) for v in eqn.invars])
+    outs = _eval_eqn(rules, eqn, [read(v) for v in eqn.invars])
     env.update(zip(eqn.outvars, outs, strict=True))
   return [read(v) for v in jaxpr.outvars]
 
 
-def _eval_eqn(eqn, args):
+def _eval_eqn(rules, eqn, args):
   name = eqn.primitive.name
   # The equation's own context keeps what the traced code had set (x64, matmul precision, mesh).
   with eqn.ctx.manager:
-    if name in _RULES and not _is_scaling(eqn) and jnp.issubdtype(
+    if name in rules and not _is_scaling(eqn) and jnp.issubdtype(
         eqn.outvars[0].aval.dtype, jnp.floating):
-      return [_RULES[name](eqn, dict(eqn.params), *args)]
-    if name in ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"):
-      inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-      return _eval(*_open(inner), *args)
+      return [rules[name](eqn, dict(eqn.params), *args)]
+    if name in CALLS:
+      return _eval(rules, *called(eqn), *args)
     if name == "cond":
-      branches = [_as_function(b) for b in eqn.params["branches"]]
+      branches = [_as_function(rules, b) for b in eqn.params["branches"]]
       return jax.lax.switch(args[0], branches, *args[1:])
     if name == "scan":
-      return _eval_scan(eqn.params, args)
+      return _eval_scan(rules, eqn.params, args)
     bind_params = eqn.primitive.get_bind_params(eqn.params)
     outs = eqn.primitive.bind(*args, **bind_params)
     return outs if eqn.primitive.multiple_results else [outs]
@@ -110,11 +115,11 @@ def _is_scaling(eqn):
   return eqn.primitive.name == "mul" and any(isinstance(v, jex.Literal) for v in eqn.invars)
 
 
-def _eval_scan(params, args):
+def _eval_scan(rules, params, args):
   num_consts, num_carry = params["num_consts"], params["num_carry"]
   consts = args[:num_consts]
   init = args[num_consts:num_consts + num_carry]
-  body = _as_function(params["jaxpr"])
+  body = _as_function(rules, params["jaxpr"])
 
   def step(carry, xs):
     outs = body(*consts, *carry, *xs)
@@ -125,10 +130,5 @@ def _eval_scan(params, args):
   return [*carry, *ys]
 
 
-def _open(jaxpr):
-  """The pair (jaxpr, consts), whether closed or not."""
-  return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
-
-
-def _as_function(closed):
-  return lambda *args: _eval(*_open(closed), *args)
+def _as_function(rules, closed):
+  return lambda *args: _eval(rules, *opened(closed), *args)

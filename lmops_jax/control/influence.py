@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lmops_jax.control import checks
 from lmops_jax.control.adjoint import directional_scores, hvp_scores_losses
@@ -23,9 +22,6 @@ from lmops_jax.control.cost import NUM_PROBES, POWER_STEPS
 from lmops_jax.control.dynamics import gradient, strong
 from lmops_jax.control.pmp import batch_getter
 from lmops_jax.control.problem import tree_norm
-
-METHODS = ("cg", "lissa")
-CURVATURES = ("hessian", "fisher")
 
 
 def influence_direction(
@@ -69,18 +65,19 @@ def influence_direction(
       iteration diverged or H + damping I is indefinite (checked outside `jit`).
   """
   checks.parameters(params)
-  checks.one_of(method, "method", METHODS)
-  checks.one_of(curvature, "curvature", CURVATURES)
+  checks.one_of(method, "method", checks.INFLUENCE_METHODS)
+  checks.one_of(curvature, "curvature", checks.CURVATURES)
   iterations = checks.integer(iterations, "iterations", 1)
   num_steps, batch_size = checks.leading_axes(batches, "batches", 2, "T, B")
-  for name, value in (("damping", damping), ("scale", scale), ("tolerance", tolerance)):
-    if value is not None and checks.is_concrete(value) and not (np.isfinite(value) and value >= 0):
-      raise ValueError(f"{name} must be finite and >= 0, got {value}.")
-  params, target_grad = strong(params), strong(target_grad)
-  if (jax.tree.structure(params) != jax.tree.structure(target_grad) or any(
-      a.shape != b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(target_grad)))):
-    raise ValueError("target_grad must have the structure and shapes of params.")
-  batches = jax.tree.map(jnp.asarray, batches)
+  checks.number(tolerance, "tolerance")
+  if damping is not None:
+    checks.number(damping, "damping")
+  if scale is not None:
+    checks.number(scale, "scale", positive=True)
+  seed = checks.integer(seed, "seed", -2**63, 2**63 - 1)
+  params = strong(params)
+  target_grad = strong(checks.like_params(target_grad, "target_grad", params))
+  batches = checks.arrays(batches, "batches")
   checks.losses(
     example_losses, params, jax.tree.map(lambda x: x[0], batches), batch_size, "a batch")
   micro_batch_size = checks.micro_batch(micro_batch_size, "micro_batch_size", batch_size)
@@ -90,8 +87,8 @@ def influence_direction(
   if checks.is_concrete(residual) and not residual <= 1:
     raise FloatingPointError(
       f"The influence direction has relative residual {float(residual):.3g} after {iterations} "
-      f"iterations of {method!r}; raise damping, use curvature='fisher', or lower scale below "
-      "2 / (largest eigenvalue).")
+      f"iterations of {method!r}; raise damping, use curvature='fisher', lower scale below "
+      "2 / (largest eigenvalue), or check that target_grad is finite.")
   return direction
 
 
@@ -142,7 +139,7 @@ def _solve(example_losses, target_grad, params, batches, damping, tolerance, sca
 
   left = jax.tree.map(jnp.subtract, target_grad, damped(product(direction), direction))
   norm = tree_norm(target_grad)
-  return direction, jnp.where(norm > 0, tree_norm(left) / jnp.where(norm > 0, norm, 1), 0)
+  return direction, jnp.where(norm == 0, 0, tree_norm(left) / jnp.where(norm == 0, 1, norm))
 
 
 def _mean_eigenvalue(product: Callable, params: Any, key: jax.Array, num_probes: int = NUM_PROBES):

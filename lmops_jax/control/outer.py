@@ -52,12 +52,13 @@ def solve_weights(
     trajectory: str | int = "all",
     hessian: bool = True,
     hvp_mode: str = "jvp_of_grad",
-    micro_batch_size: int | None = None) -> WeightSolution:
+    micro_batch_size: int | None = None,
+    surrogate: str | None = None) -> WeightSolution:
   """Learns constant weights gamma on the simplex by projected ascent on the scores.
 
   Args:
     example_losses, target_loss, optimizer, params, objective, trajectory, hessian, hvp_mode,
-      micro_batch_size: as for `pmp_scores`.
+      micro_batch_size, surrogate: as for `pmp_scores`.
     data: leaves `[N, ...]`.
     num_steps: T, inner steps in each outer epoch, always from `params`.
     outer_lr: step on gamma, >= 0. outer_epochs: outer steps, >= 1.
@@ -73,24 +74,24 @@ def solve_weights(
   num_examples, = checks.leading_axes(data, "data", 1, "N")
   num_steps = checks.integer(num_steps, "num_steps", 1)
   outer_epochs = checks.integer(outer_epochs, "outer_epochs", 1)
-  if checks.is_concrete(outer_lr) and not (np.isfinite(outer_lr) and outer_lr >= 0):
-    raise ValueError(f"outer_lr must be finite and >= 0, got {outer_lr}.")
-  params, data = strong(params), jax.tree.map(jnp.asarray, data)
+  checks.number(outer_lr, "outer_lr")
+  params, data = strong(params), checks.arrays(data, "data")
   if batch_indices is None:
     batch_size = num_examples
   else:
-    batch_indices = jnp.asarray(batch_indices)
+    batch_indices = checks.array(batch_indices, "batch_indices")
     _check_indices(batch_indices, num_steps, num_examples)
     batch_size = batch_indices.shape[1]
   if gamma is None:
     gamma = jnp.full(num_examples, 1 / num_examples)
+  gamma = checks.array(gamma, "gamma")
   checks.simplex(gamma, num_examples)
   gamma = strong(jnp.asarray(gamma, jnp.promote_types(jnp.result_type(gamma), jnp.float32)))
   checks.losses(example_losses, params, data, num_examples, "data")
   checks.target(target_loss, params)
   settings = check_settings(
     Settings(objective, trajectory, hessian=hessian, hvp_mode=hvp_mode,
-             micro_batch_size=micro_batch_size), num_steps, batch_size)
+             micro_batch_size=micro_batch_size, surrogate=surrogate), num_steps, batch_size)
   return _solve_weights(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, data, batch_indices, gamma, outer_lr, num_steps,

@@ -9,6 +9,7 @@ instead of plain gradient descent. The objective is the area under the target lo
 What is left out on purpose: the argmax over the simplex (see `outer.solve_weights`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lmops_jax.control import checks
+from lmops_jax.control import checks, piecewise
 from lmops_jax.control import trajectory as trajectories
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state, strong
@@ -65,7 +66,8 @@ def pmp_scores(
     keep_costates: bool = False,
     proxy_samples: int | None = None,
     sample_seed: int = 0,
-    device_rows: DeviceRows | None = None) -> PmpResult:
+    device_rows: DeviceRows | None = None,
+    surrogate: str | None = None) -> PmpResult:
   """Trains for T steps, then runs the costate recursion back and scores every example.
 
   Everything is traceable: call it directly (it is jitted once for each set of functions and shapes;
@@ -102,15 +104,20 @@ def pmp_scores(
     device_rows: on a mesh, sums over each device's rows first, so that gradients are added over the
       mesh once a step (see `micro_batches`); B and M are multiples of its shards. None leaves it
       to the partitioner. `mean_target_loss` has its own.
+    surrogate: "clipped_straight_through" gives a sign in the update of the optimizer a derivative
+      that is not 0 (see `surrogates`), where a parameter has no other: the update of Lion, sign SGD
+      or Rprop is piecewise constant, and all its exact scores are 0. The run itself stays as it is,
+      and so do the derivatives of every other optimizer, which are exact.
   Returns:
     A `PmpResult`. `check_result` raises if the recursion diverged.
   Raises:
-    ValueError: for arguments that do not fit together, in one sentence, before compilation.
+    ValueError: for arguments that do not fit together, in one sentence, before compilation; also
+      for an optimizer under which every score is 0, without a surrogate.
   """
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
     Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
-             proxy_batch_size, keep_costates, proxy_samples, sample_seed), device_rows)
+             proxy_batch_size, keep_costates, proxy_samples, sample_seed, surrogate), device_rows)
   return _solve(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, batches, weights, proxy, settings, shardings_of(params),
@@ -128,6 +135,9 @@ def _solve(example_losses, target_loss, init, update, params, batches, weights, 
 
 def solve(problem: Problem, state: State) -> PmpResult:
   """Both passes of `problem` from `state` (traceable core of `pmp_scores`)."""
+  settings = problem.settings
+  surrogate = piecewise.used_surrogate(problem.update, state, settings.surrogate)
+  problem = dataclasses.replace(problem, settings=settings._replace(surrogate=surrogate))
   carry, outs, final_target, last = trajectories.run(
     problem.forward, problem.reverse, problem.first_carry, problem.constrain_state(state),
     jnp.arange(problem.num_steps), problem.settings.trajectory)
@@ -152,6 +162,7 @@ def check_result(result: PmpResult) -> PmpResult:
     FloatingPointError: naming the first step at which a loss is not finite, or the step at which
       the costate is not finite or exceeds `1e4 * T * max |grad J|`: the adjoint explodes when the
       learning rate is above 2 / (largest Hessian eigenvalue), even where training looks fine.
+    ValueError: every score is 0, with the likely reason.
   """
   num_steps = len(result.step_losses)
   check_steps(result.step_losses, result.target_losses, result.costate_norms, result.scores,
@@ -159,7 +170,25 @@ def check_result(result: PmpResult) -> PmpResult:
   if result.proxy_scores is not None and not np.isfinite(np.asarray(result.proxy_scores)).all():
     raise FloatingPointError("A proxy score is not finite although the costates are; check the "
                              "proxy examples.")
+  check_not_all_zero(result.scores, result.target_grad_norms, result.proxy_scores)
   return result
+
+
+def check_not_all_zero(scores: Any, target_grad_norms: Any, proxy_scores: Any = None) -> None:
+  """Refuses scores that are all 0, which rank nothing (waits for them).
+
+  Raises:
+    ValueError: with the likely reason.
+  """
+  if not jnp.any(scores):
+    reason = "is the learning rate 0, or are fewer steps taken than the optimizer accumulates?"
+    if not jnp.any(target_grad_norms):
+      reason = "the gradient of the target loss is 0 at every parameter of the run."
+    raise ValueError(f"Every score is 0, so the scores rank nothing: {reason}")
+  if proxy_scores is not None and not jnp.any(proxy_scores):
+    raise ValueError(
+      "Every proxy score is 0 although those of the examples trained on are not: does the loss of "
+      "a proxy depend on the parameters?")
 
 
 def check_steps(step_losses, target_losses, costate_norms, scores, target_grad_norm: float,
@@ -187,16 +216,13 @@ def check_steps(step_losses, target_losses, costate_norms, scores, target_grad_n
 def prepare(example_losses, target_loss, optimizer, params, batches, weights, proxy, settings,
             device_rows):
   """Checks the arguments of a solve and puts arrays into the types that it uses."""
-  for name, fn in (("example_losses", example_losses), ("target_loss", target_loss)):
-    if not callable(fn):
-      raise ValueError(f"{name} must be a function, got {fn!r}.")
   checks.optimizer(optimizer)
   checks.parameters(params)
   num_steps, batch_size = checks.leading_axes(batches, "batches", 2, "T, B")
-  params, batches = strong(params), jax.tree.map(jnp.asarray, batches)
+  params, batches = strong(params), checks.arrays(batches, "batches")
   if weights is None:
     weights = jnp.full((num_steps, batch_size), 1 / batch_size)
-  weights = jnp.asarray(weights)
+  weights = checks.array(weights, "weights")
   if not jnp.issubdtype(weights.dtype, jnp.floating):
     weights = weights.astype(jnp.result_type(float))
   weights = strong(weights.astype(jnp.promote_types(weights.dtype, jnp.float32)))
@@ -207,7 +233,7 @@ def prepare(example_losses, target_loss, optimizer, params, batches, weights, pr
   checks.device_rows(device_rows, batches=batch_size)
   if proxy is not None:
     num_proxies, = checks.leading_axes(proxy, "proxy", 1, "M")
-    proxy = jax.tree.map(jnp.asarray, proxy)
+    proxy = checks.arrays(proxy, "proxy")
     checks.losses(example_losses, params, proxy, num_proxies, "proxy")
     checks.device_rows(device_rows, proxy=num_proxies)
   return params, batches, proxy, weights, check_settings(settings, num_steps, batch_size)
@@ -238,11 +264,11 @@ def check_settings(settings: Settings, num_steps: int, batch_size: int) -> Setti
     proxy_batch_size = micro_batch_size or max(batch_size, 32)
   return settings._replace(
     trajectory=checks.trajectory(settings.trajectory), every_k=every_k, groups=groups,
-    hessian=bool(settings.hessian), hvp_mode=checks.hvp_mode(settings.hvp_mode),
+    hessian=checks.flag(settings.hessian, "hessian"), hvp_mode=checks.hvp_mode(settings.hvp_mode),
     micro_batch_size=micro_batch_size,
     proxy_batch_size=checks.integer(proxy_batch_size, "proxy_batch_size", 1),
-    keep_costates=bool(settings.keep_costates), proxy_samples=proxy_samples,
-    sample_seed=sample_seed)
+    keep_costates=checks.flag(settings.keep_costates, "keep_costates"), proxy_samples=proxy_samples,
+    sample_seed=sample_seed, surrogate=checks.surrogate(settings.surrogate))
 
 
 def batch_getter(batches: Any) -> Callable:

@@ -12,7 +12,7 @@ gradient, with the general adjoint.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -80,7 +80,8 @@ def controlled_run(
     monitor: Callable | None = None,
     trajectory: str | int = "all",
     hvp_mode: str = "jvp_of_grad",
-    micro_batch_size: int | None = None) -> ControlledRun:
+    micro_batch_size: int | None = None,
+    surrogate: str | None = None) -> ControlledRun:
   """Checks and bundles what a policy controls.
 
   Args:
@@ -92,31 +93,33 @@ def controlled_run(
     num_steps: T.
     mask: `[N] bool`; False marks rows that only fill the data up to a size that a mesh divides.
     monitor: `params -> pytree` recorded at every params_t, such as losses on held-out data.
-    trajectory, hvp_mode, micro_batch_size: see `pmp_scores`.
+    trajectory, hvp_mode, micro_batch_size, surrogate: see `pmp_scores`.
   Raises:
     ValueError: for arguments that do not fit together, in one sentence, before compilation.
   """
-  for name, fn in (("example_losses", example_losses), ("target_loss", target_loss)):
-    if not callable(fn):
-      raise ValueError(f"{name} must be a function, got {fn!r}.")
   checks.optimizer(optimizer)
   checks.parameters(params)
   num_examples, = checks.leading_axes(data, "data", 1, "N")
   num_steps = checks.integer(num_steps, "num_steps", 1)
-  params, data = strong(params), jax.tree.map(jnp.asarray, data)
+  params, data = strong(params), checks.arrays(data, "data")
   if mask is not None:
-    mask = jnp.asarray(mask, bool)
+    mask = checks.array(mask, "mask")
+    if mask.dtype != bool:
+      raise ValueError(f"mask has dtype {mask.dtype}; expected bool.")
     if mask.shape != (num_examples,) or (checks.is_concrete(mask) and not np.asarray(mask).any()):
       raise ValueError(
         f"mask has shape {mask.shape}; expected one flag for each of the {num_examples} rows, at "
         "least one of them True.")
   checks.losses(example_losses, params, data, num_examples, "data")
   checks.target(target_loss, params)
-  if monitor is not None and not callable(monitor):
-    raise ValueError(f"monitor must be a function of params or None, got {monitor!r}.")
+  if monitor is not None:
+    if not callable(monitor):
+      raise ValueError(f"monitor must be a function of params or None, got {monitor!r}.")
+    with checks.failing("monitor fails on params"):
+      jax.eval_shape(monitor, params)
   settings = check_settings(
-    Settings("area", trajectory, hvp_mode=hvp_mode, micro_batch_size=micro_batch_size), num_steps,
-    num_examples)
+    Settings("area", trajectory, hvp_mode=hvp_mode, micro_batch_size=micro_batch_size,
+             surrogate=surrogate), num_steps, num_examples)
   return ControlledRun(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, data, mask,
@@ -146,9 +149,15 @@ def check_policy(run: ControlledRun, gamma: Any) -> jax.Array:
   return gamma
 
 
+def _check_run(run: Any) -> None:
+  if not isinstance(run, ControlledRun):
+    raise ValueError(f"run must be what controlled_run makes, got {run!r}.")
+
+
 def _shaped(run: ControlledRun, gamma: Any) -> jax.Array:
   """`gamma` as floating-point numbers, or a ValueError if it is not `[T, N]`."""
-  gamma = jnp.asarray(gamma)
+  _check_run(run)
+  gamma = checks.array(gamma, "the policy")
   wanted = (run.num_steps, run.num_examples)
   if gamma.shape != wanted:
     raise ValueError(
@@ -194,6 +203,13 @@ def simulate(run: ControlledRun, policy: Any = None, *,
     ValueError: a policy that is not one, see `check_policy`, or a function that does not return
       one weight for each example.
   """
+  _check_run(run)
+  if not isinstance(directions, Mapping | None):
+    raise ValueError(f"directions must be a dict from names to losses, got {directions!r}.")
+  for name, fn in (directions or {}).items():
+    checks.target(fn, run.params, f"directions[{name!r}]")
+  if observe is not None:
+    checks.function(observe, "observe (or None)")
   directions = {name: as_pytree(fn) for name, fn in (directions or {}).items()}
   observe = None if observe is None else as_pytree(observe)
   if callable(policy):
@@ -234,7 +250,8 @@ def _train(run, choose, directions, observe):
   def step(state, t):
     target, monitor = problem.target_loss(state.params), problem.monitored(state.params)
     signals = signals_at(state.params, t)
-    weights = wide(choose(signals))
+    with checks.failing("the policy fails on the signals of a step"):
+      weights = wide(choose(signals))
     if weights.shape != (run.num_examples,):
       raise ValueError(
         f"the policy returned weights of shape {weights.shape} for a step; expected one for each "
@@ -253,14 +270,18 @@ def _train(run, choose, directions, observe):
   return Simulation(last.params, targets, monitors, losses, weights, seen)
 
 
-@jax.jit
 def policy_gradient(run: ControlledRun, gamma: jax.Array) -> PmpResult:
   """Both passes under `[T, N]` weights; `scores` are -dJ/dgamma of `J = sum_{t=1..T} L`.
 
   Divided by the learning rate of plain gradient descent they are the adjoint contributions
   `<costate_{t+1}, grad l_n(params_t)>`.
   """
-  return solve(run.problem(_shaped(run, gamma)), run.first_state())
+  return _policy_gradient(run, _shaped(run, gamma))
+
+
+@jax.jit
+def _policy_gradient(run, gamma):
+  return solve(run.problem(gamma), run.first_state())
 
 
 # ------------------------------------------------------------------------------- improving a policy
@@ -351,11 +372,15 @@ def improve_policy(run: ControlledRun, gamma: jax.Array, rule: Any, rate: Any, *
     ValueError: a policy that is not `[T, N]` (its values are not looked at, see `check_policy`), a
       rate that is negative or not finite, frozen steps below 0 or above T.
   """
+  gamma = _shaped(run, gamma)
   frozen_steps = checks.integer(frozen_steps, "frozen_steps", 0, run.num_steps)
-  if checks.is_concrete(rate) and not (np.isfinite(rate) and rate >= 0):
-    raise ValueError(f"rate must be finite and >= 0, got {rate}.")
+  checks.number(rate, "rate")
+  line_search = checks.flag(line_search, "line_search")
+  if isinstance(rule, type) or not (hasattr(rule, "move") and hasattr(rule, "max_rate")):
+    raise ValueError(
+      f"rule must be a rule such as ProjectedGradient(), with move and max_rate, got {rule!r}.")
   rate = jnp.asarray(rate, jnp.result_type(float))  # one type for 0 and 0.0: compiled once
-  return _improve(run, _shaped(run, gamma), rate, rule, frozen_steps, bool(line_search))
+  return _improve(run, gamma, rate, rule, frozen_steps, line_search)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))

@@ -38,6 +38,7 @@ class Settings(NamedTuple):
   keep_costates: bool = False
   proxy_samples: int | None = None
   sample_seed: int = 0
+  surrogate: str | None = None
 
 
 class Carry(NamedTuple):
@@ -172,7 +173,8 @@ class Problem:
     """One step of the adjoint recursion, at `state = S_t`."""
     settings, costate = self.settings, carry.costate
     direct, opt_cotangent, u = adjoint.update_pullback(
-      self.update, state, self._gradient(state.params, t), costate, carry.opt_cotangent)
+      self.update, state, self._gradient(state.params, t), costate, carry.opt_cotangent,
+      settings.surrogate)
     u, opt_cotangent = self.constrain(u), self._constrain_cotangent(state, opt_cotangent)
 
     batch, weights = self.batch_at(t), self.weights[t]

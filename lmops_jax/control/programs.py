@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmops_jax.control import resumable
+from lmops_jax.control import piecewise, resumable
 from lmops_jax.control.adjoint import float_leaves
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state, map_images
@@ -52,8 +52,10 @@ def segment_programs(
   settings = check_settings(settings, num_steps, batch_size)
   data = resumable._Data(
     as_pytree(example_losses), target_loss, as_pytree(optimizer.update), batches, weights, proxy)
-  static = dict(settings=settings, shardings=shardings_of(params), device_rows=device_rows)
   state = abstract_state(optimizer, params)
+  settings = settings._replace(
+    surrogate=piecewise.used_surrogate(optimizer.update, state, settings.surrogate))
+  static = dict(settings=settings, shardings=shardings_of(params), device_rows=device_rows)
   steps = jax.ShapeDtypeStruct((min(segment_steps, num_steps),), jnp.int32)
 
   def forward():

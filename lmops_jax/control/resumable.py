@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmops_jax import processes
-from lmops_jax.control import checks
+from lmops_jax.control import checks, piecewise
 from lmops_jax.control import trajectory as trajectories
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state
@@ -85,7 +85,8 @@ def pmp_scores_resumable(
     keep_costates: bool = False,
     proxy_samples: int | None = None,
     sample_seed: int = 0,
-    device_rows: DeviceRows | None = None) -> PmpResult:
+    device_rows: DeviceRows | None = None,
+    surrogate: str | None = None) -> PmpResult:
   """`pmp_scores`, resumable. Arguments not listed here are those of `pmp_scores`.
 
   Args:
@@ -103,10 +104,17 @@ def pmp_scores_resumable(
     FloatingPointError: naming the step, where the run or its adjoint diverges (see `check_result`).
       The segment is not saved: what was saved is sound.
   """
+  for name in ("latest_step", "save", "extra", "restore"):
+    checks.function(getattr(store, name, None), f"store.{name}")
+  for name, fn in (("progress", progress), ("log", log)):
+    if fn is not None:
+      checks.function(fn, f"{name} (or None)")
   params, batches, proxy, weights, settings = prepare(
     example_losses, target_loss, optimizer, params, batches, weights, proxy,
     Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
-             proxy_batch_size, keep_costates, proxy_samples, sample_seed), device_rows)
+             proxy_batch_size, keep_costates, proxy_samples, sample_seed, surrogate), device_rows)
+  settings = settings._replace(
+    surrogate=piecewise.check_optimizer(optimizer, params, settings.surrogate))
   num_steps = weights.shape[0]
   segment_steps = min(checks.integer(segment_steps, "segment_steps", 1), num_steps)
   starts = range(0, num_steps, segment_steps)
@@ -115,6 +123,8 @@ def pmp_scores_resumable(
                batches, weights, proxy)
   init = as_pytree(optimizer.init)
   first_state = _first_state(init, data, params, **static)
+  if not np.isfinite(norm := float(_params_norm(first_state))):
+    raise ValueError(f"params has norm {norm}; a run must start from finite parameters.")
   fingerprint = _fingerprint((settings, segment_steps, str(jax.tree.structure(first_state))),
                              (first_state, batches, weights, proxy))
 

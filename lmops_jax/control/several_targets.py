@@ -33,13 +33,13 @@ def pmp_scores_by_target(
   Raises:
     ValueError: no target loss, or what `pmp_scores` raises.
   """
-  if callable(target_losses) or not target_losses:
+  if not isinstance(target_losses, list | tuple) or not target_losses:
     raise ValueError(
       f"target_losses must be a list of one or more functions, got {target_losses!r}.")
   for loss in target_losses:
     if not callable(loss):
       raise ValueError(f"target_losses holds {loss!r}; expected functions.")
-    checks.target(loss, params)
+    checks.target(loss, params, "one of target_losses")
   losses = tuple(as_pytree(loss) for loss in target_losses)
 
   def solve(share):

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmops_jax.control import checks
+
 METHODS = ("sort", "bisect")
 _HALVINGS = 50  # of an interval of length 1; the last digits come from the closed form
 
@@ -28,7 +30,7 @@ def project_simplex(values: Any, mask: Any = None, method: str = "sort") -> jax.
   Raises:
     ValueError: if `values` has no entries, or for a method that does not exist.
   """
-  values = jnp.asarray(values)
+  values = checks.array(values, "values")
   if values.ndim < 1 or values.shape[-1] < 1:
     raise ValueError(f"values has shape {values.shape}; expected a non-empty last axis.")
   if method not in METHODS:
@@ -36,7 +38,8 @@ def project_simplex(values: Any, mask: Any = None, method: str = "sort") -> jax.
   if not jnp.issubdtype(values.dtype, jnp.floating):
     values = values.astype(jnp.result_type(float))
   if mask is not None:
-    values = jnp.where(mask, values, -jnp.inf)
+    with checks.failing(f"mask does not broadcast against values of shape {values.shape}"):
+      values = jnp.where(jnp.asarray(mask, bool), values, -jnp.inf)
   values = values - jnp.max(values, axis=-1, keepdims=True)
   values = jnp.where(values <= -1, -2, values)
   if method == "bisect":
@@ -73,6 +76,9 @@ def stationarity_gap(gamma: jax.Array, scores: jax.Array, mask: Any = None) -> j
     gamma: `[..., N]` on the simplex. scores: the same shape, minus the objective's gradient.
     mask: `bool`, False for entries that are no examples.
   """
+  if jnp.shape(gamma) != jnp.shape(scores):
+    raise ValueError(
+      f"gamma has shape {jnp.shape(gamma)} and scores {jnp.shape(scores)}; expected the same.")
   best = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
   # The differences first: a common shift of the scores then costs no digits.
   behind = jnp.max(best, axis=-1, keepdims=True) - scores

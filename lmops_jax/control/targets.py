@@ -31,14 +31,15 @@ def mean_target_loss(example_losses: Callable, data: Any, batch_size: int | None
     ValueError: if `data` has no row, leaves of different lengths, fewer rows than `num_rows`, or
       rows that the devices of `device_rows` do not divide.
   """
+  checks.function(example_losses, "example_losses")
   size, = checks.leading_axes(data, "the target data", 1, "M")
   if num_rows is not None:
     num_rows = checks.integer(num_rows, "num_rows", 1, size)
   if batch_size is not None:
     batch_size = checks.integer(batch_size, "batch_size", 1)
   checks.device_rows(device_rows, data=size)
-  return MeanTargetLoss(jax.tree.map(jnp.asarray, data), example_losses, batch_size, num_rows,
-                        device_rows)
+  return MeanTargetLoss(checks.arrays(data, "the target data"), example_losses, batch_size,
+                        num_rows, device_rows)
 
 
 @jax.tree_util.register_dataclass

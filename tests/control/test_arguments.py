@@ -1,4 +1,4 @@
-"""What `pmp_scores` accepts, and what it refuses with one sentence before compiling."""
+"""What the solvers accept, and what they refuse with one sentence before compiling."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,25 @@ import pytest
 
 from lmops_jax.control import (
   PmpResult,
+  ProjectedGradient,
   check_result,
+  controlled_run,
+  directional_scores,
+  gradient_norms,
   hvp_and_scores,
+  improve_policy,
+  influence_direction,
+  influence_passes,
   mean_target_loss,
   pmp_scores,
+  pmp_scores_by_target,
+  pmp_scores_resumable,
+  policy_gradient,
+  project_simplex,
+  simulate,
+  solve_passes,
+  solve_weights,
+  stationarity_gap,
 )
 
 SGD = optax.sgd(0.1)
@@ -73,6 +88,37 @@ BAD = {
   "losses_integer": (lambda p: dict(example_losses=lambda q, b: b["y"].astype(int)),
                      "expected floating point"),
   "not_a_function": (lambda p: dict(target_loss=1.0), "target_loss must be a function"),
+  "weights_text": (lambda p: dict(weights="x"), "weights must be an array of numbers, got 'x'"),
+  "weights_ragged": (lambda p: dict(weights=[[1, 2], [3]]), "weights must be an array of numbers"),
+  "weights_complex": (lambda p: dict(weights=1j * p.weights), "expected real numbers"),
+  "text_in_batches": (lambda p: dict(batches=_with(p.batches, name=np.full((5, 4), "a"))),
+                      r"batches\['name'\] must be an array of numbers, got .*U1"),
+  "text_in_proxy": (lambda p: dict(proxy=_with(p.proxy, name=np.full(7, None))),
+                    r"proxy\['name'\] must be an array of numbers"),
+  "text_in_params": (lambda p: dict(params=_with(p.params, name="a")),
+                     r"params\['name'\] must be an array of numbers, got 'a'"),
+  "missing_parameter": (lambda p: dict(params={"w": p.params["w"]}),
+                        r"fails on a batch with the leaves \['x'\], \['y'\]: KeyError: 'b'"),
+  "parameter_shape": (lambda p: dict(params=_with(p.params, w=np.ones((5, 4)))),
+                      "example_losses fails on a batch .*dot_general"),
+  "proxy_of_another_structure": (lambda p: dict(proxy={"q": np.ones(7)}),
+                                 r"example_losses fails on proxy with the leaves \['q'\]: KeyErr"),
+  "losses_of_one_argument": (lambda p: dict(example_losses=lambda q: q), "takes 1 positional"),
+  "losses_of_no_parameter": (lambda p: dict(example_losses=lambda q, b: b["y"]),
+                             "example_losses does not depend on params"),
+  "losses_in_numpy": (lambda p: dict(example_losses=lambda q, b: np.asarray(q["b"])),
+                      "example_losses fails on a batch .*numpy"),
+  "constant_target": (lambda p: dict(target_loss=lambda q: 3.0),
+                      "target_loss does not depend on params"),
+  "target_that_raises": (lambda p: dict(target_loss=lambda q: q["z"]),
+                         "target_loss fails: KeyError: 'z'"),
+  "line_search_optimizer": (lambda p: dict(optimizer=optax.lbfgs()),
+                            "optimizer cannot take a step on params.* missing"),
+  "mask_of_other_parameters": (lambda p: dict(optimizer=optax.masked(SGD, {"q": True})),
+                               "optimizer cannot take a step on params"),
+  "hessian": (lambda p: dict(hessian="no"), "hessian must be True or False, got 'no'"),
+  "keep_costates": (lambda p: dict(keep_costates=1), "keep_costates must be True or False, got 1"),
+  "device_rows": (lambda p: dict(device_rows=4), "device_rows must be a DeviceRows or None, got 4"),
 }
 
 
@@ -83,6 +129,121 @@ def test_bad_arguments_are_refused(toy, name):
   with pytest.raises(ValueError, match=message) as error:
     pmp_scores(**_kw(problem) | change(problem))
   assert "\n" not in str(error.value)
+
+
+def _run(problem):
+  return controlled_run(
+    problem.example_losses, problem.target_loss, SGD, problem.params,
+    jax.tree.map(lambda x: x[0], problem.batches), 3)
+
+
+OTHERS = {
+  "segment_steps": (lambda p: pmp_scores_resumable(**_kw(p), segment_steps=0, store=_Store),
+                    "segment_steps must be an integer >= 1, got 0"),
+  "store": (lambda p: pmp_scores_resumable(**_kw(p), segment_steps=2, store={}),
+            "store.latest_step must be a function"),
+  "progress": (lambda p: pmp_scores_resumable(**_kw(p), segment_steps=2, store=_Store, progress=1),
+               r"progress \(or None\) must be a function"),
+  "start": (lambda p: pmp_scores_resumable(
+    **_kw(p) | dict(params=_with(p.params, scale=np.nan)), segment_steps=2, store=_Store),
+    "params has norm nan; a run must start from finite"),
+  "no_targets": (lambda p: pmp_scores_by_target(p.example_losses, 3, SGD, *p.args),
+                 "target_losses must be a list"),
+  "target_used_up": (lambda p: pmp_scores_by_target(p.example_losses, iter([1]), SGD, *p.args),
+                     "target_losses must be a list"),
+  "one_target": (lambda p: pmp_scores_by_target(
+    p.example_losses, [lambda q: q["z"]], SGD, *p.args), "one of target_losses fails: KeyError"),
+  "outer_lr": (lambda p: _weights(p, outer_lr="a"), "outer_lr must be finite and >= 0"),
+  "outer_lr_negative": (lambda p: _weights(p, outer_lr=-1.0), "outer_lr must be finite"),
+  "outer_epochs": (lambda p: _weights(p, outer_epochs=0), "outer_epochs must be an integer >= 1"),
+  "outer_losses": (lambda p: _weights(p, example_losses=None), "example_losses must be a function"),
+  "outer_target": (lambda p: _weights(p, target_loss="x"), "target_loss must be a function"),
+  "outer_gamma": (lambda p: _weights(p, gamma="x"), "gamma must be an array of numbers"),
+  "outer_indices": (lambda p: _weights(p, batch_indices="x"), "batch_indices must be an array"),
+  "mask": (lambda p: controlled_run(*_functions(p), p.params, p.proxy, 3, mask=np.full(7, 0.5)),
+           "mask has dtype float32; expected bool"),
+  "monitor": (lambda p: controlled_run(
+    *_functions(p), p.params, p.proxy, 3, monitor=lambda q: q["z"]), "monitor fails on params"),
+  "no_run": (lambda p: improve_policy(None, p.weights, ProjectedGradient(), 0.1),
+             "run must be what controlled_run makes"),
+  "rule": (lambda p: _improve(p, rule="projected"), "rule must be a rule such as"),
+  "rule_class": (lambda p: _improve(p, rule=ProjectedGradient), "rule must be a rule such as"),
+  "rule_method": (lambda p: _improve(p, rule=ProjectedGradient("x")), "method='x' is not one of"),
+  "rate": (lambda p: _improve(p, rate=None), "rate must be finite and >= 0, got None"),
+  "rates": (lambda p: _improve(p, rate=np.ones(3)), "rate must be finite and >= 0"),
+  "line_search": (lambda p: _improve(p, line_search="no"), "line_search must be True or False"),
+  "policy": (lambda p: policy_gradient(_run(p), "x"), "the policy must be an array of numbers"),
+  "policy_shape": (lambda p: policy_gradient(_run(p), np.ones((2, 4))), r"expected \[T, N\]"),
+  "online_policy": (lambda p: simulate(_run(p), lambda s: s.nothing), "the policy fails on"),
+  "directions": (lambda p: simulate(_run(p), directions=[p.target_loss]), "must be a dict"),
+  "direction": (lambda p: simulate(_run(p), directions={"a": lambda q: q["w"]}),
+                r"directions\['a'\] returned an array of shape \(3, 4\)"),
+  "observe": (lambda p: simulate(_run(p), observe=3), r"observe \(or None\) must be a function"),
+  "damping": (lambda p: _influence(p, damping="x"), "damping must be finite and >= 0"),
+  "tolerance": (lambda p: _influence(p, tolerance=None), "tolerance must be finite"),
+  "scale": (lambda p: _influence(p, method="lissa", scale=0.0), "scale must be finite and > 0"),
+  "seed": (lambda p: _influence(p, seed=0.5), "seed must be an integer"),
+  "target_grad": (lambda p: _influence(p, target_grad={**p.params, "b": "x"}),
+                  "target_grad must have the structure and shapes of params"),
+  "direction_tree": (lambda p: directional_scores(p.example_losses, p.params, {"w": 1.0}, p.proxy),
+                     "direction must have the structure and shapes of params"),
+  "scored_losses": (lambda p: directional_scores(
+    lambda q, b: jnp.mean(p.example_losses(q, b)), p.params, p.params, p.proxy),
+    r"returned an array of shape \(\) for data of 7 examples"),
+  "scored_data": (lambda p: directional_scores(
+    p.example_losses, p.params, p.params, {"q": np.ones(3)}), "example_losses fails on data"),
+  "norms": (lambda p: gradient_norms(
+    lambda q, b: jnp.mean(p.example_losses(q, b)), p.params, p.proxy), r"shape \(\) for data of 7"),
+  "norms_params": (lambda p: gradient_norms(
+    p.example_losses, _with(p.params, b=np.zeros(4, int)), p.proxy), "has dtype int"),
+  "target_data": (lambda p: mean_target_loss(None, p.proxy), "example_losses must be a function"),
+  "projected": (lambda p: project_simplex("x"), "values must be an array of numbers"),
+  "projection_mask": (lambda p: project_simplex([1.0, 2.0], [True] * 3), "mask does not broadcast"),
+  "gap": (lambda p: stationarity_gap(np.ones((3, 4)), np.ones((2, 4))), "expected the same"),
+  "passes": (lambda p: solve_passes(SGD, p.params, 3, groups=0), r"groups .* in \[1, 3\], got 0"),
+  "passes_optimizer": (lambda p: solve_passes(None, p.params, 3), "optimizer must be an optax"),
+  "passes_of_influence": (lambda p: influence_passes("x", 3, curvature="fisher"), "method must be"),
+}
+
+
+class _Store:
+  """Of functions that are never called."""
+  latest_step = save = extra = restore = print
+
+
+def _functions(problem):
+  return problem.example_losses, problem.target_loss, SGD
+
+
+def _weights(problem, **kw):
+  given = dict(zip(("example_losses", "target_loss", "optimizer"), _functions(problem)))
+  return solve_weights(**given | dict(
+    params=problem.params, data=problem.proxy, num_steps=3, outer_lr=0.1) | kw)
+
+
+def _improve(problem, rule=None, rate=0.1, **kw):
+  run = _run(problem)
+  return improve_policy(run, run.uniform(), rule or ProjectedGradient(), rate, **kw)
+
+
+def _influence(problem, target_grad=None, **kw):
+  return influence_direction(
+    problem.example_losses, target_grad or problem.params, problem.params, problem.batches, **kw)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_bad_arguments_of_other_functions_are_refused(toy, name):
+  call, message = OTHERS[name]
+  with pytest.raises(ValueError, match=message) as error:
+    call(toy.regression())
+  assert "\n" not in str(error.value)
+
+
+def test_an_influence_of_no_finite_gradient_is_told(toy):
+  problem = toy.regression()
+  with pytest.raises(FloatingPointError, match="check that target_grad is finite"):
+    _influence(problem, jax.tree.map(lambda x: x * np.nan, problem.params), damping=1.0,
+               iterations=1, curvature="fisher")
 
 
 def test_empty_target_data_is_refused(toy):

@@ -101,6 +101,26 @@ def test_resumable_is_the_plain_solve(x64, toy, segment_steps, trajectory):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), got, want)
 
 
+def test_a_surrogate_is_used_in_every_segment_and_asked_for_first(toy):
+  problem = toy.regression(num_steps=7)
+  functions = problem.example_losses, problem.target_loss, optax.lion(0.02)
+  def solve(store, **kw):
+    return pmp_scores_resumable(
+      *functions, *problem.args, proxy=problem.proxy, segment_steps=4, store=store,
+      progress=store.after, **kw)
+  empty = _Store()
+  with pytest.raises(ValueError, match="Every score would be 0.*scale_by_lion"):
+    solve(empty)
+  assert empty.num_saves == 0
+  kw = dict(surrogate="clipped_straight_through")
+  stopped = _Store(stop_after=3)
+  with pytest.raises(_Stop):
+    solve(stopped, **kw)
+  got = solve(_Store(stopped.saved), **kw)
+  want = pmp_scores(*functions, *problem.args, proxy=problem.proxy, **kw)
+  np.testing.assert_allclose(got.proxy_scores, want.proxy_scores, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_sampled_proxies_do_not_depend_on_the_segments(x64, toy):
   problem = toy.regression(num_steps=7)

@@ -33,6 +33,8 @@ class Training:
     trajectory: what the reverse pass keeps, "all", "sqrt", "host" or a number of states.
     micro_batch_size: training examples differentiated at once; None: all.
     target_batch_size: examples of the other parts evaluated at once; None: all.
+    surrogate: "clipped_straight_through" for an optimizer whose update is piecewise constant, such
+      as Lion, see `control.surrogates`.
   """
 
   num_steps: PositiveInt
@@ -40,6 +42,15 @@ class Training:
   trajectory: Literal["all", "sqrt", "host"] | PositiveInt = "all"
   micro_batch_size: PositiveInt | None = None
   target_batch_size: PositiveInt | None = None
+  surrogate: Literal[control.SURROGATES] | None = None
+
+  def check_optimizer(self, params: Any) -> None:
+    """Refuses an optimizer that would leave every policy as it is.
+
+    Args:
+      params: arrays or `ShapeDtypeStruct`s.
+    """
+    control.check_optimizer(self.optimizer, params, self.surrogate, "learning_law.Training.")
 
   def on(self, task: Task, init_seed: int, partitioner: Partitioner) -> InnerRun:
     """The run on a task's data from the initialisation of `init_seed`."""
@@ -61,6 +72,7 @@ class InnerRun:
     shards = partitioner.num_batch_shards
     self.num_rows = -(-task.num_train // shards) * shards
     self.params = self._initial(init_seed)
+    training.check_optimizer(self.params)
     self.target_losses = {
       part: self._target(part) for part in ("dev", *MONITORED)
     }
@@ -74,7 +86,7 @@ class InnerRun:
         task.example_losses, self.target_losses["dev"], training.optimizer, self.params,
         self._placed(task.parts["train"], self.num_rows), training.num_steps, mask=mask,
         monitor=jax.tree_util.Partial(losses_at, monitored), trajectory=training.trajectory,
-        micro_batch_size=training.micro_batch_size,
+        micro_batch_size=training.micro_batch_size, surrogate=training.surrogate,
       )
 
   def _initial(self, seed: int) -> Any:
@@ -161,7 +173,8 @@ def cost_of(
   """
   num_steps = training.num_steps
   passes = control.solve_passes(
-    training.optimizer, params, num_steps, trajectory=training.trajectory)
+    training.optimizer, params, num_steps, trajectory=training.trajectory,
+    surrogate=training.surrogate)
   monitored = sum(sizes[part] for part in MONITORED) * (num_steps + 1)
   state = jax.eval_shape(
     lambda p: control.dynamics.init_state(training.optimizer.init, training.optimizer.update, p),

@@ -93,6 +93,11 @@ class Language:
         f"{self.model.max_length}; raise the latter."
       )
 
+  @property
+  def config(self) -> TransformerConfig:
+    """Of the model, before the texts tell its vocabulary."""
+    return dataclasses.replace(self.model, vocab_size=self.num_frequent or EOS + 2)
+
   def fingerprints(self) -> dict[str, str]:
     """What the text is made from, as settings of the stages."""
     sources = {name: getattr(self, name) for name in ("corpus", "desired", "vocabulary")}

@@ -218,6 +218,7 @@ def _check(step: control.Improvement, epoch: int, num_steps: int) -> None:
       f"The costate diverged at inner step {bad[-1] + 1} of {num_steps} in epoch {epoch}; lower "
       "the inner learning rate below 2 / (largest Hessian eigenvalue)."
     )
+  control.check_not_all_zero(step.scores, step.target_grad_norms)
 
 
 def _record(step, epoch: int, gamma, inner: InnerRun) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from lmops_jax.setting_types import NonEmpty, Seeds, Text, component
 from lmops_jax.systems.learning_law import evaluate, optimise, report
 from lmops_jax.systems.learning_law.inner import Training
 from lmops_jax.systems.learning_law.policies import PracticalPolicy
-from lmops_jax.systems.learning_law.tasks import LearningTask, load_task
-from lmops_jax.training import mesh
+from lmops_jax.systems.learning_law.tasks import LearningTask, fresh_params, load_task
+from lmops_jax.training import language_models, mesh
 
 
 @component(module="learning_law")
@@ -58,6 +58,10 @@ class Pipeline:
   def stages(self, settings, partitioner) -> list[pipeline.Stage]:
     """The run as stages; arguments as for every system."""
     partitioner = _in_one_process(partitioner)
+    for task in self.tasks:
+      if hasattr(task, "config"):
+        fresh = functools.partial(fresh_params, task.config)
+        self.training.check_optimizer(language_models.abstract_params(fresh, partitioner))
     training = _flat(settings, "training", "training")
     practical = _flat(settings, "practical", "practical")
     stages, evaluated = [], {}

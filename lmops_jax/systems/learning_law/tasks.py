@@ -91,8 +91,7 @@ class Task:
 
   def boxed_params(self, key: jax.Array) -> Any:
     """Fresh parameters with the logical axes of a transformer's."""
-    first = next(iter(self.parts["train"].values()))[:1]
-    return self.model.init(key, np.zeros_like(first))["params"]
+    return fresh_params(self.config, key)
 
   @functools.cached_property
   def forward_flops(self) -> float:
@@ -176,6 +175,13 @@ def load_task(folder: Path) -> Task:
   return task
 
 
+def fresh_params(config: PerceptronConfig | TransformerConfig, key: jax.Array) -> Any:
+  """Parameters of a model, with the logical axes of a transformer's."""
+  if isinstance(config, TransformerConfig):
+    return Transformer(config).init(key, np.zeros((1, 1), np.int32))["params"]
+  return PerceptronModel(config).init(key, np.zeros((1, config.dim), np.float32))["params"]
+
+
 def _described(config) -> dict[str, Any]:
   kind = "transformer" if isinstance(config, TransformerConfig) else "perceptron"
   return {"kind": kind, **dataclasses.asdict(config)}
@@ -216,6 +222,11 @@ class Perceptron:
   shift: float = 0.5
   label_flip: Decay = 0.0
 
+  @property
+  def config(self) -> PerceptronConfig:
+    """Of the model."""
+    return PerceptronConfig(self.dim)
+
   def fingerprints(self) -> dict[str, str]:
     """What the data are made from besides the settings: nothing."""
     return {}
@@ -227,7 +238,7 @@ class Perceptron:
       train_variance=self.train_variance, shift=self.shift, label_flip=self.label_flip,
     )
     difficulty = np.linalg.norm(parts["train"]["inputs"], axis=1)
-    return Task(self.name, seed, parts, is_noise, difficulty, PerceptronConfig(self.dim)).check()
+    return Task(self.name, seed, parts, is_noise, difficulty, self.config).check()
 
 
 def perceptron_data(

@@ -44,6 +44,7 @@ from lmops_jax.training import (
   budget,
   checkpoints,
   language_models,
+  loop,
   losses,
   mesh,
   optimizers,
@@ -333,6 +334,8 @@ class PMP:
   Attributes:
     name: of the method in folders and figures.
     optimizer: of the inner run; the costates are exact for any optax transformation.
+    surrogate: "clipped_straight_through" for an optimizer whose update is piecewise constant, such
+      as Lion: its exact scores are all 0, see `control.surrogates`.
     num_steps: inner steps, T.
     batch_size: instances of an inner step, drawn from the corpus by `data_seed`.
     checkpoints: proxy steps to start from; None: the proxy's last.
@@ -360,7 +363,7 @@ class PMP:
       "sqrt_length" of its text; None leaves it, as the paper does.
   """
 
-  optimizer: optax.GradientTransformation = None
+  optimizer: optax.GradientTransformation
   name: Name = "pds"
   num_steps: PositiveInt = 40
   batch_size: PositiveInt = 32
@@ -382,6 +385,7 @@ class PMP:
   inner_data: Literal["corpus", "proxies"] = "corpus"
   shuffle: bool = True
   divide_by: Literal[DIVISORS] | None = None
+  surrogate: Literal[control.SURROGATES] | None = None
 
   def __post_init__(self):
     if self.inner_micro_batch_size is not None and self.batch_size % self.inner_micro_batch_size:
@@ -409,6 +413,13 @@ class PMP:
     if self.num_target == AUTO:
       return min(self.max_target, num)
     return self.num_target or num
+
+  def check_optimizer(self, proxy: pretrain.Pretrain, length: int, partitioner) -> None:
+    """Refuses, from shapes alone, an inner optimizer under which every score would be 0."""
+    size = proxy.model.vocab_size or 2  # the real one is not known before the texts are read
+    model = language_models.language_model(proxy.model, size, length)
+    params = language_models.abstract_params(loop.initializer(model), partitioner)
+    control.check_optimizer(self.optimizer, params, self.surrogate, "pds.PMP.")
 
   def inner_rows(self, partitioner: mesh.Partitioner) -> int | None:
     """Rows of an inner batch that are differentiated at a time on that mesh; None: all."""
@@ -457,7 +468,8 @@ class PMP:
           proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
           proxy_batch_size=proxy_batch_size,
           micro_batch_size=self.inner_rows(bench.partitioner), segment_steps=self.segment_steps,
-          device_rows=bench.partitioner.device_rows, store=store, progress=advance,
+          device_rows=bench.partitioner.device_rows, surrogate=self.surrogate, store=store,
+          progress=advance,
           log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )
       result = processes.fetch(result._replace(params=None))
@@ -471,6 +483,7 @@ class PMP:
       self.optimizer, params, self.num_steps, segment_steps=self.segment_steps,
       trajectory=trajectory, objective=self.objective, every_k=self.every_k,
       groups=self.groups, hessian=self.hessian, proxy_samples=self.proxy_samples,
+      surrogate=self.surrogate,
     )
     sizes = control.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
     for num_passes, size in zip(passes, sizes, strict=True):

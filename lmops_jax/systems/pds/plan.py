@@ -204,7 +204,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   passes = control.solve_passes(
     method.optimizer, params, method.num_steps, segment_steps=segment_steps, trajectory=policy,
     objective=method.objective, every_k=method.every_k, groups=method.groups,
-    hessian=method.hessian, proxy_samples=method.proxy_samples)
+    hessian=method.hessian, proxy_samples=method.proxy_samples, surrogate=method.surrogate)
   per_row = length * flops.forward_flops_per_token(model.config, length)
   forward_flops = 3 * method.num_steps * method.batch_size * per_row
   step_flops = passes.batch * method.batch_size * per_row - forward_flops

@@ -120,7 +120,8 @@ def solve_programs(
   settings = Settings(
     method.objective, trajectory, method.every_k, method.groups, method.hessian,
     micro_batch_size=method.inner_rows(partitioner), proxy_batch_size=proxy_size,
-    proxy_samples=method.proxy_samples, sample_seed=method.data_seed)
+    proxy_samples=method.proxy_samples, sample_seed=method.data_seed,
+    surrogate=method.surrogate)
   weights = jax.ShapeDtypeStruct((num_steps, method.batch_size), jnp.float32,
                                  sharding=partitioner.replicated)
   programs = control_programs.segment_programs(
@@ -141,7 +142,7 @@ def solve_programs(
   per_row = length * flops.forward_flops_per_token(model.config, length)
   forward, reverse = (cost_lib.segment_passes(
     method.optimizer, params, segment_steps, is_reverse=is_reverse, trajectory=trajectory,
-    objective=method.objective, hessian=method.hessian,
+    objective=method.objective, hessian=method.hessian, surrogate=method.surrogate,
     num_scored=num_scored / num_segments) for is_reverse in (False, True))
   sizes = control.Passes(method.batch_size, num_target, proxy_set.most)
   common = dict(steps=segment_steps, remedies=solve_remedies(method, proxy, partitioner),

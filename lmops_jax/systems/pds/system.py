@@ -125,6 +125,8 @@ class Pipeline:
       attention.check_platform(config.attention, partitioner.platform)
     for method in self.methods:
       methods.check_inner_size(method, self.proxy_set.most, partitioner.num_batch_shards)
+      if isinstance(method, methods.PMP):
+        method.check_optimizer(self.proxy, self.prepare.length, partitioner)
 
     def part(*names: str) -> dict[str, str]:
       return {

@@ -55,6 +55,15 @@ def test_the_summary_is_complete(finished):
     "data", "policy", "evaluate"}
 
 
+@pytest.mark.parametrize("file", ["learning_law/default.gin", "learning_law/transformer.gin"])
+def test_an_optimizer_without_derivative_is_refused_before_a_stage(file, capsys, tmp_path):
+  code, printed = lmops(
+    capsys, "run", file, "--workdir", tmp_path / "run", "--gin.OPTIMIZER=@optim.lion()",
+    "--gin.MESH=None")
+  assert code == 2 and "the update of learning_law.Training.optimizer (scale_by_lion" in printed
+  assert not [path for path in (tmp_path / "run").glob("*") if path.is_dir()]
+
+
 def test_the_report_is_one_page_with_its_figures(finished):
   workdir, _ = finished
   page = (workdir / "report" / "index.html").read_text()

@@ -143,6 +143,27 @@ def test_momentum_and_adam_lower_the_area_too(task, device, context_at, tmp_path
     assert got.history[-1]["auc_dev"] < got.history[0]["auc_dev"]
 
 
+def test_lion_needs_a_surrogate_and_leaves_out_wrong_labels_with_one(
+    task, device, context_at, tmp_path):
+  lion = Training(8, optax.lion(0.02))
+  with pytest.raises(ValueError, match=r"learning_law.Training.optimizer \(scale_by_lion.* set "
+                                       r"learning_law.Training.surrogate='clipped"):
+    _run(context_at(tmp_path / "none"), task, lion, OPTIMIZER, device)
+  lion = dataclasses.replace(lion, surrogate="clipped_straight_through")
+  # The area itself is piecewise constant in the weights, and stays where no sign turns.
+  optimizer = dataclasses.replace(OPTIMIZER, step_size=4.0)
+  got = _run(context_at(tmp_path / "clipped"), task, lion, optimizer, device)
+  assert got.history[-1]["noise_weight"] < 0.5 * got.history[0]["noise_weight"]
+  with pytest.raises(ValueError, match="learning_law.Training.surrogate='sign' is not None or one"):
+    Training(8, optax.lion(0.02), surrogate="sign")
+
+
+def test_scores_that_are_all_zero_end_the_run(task, device, context_at, tmp_path):
+  still = Training(8, optax.sgd(lambda step: 0.0 * step))
+  with pytest.raises(ValueError, match="Every score is 0.*is the learning rate 0"):
+    _run(context_at(tmp_path), task, still, OPTIMIZER, device)
+
+
 def test_stopping_early(task, training, device, context_at, tmp_path):
   close = dataclasses.replace(OPTIMIZER, gap_tolerance=1e9)
   got = _run(context_at(tmp_path / "gap"), task, training, close, device)

@@ -207,6 +207,7 @@ SGD, MODEL = optimizers.sgd(0.1), TransformerConfig()
     (lambda: methods.PMP(SGD, groups=1, proxy_samples=1), "neither groups=1 nor"),
     (lambda: methods.PMP(SGD, inner_data="target"), "inner_data='target'"),
     (lambda: methods.PMP(SGD, divide_by="length"), "pds.PMP.divide_by='length'"),
+    (lambda: methods.PMP(SGD, surrogate="sign"), "pds.PMP.surrogate='sign'"),
     (lambda: methods.InfluenceScores(divide_by="x"), "pds.InfluenceScores.divide_by='x'"),
     (lambda: methods.InfluenceScores(num_hessian=100), "num_hessian=100"),
     (lambda: methods.Perplexity(prefer="high"), "prefer='high'"),
@@ -217,3 +218,10 @@ SGD, MODEL = optimizers.sgd(0.1), TransformerConfig()
 def test_settings_are_checked_when_they_are_built(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_an_inner_optimizer_without_derivative_is_refused_first(lmops, corpus, target, tmp_path):
+  code, printed = lmops(corpus, target, "--gin.INNER_OPTIMIZER=@optim.lion()")
+  assert code == 2 and "Every score would be 0: the update of pds.PMP.optimizer" in printed
+  assert "scale_by_lion" in printed and "set pds.PMP.surrogate='clipped" in printed
+  assert not list(tmp_path.glob("run/prepare/*"))

@@ -150,7 +150,7 @@ def test_inner_batches_may_be_drawn_from_the_proxies(tmp_path, monkeypatch):
     seen.append(np.asarray(batches["tokens"]).reshape(-1, LENGTH))
     ones = jnp.ones(len(weights))
     return control.PmpResult(
-      jnp.zeros(weights.shape), jnp.zeros(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
+      jnp.ones(weights.shape), jnp.ones(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
       ones, ones, ones, None)
 
   monkeypatch.setattr(control, "pmp_scores_resumable", solve)
@@ -194,9 +194,9 @@ def _counted(bench, method):
 
 def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
   def solve(losses, target_loss, optimizer, params, batches, weights, *, proxy, **_):
-    zeros = jnp.zeros((len(weights), weights.shape[1]))
+    ones = jnp.ones((len(weights), weights.shape[1]))
     return control.PmpResult(
-      zeros, jnp.zeros(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
+      ones, jnp.ones(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
       *jnp.ones((3, len(weights))), None)
 
   monkeypatch.setattr(control, "pmp_scores_resumable", solve)
@@ -217,6 +217,8 @@ def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
     (replace("e", objective="terminal"), solve - 16 * 4 * 2),
     (replace("f", optimizer=optimizers.sgd(0.1, clip_norm=1.0)), solve + 5 * 8 * 3),
     (replace("h", proxy_samples=2), solve - 24 * 3 * 3),
+    (replace("i", optimizer=optimizers.lion(0.1), surrogate="clipped_straight_through"),
+     solve + 5 * 8 * 3),
     (replace("g", divide_by="gradient_norm"), solve + 24 * 3),
     (methods.OneStep(), (16 + 24) * 3),
     # 50 products, 8 probes, 20 power steps and a residual, of 6 passes each.

@@ -1,0 +1,154 @@
+"""Which parameters an optimizer moves by a piecewise constant function of the gradient.
+
+Through such an update (a sign, a rounding, a comparison) no costate passes: every exact score is 0.
+That is told before a solve, from the traced pullback alone: what JAX derives from a piecewise
+constant operation is a symbolic zero, so the cotangent of the gradient is not computed from the
+costate at all. Nothing is evaluated, so it holds for every state, step and value, for any optax
+transformation, and costs two traces. A derivative that only rounding keeps from 0, as that of
+`g / |g|`, is not told.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from lmops_jax.control import adjoint, checks, jaxprs
+from lmops_jax.control.dynamics import State, apply_update, init_state
+from lmops_jax.control.surrogates import SURROGATES
+
+_WRAPPERS = ("chain", "with_extra_args_support")  # say nothing about the transformation inside
+
+
+def check_optimizer(optimizer: Any, params: Any, surrogate: str | None = None,
+                    owner: str = "") -> str | None:
+  """Refuses an optimizer under which every score is 0, from shapes alone; see `used_surrogate`.
+
+  Args:
+    params: arrays or `ShapeDtypeStruct`s.
+  """
+  checks.optimizer(optimizer)
+  checks.parameters(params)
+  state = jax.eval_shape(functools.partial(init_state, optimizer.init, optimizer.update), params)
+  return used_surrogate(optimizer.update, state, checks.surrogate(surrogate), owner)
+
+
+def used_surrogate(update: Callable, state: State, surrogate: str | None,
+                   owner: str = "") -> str | None:
+  """The surrogate that a solve needs: None where the exact derivatives reach every parameter.
+
+  Warns of parameters that costates do not pass where they pass others, by name.
+
+  Args:
+    update: `optimizer.update`. state: its first state, arrays or shapes.
+    surrogate: what the user chose, a name of `surrogates.SURROGATES`, or None.
+    owner: what a user binds `optimizer` and `surrogate` of, such as "pds.PMP.".
+  Raises:
+    ValueError: no costate passes the update of any parameter, so that every score is 0.
+  """
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.params)]
+  moved, passed = _moved(update, state), _passed(update, state, None)
+  named = f"{owner or 'the '}optimizer ({optimizer_name(update)})"
+  if not any(moved):
+    raise ValueError(
+      f"Every score would be 0: the update of {named} does not depend on the gradient of any "
+      "parameter.")
+  if all(p or not m for m, p in zip(moved, passed)):
+    return None
+  if surrogate is not None:
+    passed = _passed(update, state, surrogate)
+  lost = [name for name, m, p in zip(names, moved, passed) if m and not p]
+  if not lost:
+    return surrogate
+  why = (f"the update of {named} is piecewise constant in the gradient, so that its derivative is "
+         "0 almost everywhere")
+  what = f"set {owner}surrogate={SURROGATES[0]!r} for an approximate derivative of its signs"
+  if surrogate is not None:
+    what = f"{owner}surrogate={surrogate!r} is for signs (jnp.sign) only: write the update with one"
+  if not any(passed):
+    raise ValueError(
+      f"Every score would be 0: {why}; {what}, or use an optimizer with a derivative, such as SGD "
+      "or AdamW.")
+  warnings.warn(
+    f"Scores do not count what moves {len(lost)} of {len(names)} parameters ({_listed(lost)}): "
+    f"there {why}; {what}.", stacklevel=2)
+  return surrogate
+
+
+def optimizer_name(update: Callable) -> str:
+  """The transformations that a gradient transformation is made of, as far as Python tells.
+
+  optax makes them of nested functions: `scale_by_lion.<locals>.update_fn`.
+  """
+  names, seen = [], []
+
+  def visit(x):
+    if any(x is y for y in seen):
+      return
+    seen.append(x)
+    if isinstance(x, functools.partial):
+      visit((x.func, x.args, x.keywords))
+    elif inspect.isfunction(x):
+      outer, _, inner = x.__qualname__.partition(".<locals>.")
+      if "." not in outer and ("update" in inner or not (inner or outer.startswith("init"))):
+        names.append(outer)
+      visit(tuple(map(_contents, x.__closure__ or ())))
+    elif inspect.ismethod(x):
+      names.append(type(x.__self__).__name__)
+      visit(getattr(x.__self__, "__dict__", {}))
+    elif isinstance(x, Mapping):
+      visit(tuple(x.values()))
+    elif isinstance(x, tuple | list):
+      for part in x:
+        visit(part)
+
+  visit(update)
+  found = list(dict.fromkeys(name for name in names if name not in _WRAPPERS))
+  return ", ".join(found) or getattr(update, "__qualname__", type(update).__name__)
+
+
+def _contents(cell: Any) -> Any:
+  try:
+    return cell.cell_contents
+  except ValueError:  # empty
+    return None
+
+
+def _moved(update: Callable, state: State) -> list[bool]:
+  """For each parameter, whether the gradients of a run change it."""
+  jaxpr = jax.make_jaxpr(functools.partial(apply_update, update))(state, state.params).jaxpr
+  num_params = len(jax.tree.leaves(state.params))
+  known = [0] * len(jax.tree.leaves(state))
+  while True:
+    wider = jaxprs.dependence(jaxpr, [*known, *[1] * num_params])
+    if wider == known:
+      return [bool(x) for x in known[:num_params]]
+    known = wider
+
+
+def _passed(update: Callable, state: State, surrogate: str | None) -> list[bool]:
+  """For each parameter, whether its costate reaches the cotangent of some step's gradient."""
+  def pull(state, grads, costate, opt_cotangent):
+    return adjoint.update_pullback(update, state, grads, costate, opt_cotangent, surrogate)
+
+  floats = jax.eval_shape(lambda s: adjoint.float_leaves(s.opt_state), state)
+  jaxpr = jax.make_jaxpr(pull)(state, state.params, state.params, floats).jaxpr
+  num_params, num = len(jax.tree.leaves(state.params)), len(floats)
+  num_given = len(jaxpr.invars) - num_params - num
+  outs = jaxprs.dependence(jaxpr, [0] * num_given + [1 << i for i in range(num_params + num)])
+  # Cotangents of what a step reads come first, as those of what it writes do: those of one step
+  # are those that the step before takes.
+  earlier, of_gradient = outs[:num_params + num], outs[num_params + num:]
+  reached = jaxprs.union(of_gradient)
+  while True:
+    wider = jaxprs.union([reached, *(x for i, x in enumerate(earlier) if reached >> i & 1)])
+    if wider == reached:
+      return [bool(reached >> i & 1) for i in range(num_params)]
+    reached = wider
+
+
+def _listed(names: list[str]) -> str:
+  return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
