@@ -47,8 +47,7 @@ def list_files(folder: Path) -> Iterator[str]:
   ours = {base + end for base in (MANIFEST, ATTEMPT) for end in ("", WRITING)}
   found = (Path(directory, name).relative_to(folder).as_posix()
            for directory, _, names in os.walk(folder) for name in names)
-  seals = (SEAL, SEAL + WRITING)
-  return iter(sorted(path for path in found if path not in ours and not path.endswith(seals)))
+  return iter(sorted(path for path in found if path not in ours and not path.endswith(SEAL)))
 
 
 def hash_file(path: Path) -> str:

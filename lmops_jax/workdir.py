@@ -228,7 +228,7 @@ class Workdir:
 
   def _publish(self, name: str) -> None:
     partial, final, replaced = self.partial(name), self.final(name), self.path / (name + REPLACED)
-    for leftover in (partial / ATTEMPT, partial / (ATTEMPT + WRITING), *partial.rglob(f"*{SEAL}*")):
+    for leftover in (partial / ATTEMPT, partial / (ATTEMPT + WRITING), *partial.rglob(f"*{SEAL}")):
       leftover.unlink(missing_ok=True)
     sync_folder(partial)
     if final.exists():

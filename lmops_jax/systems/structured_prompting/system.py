@@ -14,7 +14,7 @@ import gin
 import jax
 import numpy as np
 
-from lmops_jax import pipeline
+from lmops_jax import pipeline, seals
 from lmops_jax.data.tasks import Example, Task, TaskChoice, demonstrations, read_task
 from lmops_jax.models import flops
 from lmops_jax.systems.structured_prompting import report
@@ -147,7 +147,8 @@ class Pipeline:
       same = next((record for record in records if record["count"] == count), None)
       record = same or self._measure(context, prompter, found, rows, pool, draw, count, budget)
       records.append({**record, "key": key, "window_count": limit})
-      write_json(context.directory / RECORDS_FILE, records)
+      with seals.replacing(context.directory / RECORDS_FILE) as partial:
+        write_json(partial, records)
 
   def _measure(
     self, context, prompter, task, rows, pool, draw, count, budget
@@ -231,7 +232,7 @@ def _balanced_count(rows: Sequence[Example]) -> int:
 
 
 def _unfinished(path: Path) -> list[dict[str, Any]]:
-  return json.loads(path.read_text()) if path.is_file() else []
+  return json.loads(path.read_text()) if seals.is_whole(path) else []
 
 
 def _operations(prompter, measured, rows) -> tuple[float, float, float]:

@@ -105,8 +105,9 @@ class _Stop(BaseException):
   pass
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 def test_a_killed_loop_continues_with_the_same_bits(
-    task, training, device, context_at, tmp_path, finished, monkeypatch):
+    task, training, device, context_at, tmp_path, finished, monkeypatch, damaged):
   original, calls = control.improve_policy, []
 
   def improve(*args, **kwargs):
@@ -120,8 +121,13 @@ def test_a_killed_loop_continues_with_the_same_bits(
   with pytest.raises(_Stop):
     _run(context, task, training, OPTIMIZER, device)
   assert (tmp_path / "state.npz").is_file() and not (tmp_path / "policy.npz").exists()
+  if damaged:
+    data = bytearray((tmp_path / "state.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "state.npz").write_bytes(data)
   got = _run(context_at(tmp_path), task, training, OPTIMIZER, device)
-  assert len(calls) == 6 + 4  # epochs 4 to 7 again, from the state after 4
+  # Epochs 4 to 7 again, from the state after 4; or all of them, from none.
+  assert len(calls) == 6 + (8 if damaged else 4)
   np.testing.assert_array_equal(got.weights, finished[0].weights)
   np.testing.assert_array_equal(got.last, finished[0].last)
   assert got.history == finished[0].history
