@@ -15,6 +15,7 @@ import gin
 import numpy as np
 
 from lmops_jax.data.hashing import order_key
+from lmops_jax.manifests import verify_read
 
 
 @gin.register(module="data")
@@ -40,6 +41,7 @@ class SamplingWeights:
     path = Path(self.path).expanduser()
     if not path.is_file():
       raise ValueError(f"data.SamplingWeights.path={self.path!r} is not a file.")
+    verify_read(path)
     try:
       with np.load(path, allow_pickle=False) as arrays:
         weights = arrays["weights"]

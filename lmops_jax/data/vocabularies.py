@@ -20,6 +20,7 @@ import gin
 import numpy as np
 
 from lmops_jax.data.hashing import order_key
+from lmops_jax.manifests import verify_read
 
 METADATA_FILE = "vocabulary.json"
 _SENTENCEPIECE_FILE = "sentencepiece.model"
@@ -462,6 +463,7 @@ class ModelTokenizer:
   def _load(self):
     from lmops_jax.pretrained import tokenizer
 
+    verify_read(Path(self.path).expanduser())
     try:
       return tokenizer.load_tokenizer(Path(self.path).expanduser())
     except ValueError as error:
@@ -469,6 +471,7 @@ class ModelTokenizer:
 
 
 def _read_model(path: str, parameter: str) -> bytes:
+  verify_read(Path(path).expanduser())
   try:
     return Path(path).expanduser().read_bytes()
   except OSError as error:

@@ -20,6 +20,7 @@ import numpy as np
 from lmops_jax import control, pipeline, seals
 from lmops_jax.data import sampling
 from lmops_jax.evaluation import contributions
+from lmops_jax.manifests import verify_read
 from lmops_jax.systems.learning_law.inner import InnerRun, Training
 from lmops_jax.systems.learning_law.tasks import Task, check_at_least_one, load_task
 from lmops_jax.whole_files import write_arrays, write_json
@@ -317,6 +318,7 @@ def load_policy(folder: Path | str, task: Task | None = None) -> SavedPolicy:
 
   Raises:
     ValueError: no policy there, or one that does not fit its task.
+    StageError: a file is not what the stage wrote.
   """
   folder = Path(folder).expanduser()
   for file in (POLICY_FILE, ABOUT_FILE, HISTORY_FILE):
@@ -325,6 +327,7 @@ def load_policy(folder: Path | str, task: Task | None = None) -> SavedPolicy:
         f"{folder} holds no policy: {file} is missing; give the folder of a stage such as "
         "WORKDIR/policy/clean/projected/seed0."
       )
+  verify_read(folder)
   about = json.loads((folder / ABOUT_FILE).read_text())
   task = load_task(folder / TASK_FOLDER) if task is None else task
   weights = sampling.SamplingWeights(str(folder / POLICY_FILE)).weights

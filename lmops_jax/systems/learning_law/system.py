@@ -13,6 +13,7 @@ import gin
 import jax
 
 from lmops_jax import pipeline
+from lmops_jax.reporting.summary import read_summary
 from lmops_jax.systems.learning_law import evaluate, optimise, report
 from lmops_jax.systems.learning_law.inner import Training
 from lmops_jax.systems.learning_law.optimise import PolicyOptimizer
@@ -220,7 +221,7 @@ def _report_stage(config, runs, stages, settings) -> pipeline.Stage:
 
 def _summary(workdir: Path) -> str:
   folder = Path(workdir) / "report"
-  summary = json.loads((folder / "summary.json").read_text())
+  summary = read_summary(folder / "summary.json")
   return f"{report.terminal_table(summary)}\n\nreport: {folder / 'index.html'}"
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from lmops_jax import pipeline, seals
 from lmops_jax.data.tasks import Example, Task, TaskChoice, demonstrations, read_task
 from lmops_jax.models import flops
+from lmops_jax.reporting.summary import read_summary
 from lmops_jax.systems.structured_prompting import report
 from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
 from lmops_jax.systems.structured_prompting.retrieval import Retrieval, dealt
@@ -193,7 +194,7 @@ class Pipeline:
   def summary(self, workdir: Path) -> str:
     """A short table of the finished run, for the terminal."""
     folder = Path(workdir) / "report"
-    found = json.loads((folder / "summary.json").read_text())
+    found = read_summary(folder / "summary.json")
     return f"{report.terminal_table(found)}\n\nreport: {folder / 'index.html'}"
 
 

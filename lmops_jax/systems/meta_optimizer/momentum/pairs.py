@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from lmops_jax.models import attention, flops
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.momentum import check_eta
 from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.reporting.summary import read_summary
 from lmops_jax.systems.meta_optimizer.momentum import report, texts
 from lmops_jax.systems.meta_optimizer.momentum.report import MOMENTUM, RESULTS_FILE, VANILLA
 from lmops_jax.training import language_models, loop, losses, mesh
@@ -267,7 +267,7 @@ class Pairs:
   def summary(self, workdir: Path) -> str:
     """A short table of the finished run, for the terminal."""
     folder = Path(workdir) / "report"
-    found = json.loads((folder / "summary.json").read_text())
+    found = read_summary(folder / "summary.json")
     return f"{report.terminal_table(found)}\n\nreport: {folder / 'index.html'}"
 
 
