@@ -20,7 +20,7 @@ from typing import Any
 
 from lmops_jax.whole_files import SEAL, WRITING
 
-MANIFEST, ATTEMPT = "manifest.json", ".attempt.json"
+MANIFEST, ATTEMPT, MARKER = "manifest.json", ".attempt.json", "lmops.json"
 _PACKAGES = ("lmops_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio",
              "tensorflow", "tensorflow-datasets", "gin-config")
 
@@ -47,8 +47,7 @@ def list_files(folder: Path) -> Iterator[str]:
   ours = {base + end for base in (MANIFEST, ATTEMPT) for end in ("", WRITING)}
   found = (Path(directory, name).relative_to(folder).as_posix()
            for directory, _, names in os.walk(folder) for name in names)
-  seals = (SEAL, SEAL + WRITING)
-  return iter(sorted(path for path in found if path not in ours and not path.endswith(seals)))
+  return iter(sorted(path for path in found if path not in ours and not path.endswith(SEAL)))
 
 
 def hash_file(path: Path) -> str:
@@ -114,17 +113,23 @@ def difference(new_identity: Mapping[str, Any], old_identity: Mapping[str, Any])
   return "; ".join(parts) or "written by another version of lmops_jax"
 
 
-def compare(name: str, folder: Path, manifest: Mapping[str, Any], *, thorough: bool) -> None:
+def compare(name: str, folder: Path, manifest: Mapping[str, Any], *, thorough: bool,
+            part: str = ".") -> None:
   """Compares the files of a stage with its manifest.
 
   Args:
     thorough: hash all files; otherwise only those modified after the manifest was written, and
       the others are taken as they are if their size is right.
+    part: the file or folder, relative to the stage's, that is compared; all by default.
 
   Raises:
     StageError: names the file that is missing, truncated, corrupted or not the stage's.
   """
-  files: Mapping[str, tuple[int, str]] = manifest["files"]
+  def belongs(relative: str) -> bool:
+    return part == "." or relative == part or relative.startswith(part + "/")
+
+  files: Mapping[str, tuple[int, str]] = {
+    relative: noted for relative, noted in manifest["files"].items() if belongs(relative)}
   again = f"delete the folder {folder} and run again to make it anew"
   written = (folder / MANIFEST).stat().st_mtime_ns
   suspects = []
@@ -140,7 +145,7 @@ def compare(name: str, folder: Path, manifest: Mapping[str, Any], *, thorough: b
                        f"instead of {size}); {again}.")
     if thorough or status.st_mtime_ns > written:
       suspects.append((path, digest))
-  extra = set(list_files(folder)) - set(files)
+  extra = set(filter(belongs, list_files(folder))) - set(files)
   if extra:
     raise StageError(f"{folder / min(extra)} was not written by stage {name!r}; remove it.")
   hashes = hash_all([path for path, _ in suspects])
@@ -148,6 +153,33 @@ def compare(name: str, folder: Path, manifest: Mapping[str, Any], *, thorough: b
     if found != digest:
       raise StageError(f"{path}, an output of stage {name!r}, is corrupted: its content is not "
                        f"what the stage wrote; {again}.")
+
+
+def verify_read(path: Path) -> None:
+  """Compares a file or folder with the manifest of the finished stage that it belongs to.
+
+  For whatever reads the outputs of a run from outside of it; what belongs to no stage passes.
+
+  Raises:
+    StageError: as `compare`, or the manifest is damaged.
+  """
+  path = Path(os.path.abspath(path))
+  damaged = None
+  for folder in (path, *path.parents):
+    if not (folder / MANIFEST).is_file():
+      continue
+    try:
+      manifest = load_manifest(folder, folder.name)
+    except StageError as error:
+      # Others have files of this name too; in a workdir it is a stage's.
+      if any((parent / MARKER).is_file() for parent in folder.parents):
+        damaged = error
+      continue
+    compare(manifest["stage"], folder, manifest, thorough=True,
+            part=path.relative_to(folder).as_posix())
+    return
+  if damaged is not None:
+    raise damaged
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -5,8 +5,10 @@ beside them, which holds their sizes and hashes; without one, or with another co
 again. Seals go when the stage is finished.
 """
 
+import concurrent.futures
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def damage(path: Path, noted: Any, *, ignored: Sequence[str] = ()) -> str | None
 
 def seal(path: Path) -> None:
   """Seals a file or folder that is complete. Of a file that is replaced see `replacing`."""
-  whole_files.write_json(_beside(path), [contents(path)])
+  _write(path, [contents(path)])
 
 
 def is_whole(path: Path) -> bool:
@@ -66,13 +68,19 @@ def is_whole(path: Path) -> bool:
   return any(damage(path, noted) is None for noted in _notes(path))
 
 
+def all_whole(groups: Iterable[Sequence[Path]]) -> list[bool]:
+  """Of each group whether all its files are whole, on several threads."""
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    return list(pool.map(lambda paths: all(map(is_whole, paths)), groups))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
   """As `whole_files.replacing`, with a seal."""
   with whole_files.replacing(path) as partial:
     yield partial
     # A kill between the seal and the rename leaves the older file, which the seal knows too.
-    whole_files.write_json(_beside(path), [contents(partial), *_notes(path)[:1]])
+    _write(path, [contents(partial), *_notes(path)[:1]])
 
 
 @contextlib.contextmanager
@@ -80,12 +88,16 @@ def replacing_shared(path: Path, folder: Path | None = None) -> Iterator[Path]:
   """As `whole_files.replacing_shared`, with a seal."""
   with whole_files.replacing_shared(path, folder) as partial:
     yield partial
-    with whole_files.replacing_shared(_beside(path), folder) as note:
-      note.write_text(whole_files.json_text([contents(partial)]), encoding="utf-8")
+    _write(path, [contents(partial)], folder)
+
+
+def _write(path: Path, notes: Sequence[Contents], folder: Path | None = None) -> None:
+  with whole_files.replacing_shared(_beside(path), folder) as partial:
+    partial.write_text(whole_files.json_text(notes), encoding="utf-8")
 
 
 def _beside(path: Path) -> Path:
-  return path.with_name(path.name + SEAL)
+  return path.with_name(f".{path.name}{SEAL}")
 
 
 def _notes(path: Path) -> list[Mapping[str, Any]]:

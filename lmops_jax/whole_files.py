@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 WRITING = ".writing"  # behind a file's name until it is whole
-SEAL = ".lmops-seal"  # behind a name: what `seals` keeps of it
+SEAL = ".lmops-seal"  # ends the names of what `seals` keeps
 
 
 @contextlib.contextmanager

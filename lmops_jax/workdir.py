@@ -16,6 +16,7 @@ from lmops_jax import progress as progress_lib
 from lmops_jax.manifests import (
   ATTEMPT,
   MANIFEST,
+  MARKER,
   StageError,
   cannot_read,
   compare,
@@ -30,7 +31,7 @@ from lmops_jax.manifests import (
 )
 from lmops_jax.whole_files import SEAL, WRITING, sync_folder, write_json, write_text
 
-LOG, CONFIG, _MARKER, _LOCK = "log.txt", "config.gin", "lmops.json", ".lock"
+LOG, CONFIG, _LOCK = "log.txt", "config.gin", ".lock"
 PARTIAL, REPLACED, DISCARDED = ".partial", ".replaced", ".discarded"
 _SIGN = ".job-"  # and a name that nobody has seen before
 _FORMAT = 1
@@ -67,8 +68,8 @@ class Workdir:
   def _take_lock(self) -> None:
     for name in (_LOCK, LOG):
       foreign_files.require_regular(self.path / name)
-    existed = set(os.listdir(self.path)) - {_LOCK, _MARKER + WRITING}
-    if existed and not (self.path / _MARKER).exists():
+    existed = set(os.listdir(self.path)) - {_LOCK, MARKER + WRITING}
+    if existed and not (self.path / MARKER).exists():
       raise self._foreign(existed)
     self._lock = open(self.path / _LOCK, "a+", encoding="utf-8", errors="replace")
     try:
@@ -98,7 +99,7 @@ class Workdir:
                       "choose an empty or a new --workdir.")
 
   def _check_owner(self) -> None:
-    marker = self.path / _MARKER
+    marker = self.path / MARKER
     if not marker.exists():
       write_json(marker, {"system": self._system, "format": _FORMAT, "created": now()})
       return
@@ -228,7 +229,7 @@ class Workdir:
 
   def _publish(self, name: str) -> None:
     partial, final, replaced = self.partial(name), self.final(name), self.path / (name + REPLACED)
-    for leftover in (partial / ATTEMPT, partial / (ATTEMPT + WRITING), *partial.rglob(f"*{SEAL}*")):
+    for leftover in (partial / ATTEMPT, partial / (ATTEMPT + WRITING), *partial.rglob(f"*{SEAL}")):
       leftover.unlink(missing_ok=True)
     sync_folder(partial)
     if final.exists():

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lmops_jax.data.hashing import order_key
+from lmops_jax.manifests import verify_read
 from lmops_jax.setting_types import PositiveInt, Text, component
 
 
@@ -40,6 +41,7 @@ class SamplingWeights:
     path = Path(self.path).expanduser()
     if not path.is_file():
       raise ValueError(f"data.SamplingWeights.path={self.path!r} is not a file.")
+    verify_read(path)
     try:
       with np.load(path, allow_pickle=False) as arrays:
         weights = arrays["weights"]

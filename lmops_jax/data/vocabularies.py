@@ -22,6 +22,7 @@ import numpy as np
 from lmops_jax.data import tokenizer_errors
 from lmops_jax.data.hashing import order_key
 from lmops_jax.foreign_files import require_regular
+from lmops_jax.manifests import verify_read
 from lmops_jax.setting_types import ByteCount, Seed, Text, at_least, component
 
 METADATA_FILE = "vocabulary.json"
@@ -460,6 +461,7 @@ class ModelTokenizer:
   def _load(self):
     from lmops_jax.pretrained import tokenizer
 
+    verify_read(Path(self.path).expanduser())
     try:
       return tokenizer.load_tokenizer(Path(self.path).expanduser())
     except ValueError as error:
@@ -468,6 +470,7 @@ class ModelTokenizer:
 
 def _read_model(path: str, parameter: str) -> bytes:
   require_regular(Path(path).expanduser())
+  verify_read(Path(path).expanduser())
   try:
     return Path(path).expanduser().read_bytes()
   except OSError as error:

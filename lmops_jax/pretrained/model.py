@@ -22,6 +22,7 @@ import flax.linen as nn
 import pydantic
 
 from lmops_jax.foreign_files import checked, read_json, require_regular
+from lmops_jax.manifests import verify_read
 from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.clip import ClipConfig
 from lmops_jax.models.config import DTYPES, REMAT_POLICIES, RopeScaling, TransformerConfig
@@ -31,7 +32,7 @@ from lmops_jax.pretrained import families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
 from lmops_jax.pretrained.sources import MAX_INFLATED_BYTES, open_source
 from lmops_jax.setting_types import ByteCount, Text, component
-from lmops_jax.whole_files import write_text
+from lmops_jax.whole_files import replacing, write_text
 
 DESCRIPTION = "model.json"
 PARAMS_FOLDER, TOKENIZER_FOLDER = "params", "tokenizer"
@@ -101,6 +102,7 @@ class PretrainedModel:
       from lmops_jax.training import checkpoints
 
       folder = self.path / _description(self.path)["params"]
+      verify_read(folder)
       family = families.by_name(self.family)
       return checkpoints.load_params(folder, _abstract(family, self.config, partitioner))
     with open_source(self.path, self.max_inflated_bytes) as source:
@@ -122,9 +124,11 @@ class PretrainedModel:
   @property
   def tokenizer_path(self) -> Path:
     """The folder or file that the tokenizer is read from."""
-    if (self.path / DESCRIPTION).is_file():
-      return self.path / _description(self.path)["tokenizer"]
-    return self.path
+    if not (self.path / DESCRIPTION).is_file():
+      return self.path
+    path = self.path / _description(self.path)["tokenizer"]
+    verify_read(path)
+    return path
 
   def fingerprint(self) -> str:
     """A hash of names, sizes and contents (of large files, both ends) of the model's files."""
@@ -253,6 +257,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _description(folder: Path) -> dict[str, Any]:
   """`model.json`, with its configuration as a `TransformerConfig`."""
   path = folder / DESCRIPTION
+  verify_read(path)
   described = checked(_Described, read_json(path), path).model_dump()
   try:
     kind = ClipConfig if described["family"] == "clip" else TransformerConfig
@@ -349,7 +354,8 @@ def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:
     return
   for name in (*tokenizer_folder.FILES, _IMAGES):
     if (folder / name).is_file() and not (directory / name).exists():
-      shutil.copyfile(folder / name, directory / name)
+      with replacing(directory / name) as partial:
+        shutil.copyfile(folder / name, partial)
 
 
 def new_folder(directory: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lmops_jax.manifests import verify_read
 from lmops_jax.whole_files import write_text
 
 
@@ -45,7 +46,9 @@ def read_summary(path) -> dict[str, Any]:
 
   Raises:
     ValueError: the file is not JSON or not a JSON object.
+    StageError: it belongs to a finished stage and is not what the stage wrote.
   """
+  verify_read(path)
   try:
     summary = json.loads(Path(path).read_text(encoding="utf-8"))
   except ValueError as error:

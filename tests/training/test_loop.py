@@ -277,7 +277,7 @@ def _flip_in(pattern):
   (_flip_in("checkpoints/4/state/d/*"), 2, "checkpoints/4 is dropped (its file state/d/"),
   (_flip_in("checkpoints/*/state/d/*"), 0, "there is none before it"),
   (_flip_in("params/3/d/*"), 2, "parameters of step 3 are not what was written"),
-  (_flip_in("params/3.lmops-seal"), 2, "parameters of step 3 are not what was written"),
+  (_flip_in("params/.3.lmops-seal"), 2, "parameters of step 3 are not what was written"),
   (lambda folder: shutil.rmtree(folder / "params" / "3"), 2, "parameters of step 3"),
   (_flip_in("params/0/d/*"), 0, "parameters of step 0 are not what was written"),
   (_flip_in("metrics.jsonl"), 4, ""),

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lmops_jax import seals
 from lmops_jax.data import documents as documents_lib
 from lmops_jax.data import packing
 from lmops_jax.data.distributed import chains
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.hashing import order_key
-from lmops_jax.whole_files import replacing_shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Buckets:
     """The file of a bucket (or, of what is read, of a piece)."""
     return self.folder / f"{what}-{number:06d}"
 
-  def missing(self, what: str) -> list[int]:
-    """Buckets of which this is not there yet."""
-    return [n for n in range(self.count) if not self.path(what, n).exists()]
+  def missing(self, *what: str) -> list[int]:
+    """Buckets of which any of these is not there yet, or not as it was written."""
+    whole = seals.all_whole([self.path(name, n) for name in what] for n in range(self.count))
+    return [n for n in range(self.count) if not whole[n]]
 
   # --- documents ---------------------------------------------------------------------------------
 
@@ -60,13 +61,15 @@ class Buckets:
       ValueError: no usable document, or two documents with one id.
     """
     pieces = list(enumerate(corpus.pieces()))
-    if self.missing("documents"):
+    pieces_are_whole = all(seals.all_whole([self.path("piece", n)] for n, _ in pieces))
+    if not pieces_are_whole or self.missing("documents"):
       engine.group(
         functools.partial(_read_piece, self), pieces,
         functools.partial(_write_documents, self, str(corpus)),
       )
-      for bucket in self.missing("documents"):
-        _write_documents(self, str(corpus), bucket, ())
+      for bucket in range(self.count):
+        if not self.path("documents", bucket).exists():
+          _write_documents(self, str(corpus), bucket, ())
     num_read = 0
     for number, _ in pieces:
       piece = json.loads(self.path("piece", number).read_text())
@@ -106,7 +109,7 @@ class Buckets:
       parts.append(np.array([*tokens, eos_id], np.int32))
     sizes = np.array([len(part) for part in parts], np.int64)
     stream = np.concatenate([np.zeros(0, np.int32), *parts])
-    with replacing_shared(self.path("tokens", bucket)) as partial, partial.open("wb") as file:
+    with seals.replacing_shared(self.path("tokens", bucket)) as partial, partial.open("wb") as file:
       np.savez(
         file, ids=np.array(ids, np.int64), sizes=sizes, stream=stream, head=stream[:length]
       )
@@ -138,7 +141,7 @@ class Buckets:
       if not missing:
         break
     part = chains.chain(tokens, np.concatenate(heads), **settings)
-    with replacing_shared(self.path("chain", bucket)) as partial, partial.open("wb") as file:
+    with seals.replacing_shared(self.path("chain", bucket)) as partial, partial.open("wb") as file:
       np.savez(file, exits=part.exits, counts=part.counts)
 
   def follow_chains(self) -> tuple[list[chains.Entry], int]:
@@ -171,7 +174,7 @@ def _read_piece(buckets: Buckets, item) -> Iterator[tuple[int, tuple]]:
   for document in piece.usable(counts):
     num_documents += 1
     yield order_key(document.id) * buckets.count >> 64, tuple(document)
-  with replacing_shared(buckets.path("piece", number)) as partial:
+  with seals.replacing_shared(buckets.path("piece", number)) as partial:
     partial.write_text(json.dumps({"num_documents": num_documents, "left_out": counts}))
 
 
@@ -180,7 +183,8 @@ def _write_documents(buckets: Buckets, corpus: str, bucket: int, rows: Iterable[
     (documents_lib.Document(*row) for row in rows),
     key=lambda document: (order_key(document.id), document.source),
   )
-  with replacing_shared(buckets.path("documents", bucket)) as partial, partial.open("wb") as file:
+  path = buckets.path("documents", bucket)
+  with seals.replacing_shared(path) as partial, partial.open("wb") as file:
     pickle.dump(len(documents), file)
     for document in documents_lib.distinct(documents, corpus):
       pickle.dump(tuple(document), file, pickle.HIGHEST_PROTOCOL)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lmops_jax import seals
 from lmops_jax.data import export, shards
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.packing import Instance
-from lmops_jax.whole_files import replacing_shared
 
 
 def write_instances(
@@ -48,7 +48,7 @@ def write_instances(
       _write_shard, scratch, read, num, instances_per_shard, settings["length"],
       settings["vocab_size"],
     ),
-    [n for n in numbers if not _info(scratch, n).exists()],
+    _missing(numbers, lambda n: [_info(scratch, n), scratch / instances_lib.shard_file(n)]),
   )
   _clear(directory)
   infos = [instances_lib.ShardInfo(*json.loads(_info(scratch, n).read_text())) for n in numbers]
@@ -59,13 +59,20 @@ def write_instances(
   return sum(info.num_tokens for info in infos)
 
 
+def _missing(numbers: Iterable[int], files: Callable[[int], list[Path]]) -> list[int]:
+  """Numbers whose files are not there as an interrupted attempt has written them."""
+  numbers = list(numbers)
+  whole = seals.all_whole(map(files, numbers))
+  return [number for number, is_whole in zip(numbers, whole) if not is_whole]
+
+
 def _info(scratch: Path, number: int) -> Path:
   return scratch / f"{instances_lib.shard_file(number)}.json"
 
 
 def _write_shard(scratch, read, num, per_shard, length, vocab_size, number) -> None:
   start, stop = number * per_shard, min((number + 1) * per_shard, num)
-  with replacing_shared(scratch / instances_lib.shard_file(number)) as partial:
+  with seals.replacing_shared(scratch / instances_lib.shard_file(number)) as partial:
     info = instances_lib.write_shard(
       partial, read(start, stop), length=length, vocab_size=vocab_size
     )
@@ -74,7 +81,7 @@ def _write_shard(scratch, read, num, per_shard, length, vocab_size, number) -> N
       f"shard {number} has {info.count} instances instead of {stop - start}: files in {scratch} "
       "changed meanwhile; run the stage again."
     )
-  with replacing_shared(_info(scratch, number)) as partial:
+  with seals.replacing_shared(_info(scratch, number)) as partial:
     partial.write_text(json.dumps(info))
 
 
@@ -110,10 +117,11 @@ def export_selection(
   elif format == "parquet":
     part = -(-part // export.BLOCK) * export.BLOCK
   numbers = range(-(-num // part))
+  endings = ("", ".bin", ".idx") if format == "mmididx" else ("",)
   write = {"jsonl": _write_jsonl, "parquet": _write_tables, "mmididx": _write_sequences}[format]
   engine.each(
     functools.partial(_write_part, write, scratch, indices, part),
-    [n for n in numbers if not _part(scratch, n).exists()],
+    _missing(numbers, lambda n: [Path(f"{_part(scratch, n)}{ending}") for ending in endings]),
     setup=functools.partial(
       _open, instances.directory, None if format == "mmididx" else vocabulary.directory
     ),
@@ -155,7 +163,7 @@ def _selected(directory: Path, indices: Path, start: int, stop: int) -> Iterable
 
 def _write_part(write, scratch: Path, indices: Path, part: int, opened, number: int) -> None:
   rows = np.load(indices, mmap_mode="r")[number * part : (number + 1) * part]
-  with replacing_shared(_part(scratch, number)) as partial:
+  with seals.replacing_shared(_part(scratch, number)) as partial:
     write(partial, _part(scratch, number), *opened, rows)
 
 
@@ -169,6 +177,7 @@ def _write_sequences(partial, path, instances, vocabulary, indices) -> None:
   shards.write_shard(partial, tokens, vocab_size=instances.vocab_size)
   for ending in (".bin", ".idx"):
     os.replace(f"{partial}{ending}", f"{path}{ending}")
+    seals.seal(Path(f"{path}{ending}"))
   partial.touch()
 
 

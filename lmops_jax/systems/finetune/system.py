@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from lmops_jax.models import flops
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.model import PretrainedModel
 from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.summary import write_summary
+from lmops_jax.reporting.summary import read_summary, write_summary
 from lmops_jax.setting_types import Decay, ExistingPath, PositiveInt, Seed, component
 from lmops_jax.training import loop, losses
 from lmops_jax.training.mesh import single_device
@@ -228,7 +227,7 @@ class Finetune:
   def summary(self, workdir: Path) -> str:
     """A short table of the finished run, for the terminal."""
     folder = Path(workdir) / "report"
-    found = json.loads((folder / "summary.json").read_text())
+    found = read_summary(folder / "summary.json")
     lines = [f"  {'step':>8}  validation loss  perplexity"]
     lines += [
       f"  {row['step']:8}  {row['loss']:15.4f}  {perplexity(row['loss']):10.2f}"

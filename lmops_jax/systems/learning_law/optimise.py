@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax import control, pipeline
+from lmops_jax import control, pipeline, seals
 from lmops_jax.data import sampling
 from lmops_jax.evaluation import contributions
+from lmops_jax.manifests import verify_read
 from lmops_jax.setting_types import Count, Name, NonNegative, PositiveInt, component
 from lmops_jax.systems.learning_law.inner import InnerRun, Training
 from lmops_jax.systems.learning_law.tasks import Task, load_task
@@ -119,7 +120,7 @@ def run(
   """
   optimizer.check_steps(training.num_steps)
   inner = training.on(task, seed, partitioner)
-  state = _read_state(context.directory, inner)
+  state = _read_state(context, inner)
   cost = inner.cost
   context.log(
     f"{cost.num_params:,} parameters; an epoch takes {cost.epoch_flops:.3g} operations, the "
@@ -265,14 +266,17 @@ def _similarity(signals: control.Signals):
 
 
 def _write_state(folder: Path, state: _State) -> None:
-  write_arrays(folder / _STATE_FILE, {
-    "epoch": state.epoch, "gamma": state.gamma, "best": state.best,
-    "history": json.dumps(state.history)})
+  with seals.replacing(folder / _STATE_FILE) as partial:
+    write_arrays(partial, {
+      "epoch": state.epoch, "gamma": state.gamma, "best": state.best,
+      "history": json.dumps(state.history)})
 
 
-def _read_state(folder: Path, inner: InnerRun) -> _State:
-  path = folder / _STATE_FILE
-  if not path.is_file():
+def _read_state(context, inner: InnerRun) -> _State:
+  path = context.directory / _STATE_FILE
+  if not seals.is_whole(path):
+    if path.exists():
+      context.log(f"{path} is not what was written; starting from the first epoch")
     return _State(0, inner.uniform(), inner.uniform(), [])
   with np.load(path, allow_pickle=False) as arrays:
     return _State(int(arrays["epoch"]), arrays["gamma"], arrays["best"],
@@ -303,6 +307,7 @@ def load_policy(folder: Path | str, task: Task | None = None) -> SavedPolicy:
 
   Raises:
     ValueError: no policy there, or one that does not fit its task.
+    StageError: a file is not what the stage wrote.
   """
   folder = Path(folder).expanduser()
   for file in (POLICY_FILE, ABOUT_FILE, HISTORY_FILE):
@@ -311,6 +316,7 @@ def load_policy(folder: Path | str, task: Task | None = None) -> SavedPolicy:
         f"{folder} holds no policy: {file} is missing; give the folder of a stage such as "
         "WORKDIR/policy/clean/projected/seed0."
       )
+  verify_read(folder)
   about = json.loads((folder / ABOUT_FILE).read_text())
   task = load_task(folder / TASK_FOLDER) if task is None else task
   weights = sampling.SamplingWeights(str(folder / POLICY_FILE)).weights

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import jax
 
 from lmops_jax import pipeline
+from lmops_jax.reporting.summary import read_summary
 from lmops_jax.setting_types import NonEmpty, Seeds, Text, component
 from lmops_jax.systems.learning_law import evaluate, optimise, report
 from lmops_jax.systems.learning_law.inner import Training
@@ -222,7 +223,7 @@ def _report_stage(config, runs, stages, settings) -> pipeline.Stage:
 
 def _summary(workdir: Path) -> str:
   folder = Path(workdir) / "report"
-  summary = json.loads((folder / "summary.json").read_text())
+  summary = read_summary(folder / "summary.json")
   return f"{report.terminal_table(summary)}\n\nreport: {folder / 'index.html'}"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmops_jax import pipeline
+from lmops_jax import pipeline, seals
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import near_duplicates, packing, vocabularies
 from lmops_jax.data.distributed import buckets as buckets_lib
@@ -66,7 +66,8 @@ def _write_corpus(engine: Engine, context, config: prepare.Prepare, targets) -> 
 
   settings = prepare.packing_settings(vocabulary, config)
   engine.each(
-    functools.partial(_tokenize, buckets, settings), buckets.missing("totals"),
+    functools.partial(_tokenize, buckets, settings),
+    buckets.missing("totals", "tokens", "labels"),
     setup=functools.partial(_tokenizer, out / "vocabulary", targets),
   )
   engine.each(functools.partial(buckets.write_chain, settings), buckets.missing("chain"))
@@ -99,14 +100,14 @@ def _tokenize(buckets: buckets_lib.Buckets, settings: dict, opened, bucket: int)
   """Writes a bucket's tokens, its labels and, when these are there, its totals."""
   vocabulary, index = opened
   totals = prepare.Totals()
-  with replacing_shared(buckets.path("labels", bucket)) as partial:
+  with seals.replacing_shared(buckets.path("labels", bucket)) as partial:
     with partial.open("w", encoding="utf-8") as labels:
       kept = prepare.without_overlap(buckets.documents(bucket), index, totals, labels)
       buckets.write_tokens(
         bucket, packing.encoded(kept, vocabulary), length=settings["length"],
         eos_id=settings["eos_id"],
       )
-  with replacing_shared(buckets.path("totals", bucket)) as partial:
+  with seals.replacing_shared(buckets.path("totals", bucket)) as partial:
     partial.write_text(json.dumps(dataclasses.asdict(totals)))
 
 
@@ -130,10 +131,7 @@ def annotate(
   prepared, fitted = context.input("prepare"), context.input(scorer_stage)
   view = scorer.annotated_view(prepared, fitted)
   num, size = len(view.instances), config.shard_size
-  shards = [
-    shard for shard in range(-(-num // size))
-    if not scores.shard_path(context.directory, shard).exists()
-  ]
+  shards = scores.missing_shards(context.directory, -(-num // size))
   (context.directory / SCRATCH).mkdir(exist_ok=True)
   context.log(f"{len(shards)} shards of {size} instances to score")
   # What trains the scorer stays here: workers need the model alone.
@@ -157,7 +155,7 @@ def _annotate(directory: Path, num: int, size: int, annotator: scorer.Annotator,
   start = shard * size
   values = annotator.scores(start, min(start + size, num))
   path = scores.shard_path(directory, shard)
-  with replacing_shared(path, directory / SCRATCH) as partial:
+  with seals.replacing_shared(path, directory / SCRATCH) as partial:
     scores.save_scores(partial, start, values)
 
 

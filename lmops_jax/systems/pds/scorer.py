@@ -335,7 +335,7 @@ def annotate(
     shard: (start, min(start + config.shard_size, num))
     for shard, start in enumerate(range(0, num, config.shard_size))
   }
-  missing = {s for s in shards if not scores.shard_path(context.directory, s).exists()}
+  missing = set(scores.missing_shards(context.directory, len(shards)))
   with context.progress(num, "instances", context.name) as bar:
     for shard, (start, stop) in shards.items():
       context.group.check()

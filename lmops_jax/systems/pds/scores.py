@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special, stats
 
+from lmops_jax import seals
 from lmops_jax.whole_files import write_arrays
 
 PROXY_FILE = "proxy_scores.npz"
@@ -79,6 +80,13 @@ def shard_path(directory: Path, shard: int) -> Path:
 def save_shard(directory: Path, shard: int, start: int, scores: np.ndarray) -> None:
   """Scores of the instances `start .. start + len(scores)`."""
   save_scores(shard_path(directory, shard), start, scores)
+  seals.seal(shard_path(directory, shard))
+
+
+def missing_shards(directory: Path, num: int) -> list[int]:
+  """Which of so many shards are not there as an interrupted attempt has written them."""
+  whole = seals.all_whole([shard_path(directory, shard)] for shard in range(num))
+  return [shard for shard in range(num) if not whole[shard]]
 
 
 def save_scores(path: Path, start: int, scores: np.ndarray) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from lmops_jax import pipeline
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.models import attention
+from lmops_jax.reporting.summary import read_summary
 from lmops_jax.setting_types import NonEmpty, Seed, Seeds, component
 from lmops_jax.systems.pds import (
   distributed,
@@ -299,7 +299,7 @@ class Pipeline:
   def summary(self, workdir: Path) -> str:
     """A short table of the finished run, for the terminal."""
     folder = Path(workdir) / "report"
-    return report.terminal_table(json.loads((folder / "summary.json").read_text())) + (
+    return report.terminal_table(read_summary(folder / "summary.json")) + (
       f"\n\nreport: {folder / 'index.html'}"
     )
 

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 
-from lmops_jax import pipeline
+from lmops_jax import pipeline, seals
 from lmops_jax.data.tasks import Example, Task, TaskSource, checked, demonstrations, read_task
 from lmops_jax.models import flops
+from lmops_jax.reporting.summary import read_summary
 from lmops_jax.setting_types import Count, Distinct, NonEmpty, Seeds, component
 from lmops_jax.systems.structured_prompting import report
 from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
@@ -140,7 +141,8 @@ class Pipeline:
       same = next((record for record in records if record["count"] == count), None)
       record = same or self._measure(context, prompter, found, rows, pool, draw, count, budget)
       records.append({**record, "key": key, "window_count": limit})
-      write_json(context.directory / RECORDS_FILE, records)
+      with seals.replacing(context.directory / RECORDS_FILE) as partial:
+        write_json(partial, records)
 
   def _measure(
     self, context, prompter, task, rows, pool, draw, count, budget
@@ -185,7 +187,7 @@ class Pipeline:
   def summary(self, workdir: Path) -> str:
     """A short table of the finished run, for the terminal."""
     folder = Path(workdir) / "report"
-    found = json.loads((folder / "summary.json").read_text())
+    found = read_summary(folder / "summary.json")
     return f"{report.terminal_table(found)}\n\nreport: {folder / 'index.html'}"
 
 
@@ -224,7 +226,7 @@ def _balanced_count(rows: Sequence[Example]) -> int:
 
 
 def _unfinished(path: Path) -> list[dict[str, Any]]:
-  return json.loads(path.read_text()) if path.is_file() else []
+  return json.loads(path.read_text()) if seals.is_whole(path) else []
 
 
 def _operations(prompter, measured, rows) -> tuple[float, float, float]:

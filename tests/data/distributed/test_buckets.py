@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from lmops_jax import seals
 from lmops_jax.data import documents, instances, packing
 from lmops_jax.data.distributed import buckets as buckets_lib
 from lmops_jax.data.distributed import export
@@ -114,3 +115,41 @@ def test_a_bucket_that_was_not_written_is_noticed(here, tmp_path):
     buckets.sort(Rows(0, 30), Forgetful(), Counter())
   assert len(buckets.missing("documents")) == 3  # so that the next attempt sorts anew
   buckets.sort(Rows(0, 30), here, Counter())
+
+
+@pytest.mark.parametrize("what, calls", [
+  ("piece", "sort"), ("documents", "sort"), ("tokens", "tokens"), ("labels", "tokens"),
+  ("chain", "chain")])
+def test_a_file_with_a_flipped_bit_is_made_again(here, tmp_path, what, calls):
+  """As a resumed stage does; the others are left as they are."""
+  buckets = buckets_lib.Buckets(tmp_path, 3)
+  done = []
+
+  def attempt():
+    sort = here.group
+
+    def counting(*args):
+      done.append("sort")
+      sort(*args)
+
+    buckets.sort(Rows(0, 30), type("Engine", (), {"group": staticmethod(counting)}), Counter())
+    for bucket in buckets.missing("tokens", "labels"):
+      done.append("tokens")
+      buckets.write_tokens(
+        bucket, _encoded(buckets.documents(bucket)), length=SETTINGS["length"], eos_id=EOS)
+      with seals.replacing_shared(buckets.path("labels", bucket)) as partial:
+        partial.write_text(f"labels of {bucket}")
+    for bucket in buckets.missing("chain"):
+      done.append("chain")
+      buckets.write_chain(SETTINGS, bucket)
+    return {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+  want = attempt()
+  assert done == ["sort", *["tokens"] * 3, *["chain"] * 3]
+  victim = buckets.path(what, 1)
+  data = bytearray(victim.read_bytes())
+  data[len(data) // 2] ^= 1
+  victim.write_bytes(data)
+  done.clear()
+  assert attempt() == want
+  assert done == [calls]

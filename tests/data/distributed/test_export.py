@@ -1,5 +1,7 @@
 """Selections exported in parts are those that one process exports."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -61,3 +63,37 @@ def test_text_needs_the_vocabulary_of_the_corpus(corpus, here, tmp_path):
         here, tmp_path / "scratch", corpus, tmp_path / "ids.npy", tmp_path / "got", "jsonl",
         vocabulary,
       )
+
+
+@pytest.mark.parametrize("format, damaged", [
+  ("jsonl", "part-*"), ("parquet", "part-*"), ("mmididx", "part-*.bin"), ("mmididx", "part-*.idx"),
+  ("tfds", "instances-*[0-9]"), ("tfds", "instances-*.json"),
+])
+def test_a_part_with_a_flipped_bit_is_made_again(
+  corpus, vocabulary, here, tmp_path, monkeypatch, format, damaged
+):
+  """What an interrupted export left in its scratch folder; parts that were moved already too."""
+  monkeypatch.setitem(distributed.write_instances.__kwdefaults__, "instances_per_shard", 5)
+  monkeypatch.setattr(shards, "SEQUENCES_PER_SHARD", 5)
+  np.save(tmp_path / "ids.npy", np.arange(17))
+
+  def attempt():
+    distributed.export_selection(
+      here, tmp_path / "scratch", corpus, tmp_path / "ids.npy", tmp_path / "got", format,
+      vocabulary, part=5)
+    return _tree(tmp_path / "got")
+
+  def stopped(directory):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(distributed, "_clear", stopped)
+    attempt()
+  victim = sorted((tmp_path / "scratch").glob(damaged))[-1]
+  data = bytearray(victim.read_bytes())
+  data[len(data) // 2] ^= 1
+  victim.write_bytes(data)
+  got = attempt()
+  shutil.rmtree(tmp_path / "scratch")
+  assert got == attempt()
+  assert attempt() == got  # after which moved parts are gone from the scratch folder

@@ -1,7 +1,9 @@
 """The fine-tuning run from the command line: it learns, resumes, exports, and refuses bad input."""
 
 import json
+import os
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -63,6 +65,34 @@ def test_the_result_is_a_model_that_loads_exports_and_generates(finished, tmp_pa
   assert cli.main([
     "generate", "--model", str(tmp_path / "out"), "--prompt", "3+3=", "--max-new-tokens", "4"]) == 0
   assert re.search(r"\d", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("damaged", [
+  "report/summary.json", "train/model.json", "train/params/24/manifest.ocdbt",
+  "train/tokenizer/tokenizer.json"])
+def test_a_flipped_bit_in_what_is_shown_or_exported_is_named(
+    folder, rows, finished, tmp_path, capsys, damaged):
+  """At the same size and time, which a run that is finished takes as it is."""
+  shutil.copytree(finished, tmp_path / "w")
+  path = tmp_path / "w" / damaged
+  status, data = path.stat(), bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+  capsys.readouterr()
+  if damaged.startswith("report"):
+    assert _run(folder, rows, tmp_path / "w") == 2
+  else:
+    model = str(tmp_path / "w" / "train")
+    assert cli.main(["export", "--checkpoint", model, "--to", str(tmp_path / "out")]) == 2
+    assert cli.main(["convert", "--model", model, "--to", str(tmp_path / "out")]) == 2
+    assert cli.main(["generate", "--model", model, "--prompt", "3+3="]) == 2
+    assert not (tmp_path / "out").exists()
+  said = capsys.readouterr()
+  errors = [line for line in said.err.splitlines() if "error" in line]
+  assert errors and not any("validation loss" in line for line in said.out.splitlines())
+  for line in errors:
+    assert f"{path}, an output of stage '{damaged.split('/')[0]}', is corrupted" in line
 
 
 @pytest.mark.parity

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from lmops_jax import control
+from lmops_jax import control, pipeline
+from lmops_jax.data.sampling import SamplingWeights
 from lmops_jax.systems.learning_law import load_policy, optimise
 from lmops_jax.systems.learning_law.inner import InnerRun, Training
 from lmops_jax.systems.learning_law.optimise import PolicyOptimizer
@@ -25,8 +27,6 @@ def _run(context, task, training, optimizer, device, seed=0):
 
 @pytest.fixture(scope="module")
 def finished(task, training, device, tmp_path_factory):
-  from lmops_jax import pipeline
-
   folder = tmp_path_factory.mktemp("policy")
   context = pipeline.StageContext("policy", folder, {}, lambda text: None)
   return _run(context, task, training, OPTIMIZER, device), context
@@ -105,8 +105,9 @@ class _Stop(BaseException):
   pass
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 def test_a_killed_loop_continues_with_the_same_bits(
-    task, training, device, context_at, tmp_path, finished, monkeypatch):
+    task, training, device, context_at, tmp_path, finished, monkeypatch, damaged):
   original, calls = control.improve_policy, []
 
   def improve(*args, **kwargs):
@@ -120,8 +121,13 @@ def test_a_killed_loop_continues_with_the_same_bits(
   with pytest.raises(_Stop):
     _run(context, task, training, OPTIMIZER, device)
   assert (tmp_path / "state.npz").is_file() and not (tmp_path / "policy.npz").exists()
+  if damaged:
+    data = bytearray((tmp_path / "state.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "state.npz").write_bytes(data)
   got = _run(context_at(tmp_path), task, training, OPTIMIZER, device)
-  assert len(calls) == 6 + 4  # epochs 4 to 7 again, from the state after 4
+  # Epochs 4 to 7 again, from the state after 4; or all of them, from none.
+  assert len(calls) == 6 + (8 if damaged else 4)
   np.testing.assert_array_equal(got.weights, finished[0].weights)
   np.testing.assert_array_equal(got.last, finished[0].last)
   assert got.history == finished[0].history
@@ -217,8 +223,6 @@ def test_more_frozen_steps_than_steps_are_refused(task, training, device, contex
 
 
 def test_damaged_policies_are_refused(finished, tmp_path):
-  import shutil
-
   _, context = finished
   with pytest.raises(ValueError, match="holds no policy: policy.npz is missing"):
     load_policy(tmp_path)
@@ -236,3 +240,19 @@ def test_damaged_policies_are_refused(finished, tmp_path):
     np.savez(file, weights=weights, last=last)
   with pytest.raises(ValueError, match="the weights of step 4 in .* are not on the simplex"):
     load_policy(folder)
+
+
+def test_a_policy_of_a_finished_stage_is_read_as_the_stage_wrote_it(finished, tmp_path):
+  def stage(context):
+    shutil.copytree(finished[1].directory, context.directory, dirs_exist_ok=True)
+
+  pipeline.run_stages([pipeline.Stage("policy", stage)], tmp_path, system="toy")
+  folder = tmp_path / "policy"
+  np.testing.assert_array_equal(load_policy(folder).weights, finished[0].weights)
+  for name, read in (("history.json", lambda: load_policy(folder)),
+                     ("policy.npz", lambda: SamplingWeights(str(folder / "policy.npz")).weights)):
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(pipeline.StageError, match=f"{name}, an output of stage 'policy', is corr"):
+      read()

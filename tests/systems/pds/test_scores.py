@@ -83,3 +83,15 @@ def test_score_that_is_not_finite_is_named(tmp_path):
   _write(tmp_path, values, 10)
   with pytest.raises(ValueError, match="instance 13"):
     list(scores.read_shards(tmp_path, 20))
+
+
+def test_shards_that_are_not_as_they_were_written_are_missing(tmp_path):
+  _write(tmp_path, np.arange(45.0), 10)
+  assert scores.missing_shards(tmp_path, 5) == []
+  scores.shard_path(tmp_path, 1).unlink()
+  for shard, at in ((2, 80), (4, -30)):
+    path = scores.shard_path(tmp_path, shard)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+  assert scores.missing_shards(tmp_path, 6) == [1, 2, 4, 5]

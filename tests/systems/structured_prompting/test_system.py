@@ -133,8 +133,9 @@ def test_few_demonstrations_are_ordinary_prompting(finished, files, source):
       assert records[key]["metric"] == want.accuracy
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 def test_a_killed_stage_goes_on_after_the_counts_that_it_has(
-    finished, files, tmp_path, monkeypatch, capsys):
+    finished, files, tmp_path, monkeypatch, capsys, damaged):
   measure, seen = system.Pipeline._measure, []
 
   def killed(self, *args):
@@ -153,11 +154,15 @@ def test_a_killed_stage_goes_on_after_the_counts_that_it_has(
   partial, = (tmp_path / "w" / "prompt" / "rows").glob("seed1*")
   kept = json.loads((partial / "records.json").read_text())
   assert len(kept) == 2 and partial.name != "seed1"
+  if damaged:
+    text = (partial / "records.json").read_text()
+    (partial / "records.json").write_text(text.replace('"metric": 0', '"metric": 1'))
+    kept = []
   assert cli.main(arguments) == 0
   assert "seed1: resuming" in "".join(capsys.readouterr())
   whole = _records(finished, 1)
   assert seen[3:] == [whole[key]["count"] for key in sorted(
-    whole, key=lambda key: whole[key]["count"])[2:]]
+    whole, key=lambda key: whole[key]["count"])[len(kept):]]
   resumed = _records(tmp_path / "w", 1)
   assert set(resumed) == set(whole)
   for key, record in resumed.items():

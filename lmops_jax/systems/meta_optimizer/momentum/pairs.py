@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +23,7 @@ from lmops_jax.evaluation import in_context, lm
 from lmops_jax.models import attention, flops
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.reporting.summary import read_summary
 from lmops_jax.setting_types import (
   Count,
   Distinct,
@@ -251,7 +251,7 @@ class Pairs:
   def summary(self, workdir: Path) -> str:
     """A short table of the finished run, for the terminal."""
     folder = Path(workdir) / "report"
-    found = json.loads((folder / "summary.json").read_text())
+    found = read_summary(folder / "summary.json")
     return f"{report.terminal_table(found)}\n\nreport: {folder / 'index.html'}"
 
 
