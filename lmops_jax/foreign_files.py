@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 _KINDS = (
   (stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -132,6 +132,7 @@ def read_json(path: Path | str) -> Any:
 
 
 _MAX_SHOWN = 60  # characters of a value in a sentence
+_MAX_AT_ONCE = 10_000  # entries of a mapping
 
 
 def checked(schema: Any, value: Any, where: Path | str) -> Any:
@@ -151,6 +152,10 @@ def checked(schema: Any, value: Any, where: Path | str) -> Any:
   """
   import pydantic
 
+  if get_origin(schema) is dict and isinstance(value, dict) and len(value) > _MAX_AT_ONCE:
+    pairs = list(value.items())  # pydantic lists all errors of what it is given, a kilobyte each
+    parts = (pairs[i : i + _MAX_AT_ONCE] for i in range(0, len(pairs), _MAX_AT_ONCE))
+    return {k: v for part in parts for k, v in checked(schema, dict(part), where).items()}
   adapter = _adapter(schema)
   try:
     return adapter.validate_python(value, strict=True)

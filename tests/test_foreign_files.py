@@ -1,6 +1,7 @@
 """What is no regular file, JSON that Python's reader cannot take, values that fit no schema."""
 
 import os
+import tracemalloc
 from typing import Annotated, Literal
 
 import pydantic
@@ -117,6 +118,19 @@ def test_a_file_that_fits_its_schema_is_an_instance():
   file = foreign_files.checked(_File, value, "a.json")
   assert (file.heads, file.ends, file.tokens["a"].content) == (2, [1], "b")
   assert foreign_files.checked(dict[str, int], {"a": 1}, "a.json") == {"a": 1}
+
+
+def test_a_mapping_with_many_wrong_values_ends_at_the_first():
+  """pydantic would hold every error: a gigabyte for a file of ten megabytes."""
+  good = {str(i): i for i in range(25_000)}
+  assert foreign_files.checked(dict[str, int], good, "a.json") == good
+  bad = {name: str(i) if i >= 10_000 else i for name, i in good.items()}
+  tracemalloc.start()
+  with pytest.raises(ValueError, match='a.json: 10000="10000" should be a whole number'):
+    foreign_files.checked(dict[str, int], bad, "a.json")
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 20e6
 
 
 @pytest.mark.parametrize("schema, value, sentence", [

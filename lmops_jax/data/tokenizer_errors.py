@@ -14,16 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PANIC = "PanicException"  # of pyo3_runtime, which cannot be imported
+OTHER = "give another one, or fetch the file again"
 _PROBES = ("", "a", "The 3 naïve cats' \n\t漢字🙂")
 
 
 @contextlib.contextmanager
-def named(where: Path | str, what: str) -> Iterator[None]:
+def named(
+  where: Path | str, what: str, advice: str = "fetch it again"
+) -> Iterator[None]:
   """Turns whatever the two packages raise within into a sentence; one that names the file passes.
 
   Args:
     where: the tokenizer's file.
     what: is wrong with it, to follow its name.
+    advice: what to do.
 
   Raises:
     ValueError: with the file, `what`, and the package's reason.
@@ -35,7 +39,7 @@ def named(where: Path | str, what: str) -> Iterator[None]:
     if is_ours or not (isinstance(error, Exception) or _is_panic(error)):
       raise
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    raise ValueError(f"{where} {what} ({reason}); fetch it again.") from None
+    raise ValueError(f"{where} {what} ({reason}); {advice}.") from None
 
 
 def check(tokenizer, where: Path | str) -> None:

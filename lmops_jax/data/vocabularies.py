@@ -186,12 +186,12 @@ class HuggingFaceVocabulary(Vocabulary):
     self._tokenizer = _hugging_face(self.file)
 
   def encode_batch(self, texts):
-    with tokenizer_errors.named(self.file, "cannot encode this text"):
+    with tokenizer_errors.named(self.file, "cannot encode a text", tokenizer_errors.OTHER):
       encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
   def _decode(self, ids):
-    with tokenizer_errors.named(self.file, "cannot decode these ids"):
+    with tokenizer_errors.named(self.file, "cannot decode ids", tokenizer_errors.OTHER):
       return self._tokenizer.decode(ids, skip_special_tokens=False)
 
   def _token_text(self, identifier):

@@ -19,6 +19,7 @@ _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _LENGTH_BYTES = 8
 _MAX_NAME_BYTES = (1 << 16) - 1  # of a key, says the format
+_MAX_SHOWN = 60  # characters of a broken name
 _MAX_HEADER_BYTES = 1 << 27  # a vocabulary of a million tokens takes a quarter
 _MIN_KEY_BYTES = _LENGTH_BYTES + 4 + 1  # no name, its kind, the shortest value
 _MIN_TENSOR_BYTES = _LENGTH_BYTES + 4 + 4 + 8  # no name, no dimensions, its kind, its offset
@@ -177,6 +178,8 @@ class _Cursor:
       raise ValueError(
         f"{self.path} has a name of {size} bytes, more than GGUF's {_MAX_NAME_BYTES}; {_FETCH}."
       )
+    if not name.isprintable():
+      raise ValueError(f"{self.path} has the name {name[:_MAX_SHOWN]!r}, no text; {_FETCH}.")
     return name
 
   def value(self, key: str):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from lmops_jax.data import tokenizer_errors
 from lmops_jax.foreign_files import checked
@@ -56,10 +56,10 @@ class _Keys(BaseModel):
 
   model: str | None = None
   pre: str | None = None
-  tokens: list[str] | None = None
-  token_type: list[int] | None = None
-  scores: list[float] | None = None
-  merges: list[str] | None = None
+  tokens: Annotated[list[str], Field(fail_fast=True)] | None = None
+  token_type: Annotated[list[int], Field(fail_fast=True)] | None = None
+  scores: Annotated[list[float], Field(fail_fast=True)] | None = None
+  merges: Annotated[list[str], Field(fail_fast=True)] | None = None
   bos_token_id: int | None = None
   eos_token_id: int | None = None
   eot_token_id: int | None = None

@@ -114,8 +114,8 @@ def _schema():
 
   class Entry(BaseModel):
     dtype: str
-    shape: list[Size]
-    data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    shape: Annotated[list[Size], Field(fail_fast=True)]
+    data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2, fail_fast=True)]
 
   return Entry
 

@@ -194,7 +194,7 @@ def _index_schema():
   from pydantic import BaseModel
 
   class Index(BaseModel):
-    weight_map: dict[str, str]
+    weight_map: dict[str, Any]
 
   return Index
 
@@ -202,6 +202,7 @@ def _index_schema():
 def _weight_map(index: Path) -> dict[str, str]:
   """Tensor name to file name."""
   weight_map = checked(_index_schema(), read_json(index), index).weight_map
+  weight_map = checked(dict[str, str], weight_map, f"{index}: weight_map")
   if not weight_map:
     raise ValueError(f"{index} places no tensor in any file; fetch the file again.")
   for name, file in weight_map.items():

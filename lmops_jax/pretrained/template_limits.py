@@ -10,244 +10,18 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import re
-import string
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
-from types import GeneratorType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jinja2
 from jinja2 import nodes, runtime, sandbox, utils, visitor
 
-MAX_STEPS = 20_000_000  # a published template takes less than a million for a thousand turns
-MAX_CHARACTERS = 1 << 24
-_MAX_DEPTH, _MAX_BITS = 500, 1 << 16
-_ACTION, _ENTRY, _TEST = 10, 2, 3  # steps of a round, call or operator; of an entry; of a test
-_CHARACTERS_A_STEP, _COMPARED_A_STEP = 8, 256
+from lmops_jax.pretrained import template_meter
+from lmops_jax.pretrained.template_meter import ACTION, TEST, LimitError, Meter
+
 _WITHOUT = ("urlize", "xmlattr", "striptags", "wordwrap")  # for pages of HTML, slow on long texts
-_TEXTS, _VIEWS = (str, bytes), (KeysView, ValuesView, ItemsView)
-_HOLDERS = (utils.Namespace, runtime.LoopContext, utils.Cycler, utils.Joiner)
 
-
-class LimitError(Exception):
-  """What a template does too much of, as the end of a sentence that begins with it."""
-
-
-class _Size(NamedTuple):
-  """Of a value as it is written out: what occurs twice counts twice."""
-
-  entries: int
-  characters: int
-  depth: int
-
-  @property
-  def total(self) -> int:
-    return self.entries + self.characters
-
-
-class _Meter:
-  """The budget of one rendering."""
-
-  def __init__(self):
-    self._steps = 0
-    self._sizes: dict[int, tuple[Any, _Size]] = {}  # of lists and mappings, which nothing changes
-
-  def spend(self, steps: int) -> None:
-    self._steps += steps
-    if self._steps > MAX_STEPS:
-      raise LimitError(f"takes more than {MAX_STEPS:,} steps")
-
-  def foresee(self, total: int) -> None:
-    """Refuses what would have so many characters and entries."""
-    if total > MAX_CHARACTERS:
-      raise LimitError(f"makes a value of more than {MAX_CHARACTERS:,} characters or entries")
-
-  def size(self, value: Any) -> _Size:
-    if isinstance(value, _TEXTS):
-      return _Size(1, len(value), 0)
-    if isinstance(value, int):
-      if value.bit_length() > _MAX_BITS:
-        raise LimitError(f"makes a number of more than {_MAX_BITS:,} bits")
-      return _Size(1, value.bit_length() // 3 + 1, 0)
-    if isinstance(value, (list, tuple, Mapping, *_VIEWS)):
-      return self._size_of_many(value)
-    return _Size(1, 32, 0)
-
-  def _size_of_many(self, value) -> _Size:
-    known = self._sizes.get(id(value))
-    if known is not None:
-      return known[1]
-    self.spend(_ENTRY * len(value))
-    parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-    entries, characters, depth = 1, 0, 0
-    for part in parts:
-      if type(part) is str:
-        entries, characters = entries + 1, characters + len(part)
-        continue
-      if isinstance(part, _HOLDERS):
-        raise LimitError("puts a namespace or a loop into a list, which is not measured")
-      size = self.size(part)
-      entries, characters = entries + size.entries, characters + size.characters
-      depth = max(depth, size.depth)
-    if depth >= _MAX_DEPTH:
-      raise LimitError(f"nests lists more than {_MAX_DEPTH} deep")
-    size = _Size(entries, characters, depth + 1)
-    self.foresee(size.total)
-    self._sizes[id(value)] = value, size  # held, so that no other object gets its id
-    return size
-
-  def taken(self, *values: Any) -> None:
-    """Pays for reading values once."""
-    for value in values:
-      if isinstance(value, _TEXTS):
-        self.spend(len(value) // _CHARACTERS_A_STEP)
-      elif isinstance(value, (list, tuple, range, Mapping, *_VIEWS)):
-        self.spend(len(value))
-
-  def compared(self, *values: Any) -> None:
-    """Pays for comparing values."""
-    for value in values:
-      if isinstance(value, range):
-        self.spend(len(value) // _CHARACTERS_A_STEP)
-      elif not isinstance(value, Mapping):
-        size = self.size(value)
-        self.spend(size.entries + size.characters // _COMPARED_A_STEP)
-
-  def made(self, value: Any) -> Any:
-    """Pays for a new value; gives it back, a generator as one that pays for what it gives."""
-    if isinstance(value, GeneratorType):
-      return self._each(value)
-    if isinstance(value, _TEXTS):
-      self.foresee(len(value))
-      self.spend(len(value) // _CHARACTERS_A_STEP)
-    else:
-      self.size(value)
-    return value
-
-  def _each(self, values: Iterator[Any]) -> Iterator[Any]:
-    for value in values:
-      self.spend(_ACTION)
-      yield value
-
-
-_meter: contextvars.ContextVar[_Meter] = contextvars.ContextVar("meter")
-
-
-def _total(meter: _Meter, values: Sequence[Any]) -> int:
-  return sum(meter.size(value).total for value in values)
-
-
-def _largest(values: Sequence[Any]) -> int:
-  return max((abs(v) for v in values if isinstance(v, int)), default=0)
-
-
-def _padded(meter: _Meter, values: Sequence[Any]) -> int:
-  return _total(meter, values) + _largest(values)
-
-
-def _at_each(mark: str) -> Callable[[_Meter, Sequence[Any]], int]:
-  def size(meter: _Meter, values: Sequence[Any]) -> int:
-    added = _largest(values) + _total(meter, values[1:])
-    return _total(meter, values) + str(values[0]).count(mark) * added + added
-
-  return size
-
-
-def _replaced(meter: _Meter, values: Sequence[Any]) -> int:
-  text, old, new = map(str, [*values, "", ""][:3])
-  return len(text) + (text.count(old) + 1) * len(new)
-
-
-def _joined(meter: _Meter, values: Sequence[Any]) -> int:
-  many = (*_TEXTS, list, tuple, range, Mapping, *_VIEWS)
-  counts = [len(v) for v in values if isinstance(v, many)]
-  between = max((len(v) for v in values if isinstance(v, _TEXTS)), default=0)
-  return _total(meter, values) + max(counts, default=0) * between
-
-
-def _translated(meter: _Meter, values: Sequence[Any]) -> int:
-  return _total(meter, values[:1]) * _total(meter, values[1:])
-
-
-def _summed(meter: _Meter, values: Sequence[Any]) -> int:
-  items = values[0] if isinstance(values[0], (list, tuple)) else ()
-  plain = all(isinstance(item, int | float) for item in [*items, *values[1:]])
-  return 0 if plain else (len(items) + 1) * _total(meter, values)
-
-
-def _rounded(meter: _Meter, values: Sequence[Any]) -> int:
-  return _largest(values[1:]) << 14  # ten to this power is computed
-
-
-def _as_json(meter: _Meter, values: Sequence[Any]) -> int:
-  size, added = meter.size(values[0]), _largest(values[1:]) + _total(meter, values[1:])
-  return 6 * size.characters + size.entries * (4 + size.depth * added)
-
-
-def _widths(text: str, values: Sequence[Any]) -> int:
-  """The sum of all numbers that could be a width."""
-  found = re.findall(r"\d+", text)
-  for value in values:
-    found += re.findall(r"\d+", value) if isinstance(value, str) else []
-  return sum(int(n) if len(n) < 20 else MAX_CHARACTERS for n in found) + _largest(values)
-
-
-_PERCENT = re.compile(r"%(?:\([^)]*\))?([-#0 +]*(?:\d+|\*)?(?:\.(?:\d+|\*)?)?)")
-
-
-def _percent(meter: _Meter, values: Sequence[Any]) -> int:
-  """Of `values[0] % values[1:]`."""
-  text, rest = str(values[0]), values[1:]
-  found = _PERCENT.findall(text)
-  widths = "".join(f"{flags} " for flags in found)
-  starred = _flat(rest) if "*" in widths else ()
-  return len(text) + len(found) * _total(meter, rest) + _widths(widths, starred)
-
-
-def _flat(values: Sequence[Any]) -> list[Any]:
-  return [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
-
-
-def _braces(meter: _Meter, values: Sequence[Any]) -> int:
-  """Of `values[0].format(*values[1:])`."""
-  text, rest = values[0], values[1:]
-  total, fields = len(text), 0
-  for _, field, spec, _ in string.Formatter().parse(str(text)):
-    if field is None:
-      continue
-    if "." in field:
-      raise LimitError("formats attributes of a value, which are not measured")
-    fields += 1
-    inner = _flat([*rest, *(v for r in rest if isinstance(r, Mapping) for v in r.values())])
-    total += _widths(spec, inner if "{" in spec else ())
-  return total + fields * _total(meter, rest)
-
-
-_GROWTH: dict[str, Callable[[_Meter, Sequence[Any]], int]] = {
-  **dict.fromkeys(("center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice", "truncate"),
-                  _padded),
-  "expandtabs": _at_each("\t"), "indent": _at_each("\n"), "replace": _replaced, "join": _joined,
-  "translate": _translated, "sum": _summed, "round": _rounded, "tojson": _as_json,
-  "pprint": lambda meter, values: meter.size(values[0]).total * (1 + meter.size(values[0]).depth),
-}
-_METHODS = {**_GROWTH, "format": _braces, "format_map": _braces}
-_FILTERS = {**_GROWTH, "format": _percent}
-_ORDERING = ("sort", "unique", "groupby", "min", "max", "dictsort")
-_READ_LITTLE = ("startswith", "endswith", "length", "count", "first", "last", "default", "d")
-
-
-def _before(meter: _Meter, name: str, growth, args: Sequence[Any], kwargs: Mapping) -> list[Any]:
-  """Pays for a call and foresees what it makes; gives its arguments, which a join reads twice."""
-  meter.spend(_ACTION)
-  args = [list(a) if name == "join" and isinstance(a, Iterator) else a for a in args]
-  values = [*args, *kwargs.values()]
-  if name in _ORDERING:
-    meter.compared(*values)
-  if name not in _READ_LITTLE:
-    meter.taken(*values)
-  if name in growth:
-    meter.foresee(growth[name](meter, values))
-  return args
+_meter: contextvars.ContextVar[Meter] = contextvars.ContextVar("meter")
 
 
 def _metered_filter(name: str, function: Callable) -> Callable:
@@ -256,7 +30,7 @@ def _metered_filter(name: str, function: Callable) -> Callable:
   @functools.wraps(function)
   def call(*args, **kwargs):
     meter = _meter.get()
-    shown = _before(meter, name, _FILTERS, args[hidden:], kwargs)
+    shown = template_meter.call(meter, name, template_meter.FILTERS, args[hidden:], kwargs)
     return meter.made(function(*args[:hidden], *shown, **kwargs))
 
   return call
@@ -268,7 +42,7 @@ def _metered_test(name: str, function: Callable) -> Callable:
   @functools.wraps(function)
   def call(*args, **kwargs):
     meter = _meter.get()
-    meter.spend(_TEST)
+    meter.spend(TEST)
     if len(args) > hidden + 1 or name in ("lower", "upper"):
       meter.compared(*args[hidden:])
     return function(*args, **kwargs)
@@ -305,24 +79,15 @@ class MeteredEnvironment(sandbox.ImmutableSandboxedEnvironment):
   def call(self, context, obj, /, *args, **kwargs):
     meter, name = _meter.get(), getattr(obj, "__name__", "")
     owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
-    if isinstance(owner, (*_TEXTS, int)):
-      _, *args = _before(meter, name, _METHODS, (owner, *args), kwargs)
+    if isinstance(owner, (str, bytes, int)):
+      _, *args = template_meter.call(meter, name, template_meter.METHODS, (owner, *args), kwargs)
     else:
-      meter.spend(_ACTION)
+      meter.spend(ACTION)
     return meter.made(super().call(context, obj, *args, **kwargs))
 
   def call_binop(self, context, operator, left, right):
     meter = _meter.get()
-    meter.spend(_ACTION)
-    if operator == "*":
-      for many, times in ((left, right), (right, left)):
-        if isinstance(many, (*_TEXTS, list, tuple)) and isinstance(times, int):
-          meter.foresee(meter.size(many).total * times)
-    elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-      if left.bit_length() * right > _MAX_BITS:
-        raise LimitError(f"makes a number of more than {_MAX_BITS:,} bits")
-    elif operator == "%" and isinstance(left, _TEXTS):
-      meter.foresee(_percent(meter, (left, right)))
+    template_meter.operate(meter, operator, left, right)
     return meter.made(super().call_binop(context, operator, left, right))
 
 
@@ -337,15 +102,15 @@ def run(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
   """The text that a template of `compiled` makes of variables.
 
   Raises:
-    LimitError: it does too much, or writes more than `MAX_CHARACTERS`.
+    LimitError: it does too much, or writes more than `template_meter.MAX_CHARACTERS`.
   """
-  token = _meter.set(_Meter())
+  token = _meter.set(Meter())
   try:
     pieces, length = [], 0
     for piece in template.generate(variables):
       length += len(piece)
-      if length > MAX_CHARACTERS:
-        raise LimitError(f"writes more than {MAX_CHARACTERS:,} characters")
+      if length > template_meter.MAX_CHARACTERS:
+        raise LimitError(f"writes more than {template_meter.MAX_CHARACTERS:,} characters")
       pieces.append(piece)
     return "".join(pieces)
   finally:
@@ -358,28 +123,26 @@ def run(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
 
 @jinja2.pass_context
 def _round(context, value):
-  _meter.get().spend(_ACTION)
+  _meter.get().spend(ACTION)
   return value
 
 
 @jinja2.pass_context
 def _text(context, length):
-  _meter.get().spend(_ACTION + length // _CHARACTERS_A_STEP)
+  _meter.get().written(length)
 
 
 @jinja2.pass_context
 def _made(context, value):
   meter = _meter.get()
-  meter.spend(_ACTION)
+  meter.spend(ACTION)
   return meter.made(value)
 
 
 @jinja2.pass_context
 def _written(context, value):
   meter = _meter.get()
-  size = meter.size(value)
-  meter.foresee(size.characters)
-  meter.spend(_ACTION + size.characters // _CHARACTERS_A_STEP)
+  meter.written(meter.size(value).characters)
   return value
 
 
@@ -392,8 +155,8 @@ def _compared(context, value):
 @jinja2.pass_context
 def _concatenated(context, parts):
   meter = _meter.get()
-  meter.spend(_ACTION)
-  meter.foresee(_total(meter, parts))
+  meter.spend(ACTION)
+  meter.foresee(template_meter.total(meter, parts))
   join = runtime.markup_join if context.eval_ctx.autoescape else runtime.str_join
   return meter.made(join(parts))
 

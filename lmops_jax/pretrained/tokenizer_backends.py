@@ -49,12 +49,12 @@ class FastBackend:
     return self.tokenizer.id_to_token(identifier)
 
   def encode_batch(self, texts: Sequence[str], add_special: bool) -> list[list[int]]:
-    with tokenizer_errors.named(self._where, "cannot encode this text"):
+    with tokenizer_errors.named(self._where, "cannot encode a text", tokenizer_errors.OTHER):
       encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special)
     return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: list[int], skip_special: bool) -> str:
-    with tokenizer_errors.named(self._where, "cannot decode these ids"):
+    with tokenizer_errors.named(self._where, "cannot decode ids", tokenizer_errors.OTHER):
       text = self.tokenizer.decode(ids, skip_special_tokens=skip_special)
     return text if self._word_end is None else text.replace(self._word_end, " ").strip()
 

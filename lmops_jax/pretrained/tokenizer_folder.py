@@ -414,7 +414,8 @@ def _sentencepiece(settings: _Settings, path: Path) -> SentencePieceBackend:
     add(token, identifier)
   before, after = _around(settings, family)
   every_part = fairseq or bool(settings.flag("legacy", False))
-  return SentencePieceBackend(
-    model, added=added, before=[added[t].id for t in before], after=[added[t].id for t in after],
-    fairseq=fairseq, prefix_every_part=every_part,
-  )
+  with tokenizer_errors.named(path, "is not a SentencePiece model that encodes a text"):
+    return SentencePieceBackend(
+      model, added=added, before=[added[t].id for t in before], after=[added[t].id for t in after],
+      fairseq=fairseq, prefix_every_part=every_part,
+    )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 
-from lmops_jax.foreign_files import shown
+from lmops_jax.foreign_files import checked, shown
 
 _MAX_ID = (1 << 24) - 1
 Id = Annotated[int, Field(ge=0, le=_MAX_ID)]
@@ -35,11 +35,28 @@ class AddedToken(BaseModel):
 Token = str | AddedToken
 
 
+def _list(kind: Any) -> Any:
+  """A list that is read up to its first wrong entry: pydantic keeps a kilobyte of each."""
+  return Annotated[list[kind], Field(fail_fast=True)]
+
+
+def _mapping(kind: Any) -> Any:
+  """A mapping from texts, likewise."""
+
+  def entries(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    return {name: checked(kind, v, f"{info.field_name}.{name}") for name, v in value.items()}
+
+  return Annotated[dict[str, Any], AfterValidator(entries)]
+
+
 class NamedTemplate(BaseModel):
   """One of several chat templates."""
 
   name: str
   template: str
+
+
+Templates = str | _list(NamedTemplate) | _mapping(str)
 
 
 class Special(BaseModel):
@@ -52,16 +69,16 @@ class Special(BaseModel):
   pad_token: Token | None = None
   cls_token: Token | None = None
   mask_token: Token | None = None
-  additional_special_tokens: list[Token] | None = None
-  extra_special_tokens: list[Token] | dict[str, Token] | None = None
+  additional_special_tokens: _list(Token) | None = None
+  extra_special_tokens: _list(Token) | _mapping(Token) | None = None
 
 
 class Configuration(Special):
   """tokenizer_config.json."""
 
   tokenizer_class: str | None = None
-  added_tokens_decoder: dict[str, AddedToken] | None = None
-  chat_template: str | list[NamedTemplate] | dict[str, str] | None = None
+  added_tokens_decoder: _mapping(AddedToken) | None = None
+  chat_template: Templates | None = None
   add_bos_token: bool | None = None
   add_eos_token: bool | None = None
   add_prefix_space: bool | None = None
@@ -86,13 +103,13 @@ class Configuration(Special):
 class TemplateFile(BaseModel):
   """chat_template.json."""
 
-  chat_template: str | list[NamedTemplate] | dict[str, str] | None = None
+  chat_template: Templates | None = None
 
 
 class Ends(BaseModel):
   """generation_config.json, and the text model in config.json: ids that end a text."""
 
-  eos_token_id: EndId | list[EndId] | None = None
+  eos_token_id: EndId | _list(EndId) | None = None
 
 
 class ModelKind(Ends):

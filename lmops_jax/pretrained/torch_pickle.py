@@ -8,10 +8,8 @@ Both layouts are read: the zip archive (torch 1.6 and later) and the plain file 
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
-import functools
 import io
 import math
 import pickle
@@ -24,7 +22,8 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lmops_jax.pretrained import pickle_bounds
+from lmops_jax.pretrained import pickle_bounds, torch_archive
+from lmops_jax.pretrained.torch_archive import CONVERT, RefusedError
 
 _STORAGES = {
   "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
@@ -42,9 +41,7 @@ _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MAX_INFLATED_BYTES = 1 << 28
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _MAX_DIMENSIONS = 64  # of NumPy
-_ENCRYPTED = 1  # a flag of a zip entry
-_ARCHIVE_MAGIC, _LOCAL_HEADER_BYTES, _COUNT_BYTES = b"PK\x03\x04", 30, 8
-_CONVERT = "where you trust it, load it with torch and save its state dict as safetensors"
+_COUNT_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +74,18 @@ def map_torch_file(
       written on a big-endian machine, inflates to more than it may, or holds no named tensors.
   """
   data = np.memmap(path, np.uint8, mode="r")
-  is_archive = data[:4].tobytes() == _ARCHIVE_MAGIC
+  is_archive = data[:4].tobytes() == torch_archive.MAGIC
   try:
     if is_archive:
-      content, storage_of = _read_archive(path, data, max_inflated_bytes)
+      pickled, storage_of = torch_archive.read(path, data, max_inflated_bytes)
+      content, _ = _load(io.BytesIO(pickled), path)
     else:
       content, storage_of = _read_legacy(path, data)
     tensors = _named_tensors(path, content)
     return {
       name: _view(path, name, tensor, storage_of, len(data)) for name, tensor in tensors.items()
     }
-  except _RefusedError:
+  except RefusedError:
     raise
   except zipfile.BadZipFile as error:
     raise ValueError(
@@ -99,10 +97,6 @@ def map_torch_file(
       f"{path} is not a readable file of torch.save ({type(error).__name__}: {error}); fetch the "
       "file again."
     ) from error
-
-
-class _RefusedError(ValueError):
-  """A sentence for the user that must not be wrapped in another."""
 
 
 class _Kind(NamedTuple):
@@ -209,9 +203,9 @@ class _Unpickler(pickle.Unpickler):
     try:
       return _ALLOWED[module, name]
     except KeyError:
-      raise _RefusedError(
+      raise RefusedError(
         f"{self._path} asks for {module}.{name}, which plain tensors do not need, so it was "
-        f"refused and nothing was run; take the model as safetensors, or, {_CONVERT}."
+        f"refused and nothing was run; take the model as safetensors, or, {CONVERT}."
       ) from None
 
   def persistent_load(self, pid):
@@ -228,132 +222,25 @@ class _Unpickler(pickle.Unpickler):
     return _Storage(key, kind.dtype, num_elements, first, end)
 
 
-class _Compressed:
-  """A compressed entry in the place of its bytes."""
-
-  def __init__(self, path: Path, entry: zipfile.ZipInfo):
-    self._path, self._entry = path, entry
-    self._last = functools.lru_cache(maxsize=1)(self._inflated)  # parts of a tensor come in a row
-
-  def __len__(self) -> int:
-    return self._entry.file_size
-
-  def read(self) -> np.ndarray:
-    return self._last()
-
-  def _inflated(self) -> np.ndarray:
-    try:
-      with zipfile.ZipFile(self._path) as archive:
-        return np.frombuffer(_inflated(archive, self._entry), np.uint8)
-    except Exception as error:  # whatever damaged bytes make of zlib
-      raise ValueError(
-        f"{self._path} has a damaged entry {self._entry.filename} ({error}); fetch the file again."
-      ) from error
-
-
-def _inflated(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-  """What an entry holds, and not a byte more than the directory says."""
-  with archive.open(entry) as file:
-    content = file.read(entry.file_size)
-  if len(content) != entry.file_size:
-    raise ValueError(f"{len(content)} bytes instead of {entry.file_size}")
-  return content
-
-
-def _read_archive(path: Path, data: np.ndarray, max_inflated_bytes: int) -> tuple[Any, Callable]:
-  """The pickled object, and what gives the bytes of a storage."""
-  with zipfile.ZipFile(path) as archive:
-    entries = {entry.filename: entry for entry in archive.infolist()}
-    names = [name for name in entries if name.split("/", 1)[-1] == "data.pkl"]
-    if len(names) != 1:
-      raise _RefusedError(
-        f"{path} is a zip archive without the one data.pkl that torch.save writes; give a file of "
-        "torch.save or of safetensors."
-      )
-    _check_entries(path, archive, names[0], max_inflated_bytes)
-    folder = names[0].removesuffix("data.pkl")
-    order = folder + "byteorder"
-    if order in entries:
-      with archive.open(order) as file:
-        if file.read(_COUNT_BYTES) != b"little":
-          raise _big_endian(path)
-    content, _ = _load(io.BytesIO(_inflated(archive, entries[names[0]])), path)
-    end = archive.start_dir
-  begins = sorted(entry.header_offset for entry in entries.values()) + [end]
-
-  @functools.cache
-  def storage_of(key: str) -> np.ndarray | _Compressed:
-    entry = entries.get(f"{folder}data/{key}")
-    if entry is None:
-      raise ValueError(f"no entry data/{key}")
-    if entry.compress_type != zipfile.ZIP_STORED:
-      return _Compressed(path, entry)
-    header = data[entry.header_offset : entry.header_offset + _LOCAL_HEADER_BYTES].tobytes()
-    if header[:4] != _ARCHIVE_MAGIC:
-      raise ValueError(f"no entry data/{key} at byte {entry.header_offset}")
-    begin = entry.header_offset + _LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", header[26:30]))
-    following = begins[bisect.bisect_right(begins, entry.header_offset)]
-    if begin < following < begin + entry.file_size:
-      raise ValueError(f"the entry data/{key} reaches into the one behind it")
-    return data[begin : begin + entry.file_size]
-
-  return content, storage_of
-
-
-def _check_entries(
-  path: Path, archive: zipfile.ZipFile, pickled: str, max_inflated_bytes: int
-) -> None:
-  """Refuses an archive by its directory, before anything is inflated."""
-  entries = archive.infolist()
-  seen: set[str] = set()
-  for entry in entries:
-    is_stored = entry.compress_type == zipfile.ZIP_STORED
-    is_known = is_stored or entry.compress_type == zipfile.ZIP_DEFLATED
-    if entry.filename in seen:
-      raise _RefusedError(
-        f"{path} has two entries {entry.filename} in its zip archive; fetch the file again.")
-    seen.add(entry.filename)
-    if entry.flag_bits & _ENCRYPTED or not is_known:
-      raise _RefusedError(
-        f"{path} has an entry {entry.filename} that is encrypted, or compressed in a way that "
-        f"torch does not read; {_CONVERT}."
-      )
-    if is_stored and entry.compress_size != entry.file_size:
-      raise _RefusedError(
-        f"{path} gives its entry {entry.filename} two sizes, {entry.compress_size} and "
-        f"{entry.file_size}; fetch the file again."
-      )
-  inflated = {
-    entry.filename: entry.file_size for entry in entries
-    if entry.compress_type != zipfile.ZIP_STORED or entry.filename == pickled
-  }
-  total = sum(inflated.values())
-  if total > max_inflated_bytes:
-    largest = max(inflated, key=inflated.get)
-    raise _RefusedError(
-      f"{path} takes {total:,} bytes when it is inflated, its entry {largest} alone "
-      f"{inflated[largest]:,}, and pretrained.load.max_inflated_bytes={max_inflated_bytes:,} is "
-      "all that it may; take the model as safetensors, or raise the limit where you trust the file."
-    )
-
-
 def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable]:
-  """As `_read_archive`: five pickles, then of each storage its number of elements and its bytes."""
+  """The pickled object, and what gives the bytes of a storage.
+
+  Such a file holds five pickles, then of each storage its number of elements and its bytes."""
   with path.open("rb") as file:
     try:
       known = [_load(file, path)[0] for _ in range(2)] == [_LEGACY_MAGIC, _LEGACY_PROTOCOL]
-    except _RefusedError:
+    except RefusedError:
       raise
     except Exception:  # any bytes can come here
       known = False
     if not known:
-      raise _RefusedError(
+      raise RefusedError(
         f"{path} is not a file of torch.save (neither its zip archive nor its older layout); fetch "
         "the file again, or take the model as safetensors."
       )
     system, _ = _load(file, path)
     if not system.get("little_endian", True):
-      raise _big_endian(path)
+      raise torch_archive.big_endian(path)
     content, widths = _load(file, path)
     keys, _ = _load(file, path)
     at = file.tell()
@@ -369,13 +256,6 @@ def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable]:
   return content, lambda key: data[slice(*spans.get(key, (0, 0)))]
 
 
-def _big_endian(path: Path) -> _RefusedError:
-  return _RefusedError(
-    f"{path} was written on a big-endian machine; save the model anew on a little-endian one, or "
-    "take it as safetensors."
-  )
-
-
 def _named_tensors(path: Path, content) -> dict[str, _Tensor]:
   """The state dict, looked for in the object itself and then under the usual names."""
   candidates = [content]
@@ -389,15 +269,15 @@ def _named_tensors(path: Path, content) -> dict[str, _Tensor]:
       }
       if named:
         return named
-  raise _RefusedError(
+  raise RefusedError(
     f"{path} holds no dict from names to tensors; save the model's state_dict(), best as "
     "safetensors."
   )
 
 
 def _view(
-  path: Path, name: str, tensor: _Tensor, storage_of: Callable[[str], np.ndarray | _Compressed],
-  file_bytes: int,
+  path: Path, name: str, tensor: _Tensor,
+  storage_of: Callable[[str], np.ndarray | torch_archive.Compressed], file_bytes: int,
 ) -> np.ndarray | CompressedTensor:
   """The tensor as a strided view, checked against the storage that is really there."""
   storage, width = tensor.storage, tensor.dtype.itemsize
@@ -408,24 +288,24 @@ def _view(
     n * storage.dtype.itemsize for n in (storage.size, storage.first, storage.end)
   )
   if size > len(raw):
-    raise _RefusedError(
+    raise RefusedError(
       f"{path} is truncated: the storage of its tensor {name} should have {size} bytes and has "
       f"{len(raw)}; fetch the file again."
     )
   if size + storage.dtype.itemsize <= len(raw):
-    raise _RefusedError(
+    raise RefusedError(
       f"{path} gives the storage of its tensor {name} {size} bytes, but it has {len(raw)}; fetch "
       "the file again."
     )
   last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides))
   if first + (last + 1) * width > end:
-    raise _RefusedError(
+    raise RefusedError(
       f"{path} lets its tensor {name} reach beyond the end of its storage; fetch the file again."
     )
   if len(tensor.shape) > _MAX_DIMENSIONS or math.prod(tensor.shape) * width > max(
     file_bytes, len(raw)
   ):
-    raise _RefusedError(
+    raise RefusedError(
       f"{path} repeats the {len(raw)} bytes of its tensor {name} so often that they would take "
       "more than the whole file; fetch the file again."
     )

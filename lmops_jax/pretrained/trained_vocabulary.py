@@ -30,7 +30,8 @@ def tokenizer_of(vocabulary: vocabularies.Vocabulary) -> Tokenizer:
       BPE, or with fairseq's ids.
   """
   if isinstance(vocabulary, vocabularies.HuggingFaceVocabulary):
-    backend = FastBackend(tokenizers.Tokenizer.from_file(str(vocabulary.file)))
+    backend = FastBackend(
+      tokenizers.Tokenizer.from_file(str(vocabulary.file)), where=vocabulary.file)
     special = _special(vocabulary, backend.id_to_token)
     surround(backend.tokenizer, [special["bos"]])
     return Tokenizer(vocabulary.file, backend, special)
@@ -40,7 +41,8 @@ def tokenizer_of(vocabulary: vocabularies.Vocabulary) -> Tokenizer:
     )
   metadata = _metadata(vocabulary)
   tokenizer, special, stop_ids, _ = gguf_tokenizer.build(metadata, str(vocabulary.file))
-  return Tokenizer(vocabulary.file, FastBackend(tokenizer), special, stop_ids)
+  return Tokenizer(
+    vocabulary.file, FastBackend(tokenizer, where=vocabulary.file), special, stop_ids)
 
 
 def save(vocabulary: vocabularies.Vocabulary, directory: Path) -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lmops_jax.pretrained import chat_template, template_limits
+from lmops_jax.pretrained import chat_template, template_meter
 from lmops_jax.pretrained.tokenizer import load_tokenizer
 from tests.pretrained import tiny_tokenizers as tiny
 
@@ -212,13 +212,13 @@ def test_further_limits(template, reason):
   "{% for i in range(999) %}{% set y = [i, [i], {'a': i}] %}{% endfor %}" * 9,
 ])
 def test_steps_are_counted_wherever_they_are_taken(template, monkeypatch):
-  monkeypatch.setattr(template_limits, "MAX_STEPS", 90_000)
+  monkeypatch.setattr(template_meter, "MAX_STEPS", 90_000)
   with pytest.raises(ValueError, match="the chat template of MODEL takes more than 90,000 steps"):
     _render(template)
 
 
 def test_a_long_conversation_is_far_from_the_limits(monkeypatch):
-  monkeypatch.setattr(template_limits, "MAX_STEPS", template_limits.MAX_STEPS // 10)
+  monkeypatch.setattr(template_meter, "MAX_STEPS", template_meter.MAX_STEPS // 10)
   turns = [{"role": "user", "content": "word " * 200}] * 1_000
   for template in TEMPLATES:
     assert len(_render(template, turns, bos_token="<s>")) > 10

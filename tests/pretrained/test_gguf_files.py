@@ -209,6 +209,8 @@ def header(tensors=(), keys=(), version=3, data=b""):
   (header([tensor(shape=(1 << 31, 1 << 31, 1 << 31, 0))]), "which no array can have"),
   (header([tensor(shape=(1 << 62, 0), kind=8)]), "which no array can have"),
   (header([tensor("n" * 70_000)], data=b"\0" * 99), "of 70000 bytes, more than GGUF's 65535"),
+  (header([tensor("a\n\x1b[1mb")], data=b"\0" * 99), r"has the name 'a\\n\\x1b\[1mb', no text"),
+  (header(keys=[key(b"\xff", 4, b"\0\0\0\0")]), r"has the name '\\udcff', no text"),
   (header(keys=[key("n" * 70_000, 4, b"\0\0\0\0")]), "a name of 70000 bytes"),
   (b"GGUF" + struct.pack("<IQQ", 3, 0, 10**12) + b"\0" * 999, "1000000000000 keys and 0 tensors"),
 ])

@@ -249,7 +249,7 @@ def test_an_index_does_not_lead_out_of_its_folder(sharded, file):
   ("", "is not valid JSON"), ("[]", r"holds \[\] and should hold an object"),
   ("{}", "has no field 'weight_map', which should be an object"),
   ('{"weight_map": {}}', "places no tensor in any file"),
-  ('{"weight_map": {"a": 1}}', "weight_map.a=1 should be a text"),
+  ('{"weight_map": {"a": 1}}', "weight_map: a=1 should be a text"),
   ('{"weight_map": 5}', "weight_map=5 should be an object"),
   ('{"weight_map": ' + "[" * 100_000, "is JSON nested too deeply"),
 ])

@@ -507,7 +507,7 @@ def test_a_text_that_cannot_be_encoded_names_the_file(tmp_path):
   tiny.write(tmp_path, {"tokenizer.json": state})
   tokenizer = load_tokenizer(tmp_path)
   assert tokenizer.encode("the", add_special=False)
-  with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode this text \(.*UNK"):
+  with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode a text \(.*UNK"):
     tokenizer.encode("Ω")
 
 
