@@ -137,8 +137,10 @@ def compare(name: str, folder: Path, manifest: Mapping[str, Any], *, thorough: b
     path = folder / relative
     try:
       status = path.stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
       raise StageError(f"{path}, an output of stage {name!r}, is missing; {again}.") from None
+    except OSError as error:
+      raise cannot_read(path, error) from error
     if status.st_size != size:
       word = "truncated" if status.st_size < size else "longer than it was"
       raise StageError(f"{path}, an output of stage {name!r}, is {word} ({status.st_size} bytes "
@@ -148,7 +150,10 @@ def compare(name: str, folder: Path, manifest: Mapping[str, Any], *, thorough: b
   extra = set(filter(belongs, list_files(folder))) - set(files)
   if extra:
     raise StageError(f"{folder / min(extra)} was not written by stage {name!r}; remove it.")
-  hashes = hash_all([path for path, _ in suspects])
+  try:
+    hashes = hash_all([path for path, _ in suspects])
+  except OSError as error:
+    raise cannot_read(Path(error.filename or folder), error) from error
   for (path, digest), found in zip(suspects, hashes):
     if found != digest:
       raise StageError(f"{path}, an output of stage {name!r}, is corrupted: its content is not "

@@ -321,7 +321,10 @@ def _prompts_of(path: Path) -> list[str]:
     prompts = []
     for number, row in jsonl_rows(path):
       if not isinstance(row.get("prompt"), str):
-        raise ValueError(f'{path}:{number} has no field "prompt" with a text.')
+        raise ValueError(
+          f'{path}:{number} should be a JSON object with a text in its field "prompt", such as '
+          '{"prompt": "The capital of"}.'
+        )
       prompts.append(row["prompt"])
     return prompts
   return foreign_files.read_text(path).splitlines()

@@ -471,6 +471,15 @@ def test_a_record_that_cannot_be_read_now_is_left(tmp_path, monkeypatch):
       raise OSError(errno.EIO, "Input/output error", str(path))
     return read(path)
 
+  def failing_hash(paths):
+    for path in paths:
+      raise OSError(errno.EIO, "Input/output error", str(path))
+    return []
+
+  with monkeypatch.context() as patch, pytest.raises(StageError, match="count/pieces/0.json cannot "
+                                                     "be read .Input/output error.; it was left"):
+    patch.setattr(manifests, "hash_all", failing_hash)
+    run(tmp_path)
   monkeypatch.setattr(Path, "read_bytes", failing)
   for broken in (".attempt.json", "manifest.json"):
     with pytest.raises(StageError, match=f"{broken} cannot be read .Input/output error.; it was "

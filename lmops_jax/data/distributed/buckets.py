@@ -61,8 +61,10 @@ class Buckets:
       ValueError: no usable document, or two documents with one id.
     """
     pieces = list(enumerate(corpus.pieces()))
-    pieces_are_whole = all(seals.all_whole([self.path("piece", n)] for n, _ in pieces))
-    if not pieces_are_whole or self.missing("documents"):
+    missing = self.missing("documents")
+    if missing or not all(seals.all_whole([self.path("piece", n)] for n, _ in pieces)):
+      for bucket in missing:
+        self.path("documents", bucket).unlink(missing_ok=True)
       engine.group(
         functools.partial(_read_piece, self), pieces,
         functools.partial(_write_documents, self, str(corpus)),
