@@ -168,7 +168,7 @@ OTHERS = {
              "run must be what controlled_run makes"),
   "rule": (lambda p: _improve(p, rule="projected"), "rule must be a rule such as"),
   "rule_class": (lambda p: _improve(p, rule=ProjectedGradient), "rule must be a rule such as"),
-  "rule_method": (lambda p: _improve(p, rule=ProjectedGradient("x")), "method='x' is not one of"),
+  "rule_method": (lambda p: _improve(p, rule=ProjectedGradient("x")), "method='x'"),
   "rate": (lambda p: _improve(p, rate=None), "rate must be finite and >= 0, got None"),
   "rates": (lambda p: _improve(p, rate=np.ones(3)), "rate must be finite and >= 0"),
   "line_search": (lambda p: _improve(p, line_search="no"), "line_search must be True or False"),

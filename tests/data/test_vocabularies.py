@@ -172,7 +172,7 @@ def test_damaged_or_missing_vocabulary(trained, tmp_path):
 
 @pytest.mark.parametrize("make,message", [
   (lambda path: TrainSentencePiece(vocab_size=200), "vocab_size=200"),
-  (lambda path: TrainSentencePiece(model_type="word"), "neither"),
+  (lambda path: TrainSentencePiece(model_type="word"), "must be 'bpe' or 'unigram'"),
   (lambda path: TrainSentencePiece(sample_bytes=0), "sample_bytes=0"),
   (lambda path: TrainSentencePiece(4096).build(["too little"], path), "=4096 from 10 bytes"),
   (lambda path: TrainSentencePiece(4096).build([], path), "=4096 from 0 bytes"),

@@ -146,15 +146,15 @@ def test_stretched_frequencies_equal_torch(scaling, theirs):
 
 
 @pytest.mark.parametrize("fields,message", [
-  ({"kind": "su"}, "is not one of linear, dynamic, llama3, yarn, factors"),
-  ({"factor": 0.5}, "factor=0.5 must be at least 1"),
-  ({"factor": float("nan")}, "factor=nan must be at least 1"),
+  ({"kind": "su"}, "kind='su' must be 'linear', 'dynamic', 'llama3', 'yarn' or 'fac"),
+  ({"factor": 0.5}, "factor=0.5 must be a number of at least 1"),
+  ({"factor": float("nan")}, "factor=nan must be a number of at least 1"),
   ({"kind": "yarn", "beta_slow": 40.0}, "beta_slow=40.0 and beta_fast=32.0"),
-  ({"attention_factor": 0.0}, "attention_factor=0.0 must be positive"),
+  ({"attention_factor": 0.0}, "attention_factor=0.0 must be a number above 0"),
   ({"kind": "factors"}, "factors belong to kind='factors'"),
   ({"factors": (2.0,)}, "factors belong to kind='factors'"),
-  ({"kind": "factors", "factors": (2.0, 0.0)}, "must be positive"),
-  ({"original_max_length": 0}, "original_max_length=0 must be at least 1"),
+  ({"kind": "factors", "factors": (2.0, 0.0)}, r"factors\[1\]=0.0 must be a number above 0"),
+  ({"original_max_length": 0}, "original_max_length=0 must be an integer of at least 1"),
 ])
 def test_stretches_that_are_none_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):

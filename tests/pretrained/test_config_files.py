@@ -221,7 +221,7 @@ def test_a_field_may_be_given_by_another_familys_name(folders):
   ({"config": {"depth": 2}}, "does not describe a model of this version"),
   ({"config": {"num_layers": "x"}}, "num_layers='x' must be an integer"),
   ({"config": {"rope_base": "x"}}, "does not describe a model of this version"),
-  ({"config": {"rope_scaling": {"kind": "su"}}}, "is not one of linear, dynamic"),
+  ({"config": {"rope_scaling": {"kind": "su"}}}, "must be 'linear', 'dynamic'"),
 ])
 def test_nonsense_in_a_description_is_one_sentence(tmp_path, fields, sentence):
   source = model_lib.load(str(model_folders.write(tmp_path / "in")))

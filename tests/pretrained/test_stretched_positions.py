@@ -142,7 +142,7 @@ def test_yarn_beside_the_first_length_reaches_the_stretched_one(tmp_path):
   ({"rope_type": "dynamic"}, "by 'dynamic' without factor"),
   ({"rope_type": "llama3", "factor": 2.0}, "by 'llama3' without low_freq_factor"),
   ({"rope_type": "proportional"}, "positions by 'proportional'; lmops_jax reads default"),
-  ({"rope_type": "linear", "factor": 0.5}, "factor=0.5 must be at least 1"),
+  ({"rope_type": "linear", "factor": 0.5}, "factor=0.5 must be a number of at least 1"),
   ({"rope_type": "linear", "factor": "2"}, 'rope_parameters.factor="2" should be a finite'),
   ({"rope_type": None}, "rope_parameters.rope_type=null should be a text"),
   ({"type": ["yarn"]}, 'rope_parameters.type=["yarn"] should be a text'),
@@ -284,7 +284,7 @@ def test_gguf_with_one_of_two_tied_matrices(tmp_path, present):
 @pytest.mark.parametrize("ours,sentence", [
   ({"rope__scaling__type": "longrope"}, 'rope.scaling.type="longrope" is not modelled'),
   ({"rope__scaling__type": 5}, "rope.scaling.type=5 should be a text"),
-  ({"rope__scaling__factor": 0.5}, "factor=0.5 must be at least 1"),
+  ({"rope__scaling__factor": 0.5}, "factor=0.5 must be a number of at least 1"),
   ({"rope__scaling__factor": math.nan}, "rope.scaling.factor=NaN should be a finite number"),
   ({"rope__scaling__type": "yarn", "rope__scaling__yarn_ext_factor": 0.5}, "ext_factor=0.5 is not"),
   ({"rope__scaling__type": "yarn", "factors": FACTORS}, "rope.scaling.type=yarn and a tensor rope"),

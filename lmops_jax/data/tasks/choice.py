@@ -16,7 +16,7 @@ from lmops_jax.data.files import Jsonl
 from lmops_jax.data.tasks.named import check_named, named_task
 from lmops_jax.data.tasks.task import Example, Task, demonstrations
 from lmops_jax.data.tasks.templates import Template, jsonl_task
-from lmops_jax.foreign_files import printable, require_regular
+from lmops_jax.foreign_files import is_there, printable
 from lmops_jax.setting_types import (
   Count,
   Distinct,
@@ -80,8 +80,7 @@ class TaskChoice:
       )
     if self.is_file:
       Template(self.template)
-      require_regular(Path(self.task).expanduser())
-      if not Path(self.task).expanduser().is_file():
+      if not is_there(Path(self.task).expanduser()):
         raise ValueError(f"tasks.choose.task={self.task!r} is not a file; give JSON lines.")
       return
     if isinstance(self.template, str):

@@ -77,7 +77,7 @@ def test_a_files_fingerprint_is_its_contents(tmp_path):
 
 
 @pytest.mark.parametrize("changes, match", [
-  (dict(num_rows=0), "num_rows=0 must be at least 1"),
+  (dict(num_rows=0), "num_rows=0 must be an integer of at least 1"),
   (dict(template=0), "is a file, so it needs tasks.choose.template"),
   (dict(labels=None), "is a file, so it needs tasks.choose.template"),
   (dict(task="sst2"), "is text and 'sst2' no .jsonl file"),
@@ -90,7 +90,7 @@ def test_refuses_what_does_not_fit_together(tmp_path, changes, match):
 @pytest.mark.parametrize("changes, match", [
   (dict(template="{txt} is {label}"), "n.jsonl:1 has no field 'txt'"),
   (dict(template="{text}"), "must end with {label}"),
-  (dict(labels=("even", "even")), "at least two different words"),
+  (dict(labels=("even", "even")), "must be a list of 2 or more different"),
   (dict(task="absent.jsonl"), "absent.jsonl"),
   (dict(task="nothing", template=0), "nothing"),
 ])

@@ -142,7 +142,7 @@ def test_policies_under_other_training_or_steps_are_refused(finished, tmp_path, 
   with pytest.raises(ValueError, match="weight different examples"):
     system.Evaluation(
       [str(folder), str(workdir / "policy" / "noisy" / "projected" / "seed0")],
-      system.Training(30, optax.sgd(0.1)), [], None, None)
+      system.Training(30, optax.sgd(0.1)), [], evaluate.Evaluate(), report.Report())
 
 
 def test_a_diverging_inner_run_names_step_and_epoch(tmp_path, capsys):

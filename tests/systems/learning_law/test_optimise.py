@@ -160,7 +160,7 @@ def test_lion_needs_a_surrogate_and_leaves_out_wrong_labels_with_one(
   optimizer = dataclasses.replace(OPTIMIZER, step_size=4.0)
   got = _run(context_at(tmp_path / "clipped"), task, lion, optimizer, device)
   assert got.history[-1]["noise_weight"] < 0.5 * got.history[0]["noise_weight"]
-  with pytest.raises(ValueError, match="learning_law.Training.surrogate='sign' is not None or one"):
+  with pytest.raises(ValueError, match="learning_law.Training.surrogate='sign' must be 'clipped"):
     Training(8, optax.lion(0.02), surrogate="sign")
 
 
