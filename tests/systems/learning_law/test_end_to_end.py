@@ -13,7 +13,7 @@ import pytest
 from lmops_jax import cli, config, control, gin_files
 from lmops_jax.models import flops
 from lmops_jax.models.transformer import Transformer
-from lmops_jax.systems.learning_law import load_policy, system
+from lmops_jax.systems.learning_law import evaluate, load_policy, report, system
 from lmops_jax.systems.learning_law.inner import cost_of
 from lmops_jax.training.losses import lm_example_losses
 
