@@ -17,6 +17,15 @@ from typing import Annotated, Any, Literal
 
 import annotated_types as at
 import gin
+from pydantic import (
+  AfterValidator,
+  BeforeValidator,
+  ConfigDict,
+  Strict,
+  TypeAdapter,
+  ValidationError,
+)
+from pydantic.errors import PydanticUserError
 
 from lmops_jax.setting_words import (
   LARGEST,
@@ -131,18 +140,16 @@ def _test_of(made: Callable, param: str) -> Callable[[Any], bool]:
 
 def _test(annotation: Any) -> Callable[[Any], bool]:
   """Whether a value is what an annotation says."""
-  import pydantic  # the command line starts without it
-
-  config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+  config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
   try:
-    validate = pydantic.TypeAdapter(_schema(annotation), config=config).validate_python
-  except (pydantic.errors.PydanticUserError, TypeError):  # one that only type checkers read
+    validate = TypeAdapter(_schema(annotation), config=config).validate_python
+  except (PydanticUserError, TypeError):  # one that only type checkers read
     return lambda value: True
 
   def fits(value: Any) -> bool:
     try:
       validate(value)
-    except (pydantic.ValidationError, OverflowError):
+    except (ValidationError, OverflowError):
       return False
     return True
 
@@ -151,26 +158,24 @@ def _test(annotation: Any) -> Callable[[Any], bool]:
 
 def _schema(annotation: Any) -> Any:
   """The annotation as pydantic takes it, without conversions and without a look into objects."""
-  import pydantic
-
   origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
   if origin is Annotated:
     schema = _schema(arguments[0])
     for mark in arguments[1:]:
       if isinstance(mark, Rule):
-        schema = Annotated[schema, pydantic.AfterValidator(_keeping(mark.holds))]
+        schema = Annotated[schema, AfterValidator(_keeping(mark.holds))]
       elif mark is Distinct:
-        schema = Annotated[schema, pydantic.AfterValidator(_keeping(_are_distinct))]
+        schema = Annotated[schema, AfterValidator(_keeping(_are_distinct))]
       elif not isinstance(mark, Words):
         schema = Annotated[schema, mark]
     return schema
   if origin in (typing.Union, types.UnionType):
     return typing.Union[tuple(map(_schema, arguments))]  # noqa: UP007
   if origin is Literal:
-    return Annotated[Any, pydantic.AfterValidator(_keeping(
+    return Annotated[Any, AfterValidator(_keeping(
       lambda value: any(type(value) is type(choice) and value == choice for choice in arguments)))]
   if origin is tuple and arguments[-1] is not Ellipsis:
-    return Annotated[tuple[tuple(map(_schema, arguments))], pydantic.Strict(False)]
+    return Annotated[tuple[tuple(map(_schema, arguments))], Strict(False)]
   if origin in (list, tuple, Sequence):
     return Sequence[_schema(arguments[0])]
   if origin in (dict, Mapping):
@@ -178,7 +183,7 @@ def _schema(annotation: Any) -> Any:
   if origin is Callable or annotation is Callable:
     return Callable
   if annotation in (int, float):
-    return Annotated[annotation, pydantic.BeforeValidator(_plain_number)]
+    return Annotated[annotation, BeforeValidator(_plain_number)]
   if annotation in (Any, None, type(None), bool, str, bytes):
     return annotation
   kind = origin or annotation
@@ -186,7 +191,7 @@ def _schema(annotation: Any) -> Any:
     kind, "_is_runtime_protocol", False)
   if not inspect.isclass(kind) or only_for_checkers:
     return Any
-  return Annotated[Any, pydantic.AfterValidator(_keeping(lambda value: isinstance(value, kind)))]
+  return Annotated[Any, AfterValidator(_keeping(lambda value: isinstance(value, kind)))]
 
 
 def _plain_number(value: Any) -> Any:
