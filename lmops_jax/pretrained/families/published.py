@@ -295,8 +295,8 @@ class ClipVision(_Tower):
   hidden_size: Count = 768
   intermediate_size: Count = 3072
   num_attention_heads: Count = 12
-  image_size: Count = 224
-  patch_size: Count = 32
+  image_size: Length = 224
+  patch_size: Length = 32
   num_channels: _only(int, 3) = 3
 
   @pydantic.model_validator(mode="after")
