@@ -12,7 +12,7 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.layers import Projection
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.models.vision import VisionConfig, VisionTransformer
-from lmops_jax.setting_types import Count, PositiveInt, component
+from lmops_jax.setting_types import Count, Size, component
 
 _INITIAL_LOGIT_SCALE = 2.6592  # log(1 / 0.07), as published
 
@@ -32,7 +32,7 @@ class ClipConfig:
 
   text: TransformerConfig
   vision: VisionConfig
-  projection_width: PositiveInt = 512
+  projection_width: Size = 512
   eos_id: Count | None = None
 
 

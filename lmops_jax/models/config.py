@@ -11,10 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge
 
 from lmops_jax.models import attention as attention_lib
-from lmops_jax.setting_types import Count, Decay, Positive, PositiveInt, component
+from lmops_jax.setting_types import Count, Decay, Positive, PositiveInt, Size, component
 
 NORMS = ("rms", "layer", "rms_outside")
 INITIALIZATIONS = ("normal", "fan_in")
@@ -23,8 +23,6 @@ POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Up to any size: published ones are held against their weights, which say more.
-_Size = Annotated[int, Ge(1), Lt(2**63)]
 ROPE_SCALINGS = ("linear", "dynamic", "llama3", "yarn", "factors")
 
 
@@ -147,14 +145,14 @@ class TransformerConfig:
     ValueError: naming the field, for values that do not make a model.
   """
 
-  vocab_size: _Size | None = None
-  num_layers: _Size = 2
-  width: _Size = 64
-  num_heads: _Size = 2
-  num_kv_heads: _Size | None = None
-  head_dim: _Size | None = None
-  mlp_width: _Size = 192
-  max_length: _Size = 1024
+  vocab_size: Size | None = None
+  num_layers: Size = 2
+  width: Size = 64
+  num_heads: Size = 2
+  num_kv_heads: Size | None = None
+  head_dim: Size | None = None
+  mlp_width: Size = 192
+  max_length: Size = 1024
   tied_embeddings: bool = False
   rope_base: Positive = 1e4
   norm_eps: Positive = 1e-5
@@ -163,7 +161,7 @@ class TransformerConfig:
   final_norm: bool = True
   positions: Literal[POSITIONS] = "rotary"
   position_offset: Count = 0
-  rotary_dim: _Size | None = None
+  rotary_dim: Size | None = None
   rotary_interleaved: bool = False
   rope_scaling: RopeScaling | None = None
   activation: Literal[ACTIVATIONS] = "silu"
@@ -173,10 +171,10 @@ class TransformerConfig:
   mlp_bias: bool = False
   embedding_norm: bool = False
   embedding_scale: float = 1.0
-  embedding_width: _Size | None = None
+  embedding_width: Size | None = None
   num_token_types: Count = 0
   causal: bool = True
-  sliding_window: _Size | None = None
+  sliding_window: Size | None = None
   momentum: Decay | None = None
   unembedding_bias: bool = False
   head_transform: bool = False
@@ -184,7 +182,7 @@ class TransformerConfig:
   attention_scale: Positive | None = None
   initialization: Literal[INITIALIZATIONS] = "normal"
   attention: Literal[attention_lib.ATTENTION_KINDS] = "xla"
-  attention_chunk: _Size = 128
+  attention_chunk: Size = 128
   scan_layers: bool = True
   remat: Literal[REMAT_POLICIES] = "none"
   dtype: Literal[DTYPES] = "float32"
