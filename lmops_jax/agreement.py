@@ -25,8 +25,7 @@ _SHOWN = 120  # characters of a value in a message
 
 # Options of jax and XLA that change numbers, or the program that is compiled.
 _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl",
-            "jax_threefry_partitionable", "jax_numpy_dtype_promotion",
-            "jax_disable_most_optimizations")
+            "jax_threefry_partitionable", "jax_numpy_dtype_promotion")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _OF_A_PROCESS = ("--xla_dump", "--xla_force_host_platform_device_count")  # may differ
 
