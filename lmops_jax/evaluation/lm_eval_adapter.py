@@ -10,9 +10,9 @@ Requests become tokens as in the harness's own models of class `hf`, so that fig
 space at a context's end goes to the continuation. A continuation's tokens are those that the whole
 text has beyond as many as the context has by itself, also where the vocabulary merges the end of a
 context with what follows; only where nothing is left then, which ends the harness's run, is the
-continuation encoded by itself. (`lmops score` always encodes such an option by itself, see
-`in_context.Encoder`: there each of its characters counts once.) A context that is too long loses
-its beginning, BOS included.
+continuation encoded by itself, with the white space in front of it. (`lmops score` always encodes
+such an option by itself, see `in_context.Encoder`: there each of its characters counts once.) A
+context that is too long loses its beginning, BOS included.
 
 On purpose otherwise than there:
   - What a tokenizer puts in front of a text, BOS mostly, stands there once. `hf` looks for it only
@@ -169,7 +169,7 @@ class LmopsLM(LM):
       [float(total([scores])[0])
        for ((scores, _),) in self._score(windows, "rolling", disable_tqdm)] if windows else []
     )
-    return [sum(next(sums) for _ in range(count)) for count in counts]
+    return [sum((next(sums) for _ in range(count)), 0.0) for count in counts]
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
     """For each (context, options) the generated text up to one of `until`."""
@@ -269,11 +269,17 @@ class LmopsLM(LM):
     else:
       given = self._encoder.encode(bare)
       rest = self._encoder.encode(whole)[len(given) :]
-    return Request(given, [rest or self._tokenizer.encode(continuation, False)])
+    rest = rest or self._tokenizer.encode(whole[len(bare) :], False)
+    if len(rest) > self.max_length:
+      raise ValueError(
+        f"request {number} has a continuation of {len(rest)} tokens, beyond the {self.max_length} "
+        "positions; give a shorter one."
+      )
+    return Request(given, [rest])
 
   def _fit(self, request: Request) -> Request:
     """The request without what the model has no positions for; the last token needs none."""
-    room = max(1, self.max_length + 1 - len(request.options[0]))
+    room = self.max_length + 1 - len(request.options[0])
     if len(request.context) > room:
       self._cut += 1
     return Request(request.context[-room:], request.options)

@@ -120,7 +120,7 @@ def test_generation_options_that_make_no_sense(lm, kwargs, message):
 def test_what_cannot_be_asked_is_refused(lm, tmp_path):
   with pytest.raises(ValueError, match="request 1 has an empty continuation"):
     lm.loglikelihood(_requests("loglikelihood", ("a", " "), ("a", "")))
-  with pytest.raises(ValueError, match="has 66 tokens with its longest option, the model 64"):
+  with pytest.raises(ValueError, match="request 0 has a continuation of 65 tokens, beyond the 64"):
     lm.loglikelihood(_requests("loglikelihood", ("a", "x" * 65)))
   with pytest.raises(ValueError, match="'tool_use' is asked for"):
     lm.chat_template("tool_use")
