@@ -7,6 +7,7 @@ runs. Results go to standard output, everything else to standard error.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -327,7 +328,9 @@ def _prompts_of(path: Path) -> list[str]:
         )
       prompts.append(row["prompt"])
     return prompts
-  return foreign_files.read_text(path).splitlines()
+  # Not `splitlines`, which also ends a line at separators within a text, such as U+2028.
+  lines = io.StringIO(foreign_files.read_text(path), newline=None)
+  return [line.removesuffix("\n") for line in lines]
 
 
 def _convert(arguments) -> None:

@@ -64,10 +64,10 @@ def test_prompts_as_other_systems_write_them(tmp_path):
   rows = '\ufeff{"prompt": "one\u2028two"}\r\n\r\n{"prompt": "three"}\r\n'.encode()
   (tmp_path / "a.jsonl").write_bytes(rows)
   (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows))
-  (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo".encode())
+  (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\u2028three".encode())
   read = model_commands._prompts_of
   assert read(tmp_path / "a.jsonl") == read(tmp_path / "a.jsonl.gz") == ["one\u2028two", "three"]
-  assert read(tmp_path / "a.txt") == ["one", "two"]
+  assert read(tmp_path / "a.txt") == ["one", "two\u2028three"]
   (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"prompt": 5}\n')
   with pytest.raises(ValueError, match='b.jsonl:2 should be a JSON object with a text'):
     read(tmp_path / "b.jsonl")
