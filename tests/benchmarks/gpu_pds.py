@@ -15,8 +15,8 @@ is measured.
 MFU counts 3 forward passes for a gradient, 3 for the scores of proxies and 8 for a Hessian product
 with the scores of its batch; a forward pass is two operations a matmul parameter and token, and
 causal attention once (`models.flops`); rematerialisation does not count. Each part is a process of
-its own, so that one that does not fit leaves the others alone. Needs jax, flax, optax, numpy and
-gin, and for the PyTorch rows torch and transformers.
+its own, so that one that does not fit leaves the others alone. Needs jax, flax, optax, numpy, gin
+and pydantic, and for the PyTorch rows torch and transformers.
 """
 
 from __future__ import annotations
