@@ -138,7 +138,7 @@ class Evaluation:
 
   policies: Annotated[Sequence[Text], NonEmpty] | Text
   training: Training
-  practical: Sequence[Any]
+  practical: Sequence[PracticalPolicy]
   evaluate: evaluate.Evaluate
   report: report.Report
   other_training: bool = False
