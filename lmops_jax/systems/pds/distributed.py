@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import optax
 
 from lmops_jax import pipeline, seals
 from lmops_jax.data import instances as instances_lib
@@ -134,9 +135,10 @@ def annotate(
   shards = scores.missing_shards(context.directory, -(-num // size))
   (context.directory / SCRATCH).mkdir(exist_ok=True)
   context.log(f"{len(shards)} shards of {size} instances to score")
-  # What trains the scorer stays here: workers need the model alone.
+  # What trains the scorer stays here: workers need the model alone, and closures do not travel.
   inference = dataclasses.replace(
-    config, optimizer=None, model=config.trunk(proxy), vocabulary=None, init=None, from_proxy=False
+    config, optimizer=optax.GradientTransformation(None, None), model=config.trunk(proxy),
+    vocabulary=None, init=None, from_proxy=False,
   )
   engine.each(
     functools.partial(_annotate, context.directory, num, size), shards,

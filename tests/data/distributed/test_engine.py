@@ -84,9 +84,9 @@ def test_what_a_worker_refuses_is_one_sentence():
 @pytest.mark.parametrize(
   ("kwargs", "message"),
   [
-    ({"options": "--runner=FlinkRunner"}, "not a list of texts"),
-    ({"options": ["--parallelism", 4]}, "not a list of texts"),
-    ({"options": ["--parallelism", "4"]}, "'4', which does not begin with --"),
+    ({"options": "--runner=FlinkRunner"}, "options='--runner=FlinkRunner' must be a list"),
+    ({"options": ["--parallelism", 4]}, r"options\[1\]=4 must be an option such as"),
+    ({"options": ["--parallelism", "4"]}, r"options\[1\]='4' must be an option such as"),
     ({"num_buckets": 0}, "num_buckets=0"),
   ],
 )

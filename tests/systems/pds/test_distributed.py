@@ -16,7 +16,7 @@ from lmops_jax.data import files, packing, vocabularies
 from lmops_jax.data.distributed import engine as engine_lib
 from lmops_jax.models import transformer
 from lmops_jax.systems.pds import distributed, prepare, scorer, scores, select
-from lmops_jax.training import checkpoints, mesh
+from lmops_jax.training import checkpoints, mesh, optimizers
 
 pytest.importorskip("apache_beam", reason="needs the extra `beam`")
 
@@ -200,7 +200,7 @@ def fitted(prepared, tmp_path_factory):
   """A scorer with random parameters, and what it gives in one process."""
   root = tmp_path_factory.mktemp("fitted")
   config = scorer.Scorer(
-    optimizer=None, from_proxy=False, shard_size=13, inference_batch_size=4,
+    optimizer=optimizers.sgd(0.1), from_proxy=False, shard_size=13, inference_batch_size=4,
     model=transformer.TransformerConfig(
       num_layers=1, width=8, num_heads=2, mlp_width=16, max_length=32
     ),
