@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmops_jax import pipeline
+from lmops_jax import pipeline, seals
 from lmops_jax.data import files, packing, vocabularies
 from lmops_jax.data.distributed import engine as engine_lib
 from lmops_jax.models import transformer
@@ -226,6 +226,7 @@ def test_scores_are_those_of_one_process(fitted, tmp_path, engine):
     distributed.annotate, config=config, proxy=None, engine=engine, scorer_stage="scorer"
   )
   shutil.copy(scores.shard_path(inputs["annotate"], 1), tmp_path)  # of an earlier attempt
+  seals.seal(scores.shard_path(tmp_path, 1))
   got = _run(stage, tmp_path, inputs)
   want = _tree(inputs["annotate"])
   assert _tree(tmp_path) == want and len(want) > 2
