@@ -36,7 +36,7 @@ def _sequences(seed, *shape):
   return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "loss_mask": mask}
 
 
-def _solve(partitioner=None, solver=pmp_scores, num_proxies=24, **kw):
+def _solve(partitioner=None, solver=pmp_scores, num_proxies=24, optimizer=OPTIMIZER, **kw):
   """Three steps of 16 sequences, the proxies, 8 target sequences; placed on the mesh if given."""
   boxed = Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   params, batches = nn.unbox(boxed), _sequences(0, 3, 16)
@@ -51,7 +51,7 @@ def _solve(partitioner=None, solver=pmp_scores, num_proxies=24, **kw):
     device_rows = None if partitioner is None else partitioner.device_rows
     target_loss = mean_target_loss(LOSSES, dev, device_rows=device_rows)
     return params, solver(
-      LOSSES, target_loss, OPTIMIZER, params, batches, np.full((3, 16), 1 / 16, np.float32),
+      LOSSES, target_loss, optimizer, params, batches, np.full((3, 16), 1 / 16, np.float32),
       proxy=proxy, device_rows=device_rows, **kw)
 
 
@@ -90,6 +90,13 @@ def test_meshes_agree_with_one_device(single, sizes, reduction, kw):
   _assert_close(got, single)
   for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(params)):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def test_a_surrogate_takes_the_width_of_whole_arrays():
+  """Not of a device's part of a parameter."""
+  kw = dict(optimizer=optax.lion(1e-3), surrogate="clipped_straight_through")
+  partitioner = MeshConfig(2, 2, 2, rules="sharded").build()
+  _assert_close(_solve(partitioner, **kw)[1], _solve(**kw)[1])
 
 
 @pytest.mark.slow
