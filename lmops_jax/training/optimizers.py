@@ -128,6 +128,8 @@ def lion(
 ) -> optax.GradientTransformation:
   """Lion (arXiv:2302.06675): the sign of an interpolated momentum, decoupled decay.
 
+  Its update is piecewise constant: scores through it need a surrogate, see `control.surrogates`.
+
   Raises:
     ValueError: for values outside their range.
   """
