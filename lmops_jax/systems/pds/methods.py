@@ -240,13 +240,6 @@ class Bench:
     self.context.flops += passes * num_positions * per_token
 
 
-def _check_divisor(name: str, divide_by: str | None) -> None:
-  if divide_by not in (None, *DIVISORS):
-    raise ValueError(
-      f"{name}.divide_by={divide_by!r} is not None or one of {', '.join(DIVISORS)}."
-    )
-
-
 def check_sizes(
   method, proxy_set: ProxySet, *, num_corpus: int, num_target: int, num_shards: int = 1
 ) -> None:
