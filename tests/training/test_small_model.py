@@ -182,7 +182,7 @@ GROUP_TOKENS = 32
   summary = json.loads((tmp_path / "w" / "report" / "summary.json").read_text())
   assert summary["model"] == "a small model trained here"
   assert [stage["name"] for stage in summary["stages"]] == [
-    "model", "task/rows", "prompt/rows/seed0"]
+    "task/rows", "model", "prompt/rows/seed0"]
   capsys.readouterr()
   assert cli.main([*arguments, "--gin.SMALL_STEPS=3"]) == 0
   printed = "".join(capsys.readouterr())
