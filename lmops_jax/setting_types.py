@@ -91,7 +91,7 @@ def component(name: str | None = None, *, module: str) -> Callable:
       made.__init__ = _checked(made.__init__, made, full_name)
     else:
       made = _checked(made, made, full_name)
-    return (gin.register(name, module=module) if name else gin.register(module=module))(made)
+    return gin.register(name, module=module)(made)
   return register
 
 
