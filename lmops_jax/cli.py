@@ -13,13 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lmops_jax
-from lmops_jax import (  # none of them loads gin or jax
-  gin_files,
-  model_commands,
-  plan_commands,
-  processes,
-  settings,
-)
+from lmops_jax.commands import models as model_commands
+from lmops_jax.commands import plans as plan_commands
+from lmops_jax.config import gin_files, settings
+from lmops_jax.mesh import processes
 
 _COMMANDS = {
   "run": "run gin files",
@@ -182,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               f"on all hosts to continue where it stopped ({text[:200]})")
     print(f"lmops: error: {text}", file=sys.stderr, flush=True)
     if _is_one_of_several(argv):
-      from lmops_jax import agreement
+      from lmops_jax.mesh import agreement
       agreement.refuse_before_joining(text)
     processes.leave_others(code)
     return code
@@ -258,11 +255,11 @@ def _dispatch(argv: list[str]) -> int:
   describes = arguments.command in plan_commands.COMMANDS
   if describes:
     plan_commands.set_environment(arguments)
-  from lmops_jax.training import memory  # loads no jax, and must be first
+  from lmops_jax.sizing import memory  # loads no jax, and must be first
   if arguments.command != "show" and not describes:
     memory.keep_freed_memory()
-  from lmops_jax import config
-  resolved = config.load(files, bindings, owed="named" if describes else "refused")
+  from lmops_jax.config import resolve
+  resolved = resolve.load(files, bindings, owed="named" if describes else "refused")
   if describes:
     return plan_commands.run(arguments, resolved)
   if arguments.command == "show":
@@ -310,7 +307,9 @@ def _set_environment() -> None:
 
 
 def _run(resolved, workdir: Path) -> int:
-  from lmops_jax import config, pipeline, progress, setting_words
+  from lmops_jax.config import resolve, setting_words
+  from lmops_jax.host import progress
+  from lmops_jax.stages import pipeline
   group = pipeline.Group()
   if resolved.tree["mesh"] is not None:
     group = _join_group()  # before anything touches a device
@@ -320,9 +319,9 @@ def _run(resolved, workdir: Path) -> int:
       "run.mesh, for example to @mesh.make(), or start it once.")
   try:
     job = resolved.run()  # constructs everything, so that bad values are found before any work
-    if not isinstance(job.system, config.System):
+    if not isinstance(job.system, resolve.System):
       raise settings.ConfigError(f"run.system={setting_words.shown(job.system)} must be "
-                                 f"{setting_words.described(config.System)}.")
+                                 f"{setting_words.described(resolve.System)}.")
     group.council.start()
     partitioner = job.mesh.build() if job.mesh is not None else None
     stages = job.system.stages(resolved.settings, partitioner)
@@ -341,9 +340,9 @@ def _run(resolved, workdir: Path) -> int:
 
 def _join_group():
   """Joins the other processes of this job, where the environment says that there are some."""
-  from lmops_jax import agreement, pipeline
-  from lmops_jax.training import mesh
-  if not mesh.initialize_distributed():
+  from lmops_jax.mesh import agreement, meshes
+  from lmops_jax.stages import pipeline
+  if not meshes.initialize_distributed():
     return pipeline.Group()
   from jax.experimental import multihost_utils
   index, count = processes.place()

@@ -10,7 +10,8 @@ import textwrap
 import pytest
 
 import lmops_jax
-from lmops_jax import cli, config, gin_files
+from lmops_jax import cli
+from lmops_jax.config import gin_files, resolve
 from tests import several_processes
 
 SYSTEM = """
@@ -295,7 +296,7 @@ def test_bindings_are_split_from_arguments():
 def test_messages_are_one_line():
   assert cli._one_line(ValueError("two\n  lines")) == "two lines"
   assert cli._one_line(KeyError("a name")) == "KeyError: a name (--traceback shows where)"
-  assert cli._one_line(config.ConfigError("x.")) == "x."
+  assert cli._one_line(resolve.ConfigError("x.")) == "x."
   assert cli._one_line(ValueError()) == "no message"
 
 
@@ -331,7 +332,7 @@ def job(toy):
   """))
   (toy / "job.gin").write_text(textwrap.dedent("""
     import toy_job_system
-    import lmops_jax.training.mesh
+    import lmops_jax.mesh.meshes
     SIZE = 8
     STAGES = None
     run.system = @toy_job.System()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lmops_jax
-from lmops_jax import gin_files
+from lmops_jax.config import gin_files
 
 ROOT = Path(lmops_jax.__file__).resolve().parent.parent
 PROJECT = ROOT / "pyproject.toml"

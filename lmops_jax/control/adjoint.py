@@ -22,7 +22,7 @@ from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, apply_update, strong, weighted_loss
 from lmops_jax.control.guards import finite_derivatives
-from lmops_jax.micro_batches import DeviceRows, RowSum, fill_parts, sum_over_micro_batches
+from lmops_jax.mesh.micro_batches import DeviceRows, RowSum, fill_parts, sum_over_micro_batches
 
 HVP_MODES = checks.HVP_MODES
 

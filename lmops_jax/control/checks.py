@@ -13,7 +13,7 @@ import numpy as np
 from lmops_jax.control import jaxprs
 from lmops_jax.control.surrogates import SURROGATES
 from lmops_jax.control.trajectory import POLICIES
-from lmops_jax.micro_batches import DeviceRows
+from lmops_jax.mesh.micro_batches import DeviceRows
 
 HVP_MODES = ("jvp_of_grad", "vjp_of_grad")
 OBJECTIVES = ("area", "terminal")

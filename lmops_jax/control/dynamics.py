@@ -17,7 +17,7 @@ import optax
 
 from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
-from lmops_jax.micro_batches import DeviceRows, sum_over_micro_batches
+from lmops_jax.mesh.micro_batches import DeviceRows, sum_over_micro_batches
 
 
 class State(NamedTuple):

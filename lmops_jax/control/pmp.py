@@ -24,7 +24,7 @@ from lmops_jax.control import trajectory as trajectories
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state, strong
 from lmops_jax.control.problem import Outputs, Problem, Settings, Target
-from lmops_jax.micro_batches import DeviceRows
+from lmops_jax.mesh.micro_batches import DeviceRows
 
 # The costate grows like T times the target gradient; beyond this factor the adjoint has diverged.
 _MAX_GROWTH = 1e4

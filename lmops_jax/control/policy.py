@@ -25,7 +25,7 @@ from lmops_jax.control.dynamics import init_state, strong
 from lmops_jax.control.pmp import PmpResult, check_settings, constrain, shardings_of, solve
 from lmops_jax.control.problem import Problem, Settings
 from lmops_jax.control.simplex import METHODS, project_simplex, stationarity_gap
-from lmops_jax.micro_batches import sum_over_micro_batches
+from lmops_jax.mesh.micro_batches import sum_over_micro_batches
 
 _ARMIJO = 1e-4
 _MAX_HALVINGS = 40

@@ -20,7 +20,7 @@ import numpy as np
 from lmops_jax.control import adjoint
 from lmops_jax.control.dynamics import State, apply_update, gradient, map_images
 from lmops_jax.control.targets import MeanTargetLoss
-from lmops_jax.micro_batches import DeviceRows, sum_together
+from lmops_jax.mesh.micro_batches import DeviceRows, sum_together
 
 PROXY_SCOPE = "score_proxies"  # in the names of the operations that score proxies
 

@@ -19,7 +19,7 @@ from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state, map_images
 from lmops_jax.control.pmp import check_settings, shardings_of
 from lmops_jax.control.problem import Settings
-from lmops_jax.micro_batches import DeviceRows
+from lmops_jax.mesh.micro_batches import DeviceRows
 
 
 class SegmentPrograms(NamedTuple):

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmops_jax import processes
 from lmops_jax.control import checks, piecewise
 from lmops_jax.control import trajectory as trajectories
 from lmops_jax.control.callables import as_pytree
@@ -36,13 +35,14 @@ from lmops_jax.control.pmp import (
   shardings_of,
 )
 from lmops_jax.control.problem import Problem, Settings, tree_norm
-from lmops_jax.micro_batches import DeviceRows
+from lmops_jax.mesh import processes
+from lmops_jax.mesh.micro_batches import DeviceRows
 
 _STATIC = ("settings", "shardings", "device_rows")  # arguments of every compiled part
 
 
 class Store(Protocol):
-  """Where a solve is kept, such as `training.checkpoints.CheckpointStore`.
+  """Where a solve is kept, such as `mesh.checkpoints.CheckpointStore`.
 
   Step s of the store, 1 <= s <= 2 n for n segments, is written when s segments of both passes are
   done. Steps below n are needed until the solve has ended, others until a later one is written.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lmops_jax.control import checks
 from lmops_jax.control.dynamics import weighted_loss
-from lmops_jax.micro_batches import DeviceRows, RowSum, fill_parts, sum_over_micro_batches
+from lmops_jax.mesh.micro_batches import DeviceRows, RowSum, fill_parts, sum_over_micro_batches
 
 
 def mean_target_loss(example_losses: Callable, data: Any, batch_size: int | None = None, *,

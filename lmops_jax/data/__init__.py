@@ -18,7 +18,7 @@ from lmops_jax.data.instances import Instances, open_instances, write_instances
 from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
-from lmops_jax.data.vocabularies import (
+from lmops_jax.text.vocabularies import (
   HuggingFaceTokenizer,
   ModelTokenizer,
   SentencePieceFile,

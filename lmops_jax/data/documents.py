@@ -18,13 +18,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from lmops_jax.config.setting_types import Share, component
 from lmops_jax.data.hashing import order_key
 from lmops_jax.data.near_duplicates import (
   Deduplicator,
   OverlapIndex,
   overlapping_documents,
 )
-from lmops_jax.setting_types import Share, component
 
 __all__ = [
   "Corpus",

@@ -9,7 +9,7 @@ import numpy as np
 
 from lmops_jax.data import shards
 from lmops_jax.data.instances import Instances, write_instances
-from lmops_jax.data.vocabularies import Vocabulary
+from lmops_jax.text.vocabularies import Vocabulary
 
 FORMATS = ("ids", "tfds", "jsonl", "parquet", "mmididx")
 JSONL_FILE, PARQUET_FILE = "selection.jsonl", "selection.parquet"

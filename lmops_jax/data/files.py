@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmops_jax import manifests
+from lmops_jax.config.setting_types import ByteCount, Text, component
 from lmops_jax.data import matching
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id, kind_label
 from lmops_jax.data.lines import MAX_LINE_BYTES, is_text, jsonl_rows
-from lmops_jax.foreign_files import printable
-from lmops_jax.setting_types import ByteCount, Text, component
+from lmops_jax.host import manifests
+from lmops_jax.host.foreign_files import printable
 
 _HASHED_BYTES = 2**28  # a copy of a corpus up to this size is the same corpus
 _MAX_PIECES = 4096  # that a corpus is read in

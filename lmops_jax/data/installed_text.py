@@ -28,10 +28,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from lmops_jax.config.setting_types import (
+  ByteCount,
+  Count,
+  ExistingPath,
+  NonNegative,
+  Share,
+  component,
+)
 from lmops_jax.data.documents import Corpus, Document, document_id
 from lmops_jax.data.hashing import order_key
 from lmops_jax.data.near_duplicates import Deduplicator
-from lmops_jax.setting_types import ByteCount, Count, ExistingPath, NonNegative, Share, component
 
 # Kind by the file name's ending. A Python file gives two documents: its docstrings and the rest.
 _KINDS = {

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmops_jax.data.packing import Instance
-from lmops_jax.whole_files import write_text
+from lmops_jax.host.whole_files import write_text
 
 METADATA_FILE = "instances.json"
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lmops_jax.foreign_files import parse_json, printable, require_regular
+from lmops_jax.host.foreign_files import parse_json, printable, require_regular
 
 MAX_LINE_BYTES = 2**28
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

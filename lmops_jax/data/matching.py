@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmops_jax.foreign_files import printable, require_regular
+from lmops_jax.host.foreign_files import printable, require_regular
 
 _MAX_NAMES = 3  # that a line tells
 

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lmops_jax.config.setting_types import PositiveInt, Text, component
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id, kind_label
-from lmops_jax.setting_types import PositiveInt, Text, component
 
 _PIECE = 100_000  # rows that are read together
 

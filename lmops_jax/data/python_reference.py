@@ -13,9 +13,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 
+from lmops_jax.config.setting_types import component
 from lmops_jax.data.documents import Corpus, Document, document_id
 from lmops_jax.data.near_duplicates import normalize
-from lmops_jax.setting_types import component
 
 _MIN_PARAGRAPH_BYTES = 60  # headings and one-line examples may repeat
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lmops_jax.foreign_files import require_regular
-from lmops_jax.whole_files import replacing
+from lmops_jax.host.foreign_files import require_regular
+from lmops_jax.host.whole_files import replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

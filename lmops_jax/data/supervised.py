@@ -19,7 +19,7 @@ import numpy as np
 
 from lmops_jax.data.documents import document_id
 from lmops_jax.data.lines import jsonl_rows
-from lmops_jax.foreign_files import printable
+from lmops_jax.host.foreign_files import printable
 
 TOO_LONG = ("drop", "cut", "error")
 _FIELDS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")

@@ -18,9 +18,9 @@ from lmops_jax.decoding import prefixes
 from lmops_jax.decoding import text as text_lib
 from lmops_jax.decoding.lengths import bucket
 from lmops_jax.decoding.options import GenerationOptions
+from lmops_jax.mesh.meshes import Partitioner, activated
 from lmops_jax.models.cache import Prefix
 from lmops_jax.models.transformer import unstack_layers
-from lmops_jax.training.mesh import Partitioner, activated
 
 GREEDY = GenerationOptions()
 

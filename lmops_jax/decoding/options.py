@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Le
 
-from lmops_jax.setting_types import (
+from lmops_jax.config.setting_types import (
   Count,
   NonNegative,
   Positive,

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.decoding.lengths import bucket
+from lmops_jax.mesh.meshes import activated
 from lmops_jax.models.cache import KVCache, Prefix, constrain_heads, empty_cache
 from lmops_jax.models.partitioning import constrain
 from lmops_jax.models.transformer import unstack_layers
-from lmops_jax.training.mesh import activated
 
 _TOKENS_AT_ONCE = 2048  # read in one call on each device
 _WRITTEN_OUT = 512  # tokens; longer groups skip later keys and hold no [W,W] scores

@@ -21,10 +21,10 @@ import numpy as np
 
 from lmops_jax.decoding import prefixes, sampling
 from lmops_jax.decoding.lengths import fine_bucket
+from lmops_jax.mesh.meshes import activated
 from lmops_jax.models.attention import shared_in_blocks
 from lmops_jax.models.cache import Prefix, empty_cache
 from lmops_jax.models.transformer import Transformer, unstack_layers
-from lmops_jax.training.mesh import activated
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a cache of its own
 _PACKED = 128  # tokens of a row that holds several requests
@@ -56,7 +56,7 @@ class OptionScorer:
     Args:
       model: a causal `Transformer`.
       params: its parameters, with stacked or unstacked layers.
-      partitioner: a `training.mesh.Partitioner`; None is the default device.
+      partitioner: a `mesh.meshes.Partitioner`; None is the default device.
       batch_tokens: most token positions of a batch.
 
     Raises:

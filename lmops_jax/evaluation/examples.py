@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmops_jax import processes
+from lmops_jax.mesh import processes
 
 
 def map_examples(

@@ -29,11 +29,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmops_jax import pretrained as pretrained_lib
-from lmops_jax import progress
 from lmops_jax.decoding import GenerationOptions, Generator
 from lmops_jax.decoding.scoring import OptionScorer, Request, rolling_requests, total
 from lmops_jax.decoding.text import check_stop, find_stop
 from lmops_jax.evaluation.in_context import Encoder
+from lmops_jax.host import progress
 
 try:
   from lm_eval.api.model import LM
@@ -70,7 +70,7 @@ class LmopsLM(LM):
       batch_tokens: most token positions of a batch.
       max_new_tokens: where a task does not say.
       max_length: most positions to use; None is all that the model has.
-      partitioner: a `training.mesh.Partitioner`; None is one device.
+      partitioner: a `mesh.meshes.Partitioner`; None is one device.
       batch_size, max_batch_size, device: the harness gives these to every model; `batch_tokens`,
         `partitioner` and JAX decide here.
 

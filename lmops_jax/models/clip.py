@@ -8,11 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lmops_jax.config.setting_types import Count, Size, component
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.layers import Projection
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.models.vision import VisionConfig, VisionTransformer
-from lmops_jax.setting_types import Count, Size, component
 
 _INITIAL_LOGIT_SCALE = 2.6592  # log(1 / 0.07), as published
 

@@ -13,8 +13,15 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from lmops_jax.config.setting_types import (
+  Count,
+  Decay,
+  Positive,
+  PositiveInt,
+  Size,
+  component,
+)
 from lmops_jax.models import attention as attention_lib
-from lmops_jax.setting_types import Count, Decay, Positive, PositiveInt, Size, component
 
 NORMS = ("rms", "layer", "rms_outside")
 INITIALIZATIONS = ("normal", "fan_in")

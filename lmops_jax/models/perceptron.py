@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lmops_jax.setting_types import PositiveInt, component
+from lmops_jax.config.setting_types import PositiveInt, component
 
 
 @component(module="models")

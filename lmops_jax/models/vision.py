@@ -13,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lmops_jax.config.setting_types import PositiveInt, component
 from lmops_jax.models import layers as layers_lib
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.layers import INIT_STDDEV
 from lmops_jax.models.transformer import Transformer
-from lmops_jax.setting_types import PositiveInt, component
 
 NUM_CHANNELS = 3
 

@@ -149,7 +149,7 @@ def load_params(
     source: the checkpoint's tensors.
     family: whose table names them.
     config: of the model.
-    partitioner: a `training.mesh.Partitioner` whose mesh the parameters are placed on; None is
+    partitioner: a `mesh.meshes.Partitioner` whose mesh the parameters are placed on; None is
       this process's first device.
     ignore: patterns of further tensor names to leave out.
 

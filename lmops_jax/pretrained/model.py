@@ -21,8 +21,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import pydantic
 
-from lmops_jax.foreign_files import checked, read_json, require_regular
-from lmops_jax.manifests import verify_read
+from lmops_jax.config.setting_types import ByteCount, Text, component
+from lmops_jax.host.foreign_files import checked, read_json, require_regular
+from lmops_jax.host.manifests import verify_read
+from lmops_jax.host.whole_files import replacing, write_text
 from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.clip import ClipConfig
 from lmops_jax.models.config import DTYPES, REMAT_POLICIES, RopeScaling, TransformerConfig
@@ -31,8 +33,6 @@ from lmops_jax.models.vision import VisionConfig
 from lmops_jax.pretrained import families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
 from lmops_jax.pretrained.sources import MAX_INFLATED_BYTES, open_source
-from lmops_jax.setting_types import ByteCount, Text, component
-from lmops_jax.whole_files import replacing, write_text
 
 DESCRIPTION = "model.json"
 PARAMS_FOLDER, TOKENIZER_FOLDER = "params", "tokenizer"
@@ -93,13 +93,13 @@ class PretrainedModel:
     """Reads the weights, in `config.param_dtype`, straight onto the mesh.
 
     Args:
-      partitioner: a `training.mesh.Partitioner`; None is this process's first device.
+      partitioner: a `mesh.meshes.Partitioner`; None is this process's first device.
 
     Raises:
       ValueError: the weights do not fit the configuration, or a file is damaged.
     """
     if (self.path / DESCRIPTION).is_file():
-      from lmops_jax.training import checkpoints
+      from lmops_jax.mesh import checkpoints
 
       folder = self.path / _description(self.path)["params"]
       verify_read(folder)
@@ -115,7 +115,7 @@ class PretrainedModel:
 
   def tokenizer(self):
     """The model's tokenizer; raises ValueError where it has ids that the model has not."""
-    from lmops_jax.pretrained import tokenizer
+    from lmops_jax.text import tokenizer
 
     found = tokenizer.load_tokenizer(self.tokenizer_path)
     found.check_fits(self.vocab_size)
@@ -323,7 +323,7 @@ def save_model(directory: Path, source: PretrainedModel, params) -> None:
   Raises:
     ValueError: `directory` holds something already.
   """
-  from lmops_jax.training import checkpoints
+  from lmops_jax.mesh import checkpoints
 
   directory = Path(directory).expanduser().absolute()
   partial = new_folder(directory)
@@ -345,7 +345,7 @@ def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:
   Of a model folder the files themselves; of a GGUF file's vocabulary a `tokenizer.json` and
   `tokenizer_config.json` that say the same. A model without tokenizer copies nothing.
   """
-  from lmops_jax.pretrained import tokenizer, tokenizer_folder
+  from lmops_jax.text import tokenizer, tokenizer_folder
 
   directory.mkdir(parents=True, exist_ok=True)
   folder = source.tokenizer_path

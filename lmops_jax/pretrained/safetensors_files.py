@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lmops_jax.foreign_files import checked, parse_json
+from lmops_jax.host.foreign_files import checked, parse_json
 
 _DTYPES = {
   "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

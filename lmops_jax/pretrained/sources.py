@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lmops_jax.foreign_files import checked, is_there, read_json, require_regular
-from lmops_jax.pretrained.gguf_files import QuantizedTensor, map_gguf
+from lmops_jax.host.foreign_files import checked, is_there, read_json, require_regular
+from lmops_jax.host.gguf_files import QuantizedTensor, map_gguf
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
 from lmops_jax.pretrained.torch_pickle import MAX_INFLATED_BYTES, CompressedTensor, map_torch_file
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import tokenizers
 
-from lmops_jax.data import vocabularies
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.pretrained import families, gguf_tokenizer
+from lmops_jax.pretrained import families
 from lmops_jax.pretrained import model as model_lib
-from lmops_jax.pretrained.tokenizer import Tokenizer
-from lmops_jax.pretrained.tokenizer_backends import FastBackend, surround
+from lmops_jax.text import gguf_tokenizer, vocabularies
+from lmops_jax.text.tokenizer import Tokenizer
+from lmops_jax.text.tokenizer_backends import FastBackend, surround
 
 _NAMES = ("bos", "eos", "pad", "unk")
 _BPE = 2  # sentencepiece's trainer_spec.model_type

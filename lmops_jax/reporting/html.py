@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from lmops_jax.whole_files import write_text
+from lmops_jax.host.whole_files import write_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lmops_jax.manifests import verify_read
-from lmops_jax.whole_files import write_text
+from lmops_jax.host.manifests import verify_read
+from lmops_jax.host.whole_files import write_text
 
 
 def write_summary(path, summary: Mapping[str, Any], *, required: Iterable[str] = ()) -> Path:

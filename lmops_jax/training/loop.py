@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmops_jax import processes, seals
-from lmops_jax import progress as progress_lib
-from lmops_jax.training.checkpoints import CheckpointStore, first_says, load_params, save_params
-from lmops_jax.training.mesh import Partitioner, single_device
+from lmops_jax.host import progress as progress_lib
+from lmops_jax.host import seals
+from lmops_jax.mesh import processes
+from lmops_jax.mesh.checkpoints import CheckpointStore, first_says, load_params, save_params
+from lmops_jax.mesh.meshes import Partitioner, single_device
 from lmops_jax.training.metrics import MetricsLog
 from lmops_jax.training.step import make_train_step
 from lmops_jax.training.train_state import TrainState, abstract_state, new_state
@@ -100,7 +101,7 @@ def train(
     flops_per_token: operations of a training step for each position, for rates and `flops`.
     description: names the run in progress lines and errors.
     progress: makes the progress display from `(total, unit, description, initial=)`; None is
-      `lmops_jax.progress.Progress`.
+      `lmops_jax.host.progress.Progress`.
     tensorboard: also write event files through clu, which imports TensorFlow.
 
   Returns:

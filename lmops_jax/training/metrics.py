@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from lmops_jax import progress
-from lmops_jax.whole_files import write_text
+from lmops_jax.host import progress
+from lmops_jax.host.whole_files import write_text
 
 
 class MetricsLog:

@@ -14,8 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmops_jax.setting_types import Count, Decay, NonNegative, Positive, PositiveInt, component
-from lmops_jax.setting_words import Rule, Words
+from lmops_jax.config.setting_types import (
+  Count,
+  Decay,
+  NonNegative,
+  Positive,
+  PositiveInt,
+  component,
+)
+from lmops_jax.config.setting_words import Rule, Words
 
 DECAY_MASKS = ("all", "matrices")
 

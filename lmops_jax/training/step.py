@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmops_jax.micro_batches import DeviceRows, device_share, sum_over_micro_batches
+from lmops_jax.mesh.micro_batches import DeviceRows, device_share, sum_over_micro_batches
 from lmops_jax.training.train_state import TrainState
 
 
@@ -26,7 +26,7 @@ def make_train_step(
     accumulate: micro-batches whose gradients are summed. Changes memory, not results.
     num_shards: devices that share a batch; a micro-batch has equally many rows on each of them (see
       `micro_batches.device_share`).
-    device_rows: see `lmops_jax.micro_batches`. Changes communication and memory, not results.
+    device_rows: see `lmops_jax.mesh.micro_batches`. Changes communication and memory, not results.
 
   Returns:
     The step. Metrics are sums and counts over the batch: `loss_sum` (unweighted), `objective` (the

@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lmops_jax.training.memory import keep_freed_memory
+from lmops_jax.sizing.memory import keep_freed_memory
 
 KEEPS_MEMORY = keep_freed_memory()  # before jax
 
@@ -32,14 +32,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax import pipeline, progress
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import packing
 from lmops_jax.evaluation import examples
-from lmops_jax.models.flops import forward_flops_per_token
+from lmops_jax.host import progress
+from lmops_jax.mesh import checkpoints, meshes
 from lmops_jax.models.transformer import TransformerConfig
+from lmops_jax.sizing.flops import forward_flops_per_token
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import prepare, pretrain, scorer
-from lmops_jax.training import checkpoints, losses, mesh, optimizers
+from lmops_jax.training import losses, optimizers
 
 SMALL_CPU = TransformerConfig(  # gin/models/small_cpu.gin
   vocab_size=4096, num_layers=2, width=128, num_heads=2, mlp_width=320, max_length=128,
@@ -98,7 +100,7 @@ class Setting:
     self.folder = folder
     self.config = scorer.Scorer(optimizers.sgd(0.1), inference_batch_size=batch_size)
     self.proxy = pretrain.Pretrain(SMALL_CPU, optimizers.sgd(0.1), num_steps=1)
-    self.partitioner = mesh.single_device()
+    self.partitioner = meshes.single_device()
     self.view = scorer.View(prepare.Prepared(folder))
     model = scorer.scorer_model(self.config, self.proxy, self.view)
     boxed = scorer.initializer(model)(jax.random.key(0))

@@ -38,14 +38,14 @@ COLUMNS = ("size", "program", "slice", "GiB a device", "of", "temporaries", "a s
 
 @functools.cache
 def _job(size: str):
-  from lmops_jax import config
-  return config.load([f"pds/paper_{size}.gin"], owed="named").run()
+  from lmops_jax.config import resolve
+  return resolve.load([f"pds/paper_{size}.gin"], owed="named").run()
 
 
 @functools.cache
 def _planned(size: str, topology: str) -> dict[str, tuple[float, str]]:
-  from lmops_jax.training import chips
-  from lmops_jax.training.budget import Memory
+  from lmops_jax.sizing import chips
+  from lmops_jax.sizing.budget import Memory
   slice_ = chips.topology(topology)
   job = _job(size)
   phases = job.system.phases(
@@ -61,8 +61,8 @@ def planned(size: str, program: str, topology: str) -> tuple[float, str]:
 
 def compile_one(size: str, program: str, topology: str) -> dict:
   """Compiles one program in this process and returns its figures."""
-  from lmops_jax.training import aot, chips
-  from lmops_jax.training.budget import Memory
+  from lmops_jax.sizing import aot, chips
+  from lmops_jax.sizing.budget import Memory
   slice_ = chips.topology(topology)
   job = _job(size)
   partitioner = job.mesh.build(aot.tpu_devices(slice_))
@@ -94,7 +94,7 @@ def smallest(size: str, program: str, kind: str, rows: dict, save) -> dict:
     key = f"{size}/{program}/{topology}"
     if key not in rows:
       num_bytes, refusal = planned(size, program, topology)
-      from lmops_jax.training import chips
+      from lmops_jax.sizing import chips
       if refusal or num_bytes > _UNSURE * chips.topology(topology).chip.memory_bytes:
         rows[key] = {"fits": False, "planned": num_bytes, "refusal": refusal}
       else:
@@ -111,7 +111,7 @@ def smallest(size: str, program: str, kind: str, rows: dict, save) -> dict:
 def planned_table(sizes: list[str], kinds: list[str]) -> str:
   """Markdown: the smallest slice by arithmetic alone."""
   lines = ["| size | program | " + " | ".join(kinds) + " |", "|" + " --- |" * (2 + len(kinds))]
-  from lmops_jax.training import chips
+  from lmops_jax.sizing import chips
   for size in sizes:
     for program in PROGRAMS:
       cells = []
@@ -173,7 +173,7 @@ def main() -> None:
   parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   os.environ["JAX_PLATFORMS"] = "cpu"
-  from lmops_jax import plan_commands
+  from lmops_jax.commands import plans as plan_commands
   plan_commands.set_environment(argparse.Namespace(topology="any"))
   if arguments.one:
     print(json.dumps(compile_one(*arguments.one)))

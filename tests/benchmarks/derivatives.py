@@ -20,7 +20,7 @@ import platform
 import time
 from pathlib import Path
 
-from lmops_jax.training.memory import keep_freed_memory
+from lmops_jax.sizing.memory import keep_freed_memory
 
 keep_freed_memory()  # before jax
 
@@ -30,13 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models import layers, positions
-from lmops_jax.models.flops import forward_flops_per_token
 from lmops_jax.models.transformer import (
   Transformer,
   TransformerConfig,
   num_params,
   project_to_vocabulary,
 )
+from lmops_jax.sizing.flops import forward_flops_per_token
 from lmops_jax.training.losses import _cross_entropy, lm_example_losses
 
 CONFIG = TransformerConfig(

@@ -34,7 +34,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lmops_jax.training.memory import keep_freed_memory
+from lmops_jax.sizing.memory import keep_freed_memory
 
 keep_freed_memory()  # before jax
 
@@ -46,9 +46,9 @@ import transformers
 
 from lmops_jax.decoding import GenerationOptions, Generator
 from lmops_jax.decoding.scoring import OptionScorer, Request, total
-from lmops_jax.models.flops import forward_flops_per_token, matmul_params
 from lmops_jax.pretrained import exporting
 from lmops_jax.pretrained import model as model_lib
+from lmops_jax.sizing.flops import forward_flops_per_token, matmul_params
 
 PREFILL, PROMPT, NEW, BEAMS, SHOTS, ROWS, ROW_BATCH = 512, 64, 64, 8, 8, 500, 16
 

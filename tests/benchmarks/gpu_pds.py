@@ -14,7 +14,7 @@ is measured.
 
 MFU counts 3 forward passes for a gradient, 3 for the scores of proxies and 8 for a Hessian product
 with the scores of its batch; a forward pass is two operations a matmul parameter and token, and
-causal attention once (`models.flops`); rematerialisation does not count. Each part is a process of
+causal attention once (`sizing.flops`); rematerialisation does not count. Each part is a process of
 its own, so that one that does not fit leaves the others alone. Needs jax, flax, optax, numpy, gin
 and pydantic, and for the PyTorch rows torch and transformers.
 """
@@ -115,7 +115,7 @@ def solve(args: argparse.Namespace) -> dict:
   from lmops_jax.control import mean_target_loss
   from lmops_jax.control.adjoint import directional_scores, hvp_scores_losses
   from lmops_jax.control.dynamics import gradient
-  from lmops_jax.models.flops import forward_flops_per_token
+  from lmops_jax.sizing.flops import forward_flops_per_token
 
   sizes = TOY if args.toy else dataclasses.replace(
     Sizes(), micro_batch=args.micro_batch, proxy_batch=args.proxy_batch)
@@ -164,7 +164,7 @@ def pretrain(name: str, args: argparse.Namespace) -> dict:
   """One training step of this library."""
   import jax
 
-  from lmops_jax.models.flops import forward_flops_per_token
+  from lmops_jax.sizing.flops import forward_flops_per_token
   from lmops_jax.training import optimizers
   from lmops_jax.training.step import make_train_step
   from lmops_jax.training.train_state import new_state
@@ -200,7 +200,7 @@ def torch_pretrain(name: str, args: argparse.Namespace) -> dict:
   import torch
   from transformers import MistralConfig, MistralForCausalLM
 
-  from lmops_jax.models.flops import forward_flops_per_token
+  from lmops_jax.sizing.flops import forward_flops_per_token
 
   config = model_config(name, args)
   device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,7 +21,7 @@ import statistics
 import time
 from pathlib import Path
 
-from lmops_jax.training.memory import keep_freed_memory
+from lmops_jax.sizing.memory import keep_freed_memory
 
 keep_freed_memory()  # before jax
 

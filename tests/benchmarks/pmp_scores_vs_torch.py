@@ -39,7 +39,7 @@ from pathlib import Path
 
 import process_memory  # beside this script
 
-from lmops_jax.training.memory import keep_freed_memory
+from lmops_jax.sizing.memory import keep_freed_memory
 
 VOCAB, LENGTH, PAD = 4096, 128, 0
 DEVICE_BATCH = {"train": 16, "proxy": 32, "target": 32}  # differentiated at once, both sides
@@ -339,7 +339,7 @@ def matmul_flops_per_second() -> float:
 
 def flops_of(row: str, sizes: argparse.Namespace) -> dict[str, float]:
   """Arithmetic of a row by part, in the multiples of a forward pass of spec section 8.1."""
-  from lmops_jax.models.flops import forward_flops_per_token
+  from lmops_jax.sizing.flops import forward_flops_per_token
 
   _, config = _jax_losses()
   sequence = LENGTH * forward_flops_per_token(config, LENGTH)

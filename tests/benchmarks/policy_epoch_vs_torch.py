@@ -42,7 +42,7 @@ from pathlib import Path
 
 import process_memory  # beside this script
 
-from lmops_jax.training.memory import keep_freed_memory
+from lmops_jax.sizing.memory import keep_freed_memory
 
 LEARNING_RATE = 0.1
 STEP_SIZE = 1e-3  # of the mean over steps

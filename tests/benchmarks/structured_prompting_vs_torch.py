@@ -38,7 +38,7 @@ from pathlib import Path
 
 import process_memory  # beside this script
 
-from lmops_jax.training.memory import keep_freed_memory
+from lmops_jax.sizing.memory import keep_freed_memory
 
 TEMPLATE = "Review: {text}\nSentiment: {label}"
 SIDES = ("groups, JAX", "one text, JAX", "groups, PyTorch")

@@ -29,7 +29,7 @@ import resource
 import sys
 import time
 
-from lmops_jax.training.memory import keep_freed_memory
+from lmops_jax.sizing.memory import keep_freed_memory
 
 KEEPS_MEMORY = "--plain-malloc" not in sys.argv and keep_freed_memory()  # before jax
 
@@ -38,8 +38,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.models.flops import forward_flops_per_token
 from lmops_jax.models.transformer import Transformer, TransformerConfig, num_params
+from lmops_jax.sizing.flops import forward_flops_per_token
 from lmops_jax.training import optimizers
 from lmops_jax.training.losses import lm_example_losses
 from lmops_jax.training.step import make_train_step

@@ -16,11 +16,11 @@ from lmops_jax.control import mean_target_loss, pmp_scores, pmp_scores_resumable
 from lmops_jax.control.problem import Settings
 from lmops_jax.control.programs import segment_programs
 from lmops_jax.control.targets import MeanTargetLoss
+from lmops_jax.mesh.checkpoints import CheckpointStore
+from lmops_jax.mesh.meshes import BATCH_AXES, MeshConfig
 from lmops_jax.models.transformer import Transformer, TransformerConfig
-from lmops_jax.training import hlo
-from lmops_jax.training.checkpoints import CheckpointStore
+from lmops_jax.sizing import hlo
 from lmops_jax.training.losses import lm_example_losses
-from lmops_jax.training.mesh import BATCH_AXES, MeshConfig
 
 CONFIG = TransformerConfig(
   vocab_size=32, num_layers=1, width=16, num_heads=4, num_kv_heads=2, mlp_width=24)

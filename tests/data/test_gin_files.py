@@ -5,7 +5,7 @@ import gin
 import pytest
 
 import lmops_jax.data as data
-from lmops_jax import config
+from lmops_jax.config import resolve
 
 FOLDER = Path(__file__).parents[2] / "gin" / "data"
 REQUIRED = {
@@ -46,7 +46,7 @@ EXPECTED = {
   "target_text_folder": (None, data.TextFolder("/target"), None),
   "sentencepiece": (None, None, data.SentencePieceFile("/vocabulary")),
   "hugging_face": (None, None, data.HuggingFaceTokenizer("/vocabulary")),
-  "model_tokenizer": (None, None, data.vocabularies.ModelTokenizer("/vocabulary")),
+  "model_tokenizer": (None, None, data.ModelTokenizer("/vocabulary")),
 }
 
 
@@ -67,7 +67,8 @@ def test_beam_is_bound_to_a_system(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
   text = (FOLDER / "beam.gin").read_text()
   assert text.startswith("# gin/data/beam.gin: defines ENGINE")
-  run = config.load(["pds/smoke.gin", "data/beam.gin"], ["BEAM_OPTIONS = ['--runner=FlinkRunner']"])
+  options = ["BEAM_OPTIONS = ['--runner=FlinkRunner']"]
+  run = resolve.load(["pds/smoke.gin", "data/beam.gin"], options)
   assert "engine = @beam.Engine()" in run.text()
   gin.parse_config([text, "test_data_gin.holder.corpus = %ENGINE", "BUCKETS = 9"])
   engine, _, _ = gin.get_configurable("test_data_gin.holder")()

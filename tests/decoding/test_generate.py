@@ -12,7 +12,7 @@ import scipy.stats
 from lmops_jax.decoding import GenerationOptions, Generator
 from lmops_jax.decoding import loop as loop_lib
 from lmops_jax.decoding.generate import bucket
-from lmops_jax.training.mesh import MeshConfig
+from lmops_jax.mesh.meshes import MeshConfig
 
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [30, 4, 4, 21, 0]]
 GREEDY = GenerationOptions(max_new_tokens=9)

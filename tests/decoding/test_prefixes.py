@@ -10,8 +10,8 @@ import pytest
 
 from lmops_jax.decoding import GenerationOptions, Generator, prefixes
 from lmops_jax.decoding.scoring import OptionScorer, Request
+from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.cache import empty_cache
-from lmops_jax.training.mesh import MeshConfig
 
 BOS = 1
 

@@ -7,7 +7,7 @@ import pytest
 
 from lmops_jax.decoding import scoring
 from lmops_jax.decoding.scoring import OptionScorer, Request
-from lmops_jax.training.mesh import MeshConfig
+from lmops_jax.mesh.meshes import MeshConfig
 
 
 def _naive(tiny, request):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lmops_jax.evaluation import examples
-from lmops_jax.training import mesh
+from lmops_jax.mesh import meshes
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 4, 10])
@@ -31,7 +31,7 @@ def test_compiles_once():
 
 
 def test_a_mesh_gives_the_same_values():
-  partitioner = mesh.MeshConfig(data=jax.device_count()).build()
+  partitioner = meshes.MeshConfig(data=jax.device_count()).build()
   n = 2 * jax.device_count()
   function = jax.jit(lambda params, batch: batch["x"] ** 2)
   rows = {"x": np.arange(n + 1, dtype=np.float32)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmops_jax.evaluation import lm
-from lmops_jax.training import mesh
+from lmops_jax.mesh import meshes
 
 VOCAB, LENGTH = 11, 6
 
@@ -94,7 +94,7 @@ def test_sharded_evaluation_gives_the_same_number(params):
 @pytest.mark.parametrize("num", [1, 5, 11, 17])
 def test_any_number_of_documents_on_any_mesh(params, num):
   """Fewer documents than a batch, than the devices, or not a multiple of them."""
-  partitioner = mesh.MeshConfig(data=4, fsdp=2).build()
+  partitioner = meshes.MeshConfig(data=4, fsdp=2).build()
   documents = _documents(num)
   want = lm.mean_loss(_example_losses, params, _batches(documents, num))
   for size in (6, 8, 64):

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from tokenizers import processors  # noqa: E402
 
 from lmops_jax.evaluation.lm_eval_adapter import LmopsLM  # noqa: E402
-from tests.pretrained import tiny_tokenizers  # noqa: E402
+from tests.text import tiny_tokenizers  # noqa: E402
 
 LENGTH = 48
 TEMPLATE = (

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from lmops_jax.mesh.meshes import MeshConfig, single_device
 from lmops_jax.models.attention import (
   ATTENTION_KINDS,
   _splash_sharded,
@@ -16,7 +17,6 @@ from lmops_jax.models.attention import (
   self_attention,
   supports_forward_mode,
 )
-from lmops_jax.training.mesh import MeshConfig, single_device
 
 B, S, H, K, E = 2, 11, 4, 2, 6
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import gin
 import pytest
 
+from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.transformer import TransformerConfig, num_params
-from lmops_jax.training.mesh import MeshConfig
 
 GIN = Path(__file__).parents[2] / "gin"
 

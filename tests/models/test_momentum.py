@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models import momentum
 from lmops_jax.models.momentum import FORMS, momentum_attention, momentum_term
 from lmops_jax.models.transformer import Transformer, TransformerConfig, num_params
 from lmops_jax.training.losses import lm_example_losses
-from lmops_jax.training.mesh import MeshConfig
 
 ETA = 0.8
 CONFIG = TransformerConfig(

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmops_jax.models.flops import matmul_params
 from lmops_jax.models.layers import RMSNorm
 from lmops_jax.models.positions import rotary, rotary_angles, rotary_frequencies
 from lmops_jax.models.transformer import Transformer, TransformerConfig, num_params
+from lmops_jax.sizing.flops import matmul_params
 
 CONFIG = TransformerConfig(
   vocab_size=40, num_layers=2, width=16, num_heads=4, num_kv_heads=2, mlp_width=24, max_length=32

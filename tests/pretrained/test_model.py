@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[pari
 transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
 torch.set_num_threads(1)  # more of them get into the way of XLA's
 
+from lmops_jax.mesh.meshes import MeshConfig  # noqa: E402
 from lmops_jax.pretrained import exporting, sources  # noqa: E402
 from lmops_jax.pretrained import model as model_lib  # noqa: E402
-from lmops_jax.training.mesh import MeshConfig  # noqa: E402
 from tests.pretrained.tiny_models import CASES, CAUSAL, ENCODERS, make  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 9)).astype(np.int32)

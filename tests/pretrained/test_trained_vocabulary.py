@@ -4,7 +4,7 @@ import pytest
 
 from lmops_jax.data import HuggingFaceTokenizer, TrainSentencePiece
 from lmops_jax.pretrained import trained_vocabulary
-from lmops_jax.pretrained.tokenizer import load_tokenizer
+from lmops_jax.text.tokenizer import load_tokenizer
 
 TEXTS = [
   "The quick brown fox.",

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmops_jax import processes
+from lmops_jax.mesh import processes
+from lmops_jax.mesh.checkpoints import CheckpointStore
+from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training import optimizers
-from lmops_jax.training.checkpoints import CheckpointStore
 from lmops_jax.training.loop import NonFiniteLossError, load_kept_params, train
 from lmops_jax.training.losses import lm_example_losses
-from lmops_jax.training.mesh import MeshConfig
 from lmops_jax.training.metrics import read_records
 from lmops_jax.training.train_state import new_state
 
@@ -331,7 +331,7 @@ def batch_at(step):
 try:
   test_loop._linear(sys.argv[1], init_params=init, batch_at=batch_at, checkpoint_every=2)
 except Exception as error:
-  from lmops_jax.manifests import is_disk_full
+  from lmops_jax.host.manifests import is_disk_full
   print("disk full", is_disk_full(error))
 """
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.heads import SequenceRegressor
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training.losses import (
@@ -17,7 +18,6 @@ from lmops_jax.training.losses import (
   map_sequence_chunks,
   regression_example_losses,
 )
-from lmops_jax.training.mesh import MeshConfig
 
 CONFIG = TransformerConfig(
   vocab_size=50, num_layers=1, width=16, num_heads=2, mlp_width=24, max_length=16

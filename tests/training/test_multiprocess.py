@@ -14,7 +14,7 @@ _PROGRAM = """
 import json, os, signal, sys
 import jax
 from lmops_jax import processes
-from lmops_jax.training.mesh import MeshConfig, initialize_distributed
+from lmops_jax.mesh.meshes import MeshConfig, initialize_distributed
 
 directory, num_steps, fault, at = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 processes.handle_sigterm()
@@ -27,7 +27,7 @@ rows = 8 // jax.process_count()
 mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 if fault == "killed reading" and jax.process_index() == jax.process_count() - 1:
-  from lmops_jax.training import checkpoints
+  from lmops_jax.mesh import checkpoints
   checkpoints.CheckpointStore.restore = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 def batch_at(step):

@@ -7,8 +7,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmops_jax.training import hlo
-from lmops_jax.training.mesh import MeshConfig
+from lmops_jax.mesh.meshes import MeshConfig
+from lmops_jax.sizing import hlo
 from lmops_jax.training.optimizers import sgd
 from lmops_jax.training.step import make_train_step
 from lmops_jax.training.train_state import TrainState, new_state

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from lmops_jax.setting_types import PositiveInt, component
-from lmops_jax.setting_words import Rule, Words
-from lmops_jax.whole_files import replacing_shared
+from lmops_jax.config.setting_types import PositiveInt, component
+from lmops_jax.config.setting_words import Rule, Words
+from lmops_jax.host.whole_files import replacing_shared
 
 # Beam's DirectRunner first looks for a program of another runner on the network.
 _DEFAULT_RUNNER = "FnApiRunner"

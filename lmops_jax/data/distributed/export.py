@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lmops_jax import seals
 from lmops_jax.data import export, shards
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.packing import Instance
+from lmops_jax.host import seals
 
 
 def write_instances(
@@ -150,7 +150,7 @@ def _part(scratch: Path, number: int) -> Path:
 
 
 def _open(directory: Path, vocabulary: Path | None):
-  from lmops_jax.data import vocabularies
+  from lmops_jax.text import vocabularies
 
   opened = None if vocabulary is None else vocabularies.load_vocabulary(vocabulary)
   return instances_lib.open_instances(directory, cache_bytes=0), opened

@@ -11,13 +11,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 from annotated_types import MinLen
 
-from lmops_jax import pipeline
-from lmops_jax.data.files import Jsonl
-from lmops_jax.data.tasks.named import check_named, named_task
-from lmops_jax.data.tasks.task import Example, Task, demonstrations
-from lmops_jax.data.tasks.templates import Template, jsonl_task
-from lmops_jax.foreign_files import is_there, printable
-from lmops_jax.setting_types import (
+from lmops_jax.config.setting_types import (
   Count,
   Distinct,
   Name,
@@ -26,7 +20,13 @@ from lmops_jax.setting_types import (
   Text,
   component,
 )
-from lmops_jax.settings import Settings
+from lmops_jax.config.settings import Settings
+from lmops_jax.data.files import Jsonl
+from lmops_jax.data.tasks.named import check_named, named_task
+from lmops_jax.data.tasks.task import Example, Task, demonstrations
+from lmops_jax.data.tasks.templates import Template, jsonl_task
+from lmops_jax.host.foreign_files import is_there, printable
+from lmops_jax.stages import pipeline
 
 TASK_FILE = "task.json"
 _FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

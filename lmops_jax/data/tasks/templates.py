@@ -17,7 +17,7 @@ from lmops_jax.data.documents import document_id
 from lmops_jax.data.lines import jsonl_rows
 from lmops_jax.data.tasks.rows import NULL_FIELD
 from lmops_jax.data.tasks.task import Example, Task
-from lmops_jax.foreign_files import printable
+from lmops_jax.host.foreign_files import printable
 
 LABEL = "label"
 

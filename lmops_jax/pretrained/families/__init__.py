@@ -5,7 +5,7 @@
 
 import dataclasses
 
-from lmops_jax.foreign_files import checked
+from lmops_jax.host.foreign_files import checked
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained.families import bert, bloom, clip, gpt2, gptj, llama, opt, xglm
 from lmops_jax.pretrained.families.family import PLAIN, ConfigReader, Family

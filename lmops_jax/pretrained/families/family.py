@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lmops_jax.foreign_files import checked
+from lmops_jax.host.foreign_files import checked
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.pretrained.families import published
 from lmops_jax.pretrained.rules import Rule

@@ -10,7 +10,7 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from lmops_jax.foreign_files import checked, shown
+from lmops_jax.host.foreign_files import checked, shown
 from lmops_jax.models.config import RopeScaling, TransformerConfig
 from lmops_jax.pretrained.families.family import Family, Sizes
 from lmops_jax.pretrained.families.llama import LLAMA, QWEN2, stretched_length

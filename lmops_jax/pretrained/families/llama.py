@@ -4,7 +4,7 @@ import functools
 import math
 from typing import Any
 
-from lmops_jax.foreign_files import shown
+from lmops_jax.host.foreign_files import shown
 from lmops_jax.models.config import RopeScaling, TransformerConfig
 from lmops_jax.pretrained.families import published
 from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 from pydantic import AliasChoices, Field
 
-from lmops_jax.foreign_files import shown
+from lmops_jax.host.foreign_files import shown
 
 LONGEST = 2**31 - 1  # positions are int32
 Count = Annotated[int, Field(ge=1)]  # held against the tensors later

@@ -17,19 +17,19 @@ from typing import Literal
 import numpy as np
 import optax
 
-from lmops_jax import pipeline
+from lmops_jax.config.setting_types import Decay, ExistingPath, PositiveInt, Seed, component
 from lmops_jax.data import batches as batches_lib
 from lmops_jax.data import files, supervised
 from lmops_jax.data.hashing import order_key
 from lmops_jax.evaluation.lm import mean_loss, perplexity
-from lmops_jax.models import flops
+from lmops_jax.mesh.meshes import single_device
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.model import PretrainedModel
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import read_summary, write_summary
-from lmops_jax.setting_types import Decay, ExistingPath, PositiveInt, Seed, component
+from lmops_jax.sizing import flops
+from lmops_jax.stages import pipeline
 from lmops_jax.training import loop, losses
-from lmops_jax.training.mesh import single_device
 from lmops_jax.training.metrics import read_records
 
 TRAIN, VALIDATION = "train", "validation"

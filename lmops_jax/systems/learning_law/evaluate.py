@@ -16,16 +16,17 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 
-from lmops_jax import control, pipeline
+from lmops_jax import control
+from lmops_jax.config.setting_types import Distinct, PositiveInt, Seed, component
 from lmops_jax.data import sampling
 from lmops_jax.evaluation import contributions, learning_speed
-from lmops_jax.setting_types import Distinct, PositiveInt, Seed, component
+from lmops_jax.host.whole_files import write_json
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law import inner as inner_lib
 from lmops_jax.systems.learning_law.inner import InnerRun, Training
 from lmops_jax.systems.learning_law.policies import Bench
 from lmops_jax.systems.learning_law.tasks import Task
 from lmops_jax.training import loop
-from lmops_jax.whole_files import write_json
 
 UNIFORM = "uniform"
 RESULTS_FILE, SERIES_FILE = "results.json", "series.npz"

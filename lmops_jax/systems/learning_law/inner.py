@@ -15,9 +15,9 @@ import numpy as np
 import optax
 
 from lmops_jax import control
-from lmops_jax.setting_types import PositiveInt, component
+from lmops_jax.config.setting_types import PositiveInt, component
+from lmops_jax.mesh.meshes import BATCH_AXES, Partitioner
 from lmops_jax.systems.learning_law.tasks import Task
-from lmops_jax.training.mesh import BATCH_AXES, Partitioner
 
 MONITORED = ("select", "test")  # parts whose loss is recorded and steers nothing within a run
 

@@ -14,14 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-from lmops_jax import pipeline
-from lmops_jax.data import OverlapIndex, matching, packing, vocabularies
+from lmops_jax.config.setting_types import (
+  Name,
+  PositiveInt,
+  Probability,
+  at_least,
+  component,
+)
+from lmops_jax.data import OverlapIndex, matching, packing
 from lmops_jax.data.documents import Corpus
-from lmops_jax.data.vocabularies import VocabularySource
+from lmops_jax.host.whole_files import write_json
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.setting_types import Name, PositiveInt, Probability, at_least, component
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law.tasks import Task
-from lmops_jax.whole_files import write_json
+from lmops_jax.text import vocabularies
+from lmops_jax.text.vocabularies import VocabularySource
 
 UNKNOWN, PAD, BOS, EOS = range(4)  # ids of a reduced vocabulary
 _TEXTS_FILE = "texts.npz"

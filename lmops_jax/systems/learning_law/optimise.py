@@ -16,14 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax import control, pipeline, seals
+from lmops_jax import control
+from lmops_jax.config.setting_types import Count, Name, NonNegative, PositiveInt, component
 from lmops_jax.data import sampling
 from lmops_jax.evaluation import contributions
-from lmops_jax.manifests import verify_read
-from lmops_jax.setting_types import Count, Name, NonNegative, PositiveInt, component
+from lmops_jax.host import seals
+from lmops_jax.host.manifests import verify_read
+from lmops_jax.host.whole_files import write_arrays, write_json
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law.inner import InnerRun, Training
 from lmops_jax.systems.learning_law.tasks import Task, load_task
-from lmops_jax.whole_files import write_arrays, write_json
 
 POLICY_FILE, ABOUT_FILE, HISTORY_FILE = "policy.npz", "policy.json", "history.json"
 TASK_FOLDER = "task"

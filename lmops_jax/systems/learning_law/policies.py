@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax import control
+from lmops_jax.config.setting_types import Name, Share, component
 from lmops_jax.control import ControlledRun, Signals
-from lmops_jax.setting_types import Name, Share, component
 from lmops_jax.systems.learning_law.tasks import Task
 
 # The policy optimisers' steps, by gin as well.

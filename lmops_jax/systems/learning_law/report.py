@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from lmops_jax import pipeline, progress
+from lmops_jax.config.setting_types import Count, NonNegative, PositiveInt, component
 from lmops_jax.evaluation import power_law
 from lmops_jax.evaluation.intervals import mean_and_half_width
+from lmops_jax.host import progress
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
-from lmops_jax.setting_types import Count, NonNegative, PositiveInt, component
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law import evaluate, optimise
 from lmops_jax.systems.learning_law.evaluate import UNIFORM
 from lmops_jax.systems.learning_law.tasks import load_task

@@ -11,14 +11,15 @@ from typing import Annotated, Any
 
 import jax
 
-from lmops_jax import pipeline
+from lmops_jax.config.setting_types import NonEmpty, Seeds, Text, component
+from lmops_jax.mesh import meshes
 from lmops_jax.reporting.summary import read_summary
-from lmops_jax.setting_types import NonEmpty, Seeds, Text, component
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law import evaluate, optimise, report
 from lmops_jax.systems.learning_law.inner import Training
 from lmops_jax.systems.learning_law.policies import PracticalPolicy
 from lmops_jax.systems.learning_law.tasks import LearningTask, fresh_params, load_task
-from lmops_jax.training import language_models, mesh
+from lmops_jax.training import language_models
 
 
 @component(module="learning_law")
@@ -242,7 +243,7 @@ def _in_one_process(partitioner):
       f"this job has {jax.process_count()} processes, and a policy is optimised in one; start it "
       "once, on a machine that holds all the devices."
     )
-  return partitioner or mesh.single_device()
+  return partitioner or meshes.single_device()
 
 
 def _check_names(field: str, parts: Sequence[Any]) -> None:

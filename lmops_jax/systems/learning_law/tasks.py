@@ -20,14 +20,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from lmops_jax.models import flops
+from lmops_jax.config.setting_types import Decay, Name, Positive, PositiveInt, component
+from lmops_jax.host.whole_files import write_json
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.perceptron import Perceptron as PerceptronModel
 from lmops_jax.models.perceptron import PerceptronConfig
 from lmops_jax.models.transformer import Transformer
-from lmops_jax.setting_types import Decay, Name, Positive, PositiveInt, component
+from lmops_jax.sizing import flops
 from lmops_jax.training import losses
-from lmops_jax.whole_files import write_json
 
 PARTS = ("train", "dev", "select", "test")
 _DATA_FILE, _TASK_FILE = "data.npz", "task.json"

@@ -25,10 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Lt
 
+from lmops_jax.config.setting_types import (
+  Count,
+  Distinct,
+  NonEmpty,
+  NonNegative,
+  PositiveInt,
+  component,
+)
 from lmops_jax.decoding.prefixes import read_text
-from lmops_jax.models import flops
 from lmops_jax.models.transformer import unstack_layers
-from lmops_jax.setting_types import Count, Distinct, NonEmpty, NonNegative, PositiveInt, component
+from lmops_jax.sizing import flops
 from lmops_jax.systems.meta_optimizer import metrics
 from lmops_jax.systems.meta_optimizer.finetune import (
   OBJECTIVES,

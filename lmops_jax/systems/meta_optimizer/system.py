@@ -10,14 +10,14 @@ from typing import Annotated
 
 import jax
 
-from lmops_jax import pipeline
+from lmops_jax.config.setting_types import NonEmpty, Seeds, component
 from lmops_jax.data.tasks import TaskSource, checked, read_task
+from lmops_jax.mesh import meshes
 from lmops_jax.reporting.summary import read_summary
-from lmops_jax.setting_types import NonEmpty, Seeds, component
+from lmops_jax.shared_stages.small_model import ModelSource
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.meta_optimizer import report
 from lmops_jax.systems.meta_optimizer.study import Study, check_rows, num_rows, run_study
-from lmops_jax.training import mesh
-from lmops_jax.training.small_model import ModelSource
 
 
 @component(module="meta_optimizer")
@@ -63,7 +63,7 @@ class Pipeline:
       raise ValueError(
         f"this job has {jax.process_count()} processes, and a study runs in one; start it once."
       )
-    one = mesh.single_device()  # a study runs on one device
+    one = meshes.single_device()  # a study runs on one device
     check = functools.partial(check_rows, settings=self.study)
     readings = [
       checked(task.stage(settings.child("tasks")[i]), check) for i, task in enumerate(self.tasks)]

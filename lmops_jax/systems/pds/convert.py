@@ -1,7 +1,7 @@
 """Instances of one vocabulary as inputs of a scorer with another (spec section 3).
 
 Tokens are cut at each EOS, the pieces decoded, encoded again, joined by the scorer's EOS, and a BOS
-put in front. Works on any vocabularies of `lmops_jax.data.vocabularies`.
+put in front. Works on any vocabularies of `lmops_jax.text.vocabularies`.
 """
 
 from __future__ import annotations

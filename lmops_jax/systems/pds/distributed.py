@@ -19,12 +19,15 @@ from pathlib import Path
 import numpy as np
 import optax
 
-from lmops_jax import pipeline, seals
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import near_duplicates, packing, vocabularies
+from lmops_jax.data import near_duplicates, packing
 from lmops_jax.data.distributed import buckets as buckets_lib
 from lmops_jax.data.distributed import export
 from lmops_jax.data.distributed.engine import Engine
+from lmops_jax.host import seals
+from lmops_jax.host.whole_files import replacing_shared
+from lmops_jax.mesh import meshes
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import (
   moments,
   parallel_selection,
@@ -35,8 +38,7 @@ from lmops_jax.systems.pds import (
   select,
   selection,
 )
-from lmops_jax.training import mesh
-from lmops_jax.whole_files import replacing_shared
+from lmops_jax.text import vocabularies
 
 SCRATCH = "engine"
 _SHARDS_TOGETHER = 16  # score shards that a worker reads at a time
@@ -150,7 +152,7 @@ def annotate(
 
 def _annotator(prepared: Path, fitted: Path, config: scorer.Scorer) -> scorer.Annotator:
   view = scorer.annotated_view(prepared, fitted)
-  return scorer.Annotator(view, fitted, config, None, mesh.single_device())
+  return scorer.Annotator(view, fitted, config, None, meshes.single_device())
 
 
 def _annotate(directory: Path, num: int, size: int, annotator: scorer.Annotator, shard) -> None:

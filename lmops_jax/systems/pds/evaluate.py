@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from lmops_jax import pipeline
+from lmops_jax.config.setting_types import Count, PositiveInt, component
 from lmops_jax.evaluation import lm
-from lmops_jax.models import flops
-from lmops_jax.setting_types import Count, PositiveInt, component
+from lmops_jax.sizing import flops
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import prepare, pretrain
 from lmops_jax.training import language_models, losses
 

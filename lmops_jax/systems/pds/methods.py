@@ -21,13 +21,8 @@ import jax
 import numpy as np
 import optax
 
-from lmops_jax import control, pipeline, processes
-from lmops_jax.control.checks import OBJECTIVES
-from lmops_jax.control.gradient_norms import gradient_norms
-from lmops_jax.data import export
-from lmops_jax.evaluation import examples
-from lmops_jax.models import flops
-from lmops_jax.setting_types import (
+from lmops_jax import control
+from lmops_jax.config.setting_types import (
   Count,
   Distinct,
   Name,
@@ -39,16 +34,15 @@ from lmops_jax.setting_types import (
   at_least,
   component,
 )
+from lmops_jax.control.checks import OBJECTIVES
+from lmops_jax.control.gradient_norms import gradient_norms
+from lmops_jax.data import export
+from lmops_jax.evaluation import examples
+from lmops_jax.mesh import checkpoints, meshes, processes
+from lmops_jax.sizing import budget, flops
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import dsir, plan, prepare, pretrain
-from lmops_jax.training import (
-  budget,
-  checkpoints,
-  language_models,
-  loop,
-  losses,
-  mesh,
-  optimizers,
-)
+from lmops_jax.training import language_models, loop, losses, optimizers
 
 MATMUL_PRECISIONS = ("default", "high", "highest")
 DIVISORS = ("gradient_norm", "sqrt_length")
@@ -124,7 +118,7 @@ class Bench:
   prepared: prepare.Prepared
   proxy: pretrain.Pretrain
   proxy_set: ProxySet
-  partitioner: mesh.Partitioner
+  partitioner: meshes.Partitioner
 
   @functools.cached_property
   def corpus(self):
@@ -229,7 +223,7 @@ class Bench:
     if divide_by == "sqrt_length":
       return values / np.sqrt(self.proxies["loss_mask"].sum(axis=1))
     # One example at a time, which no mesh splits: every device takes all of them.
-    rows = {k: v for k, v in self.proxies.items() if k not in mesh.HOST_FIELDS}
+    rows = {k: v for k, v in self.proxies.items() if k not in meshes.HOST_FIELDS}
     norms = processes.fetch(gradient_norms(self.example_losses, params, rows))
     self.add_flops(len(values) * self.corpus.length, 3)
     return np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
@@ -414,7 +408,7 @@ class PMP:
     params = language_models.abstract_params(loop.initializer(model), partitioner)
     control.check_optimizer(self.optimizer, params, self.surrogate, "pds.PMP.")
 
-  def inner_rows(self, partitioner: mesh.Partitioner) -> int | None:
+  def inner_rows(self, partitioner: meshes.Partitioner) -> int | None:
     """Rows of an inner batch that are differentiated at a time on that mesh; None: all."""
     return partitioner.micro_batch_size(self.batch_size, self.inner_micro_batch_size)
 

@@ -1,7 +1,7 @@
 """What each phase of PDS takes: parameters, FLOPs and bytes a device, before anything runs.
 
 Arithmetic on shapes and shardings; nothing is compiled, allocated or read. Activations are an
-estimate (`training.activations`); `lmops aot` asks the compiler.
+estimate (`sizing.activations`); `lmops aot` asks the compiler.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import jax
 from lmops_jax import control
 from lmops_jax.control import plan as control_plan
 from lmops_jax.control import programs as control_programs
-from lmops_jax.models import flops, heads
+from lmops_jax.mesh.meshes import Partitioner
+from lmops_jax.models import heads
+from lmops_jax.sizing import activations, flops
+from lmops_jax.sizing.budget import Memory, Phase
 from lmops_jax.systems.pds import programs, scorer
 from lmops_jax.systems.pds.programs import Sizes, device_bytes
-from lmops_jax.training import activations, language_models
-from lmops_jax.training.budget import Memory, Phase
-from lmops_jax.training.mesh import Partitioner
+from lmops_jax.training import language_models
 
 # As compiled they take up to so much more than estimated (tests/benchmarks/results/aot.md).
 _ACTIVATIONS_MARGIN = 0.5

@@ -16,11 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmops_jax import pipeline
+from lmops_jax.config.setting_types import (
+  Count,
+  Part,
+  PositiveInt,
+  Seed,
+  at_least,
+  component,
+)
 from lmops_jax.data import documents as documents_lib
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import matching, near_duplicates, packing, vocabularies
-from lmops_jax.setting_types import Count, Part, PositiveInt, Seed, at_least, component
+from lmops_jax.data import matching, near_duplicates, packing
+from lmops_jax.stages import pipeline
+from lmops_jax.text import vocabularies
 
 LABELS_FILE = "labels.jsonl"  # document id, kind, source: read by the report alone
 STATISTICS_FILE = "statistics.json"

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import optax
 
-from lmops_jax import pipeline
-from lmops_jax.models import flops
+from lmops_jax.config.setting_types import PositiveInt, Steps, component
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained import trained_vocabulary
 from lmops_jax.pretrained.model import PretrainedModel
-from lmops_jax.setting_types import PositiveInt, Steps, component
+from lmops_jax.sizing import flops
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import prepare as prepare_lib
 from lmops_jax.training import loop, losses
 from lmops_jax.training.language_models import batch_source, language_model

@@ -1,7 +1,7 @@
 """What PDS compiles, from shapes alone: the pre-training step and both passes of the solve.
 
 No data is read. The programs are those that the stages run, with their shardings; see
-`lmops_jax.training.aot` for what becomes of them.
+`lmops_jax.sizing.aot` for what becomes of them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax import control
+from lmops_jax.config.settings import ConfigError
 from lmops_jax.control import cost as cost_lib
 from lmops_jax.control import programs as control_programs
 from lmops_jax.control.problem import PROXY_SCOPE, Settings
 from lmops_jax.control.targets import MeanTargetLoss
-from lmops_jax.models import flops
-from lmops_jax.settings import ConfigError
+from lmops_jax.mesh.meshes import Partitioner
+from lmops_jax.sizing import flops
+from lmops_jax.sizing.aot import Program
 from lmops_jax.training import language_models, loop, losses, train_state
-from lmops_jax.training.aot import Program
-from lmops_jax.training.mesh import Partitioner
 
 BATCH_FIELDS = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lmops_jax import pipeline, progress
+from lmops_jax.config.setting_types import Count, PositiveInt, component
 from lmops_jax.evaluation import curves
+from lmops_jax.host import progress
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
-from lmops_jax.setting_types import Count, PositiveInt, component
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import evaluate, methods, prepare, scorer, scores, select
 
 BASELINE = "random"

@@ -16,18 +16,20 @@ import jax
 import numpy as np
 import optax
 
-from lmops_jax import pipeline, processes
+from lmops_jax.config.setting_types import Part, Positive, PositiveInt, Seed, component
 from lmops_jax.data import batches as batches_lib
-from lmops_jax.data import vocabularies
-from lmops_jax.data.vocabularies import VocabularySource
 from lmops_jax.evaluation import correlation, examples
-from lmops_jax.models import flops, heads
+from lmops_jax.host.whole_files import write_arrays
+from lmops_jax.mesh import checkpoints, processes
+from lmops_jax.models import heads
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained.model import PretrainedModel
-from lmops_jax.setting_types import Part, Positive, PositiveInt, Seed, component
+from lmops_jax.sizing import flops
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import convert, prepare, pretrain, scores
-from lmops_jax.training import checkpoints, language_models, loop, losses
-from lmops_jax.whole_files import write_arrays
+from lmops_jax.text import vocabularies
+from lmops_jax.text.vocabularies import VocabularySource
+from lmops_jax.training import language_models, loop, losses
 
 PARAMS_FOLDER, VOCABULARY_FOLDER = "scorer", "vocabulary"
 VALIDATION_FILE = "validation.npz"

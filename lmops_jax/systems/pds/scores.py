@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special, stats
 
-from lmops_jax import seals
-from lmops_jax.whole_files import write_arrays
+from lmops_jax.host import seals
+from lmops_jax.host.whole_files import write_arrays
 
 PROXY_FILE = "proxy_scores.npz"
 SHARD_PATTERN = "scores_*.npz"

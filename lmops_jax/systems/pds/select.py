@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Lt
 
-from lmops_jax import pipeline
+from lmops_jax.config.setting_types import Distinct, NonNegative, Share, component
 from lmops_jax.data import export
-from lmops_jax.setting_types import Distinct, NonNegative, Share, component
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import moments, prepare, scores, selection
 
 IDS_FILE = "ids.npy"

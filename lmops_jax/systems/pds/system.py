@@ -11,11 +11,12 @@ from typing import Annotated
 
 import numpy as np
 
-from lmops_jax import pipeline
+from lmops_jax.config.setting_types import NonEmpty, Seed, Seeds, component
 from lmops_jax.data.distributed.engine import Engine
+from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
 from lmops_jax.reporting.summary import read_summary
-from lmops_jax.setting_types import NonEmpty, Seed, Seeds, component
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import (
   distributed,
   evaluate,
@@ -30,7 +31,7 @@ from lmops_jax.systems.pds import (
   select,
   selection,
 )
-from lmops_jax.training import language_models, mesh
+from lmops_jax.training import language_models
 
 
 @component(module="pds")
@@ -120,7 +121,7 @@ class Pipeline:
       settings: the resolved settings of this object, a `config.Settings`.
       partitioner: places parameters and batches on the mesh; None is one device.
     """
-    partitioner = partitioner or mesh.single_device()
+    partitioner = partitioner or meshes.single_device()
     for config in self._models():
       attention.check_platform(config.attention, partitioner.platform)
     for method in self.methods:

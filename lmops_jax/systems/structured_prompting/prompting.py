@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from lmops_jax.config.setting_types import Positive, PositiveInt, Text, component
 from lmops_jax.data.tasks import Example, Task
 from lmops_jax.decoding import GenerationOptions, Generator, prefixes
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import answers, in_context
+from lmops_jax.host.progress import Progress
 from lmops_jax.models.cache import Prefix
-from lmops_jax.progress import Progress
-from lmops_jax.setting_types import Positive, PositiveInt, Text, component
 from lmops_jax.systems.structured_prompting import grouping
 
 EOS = "eos"

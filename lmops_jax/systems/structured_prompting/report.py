@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lmops_jax import pipeline, progress
+from lmops_jax.config.setting_types import component
 from lmops_jax.data.tasks import Task, read_task
+from lmops_jax.host import progress
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
-from lmops_jax.setting_types import component
+from lmops_jax.stages import pipeline
 
 REQUIRED = ("tasks.*.counts[].metric", "tasks.*.seeds", "stages[].seconds")
 

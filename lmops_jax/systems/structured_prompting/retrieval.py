@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmops_jax.config.setting_types import PositiveInt, component
 from lmops_jax.data.tasks import Example
-from lmops_jax.setting_types import PositiveInt, component
 
 
 class Share(NamedTuple):

@@ -13,17 +13,18 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 
-from lmops_jax import pipeline, seals
+from lmops_jax.config.setting_types import Count, Distinct, NonEmpty, Seeds, component
 from lmops_jax.data.tasks import Example, Task, TaskSource, checked, demonstrations, read_task
-from lmops_jax.models import flops
+from lmops_jax.host import seals
+from lmops_jax.host.whole_files import write_json
+from lmops_jax.mesh import meshes
 from lmops_jax.reporting.summary import read_summary
-from lmops_jax.setting_types import Count, Distinct, NonEmpty, Seeds, component
+from lmops_jax.shared_stages.small_model import ModelSource
+from lmops_jax.sizing import flops
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.structured_prompting import report
 from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
 from lmops_jax.systems.structured_prompting.retrieval import Retrieval, dealt
-from lmops_jax.training import mesh
-from lmops_jax.training.small_model import ModelSource
-from lmops_jax.whole_files import write_json
 
 WINDOW = "window"
 _WINDOW_POOL = 4096  # demonstrations that no window holds
@@ -81,7 +82,7 @@ class Pipeline:
         f"this job has {jax.process_count()} processes, and demonstrations are read in one; start "
         "it once, on a machine that holds all the devices."
       )
-    partitioner = partitioner or mesh.single_device()
+    partitioner = partitioner or meshes.single_device()
     check = functools.partial(
       _parts, counts=self.counts, seed=self.seeds[0], balanced=self.prompting.balanced)
     readings = [

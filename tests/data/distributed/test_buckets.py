@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lmops_jax import seals
 from lmops_jax.data import documents, instances, packing
 from lmops_jax.data.distributed import buckets as buckets_lib
 from lmops_jax.data.distributed import export
+from lmops_jax.host import seals
 
 BOS, EOS, V = 3, 1, 40
 SETTINGS = {"length": 12, "bos_id": BOS, "eos_id": EOS, "sentence_end": np.arange(V) % 9 == 4}

@@ -3,10 +3,10 @@
 import optax
 import pytest
 
-from lmops_jax import pipeline
+from lmops_jax.mesh.meshes import single_device
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law import Perceptron
 from lmops_jax.systems.learning_law.inner import Training
-from lmops_jax.training.mesh import single_device
 
 NUM_STEPS = 8
 

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from lmops_jax import cli, config, control, gin_files
-from lmops_jax.models import flops
+from lmops_jax import cli, control
+from lmops_jax.config import gin_files, resolve
 from lmops_jax.models.transformer import Transformer
+from lmops_jax.sizing import flops
 from lmops_jax.systems.learning_law import evaluate, load_policy, report, system
 from lmops_jax.systems.learning_law.inner import cost_of
 from lmops_jax.training.losses import lm_example_losses
@@ -187,7 +188,7 @@ def test_text_runs_to_the_end(tmp_path, capsys):
 
 
 def _resolved(name, **bindings):
-  return config.load([name], [f"{k} = {v!r}" for k, v in bindings.items()])
+  return resolve.load([name], [f"{k} = {v!r}" for k, v in bindings.items()])
 
 
 def test_the_perceptron_of_the_paper():

@@ -21,7 +21,7 @@ def _policy(seed=0):
 
 @pytest.fixture(scope="module")
 def measured(task, training, device, tmp_path_factory):
-  from lmops_jax import pipeline
+  from lmops_jax.stages import pipeline
 
   folder = tmp_path_factory.mktemp("evaluate")
   context = pipeline.StageContext("evaluate", folder, {}, lambda text: None)

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from lmops_jax import control, pipeline
+from lmops_jax import control
 from lmops_jax.data.sampling import SamplingWeights
+from lmops_jax.mesh.meshes import MeshConfig
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law import load_policy, optimise
 from lmops_jax.systems.learning_law.inner import InnerRun, Training
 from lmops_jax.systems.learning_law.optimise import PolicyOptimizer
-from lmops_jax.training.mesh import MeshConfig
 
 OPTIMIZER = PolicyOptimizer(step_size=0.4, num_epochs=7, measure_every=3, checkpoint_every=2)
 

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from lmops_jax import pipeline
 from lmops_jax.data import Corpus, Document
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.transformer import Transformer
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law import (
   Language,
   Perceptron,

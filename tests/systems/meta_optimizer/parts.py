@@ -4,8 +4,8 @@ import dataclasses
 
 import gin
 
-from lmops_jax import pipeline
 from lmops_jax.data.tasks import Example, Task, write_task
+from lmops_jax.stages import pipeline
 from tests.systems.meta_optimizer.conftest import make
 from tests.systems.meta_optimizer.examples import WordTokenizer, make_task
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lmops_jax import cli, config
+from lmops_jax import cli
+from lmops_jax.config import resolve
 from lmops_jax.systems.meta_optimizer import study
 from lmops_jax.systems.meta_optimizer.study import Results
 
@@ -88,6 +89,6 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, match):
 def test_the_papers_setting_resolves():
   own = ["import tests.systems.meta_optimizer.parts", "CHOSEN_MODEL = @tiny.Model()",
          "TASKS = [@tiny.Task()]"]
-  system = config.load(["meta_optimizer/paper.gin"], own).build()
+  system = resolve.load(["meta_optimizer/paper.gin"], own).build()
   assert tuple(system.study.rates) == study.GRID and system.study.demonstrations == 32
   assert system.study.readout == "first_label" and system.seeds == [1, 2, 3, 4, 5, 6, 7]

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from lmops_jax import cli, config, pretrained
-from lmops_jax.data import PythonReference, vocabularies
+from lmops_jax import cli, pretrained
+from lmops_jax.config import resolve
+from lmops_jax.data import PythonReference
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data.documents import Document
 from lmops_jax.data.hashing import order_key
@@ -18,6 +19,7 @@ from lmops_jax.evaluation import lm
 from lmops_jax.models.transformer import TransformerConfig, num_params
 from lmops_jax.pretrained import exporting
 from lmops_jax.systems.meta_optimizer.momentum import pairs, texts
+from lmops_jax.text import vocabularies
 from lmops_jax.training import language_models, losses
 
 WORDS = ("red green blue north south east west stone river cloud tree bird fish house road bridge "
@@ -206,13 +208,13 @@ def test_bad_input_is_one_sentence(files, tmp_path, capsys, binding, message):
 def test_the_decay_must_be_given():
   with pytest.raises(TypeError, match="eta"):
     pairs.Pairs(texts=None, training=None, evaluate=None)
-  with pytest.raises(config.ConfigError, match="ETA"):
-    config.load(["meta_optimizer/momentum_paper.gin"], [
+  with pytest.raises(resolve.ConfigError, match="ETA"):
+    resolve.load(["meta_optimizer/momentum_paper.gin"], [
       "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/tokenizer.json'"])
 
 
 def test_the_papers_setting_is_as_published():
-  system = config.load(["meta_optimizer/momentum_paper.gin"], [
+  system = resolve.load(["meta_optimizer/momentum_paper.gin"], [
     "ETA = 0.5", "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/tokenizer.json'",
   ]).build()
   training = system.training
@@ -225,7 +227,7 @@ def test_the_papers_setting_is_as_published():
   assert 340e6 < 24 * layer + v * d < 360e6
   assert training.num_steps == 500_000
   assert training.batch_size * system.texts.length == 512 * 1024
-  rate = config.load(["meta_optimizer/momentum_paper.gin"], [
+  rate = resolve.load(["meta_optimizer/momentum_paper.gin"], [
     "ETA = 0.5", "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/tokenizer.json'",
   ]).tree.child("system", "training", "optimizer", "learning_rate").build()
   for step, want in {0: 0, 10_000: 1.5e-4, 20_000: 3e-4, 260_000: 1.5e-4, 500_000: 0}.items():

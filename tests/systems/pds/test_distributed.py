@@ -11,12 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from lmops_jax import pipeline, seals
-from lmops_jax.data import files, packing, vocabularies
+from lmops_jax.data import files, packing
 from lmops_jax.data.distributed import engine as engine_lib
+from lmops_jax.host import seals
+from lmops_jax.mesh import checkpoints, meshes
 from lmops_jax.models import transformer
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import distributed, prepare, scorer, scores, select
-from lmops_jax.training import checkpoints, mesh, optimizers
+from lmops_jax.text import vocabularies
+from lmops_jax.training import optimizers
 
 pytest.importorskip("apache_beam", reason="needs the extra `beam`")
 
@@ -211,7 +214,7 @@ def fitted(prepared, tmp_path_factory):
   params = scorer.initializer(model)(jax.random.key(0))
   checkpoints.save_params(root / "scorer" / scorer.PARAMS_FOLDER, nn.unbox(params))
   stage = functools.partial(
-    scorer.annotate, config=config, proxy=None, partitioner=mesh.single_device(),
+    scorer.annotate, config=config, proxy=None, partitioner=meshes.single_device(),
     scorer_stage="scorer",
   )
   context = _run(stage, root / "annotate", inputs)

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lmops_jax import cli, config, pretrained
-from lmops_jax.training import checkpoints
+from lmops_jax import cli, pretrained
+from lmops_jax.config import resolve
+from lmops_jax.mesh import checkpoints
 from tests import model_folders
 
 
@@ -56,7 +57,7 @@ def test_the_proxy_trains_on_from_the_published_weights(folder, own, tmp_path):
 
 
 def test_configuration_comes_from_the_model_and_weights_are_part_of_the_settings(folder, own):
-  resolved = config.load([own], _bindings(folder, "INIT = @pretrained.load()"))
+  resolved = resolve.load([own], _bindings(folder, "INIT = @pretrained.load()"))
   system = resolved.run().system
   assert system.proxy.model == system.pretrain.model == pretrained.load(folder).config
   stages = {stage.name: stage for stage in system.stages(resolved.settings, None)}
@@ -68,12 +69,12 @@ def test_a_scorer_may_start_from_another_model(folder, own):
   bindings = _bindings(
     folder, "pds.Scorer.init = @pretrained.load()", "pds.Scorer.from_proxy = False"
   )
-  system = config.load([own], bindings).run().system
+  system = resolve.load([own], bindings).run().system
   assert system.scorer.trunk(system.proxy) == pretrained.load(folder).config
   with pytest.raises(ValueError, match="pds.Scorer.init is set, so its trunk cannot start from"):
-    config.load([own], bindings[:-1]).run()
+    resolve.load([own], bindings[:-1]).run()
 
 
 def test_another_vocabulary_is_refused(folder, own, tmp_path):
   with pytest.raises(ValueError, match="instances are in another vocabulary; include 'data/model_"):
-    config.load([own], _bindings(folder, "VOCABULARY = @data.TrainSentencePiece()")[1:]).run()
+    resolve.load([own], _bindings(folder, "VOCABULARY = @data.TrainSentencePiece()")[1:]).run()

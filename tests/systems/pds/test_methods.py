@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from lmops_jax import control
-from lmops_jax.models import flops
+from lmops_jax.mesh import meshes
 from lmops_jax.models.transformer import Transformer, TransformerConfig
+from lmops_jax.sizing import flops
 from lmops_jax.systems.pds import methods, pretrain
-from lmops_jax.training import mesh, optimizers
+from lmops_jax.training import optimizers
 
 LENGTH, VOCAB = 8, 32
 CONFIG = TransformerConfig(
@@ -53,7 +54,7 @@ class _Context:
     self.lines.append(text)
 
   def progress(self, total, unit, description):
-    from lmops_jax import progress
+    from lmops_jax.host import progress
     return progress.Progress(total, unit, description, quiet=True)
 
 
@@ -71,7 +72,7 @@ def _bench(directory, *, num_target, num_proxies, devices=8, num_corpus=64, **pr
     corpus=_Instances(num_corpus, 0), target_dev=_Instances(num_target, 1)
   )
   config = pretrain.Pretrain(CONFIG, SGD, num_steps=4, batch_size=8, **proxy)
-  partitioner = mesh.MeshConfig(data=devices).build(jax.devices()[:devices])
+  partitioner = meshes.MeshConfig(data=devices).build(jax.devices()[:devices])
   return _Bench(
     _Context(directory), prepared, config, methods.ProxySet(num_proxies), partitioner
   )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmops_jax import config
+from lmops_jax.config import resolve
 from lmops_jax.control import pmp, targets
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.problem import Settings
@@ -24,13 +24,13 @@ NUM_PARAMS = {
 
 @pytest.fixture(scope="module")
 def paper():
-  return config.load(["pds/paper.gin"], PATHS)
+  return resolve.load(["pds/paper.gin"], PATHS)
 
 
 def test_paths_are_owed():
   for i, path in enumerate(PATHS):
-    with pytest.raises(config.ConfigError, match=path.split(" = ")[0]):
-      config.load(["pds/paper.gin"], PATHS[:i] + PATHS[i + 1:])
+    with pytest.raises(resolve.ConfigError, match=path.split(" = ")[0]):
+      resolve.load(["pds/paper.gin"], PATHS[:i] + PATHS[i + 1:])
 
 
 def test_published_numbers(paper):
@@ -86,7 +86,7 @@ def test_sizes_and_shardings(tmp_path, size):
     f"include 'pds/paper.gin'\ninclude 'models/pds_{size}.gin'\ninclude 'optim/pds_{size}.gin'\n"
     "include 'mesh/fsdp_tensor.gin'\n"
   )
-  resolved = config.load([str(tmp_path / "size.gin")], PATHS)
+  resolved = resolve.load([str(tmp_path / "size.gin")], PATHS)
   run = resolved.run()
   system, partitioner = run.system, run.mesh.build()
   model = language_models.language_model(system.pretrain.model, 32_000, 1024)

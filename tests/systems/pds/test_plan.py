@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmops_jax import config, control
+from lmops_jax import control
+from lmops_jax.config import resolve
+from lmops_jax.config.settings import ConfigError
 from lmops_jax.control import plan as control_plan
-from lmops_jax.models import flops
-from lmops_jax.settings import ConfigError
+from lmops_jax.mesh.meshes import MeshConfig
+from lmops_jax.sizing import aot, flops
+from lmops_jax.sizing.budget import Memory, memory_of
 from lmops_jax.systems.pds import methods, plan, pretrain, programs
 from lmops_jax.systems.pds.programs import Sizes
-from lmops_jax.training import aot, loop, losses, optimizers
-from lmops_jax.training.budget import Memory, memory_of
-from lmops_jax.training.mesh import MeshConfig
+from lmops_jax.training import loop, losses, optimizers
 
 LENGTH, VOCAB = 64, 512
 PAPER = [f"{name} = 'unread'" for name in (
@@ -190,7 +191,7 @@ def test_memory_of_a_device():
   ("160m", 162_417_408), ("470m", 468_239_360), ("1b", 1_004_348_928), ("1.7b", 1_741_785_088)])
 def test_the_papers_sizes(size, count):
   """Parameters of the published models, and the published batches, in one command each."""
-  job = config.load([f"pds/paper_{size}.gin"], owed="named").run()
+  job = resolve.load([f"pds/paper_{size}.gin"], owed="named").run()
   partitioner = job.mesh.plan(64)
   found = {p.name: p for p in job.system.phases(
     partitioner, Memory(95e9), num_target=1024, num_corpus=1000, platform="tpu")}
@@ -206,7 +207,7 @@ def test_the_papers_sizes(size, count):
 
 def test_whole_solve_of_the_paper():
   """The specification's account of the reference's scheme (8.1), scores at every tenth step."""
-  job = config.load(["pds/paper_160m.gin"], owed="named").run()
+  job = resolve.load(["pds/paper_160m.gin"], owed="named").run()
   found = {p.name: p.flops / 5 for p in job.system.phases(
     job.mesh.plan(8), Memory(95e9), num_target=1024, num_corpus=1, platform="tpu")}
   # Its 137.8M parameters in products, and of its 37.7 MFLOP of attention the causal half.

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from lmops_jax import pipeline
-from lmops_jax.data import PythonReference, documents, files, vocabularies
+from lmops_jax.data import PythonReference, documents, files
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import prepare
+from lmops_jax.text import vocabularies
 
 
 class Texts(documents.Corpus):

@@ -5,10 +5,11 @@ import types
 import numpy as np
 import pytest
 
-from lmops_jax.data import instances, packing, vocabularies
+from lmops_jax.data import instances, packing
 from lmops_jax.evaluation import correlation, examples
 from lmops_jax.models import heads, transformer
 from lmops_jax.systems.pds import scorer
+from lmops_jax.text import vocabularies
 from lmops_jax.training import loop, losses, optimizers
 
 LETTERS = np.array(list("etaoinshrdlucmfw"))

@@ -8,9 +8,10 @@ import types
 import numpy as np
 import pytest
 
-from lmops_jax import pipeline
-from lmops_jax.data import instances, packing, shards, vocabularies
+from lmops_jax.data import instances, packing, shards
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import scores, select, selection
+from lmops_jax.text import vocabularies
 
 WORDS = ["".join(row) for row in np.random.default_rng(0).choice(list("etaoinshrd"), (99, 5))]
 

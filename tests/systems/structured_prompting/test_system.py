@@ -7,12 +7,13 @@ import types
 import numpy as np
 import pytest
 
-from lmops_jax import cli, config, pretrained
+from lmops_jax import cli, pretrained
+from lmops_jax.config import resolve
 from lmops_jax.data.tasks import Example, Task, TaskChoice
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import in_context
+from lmops_jax.host.progress import Progress
 from lmops_jax.models.transformer import TransformerConfig
-from lmops_jax.progress import Progress
 from lmops_jax.systems import structured_prompting
 from lmops_jax.systems.structured_prompting import prompting, report, system
 from tests import model_folders
@@ -380,7 +381,7 @@ def test_demonstrations_come_from_the_rows_where_there_are_no_others():
 
 
 def test_the_published_setting():
-  resolved = config.load(["structured_prompting/paper.gin"], ["MODEL = '/data/model'"])
+  resolved = resolve.load(["structured_prompting/paper.gin"], ["MODEL = '/data/model'"])
   tree = resolved.tree.child("system")
   settings = tree.child("prompting").build()
   assert (settings.strategy, settings.group_tokens, settings.separator, settings.bos) == (
@@ -391,12 +392,12 @@ def test_the_published_setting():
   assert (task.task, task.flavour, task.num_rows) == ("sst2", "fs", 4000)
   text = resolved.text()
   assert "[2, 4, 6, 8, 10, 12]" in text and "[0, 'window', 500, 1000]" in text
-  with pytest.raises(config.ConfigError, match="MODEL"):
-    config.load(["structured_prompting/paper.gin"])
+  with pytest.raises(resolve.ConfigError, match="MODEL"):
+    resolve.load(["structured_prompting/paper.gin"])
 
 
 def test_the_default_builds_with_a_small_model_where_there_is_no_other(tmp_path):
-  built = config.load(
+  built = resolve.load(
     ["structured_prompting/default.gin"], ["pretrained.choose.package = None"]).build()
   assert built.counts == [0, 16, 128] and built.model.label == "a small model trained here"
   assert built.model.config.max_length == 512 and built.prompting.strategy == "even"

@@ -15,16 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import optax
 
-from lmops_jax import pipeline
-from lmops_jax.data.batches import epoch_permutation
-from lmops_jax.data.tasks import TaskChoice
-from lmops_jax.decoding.scoring import OptionScorer
-from lmops_jax.evaluation import in_context, lm
-from lmops_jax.models import attention, flops
-from lmops_jax.models.config import TransformerConfig
-from lmops_jax.pretrained import trained_vocabulary
-from lmops_jax.reporting.summary import read_summary
-from lmops_jax.setting_types import (
+from lmops_jax.config.setting_types import (
   Count,
   Distinct,
   NonEmpty,
@@ -33,10 +24,21 @@ from lmops_jax.setting_types import (
   Seeds,
   component,
 )
+from lmops_jax.data.batches import epoch_permutation
+from lmops_jax.data.tasks import TaskChoice
+from lmops_jax.decoding.scoring import OptionScorer
+from lmops_jax.evaluation import in_context, lm
+from lmops_jax.host.whole_files import write_json
+from lmops_jax.mesh import meshes
+from lmops_jax.models import attention
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.reporting.summary import read_summary
+from lmops_jax.sizing import flops
+from lmops_jax.stages import pipeline
 from lmops_jax.systems.meta_optimizer.momentum import report, texts
 from lmops_jax.systems.meta_optimizer.momentum.report import MOMENTUM, RESULTS_FILE, VANILLA
-from lmops_jax.training import language_models, loop, losses, mesh
-from lmops_jax.whole_files import write_json
+from lmops_jax.training import language_models, loop, losses
 
 
 @component(module="momentum")
@@ -134,7 +136,7 @@ class Pairs:
 
   def stages(self, settings, partitioner) -> list[pipeline.Stage]:
     """The run as stages; arguments as for every system."""
-    partitioner = partitioner or mesh.single_device()
+    partitioner = partitioner or meshes.single_device()
     attention.check_platform(self.training.model.attention, partitioner.platform)
 
     def part(name: str) -> dict[str, str]:

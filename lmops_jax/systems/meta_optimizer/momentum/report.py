@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from lmops_jax import pipeline, progress
 from lmops_jax.evaluation.intervals import mean_and_half_width
 from lmops_jax.evaluation.lm import perplexity
+from lmops_jax.host import progress
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.summary import write_summary
+from lmops_jax.stages import pipeline
 from lmops_jax.training.metrics import read_records
 
 VANILLA, MOMENTUM = "vanilla", "momentum"

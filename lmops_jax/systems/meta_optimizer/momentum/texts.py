@@ -16,13 +16,14 @@ from typing import Annotated
 
 from annotated_types import MultipleOf
 
-from lmops_jax import pipeline
+from lmops_jax.config.setting_types import ByteCount, Part, Seed, at_least, component
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import matching, near_duplicates, packing, vocabularies
+from lmops_jax.data import matching, near_duplicates, packing
 from lmops_jax.data.documents import Corpus, Document
 from lmops_jax.data.hashing import order_key
-from lmops_jax.data.vocabularies import VocabularySource
-from lmops_jax.setting_types import ByteCount, Part, Seed, at_least, component
+from lmops_jax.stages import pipeline
+from lmops_jax.text import vocabularies
+from lmops_jax.text.vocabularies import VocabularySource
 
 
 @component(module="momentum")

@@ -1,0 +1,365 @@
+"""`lmops generate`, `score`, `convert` and `export`: what a user does with one published model.
+
+The parsers stand here without anything heavy; jax and the model code are imported when a command
+runs. Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+from lmops_jax.host import foreign_files
+
+COMMANDS = {
+  "generate": "continue prompts with a published model",
+  "score": "measure a published model on a labelled task by scoring its answer options",
+  "convert": "write a published model as parameters that any gin file can start from",
+  "export": "write a model trained or converted here as a folder that transformers loads",
+}
+EPILOG = """\
+examples:
+  lmops generate --model MODEL --prompt "The capital of France is" --max-new-tokens 16
+  lmops generate --model MODEL --prompt "..." --temperature 0.8 --top-p 0.9 --seed 1
+  lmops generate --model MODEL --chat --prompt "Name three rivers." --beams 4
+  lmops score --model MODEL --task sst2.jsonl --labels negative,positive --shots 8 \\
+      --template "Review: {text}\\nSentiment:{label}"
+  lmops score --model MODEL --task copa --data COPA_FOLDER --shots 8 --normalise auto
+  lmops convert --model MODEL --to CONVERTED
+  lmops export --checkpoint WORKDIR/train --to EXPORTED
+
+MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what lmops wrote.
+"""
+_NORMALISATIONS = ("sum", "token", "char", "null", "auto")
+
+
+def add_parsers(commands, options: dict) -> None:
+  """Adds the four commands to argparse's subparsers."""
+  for name, text in COMMANDS.items():
+    parser = commands.add_parser(
+      name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG, **options
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    {"generate": _generate_parser, "score": _score_parser, "convert": _convert_parser,
+     "export": _export_parser}[name](parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+  """Runs one of the commands and returns the exit code."""
+  {"generate": _generate, "score": _score, "convert": _convert, "export": _export}[
+    arguments.command
+  ](arguments)
+  return 0
+
+
+def _model_options(parser) -> None:
+  parser.add_argument("--model", required=True, metavar="PATH", help="folder or .gguf file")
+  parser.add_argument("--dtype", default="float32", help="of activations (default float32)")
+  parser.add_argument("--param-dtype", default="float32", help="of parameters (default float32)")
+
+
+def _running_options(parser) -> None:
+  _model_options(parser)
+  parser.add_argument("--attention", default="xla", help="xla, chunked, cudnn or splash")
+  parser.add_argument("--mesh", metavar="AXIS=N,...", help="such as data=2,tensor=4; default: one "
+                      "device")
+
+
+def _generate_parser(parser) -> None:
+  _running_options(parser)
+  add = parser.add_argument
+  add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+  add("--prompts", metavar="FILE", help='further prompts: JSON lines with "prompt", or plain lines')
+  add("--chat", action="store_true", help="put each prompt into the model's chat template")
+  add("--system", metavar="TEXT", help="system message in front of a chat")
+  add("--max-new-tokens", type=int, default=64)
+  add("--temperature", type=float, help="sample; default: greedy")
+  add("--top-k", type=int)
+  add("--top-p", type=float)
+  add("--min-p", type=float)
+  add("--repetition-penalty", type=float)
+  add("--no-repeat-ngram", type=int)
+  add("--beams", type=int, dest="num_beams", help="beam search")
+  add("--beam-groups", type=int, dest="num_beam_groups", help="diverse beam search")
+  add("--diversity-penalty", type=float)
+  add("--length-penalty", type=float)
+  add("--num-return", type=int, dest="num_return_sequences", help="answers a prompt")
+  add("--seed", type=int)
+  add("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
+  add("--json", action="store_true", help="a JSON object a text, with tokens and log-probabilities")
+
+
+def _score_parser(parser) -> None:
+  _running_options(parser)
+  add = parser.add_argument
+  add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields and "
+      "label, or one of lmops list tasks")
+  add("--template", help='such as "Review: {text}\\nSentiment: {label}"; the label comes last')
+  add("--labels", help="label words in the order of the label ids, by commas; of a named task only "
+      "where the numbers in --data have another order")
+  add("--data", metavar="FOLDER", help="rows of a named task, train.jsonl and test.jsonl; default: "
+      "tfds")
+  add("--flavour", help="of a named task's templates: fs, hf, paper or plain")
+  add("--template-index", type=int, default=0, help="within the flavour (default 0)")
+  add("--shots", type=int, default=0, help="demonstrations in front of each row (default 0)")
+  add("--train", metavar="FILE", help="rows to draw demonstrations from; default: the task's own")
+  add("--balanced", action="store_true", help="as many demonstrations of each label")
+  add("--limit", type=int, help="read the first rows only")
+  add("--seed", type=int, default=0, help="of the demonstrations")
+  add("--normalise", default="sum", choices=_NORMALISATIONS, help="of an option's log-likelihood")
+  add("--batch-tokens", type=int, default=4096)
+  add("--output", metavar="FILE", help="write every row's scores as JSON lines")
+
+
+def _convert_parser(parser) -> None:
+  _model_options(parser)
+  parser.add_argument("--to", required=True, metavar="DIR", help="a new folder")
+
+
+def _export_parser(parser) -> None:
+  add = parser.add_argument
+  add("--checkpoint", required=True, metavar="PATH", help="a model that lmops wrote, or any other")
+  add("--to", required=True, metavar="DIR", help="a new folder")
+  add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+
+
+def _load(arguments):
+  """The model, its tokenizer, and the mesh: all checks that need no weights."""
+  from lmops_jax.pretrained import model as model_lib
+
+  partitioner = _partitioner(arguments.mesh)
+  source = model_lib.load(
+    arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
+    attention=arguments.attention,
+  )
+  if not getattr(source.config, "causal", False):
+    raise ValueError(
+      f"{arguments.model} is a model of the family {source.family} that does not continue a text; "
+      f"lmops {arguments.command} needs a decoder."
+    )
+  return source, source.tokenizer(), partitioner
+
+
+def _partitioner(text: str | None):
+  from lmops_jax.mesh.meshes import AXES, MeshConfig
+
+  if text is None:
+    return None
+  sizes = {"data": 1}
+  for part in text.split(","):
+    axis, _, size = part.partition("=")
+    if axis not in AXES or not size.lstrip("-").isdigit():
+      raise ValueError(
+        f"--mesh {text!r}: {part!r} is not AXIS=N with an axis of {', '.join(AXES)}; write for "
+        "example data=2,tensor=4."
+      )
+    sizes[axis] = int(size)
+  return MeshConfig(**sizes).build()
+
+
+def _generate(arguments) -> None:
+  prompts = _prompts(arguments)
+  if arguments.system is not None and not arguments.chat:
+    raise ValueError("--system is a message in front of a chat; add --chat, or leave it out.")
+  for i, text in enumerate(prompts):
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"prompt {i} holds {text[error.start]!r}, half a character or a byte that is no UTF-8; "
+        "write the text in UTF-8."
+      ) from error
+  from lmops_jax.data.supervised import encode_behind, front_ids
+  from lmops_jax.decoding import GenerationOptions, Generator
+  from lmops_jax.decoding.generate import checked_prompts
+  from lmops_jax.decoding.text import check_stop
+
+  check_stop(arguments.stop)
+  names = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "no_repeat_ngram", "num_beams", "num_beam_groups", "diversity_penalty", "length_penalty",
+    "num_return_sequences", "seed",
+  )
+  given = {name: getattr(arguments, name) for name in names}
+  options = GenerationOptions(**{k: v for k, v in given.items() if v is not None})
+  source, tokenizer, partitioner = _load(arguments)
+  texts = prompts
+  if arguments.chat:
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    texts = [
+      tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
+      for text in prompts
+    ]
+  front = [] if arguments.chat else front_ids(tokenizer)
+  checked_prompts(
+    source.config, [encode_behind(front, tokenizer, text) for text in texts], options,
+    tokenizer.bos_id)
+  generator = Generator(source.model, source.params(partitioner), tokenizer, partitioner)
+  if len(texts) == 1 and options.num_beams == options.num_return_sequences == 1 and not (
+    arguments.json
+  ):
+    _stream(generator, texts, options, arguments)
+    return
+  answers = generator.generate(
+    texts, options, stop=arguments.stop, add_special=not arguments.chat
+  )
+  per_prompt = len(answers) // len(texts)
+  for i, answer in enumerate(answers):
+    if arguments.json:
+      print(json.dumps({"prompt": prompts[i // per_prompt], **answer._asdict()}))
+    else:
+      print(answer.text if len(answers) == 1 else f"[{i // per_prompt}] {answer.text}")
+
+
+def _stream(generator, texts, options, arguments) -> None:
+  def show(row: int, text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+  generator.generate(
+    texts, options, stop=arguments.stop, callback=show, add_special=not arguments.chat
+  )
+  print()
+
+
+def _score(arguments) -> None:
+  from lmops_jax.decoding.scoring import OptionScorer
+  from lmops_jax.evaluation import in_context
+  from lmops_jax.host import progress as progress_lib
+
+  if arguments.batch_tokens < 1:
+    raise ValueError(f"--batch-tokens {arguments.batch_tokens} must be at least 1.")
+  task, train = _task(arguments)
+  how = dict(
+    shots=arguments.shots, seed=arguments.seed, train=train, balanced=arguments.balanced,
+    normalisation=arguments.normalise)
+  in_context.rows_and_front(task, **how)  # what is wrong with them is told before a model is read
+  if arguments.output:
+    _check_output(arguments.output)
+  if task.skipped:
+    print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
+          "empty or repeated one, or no answer.", file=sys.stderr)
+  source, tokenizer, partitioner = _load(arguments)
+  scorer = OptionScorer(
+    source.model, source.params(partitioner), partitioner, batch_tokens=arguments.batch_tokens
+  )
+  prompts = sum(len(row.prompts) or 1 for row in task.rows)
+  with progress_lib.Progress(prompts, "prompts", "scoring") as bar:
+    result = in_context.evaluate(scorer, tokenizer, task, **how, progress=bar.update)
+  if arguments.output:
+    with Path(arguments.output).expanduser().open("w", encoding="utf-8") as file:
+      for i in range(len(result.labels)):
+        file.write(json.dumps(in_context.record(task, result, i)) + "\n")
+  print(f"accuracy {result.accuracy:.4f} (standard error {result.standard_error:.4f}), "
+        f"{len(result.labels)} rows, {result.num_shots} shots, by {arguments.normalise}")
+  if not task.words:
+    return
+  width = max(map(len, task.words))
+  print(f"  {'label':{width}}  rows  predicted  right")
+  for i, word in enumerate(task.words):
+    print(f"  {word:{width}}  {result.confusion[i].sum():4}  {result.confusion[:, i].sum():9}  "
+          f"{result.confusion[i, i]:5}")
+
+
+def _check_output(path: str) -> None:
+  """Opens the file, which is written at the end, so that hours of scoring are not lost then."""
+  file = Path(path).expanduser()
+  if not file.parent.is_dir():
+    raise ValueError(f"--output {path} lies in a folder that does not exist; make it first.")
+  try:
+    file.open("a").close()
+  except OSError as error:
+    raise ValueError(f"--output {path} cannot be written ({error.strerror}).") from error
+
+
+def _task(arguments):
+  """The task to score, and rows to draw demonstrations from where --train gives them."""
+  from lmops_jax.data import tasks
+
+  labels = [word.strip() for word in arguments.labels.split(",")] if arguments.labels else None
+  if arguments.template is None and not Path(arguments.task).suffix:
+    if arguments.train:
+      raise ValueError(
+        f"--train is for a --task that is a file; {arguments.task} draws from its own train split, "
+        "or from FOLDER/train.jsonl with --data FOLDER."
+      )
+    return tasks.named_task(
+      arguments.task, flavour=arguments.flavour, template=arguments.template_index,
+      data=arguments.data, limit=arguments.limit, labels=labels,
+    ), None
+  if arguments.template is None or labels is None:
+    raise ValueError(
+      f"--task {arguments.task} is a file, so it needs --template and --labels; see lmops score "
+      "--help."
+    )
+  if arguments.data or arguments.flavour or arguments.template_index:
+    raise ValueError(
+      "--data, --flavour and --template-index are for named tasks; leave them out for a file."
+    )
+  template = arguments.template.replace("\\n", "\n")
+  task = tasks.jsonl_task(arguments.task, template, labels, arguments.limit)
+  train = arguments.train and tasks.jsonl_task(arguments.train, template, labels).rows
+  return task, train
+
+
+def _prompts(arguments) -> list[str]:
+  prompts = list(arguments.prompt)
+  if arguments.prompts:
+    prompts += _prompts_of(Path(arguments.prompts).expanduser())
+  if not prompts:
+    raise ValueError("there is nothing to continue; give --prompt TEXT or --prompts FILE.")
+  return prompts
+
+
+def _prompts_of(path: Path) -> list[str]:
+  """The lines of a file, or the fields "prompt" of its rows where it is one of JSON lines."""
+  from lmops_jax.data.lines import jsonl_rows
+
+  if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    prompts = []
+    for number, row in jsonl_rows(path):
+      if not isinstance(row.get("prompt"), str):
+        raise ValueError(
+          f'{path}:{number} should be a JSON object with a text in its field "prompt", such as '
+          '{"prompt": "The capital of"}.'
+        )
+      prompts.append(row["prompt"])
+    return prompts
+  # Not `splitlines`, which also ends a line at separators within a text, such as U+2028.
+  lines = io.StringIO(foreign_files.read_text(path), newline=None)
+  return [line.removesuffix("\n") for line in lines]
+
+
+def _convert(arguments) -> None:
+  from lmops_jax.pretrained import model as model_lib
+
+  source = model_lib.load(
+    arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype
+  )
+  model_lib.save_model(Path(arguments.to), source, source.params())
+  print(f"{source.family}, {_count(source)} parameters: {arguments.to}")
+
+
+def _export(arguments) -> None:
+  from lmops_jax.pretrained import exporting
+  from lmops_jax.pretrained import model as model_lib
+
+  source = model_lib.load(arguments.checkpoint)
+  exporting.export(arguments.to, source, dtype=arguments.dtype)
+  print(f"{source.family}, {_count(source)} parameters: {arguments.to}")
+
+
+def _count(source) -> str:
+  import math
+
+  import flax.linen as nn
+  import jax
+
+  from lmops_jax.host import progress
+  from lmops_jax.pretrained import families, importing
+
+  shapes = nn.unbox(importing.abstract_params(families.by_name(source.family), source.config))
+  return progress.format_count(sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)))

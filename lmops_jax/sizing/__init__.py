@@ -1,0 +1,1 @@
+"""What a run will take: operations, bytes a device, chips, compilation ahead of time."""

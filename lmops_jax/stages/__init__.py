@@ -1,0 +1,1 @@
+"""Runs as stages that are fingerprinted, resumable and visible only when complete."""

@@ -1,0 +1,69 @@
+"""Every packaged gin file resolves, and the published runs resolve to the texts in golden/.
+
+A change of any default shows here. To accept it, run the test with LMOPS_UPDATE_GOLDEN=1.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lmops_jax.config import gin_files, resolve
+
+GOLDEN = Path(__file__).parent / "golden"
+OWED = {
+  "learning_law/evaluate.gin": ["POLICY = '/data/policy'"],
+  "learning_law/transformer_paper.gin": [
+    "CORPUS_PATH = '/data/stories'", "VOCABULARY_PATH = '/data/tokenizer.json'",
+  ],
+  "meta_optimizer/momentum_paper.gin": [
+    "ETA = 0.5", "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/tokenizer.json'",
+  ],
+  "meta_optimizer/paper.gin": ["MODEL = '/data/model'"],
+  "pds/paper.gin": [
+    "CORPUS_PATH = '/data/corpus'", "TARGET_PATH = '/data/target.jsonl'",
+    "TARGET_TEST_PATH = '/data/test.jsonl'", "VOCABULARY_PATH = '/data/tokenizer.model'",
+  ],
+  "structured_prompting/paper.gin": ["MODEL = '/data/model'"],
+}
+PAPER_SIZES = [f"pds/paper_{size}.gin" for size in ("1.7b", "160m", "1b", "470m")]
+OWED |= dict.fromkeys(PAPER_SIZES, OWED["pds/paper.gin"])
+RUNS = [
+  "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
+  "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
+  "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",
+  "meta_optimizer/paper.gin", "pds/baselines.gin", "pds/default.gin", "pds/paper.gin",
+  *PAPER_SIZES, "pds/smoke.gin",
+  "structured_prompting/default.gin", "structured_prompting/paper.gin",
+]
+PARTS = ("pipeline", "sizes", "model")  # of a run, named by what they are
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_published_runs_resolve_to_their_golden_text(name):
+  text = resolve.load([name], OWED.get(name, [])).text()
+  path = GOLDEN / f"{name.replace('/', '_')}.txt"
+  if os.environ.get("LMOPS_UPDATE_GOLDEN"):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+  assert text == path.read_text()
+
+
+def test_every_file_that_describes_a_run_is_covered():
+  described = [
+    name for name in gin_files.packaged()
+    if name.split("/")[0] not in gin_files.PARTS
+    and not Path(name).stem.endswith(PARTS)
+  ]
+  assert sorted(described) == RUNS
+
+
+@pytest.mark.parametrize("name", [n for n in gin_files.packaged() if n.startswith("models/pds_")])
+def test_a_final_model_of_another_size_keeps_the_proxy(name, tmp_path):
+  size = Path(name).stem
+  own = tmp_path / "own.gin"
+  own.write_text(f"include 'pds/paper.gin'\ninclude '{name}'\ninclude 'optim/{size}.gin'\n")
+  system = resolve.load([str(own)], OWED["pds/paper.gin"]).build()
+  proxy = system.proxy.model
+  assert (proxy.num_layers, proxy.width, proxy.num_heads, proxy.mlp_width) == (12, 768, 12, 3072)
+  assert system.pretrain.model.width >= 768
