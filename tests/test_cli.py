@@ -17,7 +17,7 @@ from tests import several_processes
 SYSTEM = """
   import dataclasses, sys, time
   import gin
-  from lmops_jax import pipeline
+  from lmops_jax.stages import pipeline
 
   @gin.register(module="toy")
   @dataclasses.dataclass(frozen=True)
@@ -305,7 +305,7 @@ def job(toy):
   """Gin files of a system that takes a mesh; all processes work in its first stage."""
   (toy / "modules" / "toy_job_system.py").write_text(textwrap.dedent("""
     import gin
-    from lmops_jax import pipeline
+    from lmops_jax.stages import pipeline
 
     @gin.register(module="toy_job")
     class System:

@@ -111,7 +111,7 @@ def refuse_before_joining(why: str) -> None:
   Another process of this machine joins in its place: jax ends a process that waits in vain for the
   others, with a trace of its own.
   """
-  program = "import sys; from lmops_jax import agreement; agreement.tell(sys.argv[1])"
+  program = "import sys; from lmops_jax.mesh import agreement; agreement.tell(sys.argv[1])"
   try:
     subprocess.run([sys.executable, "-c", program, why], timeout=_TELL_SECONDS, check=False,
                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -158,7 +158,7 @@ def test_changed_code_of_the_same_release_is_seen(tmp_path):
   with (package / "processes.py").open("a") as file:
     file.write("# changed\n")
   done = subprocess.run(
-    [sys.executable, "-c", "from lmops_jax import agreement; print(agreement._code())"],
+    [sys.executable, "-c", "from lmops_jax.mesh import agreement; print(agreement._code())"],
     env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, text=True, capture_output=True,
     check=True)
   assert done.stdout.strip() != agreement._code()

@@ -738,7 +738,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed):
 
 def test_killed_stage_resumes_and_keeps_its_clock(tmp_path):
   process = spawn("""
-    from lmops_jax import pipeline
+    from lmops_jax.stages import pipeline
     pipeline._SAVE_SECONDS = 0.02
     run_stages(stages(4, pause=0.2), sys.argv[1], system="toy")
   """, tmp_path)

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 _PROGRAM = """
 import json, os, signal, sys
 import jax
-from lmops_jax import processes
+from lmops_jax.mesh import processes
 from lmops_jax.mesh.meshes import MeshConfig, initialize_distributed
 
 directory, num_steps, fault, at = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
