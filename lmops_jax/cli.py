@@ -37,6 +37,8 @@ examples:
   lmops show pds
   lmops plan pds
   lmops generate --model MODEL --prompt "The capital of France is"
+
+to read: the README.md of each system, whose paths lmops list shows
 """
 
 
@@ -278,6 +280,7 @@ def _listing(systems: Sequence[str]) -> str:
             for name in systems]
   lines += ["", f"gin files (lmops run FILE, lmops show FILE), in {root}"]
   lines += [f"  {name:{width}}  {gin_files.describe(root / name)}" for name in files]
+  lines += ["", "to read", *(f"  {guide}" for guide in gin_files.guides())]
   lines += ["", "named tasks of lmops score: lmops list tasks"]
   return "\n".join(line.rstrip() for line in lines)
 

@@ -34,6 +34,12 @@ def systems() -> list[str]:
   return sorted(name.replace("_", "-") for name in folders if name not in PARTS)
 
 
+def guides() -> list[Path]:
+  """The README.md of each system, then that of published models."""
+  package = Path(__file__).resolve().parents[1]
+  return [*sorted(package.glob("systems/*/README.md")), package / "pretrained" / "README.md"]
+
+
 def system_file(system: str, action: str = "default") -> str:
   """The gin file of a system's action, relative to `root()`: "learning_law/evaluate.gin".
 
