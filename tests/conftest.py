@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -20,6 +21,10 @@ _FLAGS = {
   "--xla_force_host_platform_device_count": 8,
   "--xla_cpu_collective_call_terminate_timeout_seconds": 3600,
 }
+# Compiling is most of the time of the tests, and the emitters of fusions are half of compiling. XLA
+# ends the process at a flag that it does not know, so only releases that were seen to know it get it.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 for _flag, _value in _FLAGS.items():
   if _flag not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
@@ -27,7 +32,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job
   signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Compiling is most of the time. What two tests or two runs compile alike is compiled once.
+# What two tests or two runs compile alike is compiled once.
 _CACHE = cache_folder()
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla_of_tests"))

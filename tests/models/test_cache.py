@@ -38,9 +38,13 @@ def _tokens(batch, length, seed=0):
   return np.random.default_rng(seed).integers(0, 23, (batch, length)).astype(np.int32)
 
 
-def _extend(model, params, tokens, cache, **kwargs):
-  kwargs = {k: jnp.asarray(v) if not isinstance(v, bool) else v for k, v in kwargs.items()}
-  return model.apply({"params": params}, tokens, cache, **kwargs, method="extend")
+@functools.partial(jax.jit, static_argnames=("model", "method", "fresh", "in_blocks"))
+def _apply(model, params, *args, in_blocks=False, **kwargs):
+  del in_blocks  # only keeps programs apart
+  return model.apply({"params": params}, *args, **kwargs)
+
+
+_extend = functools.partial(_apply, method="extend")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -48,7 +52,7 @@ def _extend(model, params, tokens, cache, **kwargs):
 def test_piece_by_piece_equals_all_at_once(name, stacked):
   model, params = _model(name)
   tokens = _tokens(2, 9)
-  want = model.apply({"params": params}, tokens)
+  want = _apply(model, params, tokens)
   params = params if stacked else unstack_layers(params)
   cache = empty_cache(model.config, 2, 12)
   pieces, start = [], 0
@@ -82,7 +86,7 @@ def test_padding_on_either_side_is_never_seen(name, side):
   after = np.array(lengths)[:, None] + np.arange(2)
   second, _ = _extend(model, params, more, cache, positions=after)
   for row, ids in enumerate(rows):
-    alone = model.apply({"params": params}, np.concatenate([ids, more[row]])[None])[0]
+    alone = _apply(model, params, np.concatenate([ids, more[row]])[None])[0]
     np.testing.assert_allclose(
       first[row][valid[row]], alone[: len(ids)], rtol=2e-5, atol=2e-5
     )
@@ -102,7 +106,7 @@ def test_branches_see_the_shared_context_and_themselves():
         model, params, tokens, cache, positions=positions, branch=branch, fresh=fresh
       )
       for option, place in zip(options, (slice(4, 6), slice(6, 9))):
-        alone = model.apply({"params": params}, np.concatenate([context, option], 1))[0, 4:]
+        alone = _apply(model, params, np.concatenate([context, option], 1))[0, 4:]
         np.testing.assert_allclose(hidden[0, place], alone, rtol=2e-5, atol=2e-5)
 
 
@@ -123,11 +127,11 @@ def test_a_shared_context_is_a_context_of_every_row(name, in_blocks, monkeypatch
     fresh=True,
   )
   cache = empty_cache(model.config, 4, 6)
-  hidden, _ = model.apply(
-    {"params": params}, rows, cache, positions=np.broadcast_to(4 + np.arange(6), (4, 6)),
-    shared=Prefix(shared, 4, 0.0), method="extend",
+  hidden, _ = _extend(
+    model, params, rows, cache, positions=np.broadcast_to(4 + np.arange(6), (4, 6)),
+    shared=Prefix(shared, 4, 0.0), in_blocks=in_blocks,
   )
-  want = model.apply({"params": params}, np.concatenate([np.repeat(context, 4, 0), rows], 1))
+  want = _apply(model, params, np.concatenate([np.repeat(context, 4, 0), rows], 1))
   np.testing.assert_allclose(hidden, want[:, 4:], rtol=2e-5, atol=2e-5)
 
 
