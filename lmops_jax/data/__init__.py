@@ -18,14 +18,13 @@ from lmops_jax.data.instances import Instances, open_instances, write_instances
 from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
-from lmops_jax.text.vocabularies import (
+from lmops_jax.text.seqio_bridge import as_seqio
+from lmops_jax.text.vocabularies import Vocabulary, load_vocabulary
+from lmops_jax.text.vocabulary_sources import (
   HuggingFaceTokenizer,
   ModelTokenizer,
   SentencePieceFile,
   TrainSentencePiece,
-  Vocabulary,
-  as_seqio,
-  load_vocabulary,
 )
 
 __all__ = [

@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from lmops_jax.config.setting_types import Share, component
-from lmops_jax.data.hashing import order_key
 from lmops_jax.data.near_duplicates import (
   Deduplicator,
   OverlapIndex,
   overlapping_documents,
 )
+from lmops_jax.host.hashing import order_key
 
 __all__ = [
   "Corpus",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmops_jax.data.hashing import GOLDEN, mix64
+from lmops_jax.host.hashing import GOLDEN, mix64
 
 if TYPE_CHECKING:
   from lmops_jax.data.documents import Document

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lmops_jax.host.foreign_files import checked, is_there, read_json, require_regular
+from lmops_jax.host.foreign_files import checked, is_there, mapped, read_json
 from lmops_jax.host.gguf_files import QuantizedTensor, map_gguf
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
 from lmops_jax.pretrained.torch_pickle import MAX_INFLATED_BYTES, CompressedTensor, map_torch_file
@@ -27,7 +27,6 @@ _FOLDER_FILES = (  # the first that is there is read, as transformers does it
   "pytorch_model.bin.index.json",
 )
 _SUFFIXES = (_SAFETENSORS, *_TORCH, _GGUF)
-_POINTER = b"version https://git-lfs"
 _MAX_LISTED = 8
 
 
@@ -117,7 +116,7 @@ def open_source(
   path = Path(path)
   if not path.is_dir():
     if path.suffix == _GGUF:
-      metadata, tensors = _mapped(path, map_gguf)
+      metadata, tensors = mapped(path, map_gguf)
       return GGUFSource(path, tensors, metadata)
     return TensorSource(path, _map_file(path, max_inflated_bytes))
   for name in _FOLDER_FILES:
@@ -132,31 +131,13 @@ def open_source(
 
 def _map_file(path: Path, max_inflated_bytes: int) -> Tensors:
   if path.suffix == _SAFETENSORS:
-    return _mapped(path, map_safetensors)
+    return mapped(path, map_safetensors)
   if path.suffix in _TORCH:
-    return _mapped(path, functools.partial(map_torch_file, max_inflated_bytes=max_inflated_bytes))
+    return mapped(path, functools.partial(map_torch_file, max_inflated_bytes=max_inflated_bytes))
   raise ValueError(
     f"{path} is neither a folder nor a file that ends in one of {', '.join(_SUFFIXES)}; name one "
     "of these."
   )
-
-
-def _mapped(path: Path, mapper):
-  require_regular(path)
-  try:
-    with path.open("rb") as file:
-      start = file.read(len(_POINTER))
-    if not start:
-      raise ValueError(f"{path} is empty; fetch the file again.")
-    if start == _POINTER:
-      raise ValueError(
-        f"{path} is a pointer of Git LFS, not the weights; run git lfs pull in its folder."
-      )
-    return mapper(path)
-  except OSError as error:
-    raise ValueError(
-      f"{path} cannot be read ({error.strerror or error}); give an existing model file."
-    ) from error
 
 
 def _map_shards(index: Path, max_inflated_bytes: int) -> Tensors:

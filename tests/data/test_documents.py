@@ -107,10 +107,11 @@ def test_given_ids():
 
 def test_importing_the_package_imports_no_tensorflow():
   code = (
-    "import sys, pkgutil, importlib, lmops_jax.data as data\n"
-    "for module in pkgutil.iter_modules(data.__path__):\n"
-    "  if module.name != 'seqio_vocabulary':\n"
-    "    importlib.import_module('lmops_jax.data.' + module.name)\n"
+    "import sys, pkgutil, importlib, lmops_jax.data as data, lmops_jax.text as text\n"
+    "for package in (data, text):\n"
+    "  for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
+    "    if not module.name.endswith('.seqio_vocabulary'):\n"
+    "      importlib.import_module(module.name)\n"
     "heavy = {'tensorflow', 'seqio', 'jax'} & set(sys.modules)\n"
     "assert not heavy, heavy\n"
   )
