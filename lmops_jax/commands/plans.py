@@ -68,7 +68,7 @@ def set_environment(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace, resolved) -> int:
   """Runs one of the commands on a resolved configuration; 2 where something does not fit."""
-  from lmops_jax.config.settings import ConfigError
+  from lmops_jax.config.refusals import ConfigError
   from lmops_jax.sizing import chips
   topology = None if arguments.topology is None else chips.topology(arguments.topology)
   job = resolved.run()
@@ -136,7 +136,7 @@ def plan_table(phases, num_devices: int, peak: float | None) -> str:
 
 
 def _aot(arguments, job, topology) -> int:
-  from lmops_jax.config.settings import ConfigError
+  from lmops_jax.config.refusals import ConfigError
   from lmops_jax.mesh import meshes
   from lmops_jax.sizing import aot
   from lmops_jax.sizing.budget import Memory
@@ -211,7 +211,7 @@ def _verdict(results, memory_bytes: float | None) -> int:
   Args:
     results: (name, bytes needed, remedies, and perhaps whether the compiler refused).
   """
-  from lmops_jax.config.settings import ConfigError
+  from lmops_jax.config.refusals import ConfigError
   if memory_bytes is None:
     return 0
   for name, needed, remedies, *refused in results:

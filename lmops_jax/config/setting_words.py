@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import annotated_types as at
+from gin import config as gin_config
 
-from lmops_jax.config.settings import plain_text
+from lmops_jax.config.gin_text import plain_text
+from lmops_jax.config.registry import short_name
 
 LARGEST = 2**31 - 1  # what an index on a device holds
 _MAX_SHOWN = 200  # characters of a value
@@ -113,10 +115,6 @@ def _bounds(marks: tuple) -> str:
 
 
 def _registered() -> list[tuple[str, Any]]:
-  from gin import config as gin_config
-
-  from lmops_jax.config.gin_source import short_name
-
   return [(short_name(selector), configurable.wrapped)
           for selector, configurable in gin_config._REGISTRY.items()]
 

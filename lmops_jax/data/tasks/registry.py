@@ -365,7 +365,7 @@ def entry(name: str) -> Entry:
   Raises:
     ValueError: there is none; names the nearest and all.
   """
-  from lmops_jax.config.settings import nearest
+  from lmops_jax.config.refusals import nearest
 
   if name not in ENTRIES:
     raise ValueError(
@@ -391,7 +391,7 @@ def wording(name: str, flavour: str | None, template: int) -> Wording:
 
 def worded(name: str, flavours: Mapping[str, Any], flavour: str | None, template: int) -> Any:
   """`flavours[flavour][template]`, as `wording` chooses it."""
-  from lmops_jax.config.settings import nearest
+  from lmops_jax.config.refusals import nearest
 
   flavour = next(iter(flavours)) if flavour is None else flavour
   if flavour not in flavours:
