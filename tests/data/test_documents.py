@@ -6,6 +6,7 @@ import pytest
 
 from lmops_jax.data import documents as lib
 from lmops_jax.data.documents import Corpus, Document
+from lmops_jax.data.near_duplicates import Deduplicated
 
 
 class ListCorpus(Corpus):
@@ -92,7 +93,7 @@ def test_deduplicated_keeps_the_first_in_corpus_order():
   corpus = ListCorpus(documents)
   kept = next(d for d in corpus.documents() if d.text == text)
   counts = Counter()
-  result = list(lib.Deduplicated(corpus).documents(counts))
+  result = list(Deduplicated(corpus).documents(counts))
   assert counts == {"duplicate": 2}
   assert len(result) == 4 and kept in result
 
