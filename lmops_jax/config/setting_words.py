@@ -13,6 +13,7 @@ from gin import config as gin_config
 
 from lmops_jax.config.gin_text import plain_text
 from lmops_jax.config.registry import short_name
+from lmops_jax.host.words import shortened
 
 LARGEST = 2**31 - 1  # what an index on a device holds
 _MAX_SHOWN = 200  # characters of a value
@@ -61,8 +62,7 @@ def options(annotation: Any) -> list[Any]:
 def shown(value: Any) -> str:
   """A value as a message names it: gin's spelling, a component by its registered name."""
   selector = next((name for name, made in _registered() if made is type(value)), None)
-  text = f"@{selector}()" if selector else plain_text(value)
-  return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+  return shortened(f"@{selector}()" if selector else plain_text(value), _MAX_SHOWN)
 
 
 def described(annotation: Any) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
+from lmops_jax.host.words import shortened
+
 Made = TypeVar("Made")
 _KINDS = (
   (stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -208,8 +210,7 @@ def _first(errors: list[dict[str, Any]]) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
   """A value in JSON's words, cut where it is long."""
-  text = json.dumps(value, ensure_ascii=False, default=repr)
-  return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+  return shortened(json.dumps(value, ensure_ascii=False, default=repr), _MAX_SHOWN)
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """The small JSON files of a workdir: each is checked whole before a value of it is used."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import pydantic
 
 from lmops_jax.host import foreign_files
+from lmops_jax.host.hashing import digest
 from lmops_jax.host.whole_files import write_json
 
 _Text = Annotated[str, pydantic.Field(strict=True)]
@@ -55,8 +55,7 @@ class Marker(pydantic.BaseModel):
 def checksum(record: Mapping[str, Any]) -> str:
   """Hash of what a record holds besides its checksum."""
   body = {key: value for key, value in record.items() if key != "checksum"}
-  text = json.dumps(body, sort_keys=True)
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+  return digest([json.dumps(body, sort_keys=True)])
 
 
 def read(path: Path, schema: type[pydantic.BaseModel]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lmops_jax.host.foreign_files import checked, is_there, mapped, read_json
 from lmops_jax.host.gguf_files import QuantizedTensor, map_gguf
+from lmops_jax.host.words import listed
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
 from lmops_jax.pretrained.torch_pickle import MAX_INFLATED_BYTES, CompressedTensor, map_torch_file
 
@@ -83,7 +84,7 @@ class TensorSource:
     if name not in tensors:
       raise ValueError(
         f"{self.where} holds no tensor {name}; its {len(tensors)} tensors are "
-        f"{_listed(list(tensors))}."
+        f"{listed(list(tensors), _MAX_LISTED)}."
       )
     return tensors[name]
 
@@ -125,7 +126,9 @@ def open_source(
         return TensorSource(path, _map_shards(path / name, max_inflated_bytes))
       return TensorSource(path, _map_file(path / name, max_inflated_bytes))
   there = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)
-  found = f"it holds {_listed(there)}, of which one can be named itself" if there else "it has none"
+  found = "it has none"
+  if there:
+    found = f"it holds {listed(there, _MAX_LISTED)}, of which one can be named itself"
   raise ValueError(f"{path} should hold one of {', '.join(_FOLDER_FILES)}, but {found}.")
 
 
@@ -193,8 +196,3 @@ def _weight_map(index: Path) -> dict[str, str]:
         "files beside it only."
       )
   return weight_map
-
-
-def _listed(items: list[str]) -> str:
-  more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
-  return ", ".join(items[:_MAX_LISTED]) + more

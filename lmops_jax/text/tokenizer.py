@@ -9,7 +9,6 @@ same segmentation as a vocabulary of `lmops_jax.data`, where special tokens in a
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from lmops_jax.host.foreign_files import is_there, mapped
 from lmops_jax.host.gguf_files import map_gguf
+from lmops_jax.host.hashing import digest
 from lmops_jax.text import chat_template, gguf_tokenizer, tokenizer_folder
 from lmops_jax.text.tokenizer_backends import FastBackend, SentencePieceBackend
 from lmops_jax.text.vocabularies import Vocabulary
@@ -141,9 +141,7 @@ class Tokenizer:
   def fingerprint(self) -> str:
     """Hash of all that decides the ids of a text and which of them are special."""
     ids = [self.special, self.stop_ids, self.vocab_size]
-    state = hashlib.blake2b(json.dumps(ids, sort_keys=True).encode(), digest_size=16)
-    state.update(self._backend.fingerprint())
-    return state.hexdigest()
+    return digest([json.dumps(ids, sort_keys=True), self._backend.fingerprint()])
 
   def vocabulary(self, directory: Path | str) -> Vocabulary:
     """Writes the vocabulary into a folder, for data pipelines and (`data.as_seqio`) for seqio.

@@ -6,13 +6,13 @@ A missing BOS or pad token is EOS, as with GPT-2 and as in the PDS code.
 """
 
 import abc
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lmops_jax.host.hashing import digest
 from lmops_jax.text import tokenizer_errors
 
 METADATA_FILE = "vocabulary.json"
@@ -237,6 +237,4 @@ def write_vocabulary(directory: Path | str, kind: str, data: bytes, ids: dict) -
 
 def _fingerprint(data: bytes, metadata: dict) -> str:
   ids = [metadata[name] for name in ("kind", "vocab_size", "pad_id", "bos_id", "eos_id", "unk_id")]
-  state = hashlib.blake2b(json.dumps(ids).encode(), digest_size=16)
-  state.update(data)
-  return state.hexdigest()
+  return digest([json.dumps(ids), data])

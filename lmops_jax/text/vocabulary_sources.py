@@ -15,7 +15,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from lmops_jax.config.setting_types import ByteCount, Seed, Text, at_least, component
 from lmops_jax.host.foreign_files import require_regular
-from lmops_jax.host.hashing import order_key
+from lmops_jax.host.hashing import digest, order_key
 from lmops_jax.host.manifests import verify_read
 from lmops_jax.text import tokenizer_errors
 from lmops_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -152,7 +152,7 @@ class SentencePieceFile:
   path: Text
 
   def fingerprint(self) -> str:
-    return hashlib.blake2b(self._read(), digest_size=16).hexdigest()
+    return digest([self._read()])
 
   def build(self, texts: Iterable[str], directory: Path | str) -> Vocabulary:
     """Copies the model; `texts` are not read."""
@@ -182,9 +182,7 @@ class HuggingFaceTokenizer:
   pad: Text | None = None
 
   def fingerprint(self) -> str:
-    state = hashlib.blake2b(repr((self.bos, self.eos, self.pad)).encode(), digest_size=16)
-    state.update(self._read())
-    return state.hexdigest()
+    return digest([repr((self.bos, self.eos, self.pad)), self._read()])
 
   def build(self, texts: Iterable[str], directory: Path | str) -> Vocabulary:
     """Copies the tokenizer; `texts` are not read.
