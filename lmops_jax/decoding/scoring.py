@@ -22,8 +22,8 @@ import numpy as np
 from lmops_jax.decoding import prefixes, sampling
 from lmops_jax.decoding.lengths import fine_bucket
 from lmops_jax.mesh.meshes import activated
-from lmops_jax.models.attention import shared_in_blocks
 from lmops_jax.models.cache import Prefix, empty_cache
+from lmops_jax.models.cached_attention import shared_in_blocks
 from lmops_jax.models.transformer import Transformer, unstack_layers
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a cache of its own
