@@ -15,7 +15,7 @@ from pathlib import Path
 import lmops_jax
 from lmops_jax.commands import models as model_commands
 from lmops_jax.commands import plans as plan_commands
-from lmops_jax.config import gin_files, settings
+from lmops_jax.config import gin_files, refusals
 from lmops_jax.mesh import processes
 
 _COMMANDS = {
@@ -137,7 +137,7 @@ def _required_options(options: Sequence[str], file: str) -> list[str]:
     flag, equals, value = option.partition("=")
     if flag not in names:
       known = [*names, "--workdir", "--gin_file", "--gin_import", "--traceback"]
-      raise _UsageError(f"there is no option {flag!r}{settings.nearest(flag, known)}")
+      raise _UsageError(f"there is no option {flag!r}{refusals.nearest(flag, known)}")
     if not equals:
       value = next(rest, None)
       if value is None:
@@ -224,7 +224,7 @@ def _dispatch(argv: list[str]) -> int:
       raise _UsageError(f"{command!r} is not a command; to run that file, write lmops run "
                         f"{command}.")
     raise _UsageError(f"there is no system or command {command!r}"
-                      f"{settings.nearest(command, names)}")
+                      f"{refusals.nearest(command, names)}")
   parser = _parser(systems)
   arguments, options = parser.parse_known_args(rest)
   if arguments.command in systems:
@@ -317,13 +317,13 @@ def _run(resolved, workdir: Path) -> int:
   if resolved.tree["mesh"] is not None:
     group = _join_group()  # before anything touches a device
   elif processes.are_expected(os.environ):
-    raise settings.ConfigError(
+    raise refusals.ConfigError(
       "this job has several processes and run.mesh is None, so each would run by itself; bind "
       "run.mesh, for example to @mesh.make(), or start it once.")
   try:
     job = resolved.run()  # constructs everything, so that bad values are found before any work
     if not isinstance(job.system, resolve.System):
-      raise settings.ConfigError(f"run.system={setting_words.shown(job.system)} must be "
+      raise refusals.ConfigError(f"run.system={setting_words.shown(job.system)} must be "
                                  f"{setting_words.described(resolve.System)}.")
     group.council.start()
     partitioner = job.mesh.build() if job.mesh is not None else None

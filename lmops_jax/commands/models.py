@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from lmops_jax.host import foreign_files
+from lmops_jax.host import foreign_files, progress
 
 COMMANDS = {
   "generate": "continue prompts with a published model",
@@ -228,7 +228,6 @@ def _stream(generator, texts, options, arguments) -> None:
 def _score(arguments) -> None:
   from lmops_jax.decoding.scoring import OptionScorer
   from lmops_jax.evaluation import in_context
-  from lmops_jax.host import progress as progress_lib
 
   if arguments.batch_tokens < 1:
     raise ValueError(f"--batch-tokens {arguments.batch_tokens} must be at least 1.")
@@ -247,7 +246,7 @@ def _score(arguments) -> None:
     source.model, source.params(partitioner), partitioner, batch_tokens=arguments.batch_tokens
   )
   prompts = sum(len(row.prompts) or 1 for row in task.rows)
-  with progress_lib.Progress(prompts, "prompts", "scoring") as bar:
+  with progress.Progress(prompts, "prompts", "scoring") as bar:
     result = in_context.evaluate(scorer, tokenizer, task, **how, progress=bar.update)
   if arguments.output:
     with Path(arguments.output).expanduser().open("w", encoding="utf-8") as file:
@@ -358,7 +357,6 @@ def _count(source) -> str:
   import flax.linen as nn
   import jax
 
-  from lmops_jax.host import progress
   from lmops_jax.pretrained import families, importing
 
   shapes = nn.unbox(importing.abstract_params(families.by_name(source.family), source.config))

@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 
+from lmops_jax.config.refusals import ConfigError
+from lmops_jax.host import progress
+
 COMMANDS = {
   "plan": "print what each phase of a run takes, and run nothing",
   "aot": "compile a run's programs for a TPU topology, without TPUs, and run nothing",
@@ -68,7 +71,6 @@ def set_environment(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace, resolved) -> int:
   """Runs one of the commands on a resolved configuration; 2 where something does not fit."""
-  from lmops_jax.config.settings import ConfigError
   from lmops_jax.sizing import chips
   topology = None if arguments.topology is None else chips.topology(arguments.topology)
   job = resolved.run()
@@ -115,7 +117,6 @@ def _plan(arguments, job, topology) -> int:
 
 def plan_table(phases, num_devices: int, peak: float | None) -> str:
   """Text for people: a block a phase."""
-  from lmops_jax.host import progress
   lines = []
   for phase in phases:
     per_step = phase.flops / phase.steps if phase.steps else 0
@@ -136,7 +137,6 @@ def plan_table(phases, num_devices: int, peak: float | None) -> str:
 
 
 def _aot(arguments, job, topology) -> int:
-  from lmops_jax.config.settings import ConfigError
   from lmops_jax.mesh import meshes
   from lmops_jax.sizing import aot
   from lmops_jax.sizing.budget import Memory
@@ -167,7 +167,6 @@ def _aot(arguments, job, topology) -> int:
 
 def compiled_text(compiled, topology) -> str:
   """Text for people: a block a program."""
-  from lmops_jax.host import progress
   program, chip = compiled.program, topology.chip
   per_device = program.flops / topology.num_devices
   ideal = per_device / chip.flops_per_sec / program.steps
@@ -211,7 +210,6 @@ def _verdict(results, memory_bytes: float | None) -> int:
   Args:
     results: (name, bytes needed, remedies, and perhaps whether the compiler refused).
   """
-  from lmops_jax.config.settings import ConfigError
   if memory_bytes is None:
     return 0
   for name, needed, remedies, *refused in results:

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from lmops_jax.config.settings import ConfigError, nearest
+from lmops_jax.config.refusals import ConfigError, nearest
 
 PARTS = frozenset({"models", "optim", "mesh", "data", "train"})  # folders of no system
 

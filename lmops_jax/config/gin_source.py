@@ -6,12 +6,10 @@ file is refused where it stands, with the nearest valid name. Nothing is stored 
 
 import dataclasses
 import importlib
-import inspect
 import io
-import math
 import re
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +17,12 @@ from gin import config as gin_config
 from gin import config_parser
 
 from lmops_jax.config import gin_files
-from lmops_jax.config.settings import ConfigError, Constant, nearest, plain_text
+from lmops_jax.config.gin_text import plain_text
+from lmops_jax.config.refusals import ConfigError, nearest
+from lmops_jax.config.registry import configurable_named, parameters_of, short_name
+from lmops_jax.config.settings import Constant
 
-ROOT = "lmops.run"
-MACRO, ALWAYS = "gin.macro", math.inf
+MACRO = "gin.macro"
 
 
 class Reference(NamedTuple):
@@ -33,17 +33,15 @@ class Reference(NamedTuple):
   where: str
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Binding:
-  """One statement `scope/selector.param = value`, with the time span in which it is in force."""
+  """One statement `scope/selector.param = value`; two statements are never equal."""
   scope: str
   selector: str
   param: str
   value: Any
   where: str
-  time: int
   from_command_line: bool
-  superseded: float = ALWAYS
 
   @property
   def spelling(self) -> str:
@@ -51,43 +49,6 @@ class Binding:
       return self.scope
     prefix = f"{self.scope}/" if self.scope else ""
     return f"{prefix}{short_name(self.selector)}.{self.param}"
-
-
-def short_name(selector: str) -> str:
-  """The selector as people write it: `run` for the root, else gin's shortest unambiguous one that
-  keeps the module (`optim.sgd`)."""
-  if selector == ROOT:
-    return "run"
-  minimal = gin_config._REGISTRY.minimal_selector(selector)
-  wanted = ".".join(selector.split(".")[-2:])
-  return wanted if len(minimal) < len(wanted) else minimal
-
-
-def _selectors() -> list[str]:
-  return [short_name(s) for s, _ in gin_config._REGISTRY.items() if not s.startswith("gin.")]
-
-
-def configurable_named(selector: str, where: str) -> gin_config.Configurable:
-  matches = gin_config._REGISTRY.matching_selectors(selector)
-  if len(matches) == 1:
-    return gin_config._REGISTRY[matches[0]]
-  if matches:
-    raise ConfigError(f"{where}: {selector!r} may be any of {', '.join(sorted(matches))}; "
-                      "write one of these in full.")
-  raise ConfigError(f"{where}: nothing is registered as {selector!r}"
-                    f"{nearest(selector, _selectors())}")
-
-
-def parameters_of(
-  configurable: gin_config.Configurable,
-) -> tuple[dict[str, inspect.Parameter], bool]:
-  """Parameters that gin may bind, in the order of the signature, and whether any name will do."""
-  parameters = inspect.signature(configurable.wrapped).parameters.values()
-  named = {p.name: p for p in parameters
-           if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-           and not (configurable.allowlist and p.name not in configurable.allowlist)
-           and not (configurable.denylist and p.name in configurable.denylist)}
-  return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class _Delegate(config_parser.ParserDelegate):
@@ -128,7 +89,6 @@ class Source:
   def __init__(self):
     self.bindings: list[Binding] = []
     self.imports: set[str] = set()
-    self._current: dict[tuple[str, str, str], Binding] = {}
     self._reading: list[Path] = []
 
   def read_file(self, path: Path) -> None:
@@ -221,13 +181,13 @@ class Source:
         raise ConfigError(f"{at}: {short_name(configurable.selector)} has no parameter {param!r}"
                           f"{nearest(param, names)}")
       selector = configurable.selector
-    binding = Binding(scope, selector, param, _checked(statement.value), at,
-                       len(self.bindings), from_command_line)
-    key = (scope, selector, param)
-    if key in self._current:
-      self._current[key].superseded = binding.time
-    self._current[key] = binding
-    self.bindings.append(binding)
+    self.bindings.append(
+      Binding(scope, selector, param, _checked(statement.value), at, from_command_line))
+
+
+def in_force(bindings: Iterable[Binding]) -> list[Binding]:
+  """The last binding of each parameter."""
+  return list({(b.scope, b.selector, b.param): b for b in bindings}.values())
 
 
 def name_of(reference: Reference) -> str:

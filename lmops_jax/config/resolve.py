@@ -29,26 +29,19 @@ from gin import config as gin_config
 
 from lmops_jax.config import gin_files
 from lmops_jax.config.gin_source import (
-  ALWAYS,
   MACRO,
-  ROOT,
   Binding,
   Reference,
   Source,
+  in_force,
   name_of,
-  parameters_of,
-  short_name,
   written,
 )
+from lmops_jax.config.printing import Printer
+from lmops_jax.config.refusals import ConfigError, nearest
+from lmops_jax.config.registry import ROOT, parameters_of, short_name
 from lmops_jax.config.setting_types import Distinct, NonEmpty, Text, component
-from lmops_jax.config.settings import (
-  ConfigError,
-  Constant,
-  Printer,
-  Settings,
-  nearest,
-  same_values,
-)
+from lmops_jax.config.settings import Constant, Settings
 
 
 class Run(NamedTuple):
@@ -120,27 +113,26 @@ class _Index:
       yield from self._by_call.get(("/".join(scopes[:depth]), selector), ())
 
 
-def _used_at_some_time(bindings: list[Binding]) -> set[int]:
-  """Times of the bindings that a call reachable from the root has read while they were in force.
-
-  `alive[call]` is the last time at which some path of references from the root leads to the call:
-  over all paths the maximum of the minimum of the times at which its bindings were superseded.
-  """
+def _reachable(bindings: Iterable[Binding]) -> set[Binding]:
+  """The bindings that apply to a call to which references lead from the root."""
   index = _Index(bindings)
-  alive: dict[tuple[tuple[str, ...], str], float] = {}
-  pending = [(((), ROOT), ALWAYS)]
+  seen, found, pending = set(), set(), [((), ROOT)]
   while pending:
-    call, until = pending.pop()
-    if until <= alive.get(call, -1):
+    call = pending.pop()
+    if call in seen:
       continue
-    alive[call] = until
-    scopes, _ = call
+    seen.add(call)
     for binding in index.applying(*call):
-      for reference in _references(binding.value):
-        below = (reference.scopes or scopes, reference.selector)
-        pending.append((below, min(until, binding.superseded)))
-  return {binding.time for call, until in alive.items() for binding in index.applying(*call)
-          if binding.time < until}
+      found.add(binding)
+      pending += [(reference.scopes or call[0], reference.selector)
+                  for reference in _references(binding.value)]
+  return found
+
+
+def _is_used(binding: Binding, bindings: Sequence[Binding]) -> bool:
+  """Whether the root reaches a binding of a file through what stood at its line or came later."""
+  at = bindings.index(binding)
+  return binding in _reachable([*in_force(bindings[:at + 1]), *bindings[at + 1:]])
 
 
 class _Resolver:
@@ -149,9 +141,9 @@ class _Resolver:
   def __init__(self, bindings: list[Binding], owed: str = "refused"):
     self._all = bindings
     self._owed = owed
-    self._index = _Index(b for b in bindings if b.superseded == ALWAYS)
+    self._index = _Index(in_force(bindings))
     self._stack: list[tuple[tuple[str, ...], str]] = []
-    self.effective: set[int] = set()
+    self.effective: set[Binding] = set()
     self.calls: set[tuple[tuple[str, ...], str]] = set()
     self.selectors: set[str] = set()
     self.valid_names: set[str] = set()
@@ -209,7 +201,7 @@ class _Resolver:
             f"example with --gin.{short}.{name}=VALUE.")
 
   def _value(self, binding: Binding, scopes: tuple[str, ...]) -> Any:
-    self.effective.add(binding.time)
+    self.effective.add(binding)
 
     def resolve(value):
       if isinstance(value, Reference):
@@ -257,14 +249,14 @@ class Resolved:
     Parsing the text gives the same tree and so builds the same. A default that gin cannot write
     stands in a comment.
     """
+    imports = "".join(f"import {module}\n" for module in self.imports)
     for plain_first in (True, False):
-      imports = "".join(f"import {module}\n" for module in self.imports)
-      text = "\n".join([imports, *(block + "\n" for block in
-                                   Printer(self.tree, plain_first).blocks())]).lstrip("\n")
+      printer = Printer(self.tree, plain_first)
+      text = "\n".join([imports, *(block + "\n" for block in printer.blocks())]).lstrip("\n")
       source = Source()
       source.read_text(text)
       again = _Resolver(source.bindings).call(Reference((), ROOT, True, "text"), ())
-      if same_values(again, self.tree):
+      if Printer(again, plain_first).whole == printer.whole:
         return text
     raise AssertionError("the resolved configuration does not parse back to itself")
 
@@ -302,16 +294,14 @@ def load(files: Sequence[str | os.PathLike], bindings: Sequence[str] = (), *,
 
   resolver = _Resolver(source.bindings, owed)
   tree = resolver.call(Reference((), ROOT, True, gin_files.display(paths[-1])), ())
-  used = _used_at_some_time(source.bindings)
+  last = set(in_force(source.bindings))
   for binding in source.bindings:
-    if binding.from_command_line:
-      refused = binding.superseded == ALWAYS and binding.time not in resolver.effective
-    else:
-      refused = binding.time not in used
-    if refused:
+    if binding in resolver.effective or binding.from_command_line and binding not in last:
+      continue
+    if binding.from_command_line or not _is_used(binding, source.bindings):
       raise ConfigError(_unused_message(binding, resolver))
   in_use = {b.scope: written(b.value) for b in source.bindings
-            if b.selector == MACRO and b.time in resolver.effective}
+            if b.selector == MACRO and b in resolver.effective}
   names = dict.fromkeys(b.scope for b in source.bindings if b.scope in in_use)
   macros = {name: in_use[name] for name in names}  # in the order of their first definition
   return Resolved(tree, tuple(map(gin_files.display, paths)), tuple(sorted(source.imports)), macros)

@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import annotated_types as at
+from gin import config as gin_config
 
-from lmops_jax.config.settings import plain_text
+from lmops_jax.config.gin_text import plain_text
+from lmops_jax.config.registry import short_name
+from lmops_jax.host.words import shortened
 
 LARGEST = 2**31 - 1  # what an index on a device holds
 _MAX_SHOWN = 200  # characters of a value
@@ -59,8 +62,7 @@ def options(annotation: Any) -> list[Any]:
 def shown(value: Any) -> str:
   """A value as a message names it: gin's spelling, a component by its registered name."""
   selector = next((name for name, made in _registered() if made is type(value)), None)
-  text = f"@{selector}()" if selector else plain_text(value)
-  return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+  return shortened(f"@{selector}()" if selector else plain_text(value), _MAX_SHOWN)
 
 
 def described(annotation: Any) -> str:
@@ -113,10 +115,6 @@ def _bounds(marks: tuple) -> str:
 
 
 def _registered() -> list[tuple[str, Any]]:
-  from gin import config as gin_config
-
-  from lmops_jax.config.gin_source import short_name
-
   return [(short_name(selector), configurable.wrapped)
           for selector, configurable in gin_config._REGISTRY.items()]
 

@@ -4,28 +4,21 @@ Importing this package registers everything that gin files name in the module `d
 """
 
 from lmops_jax.data.distributed.engine import Engine
-from lmops_jax.data.documents import (
-  Corpus,
-  Deduplicated,
-  Document,
-  OverlapIndex,
-  overlapping_documents,
-  split_documents,
-)
+from lmops_jax.data.documents import Corpus, Document, split_documents
 from lmops_jax.data.files import Jsonl, Parquet, TextFolder
 from lmops_jax.data.installed_text import InstalledText
 from lmops_jax.data.instances import Instances, open_instances, write_instances
 from lmops_jax.data.named_datasets import SeqioTask, Tfds
+from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
-from lmops_jax.text.vocabularies import (
+from lmops_jax.text.seqio_bridge import as_seqio
+from lmops_jax.text.vocabularies import Vocabulary, load_vocabulary
+from lmops_jax.text.vocabulary_sources import (
   HuggingFaceTokenizer,
   ModelTokenizer,
   SentencePieceFile,
   TrainSentencePiece,
-  Vocabulary,
-  as_seqio,
-  load_vocabulary,
 )
 
 __all__ = [

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from lmops_jax.data.hashing import GOLDEN, mix64, order_key
+from lmops_jax.host.hashing import GOLDEN, mix64, order_key
 
 
 @functools.lru_cache(maxsize=4)

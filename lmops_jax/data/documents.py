@@ -18,26 +18,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from lmops_jax.config.setting_types import Share, component
-from lmops_jax.data.hashing import order_key
-from lmops_jax.data.near_duplicates import (
-  Deduplicator,
-  OverlapIndex,
-  overlapping_documents,
-)
+from lmops_jax.host.hashing import order_key
 
-__all__ = [
-  "Corpus",
-  "Deduplicated",
-  "Document",
-  "OverlapIndex",
-  "document_id",
-  "given_id",
-  "kind_label",
-  "overlapping_documents",
-  "shuffled",
-  "split_documents",
-]
 MAX_ID = 2**63 - 1
 
 
@@ -239,32 +221,3 @@ def split_documents(
     [document for document in documents if document.id in first],
     [document for document in documents if document.id not in first],
   )
-
-
-@component(module="data")
-@dataclasses.dataclass(frozen=True)
-class Deduplicated(Corpus):
-  """Another corpus without its exact and near-duplicates; the first in its order stays.
-
-  Attributes:
-    corpus: any corpus of this package.
-    threshold: see `Deduplicator`.
-  """
-
-  corpus: Corpus
-  threshold: Share = 0.8
-
-  def fingerprint(self) -> str:
-    return f"deduplicated {self.threshold} {self.corpus.fingerprint()}"
-
-  def left_out(self) -> dict[str, list[str]]:
-    return self.corpus.left_out()
-
-  def read(self, counts):
-    deduplicator = Deduplicator(self.threshold)
-    for document in self.corpus.documents(counts):
-      reason = deduplicator.reason(document.text)
-      if reason is None:
-        yield document
-      else:
-        counts[reason] += 1

@@ -37,8 +37,8 @@ from lmops_jax.config.setting_types import (
   component,
 )
 from lmops_jax.data.documents import Corpus, Document, document_id
-from lmops_jax.data.hashing import order_key
 from lmops_jax.data.near_duplicates import Deduplicator
+from lmops_jax.host.hashing import order_key
 
 # Kind by the file name's ending. A Python file gives two documents: its docstrings and the rest.
 _KINDS = {

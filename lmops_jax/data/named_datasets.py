@@ -6,13 +6,13 @@ always, need it, and it is imported only then.
 
 import dataclasses
 import functools
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lmops_jax.config.setting_types import PositiveInt, Text, component
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id, kind_label
+from lmops_jax.host.hashing import digest
 
 _PIECE = 100_000  # rows that are read together
 
@@ -44,7 +44,7 @@ class Tfds(Corpus):
     info = self._builder.info
     sizes = {name: list(split.shard_lengths) for name, split in sorted(info.splits.items())}
     state = f"{dataclasses.astuple(self)} {info.full_name} {info.dataset_size} {sizes}"
-    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+    return digest([state])
 
   @functools.cached_property
   def _builder(self):
@@ -169,7 +169,7 @@ class SeqioTask(Corpus):
       except (NotImplementedError, ValueError, AttributeError):
         sources.append((part.name, ()))
     state = repr((dataclasses.astuple(self), sources))
-    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+    return digest([state])
 
   @property
   def _task(self):

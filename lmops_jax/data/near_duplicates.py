@@ -7,18 +7,17 @@ alone, so the share of common fingerprints estimates the share of common text, a
 longer text are found as well. The work is NumPy over bytes.
 """
 
+import dataclasses
 import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmops_jax.data.hashing import GOLDEN, mix64
-
-if TYPE_CHECKING:
-  from lmops_jax.data.documents import Document
+from lmops_jax.config.setting_types import Share, component
+from lmops_jax.data.documents import Corpus, Document
+from lmops_jax.host.hashing import GOLDEN, mix64
 
 WINDOW = 32
 RATE = 32
@@ -105,6 +104,35 @@ class Deduplicator:
     return None
 
 
+@component(module="data")
+@dataclasses.dataclass(frozen=True)
+class Deduplicated(Corpus):
+  """Another corpus without its exact and near-duplicates; the first in its order stays.
+
+  Attributes:
+    corpus: any corpus of this package.
+    threshold: see `Deduplicator`.
+  """
+
+  corpus: Corpus
+  threshold: Share = 0.8
+
+  def fingerprint(self) -> str:
+    return f"deduplicated {self.threshold} {self.corpus.fingerprint()}"
+
+  def left_out(self) -> dict[str, list[str]]:
+    return self.corpus.left_out()
+
+  def read(self, counts):
+    deduplicator = Deduplicator(self.threshold)
+    for document in self.corpus.documents(counts):
+      reason = deduplicator.reason(document.text)
+      if reason is None:
+        yield document
+      else:
+        counts[reason] += 1
+
+
 class OverlapIndex:
   """Finds which of a few texts (the target) a document of the corpus repeats.
 
@@ -117,7 +145,7 @@ class OverlapIndex:
     threshold: 0 < threshold <= 1.
   """
 
-  def __init__(self, targets: "Iterable[Document]", threshold: float = 0.5):
+  def __init__(self, targets: Iterable[Document], threshold: float = 0.5):
     if not 0 < threshold <= 1:
       raise ValueError(f"threshold={threshold} is not in (0, 1].")
     self._threshold = threshold
@@ -131,7 +159,7 @@ class OverlapIndex:
         self._owners.setdefault(mark, []).append(i)
     self._marks = np.array(sorted(self._owners), np.uint64)
 
-  def find(self, document: "Document") -> "Document | None":
+  def find(self, document: Document) -> Document | None:
     """The target document that shares most with `document`, or None where none shares enough."""
     marks = fingerprints(document.text)
     common = np.intersect1d(marks, self._marks, assume_unique=True)
@@ -147,8 +175,8 @@ class OverlapIndex:
 
 
 def overlapping_documents(
-  corpus_documents: "Iterable[Document]",
-  target_documents: "Iterable[Document]",
+  corpus_documents: Iterable[Document],
+  target_documents: Iterable[Document],
   threshold: float = 0.5,
 ) -> dict[int, int]:
   """Corpus documents that repeat a target document: corpus id -> target id.

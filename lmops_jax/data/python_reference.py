@@ -8,7 +8,6 @@ stays only in the shortest topic that has it, so that the parts of a split share
 """
 
 import dataclasses
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from lmops_jax.config.setting_types import component
 from lmops_jax.data.documents import Corpus, Document, document_id
 from lmops_jax.data.near_duplicates import normalize
+from lmops_jax.host.hashing import digest
 
 _MIN_PARAGRAPH_BYTES = 60  # headings and one-line examples may repeat
 
@@ -29,10 +29,7 @@ class PythonReference(Corpus):
   """
 
   def fingerprint(self) -> str:
-    state = hashlib.blake2b(digest_size=16)
-    for name, text in sorted(_topics().items()):
-      state.update(f"{name}\0{text}\0".encode())
-    return state.hexdigest()
+    return digest(f"{name}\0{text}\0" for name, text in sorted(_topics().items()))
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:
     seen: set[bytes] = set()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lmops_jax.config.setting_types import PositiveInt, Text, component
-from lmops_jax.data.hashing import order_key
+from lmops_jax.host.hashing import order_key
 from lmops_jax.host.manifests import verify_read
 
 

@@ -18,7 +18,7 @@ from lmops_jax.decoding import prefixes
 from lmops_jax.decoding import text as text_lib
 from lmops_jax.decoding.lengths import bucket
 from lmops_jax.decoding.options import GenerationOptions
-from lmops_jax.mesh.meshes import Partitioner, activated
+from lmops_jax.mesh.meshes import Partitioner, activated, shards_of
 from lmops_jax.models.cache import Prefix
 from lmops_jax.models.transformer import unstack_layers
 
@@ -272,7 +272,7 @@ class Generator:
     """The batch's prompts: the next power of two, and a multiple of the mesh's shards."""
     size = 1 << (num_prompts - 1).bit_length()
     size = max(num_prompts, min(size, max(1, self._batch_size // copies)))
-    shards = self._partitioner.num_batch_shards if self._partitioner else 1
+    shards = shards_of(self._partitioner)
     return -(-size // shards) * shards
 
   def _all_done(self, state, stopped):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.decoding.lengths import bucket
-from lmops_jax.mesh.meshes import activated
+from lmops_jax.mesh.meshes import activated, shards_of
 from lmops_jax.models.cache import KVCache, Prefix, constrain_heads, empty_cache
 from lmops_jax.models.partitioning import constrain
 from lmops_jax.models.transformer import unstack_layers
@@ -92,7 +92,7 @@ def read_groups(
   positions = np.maximum(np.arange(columns) - (columns - window - front), 0).astype(np.int32)
 
   over_groups = None if partitioner is None else partitioner.with_batch_over("data")
-  shards = 1 if over_groups is None else over_groups.num_batch_shards
+  shards = shards_of(over_groups)
   calls = -(-len(ids) // (shards * max(1, _TOKENS_AT_ONCE // columns)))
   size = -(-len(ids) // (calls * shards)) * shards
   missing = calls * size - len(ids)

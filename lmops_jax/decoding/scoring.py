@@ -21,9 +21,9 @@ import numpy as np
 
 from lmops_jax.decoding import prefixes, sampling
 from lmops_jax.decoding.lengths import fine_bucket
-from lmops_jax.mesh.meshes import activated
-from lmops_jax.models.attention import shared_in_blocks
+from lmops_jax.mesh.meshes import activated, shards_of
 from lmops_jax.models.cache import Prefix, empty_cache
+from lmops_jax.models.cached_attention import shared_in_blocks
 from lmops_jax.models.transformer import Transformer, unstack_layers
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a cache of its own
@@ -129,7 +129,7 @@ class OptionScorer:
       (row for row in rows if not any(row.branch)), key=lambda row: -row.width))
     if len(waiting) < 2:
       return rows
-    shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
+    shards = shards_of(self._partitioner)
     share = -(-sum(row.width for row in waiting) // shards)
     width = fine_bucket(max(waiting[0].width, min(_PACKED, share)))
     packed = []
@@ -173,7 +173,7 @@ class OptionScorer:
     """`(width, targets, rows)`, shapes few and similar rows together."""
     before = 0 if prefix is None else prefix.cache.num_slots
     score_bytes = 4 * self._model.config.num_heads
-    shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
+    shards = shards_of(self._partitioner)
     order = sorted(rows, key=lambda row: (row.width, row.targets))
     start = 0
     while start < len(order):
@@ -189,7 +189,7 @@ class OptionScorer:
       start += len(part)
 
   def _run(self, prefix, rows, width, targets):
-    shards = 1 if self._partitioner is None else self._partitioner.num_batch_shards
+    shards = shards_of(self._partitioner)
     size = shards * fine_bucket(-(-len(rows) // shards), 1)
     batch = {
       name: np.zeros((size, length), np.int32)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from lmops_jax.mesh import processes
+from lmops_jax.mesh import meshes, processes
 
 
 def map_examples(
@@ -30,10 +29,10 @@ def map_examples(
     `[N] float64`, in the order of the rows.
   """
   num = len(next(iter(rows.values())))
-  if partitioner is not None:
-    batch_size = -(-batch_size // partitioner.num_batch_shards) * partitioner.num_batch_shards
+  shards = meshes.shards_of(partitioner)
+  batch_size = -(-batch_size // shards) * shards
   values = []
-  with contextlib.nullcontext() if partitioner is None else partitioner.activate():
+  with meshes.activated(partitioner):
     for start in range(0, num, batch_size):
       batch = {k: v[start : start + batch_size] for k, v in rows.items()}
       size = min(batch_size, num - start)

@@ -1,4 +1,4 @@
-"""Means over seeds and how sure they are."""
+"""How sure a figure is: ends of intervals, and means over seeds with theirs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
+
+
+def quantiles(level: float) -> tuple[float, float]:
+  """The quantiles at the two ends of an interval.
+
+  Raises:
+    ValueError: a level that is not between 0 and 1.
+  """
+  if not 0 < level < 1:
+    raise ValueError(f"level={level} is not between 0 and 1; 0.95 is usual.")
+  return (1 - level) / 2, (1 + level) / 2
 
 
 def mean_and_half_width(
@@ -20,5 +31,5 @@ def mean_and_half_width(
   mean = float(np.mean(values))
   if len(values) == 1:
     return mean, None
-  half = stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values)**0.5
-  return mean, float(half)
+  upper = stats.t.ppf(quantiles(level)[1], len(values) - 1)
+  return mean, float(upper * np.std(values, ddof=1) / len(values)**0.5)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmops_jax.evaluation.intervals import quantiles
+
 _FLAT = 1e-3  # r^2 this close to the best cannot be told from it
 _MIN_POINTS = 3
 
@@ -47,7 +49,7 @@ class PowerLaw(NamedTuple):
     """Ends of the bootstrap intervals of B and beta; NaN without samples."""
     if not len(self.samples):
       return {"B": (np.nan, np.nan), "beta": (np.nan, np.nan)}
-    ends = np.quantile(self.samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    ends = np.quantile(self.samples, quantiles(level), axis=0)
     return {"B": tuple(np.exp(ends[:, 0])), "beta": tuple(ends[:, 1])}
 
 

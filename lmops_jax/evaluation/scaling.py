@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize
 
+from lmops_jax.evaluation.intervals import quantiles
+
 NAMES = ("E", "A", "B", "alpha", "beta")
 
 
@@ -43,13 +45,13 @@ class ScalingFit(NamedTuple):
     if not len(self.samples):
       return np.full((2, *n.shape), np.nan)
     columns = self.samples.T.reshape(5, -1, *(1,) * n.ndim)
-    return np.quantile(_loss(columns, n, d), _ends(level), axis=0)
+    return np.quantile(_loss(columns, n, d), quantiles(level), axis=0)
 
   def constants(self, level: float = 0.95) -> dict[str, tuple[float, float, float]]:
     """Each constant with the ends of its bootstrap interval."""
     if not len(self.samples):
       return {name: (value, np.nan, np.nan) for name, value in zip(NAMES, self[:5])}
-    low, high = np.quantile(self.samples, _ends(level), axis=0)
+    low, high = np.quantile(self.samples, quantiles(level), axis=0)
     return {
       name: (value, float(a), float(b)) for name, value, a, b in zip(NAMES, self[:5], low, high)
     }
@@ -123,12 +125,6 @@ def fit_scaling_law(
   return ScalingFit(
     *_constants(best, centre), predicted - log_loss, np.array(samples).reshape(-1, 5)
   )
-
-
-def _ends(level: float) -> tuple[float, float]:
-  if not 0 < level < 1:
-    raise ValueError(f"level={level} is not between 0 and 1; 0.95 is usual.")
-  return (1 - level) / 2, (1 + level) / 2
 
 
 def _loss(constants, num_params, num_tokens):

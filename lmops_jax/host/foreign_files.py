@@ -9,14 +9,19 @@ import functools
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
+from lmops_jax.host.words import shortened
+
+Made = TypeVar("Made")
 _KINDS = (
   (stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
   (stat.S_ISSOCK, "a socket"),
 )
 _MAX_BYTES = 1 << 28
+_POINTER = b"version https://git-lfs"
 
 
 def special_kind(path: Path | str) -> str | None:
@@ -65,6 +70,29 @@ def is_there(path: Path | str) -> bool:
     raise ValueError(f"{path} is a folder, where a file should be; delete it or fetch the file.")
   require_regular(path)
   return True
+
+
+def mapped(path: Path, mapper: Callable[[Path], Made]) -> Made:
+  """What `mapper` makes of a model's file, which is there, not empty, and no pointer of Git LFS.
+
+  Raises:
+    ValueError: as `require_regular`, a file that cannot be read, an empty one, or a pointer.
+  """
+  require_regular(path)
+  try:
+    with path.open("rb") as file:
+      start = file.read(len(_POINTER))
+    if not start:
+      raise ValueError(f"{path} is empty; fetch the file again.")
+    if start == _POINTER:
+      raise ValueError(
+        f"{path} is a pointer of Git LFS, not the weights; run git lfs pull in its folder."
+      )
+    return mapper(path)
+  except OSError as error:
+    raise ValueError(
+      f"{path} cannot be read ({error.strerror or error}); give an existing model file."
+    ) from error
 
 
 def read_bytes(path: Path | str) -> bytes:
@@ -182,8 +210,7 @@ def _first(errors: list[dict[str, Any]]) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
   """A value in JSON's words, cut where it is long."""
-  text = json.dumps(value, ensure_ascii=False, default=repr)
-  return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+  return shortened(json.dumps(value, ensure_ascii=False, default=repr), _MAX_SHOWN)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import datetime
 import errno
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -73,12 +72,6 @@ def plain(value: Any) -> Any:
   if hasattr(value, "tolist"):
     return value.tolist()
   raise TypeError(f"context.extra holds a {type(value).__name__}, which JSON cannot hold")
-
-
-def checksum(manifest: Mapping[str, Any]) -> str:
-  body = {key: value for key, value in manifest.items() if key != "checksum"}
-  text = json.dumps(body, sort_keys=True)
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def load_manifest(folder: Path, name: str) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The small JSON files of a workdir: each is checked whole before a value of it is used."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 
 from lmops_jax.host import foreign_files
-from lmops_jax.host.manifests import checksum
+from lmops_jax.host.hashing import digest
 from lmops_jax.host.whole_files import write_json
 
 _Text = Annotated[str, pydantic.Field(strict=True)]
@@ -48,6 +50,12 @@ class Manifest(_Identity):
 class Marker(pydantic.BaseModel):
   """Of a workdir."""
   system: _Text
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+  """Hash of what a record holds besides its checksum."""
+  body = {key: value for key, value in record.items() if key != "checksum"}
+  return digest([json.dumps(body, sort_keys=True)])
 
 
 def read(path: Path, schema: type[pydantic.BaseModel]) -> dict[str, Any]:

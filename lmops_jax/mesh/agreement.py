@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmops_jax.host.hashing import digest
 from lmops_jax.host.manifests import StageError, hash_file, versions
+from lmops_jax.host.words import shortened
 from lmops_jax.mesh import processes
 
 _TELL_SECONDS = 90  # to start, to join and to tell, for a process that ends before it has joined
@@ -169,14 +171,10 @@ def _difference(first: Mapping[str, Any], own: Mapping[str, Any], index: int) ->
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
       values = [side.get(name, "not set") for side in (theirs, ours)]
       if values[0] != values[1]:
-        there, here = map(_shown, values)
+        there, here = (shortened(value, _SHOWN) for value in values)
         return (f"the processes of this job disagree: {name} is {there} in process 0 and {here} "
                 f"in process {index}; {advice}.")
   return None
-
-
-def _shown(value: str) -> str:
-  return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
 
 
 def _elsewhere(first: Mapping[str, Any], workdir: Path, index: int) -> str:
@@ -244,8 +242,7 @@ def _module(name: str) -> str:
 
 
 def _digest(paths: Sequence[Path], root: Path) -> str:
-  import hashlib
 
   parts: Iterator[str] = (f"{path.relative_to(root).as_posix()} {hash_file(path)}"
                           for path in paths)
-  return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+  return digest(["\n".join(parts)], size=8)

@@ -317,6 +317,11 @@ def activated(partitioner: Partitioner | None):
   return contextlib.nullcontext() if partitioner is None else partitioner.activate()
 
 
+def shards_of(partitioner: Partitioner | None) -> int:
+  """`partitioner.num_batch_shards`; one device, for None, does not split a batch."""
+  return 1 if partitioner is None else partitioner.num_batch_shards
+
+
 def single_device() -> Partitioner:
   """A mesh of one device, the first of this process."""
   return MeshConfig(data=1).build(jax.local_devices()[:1])

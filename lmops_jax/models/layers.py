@@ -9,9 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lmops_jax.models import attention as attention_lib
+from lmops_jax.models import cached_attention
 from lmops_jax.models import momentum as momentum_lib
 from lmops_jax.models import positions as positions_lib
+from lmops_jax.models.attention import self_attention
+from lmops_jax.models.attention_scores import Pattern
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.partitioning import constrain
 from lmops_jax.models.products import matrix_product
@@ -47,8 +49,8 @@ class Slots(NamedTuple):
     mask: `[B,S,M] bool`, or None for `fresh` tokens, which see each other only.
     distance: `[B,S,M] int32`, key position minus query position; None with `mask` None.
     segment_ids: `[B,S] int32` for `fresh` tokens, which keeps padding apart.
-    shared: what `attention.Shared` says of keys that all rows share, without them and the window;
-      or None.
+    shared: what `cached_attention.Shared` says of keys that all rows share, without them and the
+      window; or None.
     readout: `[B,R] int32`, new tokens to report on, or None.
   """
 
@@ -212,9 +214,9 @@ class Attention(nn.Module):
       out = self._attend(q, k, v, slots.segment_ids)
     else:
       if shared is not None:
-        shared = attention_lib.Shared(
+        shared = cached_attention.Shared(
           *(x.astype(q.dtype) for x in shared), *slots.shared, self.config.sliding_window)
-      out = attention_lib.cached_attention(
+      out = cached_attention.cached_attention(
         q, keys.astype(q.dtype), values.astype(q.dtype), slots.mask, slots.distance,
         self._slopes(), shared,
       )
@@ -238,10 +240,10 @@ class Attention(nn.Module):
 
   def _attend(self, q, k, v, segment_ids):
     c = self.config
-    pattern = attention_lib.Pattern(c.causal, c.sliding_window, self._slopes())
+    pattern = Pattern(c.causal, c.sliding_window, self._slopes())
     # Parameters are made from one token, which kernels for whole sequences on a mesh refuse.
     kind = "xla" if self.is_initializing() else c.attention
-    out = attention_lib.self_attention(
+    out = self_attention(
       q, k, v, segment_ids, pattern=pattern, kind=kind, chunk=c.attention_chunk
     )
     if not c.momentum:

@@ -4,9 +4,9 @@ The gradient of the weights is `x^T g`. XLA on a CPU reads the transposed `x` in
 speed of a product of row-major matrices (40 against 80 GFLOP/s a core), which makes a gradient four
 forward passes where three are ideal. Turning `x` round first costs a copy of it. jax lets only
 primitives choose how they are transposed, and only primitives keep forward-mode rules beside that
-(a `custom_vjp` would end Hessian-vector products), so products are bilinear primitives there,
-differentiable to any order. Other platforms, and the inside of a `shard_map`, get the plain
-`dot_general`.
+(a `custom_vjp` would end Hessian-vector products), so "turned" products are bilinear primitives,
+differentiable to any order. "plain" ones are a `dot_general`: those of other platforms, and of the
+inside of a `shard_map`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,28 @@ from jax.sharding import AxisType
 
 from lmops_jax.models.partitioning import platform_in_use
 
+_KINDS = {"cpu": "turned"}  # of products by platform; "plain" on all others
 _ROWS = (((1,), (0,)), ((), ()))  # x @ w
 _COLUMNS = (((0,), (0,)), ((), ()))  # x.T @ g
 _OUTPUTS = (((1,), (1,)), ((), ()))  # g @ w.T
 
 
-def matrix_product(x: jax.Array, w: jax.Array, dtype=None) -> jax.Array:
-  """`x [T,K] @ w [K,N]`, `[T,N]` in `dtype`, by default that of the two."""
-  dtype = jnp.dtype(jnp.promote_types(x.dtype, w.dtype) if dtype is None else dtype)
+def kind_in_use() -> str:
+  """"turned" or "plain": the kind of product that is right here, see the module."""
   axis_types = jax.sharding.get_abstract_mesh().axis_types
-  # Where axes are manual (shard_map) or explicit, dot_general's rules also track who holds what.
-  if platform_in_use() != "cpu" or any(kind != AxisType.Auto for kind in axis_types):
+  # If axes are manual (shard_map) or explicit, dot_general's rules also track who holds what.
+  is_plain = any(axis_type != AxisType.Auto for axis_type in axis_types)
+  return "plain" if is_plain else _KINDS.get(platform_in_use(), "plain")
+
+
+def matrix_product(x: jax.Array, w: jax.Array, dtype=None, kind: str | None = None) -> jax.Array:
+  """`x [T,K] @ w [K,N]`, `[T,N]` in `dtype`, by default that of the two.
+
+  Args:
+    kind: "turned" or "plain"; None is `kind_in_use()`. The values are the same.
+  """
+  dtype = jnp.dtype(jnp.promote_types(x.dtype, w.dtype) if dtype is None else dtype)
+  if (kind or kind_in_use()) == "plain":
     return jax.lax.dot_general(x, w, _ROWS, preferred_element_type=dtype)
   # The precision in force now: rules and lowering run later, perhaps in another context.
   return _product.bind(x, w, dtype=dtype, precision=jax.config.jax_default_matmul_precision)

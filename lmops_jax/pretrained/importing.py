@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.host.words import listed
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.pretrained.families.family import Family
 from lmops_jax.pretrained.rules import Rule
@@ -259,11 +260,11 @@ def check_fit(
   if missing or wrong or left:
     problems = []
     if missing:
-      problems.append(f"it lacks {_listed(missing)}")
+      problems.append(f"it lacks {listed(missing, _MAX_LISTED)}")
     if wrong:
-      problems.append(_listed(wrong))
+      problems.append(listed(wrong, _MAX_LISTED))
     if left:
-      problems.append(f"the model has no place for its {_listed(list(left.values()))}")
+      problems.append(f"the model has no place for its {listed(list(left.values()), _MAX_LISTED)}")
     advice = "Give it the configuration that it was saved with"
     if left and not missing and not wrong and all(map(_OTHER_HEADS.fullmatch, left)):
       advice += ", or leave the other task's head out by its name in pretrained.load.ignore"
@@ -283,8 +284,3 @@ def _check_twins(names: NameTable) -> None:
         f"{first} differs from {second} though the model ties its embeddings; set "
         "tie_word_embeddings to false in config.json to load both."
       )
-
-
-def _listed(items: Sequence[str]) -> str:
-  more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
-  return ", ".join(items[:_MAX_LISTED]) + more

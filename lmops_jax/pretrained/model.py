@@ -33,9 +33,10 @@ from lmops_jax.models.vision import VisionConfig
 from lmops_jax.pretrained import families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
 from lmops_jax.pretrained.sources import MAX_INFLATED_BYTES, open_source
+from lmops_jax.text import tokenizer, tokenizer_folder
 
 DESCRIPTION = "model.json"
-PARAMS_FOLDER, TOKENIZER_FOLDER = "params", "tokenizer"
+PARAMS_FOLDER, TOKENIZER_FOLDER = "params", tokenizer.NESTED
 _CONFIG = "config.json"
 _WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM")  # architectures that predict tokens
 _FORMAT = 1
@@ -115,8 +116,6 @@ class PretrainedModel:
 
   def tokenizer(self):
     """The model's tokenizer; raises ValueError where it has ids that the model has not."""
-    from lmops_jax.text import tokenizer
-
     found = tokenizer.load_tokenizer(self.tokenizer_path)
     found.check_fits(self.vocab_size)
     return found
@@ -345,8 +344,6 @@ def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:
   Of a model folder the files themselves; of a GGUF file's vocabulary a `tokenizer.json` and
   `tokenizer_config.json` that say the same. A model without tokenizer copies nothing.
   """
-  from lmops_jax.text import tokenizer, tokenizer_folder
-
   directory.mkdir(parents=True, exist_ok=True)
   folder = source.tokenizer_path
   if folder.is_file():

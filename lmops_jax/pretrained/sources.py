@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lmops_jax.host.foreign_files import checked, is_there, read_json, require_regular
+from lmops_jax.host.foreign_files import checked, is_there, mapped, read_json
 from lmops_jax.host.gguf_files import QuantizedTensor, map_gguf
+from lmops_jax.host.words import listed
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
 from lmops_jax.pretrained.torch_pickle import MAX_INFLATED_BYTES, CompressedTensor, map_torch_file
 
@@ -27,7 +28,6 @@ _FOLDER_FILES = (  # the first that is there is read, as transformers does it
   "pytorch_model.bin.index.json",
 )
 _SUFFIXES = (_SAFETENSORS, *_TORCH, _GGUF)
-_POINTER = b"version https://git-lfs"
 _MAX_LISTED = 8
 
 
@@ -84,7 +84,7 @@ class TensorSource:
     if name not in tensors:
       raise ValueError(
         f"{self.where} holds no tensor {name}; its {len(tensors)} tensors are "
-        f"{_listed(list(tensors))}."
+        f"{listed(list(tensors), _MAX_LISTED)}."
       )
     return tensors[name]
 
@@ -117,7 +117,7 @@ def open_source(
   path = Path(path)
   if not path.is_dir():
     if path.suffix == _GGUF:
-      metadata, tensors = _mapped(path, map_gguf)
+      metadata, tensors = mapped(path, map_gguf)
       return GGUFSource(path, tensors, metadata)
     return TensorSource(path, _map_file(path, max_inflated_bytes))
   for name in _FOLDER_FILES:
@@ -126,37 +126,21 @@ def open_source(
         return TensorSource(path, _map_shards(path / name, max_inflated_bytes))
       return TensorSource(path, _map_file(path / name, max_inflated_bytes))
   there = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)
-  found = f"it holds {_listed(there)}, of which one can be named itself" if there else "it has none"
+  found = "it has none"
+  if there:
+    found = f"it holds {listed(there, _MAX_LISTED)}, of which one can be named itself"
   raise ValueError(f"{path} should hold one of {', '.join(_FOLDER_FILES)}, but {found}.")
 
 
 def _map_file(path: Path, max_inflated_bytes: int) -> Tensors:
   if path.suffix == _SAFETENSORS:
-    return _mapped(path, map_safetensors)
+    return mapped(path, map_safetensors)
   if path.suffix in _TORCH:
-    return _mapped(path, functools.partial(map_torch_file, max_inflated_bytes=max_inflated_bytes))
+    return mapped(path, functools.partial(map_torch_file, max_inflated_bytes=max_inflated_bytes))
   raise ValueError(
     f"{path} is neither a folder nor a file that ends in one of {', '.join(_SUFFIXES)}; name one "
     "of these."
   )
-
-
-def _mapped(path: Path, mapper):
-  require_regular(path)
-  try:
-    with path.open("rb") as file:
-      start = file.read(len(_POINTER))
-    if not start:
-      raise ValueError(f"{path} is empty; fetch the file again.")
-    if start == _POINTER:
-      raise ValueError(
-        f"{path} is a pointer of Git LFS, not the weights; run git lfs pull in its folder."
-      )
-    return mapper(path)
-  except OSError as error:
-    raise ValueError(
-      f"{path} cannot be read ({error.strerror or error}); give an existing model file."
-    ) from error
 
 
 def _map_shards(index: Path, max_inflated_bytes: int) -> Tensors:
@@ -212,8 +196,3 @@ def _weight_map(index: Path) -> dict[str, str]:
         "files beside it only."
       )
   return weight_map
-
-
-def _listed(items: list[str]) -> str:
-  more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
-  return ", ".join(items[:_MAX_LISTED]) + more

@@ -28,7 +28,7 @@ from lmops_jax.pretrained import trained_vocabulary
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline
 from lmops_jax.text import vocabularies
-from lmops_jax.text.vocabularies import VocabularySource
+from lmops_jax.text.vocabulary_sources import VocabularySource
 from lmops_jax.training import language_models, loop, losses
 
 STAGE = "model"

@@ -11,7 +11,7 @@ import math
 import re
 from typing import NamedTuple
 
-from lmops_jax.config.settings import ConfigError, nearest
+from lmops_jax.config.refusals import ConfigError, nearest
 
 
 class Chip(NamedTuple):

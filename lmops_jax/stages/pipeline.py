@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmops_jax.config.settings import nearest
+from lmops_jax.config.refusals import nearest
 from lmops_jax.host import progress as progress_lib
 from lmops_jax.host import records
 from lmops_jax.host.manifests import (

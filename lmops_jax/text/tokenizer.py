@@ -9,19 +9,18 @@ same segmentation as a vocabulary of `lmops_jax.data`, where special tokens in a
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lmops_jax.host.foreign_files import is_there
+from lmops_jax.host.foreign_files import is_there, mapped
+from lmops_jax.host.gguf_files import map_gguf
+from lmops_jax.host.hashing import digest
 from lmops_jax.text import chat_template, gguf_tokenizer, tokenizer_folder
 from lmops_jax.text.tokenizer_backends import FastBackend, SentencePieceBackend
-
-if TYPE_CHECKING:
-  from lmops_jax.text.vocabularies import ModelTokenizer, Vocabulary
+from lmops_jax.text.vocabularies import Vocabulary
 
 NESTED = "tokenizer"  # where a model that was written here has its tokenizer's files
 
@@ -142,9 +141,7 @@ class Tokenizer:
   def fingerprint(self) -> str:
     """Hash of all that decides the ids of a text and which of them are special."""
     ids = [self.special, self.stop_ids, self.vocab_size]
-    state = hashlib.blake2b(json.dumps(ids, sort_keys=True).encode(), digest_size=16)
-    state.update(self._backend.fingerprint())
-    return state.hexdigest()
+    return digest([json.dumps(ids, sort_keys=True), self._backend.fingerprint()])
 
   def vocabulary(self, directory: Path | str) -> Vocabulary:
     """Writes the vocabulary into a folder, for data pipelines and (`data.as_seqio`) for seqio.
@@ -169,12 +166,6 @@ class Tokenizer:
       "eos_id": eos,
       "unk_id": self.unk_id,
     })
-
-  def as_spec(self) -> ModelTokenizer:
-    """What a gin file names as VOCABULARY to get this tokenizer."""
-    from lmops_jax.text.vocabularies import ModelTokenizer
-
-    return ModelTokenizer(str(self.path))
 
   def save(self, directory: Path | str) -> None:
     """Writes files that `load_tokenizer` and transformers open to the same tokenizer.
@@ -220,10 +211,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
   """
   path = Path(path).expanduser()
   if path.suffix == ".gguf" and not path.is_dir():
-    from lmops_jax.pretrained.sources import open_source
-
-    with open_source(path) as source:
-      tokenizer, special, stop_ids, template = gguf_tokenizer.build(source.metadata, str(path))
+    metadata, _ = mapped(path, map_gguf)
+    tokenizer, special, stop_ids, template = gguf_tokenizer.build(metadata, str(path))
     return Tokenizer(path, FastBackend(tokenizer, where=path), special, stop_ids, template)
   if not path.is_dir():
     raise ValueError(

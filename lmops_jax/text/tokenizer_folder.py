@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from lmops_jax.host.foreign_files import checked, is_there, read_bytes, read_json, read_text
 from lmops_jax.text import chat_template, tokenizer_errors
 from lmops_jax.text import tokenizer_schemas as schemas
+from lmops_jax.text.gguf_tokenizer import QWEN2_WORDS
 from lmops_jax.text.tokenizer_backends import Added, FastBackend, SentencePieceBackend, surround
 
 FAST, VOCAB, MERGES, WORDS = "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"
@@ -262,8 +263,6 @@ def _byte_level(settings: _Settings) -> FastBackend:
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
   if settings.class_name == "Qwen2Tokenizer":
     from tokenizers import Regex
-
-    from lmops_jax.text.gguf_tokenizer import QWEN2_WORDS
 
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

@@ -32,7 +32,7 @@ RATIO, TAU, SEED = 0.4, 0.1, 7
 
 def scores(ids: np.ndarray) -> np.ndarray:
   """Bell-shaped scores of mean 0 and deviation 1, `[n] float32`: sums of four uniform numbers."""
-  from lmops_jax.data.hashing import GOLDEN, mix64
+  from lmops_jax.host.hashing import GOLDEN, mix64
 
   bits = mix64(ids.astype(np.uint64) * np.uint64(GOLDEN))
   pairs = np.uint64(0x0000FFFF0000FFFF)

@@ -6,6 +6,7 @@ import pytest
 
 from lmops_jax.data import documents as lib
 from lmops_jax.data.documents import Corpus, Document
+from lmops_jax.data.near_duplicates import Deduplicated
 
 
 class ListCorpus(Corpus):
@@ -92,7 +93,7 @@ def test_deduplicated_keeps_the_first_in_corpus_order():
   corpus = ListCorpus(documents)
   kept = next(d for d in corpus.documents() if d.text == text)
   counts = Counter()
-  result = list(lib.Deduplicated(corpus).documents(counts))
+  result = list(Deduplicated(corpus).documents(counts))
   assert counts == {"duplicate": 2}
   assert len(result) == 4 and kept in result
 
@@ -107,10 +108,11 @@ def test_given_ids():
 
 def test_importing_the_package_imports_no_tensorflow():
   code = (
-    "import sys, pkgutil, importlib, lmops_jax.data as data\n"
-    "for module in pkgutil.iter_modules(data.__path__):\n"
-    "  if module.name != 'seqio_vocabulary':\n"
-    "    importlib.import_module('lmops_jax.data.' + module.name)\n"
+    "import sys, pkgutil, importlib, lmops_jax.data as data, lmops_jax.text as text\n"
+    "for package in (data, text):\n"
+    "  for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
+    "    if not module.name.endswith('.seqio_vocabulary'):\n"
+    "      importlib.import_module(module.name)\n"
     "heavy = {'tensorflow', 'seqio', 'jax'} & set(sys.modules)\n"
     "assert not heavy, heavy\n"
   )

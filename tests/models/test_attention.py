@@ -11,12 +11,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from lmops_jax.mesh.meshes import MeshConfig, single_device
 from lmops_jax.models.attention import (
   ATTENTION_KINDS,
-  _splash_sharded,
   check_platform,
-  first_order_only,
   self_attention,
   supports_forward_mode,
 )
+from lmops_jax.models.fused_attention import first_order_only, splash_sharded
 
 B, S, H, K, E = 2, 11, 4, 2, 6
 
@@ -160,7 +159,7 @@ def test_splash_lowers_for_tpu_with_its_gradient(sizes):
 
   def grad(q, k, v, segments):
     return jax.grad(
-      lambda q: jnp.sum(_splash_sharded(q, k, v, segments).astype(jnp.float32))
+      lambda q: jnp.sum(splash_sharded(q, k, v, segments).astype(jnp.float32))
     )(q)
 
   def array(shape, dtype, *spec):

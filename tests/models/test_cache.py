@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmops_jax.models import attention
+from lmops_jax.models import cached_attention
 from lmops_jax.models.cache import Prefix, empty_cache
 from lmops_jax.models.transformer import Transformer, TransformerConfig, unstack_layers
 
@@ -114,9 +114,9 @@ def test_branches_see_the_shared_context_and_themselves():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shared_context_is_a_context_of_every_row(name, in_blocks, monkeypatch):
   if in_blocks:  # of the 24 queries and 6 keys, neither of which they divide
-    monkeypatch.setattr(attention, "_WHOLE_BYTES", 1)
-    monkeypatch.setattr(attention, "_BLOCK_QUERIES", 5)
-    monkeypatch.setattr(attention, "_BLOCK_KEYS", 4)
+    monkeypatch.setattr(cached_attention, "_WHOLE_BYTES", 1)
+    monkeypatch.setattr(cached_attention, "_BLOCK_QUERIES", 5)
+    monkeypatch.setattr(cached_attention, "_BLOCK_KEYS", 4)
   model, params = _model(name)
   context, rows = _tokens(1, 4), _tokens(4, 6, seed=1)
   padded = np.concatenate([np.full((1, 2), 9, np.int32), context], 1)

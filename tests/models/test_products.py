@@ -129,3 +129,10 @@ def test_the_policy_keeps_products():
 
   assert products(save_products) == 1
   assert products(jax.checkpoint_policies.nothing_saveable) == 2
+
+
+@pytest.mark.parametrize("kind, num_primitives", [("turned", 1), ("plain", 0), (None, 1)])
+def test_a_kind_is_chosen_by_its_name(kind, num_primitives):
+  x, w = _inputs(np.float32)[0]
+  trace = jax.make_jaxpr(lambda x, w: matrix_product(x, w, kind=kind))(x, w)
+  assert _count(trace.jaxpr, "matrix_product") == num_primitives

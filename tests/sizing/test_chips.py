@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmops_jax.config.settings import ConfigError
+from lmops_jax.config.refusals import ConfigError
 from lmops_jax.sizing import chips
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from lmops_jax.host import manifests
+from lmops_jax.host.records import checksum
 from lmops_jax.stages.pipeline import Group, Stage, StageError, read_manifest, run_stages
 
 # The same three stages in this process and in ones that get killed: `count` writes ten pieces and
@@ -386,7 +387,7 @@ def _fields(change):
     record = json.loads(path.read_text())
     change(record)
     record.pop("checksum")
-    path.write_text(json.dumps({**record, "checksum": manifests.checksum(record)}))
+    path.write_text(json.dumps({**record, "checksum": checksum(record)}))
 
   return damage
 

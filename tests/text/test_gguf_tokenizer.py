@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 
 from lmops_jax.decoding.text import TextStream
-from lmops_jax.text import gguf_tokenizer
+from lmops_jax.text import gguf_tokenizer, vocabulary_sources
 from lmops_jax.text.tokenizer import Tokenizer, load_tokenizer
 from lmops_jax.text.tokenizer_backends import FastBackend
 from tests.text import tiny_tokenizers as tiny
@@ -231,7 +231,8 @@ def test_saved_files_are_the_same_tokenizer(kind, model, tmp_path):
   assert again.chat_template == tokenizer.chat_template
   for text in [*tiny.TEXTS, "<s>a</s>", "<|im_end|>"]:
     assert again.encode(text) == tokenizer.encode(text)
-  vocabulary = tokenizer.as_spec().build([], tmp_path / "vocabulary")
+  source = vocabulary_sources.ModelTokenizer(str(tokenizer.path))
+  vocabulary = source.build([], tmp_path / "vocabulary")
   assert vocabulary.encode("fox") == tokenizer.encode("fox", add_special=False)
 
 

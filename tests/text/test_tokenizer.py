@@ -8,7 +8,7 @@ import sentencepiece
 
 from lmops_jax.data import as_seqio, load_vocabulary
 from lmops_jax.decoding.text import TextStream
-from lmops_jax.text import vocabularies
+from lmops_jax.text import vocabulary_sources
 from lmops_jax.text.tokenizer import load_tokenizer
 from tests import model_folders
 from tests.text import tiny_tokenizers as tiny
@@ -325,15 +325,15 @@ def test_seqio_gives_the_same_ids(tmp_path):
 
 def test_spec_builds_the_same_vocabulary(tmp_path):
   tokenizer = load_tokenizer(_opt_files(tmp_path / "model"))
-  spec = tokenizer.as_spec()
-  assert spec == vocabularies.ModelTokenizer(str(tmp_path / "model"))
+  spec = vocabulary_sources.ModelTokenizer(str(tokenizer.path))
   built = spec.build(iter(["never read"]), tmp_path / "v")
   assert built.encode("Hello world!") == tokenizer.encode("Hello world!")[1:]
-  assert spec.fingerprint() == tokenizer.fingerprint == tokenizer.as_spec().fingerprint()
+  again = vocabulary_sources.ModelTokenizer(spec.path)
+  assert spec.fingerprint() == tokenizer.fingerprint == again.fingerprint()
   other = load_tokenizer(_roberta_files(tmp_path / "other"))
   assert other.fingerprint != tokenizer.fingerprint
   with pytest.raises(ValueError, match=r"data\.ModelTokenizer\.path='/no/such': /no/such is "):
-    vocabularies.ModelTokenizer("/no/such").fingerprint()
+    vocabulary_sources.ModelTokenizer("/no/such").fingerprint()
 
 
 def test_opt_begins_every_text(tmp_path):

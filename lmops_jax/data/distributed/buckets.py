@@ -21,8 +21,8 @@ from lmops_jax.data import documents as documents_lib
 from lmops_jax.data import packing
 from lmops_jax.data.distributed import chains
 from lmops_jax.data.distributed.engine import Engine
-from lmops_jax.data.hashing import order_key
 from lmops_jax.host import seals
+from lmops_jax.host.hashing import order_key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lmops_jax.data.documents import Document
-from lmops_jax.data.hashing import order_key
 from lmops_jax.data.tasks.registry import worded
 from lmops_jax.data.tasks.task import Example, Task
+from lmops_jax.host.hashing import order_key
 
 NAME = "installed_kind"
 WORDS = {  # of kinds whose name is not the word to say: short ones, one token of most vocabularies

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lmops_jax.config.refusals import nearest
+
 FLAVOURS = ("fs", "hf", "paper", "plain")
 
 
@@ -365,8 +367,6 @@ def entry(name: str) -> Entry:
   Raises:
     ValueError: there is none; names the nearest and all.
   """
-  from lmops_jax.config.settings import nearest
-
   if name not in ENTRIES:
     raise ValueError(
       f"there is no task {name!r}{nearest(name, ENTRIES)} A task is one of {', '.join(ENTRIES)}, "
@@ -391,8 +391,6 @@ def wording(name: str, flavour: str | None, template: int) -> Wording:
 
 def worded(name: str, flavours: Mapping[str, Any], flavour: str | None, template: int) -> Any:
   """`flavours[flavour][template]`, as `wording` chooses it."""
-  from lmops_jax.config.settings import nearest
-
   flavour = next(iter(flavours)) if flavour is None else flavour
   if flavour not in flavours:
     raise ValueError(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lmops_jax.data.hashing import order_key
+from lmops_jax.host.hashing import order_key
 
 METRICS = ("accuracy", "exact_match", "f1")
 

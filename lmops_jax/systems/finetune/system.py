@@ -20,8 +20,8 @@ import optax
 from lmops_jax.config.setting_types import Decay, ExistingPath, PositiveInt, Seed, component
 from lmops_jax.data import batches as batches_lib
 from lmops_jax.data import files, supervised
-from lmops_jax.data.hashing import order_key
 from lmops_jax.evaluation.lm import mean_loss, perplexity
+from lmops_jax.host.hashing import order_key
 from lmops_jax.mesh.meshes import single_device
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.model import PretrainedModel

@@ -28,7 +28,7 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law.tasks import Task
 from lmops_jax.text import vocabularies
-from lmops_jax.text.vocabularies import VocabularySource
+from lmops_jax.text.vocabulary_sources import VocabularySource
 
 UNKNOWN, PAD, BOS, EOS = range(4)  # ids of a reduced vocabulary
 _TEXTS_FILE = "texts.npz"

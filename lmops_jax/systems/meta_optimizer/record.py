@@ -16,8 +16,8 @@ import numpy as np
 
 from lmops_jax.decoding import prefixes
 from lmops_jax.models import positions as positions_lib
-from lmops_jax.models.attention import visible_shared
 from lmops_jax.models.cache import Prefix, empty_cache
+from lmops_jax.models.cached_attention import visible_shared
 
 READOUTS = ("prompt", "first_label")
 

@@ -29,6 +29,7 @@ from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import matching, near_duplicates, packing
 from lmops_jax.stages import pipeline
 from lmops_jax.text import vocabularies
+from lmops_jax.text.vocabulary_sources import VocabularySource
 
 LABELS_FILE = "labels.jsonl"  # document id, kind, source: read by the report alone
 STATISTICS_FILE = "statistics.json"
@@ -56,7 +57,7 @@ class Prepare:
 
   corpus: documents_lib.Corpus
   target: documents_lib.Corpus
-  vocabulary: vocabularies.VocabularySource
+  vocabulary: VocabularySource
   length: at_least(2) = 128
   target_test: documents_lib.Corpus | None = None
   test_fraction: Part = 0.5

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax import control
-from lmops_jax.config.settings import ConfigError
+from lmops_jax.config.refusals import ConfigError
 from lmops_jax.control import cost as cost_lib
 from lmops_jax.control import programs as control_programs
 from lmops_jax.control.problem import PROXY_SCOPE, Settings

@@ -1,7 +1,7 @@
 """Rescaled attention as one dense function, and logits of tokens behind groups.
 
 `rescaled_attention` is arXiv 2212.06713, equation 3, written out; models compute it through
-`models.attention`, where a row's own keys get `ln(scale)` on their scores.
+`models.cached_attention`, where a row's own keys get `ln(scale)` on their scores.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from lmops_jax.config import resolve
 from lmops_jax.data import PythonReference
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data.documents import Document
-from lmops_jax.data.hashing import order_key
 from lmops_jax.evaluation import lm
+from lmops_jax.host.hashing import order_key
 from lmops_jax.models.transformer import TransformerConfig, num_params
 from lmops_jax.pretrained import exporting
 from lmops_jax.systems.meta_optimizer.momentum import pairs, texts
-from lmops_jax.text import vocabularies
+from lmops_jax.text import vocabulary_sources
 from lmops_jax.training import language_models, losses
 
 WORDS = ("red green blue north south east west stone river cloud tree bird fish house road bridge "
@@ -130,7 +130,7 @@ def test_a_pair_starts_from_the_same_numbers_and_reads_the_same_batches(finished
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first[arm] = [r["num_tokens"] for r in records]
   assert first["vanilla"] == first["momentum"]
-  own = texts.Texts(PythonReference(), vocabularies.TrainSentencePiece(), 32)
+  own = texts.Texts(PythonReference(), vocabulary_sources.TrainSentencePiece(), 32)
   system = pairs.Pairs(0.5, own, pairs.Training(
     TransformerConfig(vocab_size=9, width=16, num_layers=2, num_heads=2, mlp_width=16,
                       max_length=64), optax.sgd(0.1), 2), pairs.Evaluate())

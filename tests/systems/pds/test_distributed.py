@@ -18,7 +18,7 @@ from lmops_jax.mesh import checkpoints, meshes
 from lmops_jax.models import transformer
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import distributed, prepare, scorer, scores, select
-from lmops_jax.text import vocabularies
+from lmops_jax.text import vocabulary_sources
 from lmops_jax.training import optimizers
 
 pytest.importorskip("apache_beam", reason="needs the extra `beam`")
@@ -65,7 +65,7 @@ def _config(raw, **kwargs):
   return prepare.Prepare(**{
     "corpus": files.Jsonl(str(raw / "corpus"), kind_field="kind"),
     "target": files.Jsonl(str(raw / "target.jsonl")), "length": 32, "num_held_out": 10,
-    "vocabulary": vocabularies.TrainSentencePiece(vocab_size=320, sample_bytes=3000),
+    "vocabulary": vocabulary_sources.TrainSentencePiece(vocab_size=320, sample_bytes=3000),
   } | kwargs)
 
 

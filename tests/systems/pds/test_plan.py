@@ -9,7 +9,7 @@ import pytest
 
 from lmops_jax import control
 from lmops_jax.config import resolve
-from lmops_jax.config.settings import ConfigError
+from lmops_jax.config.refusals import ConfigError
 from lmops_jax.control import plan as control_plan
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.sizing import aot, flops

@@ -9,7 +9,7 @@ import pytest
 from lmops_jax.data import PythonReference, documents, files
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import prepare
-from lmops_jax.text import vocabularies
+from lmops_jax.text import vocabulary_sources
 
 
 class Texts(documents.Corpus):
@@ -38,7 +38,7 @@ def _prepare(folder, **kwargs):
   folder.mkdir()
   settings = {
     "corpus": Texts("corpus", 90), "target": Texts("target!", 20), "length": 32,
-    "vocabulary": vocabularies.TrainSentencePiece(vocab_size=320, sample_bytes=50_000),
+    "vocabulary": vocabulary_sources.TrainSentencePiece(vocab_size=320, sample_bytes=50_000),
     "num_held_out": 10,
   } | kwargs
   config = prepare.Prepare(**settings)
@@ -113,7 +113,7 @@ def test_a_cap_on_the_target_is_counted(tmp_path):
 )
 def test_settings_are_checked(kwargs, message):
   corpus = PythonReference()
-  base = {"corpus": corpus, "target": corpus, "vocabulary": vocabularies.TrainSentencePiece()}
+  base = {"corpus": corpus, "target": corpus, "vocabulary": vocabulary_sources.TrainSentencePiece()}
   with pytest.raises(ValueError, match=message):
     prepare.Prepare(**base | kwargs)
 
@@ -133,7 +133,7 @@ def test_files_that_are_not_read_are_told_and_counted(tmp_path):
     (tmp_path / "corpus" / name).write_text(rows)
   config = prepare.Prepare(
     files.Jsonl(str(tmp_path / "corpus")), Texts("target!", 20),
-    vocabularies.TrainSentencePiece(vocab_size=320, sample_bytes=50_000), length=32,
+    vocabulary_sources.TrainSentencePiece(vocab_size=320, sample_bytes=50_000), length=32,
     num_held_out=10,
   )
   (tmp_path / "out").mkdir()

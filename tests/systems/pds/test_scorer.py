@@ -9,7 +9,7 @@ from lmops_jax.data import instances, packing
 from lmops_jax.evaluation import correlation, examples
 from lmops_jax.models import heads, transformer
 from lmops_jax.systems.pds import scorer
-from lmops_jax.text import vocabularies
+from lmops_jax.text import vocabulary_sources
 from lmops_jax.training import loop, losses, optimizers
 
 LETTERS = np.array(list("etaoinshrdlucmfw"))
@@ -23,7 +23,7 @@ def _texts(num, seed=0):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
   folder = tmp_path_factory.mktemp("scorer")
-  train = vocabularies.TrainSentencePiece(vocab_size=320, sample_bytes=50_000)
+  train = vocabulary_sources.TrainSentencePiece(vocab_size=320, sample_bytes=50_000)
   vocabulary = train.build(iter(_texts(300)), folder / "vocabulary")
   packed = packing.pack(
     ((i, vocabulary.encode(text)) for i, text in enumerate(_texts(40))), length=48,
@@ -49,7 +49,7 @@ def test_every_real_token_counts_and_padding_does_not(prepared):
 
 
 def test_another_vocabulary_sees_the_same_text(prepared, tmp_path):
-  other = vocabularies.TrainSentencePiece(vocab_size=400, sample_bytes=50_000, seed=5).build(
+  other = vocabulary_sources.TrainSentencePiece(vocab_size=400, sample_bytes=50_000, seed=5).build(
     iter(_texts(300, seed=9)), tmp_path / "other"
   )
   view = scorer.View(prepared, other)
@@ -116,4 +116,4 @@ def test_corpus_scores_must_match_the_corpus(tmp_path):
 
 def test_a_vocabulary_of_its_own_needs_a_model_of_its_own():
   with pytest.raises(ValueError, match="from_proxy=False"):
-    scorer.Scorer(optimizers.sgd(0.1), vocabulary=vocabularies.SentencePieceFile("x.model"))
+    scorer.Scorer(optimizers.sgd(0.1), vocabulary=vocabulary_sources.SentencePieceFile("x.model"))

@@ -11,7 +11,7 @@ import pytest
 from lmops_jax.data import instances, packing, shards
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import scores, select, selection
-from lmops_jax.text import vocabularies
+from lmops_jax.text import vocabularies, vocabulary_sources
 
 WORDS = ["".join(row) for row in np.random.default_rng(0).choice(list("etaoinshrd"), (99, 5))]
 
@@ -21,7 +21,7 @@ def folders(tmp_path_factory):
   root = tmp_path_factory.mktemp("select")
   rng = np.random.default_rng(1)
   texts = [" ".join(rng.choice(WORDS, 20)) for _ in range(120)]
-  train = vocabularies.TrainSentencePiece(vocab_size=320, sample_bytes=50_000)
+  train = vocabulary_sources.TrainSentencePiece(vocab_size=320, sample_bytes=50_000)
   vocabulary = train.build(iter(texts), root / "prepare" / "vocabulary")
   packed = packing.pack(
     ((i, vocabulary.encode(text)) for i, text in enumerate(texts)), length=24,

@@ -20,10 +20,10 @@ from lmops_jax.config.setting_types import ByteCount, Part, Seed, at_least, comp
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import matching, near_duplicates, packing
 from lmops_jax.data.documents import Corpus, Document
-from lmops_jax.data.hashing import order_key
+from lmops_jax.host.hashing import order_key
 from lmops_jax.stages import pipeline
 from lmops_jax.text import vocabularies
-from lmops_jax.text.vocabularies import VocabularySource
+from lmops_jax.text.vocabulary_sources import VocabularySource
 
 
 @component(module="momentum")

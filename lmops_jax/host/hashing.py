@@ -1,7 +1,11 @@
-"""Pseudo-random numbers as a function of what they belong to: order, shuffling, sampling.
+"""Hashes that are the same everywhere: of contents, and pseudo-random numbers of what has an id.
 
-Integer arithmetic alone, so every platform and every version of NumPy gives the same numbers.
+The numbers, for order, shuffling and sampling, are integer arithmetic alone, so every platform and
+every version of NumPy gives the same ones.
 """
+
+import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -23,3 +27,14 @@ def order_key(identifier: int, seed: int = 0) -> int:
   value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
   value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
   return value ^ (value >> 31)
+
+
+def digest(parts: Iterable[str | bytes], size: int = 16) -> str:
+  """BLAKE2b of texts and bytes one after another, `2 * size` hex digits.
+
+  Half characters in a text, as names that are not UTF-8 have them, count as they are.
+  """
+  state = hashlib.blake2b(digest_size=size)
+  for part in parts:
+    state.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+  return state.hexdigest()

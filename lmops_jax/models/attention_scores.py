@@ -1,0 +1,100 @@
+"""What all kinds of attention are made of: who sees whom, scores, and their softmax over values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MASKED = -1e30  # finite, so that no derivative of the softmax is 0 * inf
+
+
+class Pattern(NamedTuple):
+  """Who sees whom, besides segments.
+
+  Attributes:
+    causal: a position sees no later ones.
+    window: latest positions seen, itself included; None for all.
+    slopes: ALiBi's `[H] float32`, or None.
+  """
+
+  causal: bool = True
+  window: int | None = None
+  slopes: np.ndarray | None = None
+
+
+CAUSAL = Pattern()
+
+
+def grouped(q, kv_heads):
+  """`[B,S,H,E]` to `[B,K,G,S,E]`, with the G query heads that share a key head."""
+  return q.reshape(*q.shape[:2], kv_heads, -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)
+
+
+def masked_scores(q_BKGSE, k_BKME, mask, bias):
+  """`[B,K,G,S,M] float32` at least; `mask` and `bias`, or None, broadcast to it."""
+  # Query heads of a group are rows of one product: XLA then multiplies without copies.
+  q_BKRE = q_BKGSE.reshape(*q_BKGSE.shape[:2], -1, q_BKGSE.shape[-1])
+  scores = jnp.einsum(
+    "bkre,bkme->bkrm", q_BKRE, k_BKME,
+    preferred_element_type=jnp.promote_types(q_BKRE.dtype, jnp.float32),
+  ).reshape(*q_BKGSE.shape[:4], -1)
+  scores = scores * q_BKGSE.shape[-1]**-0.5
+  return jnp.where(mask, scores if bias is None else scores + bias, MASKED)
+
+
+def softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None):
+  """Attention of some queries over some keys; `mask`, `bias` broadcast to `[B,K,G,S,M]`."""
+  probabilities = jax.nn.softmax(masked_scores(q_BKGSE, k_BKME, mask, bias), axis=-1)
+  return summed(probabilities, v_BKME, None).reshape(q_BKGSE.shape)
+
+
+def summed(weights, v_BKME, dtype):
+  """Values `[B,K,G*S,E]` summed with the weights `[B,K,G,S,M]`, in `dtype` or their own."""
+  weights = weights.astype(v_BKME.dtype).reshape(*weights.shape[:2], -1, weights.shape[-1])
+  return jnp.einsum("bkrm,bkme->bkre", weights, v_BKME, preferred_element_type=dtype)
+
+
+def heads_first(q, k, v):
+  """`[B,K,G,S,E]`, with the G query heads that share a key head, and twice `[B,K,S,E]`.
+
+  Batched products want the batch axes first; moving them once is cheaper than once a product.
+  """
+  return grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def visible(query_index, key_index, query_segments, key_segments, pattern):
+  """`[1 or B, 1, 1, s, M] bool`."""
+  distance = key_index[None, :] - query_index[:, None]
+  mask = jnp.ones((1, *distance.shape), bool)
+  if pattern.causal:
+    mask = (distance <= 0)[None]
+  if pattern.window is not None:
+    mask = mask & (jnp.abs(distance) < pattern.window)[None]
+  if query_segments is not None:
+    mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
+  return mask[:, None, None]
+
+
+def distance_bias(query_index, key_index, pattern, kv_heads):
+  """ALiBi's `[K,G,s,M] float32`, or None."""
+  if pattern.slopes is None:
+    return None
+  return alibi(pattern.slopes, kv_heads, key_index[None, :] - query_index[:, None])
+
+
+def alibi(slopes, kv_heads, distance):
+  """`slope * -|distance|`, with heads as `[K,G,1,1]` in front of the last two axes."""
+  slopes = slopes.reshape(kv_heads, -1, 1, 1)
+  return slopes * -jnp.abs(distance).astype(jnp.float32)
+
+
+def in_chunks(x, axis, chunk):
+  """Pads and cuts an axis; the chunks come first, `[n,...,chunk,...]`."""
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, -x.shape[axis] % chunk)
+  x = jnp.pad(x, padding)
+  x = x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :])
+  return jnp.moveaxis(x, axis, 0)
