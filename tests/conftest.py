@@ -22,7 +22,7 @@ _FLAGS = {
   "--xla_cpu_collective_call_terminate_timeout_seconds": 3600,
 }
 # Compiling is most of the time of the tests, and the emitters of fusions are half of compiling. XLA
-# ends the process at a flag that it does not know, so only releases that were seen to know it get it.
+# ends the process at a flag that it does not know: only releases that were seen to know it get it.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 for _flag, _value in _FLAGS.items():
