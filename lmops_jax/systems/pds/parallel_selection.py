@@ -3,7 +3,7 @@
 The set is that of `selection.gumbel_top_k`, and memory does not grow with the corpus. A histogram
 over the leading bits of all perturbed scores is a sketch of fixed size that adds up in any order
 and any grouping; the bin that holds the threshold is cut into bins in turn, until so few scores are
-left that they are collected and ranked exactly, ties by id. A last pass writes. Up to some ten
+left that they are collected and ranked exactly, ties by id. A last pass writes. Up to some hundred
 million scores that is three passes. How the work is spread is not known here: `total` adds up a
 function over items, wherever it runs. `select_in_process` is the selection in one process, of a
 single item.
