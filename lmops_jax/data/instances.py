@@ -189,12 +189,12 @@ def finish(
 
 
 def write_encoded(directory: Path | str, instances: Iterable[Instance], vocabulary, length: int):
-  """`write_instances` with the ids of the vocabulary that the tokens are of."""
+  """`write_instances` with the special ids of the tokens' vocabulary."""
   return write_instances(directory, instances, length=length, **encoded_with(vocabulary))
 
 
 def encoded_with(vocabulary) -> dict[str, int | str]:
-  """What `write_instances` and `finish` are told of the vocabulary that the tokens are of."""
+  """What `write_instances` and `finish` are told about the vocabulary of the tokens."""
   return {
     "vocab_size": vocabulary.vocab_size, "pad_id": vocabulary.pad_id, "bos_id": vocabulary.bos_id,
     "eos_id": vocabulary.eos_id, "vocabulary_fingerprint": vocabulary.fingerprint,
@@ -291,7 +291,7 @@ class Instances:
 
   Attributes:
     length: `S`, tokens of an input. vocab_size, pad_id, eos_id, bos_id: of the vocabulary.
-    vocabulary_fingerprint: `Vocabulary.fingerprint` of it, "" where unknown.
+    vocabulary_fingerprint: `Vocabulary.fingerprint` of it, "" if unknown.
     total_tokens: stored tokens of all instances, BOS included.
   """
 
@@ -369,7 +369,7 @@ class Instances:
 
     Returns:
       tokens `[n,S] int32`: inputs, padded with `pad_id`. targets `[n,S] int32`: the next tokens.
-      loss_mask `[n,S] float32`: 1 where the input token is followed by a stored token and is
+      loss_mask `[n,S] float32`: 1 if the input token is followed by a stored token and is
       neither pad nor EOS (spec 2.2: what follows EOS cannot be known). example_id `[n] int64`:
       the stable ids.
     """

@@ -67,7 +67,7 @@ def pack(
 ) -> Iterator[Instance]:
   """Packs documents; every token lands in exactly one instance, the last one may be shorter.
 
-  An instance of nothing but EOS inputs (possible where BOS is EOS) has no token to learn from; it
+  An instance of nothing but EOS inputs (possible if BOS is EOS) has no token to learn from; it
   is left out and counted.
 
   Args:
@@ -128,7 +128,7 @@ def pack(
 def encoded(documents, vocabulary, block: int = 256) -> Iterator[tuple[int, list[int]]]:
   """(id, token ids) of documents, as `pack` takes them.
 
-  Tokenises a block of documents at a time, which is where the threads of the tokenizer help.
+  Tokenises a block of documents at a time, so that the tokenizer can use its threads.
   """
   waiting = []
 
@@ -194,7 +194,7 @@ def _cut_rule(sentence_end, eos_id):
 def end_flags(sentence_end, eos_id) -> Callable[[np.ndarray, int], np.ndarray] | None:
   """The rule as `(tokens [m], the next one) -> [m] bool`: after which an instance may end.
 
-  None where no rule is given, or one that cannot be told token by token.
+  None if no rule is given, or one that cannot be told token by token.
   """
   if isinstance(sentence_end, np.ndarray):
     table = np.array(sentence_end, bool)
@@ -204,7 +204,7 @@ def end_flags(sentence_end, eos_id) -> Callable[[np.ndarray, int], np.ndarray] |
 
 
 def _last_true(flags: np.ndarray) -> int:
-  """Number of leading entries up to and including the last true one; 0 where none is."""
+  """Number of leading entries up to and including the last true one; 0 if none is."""
   return int(len(flags) - np.argmax(flags[::-1])) if flags.any() else 0
 
 
@@ -228,7 +228,7 @@ class SentenceEnds:
   leading_space: np.ndarray
 
   def __call__(self, tokens: np.ndarray, following: int) -> int:
-    """How many of `tokens [m]` to keep when `following` comes next; 0 where no sentence ends."""
+    """How many of `tokens [m]` to keep when `following` comes next; 0 if no sentence ends."""
     return _last_true(self.ends(tokens, following))
 
   def ends(self, tokens: np.ndarray, following: int) -> np.ndarray:

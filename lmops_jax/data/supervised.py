@@ -41,7 +41,7 @@ class Example(NamedTuple):
 
 
 class SupervisedSet(NamedTuple):
-  """Sequences of one length, as arrays that a batch is a choice of rows of.
+  """Sequences of one length, as arrays whose rows make up the batches.
 
   Attributes:
     arrays: `tokens`, `targets`, `positions`, `segment_ids [N,S] int32`, `loss_mask [N,S] float32`.
@@ -173,7 +173,7 @@ def build(
   Args:
     examples: in the order of the file.
     length: S; a row of more than S + 1 tokens is too long.
-    pad_id: stands where nothing does.
+    pad_id: fills the rest of a sequence.
     pack: several rows to a sequence, first fit in order; else one each.
     too_long: "drop" such rows or "cut" them, counted, or make them an "error".
     name: of the part, for errors.

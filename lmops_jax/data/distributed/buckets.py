@@ -30,7 +30,7 @@ class Buckets:
   """The files of a corpus's buckets.
 
   Attributes:
-    folder: that every worker can read and write; made where it is not there.
+    folder: that every worker can read and write; it is made if it is missing.
     count: number of buckets.
   """
 

@@ -42,7 +42,7 @@ def chain(
 
   Args:
     tokens: `[n]`, the part: every document's ids and EOS.
-    tail: `[length]`, the tokens after the part; fewer only where the stream ends.
+    tail: `[length]`, the tokens after the part; fewer only if the stream ends before.
     length, bos_id, eos_id, sentence_end: as in `packing.pack`.
 
   Raises:

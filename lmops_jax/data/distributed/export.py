@@ -102,7 +102,7 @@ def export_selection(
   Args:
     scratch: folder on the file system of `directory`, for this export alone.
     indices: array file of ascending positions in `instances`.
-    part: instances that a worker takes together, where the format does not say.
+    part: instances that a worker takes together, if the format does not say.
   """
   if format in ("jsonl", "parquet"):
     export.check_vocabulary(instances, vocabulary, format)

@@ -2,7 +2,7 @@
 
 Preparing, annotating by the fitted scorer, selecting and exporting, for corpora beyond one machine.
 Each stage keeps what its workers leave in a folder of its own until all is there, so that a killed
-stage goes on where it was. Methods that score the corpus themselves (`score_corpus`) read it in one
+stage goes on from there. Methods that score the corpus themselves (`score_corpus`) read it in one
 process.
 """
 

@@ -23,11 +23,12 @@ from lmops_jax.systems.pds import ranking, selection
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
-  """Of any set of perturbed scores.
+  """What is known about a set of perturbed scores; sketches of two sets add up to that of both.
 
   Attributes:
-    count: how many there are. digest: changes with any one of them, modulo 2^64.
-    histogram: of those in the range that is searched, `[bins] int64`, or `[]` for no range.
+    count: how many scores there are. digest: changes with any one of them, modulo 2^64.
+    histogram: how many scores fall into each bin of the range that is searched, `[bins] int64`, or
+      `[]` for no range.
   """
 
   count: int
@@ -55,7 +56,7 @@ class Candidates:
 
 
 class Selection(NamedTuple):
-  """What was done; what was selected went to `write`."""
+  """Figures of a selection; the indices and ids themselves went to `write`."""
 
   num_examples: int
   num_selected: int

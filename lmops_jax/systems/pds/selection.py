@@ -60,7 +60,7 @@ def num_selected(num_examples: int, *, ratio: float | None = None, k: int | None
   """How many examples are kept: `k`, or floor(ratio * num_examples) in exact arithmetic.
 
   A float such as 0.29 or 1/3 stands for the simple fraction that it prints as, so that 29 of 100
-  and 1 of 3 are kept where float products would give 28.999999999999996.
+  and 1 of 3 are kept although float products would give 28.999999999999996.
 
   Raises:
     ValueError: not exactly one of `ratio` and `k`; a ratio outside (0, 1]; a count that is 0 or
