@@ -25,12 +25,13 @@ def export_selection(
 ) -> int:
   """Writes the instances with the given ids, in corpus order, and returns how many there are.
 
-  - "ids": `ids.npy`, `[n] int64`, ascending as in the corpus.
+  - "ids": `ids.npy`, `[n] int64`.
   - "tfds": a dataset like the corpus itself (`open_instances` or tfds read it); ids stay.
   - "jsonl": `selection.jsonl`; each line has `id`, `text`, `document_ids`. The text is the decoded
     instance with an empty line between documents.
   - "parquet": `selection.parquet` with the same columns.
-  - "mmididx": `data_0.bin`, `data_0.idx`, ...: the token ids bit for bit, BOS and EOS included.
+  - "mmididx": `data_0.bin`, `data_0.idx`, ...: the token ids bit for bit, BOS and EOS included. The
+    format holds no ids; its sequences are in the order of "ids".
 
   Raises:
     ValueError: an unknown format, no ids, an id twice or one that no instance has, text without a

@@ -2,10 +2,11 @@
 
 `write_instances` stores one `tf.train.Example` a record in the layout of
 `tfds.core.SequentialWriter`, so `tfds.builder_from_directory(directory).as_data_source("train")`
-reads them too, and adds `instances.json` as the last file, without which the folder counts as
-unfinished. Reading uses the array_record module and the protocol buffers alone; neither direction
-imports TensorFlow. The same instances give the same bytes in every file: records are serialised
-deterministically (the map in an Example has no order of its own), and nothing holds a date.
+reads them too, adds `ids.npy` with the ids of all instances by index, and `instances.json` as the
+last file, without which the folder counts as unfinished. Reading uses the array_record module and
+the protocol buffers alone; neither direction imports TensorFlow. The same instances give the same
+bytes in every file: records are serialised deterministically (the map in an Example has no order of
+its own), and nothing holds a date.
 """
 
 import errno
@@ -13,20 +14,23 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lmops_jax.data.growing_arrays import growing
 from lmops_jax.data.packing import Instance
 from lmops_jax.host.whole_files import write_text
 
-METADATA_FILE = "instances.json"
-FORMAT_VERSION = 1
+METADATA_FILE, IDS_FILE = "instances.json", "ids.npy"
+FORMAT_VERSION = 2  # in version 1 an instance's id was its row number
 INSTANCES_PER_SHARD = 50_000
 _DATASET, _SPLIT = "instances", "train"
 _BLOCK = 4096
+_IDS_TOGETHER = 1 << 25  # about so many ids are compared with each other at a time, 256 MiB
+_BLOCK_OF_IDS = 1 << 20
 
 
 def write_instances(
@@ -51,7 +55,8 @@ def write_instances(
     description: what the data is, for people.
 
   Raises:
-    ValueError: a token outside of the vocabulary, an instance that is too short or too long.
+    ValueError: a token outside of the vocabulary, an instance that is too short or too long, two
+      instances with one id.
   """
   if length < 1 or instances_per_shard < 1:
     raise ValueError(
@@ -63,23 +68,29 @@ def write_instances(
   for old in directory.glob(f"{_DATASET}-{_SPLIT}.array_record-*"):
     old.unlink()
 
-  shards: list[ShardInfo] = []
-  instances = iter(instances)
-  for first in instances:
-    rows = itertools.chain([first], itertools.islice(instances, instances_per_shard - 1))
-    path = directory / shard_file(len(shards))
-    shards.append(write_shard(path, rows, length=length, vocab_size=vocab_size))
+  def shards() -> Iterator[ShardInfo]:
+    rest = iter(instances)
+    for number, first in enumerate(rest):
+      rows = itertools.chain([first], itertools.islice(rest, instances_per_shard - 1))
+      path = directory / shard_file(number)
+      yield write_shard(path, rows, length=length, vocab_size=vocab_size)
+
   return finish(
-    directory, shards, length=length, vocab_size=vocab_size, pad_id=pad_id, eos_id=eos_id,
+    directory, shards(), length=length, vocab_size=vocab_size, pad_id=pad_id, eos_id=eos_id,
     bos_id=bos_id, description=description, vocabulary_fingerprint=vocabulary_fingerprint,
   )
 
 
 class ShardInfo(NamedTuple):
-  """What the metadata say of a shard: how many instances, bytes of the file, bytes of the records,
-  stored tokens."""
+  """A shard that is written.
 
-  count: int
+  Attributes:
+    ids: of its instances, `[n] int64`.
+    bytes: of the file. record_bytes: of its records.
+    num_tokens: that it stores, BOS included.
+  """
+
+  ids: np.ndarray
   bytes: int
   record_bytes: int
   num_tokens: int
@@ -102,7 +113,7 @@ def write_shard(
   from array_record.python import array_record_module
   from tensorflow_datasets.proto import tf_example_pb2
 
-  count = record_bytes = num_tokens = 0
+  ids, record_bytes, num_tokens = [], 0, 0
   try:
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     for instance in instances:
@@ -117,7 +128,7 @@ def write_shard(
       )
       record = example.SerializeToString(deterministic=True)
       writer.write(record)
-      count += 1
+      ids.append(instance.id)
       record_bytes += len(record)
       num_tokens += len(instance.tokens)
     writer.close()
@@ -125,12 +136,14 @@ def write_shard(
     if "No space left on device" in str(error):
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     raise OSError(f"{path} cannot be written: {error}.") from error
-  return ShardInfo(count, Path(path).stat().st_size, record_bytes, num_tokens)
+  return ShardInfo(
+    np.array(ids, np.int64), Path(path).stat().st_size, record_bytes, num_tokens
+  )
 
 
 def finish(
   directory: Path | str,
-  shards: Sequence[ShardInfo],
+  shards: Iterable[ShardInfo],
   *,
   length: int,
   vocab_size: int,
@@ -140,17 +153,28 @@ def finish(
   description: str = "Packed token ids.",
   vocabulary_fingerprint: str = "",
 ) -> int:
-  """Writes what makes a folder of shards readable; arguments and result as of `write_instances`."""
+  """Writes what makes a folder of shards readable; arguments and result as of `write_instances`.
+
+  Args:
+    shards: in order; each is looked at once.
+
+  Raises:
+    ValueError: two instances with one id.
+  """
   directory = Path(directory)
-  files = [
-    {"file": shard_file(i), "count": shard.count, "bytes": shard.bytes}
-    for i, shard in enumerate(shards)
-  ]
-  _write_dataset_info(directory, files, sum(shard.record_bytes for shard in shards), description)
+  files, record_bytes, num_tokens = [], 0, 0
+  with growing(directory / IDS_FILE) as append:
+    for number, shard in enumerate(shards):
+      append(shard.ids)
+      files.append({"file": shard_file(number), "count": len(shard.ids), "bytes": shard.bytes})
+      record_bytes += shard.record_bytes
+      num_tokens += shard.num_tokens
+  _check_distinct(np.load(directory / IDS_FILE, mmap_mode="r"), directory)
+  _write_dataset_info(directory, files, record_bytes, description)
   metadata = {
     "version": FORMAT_VERSION,
-    "count": sum(shard.count for shard in shards),
-    "num_tokens": sum(shard.num_tokens for shard in shards),
+    "count": sum(file["count"] for file in files),
+    "num_tokens": num_tokens,
     "length": length,
     "vocab_size": vocab_size,
     "pad_id": pad_id,
@@ -165,12 +189,12 @@ def finish(
 
 
 def write_encoded(directory: Path | str, instances: Iterable[Instance], vocabulary, length: int):
-  """`write_instances` with the ids of the vocabulary that the tokens are of."""
+  """`write_instances` with the special ids of the tokens' vocabulary."""
   return write_instances(directory, instances, length=length, **encoded_with(vocabulary))
 
 
 def encoded_with(vocabulary) -> dict[str, int | str]:
-  """What `write_instances` and `finish` are told of the vocabulary that the tokens are of."""
+  """What `write_instances` and `finish` are told about the vocabulary of the tokens."""
   return {
     "vocab_size": vocabulary.vocab_size, "pad_id": vocabulary.pad_id, "bos_id": vocabulary.bos_id,
     "eos_id": vocabulary.eos_id, "vocabulary_fingerprint": vocabulary.fingerprint,
@@ -190,6 +214,29 @@ def _check(instance: Instance, length: int, vocab_size: int) -> None:
       f"instance {instance.id} holds the token id {low if low < 0 else high}, which is not in the "
       f"vocabulary (vocab_size={vocab_size}); tokenise with the vocabulary that is named here."
     )
+
+
+def _check_distinct(ids: np.ndarray, directory: Path) -> None:
+  """Refuses two instances with one id.
+
+  The ids are compared range by range, so that memory stays bounded.
+  """
+  num_ranges = max(-(-len(ids) // _IDS_TOGETHER), 1)
+  for number in range(num_ranges):
+    low, high = ((number + i) * (1 << 63) // num_ranges for i in (0, 1))
+    part = np.concatenate([
+      block[(block >= low) & (block <= high - 1)]
+      for block in np.split(ids, range(_BLOCK_OF_IDS, len(ids), _BLOCK_OF_IDS))
+    ])
+    part.sort()
+    twice = part[1:][part[1:] == part[:-1]]
+    if len(twice):
+      first, second = np.flatnonzero(ids == twice[0])[:2]
+      raise ValueError(
+        f"instances {first} and {second} in {directory} both have the id {twice[0]}; an id is a "
+        "hash of an instance's first document and its place in it, so leave out one of these two "
+        "documents or give it another id."
+      )
 
 
 def _write_dataset_info(
@@ -244,7 +291,7 @@ class Instances:
 
   Attributes:
     length: `S`, tokens of an input. vocab_size, pad_id, eos_id, bos_id: of the vocabulary.
-    vocabulary_fingerprint: `Vocabulary.fingerprint` of it, "" where unknown.
+    vocabulary_fingerprint: `Vocabulary.fingerprint` of it, "" if unknown.
     total_tokens: stored tokens of all instances, BOS included.
   """
 
@@ -259,7 +306,10 @@ class Instances:
         f"{self.directory} holds no finished instances ({path.name}: {error})."
       ) from error
     if version != FORMAT_VERSION:
-      raise ValueError(f"{path} has format version {version}; this code reads {FORMAT_VERSION}.")
+      raise ValueError(
+        f"{path} has format version {version}; this code reads {FORMAT_VERSION}. Write the "
+        "instances again: delete the folder of the stage that wrote them and run it again."
+      )
     self.length: int = metadata["length"]
     self.vocab_size: int = metadata["vocab_size"]
     self.pad_id: int = metadata["pad_id"]
@@ -278,6 +328,11 @@ class Instances:
         raise ValueError(
           f"{file} is {found} instead of {shard['bytes']:,} bytes long; write the instances again."
         )
+    if len(self.ids) != len(self):
+      raise ValueError(
+        f"{self.directory / IDS_FILE} holds {len(self.ids)} ids of {len(self)} instances; write "
+        "the instances again."
+      )
     bytes_each = (self.length + 1) * self._dtype.itemsize
     self._in_memory = len(self) * bytes_each <= cache_bytes
 
@@ -288,10 +343,18 @@ class Instances:
   def __len__(self) -> int:
     return int(self._starts[-1])
 
-  @property
+  @functools.cached_property
   def ids(self) -> np.ndarray:
-    """The ids of all instances, `[N] int64`; for a corpus as packed, `0 .. N - 1`."""
-    return self._cache.ids if self._in_memory else self._all_ids
+    """The ids of all instances by index, `[N] int64`, mapped, not read; see `packing.instance_id`.
+
+    Raises:
+      ValueError: the file of the ids is missing or damaged.
+    """
+    path = self.directory / IDS_FILE
+    try:
+      return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+      raise ValueError(f"{path} cannot be read ({error}); write the instances again.") from error
 
   def tokens(self, indices) -> np.ndarray:
     """Stored tokens, padded with `pad_id`, `[n, length + 1] int32`."""
@@ -306,10 +369,11 @@ class Instances:
 
     Returns:
       tokens `[n,S] int32`: inputs, padded with `pad_id`. targets `[n,S] int32`: the next tokens.
-      loss_mask `[n,S] float32`: 1 where the input token is followed by a stored token and is
-      neither pad nor EOS (spec 2.2: what follows EOS cannot be known). example_id `[n] int64`.
+      loss_mask `[n,S] float32`: 1 if the input token is followed by a stored token and is
+      neither pad nor EOS (spec 2.2: what follows EOS cannot be known). example_id `[n] int64`:
+      the stable ids.
     """
-    stored, num_tokens, ids = self._rows(indices)
+    stored, num_tokens = self._rows(indices)
     stored = stored.astype(np.int32)
     tokens, targets = stored[:, :-1], stored[:, 1:]
     real = np.arange(self.length) < (num_tokens - 1)[:, None]
@@ -318,7 +382,7 @@ class Instances:
       "tokens": np.ascontiguousarray(tokens),
       "targets": np.ascontiguousarray(targets),
       "loss_mask": mask.astype(np.float32),
-      "example_id": ids.copy(),
+      "example_id": np.array(self.ids[np.asarray(indices, np.int64)]),
     }
 
   def documents(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -333,8 +397,8 @@ class Instances:
 
   def instance(self, index: int) -> Instance:
     """An instance as it was written."""
-    ((tokens,), (count,), (identifier,)) = self._rows([index])
-    return Instance(int(identifier), tokens[:count].astype(np.int32), *self.documents(index))
+    ((tokens,), (count,)) = self._rows([index])
+    return Instance(int(self.ids[index]), tokens[:count].astype(np.int32), *self.documents(index))
 
   def indices_of(self, ids) -> np.ndarray:
     """Indices of instances by id, `[n] int64`.
@@ -372,20 +436,19 @@ class Instances:
       )
     return indices
 
-  def _rows(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Padded tokens `[n, length + 1]` of any integer type, number of tokens and ids, `[n]` each."""
+  def _rows(self, indices) -> tuple[np.ndarray, np.ndarray]:
+    """Padded tokens `[n, length + 1]` of any integer type, and the number of tokens, `[n]`."""
     indices = self._checked(indices)
     if self._in_memory:
       cache = self._cache
-      return cache.tokens[indices], cache.num_tokens[indices], cache.ids[indices]
+      return cache.tokens[indices], cache.num_tokens[indices]
     tokens = np.full((len(indices), self.length + 1), self.pad_id, np.int32)
     num_tokens = np.zeros(len(indices), np.int32)
-    ids = np.zeros(len(indices), np.int64)
     for i, features in enumerate(self._parsed(indices)):
       row = features["tokens"]
-      num_tokens[i], ids[i] = len(row), features["id"][0]
+      num_tokens[i] = len(row)
       tokens[i, : len(row)] = row
-    return tokens, num_tokens, ids
+    return tokens, num_tokens
 
   def _parsed(self, indices) -> list[dict[str, np.ndarray]]:
     """Records by index, in the order asked for."""
@@ -433,7 +496,7 @@ class Instances:
     return self._readers[number]
 
   def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k != "_readers"}
+    return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "ids")}
 
   def _parse(self, record: bytes, number: int) -> dict[str, np.ndarray]:
     from tensorflow_datasets.proto import tf_example_pb2
@@ -450,7 +513,6 @@ class Instances:
     count = len(self)
     tokens = np.full((count, self.length + 1), self.pad_id, self._dtype)
     num_tokens = np.zeros(count, np.int32)
-    ids = np.zeros(count, np.int64)
     document_ids, document_num_tokens = [], []
     document_starts = np.zeros(count + 1, np.int64)
     for i, features in enumerate(self._scan()):
@@ -461,19 +523,15 @@ class Instances:
           f"vocab_size={self.vocab_size}; write the instances again."
         )
       tokens[i, : len(row)] = row
-      num_tokens[i], ids[i] = len(row), features["id"][0]
+      num_tokens[i] = len(row)
       document_ids.append(features["document_ids"])
       document_num_tokens.append(features["document_num_tokens"])
       document_starts[i + 1] = document_starts[i] + len(document_ids[-1])
     empty = [np.zeros(0, np.int64)]
     return _Cache(
-      tokens, num_tokens, ids, document_starts, np.concatenate(document_ids or empty),
+      tokens, num_tokens, document_starts, np.concatenate(document_ids or empty),
       np.concatenate(document_num_tokens or empty).astype(np.int32),
     )
-
-  @functools.cached_property
-  def _all_ids(self) -> np.ndarray:
-    return np.fromiter((f["id"][0] for f in self._scan()), np.int64, len(self))
 
   def _scan(self):
     """All records in order, a block at a time."""
@@ -484,13 +542,13 @@ class Instances:
           yield self._parse(record, number)
 
 
-_FEATURES = ("id", "tokens", "document_ids", "document_num_tokens")
+_FEATURES = ("tokens", "document_ids", "document_num_tokens")
 
 
 class _Cache:
   """All instances in memory."""
 
-  def __init__(self, tokens, num_tokens, ids, document_starts, document_ids, document_num_tokens):
-    self.tokens, self.num_tokens, self.ids = tokens, num_tokens, ids
+  def __init__(self, tokens, num_tokens, document_starts, document_ids, document_num_tokens):
+    self.tokens, self.num_tokens = tokens, num_tokens
     self.document_starts = document_starts
     self.document_ids, self.document_num_tokens = document_ids, document_num_tokens

@@ -3,6 +3,13 @@
 Every document's tokens are followed by EOS and all of them are concatenated; an instance is BOS and
 the next `length` tokens. Optionally an instance is cut back to its last sentence end and the rest
 opens the next one. Attention is not reset at document boundaries, as in the paper's code.
+
+An instance is known by the place where it begins (`instance_id`), not by how many come before it.
+A new document therefore changes no id of the instances before it. The instances behind it keep
+their ids as soon as one begins at the same place as before: at once when the document fills whole
+instances, within a few instances when they are cut at sentence ends, and never when they are
+packed without gaps and the document is of another length, for then every later instance holds other
+text than before.
 """
 
 import dataclasses
@@ -12,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmops_jax.data.documents import document_id
+
 _OPENING, _CLOSING = "([{", ")]}"
 _ENDS = ".!?;"
 
@@ -20,7 +29,7 @@ class Instance(NamedTuple):
   """One packed training example.
 
   Attributes:
-    id: position in the packed corpus, counted from 0 (or from `first_id`).
+    id: 0 <= id < 2^63, see `instance_id`.
     tokens: `[n] int32`, 2 <= n <= length + 1, BOS first.
     document_ids: `[k] int64`, the documents its tokens come from, in order.
     document_num_tokens: `[k] int32`, how many tokens each of them has here, its EOS included and
@@ -33,6 +42,19 @@ class Instance(NamedTuple):
   document_num_tokens: np.ndarray
 
 
+def instance_id(document: int, offset: int) -> int:
+  """The id of the instance that begins at a place of a document, the same in every corpus.
+
+  It is a 63-bit hash of both numbers; `instances.finish` refuses a corpus in which two are equal.
+
+  Args:
+    document: id of the document that holds the instance's first token behind BOS.
+    offset: how many tokens of that document come before this token. An instance may begin with the
+      document's EOS, whose offset is the number of the document's own tokens.
+  """
+  return document_id(f"{document}:{offset}")
+
+
 def pack(
   documents: Iterable[tuple[int, Sequence[int]]],
   *,
@@ -41,11 +63,11 @@ def pack(
   eos_id: int,
   sentence_end: "np.ndarray | SentenceEnds | Callable[[np.ndarray, int], int] | None" = None,
   counts: Counter[str] | None = None,
-  first_id: int = 0,
+  skip: int = 0,
 ) -> Iterator[Instance]:
   """Packs documents; every token lands in exactly one instance, the last one may be shorter.
 
-  An instance of nothing but EOS inputs (possible where BOS is EOS) has no token to learn from; it
+  An instance of nothing but EOS inputs (possible if BOS is EOS) has no token to learn from; it
   is left out and counted.
 
   Args:
@@ -55,6 +77,7 @@ def pack(
       may end (EOS is one in any case). Anything else is called with the tokens that follow BOS,
       `[m] int32`, and the token that comes next, and returns how many to keep; 0 keeps all.
     counts: gets "empty_instances".
+    skip: tokens at the front, EOS tokens counted, that earlier instances hold.
 
   Raises:
     ValueError: length < 1.
@@ -63,12 +86,11 @@ def pack(
     raise ValueError(f"length={length} is too short to pack; set it to 1 or more.")
   counts = Counter() if counts is None else counts
   cut = _cut_rule(sentence_end, eos_id)
-  runs: list[tuple[int, np.ndarray]] = []  # what is not yet in an instance, in order
+  runs: list[_Run] = []  # what is not yet in an instance, in order
   num_waiting = 0
-  next_id = first_id
 
   def emit() -> Iterator[Instance]:
-    nonlocal num_waiting, next_id
+    nonlocal num_waiting
     window = _front(runs, length + 1)
     num_kept = min(length, len(window))
     if cut is not None and len(window) > length:
@@ -76,20 +98,27 @@ def pack(
     tokens = np.empty(num_kept + 1, np.int32)
     tokens[0] = bos_id
     tokens[1:] = window[:num_kept]
+    begin = runs[0]
     owners, shares = _take(runs, num_kept)
     num_waiting -= num_kept
     if bos_id == eos_id and not np.any(tokens[:-1] != eos_id):
       counts["empty_instances"] += 1
       return
-    yield Instance(next_id, tokens, np.array(owners, np.int64), np.array(shares, np.int32))
-    next_id += 1
+    yield Instance(
+      instance_id(begin.document, begin.offset), tokens, np.array(owners, np.int64),
+      np.array(shares, np.int32),
+    )
 
   for identifier, ids in documents:
     tokens = np.empty(len(ids) + 1, np.int32)
     tokens[:-1] = ids
     tokens[-1] = eos_id
-    runs.append((identifier, tokens))
-    num_waiting += len(tokens)
+    offset = min(skip, len(tokens))
+    skip -= offset
+    if offset == len(tokens):
+      continue
+    runs.append(_Run(identifier, offset, tokens[offset:]))
+    num_waiting += len(tokens) - offset
     while num_waiting > length:
       yield from emit()
   while num_waiting:
@@ -99,7 +128,7 @@ def pack(
 def encoded(documents, vocabulary, block: int = 256) -> Iterator[tuple[int, list[int]]]:
   """(id, token ids) of documents, as `pack` takes them.
 
-  Tokenises a block of documents at a time, which is where the threads of the tokenizer help.
+  Tokenises a block of documents at a time, so that the tokenizer can use its threads.
   """
   waiting = []
 
@@ -115,36 +144,38 @@ def encoded(documents, vocabulary, block: int = 256) -> Iterator[tuple[int, list
   yield from flush()
 
 
-def renumbered(instances: Iterable[Instance]) -> Iterator[Instance]:
-  """The same instances with ids from 0 on."""
-  for i, instance in enumerate(instances):
-    yield instance._replace(id=i)
+class _Run(NamedTuple):
+  """What is left of a document: its tokens from `offset` on."""
+
+  document: int
+  offset: int
+  tokens: np.ndarray
 
 
-def _front(runs: list[tuple[int, np.ndarray]], count: int) -> np.ndarray:
+def _front(runs: list[_Run], count: int) -> np.ndarray:
   """Up to `count` of the waiting tokens, without taking them away."""
-  if len(runs[0][1]) >= count:
-    return runs[0][1][:count]
+  if len(runs[0].tokens) >= count:
+    return runs[0].tokens[:count]
   parts, total = [], 0
-  for _, tokens in runs:
-    parts.append(tokens[: count - total])
+  for run in runs:
+    parts.append(run.tokens[: count - total])
     total += len(parts[-1])
     if total == count:
       break
   return np.concatenate(parts)
 
 
-def _take(runs: list[tuple[int, np.ndarray]], count: int) -> tuple[list[int], list[int]]:
+def _take(runs: list[_Run], count: int) -> tuple[list[int], list[int]]:
   """Removes `count` tokens from the front; returns whose they were and how many."""
   owners, counts = [], []
   num_finished = 0
-  for identifier, tokens in runs:
+  for document, offset, tokens in runs:
     taken = min(count, len(tokens))
-    owners.append(identifier)
+    owners.append(document)
     counts.append(taken)
     count -= taken
     if taken < len(tokens):
-      runs[num_finished] = (identifier, tokens[taken:])
+      runs[num_finished] = _Run(document, offset + taken, tokens[taken:])
     else:
       num_finished += 1
     if count == 0:
@@ -163,7 +194,7 @@ def _cut_rule(sentence_end, eos_id):
 def end_flags(sentence_end, eos_id) -> Callable[[np.ndarray, int], np.ndarray] | None:
   """The rule as `(tokens [m], the next one) -> [m] bool`: after which an instance may end.
 
-  None where no rule is given, or one that cannot be told token by token.
+  None if no rule is given, or one that cannot be told token by token.
   """
   if isinstance(sentence_end, np.ndarray):
     table = np.array(sentence_end, bool)
@@ -173,7 +204,7 @@ def end_flags(sentence_end, eos_id) -> Callable[[np.ndarray, int], np.ndarray] |
 
 
 def _last_true(flags: np.ndarray) -> int:
-  """Number of leading entries up to and including the last true one; 0 where none is."""
+  """Number of leading entries up to and including the last true one; 0 if none is."""
   return int(len(flags) - np.argmax(flags[::-1])) if flags.any() else 0
 
 
@@ -197,7 +228,7 @@ class SentenceEnds:
   leading_space: np.ndarray
 
   def __call__(self, tokens: np.ndarray, following: int) -> int:
-    """How many of `tokens [m]` to keep when `following` comes next; 0 where no sentence ends."""
+    """How many of `tokens [m]` to keep when `following` comes next; 0 if no sentence ends."""
     return _last_true(self.ends(tokens, following))
 
   def ends(self, tokens: np.ndarray, following: int) -> np.ndarray:
@@ -239,7 +270,6 @@ def one_per_document(
   bos_id: int,
   eos_id: int,
   counts: Counter[str] | None = None,
-  first_id: int = 0,
 ) -> Iterator[Instance]:
   """One instance a document: BOS, its tokens, EOS, cut to `length + 1`.
 
@@ -252,12 +282,13 @@ def one_per_document(
   if length < 1:
     raise ValueError(f"length={length} is too short; set it to 1 or more.")
   counts = Counter() if counts is None else counts
-  for number, (identifier, ids) in enumerate(documents, first_id):
+  for identifier, ids in documents:
     tokens = np.array([bos_id, *ids, eos_id], np.int32)
     if len(tokens) > length + 1:
       counts["cut_documents"] += 1
       counts["cut_tokens"] += len(tokens) - (length + 1)
       tokens = tokens[: length + 1]
     yield Instance(
-      number, tokens, np.array([identifier], np.int64), np.array([len(tokens) - 1], np.int32)
+      instance_id(identifier, 0), tokens, np.array([identifier], np.int64),
+      np.array([len(tokens) - 1], np.int32),
     )

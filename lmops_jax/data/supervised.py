@@ -23,7 +23,7 @@ from lmops_jax.host.foreign_files import printable
 
 TOO_LONG = ("drop", "cut", "error")
 _FIELDS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
-_COUNTS = "counts.json"
+_IDS, _COUNTS = "ids", "counts.json"
 
 
 class Example(NamedTuple):
@@ -41,27 +41,32 @@ class Example(NamedTuple):
 
 
 class SupervisedSet(NamedTuple):
-  """Sequences of one length, as arrays that a batch is a choice of rows of.
+  """Sequences of one length, as arrays whose rows make up the batches.
 
   Attributes:
     arrays: `tokens`, `targets`, `positions`, `segment_ids [N,S] int32`, `loss_mask [N,S] float32`.
+    ids: of the sequences, `[N] int64`; a sequence has the id of its first row.
     counts: `rows`, `sequences`, `tokens`, `learned_tokens`, and rows "dropped" or "cut".
   """
 
   arrays: Mapping[str, np.ndarray]
+  ids: np.ndarray
   counts: Mapping[str, int]
 
   def __len__(self) -> int:
     return len(self.arrays["tokens"])
 
-  def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-    """Rows as a batch; `weight [B] float32` makes the mean over rows one over learned tokens."""
-    rows = np.asarray(rows)
-    batch = {name: np.asarray(array[rows]) for name, array in self.arrays.items()}
+  def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """Sequences as a batch of the arrays and `example_id [B] int64`.
+
+    `weight [B] float32` makes the mean over sequences one over learned tokens.
+    """
+    indices = np.asarray(indices)
+    batch = {name: np.asarray(array[indices]) for name, array in self.arrays.items()}
     learned = batch["loss_mask"].sum(axis=1)
     return {
-      **batch, "weight": (learned * len(rows) / learned.sum()).astype(np.float32),
-      "example_id": rows.astype(np.int64),
+      **batch, "weight": (learned * len(indices) / learned.sum()).astype(np.float32),
+      "example_id": np.array(self.ids[indices]),
     }
 
 
@@ -168,7 +173,7 @@ def build(
   Args:
     examples: in the order of the file.
     length: S; a row of more than S + 1 tokens is too long.
-    pad_id: stands where nothing does.
+    pad_id: fills the rest of a sequence.
     pack: several rows to a sequence, first fit in order; else one each.
     too_long: "drop" such rows or "cut" them, counted, or make them an "error".
     name: of the part, for errors.
@@ -233,18 +238,30 @@ def build(
       start += n
   counts["sequences"] = len(sequences)
   counts["learned_tokens"] = int(arrays["loss_mask"].sum())
-  return SupervisedSet(arrays, dict(counts))
+  ids = np.array([sequence[0].id for sequence in sequences], np.int64)
+  return SupervisedSet(arrays, ids, dict(counts))
 
 
 def save(directory: Path, data: SupervisedSet) -> None:
   """Writes the arrays into a folder, made if needed."""
   directory.mkdir(parents=True, exist_ok=True)
-  for name, array in data.arrays.items():
+  for name, array in {**data.arrays, _IDS: data.ids}.items():
     np.save(directory / f"{name}.npy", array)
   (directory / _COUNTS).write_text(json.dumps(data.counts))
 
 
 def load(directory: Path) -> SupervisedSet:
-  """Opens what `save` wrote; the arrays are mapped, not read."""
-  arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in _FIELDS}
-  return SupervisedSet(arrays, json.loads((directory / _COUNTS).read_text()))
+  """Opens what `save` wrote; the arrays are mapped, not read.
+
+  Raises:
+    ValueError: an array is missing, as in folders that were written before sequences had ids.
+  """
+  try:
+    arrays = {
+      name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*_FIELDS, _IDS)
+    }
+  except FileNotFoundError as error:
+    raise ValueError(
+      f"{error.filename} is missing; delete the folder of the stage that wrote it and run it again."
+    ) from error
+  return SupervisedSet(arrays, arrays.pop(_IDS), json.loads((directory / _COUNTS).read_text()))

@@ -42,15 +42,15 @@ def language_model(config: transformer.TransformerConfig, vocab_size: int, lengt
 
 
 def batch_source(
-  instances, ids: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True
+  instances, indices: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True
 ) -> Callable[[int], dict[str, np.ndarray]]:
-  """`step -> batch` over the instances `ids` (None: all), this process's rows only."""
-  num = len(instances) if ids is None else len(ids)
+  """`step -> batch` over the instances `indices` (None: all), this process's rows only."""
+  num = len(instances) if indices is None else len(indices)
   rows = batches_lib.host_rows(batch_size, jax.process_index(), jax.process_count())
 
   def batch_at(step: int) -> dict[str, np.ndarray]:
     index = batches_lib.batch_indices(num, batch_size, seed, step, shuffle=shuffle)[rows]
-    return instances.batch(index if ids is None else ids[index])
+    return instances.batch(index if indices is None else indices[index])
 
   return batch_at
 

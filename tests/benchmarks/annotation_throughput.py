@@ -128,8 +128,8 @@ class Setting:
     )
 
   def run(self) -> None:
-    ids = np.arange(len(self.view.instances), dtype=np.int64)
-    shards = np.array_split(ids, -(-len(ids) // self.config.shard_size))
+    indices = np.arange(len(self.view.instances), dtype=np.int64)
+    shards = np.array_split(indices, -(-len(indices) // self.config.shard_size))
     view, rows = scorer.View(prepare.Prepared(self.folder)), []  # nothing in its cache
     self.times["read"].append(measure(lambda: rows.extend(map(view.rows, shards))))
     self.forward({k: v[: self.config.inference_batch_size] for k, v in rows[0].items()})  # compiles

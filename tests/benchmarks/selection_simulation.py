@@ -7,8 +7,8 @@ Scores are bell-shaped and a function of the index, made where they are read, so
 stored but what the selection itself holds; a part of the corpus is one item of the
 pipelines, which run on Beam's runner in this process, one worker. Each size is a process of its
 own, whose growth of resident memory over its imports is the peak (Linux only). Up to --check-up-to
-scores, `select_stream` chooses from the same scores in another process, and the run fails unless
-both chose the same set in the same order.
+scores, `gumbel_top_k` chooses from the same scores in another process and in memory, and the run
+fails unless both chose the same set in the same order.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def read(num_examples: int, item: int):
 def write(folder: Path, item: int, chosen) -> None:
   """Leaves the count and a digest of an item's ids instead of the ids."""
   digest, count = hashlib.blake2b(digest_size=16), 0
-  for ids in chosen:
+  for _, ids in chosen:
     digest.update(ids.astype("<i8").tobytes())
     count += len(ids)
   (folder / f"{item:06d}").write_text(f"{count} {digest.hexdigest()}")
@@ -70,30 +70,18 @@ def spread(num_examples: int, folder: Path):
   return result, sum(int((folder / f"{i:06d}").read_text().split()[0]) for i in items)
 
 
-def stream(num_examples: int, folder: Path):
-  from lmops_jax.systems.pds import selection
+def in_memory(num_examples: int, folder: Path):
+  from lmops_jax.systems.pds import parallel_selection, selection
 
   items = range(-(-num_examples // SIZE))
-  waiting, total = {}, 0
-
-  def keep(ids):
-    for item in np.unique(ids // SIZE).tolist():
-      waiting.setdefault(item, []).append(ids[ids // SIZE == item])
-      for done in [i for i in waiting if i < item]:
-        write(folder, done, waiting.pop(done))
-
-  result = selection.select_stream(
-    lambda: (pair for item in items for pair in read(num_examples, item)),
-    num_examples=num_examples, ratio=RATIO, tau=TAU, seed=SEED, write=keep,
-  )
-  for item in items:
-    if not (folder / f"{item:06d}").exists():
-      write(folder, item, waiting.pop(item, []))
-    total += int((folder / f"{item:06d}").read_text().split()[0])
-  return result, total
+  values = np.concatenate([s for item in items for _, s in read(num_examples, item)])
+  kept = selection.gumbel_top_k(values, ratio=RATIO, tau=TAU, seed=SEED)
+  for item, ids in zip(items, np.split(kept, np.searchsorted(kept, SIZE * np.array(items[1:])))):
+    write(folder, item, [(None, ids)])
+  return parallel_selection.Selection(num_examples, len(kept), float("nan"), 1), len(kept)
 
 
-METHODS = {"beam": spread, "select_stream": stream}
+METHODS = {"beam": spread, "gumbel_top_k": in_memory}
 
 
 def measure(name: str, num_examples: int) -> dict:
@@ -135,7 +123,7 @@ def table(sizes: list[int], check_up_to: int) -> str:
     f"{RATIO:.0%} of bell-shaped scores (tau {TAU}), each a function of its index, by the "
     "pipelines of",
     f"`parallel_selection` in items of {SIZE:,} on Beam's runner in one process, and by "
-    "`select_stream`.",
+    "`gumbel_top_k` in memory.",
     f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy "
     f"{np.__version__}, Apache Beam {apache_beam.__version__}; one run each, in a process of its",
     "own. Memory is the peak growth of the resident size after the imports. Load of the machine "

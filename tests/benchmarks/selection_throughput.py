@@ -5,7 +5,7 @@
 Every run is a process of its own, so that peak memory is its own (Linux only: it resets the peak).
 Scores are standard normal float32 in shards on disk, read through memory maps, as an annotated
 corpus is. Methods:
-- `select_stream`: two passes over the shards, flat memory;
+- `select_in_process`: three passes over the shards, flat memory;
 - `gumbel_top_k`: the same noise and the same set, all scores in memory;
 - `numpy sort`: the reference's way, all scores in memory, NumPy's own unseeded noise, full sort.
 The table holds the median of the repeats and the growth of resident memory at its peak; the run
@@ -46,19 +46,18 @@ def read_shards(folder: Path):
     start += len(scores)
 
 
-def select_stream(folder: Path, num_examples: int):
-  from lmops_jax.systems.pds import selection
+def select_in_process(folder: Path, num_examples: int):
+  from lmops_jax.systems.pds import parallel_selection
 
   digest, count = hashlib.blake2b(digest_size=8), 0
 
-  def write(ids):
+  def write(rows, ids):
     nonlocal count
     digest.update(ids.astype("<i8").tobytes())
     count += len(ids)
 
-  result = selection.select_stream(
-    lambda: read_shards(folder), num_examples=num_examples, ratio=RATIO, tau=TAU, seed=SEED,
-    write=write,
+  result = parallel_selection.select_in_process(
+    lambda: read_shards(folder), write, num_examples=num_examples, ratio=RATIO, tau=TAU, seed=SEED
   )
   return count, digest.hexdigest(), result.num_passes
 
@@ -78,12 +77,14 @@ def numpy_sort(folder: Path, num_examples: int):
   return len(np.sort(ids)), "", 1
 
 
-METHODS = {"select_stream": select_stream, "gumbel_top_k": gumbel_top_k, "numpy sort": numpy_sort}
+METHODS = {
+  "select_in_process": select_in_process, "gumbel_top_k": gumbel_top_k, "numpy sort": numpy_sort,
+}
 
 
 def measure(name: str, folder: Path, num_examples: int) -> dict:
   """Runs in the child process."""
-  import lmops_jax.systems.pds.selection  # noqa: F401  imports count for no method
+  import lmops_jax.systems.pds.parallel_selection  # noqa: F401  imports count for no method
 
   Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, without the imports'
   before, start, cpu = memory_bytes("VmRSS"), time.perf_counter(), time.process_time()
@@ -113,8 +114,8 @@ def table(num_examples: int, repeats: int) -> str:
   lines = [
     "# Selection throughput",
     "",
-    f"`select_stream` and its peers keep {RATIO:.0%} of standard normal float32 scores (tau {TAU}) "
-    f"read from shards of {SHARD:,}.",
+    f"`select_in_process` and its peers keep {RATIO:.0%} of standard normal float32 scores (tau "
+    f"{TAU}) read from shards of {SHARD:,}.",
     f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy "
     f"{np.__version__}; median of {repeats} runs (range), each in a process of its own. Memory is",
     "the peak growth of the resident size after the imports, mapped pages of score files included.",
@@ -127,7 +128,7 @@ def table(num_examples: int, repeats: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
       write_shards(Path(folder), size)
       digests = {}
-      for name in METHODS if size <= num_examples else ["select_stream"]:
+      for name in METHODS if size <= num_examples else ["select_in_process"]:
         runs = [run_child(name, folder, size) for _ in range(repeats)]
         times = [run["seconds"] for run in runs]
         seconds = statistics.median(times)
@@ -143,12 +144,11 @@ def table(num_examples: int, repeats: int) -> str:
       assert len(set.union(*digests.values()) - {""}) == 1, digests
   lines += [
     "",
-    "`select_stream` and `gumbel_top_k` chose the same ids in every run, in the same order.",
+    "`select_in_process` and `gumbel_top_k` chose the same ids in every run, in the same order.",
     "",
-    "What bounds it: one core's integer and float arithmetic. Of `select_stream`'s CPU time",
-    "somewhat over half is noise (drawn in both passes rather than kept) and a quarter the few",
-    "sorts of candidates; reading is 4 bytes a score a pass. Memory is the candidates, one shard",
-    "and fixed buffers.",
+    "What bounds it: one core's integer and float arithmetic, most of it noise, which is drawn in",
+    "every pass rather than kept; reading is 4 bytes a score a pass. Memory is the candidates, one",
+    "shard and fixed buffers.",
     "",
   ]
   return "\n".join(lines)

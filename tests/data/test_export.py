@@ -28,29 +28,34 @@ def corpus(vocabulary, tmp_path_factory):
   return open_instances(directory)
 
 
-IDS = np.array([7, 2, 11, 3])
+INDICES = np.array([7, 2, 11, 3])
 
 
-def test_ids(corpus, tmp_path):
-  assert export.export_selection(corpus, IDS, tmp_path / "x") == 4
-  assert np.load(tmp_path / "x" / "ids.npy").tolist() == [2, 3, 7, 11]
+@pytest.fixture(scope="module")
+def ids(corpus):
+  return corpus.ids[INDICES]
 
 
-def test_tfds_copy_is_exact_and_in_corpus_order(corpus, tmp_path):
-  export.export_selection(corpus, IDS, tmp_path, "tfds")
+def test_ids(corpus, ids, tmp_path):
+  assert export.export_selection(corpus, ids, tmp_path / "x") == 4
+  assert np.load(tmp_path / "x" / "ids.npy").tolist() == corpus.ids[[2, 3, 7, 11]].tolist()
+
+
+def test_tfds_copy_is_exact_and_in_corpus_order(corpus, ids, tmp_path):
+  export.export_selection(corpus, ids, tmp_path, "tfds")
   copy = open_instances(tmp_path)
-  assert copy.ids.tolist() == [2, 3, 7, 11]
+  assert copy.ids.tolist() == corpus.ids[[2, 3, 7, 11]].tolist()
   np.testing.assert_array_equal(copy.tokens(np.arange(4)), corpus.tokens([2, 3, 7, 11]))
   np.testing.assert_array_equal(copy.documents(2)[0], corpus.documents(7)[0])
   assert copy.vocabulary_fingerprint == corpus.vocabulary_fingerprint
-  assert copy.batch([1])["example_id"].tolist() == [3]
+  assert copy.batch([1])["example_id"].tolist() == [corpus.ids[3]]
   # A selection can be narrowed again by the same ids.
-  export.export_selection(copy, [11, 3], tmp_path / "again", "tfds")
-  assert open_instances(tmp_path / "again").ids.tolist() == [3, 11]
+  export.export_selection(copy, corpus.ids[[11, 3]], tmp_path / "again", "tfds")
+  assert open_instances(tmp_path / "again").ids.tolist() == corpus.ids[[3, 11]].tolist()
 
 
-def test_mmididx_copy_is_exact(corpus, tmp_path):
-  export.export_selection(corpus, IDS, tmp_path, "mmididx")
+def test_mmididx_copy_is_exact(corpus, ids, tmp_path):
+  export.export_selection(corpus, ids, tmp_path, "mmididx")
   shard = shards.read_shard(tmp_path / "data_0")
   assert shard.dtype == np.uint16
   for row, index in zip(shard, [2, 3, 7, 11], strict=True):
@@ -73,15 +78,15 @@ def test_documents_of_an_instance_are_kept_apart(vocabulary):
   assert export.instance_texts(tokens, vocabulary) == ["one end", "whole", "begin"]
 
 
-def test_parquet_equals_jsonl(corpus, vocabulary, tmp_path):
-  export.export_selection(corpus, IDS, tmp_path, "parquet", vocabulary)
-  export.export_selection(corpus, IDS, tmp_path, "jsonl", vocabulary)
+def test_parquet_equals_jsonl(corpus, ids, vocabulary, tmp_path):
+  export.export_selection(corpus, ids, tmp_path, "parquet", vocabulary)
+  export.export_selection(corpus, ids, tmp_path, "jsonl", vocabulary)
   rows = pyarrow.parquet.read_table(tmp_path / "selection.parquet").to_pylist()
   assert rows == [json.loads(line) for line in (tmp_path / "selection.jsonl").open()]
 
 
-def test_errors(corpus, vocabulary, tmp_path):
-  def run(ids=IDS, format="ids", **kwargs):
+def test_errors(corpus, ids, vocabulary, tmp_path):
+  def run(ids=ids, format="ids", **kwargs):
     export.export_selection(corpus, ids, tmp_path / "x", format, **kwargs)
 
   with pytest.raises(ValueError, match="format='csv'"):
@@ -89,9 +94,9 @@ def test_errors(corpus, vocabulary, tmp_path):
   with pytest.raises(ValueError, match="selection is empty"):
     run(ids=[])
   with pytest.raises(ValueError, match="twice"):
-    run(ids=[1, 2, 1])
+    run(ids=corpus.ids[[1, 2, 1]])
   with pytest.raises(ValueError, match="no instance with the id 4000"):
-    run(ids=[1, 4000])
+    run(ids=[corpus.ids[1], 4000])
   with pytest.raises(ValueError, match="needs the vocabulary"):
     run(format="jsonl")
   other = TrainSentencePiece(vocab_size=310).build(TEXTS, tmp_path / "other")

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import packing
 from lmops_jax.data.instances import open_instances, write_instances
 from lmops_jax.data.packing import Instance
@@ -24,7 +25,7 @@ def make(count=50, seed=0):
   ]
   packed = list(packing.pack(documents, length=LENGTH, bos_id=BOS, eos_id=EOS))
   single = packing.one_per_document(
-    documents[:10], length=LENGTH, bos_id=BOS, eos_id=EOS, first_id=len(packed))
+    [(i + 1, ids) for i, ids in documents[:10]], length=LENGTH, bos_id=BOS, eos_id=EOS)
   return [*packed, *single]
 
 
@@ -46,7 +47,7 @@ def test_round_trip(written, cache_bytes):
   assert (got.length, got.vocab_size, got.pad_id, got.eos_id, got.bos_id) == (12, 300, 0, 1, 3)
   assert got.vocabulary_fingerprint == "abc" and got.description == "A test."
   assert got.total_tokens == sum(len(i.tokens) for i in want)
-  np.testing.assert_array_equal(got.ids, np.arange(len(want)))
+  np.testing.assert_array_equal(got.ids, [i.id for i in want])
   order = np.random.default_rng(1).permutation(len(want))
   tokens = got.tokens(order)
   assert tokens.dtype == np.int32 and tokens.shape == (len(want), LENGTH + 1)
@@ -68,7 +69,7 @@ def test_batch_masks_padding_and_what_follows_eos(written, cache_bytes):
     "tokens": ((5, 12), np.int32), "targets": ((5, 12), np.int32),
     "loss_mask": ((5, 12), np.float32), "example_id": ((5,), np.int64),
   }
-  np.testing.assert_array_equal(batch["example_id"], indices)
+  np.testing.assert_array_equal(batch["example_id"], [want[i].id for i in indices])
   num_eos_inputs = 0
   for row, index in enumerate(indices):
     stored = want[index].tokens.tolist()
@@ -225,11 +226,35 @@ def test_shards_in_another_order_are_noticed(damaged):
     open_instances(directory).tokens([0])
 
 
-def test_unknown_version(written, tmp_path):
+@pytest.mark.parametrize("version", [1, 9])
+def test_unknown_version(written, tmp_path, version):
   directory, _ = written
   metadata = json.loads((directory / "instances.json").read_text())
-  (tmp_path / "instances.json").write_text(json.dumps({**metadata, "version": 9}))
-  with pytest.raises(ValueError, match="format version 9"):
+  (tmp_path / "instances.json").write_text(json.dumps({**metadata, "version": version}))
+  with pytest.raises(ValueError, match=f"format version {version}; this code reads 2. Write"):
+    open_instances(tmp_path)
+
+
+@pytest.mark.parametrize("together", [1, 7, 1 << 25])
+def test_two_instances_with_one_id_are_refused(tmp_path, monkeypatch, together):
+  monkeypatch.setattr(instances_lib, "_IDS_TOGETHER", together)
+  monkeypatch.setattr(instances_lib, "_BLOCK_OF_IDS", together)
+  instances = make()
+  write_instances(tmp_path, instances, **SPECIAL)
+  instances[21] = instances[21]._replace(id=instances[4].id)
+  with pytest.raises(ValueError, match=f"instances 4 and 21 .* the id {instances[4].id}; an id is"):
+    write_instances(tmp_path, instances, instances_per_shard=10, **SPECIAL)
+  with pytest.raises(ValueError, match="holds no finished instances"):
+    open_instances(tmp_path)
+
+
+def test_ids_that_are_not_those_of_the_instances_are_noticed(tmp_path):
+  write_instances(tmp_path, make(), **SPECIAL)
+  np.save(tmp_path / "ids.npy", np.arange(3))
+  with pytest.raises(ValueError, match="ids.npy holds 3 ids of"):
+    open_instances(tmp_path)
+  (tmp_path / "ids.npy").unlink()
+  with pytest.raises(ValueError, match="ids.npy cannot be read"):
     open_instances(tmp_path)
 
 
@@ -243,11 +268,11 @@ def test_indices(written):
     with pytest.raises(ValueError, match="list of integers"):
       got.tokens(bad)
   with pytest.raises(ValueError, match="no instance with the id 999"):
-    got.indices_of([0, 999])
+    got.indices_of([want[0].id, 999])
 
 
-def test_indices_of_ids_that_are_not_positions(tmp_path):
-  chosen = [i for i in make() if i.id % 3 == 1][::-1]
+def test_indices_of_ids(tmp_path):
+  chosen = make()[1::3][::-1]
   write_instances(tmp_path, chosen, **SPECIAL)
   got = open_instances(tmp_path)
   np.testing.assert_array_equal(got.ids, [i.id for i in chosen])

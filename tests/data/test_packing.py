@@ -34,8 +34,10 @@ def plain_pack(documents, length, ends=None):
 
 def assert_same(instances, chunks):
   assert len(instances) == len(chunks)
-  for number, (instance, chunk) in enumerate(zip(instances, chunks)):
-    assert instance.id == number
+  place = Counter()  # tokens of each document in earlier instances
+  for instance, chunk in zip(instances, chunks):
+    assert instance.id == packing.instance_id(chunk[0][1], place[chunk[0][1]])
+    place.update(owner for _, owner in chunk)
     assert instance.tokens.dtype == np.int32
     assert instance.tokens.tolist() == [BOS] + [token for token, _ in chunk]
     owners = [owner for _, owner in chunk]
@@ -104,10 +106,47 @@ def test_abbreviations_and_numbers_stay_whole():
   assert rule(np.array([the, 14, s]), s) == 2  # "; " brings its own space
 
 
-def test_numbering_continues_from_first_id():
+@pytest.mark.parametrize("skip", [0, 1, 100, 333])
+def test_packing_goes_on_where_earlier_instances_end(skip):
   documents = random_documents(seed=1)
-  got = packing.pack(documents, length=50, bos_id=BOS, eos_id=EOS, first_id=100)
-  assert [i.id for i in got][:3] == [100, 101, 102]
+  settings = {"length": 10, "bos_id": BOS, "eos_id": EOS}
+  want = list(packing.pack(documents, **settings))
+  first = skip // 10
+  got = list(packing.pack(documents, skip=first * 10, **settings))
+  assert [i.id for i in got] == [i.id for i in want[first:]]
+  assert [i.tokens.tolist() for i in got] == [i.tokens.tolist() for i in want[first:]]
+
+
+def test_ids_are_those_of_the_places_where_instances_begin():
+  documents = [(7, [5] * 9), (8, []), (9, [6] * 4)]  # EOS of 7 at offset 9, of 8 at 0
+  got = list(packing.pack(documents, length=3, bos_id=BOS, eos_id=EOS))
+  places = [(7, 0), (7, 3), (7, 6), (7, 9), (9, 1), (9, 4)]
+  assert [i.id for i in got] == [packing.instance_id(*place) for place in places]
+  assert packing.instance_id(7, 3) == 1196508733449348778 and max(i.id for i in got) < 2**63
+  many = {packing.instance_id(d, 64 * i) for d in range(300) for i in range(300)}
+  assert len(many) == 90_000
+
+
+def test_a_new_document_changes_no_id_of_the_others():
+  """Before it none; after it none once an instance begins at the same place as without it."""
+  documents = [(i, ids) for i, (_, ids) in enumerate(random_documents(seed=3, count=60))]
+  settings = {"length": 16, "bos_id": BOS, "eos_id": EOS}
+  table = np.arange(50) % 5 == 0
+  for place in (0, 20, 60):
+    for size, ends in ((31, None), (37, table)):  # with its EOS two whole instances; any length
+      new = (10**9, list(np.random.default_rng(0).integers(4, 50, size)))
+      more = [*documents[:place], new, *documents[place:]]
+      if ends is None:  # each part fills its instances
+        documents = [(i, ids[:15]) for i, ids in documents if len(ids) >= 15]
+        more = [*documents[:place], new, *documents[place:]]
+      before = list(packing.pack(documents, sentence_end=ends, **settings))
+      after = {i.id: i for i in packing.pack(more, sentence_end=ends, **settings)}
+      kept = [i for i in before if i.id in after]
+      if ends is None:
+        assert kept == before and len(after) == len(before) + 2
+      else:  # the few instances behind it, until both are cut at the same place
+        assert len(before) - 4 <= len(kept)
+        assert sum(i.tokens.tolist() != after[i.id].tokens.tolist() for i in kept) <= 1
 
 
 def test_instances_of_nothing_but_eos_are_left_out_and_counted():
@@ -115,7 +154,7 @@ def test_instances_of_nothing_but_eos_are_left_out_and_counted():
   documents = [(1, [5, 6]), (2, []), (3, []), (4, [7, 8, 9])]
   got = list(packing.pack(documents, length=2, bos_id=EOS, eos_id=EOS, counts=counts))
   assert [i.tokens.tolist() for i in got] == [[1, 5, 6], [1, 8, 9]]
-  assert [i.id for i in got] == [0, 1]
+  assert [i.id for i in got] == [packing.instance_id(1, 0), packing.instance_id(4, 1)]
   # Left out, after BOS = EOS: EOS EOS, EOS 7 (what follows EOS is not predicted), and EOS.
   assert counts == {"empty_instances": 3}
 
@@ -127,6 +166,7 @@ def test_one_per_document():
     documents, length=6, bos_id=BOS, eos_id=EOS, counts=counts))
   assert [i.tokens.tolist() for i in got] == [[3, 5, 6, 1], [3, 4, 5, 6, 7, 8, 9], [3, 1]]
   assert [i.document_ids.tolist() for i in got] == [[10], [11], [12]]
+  assert [i.id for i in got] == [packing.instance_id(d, 0) for d in (10, 11, 12)]
   assert [i.document_num_tokens.tolist() for i in got] == [[3], [6], [1]]
   assert counts == {"cut_documents": 1, "cut_tokens": 11}
 

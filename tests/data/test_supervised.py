@@ -117,6 +117,7 @@ def test_weights_make_the_mean_over_rows_one_over_learned_tokens(tmp_path):
   data = supervised.build(_examples([5, 9, 3, 4, 2, 7, 9]), 8, pad_id=0)
   supervised.save(tmp_path / "set", data)
   again = supervised.load(tmp_path / "set")
+  assert again.ids.tolist() == [0, 1, 3, 5, 6]  # of the first row in each sequence
   batch = again.batch([2, 0, 1])
   losses = np.random.default_rng(1).random((3, 8))
   mask = batch["loss_mask"]
@@ -124,6 +125,10 @@ def test_weights_make_the_mean_over_rows_one_over_learned_tokens(tmp_path):
   assert np.mean(per_row * batch["weight"]) == pytest.approx((losses * mask).sum() / mask.sum())
   np.testing.assert_array_equal(batch["tokens"], data.arrays["tokens"][[2, 0, 1]])
   assert again.counts == data.counts
+  np.testing.assert_array_equal(batch["example_id"], data.ids[[2, 0, 1]])
+  (tmp_path / "set" / "ids.npy").unlink()
+  with pytest.raises(ValueError, match="ids.npy is missing; delete the folder of the stage"):
+    supervised.load(tmp_path / "set")
 
 
 def test_a_file_saved_on_windows_and_half_a_character(tokenizer, tmp_path):

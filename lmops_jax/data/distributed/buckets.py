@@ -30,7 +30,7 @@ class Buckets:
   """The files of a corpus's buckets.
 
   Attributes:
-    folder: that every worker can read and write; made where it is not there.
+    folder: that every worker can read and write; it is made if it is missing.
     count: number of buckets.
   """
 
@@ -116,14 +116,13 @@ class Buckets:
         file, ids=np.array(ids, np.int64), sizes=sizes, stream=stream, head=stream[:length]
       )
 
-  def encoded(self, bucket: int, skip: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """What `write_tokens` got, from the bucket's `skip`-th token on, EOS tokens counted."""
+  def encoded(self, bucket: int) -> Iterator[tuple[int, np.ndarray]]:
+    """What `write_tokens` got."""
     with np.load(self.path("tokens", bucket)) as arrays:
       ids, sizes, stream = arrays["ids"], arrays["sizes"], arrays["stream"]
     stops = np.cumsum(sizes)
     for identifier, size, stop in zip(ids.tolist(), sizes.tolist(), stops.tolist(), strict=True):
-      if stop > skip:
-        yield identifier, stream[max(stop - size, skip) : stop - 1]
+      yield identifier, stream[stop - size : stop - 1]
 
   # --- instances ---------------------------------------------------------------------------------
 
@@ -158,14 +157,11 @@ class Buckets:
   def instances(
     self, settings: dict, entries: list[chains.Entry], start: int, stop: int
   ) -> Iterator[packing.Instance]:
-    """The instances with the ids `start .. stop` of the packed corpus."""
-    firsts = [entry.first_id for entry in entries]
+    """The instances `start .. stop` of the packed corpus, by index."""
+    firsts = [entry.first_index for entry in entries]
     bucket = int(np.searchsorted(firsts, start, side="right")) - 1
-    documents = itertools.chain(
-      self.encoded(bucket, entries[bucket].offset),
-      itertools.chain.from_iterable(map(self.encoded, range(bucket + 1, self.count))),
-    )
-    packed = packing.pack(documents, first_id=firsts[bucket], **settings)
+    documents = itertools.chain.from_iterable(map(self.encoded, range(bucket, self.count)))
+    packed = packing.pack(documents, skip=entries[bucket].offset, **settings)
     return itertools.islice(packed, start - firsts[bucket], stop - firsts[bucket])
 
 

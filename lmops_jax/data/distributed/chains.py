@@ -29,10 +29,10 @@ class Chain(NamedTuple):
 
 
 class Entry(NamedTuple):
-  """Where a part's first instance begins, in tokens, and which id it has."""
+  """Where a part's first instance begins, in tokens, and how many instances come before it."""
 
   offset: int
-  first_id: int
+  first_index: int
 
 
 def chain(
@@ -42,7 +42,7 @@ def chain(
 
   Args:
     tokens: `[n]`, the part: every document's ids and EOS.
-    tail: `[length]`, the tokens after the part; fewer only where the stream ends.
+    tail: `[length]`, the tokens after the part; fewer only if the stream ends before.
     length, bos_id, eos_id, sentence_end: as in `packing.pack`.
 
   Raises:
@@ -82,9 +82,9 @@ def chain(
 def follow(chains: Iterable[Chain]) -> tuple[list[Entry], int]:
   """Entries of all parts in order, and the number of instances of the whole."""
   entries = []
-  offset = first_id = 0
+  offset = first_index = 0
   for part in chains:
-    entries.append(Entry(offset, first_id))
-    first_id += int(part.counts[offset])
+    entries.append(Entry(offset, first_index))
+    first_index += int(part.counts[offset])
     offset = int(part.exits[offset])
-  return entries, first_id
+  return entries, first_index

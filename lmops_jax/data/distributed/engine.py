@@ -34,7 +34,7 @@ class Engine:
   Attributes:
     options: of Beam, as on its command line, handed on untouched: `["--runner=FlinkRunner",
       "--flink_master=host:8081", "--parallelism=64"]`. Without `--runner` Beam's own runner in this
-      process, where `--direct_num_workers` and `--direct_running_mode` apply.
+      process, to which `--direct_num_workers` and `--direct_running_mode` apply.
     num_buckets: parts that a corpus is sorted into; a worker holds one of them in memory.
 
   Raises:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -51,12 +50,11 @@ def write_instances(
     _missing(numbers, lambda n: [_info(scratch, n), scratch / instances_lib.shard_file(n)]),
   )
   _clear(directory)
-  infos = [instances_lib.ShardInfo(*json.loads(_info(scratch, n).read_text())) for n in numbers]
   for number in numbers:
     name = instances_lib.shard_file(number)
     os.replace(scratch / name, directory / name)
-  instances_lib.finish(directory, infos, **settings)
-  return sum(info.num_tokens for info in infos)
+  instances_lib.finish(directory, (_read_info(scratch, n) for n in numbers), **settings)
+  return instances_lib.open_instances(directory).total_tokens
 
 
 def _missing(numbers: Iterable[int], files: Callable[[int], list[Path]]) -> list[int]:
@@ -67,7 +65,12 @@ def _missing(numbers: Iterable[int], files: Callable[[int], list[Path]]) -> list
 
 
 def _info(scratch: Path, number: int) -> Path:
-  return scratch / f"{instances_lib.shard_file(number)}.json"
+  return scratch / f"{instances_lib.shard_file(number)}.npz"
+
+
+def _read_info(scratch: Path, number: int) -> instances_lib.ShardInfo:
+  with np.load(_info(scratch, number)) as arrays:
+    return instances_lib.ShardInfo(arrays["ids"], *arrays["sizes"].tolist())
 
 
 def _write_shard(scratch, read, num, per_shard, length, vocab_size, number) -> None:
@@ -76,13 +79,13 @@ def _write_shard(scratch, read, num, per_shard, length, vocab_size, number) -> N
     info = instances_lib.write_shard(
       partial, read(start, stop), length=length, vocab_size=vocab_size
     )
-  if info.count != stop - start:
+  if len(info.ids) != stop - start:
     raise ValueError(
-      f"shard {number} has {info.count} instances instead of {stop - start}: files in {scratch} "
+      f"shard {number} has {len(info.ids)} instances instead of {stop - start}: files in {scratch} "
       "changed meanwhile; run the stage again."
     )
-  with seals.replacing_shared(_info(scratch, number)) as partial:
-    partial.write_text(json.dumps(info))
+  with seals.replacing_shared(_info(scratch, number)) as partial, partial.open("wb") as file:
+    np.savez(file, ids=info.ids, sizes=np.array(info[1:], np.int64))
 
 
 def _clear(directory: Path) -> None:
@@ -99,7 +102,7 @@ def export_selection(
   Args:
     scratch: folder on the file system of `directory`, for this export alone.
     indices: array file of ascending positions in `instances`.
-    part: instances that a worker takes together, where the format does not say.
+    part: instances that a worker takes together, if the format does not say.
   """
   if format in ("jsonl", "parquet"):
     export.check_vocabulary(instances, vocabulary, format)

@@ -1,4 +1,4 @@
-"""The three Beam transforms that `Engine` is made of. Imported only where Beam is."""
+"""The three Beam transforms that `Engine` is made of. Imported only if Beam is installed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def apply(function, setup=None):
 
 
 def total(function, zero):
-  """The sum of the function over all elements; `zero` where there are none."""
+  """The sum of the function over all elements; `zero` if there are none."""
   return "total" >> beam.CombineGlobally(_Sum(function, zero))
 
 

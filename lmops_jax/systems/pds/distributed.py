@@ -2,7 +2,7 @@
 
 Preparing, annotating by the fitted scorer, selecting and exporting, for corpora beyond one machine.
 Each stage keeps what its workers leave in a folder of its own until all is there, so that a killed
-stage goes on where it was. Methods that score the corpus themselves (`score_corpus`) read it in one
+stage goes on from there. Methods that score the corpus themselves (`score_corpus`) read it in one
 process.
 """
 
@@ -36,7 +36,6 @@ from lmops_jax.systems.pds import (
   scorer,
   scores,
   select,
-  selection,
 )
 from lmops_jax.text import vocabularies
 
@@ -85,7 +84,7 @@ def _write_corpus(engine: Engine, context, config: prepare.Prepare, targets) -> 
     length=config.length, **instances_lib.encoded_with(vocabulary),
   )
   instances_lib.write_encoded(
-    out / "held_out", packing.renumbered(read(num - num_held_out, num)), vocabulary, config.length
+    out / "held_out", read(num - num_held_out, num), vocabulary, config.length
   )
   totals.num_tokens = num_tokens + instances_lib.open_instances(out / "held_out").total_tokens
   labels = (buckets.path("labels", bucket) for bucket in range(buckets.count))
@@ -157,10 +156,10 @@ def _annotator(prepared: Path, fitted: Path, config: scorer.Scorer) -> scorer.An
 
 def _annotate(directory: Path, num: int, size: int, annotator: scorer.Annotator, shard) -> None:
   start = shard * size
-  values = annotator.scores(start, min(start + size, num))
+  values = annotator.shard(start, min(start + size, num))
   path = scores.shard_path(directory, shard)
   with seals.replacing_shared(path, directory / SCRATCH) as partial:
-    scores.save_scores(partial, start, values)
+    scores.save_scores(partial, values)
 
 
 # --- select ---------------------------------------------------------------------------------------
@@ -174,14 +173,14 @@ def run_select(
   scratch.mkdir(exist_ok=True)
   select.run(
     context, config, annotate_stage,
-    write_ids=functools.partial(_write_ids, engine, scratch),
-    export_ids=functools.partial(_export_ids, engine, scratch),
+    write_selected=functools.partial(_write_selected, engine, scratch),
+    export_selected=functools.partial(_export_selected, engine, scratch),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Survey:
-  """Of score shards: `(shard, first id, count)` of each, and the moments of all."""
+  """Of score shards: `(shard, first index, count)` of each, and the moments of all."""
 
   shards: tuple[tuple[int, int, int], ...] = ()
   moments: moments.Moments = moments.Moments()
@@ -190,18 +189,20 @@ class _Survey:
     return _Survey(self.shards + other.shards, self.moments + other.moments)
 
 
-def _write_ids(
-  engine: Engine, scratch: Path, path: Path, folder: Path, num_examples: int, config: select.Select
+def _write_selected(
+  engine: Engine, scratch: Path, directory: Path, folder: Path, num_examples: int,
+  config: select.Select,
 ) -> None:
-  """`select.write_ids`."""
-  count = selection.num_selected(num_examples, ratio=config.ratio)
+  """`select.write_selected`."""
   numbers = sorted(int(p.stem.rsplit("_", 1)[1]) for p in folder.glob(scores.SHARD_PATTERN))
   items = [
     numbers[i : i + _SHARDS_TOGETHER] for i in range(0, len(numbers), _SHARDS_TOGETHER)
   ]
   total = functools.partial(engine.total, folder=scratch)
   survey = total(functools.partial(_survey, folder), items, _Survey())
-  found = {shard: (start, range(size)) for shard, start, size in survey.shards}
+  found = {
+    shard: scores.Shard(start, range(size), None) for shard, start, size in survey.shards
+  }
   collections.deque(scores.in_order(folder, num_examples, found.__getitem__), maxlen=0)
 
   shift, scale = (0.0, 1.0)
@@ -212,40 +213,43 @@ def _write_ids(
     functools.partial(_write_chosen, scratch), num_examples=num_examples, ratio=config.ratio,
     tau=config.tau, seed=config.seed,
   )
-  with path.open("wb") as file:
-    select.write_header(file, count)
-    export.append(file, (_chosen(scratch, item) for item in items))
+  with select.writing_selected(directory) as append:
+    for item in items:
+      rows, ids = np.load(_chosen(scratch, item))
+      append(rows + found[item[0]].start, ids)
 
 
 def _survey(folder: Path, shards: list[int]) -> _Survey:
   result = _Survey()
   for shard in shards:
-    start, values = scores.load_shard(folder, shard)
-    result += _Survey(((shard, start, len(values)),), moments.Moments.of(values))
+    start, ids, values = scores.load_shard(folder, shard)
+    result += _Survey(((shard, start, len(ids)),), moments.Moments.of(values))
   return result
 
 
 def _read(folder: Path, shift: float, scale: float, shards: list[int]) -> Iterator:
   for shard in shards:
-    start, values = scores.load_shard(folder, shard)
-    ids = np.arange(start, start + len(values), dtype=np.int64)
+    _, ids, values = scores.load_shard(folder, shard)
     yield ids, select.standardized(values, shift, scale)
 
 
 def _chosen(scratch: Path, shards: list[int]) -> Path:
-  return scratch / f"ids-{shards[0]:06d}"
+  return scratch / f"chosen-{shards[0]:06d}"
 
 
-def _write_chosen(scratch: Path, shards: list[int], chosen: Iterable[np.ndarray]) -> None:
-  with replacing_shared(_chosen(scratch, shards)) as partial, partial.open("wb") as file:
-    for ids in chosen:
-      file.write(ids.astype("<i8").tobytes())
-
-
-def _export_ids(
-  engine: Engine, scratch: Path, corpus, path: Path, directory: Path, format: str, vocabulary
+def _write_chosen(
+  scratch: Path, shards: list[int], chosen: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-  """`select.export_ids`: a corpus as packed holds instance i at position i."""
+  """Writes rows of these shards and ids, `[2,n] int64`."""
+  pairs = np.concatenate([np.zeros((2, 0), np.int64), *map(np.stack, chosen)], axis=1)
+  with replacing_shared(_chosen(scratch, shards)) as partial, partial.open("wb") as file:
+    np.save(file, pairs)
+
+
+def _export_selected(
+  engine: Engine, scratch: Path, corpus, selected: Path, directory: Path, format: str, vocabulary
+) -> None:
+  """`select.export_selected`."""
   export.export_selection(
-    engine, scratch / format, corpus, path, directory, format, vocabulary
+    engine, scratch / format, corpus, selected / select.INDICES_FILE, directory, format, vocabulary
   )

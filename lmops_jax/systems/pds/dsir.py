@@ -47,7 +47,7 @@ def fit(
     smoothing: added to every frequency, > 0, so that an empty bucket has a finite logarithm.
 
   Returns:
-    `[num_buckets] float64`, exactly 0 where both frequencies are equal.
+    `[num_buckets] float64`, exactly 0 if both frequencies are equal.
 
   Raises:
     ValueError: no n-gram in the target or in the sample, or a setting out of range.

@@ -36,7 +36,7 @@ from lmops_jax.config.setting_types import (
 )
 from lmops_jax.control.checks import OBJECTIVES
 from lmops_jax.control.gradient_norms import gradient_norms
-from lmops_jax.data import export
+from lmops_jax.data import export, hashing
 from lmops_jax.evaluation import examples
 from lmops_jax.mesh import checkpoints, meshes, processes
 from lmops_jax.sizing import budget, flops
@@ -57,7 +57,7 @@ class ProxySet:
 
   Attributes:
     num_proxies: instances, M; "auto" takes `max_proxies`, or all of a smaller corpus.
-    seed: of the draw, uniform without replacement.
+    seed: of the draw, uniform without replacement, which is a function of (seed, instance id).
     max_proxies: most that "auto" takes.
   """
 
@@ -87,11 +87,9 @@ class ProxySet:
       )
     return min(self.most, num_examples)
 
-  def ids(self, num_examples: int) -> np.ndarray:
-    """`[M] int64`, ascending."""
-    rng = np.random.default_rng(self.seed)
-    chosen = rng.choice(num_examples, self.count(num_examples), replace=False)
-    return np.sort(chosen).astype(np.int64)
+  def indices(self, ids: np.ndarray) -> np.ndarray:
+    """Rows of the corpus, `[M] int64`, ascending, by the ids `[N]` of all its instances."""
+    return hashing.draw_indices(ids, self.count(len(ids)), self.seed)
 
 
 @runtime_checkable
@@ -125,9 +123,14 @@ class Bench:
     return self.prepared.corpus
 
   @functools.cached_property
+  def proxy_indices(self) -> np.ndarray:
+    """Rows of the corpus that are the proxy set, `[M] int64`, ascending."""
+    return self.proxy_set.indices(self.corpus.ids)
+
+  @functools.cached_property
   def proxies(self) -> dict[str, np.ndarray]:
     """The proxy set as one host batch."""
-    batch = self.corpus.batch(self.proxy_set.ids(len(self.corpus)))
+    batch = self.corpus.batch(self.proxy_indices)
     self.example_losses.check_batch(batch)
     return batch
 
@@ -248,7 +251,7 @@ def check_sizes(
   """
   if not hasattr(method, "score_proxies"):
     return
-  proxy_set.ids(num_corpus)
+  proxy_set.count(num_corpus)
   check_most_target(method, num_target, f"the target's dev part has {num_target} instances")
   size, what = _inner_size(method)
   if size > num_corpus:
@@ -417,9 +420,9 @@ class PMP:
     bench.check_sizes(self)
     corpus, num_proxies = bench.corpus, len(bench.proxies["example_id"])
     proxies, proxy_batch_size = bench.place_rows(bench.proxies, self.micro_batch_size)
-    inner_ids = bench.proxies["example_id"] if self.inner_data == "proxies" else None
+    inner_indices = bench.proxy_indices if self.inner_data == "proxies" else None
     source = language_models.batch_source(
-      corpus, inner_ids, self.batch_size, self.data_seed, self.shuffle
+      corpus, inner_indices, self.batch_size, self.data_seed, self.shuffle
     )
     steps = [source(t) for t in range(self.num_steps)]
     batches = bench.partitioner.place_batch(
@@ -623,16 +626,16 @@ class RhoLoss:
     optimizer = self.optimizer or optimizers.adamw(self.learning_rate)
     target, shards = bench.prepared.target_dev, bench.partitioner.num_batch_shards
     # A target smaller than the mesh is repeated until every shard has a row.
-    ids = np.resize(np.arange(len(target)), max(len(target), shards))
-    size = max(min(self.batch_size, len(ids)) // shards, 1) * shards
-    num_steps = self.epochs * (len(ids) // size)
+    indices = np.resize(np.arange(len(target)), max(len(target), shards))
+    size = max(min(self.batch_size, len(indices)) // shards, 1) * shards
+    num_steps = self.epochs * (len(indices) // size)
     config = dataclasses.replace(
       bench.proxy, optimizer=optimizer, num_steps=num_steps, batch_size=size, keep_every=None,
       keep_steps=(), accumulate=math.gcd(bench.proxy.accumulate, size),
     )
     after = pretrain.fit(
       bench.model, bench.example_losses, config,
-      language_models.batch_source(target, ids, size, self.data_seed), bench.partitioner,
+      language_models.batch_source(target, indices, size, self.data_seed), bench.partitioner,
       directory=bench.context.directory / "fine_tuning", seed=self.data_seed,
       initial_params=bench.proxy_params(), description=f"{self.name} fine-tuning",
     )
@@ -650,7 +653,7 @@ class Random:
   name: Name = "random"
 
   def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
-    return (np.zeros(len(ids)) for ids in blocks(len(bench.corpus), 65_536))
+    return (np.zeros(len(indices)) for indices in blocks(len(bench.corpus), 65_536))
 
 
 @component(module="pds")
@@ -661,8 +664,8 @@ class Length:
   name: Name = "length"
 
   def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
-    for ids in blocks(len(bench.corpus), 4096):
-      yield bench.corpus.batch(ids)["loss_mask"].sum(axis=1)
+    for indices in blocks(len(bench.corpus), 4096):
+      yield bench.corpus.batch(indices)["loss_mask"].sum(axis=1)
 
 
 @component(module="pds")
@@ -682,9 +685,9 @@ class Perplexity:
     corpus, params = bench.corpus, bench.proxy_params()
     all_losses = []
     with bench.context.progress(len(corpus), "instances", self.name) as bar:
-      for ids in blocks(len(corpus), 4096):
-        all_losses.append(bench.losses_of(params, corpus.batch(ids), self.batch_size))
-        bar.update(len(ids))
+      for indices in blocks(len(corpus), 4096):
+        all_losses.append(bench.losses_of(params, corpus.batch(indices), self.batch_size))
+        bar.update(len(indices))
     bench.add_flops(len(corpus) * corpus.length, 1)
     values = np.concatenate(all_losses)
     yield -values if self.prefer == "low" else -np.abs(values - np.median(values))
@@ -712,9 +715,9 @@ class DSIR:
       texts_of(target, np.arange(len(target)), vocabulary), texts_of(corpus, raw, vocabulary)
     )
     with bench.context.progress(len(corpus), "instances", self.name) as bar:
-      for ids in blocks(len(corpus), 4096):
-        yield dsir.scores(texts_of(corpus, ids, vocabulary), log_ratio)
-        bar.update(len(ids))
+      for indices in blocks(len(corpus), 4096):
+        yield dsir.scores(texts_of(corpus, indices, vocabulary), log_ratio)
+        bar.update(len(indices))
 
 
 def needs_forward_mode(method) -> bool:
@@ -723,12 +726,12 @@ def needs_forward_mode(method) -> bool:
 
 
 def blocks(num: int, size: int) -> Iterator[np.ndarray]:
-  """Consecutive ids `0 .. num` in blocks of `size`."""
+  """Consecutive indices `0 .. num` in blocks of `size`."""
   for start in range(0, num, size):
     yield np.arange(start, min(start + size, num), dtype=np.int64)
 
 
-def texts_of(instances, ids: np.ndarray, vocabulary) -> list[str]:
+def texts_of(instances, indices: np.ndarray, vocabulary) -> list[str]:
   """The instances as text, an empty line between documents."""
-  rows = zip(instances.tokens(ids), instances.num_tokens(ids), strict=True)
+  rows = zip(instances.tokens(indices), instances.num_tokens(indices), strict=True)
   return ["\n\n".join(export.instance_texts(row[:num], vocabulary)) for row, num in rows]

@@ -1,10 +1,12 @@
-"""Selecting the best share of a corpus where many workers each see some of its scores.
+"""Selecting the best share of a corpus when many workers each see some of its scores, or one all.
 
-The same set as `selection.select_stream` and `selection.gumbel_top_k`. A histogram over the leading
-bits of all perturbed scores is a sketch of fixed size that adds up in any order and any grouping;
-the bin that holds the threshold is cut into bins in turn, until so few scores are left that they
-are collected and ranked exactly, ties by id. A last pass writes. How the work is spread is not
-known here: `total` adds up a function over items, wherever it runs.
+The set is that of `selection.gumbel_top_k`, and memory does not grow with the corpus. A histogram
+over the leading bits of all perturbed scores is a sketch of fixed size that adds up in any order
+and any grouping; the bin that holds the threshold is cut into bins in turn, until so few scores are
+left that they are collected and ranked exactly, ties by id. A last pass writes. Up to some hundred
+million scores that is three passes. How the work is spread is not known here: `total` adds up a
+function over items, wherever it runs. `select_in_process` is the selection in one process, of a
+single item.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from lmops_jax.systems.pds import ranking, selection
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
-  """Of any set of perturbed scores.
+  """What is known about a set of perturbed scores; sketches of two sets add up to that of both.
 
   Attributes:
-    count: how many there are. digest: changes with any one of them, modulo 2^64.
-    histogram: of those in the range that is searched, `[bins] int64`, or `[]` for no range.
+    count: how many scores there are. digest: changes with any one of them, modulo 2^64.
+    histogram: how many scores fall into each bin of the range that is searched, `[bins] int64`, or
+      `[]` for no range.
   """
 
   count: int
@@ -52,6 +55,15 @@ class Candidates:
     )
 
 
+class Selection(NamedTuple):
+  """Figures of a selection; the indices and ids themselves went to `write`."""
+
+  num_examples: int
+  num_selected: int
+  threshold: float  # smallest perturbed score that was kept
+  num_passes: int
+
+
 class Noise(NamedTuple):
   """What the scores are perturbed by."""
 
@@ -63,7 +75,7 @@ def select(
   total: Callable[[Callable[[Any], Any], Iterable[Any], Any], Any],
   items: Iterable[Any],
   read: Callable[[Any], Iterable[tuple[np.ndarray, np.ndarray]]],
-  write: Callable[[Any, Iterator[np.ndarray]], None],
+  write: Callable[[Any, Iterator[tuple[np.ndarray, np.ndarray]]], None],
   *,
   num_examples: int,
   ratio: float | None = None,
@@ -71,20 +83,23 @@ def select(
   tau: float,
   seed: int,
   max_candidates: int = 1 << 19,
-) -> selection.StreamSelection:
-  """Finds the threshold and writes the ids at or above it.
+) -> Selection:
+  """Finds the threshold and writes what lies at or above it.
 
   Args:
     total: `total(function, items, zero)` is `zero + function(item) + ...` over all items.
     items: the parts of the corpus, however it is cut.
-    read: the `(ids [n], scores [n])` shards of an item; all ids are distinct and >= 0.
-    write: called once an item with the item's selected ids, shard by shard in the order of `read`.
+    read: the `(ids [n], scores [n])` shards of an item, the same in every pass; all ids are
+      distinct and >= 0.
+    write: called once an item with `(rows [m], ids [m])` of what is selected from it, a block at a
+      time; a row counts the item's scores from 0, in the order of `read`.
     num_examples: how many scores all items hold together.
     ratio, k, tau, seed: as in `selection.gumbel_top_k`.
     max_candidates: scores that are collected at most, >= 1.
 
   Raises:
-    ValueError: as in `selection.select_stream`.
+    ValueError: arguments as in `gumbel_top_k`; a number of scores that is not `num_examples`, an id
+      that occurs twice at the threshold, or shards that changed between the passes.
   """
   count = selection.num_selected(num_examples, ratio=ratio, k=k)
   noise = Noise(*selection.checked_noise(tau, seed))
@@ -114,9 +129,30 @@ def select(
   seen = total(functools.partial(_write, blocks, write, threshold), items, _empty(0))
   selection.check_unchanged(seen.digest, digest)
   selection.check_selected(seen.count, count, threshold)
-  return selection.StreamSelection(
-    num_examples, count, ranking.unkey(threshold[0]), num_passes + 2
-  )
+  return Selection(num_examples, count, ranking.unkey(threshold[0]), num_passes + 2)
+
+
+def select_in_process(
+  shards: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]],
+  write: Callable[[np.ndarray, np.ndarray], None],
+  **settings,
+) -> Selection:
+  """`select` in this process.
+
+  Args:
+    shards: called once a pass, returns the `(ids [n], scores [n])` shards.
+    write: called with `(rows [m], ids [m])` of what is selected, block by block, m >= 1.
+    settings: `num_examples`, `tau` and so on, as of `select`.
+  """
+
+  def total(function, items, zero):
+    return sum(map(function, items), start=zero)
+
+  def write_all(_, chosen) -> None:
+    for rows, ids in chosen:
+      write(rows, ids)
+
+  return select(total, [None], lambda _: shards(), write_all, **settings)
 
 
 def _empty(num_bins: int) -> Sketch:
@@ -150,17 +186,18 @@ def _candidates(blocks, around: ranking.Range, item) -> Candidates:
 
 
 def _write(blocks, write, threshold, item) -> Sketch:
-  """Writes an item's selected ids; the count is theirs, the digest that of all its scores."""
-  count = digest = 0
+  """Writes what is selected from an item; the count is of that, the digest of all its scores."""
+  count = digest = num_seen = 0
 
   def chosen():
-    nonlocal count, digest
+    nonlocal count, digest, num_seen
     for ids, keys in blocks(item):
       digest += ranking.digest(ids, keys)
-      kept = ids[ranking.at_least(ids, keys, threshold)]
+      kept = np.flatnonzero(ranking.at_least(ids, keys, threshold))
       if len(kept):
         count += len(kept)
-        yield kept
+        yield num_seen + kept, ids[kept]
+      num_seen += len(ids)
 
   write(item, chosen())
   return Sketch(count, digest & ranking.LARGEST, np.zeros(0, np.int64))

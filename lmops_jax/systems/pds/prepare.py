@@ -1,8 +1,9 @@
 """Stage `prepare`: raw text to a vocabulary and packed, indexed instances (PDS, section 4 and 5).
 
 The corpus is read twice, once for a sample to train the vocabulary on and once to tokenise and
-pack, so memory does not grow with it. Documents keep their ids; instances are numbered in corpus
-order. Kind labels go into a file of their own that only the report opens.
+pack, so memory does not grow with it. Documents keep their ids; an instance's id tells where it
+begins (`packing.instance_id`), its index is its row number in corpus order. Kind labels go into a
+file of their own that only the report opens.
 """
 
 from __future__ import annotations
@@ -115,9 +116,7 @@ def write_corpus(context: pipeline.StageContext, config: Prepare, targets) -> Pa
         config.length,
       )
   check_corpus(num_corpus, totals, config)
-  instances_lib.write_encoded(
-    out / "held_out", packing.renumbered(held_out), vocabulary, config.length
-  )
+  instances_lib.write_encoded(out / "held_out", held_out, vocabulary, config.length)
   return Packed(num_corpus, len(held_out), totals, left_out)
 
 
@@ -236,7 +235,7 @@ def _write_target(directory: Path, documents, vocabulary, config: Prepare) -> di
   order = np.random.default_rng(config.seed).permutation(len(packed))
   kept = np.sort(order[: config.max_target_instances])
   num = instances_lib.write_encoded(
-    directory, packing.renumbered(packed[i] for i in kept), vocabulary, config.length
+    directory, (packed[i] for i in kept), vocabulary, config.length
   )
   return {
     "num_documents": len(documents), "num_instances": num, "num_unused": len(packed) - num,

@@ -117,13 +117,13 @@ def fit(
 
 def run(
   context: pipeline.StageContext, config: Pretrain, partitioner, *, seed: int,
-  ids_of: Callable[[pipeline.StageContext], np.ndarray] | None = None,
+  indices_of: Callable[[pipeline.StageContext], np.ndarray] | None = None,
 ) -> None:
-  """Trains on the instances that `ids_of` names (None: the whole corpus); keeps parameters."""
+  """Trains on the instances that `indices_of` names (None: the whole corpus); keeps parameters."""
   prepared = prepare_lib.Prepared(context.input("prepare"))
   corpus = prepared.corpus
-  ids = None if ids_of is None else ids_of(context)
-  num = len(corpus) if ids is None else len(ids)
+  indices = None if indices_of is None else indices_of(context)
+  num = len(corpus) if indices is None else len(indices)
   if num < config.batch_size:
     raise ValueError(
       f"{context.name} has {num} instances, fewer than one batch of "
@@ -132,7 +132,7 @@ def run(
   model = language_model(config.model, corpus.vocab_size, corpus.length)
   fit(
     model, losses.lm_example_losses(model, chunk=config.loss_chunk), config,
-    batch_source(corpus, ids, config.batch_size, seed, config.shuffle), partitioner,
+    batch_source(corpus, indices, config.batch_size, seed, config.shuffle), partitioner,
     directory=context.directory, seed=seed, description=context.name,
     initial_params=None if config.init is None else lambda: config.init.params(partitioner),
   )

@@ -1,8 +1,8 @@
 """The order of perturbed scores, and the search for the n-th of very many in bounded memory.
 
 Larger score first, then smaller id. Scores are compared as integers of the same order (`keys`), so
-that a range of them can be cut into equal bins exactly. `Search` finds a threshold in a stream;
-`Range` and its histograms, which add up whatever way a corpus is cut, find it among many workers.
+that a range of them can be cut into equal bins exactly. `Range` and its histograms, which add up
+whatever way a corpus is cut, find the threshold.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 LARGEST = (1 << 64) - 1
 LAST_ID = (1 << 63) - 1
 _SIGN = np.uint64(1 << 63)
-_BIN_BITS = 16
+_BIN_BITS = 18
 
 
 def keys(values: np.ndarray) -> np.ndarray:
@@ -33,11 +33,6 @@ def at_least(ids, keys, threshold) -> np.ndarray:
   """Which pairs are the threshold `(key, id)` or come before it, `[n] bool`."""
   key, last_id = np.uint64(threshold[0]), threshold[1]
   return (keys > key) | ((keys == key) & (ids <= last_id))
-
-
-def _better(ids, keys, bound) -> np.ndarray:
-  key, first_id = np.uint64(bound[0]), bound[1]
-  return (keys > key) | ((keys == key) & (ids < first_id))
 
 
 def nth_largest(ids, keys, n) -> tuple[int, int]:
@@ -77,7 +72,7 @@ class Range(NamedTuple):
 
   @property
   def num_bins(self) -> int:
-    """At most 2^16."""
+    """At most 2^18, for a histogram of 2 MiB."""
     return ((self.high - self.low) >> self._shift) + 1
 
   def inside(self, ids, keys) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -106,65 +101,3 @@ class Range(NamedTuple):
     if self.key is None and low == high:
       return Range(rank, total, 0, LAST_ID, key=low)
     return Range(rank, total, low, high, self.key)
-
-
-class Search:
-  """One pass over a stream for the threshold of a range, in bounded memory.
-
-  Args:
-    range: the range.
-    capacity: how many pairs may be held at once.
-  """
-
-  def __init__(self, range: Range, capacity: int):
-    self.range, self._capacity = range, capacity
-    self._histogram = np.zeros(range.num_bins, np.int64)
-    self._held = [(np.empty(0, np.int64), np.empty(0, np.uint64))]
-    self._num_held = self._num_seen = self._num_above = 0
-    self._best = self._worst = None  # ends of the narrowed window, (key, id)
-
-  def add(self, ids, keys):
-    ids, keys, digits = self.range.inside(ids, keys)
-    self._histogram += self.range.histogram(digits)
-    self._num_seen += len(ids)
-    if self._best is not None:
-      above = _better(ids, keys, self._best)
-      self._num_above += int(np.count_nonzero(above))
-      keep = at_least(ids, keys, self._worst) & ~above
-      ids, keys = ids[keep], keys[keep]
-    if len(ids):
-      self._held.append((ids.copy(), keys))  # the caller may use the shard's memory again
-      self._num_held += len(ids)
-    if self._num_held > self._capacity:
-      self._narrow()
-
-  def _sorted(self):
-    """The held pairs, best first; they replace the list of blocks."""
-    ids, keys = (np.concatenate(parts) for parts in zip(*self._held))
-    order = np.lexsort((ids, ~keys))
-    ids, keys = ids[order], keys[order]
-    self._held = [(ids, keys)]
-    return ids, keys
-
-  def _narrow(self):
-    """Keeps the half of the held pairs that lies around the threshold's expected place."""
-    ids, keys = self._sorted()
-    half = self._capacity // 2
-    place = self.range.rank * self._num_seen // self.range.total - self._num_above
-    start = min(max(place - half // 2, 0), len(ids) - half)
-    ids, keys = ids[start : start + half].copy(), keys[start : start + half].copy()
-    self._held, self._num_held = [(ids, keys)], half
-    self._num_above += start
-    self._best, self._worst = (int(keys[0]), int(ids[0])), (int(keys[-1]), int(ids[-1]))
-
-  def found(self) -> tuple[int, int] | None:
-    """The (key, id) at the range's rank, or None if the window has lost it."""
-    place = self.range.rank - self._num_above - 1
-    if not 0 <= place < self._num_held:
-      return None
-    ids, keys = self._sorted()
-    return int(keys[place]), int(ids[place])
-
-  def refined(self) -> Search:
-    """The search of the one histogram bin that holds the threshold."""
-    return Search(self.range.narrowed(self._histogram), self._capacity)

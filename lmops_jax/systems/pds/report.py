@@ -77,7 +77,7 @@ class _View:
     self.labels = self.prepared.labels()
     self.evaluations = json.loads((context.input("evaluate") / evaluate.FILE).read_text())
     self.selected = {
-      name: select.selected_ids(context, f"select/{name}") for name in self.method_names
+      name: select.selected_indices(context, f"select/{name}") for name in self.method_names
     }
     self.fitted = [name for name in self.method_names if f"scorer/{name}" in self.manifests]
     self.styles = plots.looks(self.method_names, emphasis=self.method_names[:1])
@@ -91,7 +91,8 @@ class _View:
       "methods": method_results(self.evaluations),
       "corpus_share_by_kind": share_by_kind(self.corpus, np.arange(len(self.corpus)), kinds),
       "selected_share_by_kind": {
-        name: share_by_kind(self.corpus, ids, kinds) for name, ids in self.selected.items()
+        name: share_by_kind(self.corpus, indices, kinds)
+        for name, indices in self.selected.items()
       },
       "scorer": {
         "method": main,
@@ -99,7 +100,7 @@ class _View:
         "validation_spearman_by_method": spearman,
       },
       "num_instances": len(self.corpus),
-      "num_selected": {name: len(ids) for name, ids in self.selected.items()},
+      "num_selected": {name: len(indices) for name, indices in self.selected.items()},
       "stages": [
         {"name": name, "seconds": manifest["seconds"], "flops": manifest["flops"]}
         for name, manifest in self.manifests.items()
@@ -224,10 +225,11 @@ class _View:
       values = self._corpus_scores(name)
       order = np.argsort(values, kind="stable")
       num = min(self.config.num_examples, len(order) // 2)
-      for title, ids in (("Highest scores", order[::-1][:num]), ("Lowest scores", order[:num])):
+      best, worst = order[::-1][:num], order[:num]
+      for title, indices in (("Highest scores", best), ("Lowest scores", worst)):
         excerpts = []
-        texts = methods.texts_of(self.corpus, ids, vocabulary)
-        for index, text in zip(ids, texts, strict=True):
+        texts = methods.texts_of(self.corpus, indices, vocabulary)
+        for index, text in zip(indices, texts, strict=True):
           documents, _ = self.corpus.documents(int(index))
           kinds, sources = zip(*(self.labels[int(d)] for d in documents), strict=True)
           excerpts.append(html.Excerpt(
@@ -396,10 +398,10 @@ def _steps_to_match(steps, losses, baseline) -> float | None:
   )
 
 
-def share_by_kind(corpus, ids: np.ndarray, kinds: Mapping[int, str]) -> dict[str, float]:
-  """Share of the tokens of the instances `ids` that come from documents of each kind."""
+def share_by_kind(corpus, indices: np.ndarray, kinds: Mapping[int, str]) -> dict[str, float]:
+  """Share of the tokens of the instances `indices` that come from documents of each kind."""
   tokens: collections.Counter[str] = collections.Counter()
-  for index in ids:
+  for index in indices:
     for document, num in zip(*corpus.documents(int(index)), strict=True):
       tokens[kinds[int(document)]] += int(num)
   total = sum(tokens.values())

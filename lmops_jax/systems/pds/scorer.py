@@ -138,29 +138,29 @@ class View:
         (vocabulary.decode(row.tolist()) for row in self._converted(sample)),
       )
 
-  def rows(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """`tokens [n,S] int32`, `mask [n,S] float32`, `example_id [n]`."""
+  def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """`tokens [n,S] int32`, `mask [n,S] float32`, `example_id [n] int64`."""
     if self.vocabulary is None:
-      tokens = self.instances.tokens(ids)[:, : self.length]
+      tokens = self.instances.tokens(indices)[:, : self.length]
       # Padding stands at the end only, and may share its id with EOS.
-      lengths = np.minimum(self.instances.num_tokens(ids), self.length)
+      lengths = np.minimum(self.instances.num_tokens(indices), self.length)
     else:
-      converted = self._converted(ids)
+      converted = self._converted(indices)
       lengths = np.array([len(row) for row in converted])
-      tokens = np.full((len(ids), self.length), self.vocabulary.pad_id, np.int32)
+      tokens = np.full((len(indices), self.length), self.vocabulary.pad_id, np.int32)
       for i, row in enumerate(converted):
         tokens[i, : len(row)] = row
     mask = (np.arange(self.length)[None] < lengths[:, None]).astype(np.float32)
-    return {"tokens": tokens, "mask": mask, "example_id": ids}
+    return {"tokens": tokens, "mask": mask, "example_id": np.array(self.instances.ids[indices])}
 
-  def _originals(self, ids) -> list[np.ndarray]:
-    rows = zip(self.instances.tokens(ids), self.instances.num_tokens(ids), strict=True)
+  def _originals(self, indices) -> list[np.ndarray]:
+    rows = zip(self.instances.tokens(indices), self.instances.num_tokens(indices), strict=True)
     return [row[:num] for row, num in rows]
 
-  def _converted(self, ids) -> list[np.ndarray]:
+  def _converted(self, indices) -> list[np.ndarray]:
     return [
       convert.convert_tokens(row, self._source, self.vocabulary, self.length)
-      for row in self._originals(ids)
+      for row in self._originals(indices)
     ]
 
 
@@ -181,7 +181,7 @@ def fit(
   scored = scores.load_proxy_scores(context.input(solve_stage))
   targets = scores.standardize(scored.scores, clip=config.clip, ranks=config.ranks)
   train, validation = split(len(targets), config.validation_fraction, config.seed)
-  rows = view.rows(scored.ids) | {"score": targets.astype(np.float32)}
+  rows = view.rows(scored.indices) | {"score": targets.astype(np.float32)}
   if config.batch_size > len(train):
     raise ValueError(
       f"pds.Scorer.batch_size={config.batch_size} exceeds the {len(train)} proxies to train on; "
@@ -253,7 +253,8 @@ def fit(
   )
   if context.writes:
     write_arrays(context.directory / VALIDATION_FILE, {
-      "ids": scored.ids[validation], "target": targets[validation], "predicted": predicted,
+      "indices": scored.indices[validation], "ids": scored.ids[validation],
+      "target": targets[validation], "predicted": predicted,
     })
   threshold = correlation.top_fraction_metrics(predicted, targets[validation], fraction=0.3)
   context.extra.update(
@@ -311,12 +312,13 @@ class Annotator:
     self._predict = jax.jit(losses.regression_example_losses(model).predict)
     self._batch_size, self._partitioner = config.inference_batch_size, partitioner
 
-  def scores(self, start: int, stop: int) -> np.ndarray:
-    """Of the instances `start .. stop`, `[n] float64`."""
-    return examples.map_examples(
-      self._predict, self._params, self._view.rows(np.arange(start, stop, dtype=np.int64)),
-      self._batch_size, self._partitioner,
+  def shard(self, start: int, stop: int) -> scores.Shard:
+    """The scores of the instances `start .. stop`."""
+    rows = self._view.rows(np.arange(start, stop, dtype=np.int64))
+    values = examples.map_examples(
+      self._predict, self._params, rows, self._batch_size, self._partitioner
     )
+    return scores.Shard(start, rows["example_id"], values)
 
 
 def annotate(
@@ -342,33 +344,42 @@ def annotate(
     for shard, (start, stop) in shards.items():
       context.group.check()
       if shard in missing and shard % context.group.count == context.group.index:
-        scores.save_shard(context.directory, shard, start, annotator.scores(start, stop))
+        scores.save_shard(context.directory, shard, annotator.shard(start, stop))
       bar.update(stop - start)
   num_new = sum(stop - start for start, stop in map(shards.get, missing))
   context.flops += num_new * flops_per_instance(config, proxy, view)
 
 
 def write_scores(
-  context: pipeline.StageContext, num_examples: int, values, shard_size: int
+  context: pipeline.StageContext, ids: np.ndarray, values, shard_size: int
 ) -> None:
   """Writes a corpus method's score blocks as shards of `shard_size`.
 
   Of several processes all compute the blocks, on their common devices, and the first one writes.
+
+  Args:
+    ids: of all instances of the corpus, `[N] int64`.
   """
-  save_shard = scores.save_shard if context.writes else lambda *_: None
   waiting = np.zeros(0)
   shard = 0
+
+  def save(values: np.ndarray) -> None:
+    start = shard * shard_size
+    if context.writes:
+      own = np.array(ids[start : start + len(values)])
+      scores.save_shard(context.directory, shard, scores.Shard(start, own, values))
+
   for block in values:
     waiting = np.concatenate([waiting, np.asarray(block, np.float64)])
     while len(waiting) >= shard_size:
-      save_shard(context.directory, shard, shard * shard_size, waiting[:shard_size])
+      save(waiting[:shard_size])
       waiting, shard = waiting[shard_size:], shard + 1
   if len(waiting):
-    save_shard(context.directory, shard, shard * shard_size, waiting)
+    save(waiting)
   written = shard * shard_size + len(waiting)
-  if written != num_examples:
+  if written != len(ids):
     raise ValueError(
-      f"{context.name} gave {written} scores for {num_examples} instances; the method must yield "
+      f"{context.name} gave {written} scores for {len(ids)} instances; the method must yield "
       "one score an instance, in corpus order."
     )
 

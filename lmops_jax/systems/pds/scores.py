@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -18,8 +18,26 @@ SHARD_PATTERN = "scores_*.npz"
 
 
 class ProxyScores(NamedTuple):
-  """Scores of the proxy set. `ids [M] int64` ascending, `scores [C,M]` a row a checkpoint."""
+  """Scores of the proxy set.
 
+  Attributes:
+    indices: rows of the corpus, `[M] int64`, ascending. ids: of these instances, `[M] int64`.
+    scores: `[C,M]`, a row a checkpoint.
+  """
+
+  indices: np.ndarray
+  ids: np.ndarray
+  scores: np.ndarray
+
+
+class Shard(NamedTuple):
+  """Scores of consecutive instances of the corpus.
+
+  Attributes:
+    start: index of the first one. ids: of all, `[n] int64`. scores: `[n] float32`.
+  """
+
+  start: int
   ids: np.ndarray
   scores: np.ndarray
 
@@ -70,17 +88,17 @@ def save_proxy_scores(directory: Path, proxy: ProxyScores) -> None:
 
 def load_proxy_scores(directory: Path) -> ProxyScores:
   with np.load(directory / PROXY_FILE) as arrays:
-    return ProxyScores(arrays["ids"], arrays["scores"])
+    return ProxyScores(**arrays)
 
 
 def shard_path(directory: Path, shard: int) -> Path:
   return directory / f"scores_{shard:06d}.npz"
 
 
-def save_shard(directory: Path, shard: int, start: int, scores: np.ndarray) -> None:
-  """Scores of the instances `start .. start + len(scores)`."""
-  save_scores(shard_path(directory, shard), start, scores)
-  seals.seal(shard_path(directory, shard))
+def save_shard(directory: Path, number: int, shard: Shard) -> None:
+  """Writes the scores of a shard and seals them."""
+  save_scores(shard_path(directory, number), shard)
+  seals.seal(shard_path(directory, number))
 
 
 def missing_shards(directory: Path, num: int) -> list[int]:
@@ -89,62 +107,65 @@ def missing_shards(directory: Path, num: int) -> list[int]:
   return [shard for shard in range(num) if not whole[shard]]
 
 
-def save_scores(path: Path, start: int, scores: np.ndarray) -> None:
-  """`save_shard` to a path of any name."""
-  write_arrays(path, {"start": np.int64(start), "scores": scores.astype(np.float32)})
+def save_scores(path: Path, shard: Shard) -> None:
+  """`save_shard` to a path of any name, without a seal."""
+  start, ids, scores = shard
+  write_arrays(
+    path, {"start": np.int64(start), "ids": ids, "scores": scores.astype(np.float32)}
+  )
 
 
-def load_shard(directory: Path, shard: int) -> tuple[int, np.ndarray]:
-  """Id of a shard's first instance, and its scores, `[n] float32`.
+def load_shard(directory: Path, number: int) -> Shard:
+  """What `save_shard` wrote.
 
   Raises:
-    ValueError: a score is not finite.
+    ValueError: a score is not finite, or the ids are missing.
   """
-  path = shard_path(directory, shard)
+  path = shard_path(directory, number)
   with np.load(path) as arrays:
-    start, scores = int(arrays["start"]), arrays["scores"]
-  if not np.isfinite(scores).all():
-    bad = start + int(np.flatnonzero(~np.isfinite(scores))[0])
+    if "ids" not in arrays:
+      raise ValueError(f"{path} holds no ids of its instances; annotate again.")
+    shard = Shard(int(arrays["start"]), arrays["ids"], arrays["scores"])
+  if not np.isfinite(shard.scores).all():
+    bad = shard.start + int(np.flatnonzero(~np.isfinite(shard.scores))[0])
     raise ValueError(f"{path} holds a score that is not finite (instance {bad}); annotate again.")
-  return start, scores
+  return shard
 
 
 def read_shards(directory: Path, num_examples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields (ids, scores) shard by shard in order.
+  """Yields (ids, scores) shard by shard in corpus order.
 
   Raises:
     ValueError: a shard is missing, out of order, not finite, or the count is not `num_examples`.
   """
-  load = functools.partial(load_shard, directory)
-  for start, scores in in_order(directory, num_examples, load):
-    yield np.arange(start, start + len(scores), dtype=np.int64), scores
+  for shard in in_order(directory, num_examples, functools.partial(load_shard, directory)):
+    yield shard.ids, shard.scores
 
 
 def in_order(
-  directory: Path, num_examples: int, load: Callable[[int], tuple[int, Sized]]
-) -> Iterator[tuple[int, Any]]:
-  """Yields what `load(shard)` gives of all shards: the first instance's id, and something as long
-  as the shard.
+  directory: Path, num_examples: int, load: Callable[[int], Shard]
+) -> Iterator[Shard]:
+  """Yields what `load(number)` gives of all shards, of which it looks at the start and the length.
 
   Raises:
     ValueError: a shard is missing or out of order, or the count is not `num_examples`.
   """
-  next_id, shard = 0, 0
-  while next_id < num_examples:
-    path = shard_path(directory, shard)
+  next_index, number = 0, 0
+  while next_index < num_examples:
+    path = shard_path(directory, number)
     if not path.exists():
       raise ValueError(
-        f"{path} is missing: scores end at instance {next_id} of {num_examples}; annotate again."
+        f"{path} is missing: scores end at instance {next_index} of {num_examples}; annotate again."
       )
-    start, content = load(shard)
-    if start != next_id:
+    shard = load(number)
+    if shard.start != next_index:
       raise ValueError(
-        f"{path} starts at instance {start}, expected {next_id}: shards are missing or reordered; "
-        "annotate again."
+        f"{path} starts at instance {shard.start}, expected {next_index}: shards are missing or "
+        "reordered; annotate again."
       )
-    yield start, content
-    next_id, shard = next_id + len(content), shard + 1
-  if next_id != num_examples or shard_path(directory, shard).exists():
+    yield shard
+    next_index, number = next_index + len(shard.ids), number + 1
+  if next_index != num_examples or shard_path(directory, number).exists():
     raise ValueError(
       f"{directory} holds scores of more than the corpus's {num_examples} instances; annotate "
       "again."

@@ -1,14 +1,16 @@
 """Stage `select/<method>`: Gumbel top-k over the score shards, and the exports.
 
-Two streaming passes over the shards with flat memory, and one before them for mean and deviation
-where scores are standardised; the noise is a function of (seed, instance id), so the selection
-depends on neither shard sizes nor their order (PDS, section 3; spec 4).
+The shards are read a few times with flat memory, and once before that for their mean and deviation
+when scores are standardised. The noise is a function of (seed, instance id), so the selection
+depends on neither shard sizes nor their order, and the noise of an instance not on what else is in
+the corpus (PDS, section 3; spec 4).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,10 +19,12 @@ from annotated_types import Ge, Lt
 
 from lmops_jax.config.setting_types import Distinct, NonNegative, Share, component
 from lmops_jax.data import export
+from lmops_jax.data.growing_arrays import growing
 from lmops_jax.stages import pipeline
-from lmops_jax.systems.pds import moments, prepare, scores, selection
+from lmops_jax.systems.pds import moments, parallel_selection, prepare, scores, selection
 
-IDS_FILE = "ids.npy"
+# What is selected, a number an instance: its row in the corpus, ascending, and its id.
+INDICES_FILE, IDS_FILE = "indices.npy", "ids.npy"
 FORMATS = tuple(name for name in export.FORMATS if name != "ids")  # ids are always written
 
 
@@ -36,7 +40,7 @@ class Select:
     standardize: bring the corpus's scores to deviation 1 first, so that tau means the same for
       every method and every scorer. False takes a scorer's output as it is, as the paper does; a
       scorer whose best parameters come early predicts small deviations, which tau then drowns.
-    formats: further exports beside the ids: "tfds", "jsonl", "parquet", "mmididx".
+    formats: further exports beside the indices and ids: "tfds", "jsonl", "parquet", "mmididx".
   """
 
   ratio: Share = 0.4
@@ -46,8 +50,8 @@ class Select:
   formats: Annotated[Sequence[Literal[FORMATS]], Distinct] = ()
 
 
-def write_ids(path: Path, folder: Path, num_examples: int, config: Select) -> None:
-  """Selects from the score shards in a folder, into an array file of ascending ids."""
+def write_selected(directory: Path, folder: Path, num_examples: int, config: Select) -> None:
+  """Selects from the score shards in a folder and writes indices and ids into a directory."""
   shift, scale = 0.0, 1.0
   if config.standardize:
     values = (values for _, values in scores.read_shards(folder, num_examples))
@@ -57,18 +61,23 @@ def write_ids(path: Path, folder: Path, num_examples: int, config: Select) -> No
     for ids, values in scores.read_shards(folder, num_examples):
       yield ids, standardized(values, shift, scale)
 
-  with path.open("wb") as file:
-    write_header(file, selection.num_selected(num_examples, ratio=config.ratio))
-    selection.select_stream(
-      shards, num_examples=num_examples, ratio=config.ratio, tau=config.tau, seed=config.seed,
-      write=lambda ids: file.write(ids.astype("<i8").tobytes()),
+  with writing_selected(directory) as append:
+    parallel_selection.select_in_process(
+      shards, append, num_examples=num_examples, ratio=config.ratio, tau=config.tau,
+      seed=config.seed,
     )
 
 
-def write_header(file, num_selected: int) -> None:
-  """The beginning of an array file of ids, after which their bytes follow."""
-  header = {"descr": "<i8", "fortran_order": False, "shape": (num_selected,)}
-  np.lib.format.write_array_header_1_0(file, header)
+@contextlib.contextmanager
+def writing_selected(directory: Path) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
+  """Yields a function that appends `(indices [n], ids [n])` to the files of a selection."""
+  with growing(directory / INDICES_FILE) as indices, growing(directory / IDS_FILE) as ids:
+
+    def append(some_indices: np.ndarray, some_ids: np.ndarray) -> None:
+      indices(some_indices)
+      ids(some_ids)
+
+    yield append
 
 
 def shift_and_scale(all_scores: moments.Moments) -> tuple[float, float]:
@@ -80,29 +89,31 @@ def standardized(values: np.ndarray, shift: float, scale: float) -> np.ndarray:
   return (values.astype(np.float64) - shift) / scale
 
 
-def export_ids(corpus, path: Path, directory: Path, format: str, vocabulary) -> None:
-  """Exports the instances whose ids are in an array file."""
-  export.export_selection(corpus, np.load(path), directory, format=format, vocabulary=vocabulary)
+def export_selected(corpus, selected: Path, directory: Path, format: str, vocabulary) -> None:
+  """Exports the instances that `write_selected` has put into the folder `selected`."""
+  ids = np.load(selected / IDS_FILE)
+  export.export_selection(corpus, ids, directory, format=format, vocabulary=vocabulary)
 
 
 def run(
-  context: pipeline.StageContext, config: Select, annotate_stage: str, *, write_ids=write_ids,
-  export_ids=export_ids,
+  context: pipeline.StageContext, config: Select, annotate_stage: str, *,
+  write_selected=write_selected, export_selected=export_selected,
 ) -> None:
   """Selects `floor(ratio * N)` instances.
 
   Args:
-    write_ids, export_ids: do the work, in this process unless others are given.
+    write_selected, export_selected: do the work, in this process unless others are given.
   """
   prepared = prepare.Prepared(context.input("prepare"))
   corpus = prepared.corpus
   num_selected = selection.num_selected(len(corpus), ratio=config.ratio)
-  path = context.directory / IDS_FILE
-  write_ids(path, context.input(annotate_stage), len(corpus), config)
+  out = context.directory
+  write_selected(out, context.input(annotate_stage), len(corpus), config)
   for name in config.formats:
-    export_ids(corpus, path, context.directory / name, name, prepared.vocabulary)
+    export_selected(corpus, out, out / name, name, prepared.vocabulary)
   context.extra.update(num_selected=num_selected, num_examples=len(corpus))
 
 
-def selected_ids(context: pipeline.StageContext, stage: str) -> np.ndarray:
-  return np.load(context.input(stage) / IDS_FILE)
+def selected_indices(context: pipeline.StageContext, stage: str) -> np.ndarray:
+  """Rows of the corpus that a finished stage has selected, `[n] int64`, ascending."""
+  return np.load(context.input(stage) / INDICES_FILE)

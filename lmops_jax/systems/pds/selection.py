@@ -1,4 +1,4 @@
-"""Selecting the best share of a corpus by perturbed scores (Gumbel-top-k), in memory or streaming.
+"""Selecting the best share of a corpus by perturbed scores (Gumbel-top-k), in memory.
 
 PDS (arXiv 2410.07064, section 2.3) keeps the K = floor(ratio * N) examples with the largest
 `score - tau * log(-log u)`, u uniform on (0, 1): sampling without replacement with Plackett-Luce
@@ -10,9 +10,8 @@ every platform draws the same bits.
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 
@@ -61,7 +60,7 @@ def num_selected(num_examples: int, *, ratio: float | None = None, k: int | None
   """How many examples are kept: `k`, or floor(ratio * num_examples) in exact arithmetic.
 
   A float such as 0.29 or 1/3 stands for the simple fraction that it prints as, so that 29 of 100
-  and 1 of 3 are kept where float products would give 28.999999999999996.
+  and 1 of 3 are kept although float products would give 28.999999999999996.
 
   Raises:
     ValueError: not exactly one of `ratio` and `k`; a ratio outside (0, 1]; a count that is 0 or
@@ -132,81 +131,6 @@ def gumbel_top_k(
     keys[rows] = perturbed_keys(ids[rows], scores[rows], tau, seed, "the scores")
   threshold = ranking.nth_largest(ids, keys, count)
   return np.sort(ids[ranking.at_least(ids, keys, threshold)])
-
-
-class StreamSelection(NamedTuple):
-  """What `select_stream` did; the ids themselves went to `write`."""
-
-  num_examples: int
-  num_selected: int
-  threshold: float  # smallest perturbed score that was kept
-  num_passes: int  # 2 unless the order of the scores was adverse
-
-
-def select_stream(
-  shards: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]],
-  *,
-  num_examples: int,
-  ratio: float | None = None,
-  k: int | None = None,
-  tau: float,
-  seed: int,
-  write: Callable[[np.ndarray], None],
-  max_candidates: int = 1 << 19,
-) -> StreamSelection:
-  """Selects the same set as `gumbel_top_k` from shards that are read twice and never kept.
-
-  The first pass finds the K-th largest perturbed score, the second writes every id at or above it.
-  Memory is flat: up to `max_candidates` scores around the running estimate of the threshold are
-  held, in a window that only ever narrows, beside a histogram over the leading bits of all scores.
-  If the threshold is not in the last window (possible only when the scores' order is far from
-  random, for instance sorted and without noise), the histogram tells which narrow range holds it,
-  and a further pass searches that range alone.
-
-  Args:
-    shards: called once a pass, returns the `(ids [n], scores [n])` shards; both passes must see the
-      same pairs, in any order. Ids are distinct non-negative integers.
-    num_examples: how many scores all shards hold together.
-    ratio, k, tau, seed: as in `gumbel_top_k`.
-    write: called with the selected ids of each shard, `[m] int64`, m >= 1, in the shard's order.
-    max_candidates: bound on the scores held in memory, >= 4. With the default, the threshold of a
-      billion scores in random order lies six standard deviations inside the last window.
-
-  Returns:
-    A `StreamSelection`.
-
-  Raises:
-    ValueError: arguments as in `gumbel_top_k`; a number of scores that is not `num_examples`, an id
-      that occurs twice at the threshold, or shards that changed between the passes.
-  """
-  count = num_selected(num_examples, ratio=ratio, k=k)
-  tau, seed = checked_noise(tau, seed)
-  if max_candidates < 4:
-    raise ValueError(f"max_candidates={max_candidates} is too small to search with; use 4 or more.")
-
-  search = ranking.Search(ranking.Range(rank=count, total=num_examples), max_candidates)
-  num_passes, threshold = 0, None
-  while threshold is None:
-    search = search.refined() if num_passes else search
-    seen = digest = 0
-    for ids, keys in blocks(shards(), tau, seed, num_examples):
-      seen += len(ids)
-      digest = (digest + ranking.digest(ids, keys)) & ranking.LARGEST
-      search.add(ids, keys)
-    check_count(seen, num_examples)
-    num_passes += 1
-    threshold = search.found()
-
-  selected, again = 0, 0
-  for ids, keys in blocks(shards(), tau, seed, num_examples):
-    again = (again + ranking.digest(ids, keys)) & ranking.LARGEST
-    chosen = ids[ranking.at_least(ids, keys, threshold)]
-    if len(chosen):
-      selected += len(chosen)
-      write(chosen)
-  check_unchanged(again, digest)
-  check_selected(selected, count, threshold)
-  return StreamSelection(num_examples, count, ranking.unkey(threshold[0]), num_passes + 1)
 
 
 # --- noise ----------------------------------------------------------------------------------------

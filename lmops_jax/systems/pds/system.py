@@ -196,7 +196,7 @@ class Pipeline:
           name,
           functools.partial(
             pretrain.run, config=self.pretrain, partitioner=partitioner, seed=seed,
-            ids_of=functools.partial(select.selected_ids, stage=choose),
+            indices_of=functools.partial(select.selected_indices, stage=choose),
           ),
           inputs=("prepare", choose),
           settings=part("pretrain") | _started(self.pretrain) | {"seed": str(seed)},
@@ -288,13 +288,14 @@ class Pipeline:
         "score_proxies must return one a proxy, [M] or [C,M]."
       )
     if context.writes:
-      scores.save_proxy_scores(context.directory, scores.ProxyScores(ids, values))
+      proxy_scores = scores.ProxyScores(bench.proxy_indices, ids, values)
+      scores.save_proxy_scores(context.directory, proxy_scores)
       shutil.rmtree(context.directory / methods.UNFINISHED, ignore_errors=True)
 
   def _score_corpus(self, context, method, partitioner) -> None:
     bench = self._bench(context, partitioner)
     scorer.write_scores(
-      context, len(bench.corpus), method.score_corpus(bench), self.scorer.shard_size
+      context, bench.corpus.ids, method.score_corpus(bench), self.scorer.shard_size
     )
 
   def summary(self, workdir: Path) -> str:

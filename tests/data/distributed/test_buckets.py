@@ -90,7 +90,7 @@ def test_shards_are_those_of_one_process(packed, here, tmp_path, per_shard):
   )
   files = {p.name: p.read_bytes() for p in (tmp_path / "want").iterdir()}
   assert {p.name: p.read_bytes() for p in (tmp_path / "got").iterdir()} == files
-  assert len(files) == 3 + -(-num // per_shard)
+  assert len(files) == 4 + -(-num // per_shard)
   assert num_tokens == instances.open_instances(tmp_path / "got").total_tokens
 
 

@@ -50,7 +50,7 @@ def test_parts_of_any_size_give_the_instances_of_the_whole(length, kind, bos):
     for begin, end, entry in zip(begins, begins[1:], entries, strict=False):
       if entry.offset < end - begin:
         assert begin + entry.offset in starts
-      assert entry.first_id == sum(1 for s, shown in starts.items() if shown and s < begin)
+      assert entry.first_index == sum(1 for s, shown in starts.items() if shown and s < begin)
 
 
 def _starts(documents, instances, *, length, bos_id, eos_id, sentence_end):

@@ -38,36 +38,36 @@ def test_parts_make_the_same_files(
   corpus, vocabulary, here, tmp_path, monkeypatch, format, part
 ):
   monkeypatch.setattr(export, "BLOCK", 4)
-  ids = np.flatnonzero(np.arange(len(corpus)) % 3 > 0)[:54]
-  np.save(tmp_path / "ids.npy", ids)
+  indices = np.flatnonzero(np.arange(len(corpus)) % 3 > 0)[:54]
+  np.save(tmp_path / "indices.npy", indices)
   if format in ("tfds", "mmididx"):  # whose files are the parts
     monkeypatch.setattr(shards, "SEQUENCES_PER_SHARD", part)
     monkeypatch.setitem(distributed.write_instances.__kwdefaults__, "instances_per_shard", part)
     monkeypatch.setitem(instances_lib.write_instances.__kwdefaults__, "instances_per_shard", part)
     monkeypatch.setitem(shards.write_shards.__kwdefaults__, "sequences_per_shard", part)
-  export.export_selection(corpus, ids, tmp_path / "want", format, vocabulary)
+  export.export_selection(corpus, corpus.ids[indices], tmp_path / "want", format, vocabulary)
   distributed.export_selection(
-    here, tmp_path / "scratch", corpus, tmp_path / "ids.npy", tmp_path / "got", format,
+    here, tmp_path / "scratch", corpus, tmp_path / "indices.npy", tmp_path / "got", format,
     vocabulary, part=part,
   )
   assert _tree(tmp_path / "got") == _tree(tmp_path / "want")
-  assert len(ids) == 54  # of several parts, the last is smaller
+  assert len(indices) == 54  # of several parts, the last is smaller
 
 
 def test_text_needs_the_vocabulary_of_the_corpus(corpus, here, tmp_path):
-  np.save(tmp_path / "ids.npy", np.arange(3))
+  np.save(tmp_path / "indices.npy", np.arange(3))
   other = TrainSentencePiece(vocab_size=330).build(TEXTS, tmp_path / "other")
   for vocabulary, message in ((None, "needs the vocabulary"), (other, "another vocabulary")):
     with pytest.raises(ValueError, match=message):
       distributed.export_selection(
-        here, tmp_path / "scratch", corpus, tmp_path / "ids.npy", tmp_path / "got", "jsonl",
+        here, tmp_path / "scratch", corpus, tmp_path / "indices.npy", tmp_path / "got", "jsonl",
         vocabulary,
       )
 
 
 @pytest.mark.parametrize("format, damaged", [
   ("jsonl", "part-*"), ("parquet", "part-*"), ("mmididx", "part-*.bin"), ("mmididx", "part-*.idx"),
-  ("tfds", "instances-*[0-9]"), ("tfds", "instances-*.json"),
+  ("tfds", "instances-*[0-9]"), ("tfds", "instances-*.npz"),
 ])
 def test_a_part_with_a_flipped_bit_is_made_again(
   corpus, vocabulary, here, tmp_path, monkeypatch, format, damaged
@@ -75,11 +75,11 @@ def test_a_part_with_a_flipped_bit_is_made_again(
   """What an interrupted export left in its scratch folder; parts that were moved already too."""
   monkeypatch.setitem(distributed.write_instances.__kwdefaults__, "instances_per_shard", 5)
   monkeypatch.setattr(shards, "SEQUENCES_PER_SHARD", 5)
-  np.save(tmp_path / "ids.npy", np.arange(17))
+  np.save(tmp_path / "indices.npy", np.arange(17))
 
   def attempt():
     distributed.export_selection(
-      here, tmp_path / "scratch", corpus, tmp_path / "ids.npy", tmp_path / "got", format,
+      here, tmp_path / "scratch", corpus, tmp_path / "indices.npy", tmp_path / "got", format,
       vocabulary, part=5)
     return _tree(tmp_path / "got")
 

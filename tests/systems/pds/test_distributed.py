@@ -270,11 +270,12 @@ def test_selections_and_exports_are_those_of_one_process(fitted, tmp_path, engin
 def test_the_selection_does_not_depend_on_the_size_of_score_shards(fitted, tmp_path, shard_size):
   _, inputs, _ = fitted
   num = len(prepare.Prepared(inputs["prepare"]).corpus)
-  values = np.concatenate([v for _, v in scores.read_shards(inputs["annotate"], num)])
+  ids, values = map(np.concatenate, zip(*scores.read_shards(inputs["annotate"], num)))
   again = tmp_path / "annotate"
   again.mkdir()
-  for shard, start in enumerate(range(0, num, shard_size)):
-    scores.save_shard(again, shard, start, values[start : start + shard_size])
+  for number, start in enumerate(range(0, num, shard_size)):
+    rows = slice(start, start + shard_size)
+    scores.save_shard(again, number, scores.Shard(start, ids[rows], values[rows]))
   _select(None, tmp_path / "alone", inputs, ratio=0.3)
   for name, engine in (("spread", ENGINES["five"]), ("alone again", None)):
     _select(engine, tmp_path / name, inputs | {"annotate": again}, ratio=0.3)
@@ -286,7 +287,8 @@ def test_damaged_scores_are_named_by_workers(fitted, tmp_path):
   annotated = shutil.copytree(inputs["annotate"], tmp_path / "annotate")
   path = scores.shard_path(annotated, 1)
   inputs = inputs | {"annotate": annotated}
-  scores.save_shard(annotated, 1, 13, np.array([np.nan] * 13))
+  shard = scores.load_shard(annotated, 1)
+  scores.save_shard(annotated, 1, shard._replace(scores=np.array([np.nan] * 13)))
   with pytest.raises(ValueError, match=f"^{re.escape(str(path))} holds a score that is not finite"):
     _select(ENGINES["one"], tmp_path / "a", inputs)
   path.unlink()

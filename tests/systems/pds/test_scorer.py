@@ -39,9 +39,10 @@ def prepared(tmp_path_factory):
 
 def test_every_real_token_counts_and_padding_does_not(prepared):
   view = scorer.View(prepared)
-  ids = np.arange(len(prepared.corpus))
-  rows = view.rows(ids)
-  for i in ids:
+  indices = np.arange(len(prepared.corpus))
+  rows = view.rows(indices)
+  np.testing.assert_array_equal(rows["example_id"], prepared.corpus.ids)
+  for i in indices:
     stored = prepared.corpus.instance(i).tokens[:48]
     assert rows["mask"][i].sum() == len(stored)
     np.testing.assert_array_equal(rows["tokens"][i][: len(stored)], stored)
@@ -111,7 +112,7 @@ def test_the_split_is_random_seeded_and_complete():
 def test_corpus_scores_must_match_the_corpus(tmp_path):
   context = types.SimpleNamespace(directory=tmp_path, name="annotate/mine", writes=True)
   with pytest.raises(ValueError, match="gave 7 scores for 9 instances"):
-    scorer.write_scores(context, 9, [np.zeros(3), np.zeros(4)], shard_size=4)
+    scorer.write_scores(context, np.arange(9), [np.zeros(3), np.zeros(4)], shard_size=4)
 
 
 def test_a_vocabulary_of_its_own_needs_a_model_of_its_own():

@@ -41,15 +41,17 @@ def test_useless_scores_are_refused(raw, message):
 
 
 def _write(folder, values, size):
-  for shard, start in enumerate(range(0, len(values), size)):
-    scores.save_shard(folder, shard, start, values[start : start + size])
+  for number, start in enumerate(range(0, len(values), size)):
+    part = values[start : start + size]
+    ids = 7 * np.arange(start, start + len(part))
+    scores.save_shard(folder, number, scores.Shard(start, ids, part))
 
 
 def test_shards_read_back_in_order(tmp_path):
   values = np.random.default_rng(2).normal(size=25)
   _write(tmp_path, values, 10)
   parts = list(scores.read_shards(tmp_path, 25))
-  np.testing.assert_array_equal(np.concatenate([ids for ids, _ in parts]), np.arange(25))
+  np.testing.assert_array_equal(np.concatenate([ids for ids, _ in parts]), 7 * np.arange(25))
   np.testing.assert_array_equal(np.concatenate([s for _, s in parts]), values.astype(np.float32))
   assert not list(tmp_path.glob("*.tmp"))
 

@@ -1,4 +1,4 @@
-"""Gumbel selection: its noise, its distribution, and streaming against in-memory selection."""
+"""Gumbel selection: its noise, its distribution, and one process's stream against memory."""
 
 import decimal
 import itertools
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lmops_jax.systems.pds import selection
+from lmops_jax.systems.pds import parallel_selection, selection
 
 PINNED = [
   "-0x1.72816563470e9p-1",
@@ -188,7 +188,7 @@ def test_number_selected_is_the_exact_floor(n, ratio, want):
 
 
 def _stream(ids, scores, sizes, **kwargs):
-  """Runs select_stream over shards of the given sizes (cycled); returns the ids and the result."""
+  """Selects from shards of the given sizes (cycled) in this process; returns ids and result."""
   edges = [0]
   for size in itertools.cycle(sizes):
     if edges[-1] >= len(ids):
@@ -202,11 +202,13 @@ def _stream(ids, scores, sizes, **kwargs):
       yield ids[start:stop], scores[start:stop]
 
   written = []
-  result = selection.select_stream(
-    shards, num_examples=len(ids), write=written.append, **kwargs
+  result = parallel_selection.select_in_process(
+    shards, lambda *block: written.append(block), num_examples=len(ids), **kwargs
   )
   assert result.num_passes == len(passes)
-  return np.concatenate(written), result
+  rows, chosen = map(np.concatenate, zip(*written))
+  np.testing.assert_array_equal(chosen, ids[rows])
+  return chosen, result
 
 
 def test_streaming_equals_in_memory_on_a_million_scores():
@@ -216,7 +218,7 @@ def test_streaming_equals_in_memory_on_a_million_scores():
   want = selection.gumbel_top_k(scores, ratio=0.4, tau=0.1, seed=7)
   got, result = _stream(ids, scores, [100_000, 1, 33_333], ratio=0.4, tau=0.1, seed=7)
   np.testing.assert_array_equal(got, want)  # also in corpus order
-  assert result.num_selected == len(want) == 400_000 and result.num_passes == 2
+  assert result.num_selected == len(want) == 400_000 and result.num_passes == 3
   perturbed = scores.astype(np.float64) + 0.1 * selection.gumbel_noise(7, ids)
   assert result.threshold == np.sort(perturbed)[-400_000]
 
@@ -265,10 +267,14 @@ def test_shards_may_reuse_their_memory():
       yield ids_buffer, scores_buffer
 
   written = []
-  selection.select_stream(
-    shards, num_examples=4000, ratio=0.4, tau=0.1, seed=1, write=written.append
+  parallel_selection.select_in_process(
+    shards, lambda rows, ids: written.append(ids), num_examples=4000, ratio=0.4, tau=0.1, seed=1
   )
   np.testing.assert_array_equal(np.concatenate(written), want)
+
+
+def _ignore(rows, ids):
+  """Writes nothing."""
 
 
 def test_memory_does_not_grow_with_the_corpus():
@@ -280,9 +286,9 @@ def test_memory_does_not_grow_with_the_corpus():
   peaks = []
   for num_shards in (4, 32):
     tracemalloc.start()
-    selection.select_stream(
-      lambda n=num_shards: shards(n), num_examples=50_000 * num_shards, ratio=0.4, tau=0.1,
-      seed=0, write=len, max_candidates=1 << 16,
+    parallel_selection.select_in_process(
+      lambda n=num_shards: shards(n), _ignore, num_examples=50_000 * num_shards, ratio=0.4, tau=0.1,
+      seed=0, max_candidates=1 << 16,
     )
     peaks.append(tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
@@ -324,7 +330,7 @@ def test_bad_settings_are_refused_by_both(change, message):
   with pytest.raises(ValueError, match=message):
     selection.gumbel_top_k(scores, **GOOD | change)
   with pytest.raises(ValueError, match=message):
-    selection.select_stream(shards, num_examples=100, write=print, **GOOD | change)
+    parallel_selection.select_in_process(shards, _ignore, num_examples=100, **GOOD | change)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -343,7 +349,8 @@ def test_wrong_number_of_scores(num_examples, found):
   shards = [(np.arange(10), np.arange(10.0))]
   message = f"hold {found} scores, but the corpus has {num_examples}"
   with pytest.raises(ValueError, match=message):
-    selection.select_stream(lambda: shards, num_examples=num_examples, write=print, **GOOD)
+    parallel_selection.select_in_process(
+      lambda: shards, _ignore, num_examples=num_examples, **GOOD)
 
 
 def test_bad_ids():
@@ -358,8 +365,8 @@ def test_bad_ids():
   with pytest.raises(ValueError, match="one length"):
     selection.gumbel_top_k([1, 2, 3], ids=[1, 3], **GOOD)
   with pytest.raises(ValueError, match="one length"):
-    selection.select_stream(
-      lambda: [(np.arange(3), np.arange(2.0))], num_examples=3, write=print, **GOOD
+    parallel_selection.select_in_process(
+      lambda: [(np.arange(3), np.arange(2.0))], _ignore, num_examples=3, **GOOD
     )
   with pytest.raises(ValueError, match="must not be negative"):
     selection.gumbel_noise(0, np.array([1, -2]))
@@ -375,4 +382,4 @@ def test_shards_that_change_between_the_passes():
     yield np.arange(100), scores
 
   with pytest.raises(ValueError, match="changed while they were being read"):
-    selection.select_stream(shards, num_examples=100, write=len, **GOOD)
+    parallel_selection.select_in_process(shards, _ignore, num_examples=100, **GOOD)

@@ -1,0 +1,33 @@
+"""Draws and orders by id: what they depend on, and that one number at a time gives the same."""
+
+import numpy as np
+from scipy import stats
+
+from lmops_jax.data import hashing
+
+IDS = np.random.default_rng(0).integers(0, 2**63, 4000)
+
+
+def test_keys_of_an_array_are_those_of_its_ids():
+  ids = np.array([0, 1, 2**40, 2**63 - 1])
+  for seed in (0, 1234, 2**63):
+    want = [hashing.order_key(i, seed) for i in ids.tolist()]
+    assert hashing.order_keys(ids, seed).tolist() == want
+
+
+def test_a_draw_is_uniform_and_reads_block_by_block(monkeypatch):
+  want = hashing.draw_indices(IDS, 1000, seed=3)
+  assert len(np.unique(want)) == 1000 and (np.diff(want) > 0).all()
+  assert stats.chisquare(np.histogram(want, bins=20, range=(0, 4000))[0]).pvalue > 1e-3
+  assert not np.array_equal(hashing.draw_indices(IDS, 1000, seed=4), want)
+  monkeypatch.setattr(hashing, "_BLOCK", 37)
+  np.testing.assert_array_equal(hashing.draw_indices(IDS, 1000, seed=3), want)
+  np.testing.assert_array_equal(hashing.draw_indices(IDS[:5], 5, seed=3), np.arange(5))
+
+
+def test_new_ids_replace_some_of_a_draw_and_move_none():
+  before = IDS[hashing.draw_indices(IDS, 1000, seed=3)]
+  more = np.concatenate([IDS[:100] + 1, IDS])  # in front of all
+  after = more[hashing.draw_indices(more, 1000, seed=3)]
+  new = np.isin(after, IDS[:100] + 1)
+  assert 0 < new.sum() < 60 and np.isin(after[~new], before).all()
