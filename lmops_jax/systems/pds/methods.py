@@ -36,8 +36,9 @@ from lmops_jax.config.setting_types import (
 )
 from lmops_jax.control.checks import OBJECTIVES
 from lmops_jax.control.gradient_norms import gradient_norms
-from lmops_jax.data import export, hashing
+from lmops_jax.data import export
 from lmops_jax.evaluation import examples
+from lmops_jax.host import hashing
 from lmops_jax.mesh import checkpoints, meshes, processes
 from lmops_jax.sizing import budget, flops
 from lmops_jax.stages import pipeline

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import stats
 
-from lmops_jax.data import hashing
+from lmops_jax.host import hashing
 
 IDS = np.random.default_rng(0).integers(0, 2**63, 4000)
 
