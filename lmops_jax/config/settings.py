@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lmops_jax.config import setting_types
-from lmops_jax.config.gin_text import Named, plain_text
+from lmops_jax.config.gin_text import Named, leaves, plain_text
 from lmops_jax.config.refusals import ConfigError, nearest
 
 SINGLETON = "gin.singleton"
@@ -99,15 +99,7 @@ def _flatten(name: str, value: Any, flat: dict[str, str]) -> None:
 
 def settings_in(value: Any) -> Iterator[Settings]:
   """The outermost `Settings` in a value, in order."""
-  if isinstance(value, Settings):
-    yield value
-  elif isinstance(value, Mapping):
-    for key, item in value.items():
-      yield from settings_in(key)
-      yield from settings_in(item)
-  elif isinstance(value, list | tuple):
-    for item in value:
-      yield from settings_in(item)
+  return (leaf for leaf in leaves(value) if isinstance(leaf, Settings))
 
 
 # ------------------------------------------------------------------------------------- building
