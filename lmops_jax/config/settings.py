@@ -1,7 +1,7 @@
 """The resolved configuration as a tree of calls: flattened, and built.
 
 `resolve.load` makes the tree. It holds every value that a run will use, bound or default, so what
-`printing.text_of` shows is what `Settings.build` constructs.
+`Resolved.text` shows is what `Settings.build` constructs.
 """
 
 import dataclasses
