@@ -53,7 +53,7 @@ def is_literal(value: Any) -> bool:
 
 
 def plain_text(value: Any) -> str:
-  """A readable, deterministic text for any value; gin syntax where gin has one."""
+  """A readable, deterministic text for any value; gin syntax if gin has one."""
   if is_literal(value):
     return literal_text(value)
   if isinstance(value, type) or inspect.isroutine(value):

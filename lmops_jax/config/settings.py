@@ -65,7 +65,7 @@ class Settings(Named):
     """All settings below as one flat dict of readable names to readable values.
 
     `{"optimizer": "optim.sgd", "optimizer.learning_rate": "0.1", "methods[0]": ...}`; the own
-    selector stands under `name`, or under "component" where no name is given. Scopes do not show:
+    selector stands under `name`, or under "component" if no name is given. Scopes do not show:
     two calls with equal values flatten to equal dicts.
     """
     flat = {name or "component": self.selector}
