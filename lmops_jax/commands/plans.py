@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from lmops_jax.config.refusals import ConfigError
 from lmops_jax.host import progress
@@ -28,6 +30,23 @@ A topology is CHIP:AxB or CHIP:AxBxC with the chip v4, v5e, v5p or v6e (plan als
 h100:8). aot needs libtpu: pip install 'lmops_jax[tpu]'. Paths that a gin file requires (CORPUS_PATH
 and others) may stay unset, since nothing is read.
 """
+
+
+@runtime_checkable
+class HasPhases(Protocol):
+  """A system that `lmops plan` takes."""
+
+  def phases(self, partitioner: Any, memory: Any, *, num_target: int, num_corpus: int,
+             platform: str) -> Sequence[Any]:
+    """What each phase of a run takes, in the order in which they run."""
+
+
+@runtime_checkable
+class HasPrograms(Protocol):
+  """A system that `lmops aot` takes."""
+
+  def programs(self, partitioner: Any, memory: Any, *, num_target: int) -> Sequence[Any]:
+    """The programs of a run, each with a name, to be compiled ahead of time."""
 
 
 def add_parsers(commands, options: dict, add_gin) -> None:
@@ -70,16 +89,18 @@ def set_environment(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace, resolved) -> int:
-  """Runs one of the commands on a resolved configuration; 2 where something does not fit."""
+  """Runs one of the commands on a resolved configuration; 2 if something does not fit."""
   from lmops_jax.sizing import chips
   topology = None if arguments.topology is None else chips.topology(arguments.topology)
   job = resolved.run()
-  hook = "programs" if arguments.command == "aot" else "phases"
-  if not hasattr(job.system, hook):
+  kind, method, act = {
+    "plan": (HasPhases, "phases", _plan), "aot": (HasPrograms, "programs", _aot),
+  }[arguments.command]
+  if not isinstance(job.system, kind):
     raise ConfigError(
       f"{resolved.tree.child('system').selector} does not say what it takes; lmops "
-      f"{arguments.command} is for systems with a method {hook!r}, such as pds.")
-  return (_aot if arguments.command == "aot" else _plan)(arguments, job, topology)
+      f"{arguments.command} is for systems with a method {method!r}, such as pds.")
+  return act(arguments, job, topology)
 
 
 # ------------------------------------------------------------------------------------------- plan

@@ -88,7 +88,7 @@ def find(name: str, beside: Path | None = None) -> Path:
 
 
 def display(path: Path) -> str:
-  """The path as a reader knows it: `gin/...` if packaged, else relative where that is shorter."""
+  """The path as a reader knows it: `gin/...` if packaged, else relative if that is shorter."""
   packaged_root = root().resolve()
   if path.is_relative_to(packaged_root):
     return "gin/" + path.relative_to(packaged_root).as_posix()

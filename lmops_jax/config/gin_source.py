@@ -17,7 +17,7 @@ from gin import config as gin_config
 from gin import config_parser
 
 from lmops_jax.config import gin_files
-from lmops_jax.config.gin_text import plain_text
+from lmops_jax.config.gin_text import plain_text, with_leaves
 from lmops_jax.config.refusals import ConfigError, nearest
 from lmops_jax.config.registry import configurable_named, parameters_of, short_name
 from lmops_jax.config.settings import Constant
@@ -65,22 +65,18 @@ class _Delegate(config_parser.ParserDelegate):
     return Reference(tuple(macro_name.split("/")), MACRO, True, self._where())
 
 
-def _checked(value: Any) -> Any:
-  """A parsed value with complete selectors, and macros that name constants replaced by these."""
-  if isinstance(value, Reference):
-    if value.selector != MACRO:
-      return value._replace(selector=configurable_named(value.selector, value.where).selector)
-    name = "/".join(value.scopes)
-    constants = gin_config._CONSTANTS.matching_selectors(name)
-    if len(constants) > 1:
-      raise ConfigError(f"{value.where}: the constant {name!r} may be any of "
-                        f"{', '.join(sorted(constants))}; write one of these in full.")
-    return Constant(constants[0], gin_config._CONSTANTS[constants[0]]) if constants else value
-  if isinstance(value, dict):
-    return {_checked(key): _checked(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return type(value)(map(_checked, value))
-  return value
+def _checked(leaf: Any) -> Any:
+  """A leaf of a parsed value with its selector in full; a constant for a macro of its name."""
+  if not isinstance(leaf, Reference):
+    return leaf
+  if leaf.selector != MACRO:
+    return leaf._replace(selector=configurable_named(leaf.selector, leaf.where).selector)
+  name = "/".join(leaf.scopes)
+  constants = gin_config._CONSTANTS.matching_selectors(name)
+  if len(constants) > 1:
+    raise ConfigError(f"{leaf.where}: the constant {name!r} may be any of "
+                      f"{', '.join(sorted(constants))}; write one of these in full.")
+  return Constant(constants[0], gin_config._CONSTANTS[constants[0]]) if constants else leaf
 
 
 class Source:
@@ -181,8 +177,9 @@ class Source:
         raise ConfigError(f"{at}: {short_name(configurable.selector)} has no parameter {param!r}"
                           f"{nearest(param, names)}")
       selector = configurable.selector
+    value = with_leaves(statement.value, _checked)
     self.bindings.append(
-      Binding(scope, selector, param, _checked(statement.value), at, from_command_line))
+      Binding(scope, selector, param, value, at, from_command_line))
 
 
 def in_force(bindings: Iterable[Binding]) -> list[Binding]:

@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import methodcaller
 from typing import Any
 
@@ -16,6 +16,27 @@ class Named:
   def spelling(self) -> str:
     """The name, as `plain_text` shows it."""
     raise NotImplementedError
+
+
+def leaves(value: Any) -> Iterator[Any]:
+  """What stands in dicts, their keys too, lists and tuples, in order; else the value itself."""
+  if type(value) is dict:
+    for pair in value.items():
+      yield from leaves(pair)
+  elif type(value) in (list, tuple):
+    for item in value:
+      yield from leaves(item)
+  else:
+    yield value
+
+
+def with_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+  """The same dicts, lists and tuples, with `change` of each of the `leaves`."""
+  if type(value) is dict:
+    return {with_leaves(key, change): with_leaves(item, change) for key, item in value.items()}
+  if type(value) in (list, tuple):
+    return type(value)(with_leaves(item, change) for item in value)
+  return change(value)
 
 
 def is_literal(value: Any) -> bool:
@@ -32,7 +53,7 @@ def is_literal(value: Any) -> bool:
 
 
 def plain_text(value: Any) -> str:
-  """A readable, deterministic text for any value; gin syntax where gin has one."""
+  """A readable, deterministic text for any value; gin syntax if gin has one."""
   if is_literal(value):
     return literal_text(value)
   if isinstance(value, type) or inspect.isroutine(value):

@@ -8,7 +8,7 @@ from lmops_jax.config.settings import SINGLETON, Settings, settings_in
 
 
 class Printer:
-  """Writes a tree as gin blocks, one for each different call, scoped where a name has several."""
+  """Writes a tree as gin blocks, one for each different call, scoped if a name has several."""
 
   def __init__(self, root: Settings, plain_first: bool):
     self._scopes: dict[str, str] = {}  # identity of a call -> scope written before its selector

@@ -37,6 +37,7 @@ from lmops_jax.config.gin_source import (
   name_of,
   written,
 )
+from lmops_jax.config.gin_text import leaves, with_leaves
 from lmops_jax.config.printing import Printer
 from lmops_jax.config.refusals import ConfigError, nearest
 from lmops_jax.config.registry import ROOT, parameters_of, short_name
@@ -87,18 +88,6 @@ def run(
 # -------------------------------------------------------------------------------------- walking
 
 
-def _references(value: Any) -> Iterator[Reference]:
-  if isinstance(value, Reference):
-    yield value
-  elif isinstance(value, Mapping):
-    for key, item in value.items():
-      yield from _references(key)
-      yield from _references(item)
-  elif isinstance(value, list | tuple):
-    for item in value:
-      yield from _references(item)
-
-
 class _Index:
   """Bindings by (scope, selector), and the ones that apply to a call in nested scopes."""
 
@@ -125,7 +114,7 @@ def _reachable(bindings: Iterable[Binding]) -> set[Binding]:
     for binding in index.applying(*call):
       found.add(binding)
       pending += [(reference.scopes or call[0], reference.selector)
-                  for reference in _references(binding.value)]
+                  for reference in leaves(binding.value) if isinstance(reference, Reference)]
   return found
 
 
@@ -203,21 +192,17 @@ class _Resolver:
   def _value(self, binding: Binding, scopes: tuple[str, ...]) -> Any:
     self.effective.add(binding)
 
-    def resolve(value):
-      if isinstance(value, Reference):
-        return self.call(value, scopes)
-      if isinstance(value, Constant) and value.value is gin.REQUIRED:
+    def resolve(leaf):
+      if isinstance(leaf, Reference):
+        return self.call(leaf, scopes)
+      if isinstance(leaf, Constant) and leaf.value is gin.REQUIRED:
         if self._owed == "named":
           return f"<{binding.spelling}>"
         raise ConfigError(f"{binding.where}: {binding.spelling} must be given; add "
                           f"--gin.{binding.spelling}=VALUE.")
-      if isinstance(value, Mapping):
-        return {resolve(key): resolve(item) for key, item in value.items()}
-      if isinstance(value, list | tuple):
-        return type(value)(resolve(item) for item in value)
-      return value
+      return leaf
 
-    return resolve(binding.value)
+    return with_leaves(binding.value, resolve)
 
 
 # --------------------------------------------------------------------------------------- result

@@ -64,7 +64,7 @@ Decay = Annotated[float, at.Ge(0), at.Lt(1)]
 Text = Annotated[str, at.MinLen(1), Words("a text that is not empty")]
 Seeds = Annotated[Sequence[Seed], NonEmpty, Distinct]
 Steps = Annotated[Sequence[Count], Distinct]
-# `<NAME>` stands for a path that nobody has given yet, where only sizes are asked for.
+# `<NAME>` stands for a path that nobody has given yet, when only sizes are asked for.
 ExistingPath = Annotated[str | os.PathLike, Rule(_path_exists), Words("an existing path")]
 # A name becomes a folder and a column of tables.
 Name = Annotated[str, Rule(_is_name), Words('a name without "/" or a leading "."')]

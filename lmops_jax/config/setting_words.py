@@ -40,7 +40,7 @@ class Rule:
 
 @functools.cache
 def hints_of(made: Callable) -> dict[str, Any]:
-  """The annotations of a class or function, marks included; none where they cannot be read."""
+  """The annotations of a class or function, marks included; none if they cannot be read."""
   try:
     return typing.get_type_hints(made, include_extras=True)
   except (NameError, TypeError, AttributeError):  # of a component of a user's own

@@ -1,7 +1,7 @@
 """The resolved configuration as a tree of calls: flattened, and built.
 
 `resolve.load` makes the tree. It holds every value that a run will use, bound or default, so what
-`printing.text_of` shows is what `Settings.build` constructs.
+`Resolved.text` shows is what `Settings.build` constructs.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lmops_jax.config import setting_types
-from lmops_jax.config.gin_text import Named, plain_text
+from lmops_jax.config.gin_text import Named, leaves, plain_text
 from lmops_jax.config.refusals import ConfigError, nearest
 
 SINGLETON = "gin.singleton"
@@ -65,7 +65,7 @@ class Settings(Named):
     """All settings below as one flat dict of readable names to readable values.
 
     `{"optimizer": "optim.sgd", "optimizer.learning_rate": "0.1", "methods[0]": ...}`; the own
-    selector stands under `name`, or under "component" where no name is given. Scopes do not show:
+    selector stands under `name`, or under "component" if no name is given. Scopes do not show:
     two calls with equal values flatten to equal dicts.
     """
     flat = {name or "component": self.selector}
@@ -99,15 +99,7 @@ def _flatten(name: str, value: Any, flat: dict[str, str]) -> None:
 
 def settings_in(value: Any) -> Iterator[Settings]:
   """The outermost `Settings` in a value, in order."""
-  if isinstance(value, Settings):
-    yield value
-  elif isinstance(value, Mapping):
-    for key, item in value.items():
-      yield from settings_in(key)
-      yield from settings_in(item)
-  elif isinstance(value, list | tuple):
-    for item in value:
-      yield from settings_in(item)
+  return (leaf for leaf in leaves(value) if isinstance(leaf, Settings))
 
 
 # ------------------------------------------------------------------------------------- building

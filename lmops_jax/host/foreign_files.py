@@ -209,7 +209,7 @@ def _first(errors: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-  """A value in JSON's words, cut where it is long."""
+  """A value in JSON's words, cut if it is long."""
   return shortened(json.dumps(value, ensure_ascii=False, default=repr), _MAX_SHOWN)
 
 
@@ -251,7 +251,7 @@ def _branches(at: dict[str, Any], whole: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def _below(at: dict[str, Any], part: str | int, whole: dict[str, Any]) -> dict[str, Any]:
-  """The part of a JSON schema that is for a field or an entry; {} where it allows anything."""
+  """The part of a JSON schema that is for a field or an entry; {} if it allows anything."""
   for branch in _branches(at, whole):
     if isinstance(part, int):
       entry = branch.get("items")

@@ -72,7 +72,7 @@ def map_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray | Quantiz
 
   Returns:
     The decoded keys and values (strings, numbers, lists of them), and every tensor: a view of the
-    mapped file where it is not quantised.
+    mapped file if it is not quantised.
 
   Raises:
     ValueError: no GGUF file, an unknown version, a damaged or truncated file, one part of several,

@@ -53,7 +53,7 @@ class Progress:
   """Counts done units of a known or unknown total; also a context manager.
 
   Args:
-    total: number of units, or None where it is not known beforehand.
+    total: number of units, or None if it is not known beforehand.
     unit: plural name of what is counted ("steps", "documents").
     description: what is being done, put in front.
     initial: units done by an earlier attempt; they count as done, and like those of the first
@@ -125,7 +125,7 @@ class Progress:
                desc=self.description or None, file=self._stream, dynamic_ncols=True)
 
   def _per_second(self) -> float:
-    """Units a second after the first update; 0 where nothing is known yet."""
+    """Units a second after the first update; 0 while nothing is known yet."""
     if self._first is None:
       return 0.0
     done, since = self._first

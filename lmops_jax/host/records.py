@@ -59,7 +59,7 @@ def checksum(record: Mapping[str, Any]) -> str:
 
 
 def read(path: Path, schema: type[pydantic.BaseModel]) -> dict[str, Any]:
-  """What a record's file holds, with the checksum that belongs to it where it has one.
+  """What a record's file holds, with the checksum that belongs to it if it has one.
 
   Raises:
     ValueError: it is not what was written.

@@ -25,7 +25,7 @@ def contents(path: Path) -> Contents:
 
 
 def damage(path: Path, noted: Any, *, ignored: Sequence[str] = ()) -> str | None:
-  """What is wrong with a file or folder, None where it is as it was noted.
+  """What is wrong with a file or folder, None if it is as it was noted.
 
   Args:
     noted: what `contents` gave, after JSON.
@@ -101,7 +101,7 @@ def _beside(path: Path) -> Path:
 
 
 def _notes(path: Path) -> list[Mapping[str, Any]]:
-  """What the seal of a file holds, newest first; nothing where it is missing or damaged."""
+  """What the seal of a file holds, newest first; nothing if it is missing or damaged."""
   try:
     found = foreign_files.parse_json(_beside(path).read_bytes(), _beside(path))
   except (FileNotFoundError, ValueError):

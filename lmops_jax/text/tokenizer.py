@@ -161,8 +161,8 @@ class Tokenizer:
       )
     return self._backend.vocabulary(Path(directory), {
       "vocab_size": max(self.vocab_size, eos + 1),
-      "pad_id": _first(self.pad_id, eos),
-      "bos_id": _first(self.bos_id, self._special_id("cls"), eos),
+      "pad_id": self.pad_id,
+      "bos_id": _first(self.bos_id, self._special_id("cls")),
       "eos_id": eos,
       "unk_id": self.unk_id,
     })

@@ -221,11 +221,13 @@ def write_vocabulary(directory: Path | str, kind: str, data: bytes, ids: dict) -
   """Writes a vocabulary into a folder and opens it.
 
   Args:
-    directory: made where it is missing.
+    directory: made if it is missing.
     kind: "sentencepiece", "fairseq_sentencepiece" or "hugging_face".
     data: the SentencePiece model, or the `tokenizer.json`.
-    ids: `vocab_size`, `pad_id`, `bos_id`, `eos_id` and `unk_id` of `Vocabulary`.
+    ids: `vocab_size`, `pad_id`, `bos_id`, `eos_id` and `unk_id` of `Vocabulary`; EOS stands for a
+      pad or BOS that is None.
   """
+  ids = ids | {name: ids["eos_id"] for name in ("pad_id", "bos_id") if ids[name] is None}
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   (directory / _KINDS[kind][1]).write_bytes(data)

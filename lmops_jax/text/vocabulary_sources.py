@@ -208,8 +208,8 @@ class HuggingFaceTokenizer:
     used = tokenizer.get_vocab(with_added_tokens=True)
     ids = {
       "vocab_size": max(used.values()) + 1,
-      "pad_id": found["eos"] if found["pad"] is None else found["pad"],
-      "bos_id": found["eos"] if found["bos"] is None else found["bos"],
+      "pad_id": found["pad"],
+      "bos_id": found["bos"],
       "eos_id": found["eos"],
       "unk_id": None if unknown is None else tokenizer.token_to_id(unknown),
     }
@@ -279,14 +279,13 @@ def _sentencepiece_ids(data: bytes, where: str) -> dict:
   with tokenizer_errors.named(where, "is not a SentencePiece model"):
     processor = sentencepiece.SentencePieceProcessor(model_proto=data)
     vocab_size = processor.get_piece_size()
-  eos_id, bos_id, pad_id = processor.eos_id(), processor.bos_id(), processor.pad_id()
-  if eos_id < 0:
+  if processor.eos_id() < 0:
     raise ValueError(f"{where} has no EOS token, which separates documents; use another model.")
   return {
     "vocab_size": vocab_size,
-    "pad_id": pad_id if pad_id >= 0 else eos_id,
-    "bos_id": bos_id if bos_id >= 0 else eos_id,
-    "eos_id": eos_id,
+    "pad_id": processor.pad_id() if processor.pad_id() >= 0 else None,
+    "bos_id": processor.bos_id() if processor.bos_id() >= 0 else None,
+    "eos_id": processor.eos_id(),
     "unk_id": processor.unk_id(),
   }
 

@@ -185,8 +185,6 @@ def _plain(value: Any) -> Any:
   """Arrays as lists, bytes as text."""
   if isinstance(value, dict):
     return {name: _plain(item) for name, item in value.items()}
-  if isinstance(value, bytes):
-    return value.decode("utf-8", "replace")
   if type(value).__name__ == "RaggedTensorValue":
     value = value.to_list()
   if hasattr(value, "tolist"):
