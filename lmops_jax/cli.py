@@ -312,7 +312,8 @@ def _set_environment() -> None:
 def _run(resolved, workdir: Path) -> int:
   from lmops_jax.config import resolve, setting_words
   from lmops_jax.host import progress
-  from lmops_jax.stages import pipeline
+  from lmops_jax.reporting import run_report
+  from lmops_jax.stages import pipeline, skeleton
   group = pipeline.Group()
   if resolved.tree["mesh"] is not None:
     group = _join_group()  # before anything touches a device
@@ -327,7 +328,8 @@ def _run(resolved, workdir: Path) -> int:
                                  f"{setting_words.described(resolve.System)}.")
     group.council.start()
     partitioner = job.mesh.build() if job.mesh is not None else None
-    stages = job.system.stages(resolved.settings, partitioner)
+    declared = job.system.stages(partitioner)
+    stages = skeleton.resolve_stages(job.system, declared, resolved.settings)
     records = pipeline.run_stages(stages, workdir, only=job.stages, system=job.system.name,
                                   group=group, config=resolved.text())
   except BaseException as error:
@@ -337,7 +339,7 @@ def _run(resolved, workdir: Path) -> int:
   if group.index == 0:
     print(_record_table(records, progress))
     if {record.name for record in records} == {stage.name for stage in stages}:
-      print("\n" + job.system.summary(workdir))
+      print("\n" + run_report.ending(job.system, declared, workdir))
   return 0
 
 

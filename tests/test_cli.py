@@ -17,7 +17,7 @@ from tests import several_processes
 SYSTEM = """
   import dataclasses, sys, time
   import gin
-  from lmops_jax.stages import pipeline
+  from lmops_jax.stages.skeleton import Stage
 
   @gin.register(module="toy")
   @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ SYSTEM = """
       if self.steps < 1:
         raise ValueError(f"steps={self.steps} is less than 1.")
 
-    def stages(self, settings, partitioner):
-      assert settings.selector == "toy.System" and partitioner is None
+    def stages(self, partitioner):
+      assert partitioner is None
       def count(context):
         context.log(f"counting to {self.steps}")
         if self.fail:
@@ -47,13 +47,11 @@ SYSTEM = """
       def report(context):
         found = len([p for p in context.input("count").iterdir() if p.name != "manifest.json"])
         (context.directory / "index.html").write_text(str(found))
-      return [
-        pipeline.Stage("count", count, settings={"steps": settings.flatten()["steps"]}),
-        pipeline.Stage("report", report, ("count",))]
+        (context.directory / "summary.json").write_text(f'{{"found": {found}}}')
+      return [Stage("count", count, reads=("steps",)), Stage("report", report, ("count",))]
 
-    def summary(self, workdir):
-      page = workdir / "report" / "index.html"
-      return f"counted {page.read_text()}\\nreport: {page}"
+    def table(self, summary):
+      return f"counted {summary['found']}"
 """
 GIN = """
   # A toy system that counts.
@@ -141,7 +139,7 @@ def test_run_and_rerun(toy):
   done = lmops("run", "toy.gin")
   assert done.returncode == 0, done.stderr
   page = "lmops_runs/toy/report/index.html"
-  assert done.stdout.endswith(f"counted 3\nreport: {page}\n")
+  assert done.stdout.endswith(f"counted 3\n\nreport: {page}\n")
   assert (toy / page).read_text() == "3"
   table = [line.split() for line in done.stdout.splitlines()[3:6]]  # below "counted 0" to 2
   assert table[0] == ["stage", "time", "FLOPs"]
@@ -305,7 +303,7 @@ def job(toy):
   """Gin files of a system that takes a mesh; all processes work in its first stage."""
   (toy / "modules" / "toy_job_system.py").write_text(textwrap.dedent("""
     import gin
-    from lmops_jax.stages import pipeline
+    from lmops_jax.stages.skeleton import Stage
 
     @gin.register(module="toy_job")
     class System:
@@ -314,7 +312,7 @@ def job(toy):
       def __init__(self, size=8):
         self.size = size
 
-      def stages(self, settings, partitioner):
+      def stages(self, partitioner):
         if self.size > 99:
           raise ValueError(f"size={self.size} is too large.")
         assert partitioner.mesh.size == 2
@@ -324,10 +322,11 @@ def job(toy):
           folder = context.input("work")
           found = [(folder / f"part{i}").read_text() for i in range(2)]
           (context.directory / f"saw{context.group.index}").write_text(" ".join(found))
-        return [pipeline.Stage("work", work, settings={"size": str(self.size)}),
-                pipeline.Stage("read", read, ("work",))]
+          if context.writes:
+            (context.directory / "summary.json").write_text("{}")
+        return [Stage("work", work, reads=("size",)), Stage("report", read, ("work",))]
 
-      def summary(self, workdir):
+      def table(self, summary):
         return "all done"
   """))
   (toy / "job.gin").write_text(textwrap.dedent("""
@@ -351,11 +350,11 @@ def test_two_processes_of_one_job(job):
     ended = several_processes.finish(several_processes.start(JOB, 2))
     assert [code for code, _ in ended] == [0, 0], ended
     first, second = (out.splitlines() for _, out in ended)
-    assert [line.split()[1] for line in first[-5:-3]] == [status, status]
-    assert first[-1] == "all done" and "all done" not in second
+    assert [line.split()[1] for line in first[-7:-5]] == [status, status]
+    assert first[-3] == "all done" and "all done" not in second
   work = job / "lmops_runs" / "job"
   for index in range(2):
-    assert (work / "read" / f"saw{index}").read_text() == "2 2"
+    assert (work / "report" / f"saw{index}").read_text() == "2 2"
   assert not list(work.glob(".job-*"))
 
 
@@ -363,7 +362,7 @@ def test_two_processes_of_one_job(job):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("other, said", [
   ("--gin.SIZE=4", "disagree: toy_job.System.size is 8 in process 0 and 4 in process 1; start all"),
-  ("--gin.STAGES='work'", "the list of stages is work, read in process 0 and work in process 1;"),
+  ("--gin.STAGES='work'", "the list of stages is work, report in process 0 and work in process 1;"),
   ("--workdir=elsewhere", "lmops_runs/job in process 0 and .*/elsewhere, another folder, in "),
   ("--gin.SIZE=100", r"process 1 of this job cannot start: size=100 is too large\."),
   ("--gin.SIZE='", r"process 1 of this job cannot start: --gin\.SIZE"),

@@ -56,8 +56,15 @@ class Run(NamedTuple):
 class System(Protocol):
   """What a run needs of a system, besides its `name`."""
 
-  def stages(self, settings: Settings, partitioner: Any) -> Sequence[Any]:
-    """The stages, see `pipeline`."""
+  def stages(self, partitioner: Any) -> Sequence[Any]:
+    """The stages, see `stages.skeleton`.
+
+    Args:
+      partitioner: places parameters and batches on the mesh; None is one device.
+    """
+
+  def table(self, summary: Mapping[str, Any]) -> str:
+    """The figures that the terminal shows at the end, from the report's summary.json."""
 
 
 @runtime_checkable

@@ -17,7 +17,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import optax
 
 from lmops_jax.config.setting_types import ExistingPath, PositiveInt, Seed, Text, component
-from lmops_jax.config.settings import Settings
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data import packing
 from lmops_jax.data.documents import Corpus
@@ -26,7 +25,7 @@ from lmops_jax.models.config import DTYPES, TransformerConfig
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained import trained_vocabulary
 from lmops_jax.sizing import flops
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.text import vocabularies
 from lmops_jax.text.vocabulary_sources import VocabularySource
 from lmops_jax.training import language_models, loop, losses
@@ -70,11 +69,6 @@ class SmallModel:
   def tokens(self) -> int:
     """Of an instance."""
     return self.model.max_length if self.length is None else self.length
-
-  def fingerprints(self) -> dict[str, str]:
-    """What it is made from."""
-    return {f"{name}.fingerprint": getattr(self, name).fingerprint()
-            for name in ("corpus", "vocabulary")}
 
   def run(self, context: pipeline.StageContext, partitioner) -> None:
     """Trains it into a model folder, which `pretrained.load` opens."""
@@ -120,11 +114,16 @@ class SmallModel:
 class ModelSource(Protocol):
   """A setting that says which language model is used; `config` is the model's."""
 
-  def stages(self, settings: Settings, partitioner: Any) -> list[pipeline.Stage]:
-    """The stages that make it, none where it is there already."""
+  def stages(self, where: str, partitioner: Any) -> list[skeleton.Stage]:
+    """The stages that make it, none where it is there already.
 
-  def settings(self, settings: Settings) -> dict[str, str]:
-    """What the model is, as settings of the stages that use it."""
+    Args:
+      where: the source's dotted name in the system.
+      partitioner: places parameters and batches.
+    """
+
+  def reads(self, where: str) -> tuple[str, ...]:
+    """What the stages that use the model read, besides the stages that make it."""
 
   def opened(self, *inputs: Path) -> Any:
     """The model, its parameters and its tokenizer."""
@@ -180,21 +179,21 @@ class ModelChoice:
     """Of the model."""
     return "small" if self._source is None else self._source.family
 
-  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+  def stages(self, where, partitioner) -> list[skeleton.Stage]:
     """The stage that trains the small model, or none."""
     if self._source is not None:
       return []
-    bound = {f"small.{k}": v for k, v in settings.child("small").flatten().items()}
-    return [pipeline.Stage(
-      STAGE, functools.partial(self.small.run, partitioner=partitioner),
-      settings=bound | self.small.fingerprints())]
+    run = functools.partial(self.small.run, partitioner=partitioner)
+    return [skeleton.Stage(STAGE, run, reads=(f"{where}.small",))]
 
-  def settings(self, settings) -> dict[str, str]:
-    """What a stage that runs the model depends on, besides the stage of the small one."""
-    own = {f"model.{k}": v for k, v in settings.flatten().items() if not k.startswith("small")}
-    if self._source is not None:
-      own["model.fingerprint"] = self._source.fingerprint()
-    return own
+  def reads(self, where) -> tuple[str, ...]:
+    """All but the small model's settings, which those of its stage are."""
+    fields = [field.name for field in dataclasses.fields(self) if field.name != "small"]
+    return tuple(f"{where}.{name}" for name in (*fields, "fingerprint"))
+
+  def fingerprint(self) -> str:
+    """Of the files of a published model; of the small one its stage tells."""
+    return "" if self._source is None else self._source.fingerprint()
 
   def opened(self, *folders: Path) -> model_lib.PretrainedModel:
     """The model, from the folder of its stage if it has one."""

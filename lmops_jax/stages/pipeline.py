@@ -48,7 +48,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*(/[A-Za-z0-9_][A-Za-z0-9_.=+-]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One step of a run.
+  """One step of a run, with all that its output depends on; `skeleton.resolve_stages` makes it.
 
   Attributes:
     name: also its folder below the workdir; may hold `/` ("solve/pds").
@@ -100,12 +100,15 @@ class StageContext:
       fingerprint left there.
     flops: floating-point operations, to be added to.
     extra: JSON-able values that the manifest keeps under "extra".
+    settings: of the stage, readable name to readable value.
     group: the processes that run this stage together.
   """
 
   def __init__(self, name: str, directory: Path, inputs: Mapping[str, Path],
-               write_log: Callable[[str], None], *, flops: float = 0.0, group: Group | None = None):
+               write_log: Callable[[str], None], *, flops: float = 0.0,
+               settings: Mapping[str, str] | None = None, group: Group | None = None):
     self.name, self.directory, self.flops = name, directory, flops
+    self.settings = dict(settings or {})
     self.group = group or Group()
     self.extra: dict[str, Any] = {}
     self._inputs, self._write_log = dict(inputs), write_log
@@ -322,7 +325,7 @@ def _run_one(work: Workdir, stage: Stage, identity, group: Group) -> StageRecord
   group.barrier(f"ready {name}")
   work.log(f"{name}: {'resuming' if resumed else 'running'} ({reason})")
   context = StageContext(name, work.partial(name), inputs, work.log, flops=attempt["flops"],
-                         group=group)
+                         settings=stage.settings, group=group)
   try:
     with _Attempt(context, attempt) as running:
       stage.run(context)
@@ -347,7 +350,8 @@ def _follow(workdir: Path, stage: Stage, group: Group) -> StageRecord:
   runs = stage.together and (directory / ATTEMPT).exists()
   if runs:
     inputs = {name: workdir / name for name in stage.inputs}
-    stage.run(StageContext(stage.name, directory, inputs, lambda text: None, group=group))
+    stage.run(StageContext(stage.name, directory, inputs, lambda text: None,
+                           settings=stage.settings, group=group))
   group.barrier(f"done {stage.name}")
   group.barrier(f"visible {stage.name}")
   manifest = read_manifest(workdir, stage.name)

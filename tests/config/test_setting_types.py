@@ -33,6 +33,7 @@ from lmops_jax.config.setting_types import (
 )
 from lmops_jax.data.installed_text import InstalledText
 from lmops_jax.mesh.meshes import MeshConfig
+from lmops_jax.stages import skeleton
 
 
 @component(module="typed")
@@ -134,7 +135,7 @@ class OfAUser:
   unreadable: "NoSuchName | None" = None  # noqa: F821
   name = "user"
 
-  def stages(self, settings, partitioner):
+  def stages(self, partitioner):
     return []
 
 
@@ -144,7 +145,7 @@ class AnotherOfAUser:
   steps: PositiveInt = 1
   runs: Runs | None = None
 
-  def stages(self, settings, partitioner):
+  def stages(self, partitioner):
     return []
 
 
@@ -221,7 +222,8 @@ def test_nonsense_is_refused_before_a_stage_starts(file, monkeypatch):
     for value in NONSENSE:
       try:
         resolved = resolve.load([file], [f"{knob} = {value}"])
-        resolved.run().system.stages(resolved.settings, partitioner)
+        system = resolved.run().system
+        skeleton.resolve_stages(system, system.stages(partitioner), resolved.settings)
         accepted.setdefault(knob, set()).add(value)
       except settings.ConfigError as error:
         text = str(error)

@@ -16,7 +16,7 @@ from lmops_jax.mesh import meshes
 from lmops_jax.models.transformer import TransformerConfig
 from lmops_jax.shared_stages import small_model
 from lmops_jax.shared_stages.small_model import ModelChoice, SmallModel
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import pipeline, skeleton
 from tests import model_folders
 
 WORDS = "red green blue stone river cloud tree bird fish house road bridge one two three".split()
@@ -41,7 +41,7 @@ def _small(corpus, **changes):
 def _train(small, workdir):
   stage = pipeline.Stage(
     small_model.STAGE, lambda context: small.run(context, meshes.single_device()),
-    settings=small.fingerprints())
+    settings=skeleton.fingerprints("small", small))
   record, = pipeline.run_stages([stage], workdir, system="test")
   return record, workdir / small_model.STAGE
 
@@ -113,7 +113,7 @@ def test_a_path_comes_first_then_the_package_then_the_small_model(corpus, tmp_pa
   by_path = ModelChoice(str(folder), small, package=None)
   assert (by_path.label, by_path.family) == ("named", "llama")
   assert by_path.config == pretrained.load(str(folder)).config
-  assert by_path.stages(None, None) == [] and by_path.opened() is by_path._source
+  assert by_path.stages("model", None) == [] and by_path.opened() is by_path._source
 
   trained = ModelChoice(None, small, package=None)
   assert (trained.label, trained.family) == ("a small model trained here", "small")

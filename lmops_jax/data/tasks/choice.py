@@ -20,13 +20,12 @@ from lmops_jax.config.setting_types import (
   Text,
   component,
 )
-from lmops_jax.config.settings import Settings
 from lmops_jax.data.files import Jsonl
 from lmops_jax.data.tasks.named import check_named, named_task
 from lmops_jax.data.tasks.task import Example, Task, demonstrations
 from lmops_jax.data.tasks.templates import Template, jsonl_task
 from lmops_jax.host.foreign_files import is_there, printable
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import pipeline, skeleton
 
 TASK_FILE = "task.json"
 _FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -36,8 +35,8 @@ _FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 class TaskSource(Protocol):
   """A setting with a `name` whose stage writes a task, for `read_task`."""
 
-  def stage(self, settings: Settings) -> pipeline.Stage:
-    """The stage `task/NAME`; `settings` are the resolved ones of this source."""
+  def stage(self, where: str) -> skeleton.Stage:
+    """The stage `task/NAME`; `where` is the source's dotted name in the system."""
 
 
 @component("choose", module="tasks")
@@ -101,21 +100,20 @@ class TaskChoice:
     of_file = printable(Path(self.task).name.split(".")[0])
     return self.label or (of_file if self.is_file else self.task)
 
-  def fingerprints(self) -> dict[str, str]:
-    """What local files hold, as settings of a stage."""
+  def fingerprint(self) -> str:
+    """What local files hold."""
     place = self.task if self.is_file else self.data
     if place is None:
-      return {}
+      return ""
     path = Path(place).expanduser()
     files = [path] if self.is_file else sorted(
       p for p in path.glob("[!.]*") if p.name.endswith(_FILES))
-    return {f"task.{printable(file.name)}": Jsonl(str(file)).fingerprint()
-            for file in files if os.path.lexists(file)}
+    return ", ".join(f"{printable(file.name)} {Jsonl(str(file)).fingerprint()}"
+                     for file in files if os.path.lexists(file))
 
-  def stage(self, settings) -> pipeline.Stage:
-    """The stage `task/NAME`, which `read_task` reads; `settings` are this choice's."""
-    own = {f"task.{key}": value for key, value in settings.flatten().items()}
-    return pipeline.Stage(f"task/{self.name}", self._run, settings=own | self.fingerprints())
+  def stage(self, where: str) -> skeleton.Stage:
+    """The stage `task/NAME`, which `read_task` reads."""
+    return skeleton.Stage(f"task/{self.name}", self._run, reads=(where,))
 
   def _run(self, context: pipeline.StageContext) -> None:
     task = self.load()
@@ -143,7 +141,7 @@ class TaskChoice:
       train=whole.train or tuple(row for row in whole.rows if row.id not in chosen))
 
 
-def checked(stage: pipeline.Stage, check: Callable[[Task], Any]) -> pipeline.Stage:
+def checked(stage: skeleton.Stage, check: Callable[[Task], Any]) -> skeleton.Stage:
   """The stage of a task, which ends with what `check` raises of the task that it has read."""
   def run(context: pipeline.StageContext) -> None:
     stage.run(context)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import optax
@@ -26,9 +26,9 @@ from lmops_jax.mesh.meshes import single_device
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.model import PretrainedModel
 from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.summary import read_summary, write_summary
+from lmops_jax.reporting.summary import write_summary
 from lmops_jax.sizing import flops
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.training import loop, losses
 from lmops_jax.training.metrics import read_records
 
@@ -97,25 +97,27 @@ class Finetune:
       if path is not None and not Path(path).expanduser().is_file():
         raise ValueError(f"{field}={path!r} is not a file; give JSON lines.")
 
-  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
-    """The stages, whose settings are this run's settings and the files' contents."""
-    flat = settings.flatten()
-    of_prepare = (
-      "train", "validation", "validation_fraction", "length", "pack", "too_long", "seed"
-    )
-    own = {name: flat[name] for name in of_prepare}
-    sources = {name: files.Jsonl(str(Path(path).expanduser())).fingerprint()
-               for name in ("train", "validation") if (path := getattr(self, name)) is not None}
-    own |= {f"{name}.fingerprint": value for name, value in sources.items()}
-    start = {"init.fingerprint": self.init.fingerprint()}
+  @property
+  def rows(self) -> dict[str, files.Jsonl]:
+    """The files that rows are read from, by the names of their settings."""
+    return {name: files.Jsonl(str(Path(path).expanduser()))
+            for name in ("train", "validation") if (path := getattr(self, name)) is not None}
+
+  def stages(self, partitioner) -> list[skeleton.Stage]:
+    """The run as stages; arguments as for every system."""
     return [
-      pipeline.Stage("prepare", self._prepare, settings=own | start, together=False),
-      pipeline.Stage(
-        "train", functools.partial(self._train, partitioner=partitioner or single_device()),
-        inputs=("prepare",),
-        settings={k: v for k, v in flat.items() if k not in of_prepare} | start,
+      skeleton.Stage(
+        "prepare", self._prepare, together=False,
+        reads=("train", "validation", "validation_fraction", "length", "pack", "too_long", "seed",
+               "rows.fingerprint", "init.fingerprint"),
       ),
-      pipeline.Stage("report", self._report, inputs=("prepare", "train"), together=False),
+      skeleton.Stage(
+        "train", functools.partial(self._train, partitioner=partitioner or single_device()),
+        inputs=("prepare",), result="model",
+        reads=("init", "optimizer", "num_steps", "batch_size", "eval_every", "checkpoint_every",
+               "accumulate"),
+      ),
+      skeleton.Stage("report", self._report, inputs=("prepare", "train"), together=False),
     ]
 
   def _prepare(self, context: pipeline.StageContext) -> None:
@@ -224,20 +226,13 @@ class Finetune:
              "seconds": f"{manifest['seconds']:.0f}", "FLOPs": f"{manifest['flops']:.3g}"},
     ))
 
-  def summary(self, workdir: Path) -> str:
-    """A short table of the finished run, for the terminal."""
-    folder = Path(workdir) / "report"
-    found = read_summary(folder / "summary.json")
-    lines = [f"  {'step':>8}  validation loss  perplexity"]
-    lines += [
-      f"  {row['step']:8}  {row['loss']:15.4f}  {perplexity(row['loss']):10.2f}"
-      for row in found["validation_loss"]
-    ]
-    if not found["validation_loss"]:
-      lines = [f"  training loss at the end: {found['train_loss']:.4f}"]
-    return "\n".join([
-      *lines, f"\nmodel:  {Path(workdir) / 'train'}", f"report: {folder / 'index.html'}"
-    ])
+  def table(self, summary: Mapping[str, Any]) -> str:
+    """The validation losses of a finished run, for the terminal."""
+    rows = summary["validation_loss"]
+    if not rows:
+      return f"  training loss at the end: {summary['train_loss']:.4f}"
+    return "\n".join([f"  {'step':>8}  validation loss  perplexity", *(
+      f"  {row['step']:8}  {row['loss']:15.4f}  {perplexity(row['loss']):10.2f}" for row in rows)])
 
 
 def _batch_source(data, batch_size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:

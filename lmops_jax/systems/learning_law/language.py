@@ -105,11 +105,6 @@ class Language:
     """Of the model, before the texts tell its vocabulary."""
     return dataclasses.replace(self.model, vocab_size=self.num_frequent or EOS + 2)
 
-  def fingerprints(self) -> dict[str, str]:
-    """What the text is made from, as settings of the stages."""
-    sources = {name: getattr(self, name) for name in ("corpus", "desired", "vocabulary")}
-    return {f"{k}.fingerprint": v.fingerprint() for k, v in sources.items() if v is not None}
-
   def texts(self, context: pipeline.StageContext) -> None:
     """Stage: reads and tokenises; writes rows of at most S + 1 ids and the vocabulary."""
     dropped: collections.Counter[str] = collections.Counter()

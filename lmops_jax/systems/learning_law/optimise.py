@@ -300,6 +300,10 @@ class SavedPolicy(NamedTuple):
   history: list[dict[str, Any]]
   task: Task
 
+  def fingerprint(self) -> str:
+    """What it was made with."""
+    return json.dumps(self.about, sort_keys=True)
+
 
 def load_policy(folder: Path | str, task: Task | None = None) -> SavedPolicy:
   """Reads a finished `policy` stage.

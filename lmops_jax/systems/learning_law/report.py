@@ -544,7 +544,7 @@ def _key_figures(summary, seconds) -> list[html.KeyFigure]:
   return [*figures, html.KeyFigure(progress.format_seconds(seconds), "work", "all stages together")]
 
 
-def terminal_table(summary: Mapping[str, Any]) -> str:
+def table(summary: Mapping[str, Any]) -> str:
   """Tasks and policies as a plain table, best first."""
   rows = [("task", "policy", "AUC dev", "AUC test", "change", "acceleration", "SIM test", "noise")]
   for task, found in summary["tasks"].items():

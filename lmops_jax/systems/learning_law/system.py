@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 
 from lmops_jax.config.setting_types import NonEmpty, Seeds, Text, component
 from lmops_jax.mesh import meshes
-from lmops_jax.reporting.summary import read_summary
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import skeleton
 from lmops_jax.systems.learning_law import evaluate, optimise, report
 from lmops_jax.systems.learning_law.inner import Training
 from lmops_jax.systems.learning_law.policies import PracticalPolicy
@@ -57,54 +54,50 @@ class Pipeline:
       optimizer.check_steps(self.training.num_steps)
     self.report.check(self.training.num_steps)
 
-  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+  def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""
     partitioner = _in_one_process(partitioner)
     for task in self.tasks:
       if hasattr(task, "config"):
         fresh = functools.partial(fresh_params, task.config)
         self.training.check_optimizer(language_models.abstract_params(fresh, partitioner))
-    training = _flat(settings, "training", "training")
-    practical = _flat(settings, "practical", "practical")
     stages, evaluated = [], {}
     for i, task in enumerate(self.tasks):
-      bound = _flat(settings, "task", "tasks", i) | task.fingerprints()
-      texts = ()
+      bound, texts = (f"tasks[{i}]",), ()
       if hasattr(task, "texts"):
         texts = (f"texts/{task.name}",)
-        stages.append(pipeline.Stage(texts[0], task.texts, settings=bound))
+        stages.append(skeleton.Stage(texts[0], task.texts, reads=bound))
       for seed in self.seeds:
         data = f"data/{task.name}/seed{seed}"
-        stages.append(pipeline.Stage(
-          data, functools.partial(_make_data, task=task, seed=seed), inputs=texts,
-          settings=bound | {"seed": str(seed)},
+        stages.append(skeleton.Stage(
+          data, functools.partial(_make_data, task=task, seed=seed), inputs=texts, reads=bound,
+          seed=seed,
         ))
         names = {}
         for j, optimizer in enumerate(self.optimizers):
-          own = training | _flat(settings, "optimizer", "optimizers", j)
           names[optimizer.name] = f"policy/{task.name}/{optimizer.name}/seed{seed}"
-          stages.append(pipeline.Stage(
+          stages.append(skeleton.Stage(
             names[optimizer.name],
             functools.partial(
               self._optimise, data=data, optimizer=optimizer, seed=seed, partitioner=partitioner,
-              described=own,
             ),
-            inputs=(data,), settings=own,
+            inputs=(data,), reads=("training", f"optimizers[{j}]"),
           ))
         stage = f"evaluate/{task.name}/seed{seed}"
         evaluated[task.name, seed] = report.Run(stage, data, names)
-        stages.append(pipeline.Stage(
+        stages.append(skeleton.Stage(
           stage,
           functools.partial(
             self._evaluate, data=data, names=names, seed=seed, partitioner=partitioner),
-          inputs=(data, *names.values()),
-          settings=training | practical | _flat(settings, "evaluate", "evaluate"),
+          inputs=(data, *names.values()), reads=("training", "practical", "evaluate"),
         ))
-    stages.append(_report_stage(self.report, evaluated, stages, settings))
+    stages.append(_report_stage(self.report, evaluated, stages))
     return stages
 
   def _optimise(self, context, data, **kwargs) -> None:
-    optimise.run(context, task=load_task(context.input(data)), training=self.training, **kwargs)
+    optimise.run(
+      context, task=load_task(context.input(data)), training=self.training,
+      described=context.settings, **kwargs)
 
   def _evaluate(self, context, data, names, **kwargs) -> None:
     task = load_task(context.input(data))
@@ -117,9 +110,9 @@ class Pipeline:
       practical=self.practical, **kwargs,
     )
 
-  def summary(self, workdir: Path) -> str:
-    """A short table of the finished run, for the terminal."""
-    return _summary(workdir)
+  def table(self, summary: Mapping[str, Any]) -> str:
+    """The figures of a finished run, for the terminal."""
+    return report.table(summary)
 
 
 @component(module="learning_law")
@@ -171,39 +164,42 @@ class Evaluation:
         f"{name}-{i}" for i, name in enumerate(names)])
     self.report.check(self.training.num_steps)
 
-  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+  def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""
     partitioner = _in_one_process(partitioner)
-    training = _flat(settings, "training", "training")
-    for folder, saved in zip(self.policies, self._loaded):
+    task = self._loaded[0].task
+    stage = skeleton.Stage(
+      f"evaluate/{task.name}", functools.partial(self._evaluate, partitioner=partitioner),
+      reads=("training", "practical", "evaluate", "other_training",
+             "saved.fingerprint"))
+    folders = dict(zip(self._names, self.policies))
+    runs = {(task.name, self._loaded[0].about["init_seed"]): report.Run(stage.name, None, folders)}
+    return [stage, _report_stage(self.report, runs, [stage])]
+
+  @property
+  def saved(self) -> dict[str, optimise.SavedPolicy]:
+    """The policies by their folders."""
+    return dict(zip(self.policies, self._loaded))
+
+  def _evaluate(self, context, partitioner) -> None:
+    for folder, saved in self.saved.items():
       for key, value in saved.about["settings"].items():
-        if not self.other_training and key in training and training[key] != value and (
+        own = context.settings.get(key, value)
+        if not self.other_training and own != value and (
             "trajectory" not in key and "batch_size" not in key):
           raise ValueError(
-            f"the policy in {folder} was made under {key} = {value}, this run has {training[key]}; "
-            "bind the same, or set OTHER_TRAINING = True to evaluate it under other training."
+            f"the policy in {folder} was made under {key} = {value}, this run has {own}; bind the "
+            "same, or set OTHER_TRAINING = True to evaluate it under other training."
           )
-    task = self._loaded[0].task
-    seed = self._loaded[0].about["init_seed"]
-    stage = pipeline.Stage(
-      f"evaluate/{task.name}",
-      functools.partial(
-        evaluate.run, config=self.evaluate, task=task, training=self.training, seed=seed,
-        partitioner=partitioner, practical=self.practical,
-        optimised={name: saved.weights for name, saved in zip(self._names, self._loaded)},
-      ),
-      settings=training | _flat(settings, "practical", "practical")
-      | _flat(settings, "evaluate", "evaluate") | {
-        f"policy {folder}": json.dumps(saved.about, sort_keys=True)
-        for folder, saved in zip(self.policies, self._loaded)},
+    evaluate.run(
+      context, config=self.evaluate, task=self._loaded[0].task, training=self.training,
+      seed=self._loaded[0].about["init_seed"], partitioner=partitioner, practical=self.practical,
+      optimised={name: saved.weights for name, saved in zip(self._names, self._loaded)},
     )
-    folders = dict(zip(self._names, self.policies))
-    runs = {(task.name, seed): report.Run(stage.name, None, folders)}
-    return [stage, _report_stage(self.report, runs, [stage], settings)]
 
-  def summary(self, workdir: Path) -> str:
-    """A short table of the finished run, for the terminal."""
-    return _summary(workdir)
+  def table(self, summary: Mapping[str, Any]) -> str:
+    """The figures of a finished run, for the terminal."""
+    return report.table(summary)
 
 
 def _make_data(context, task, seed: int) -> None:
@@ -214,27 +210,12 @@ def _make_data(context, task, seed: int) -> None:
   context.log(f"{made.num_train} training examples{noisy}")
 
 
-def _report_stage(config, runs, stages, settings) -> pipeline.Stage:
+def _report_stage(config, runs, stages) -> skeleton.Stage:
   inputs = tuple(stage.name for stage in stages)
-  return pipeline.Stage(
+  return skeleton.Stage(
     "report", functools.partial(report.run, config=config, runs=runs, stages=inputs),
-    inputs=inputs, settings=_flat(settings, "report", "report"),
+    inputs=inputs, reads=("report",),
   )
-
-
-def _summary(workdir: Path) -> str:
-  folder = Path(workdir) / "report"
-  summary = read_summary(folder / "summary.json")
-  return f"{report.terminal_table(summary)}\n\nreport: {folder / 'index.html'}"
-
-
-def _flat(settings, prefix: str, *path) -> dict[str, str]:
-  """Resolved settings of a part, as settings of a stage."""
-  found = settings.child(*path)
-  if isinstance(found, list | tuple):
-    return {f"{prefix}.{i}.{key}": value
-            for i, item in enumerate(found) for key, value in item.flatten().items()}
-  return {f"{prefix}.{key}": value for key, value in found.flatten().items()}
 
 
 def _in_one_process(partitioner):

@@ -41,9 +41,6 @@ class LearningTask(Protocol):
   def make(self, seed: int, *inputs: Path) -> Task:
     """The task; `inputs` is the folder of its texts."""
 
-  def fingerprints(self) -> dict[str, str]:
-    """What the task is made from besides its settings."""
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
@@ -226,10 +223,6 @@ class Perceptron:
   def config(self) -> PerceptronConfig:
     """Of the model."""
     return PerceptronConfig(self.dim)
-
-  def fingerprints(self) -> dict[str, str]:
-    """What the data are made from besides the settings: nothing."""
-    return {}
 
   def make(self, seed: int) -> Task:
     """The task of a seed."""

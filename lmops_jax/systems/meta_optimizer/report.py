@@ -315,7 +315,7 @@ def _meaning() -> html.Section:
     "they are finetuned at the trained network's learning rate.")
 
 
-def terminal_table(summary: Mapping[str, Any]) -> str:
+def table(summary: Mapping[str, Any]) -> str:
   """Tasks and networks as a plain table."""
   rows = [("task", "network", "zero-shot", "finetuned", "in context", "Rec2FTP", "SimAOU", "raw",
            "SimAM", "before", "Kendall")]

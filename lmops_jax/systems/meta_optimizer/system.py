@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 
 from lmops_jax.config.setting_types import NonEmpty, Seeds, component
 from lmops_jax.data.tasks import TaskSource, checked, read_task
 from lmops_jax.mesh import meshes
-from lmops_jax.reporting.summary import read_summary
 from lmops_jax.shared_stages.small_model import ModelSource
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.meta_optimizer import report
 from lmops_jax.systems.meta_optimizer.study import Study, check_rows, num_rows, run_study
 
@@ -57,7 +55,7 @@ class Pipeline:
         "meta_optimizer.Pipeline.model does not predict the next token; take a decoder."
       )
 
-  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+  def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""
     if jax.process_count() > 1:
       raise ValueError(
@@ -65,23 +63,21 @@ class Pipeline:
       )
     one = meshes.single_device()  # a study runs on one device
     check = functools.partial(check_rows, settings=self.study)
-    readings = [
-      checked(task.stage(settings.child("tasks")[i]), check) for i, task in enumerate(self.tasks)]
-    of_model = self.model.stages(settings.child("model"), partitioner or one)
+    readings = [checked(task.stage(f"tasks[{i}]"), check) for i, task in enumerate(self.tasks)]
+    of_model = self.model.stages("model", partitioner or one)
     before = tuple(stage.name for stage in of_model)
     stages = [*readings, *of_model]  # what the tasks are too small for is told first
-    own = self.model.settings(settings.child("model")) | _flat(settings, "study", "study")
     runs = {}
     for task, reading in zip(self.tasks, readings, strict=True):
       for seed in self.seeds:
         name = f"study/{task.name}/seed{seed}"
         runs[task.name, seed] = name
-        stages.append(pipeline.Stage(
+        stages.append(skeleton.Stage(
           name, functools.partial(self._study, task=reading.name, before=before, seed=seed),
-          inputs=(reading.name, *before), settings=own | {"seed": str(seed)}))
-    stages.append(pipeline.Stage(
+          inputs=(reading.name, *before), reads=(*self.model.reads("model"), "study"), seed=seed))
+    stages.append(skeleton.Stage(
       "report", functools.partial(report.run, config=self.report, runs=runs),
-      inputs=tuple(runs.values()), settings=_flat(settings, "report", "report")))
+      inputs=tuple(runs.values()), reads=("report",)))
     return stages
 
   def _study(self, context: pipeline.StageContext, task, before, seed: int) -> None:
@@ -94,13 +90,6 @@ class Pipeline:
     results.save(context.directory)
     context.flops += results.summary["flops"]
 
-  def summary(self, workdir: Path) -> str:
-    """A short table of the finished run, for the terminal."""
-    folder = Path(workdir) / "report"
-    return f"{report.terminal_table(read_summary(folder / 'summary.json'))}\n\nreport: " + str(
-      folder / "index.html")
-
-
-def _flat(settings, prefix: str, *path) -> dict[str, str]:
-  """Resolved settings of a part, as settings of a stage."""
-  return {f"{prefix}.{key}": value for key, value in settings.child(*path).flatten().items()}
+  def table(self, summary: Mapping[str, Any]) -> str:
+    """The figures of a finished run, for the terminal."""
+    return report.table(summary)

@@ -67,12 +67,6 @@ class Prepare:
   max_target_instances: PositiveInt | None = None
   seed: Seed = 0
 
-  def fingerprints(self) -> dict[str, str]:
-    """What the text is made from, as settings of the stage: a changed file re-runs it."""
-    names = ("corpus", "target", "target_test", "vocabulary")
-    sources = {name: getattr(self, name) for name in names}
-    return {f"{k}.fingerprint": v.fingerprint() for k, v in sources.items() if v is not None}
-
 
 @dataclasses.dataclass
 class Totals:

@@ -339,7 +339,7 @@ def _key_figures(summary) -> list[html.KeyFigure]:
   return figures
 
 
-def terminal_table(summary: Mapping[str, Any]) -> str:
+def table(summary: Mapping[str, Any]) -> str:
   """The methods as a plain table, best first."""
   results = summary["methods"]
   steps = next(iter(results.values()))["curve"]["steps"][-1]

@@ -87,11 +87,6 @@ class Scorer:
     if self.init is not None:
       object.__setattr__(self, "model", self.init.config)
 
-  def fingerprints(self) -> dict[str, str]:
-    """Of the files that the scorer reads besides its inputs."""
-    own = {"vocabulary": self.vocabulary, "init": self.init}
-    return {f"{k}.fingerprint": v.fingerprint() for k, v in own.items() if v is not None}
-
   def trunk(self, proxy: pretrain.Pretrain):
     return proxy.model if self.model is None else self.model
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -15,8 +14,7 @@ from lmops_jax.config.setting_types import NonEmpty, Seed, Seeds, component
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
-from lmops_jax.reporting.summary import read_summary
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import skeleton
 from lmops_jax.systems.pds import (
   distributed,
   evaluate,
@@ -114,11 +112,10 @@ class Pipeline:
   def _models(self):
     return self.proxy.model, self.pretrain.model, self.scorer.trunk(self.proxy)
 
-  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+  def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages.
 
     Args:
-      settings: the resolved settings of this object, a `config.Settings`.
       partitioner: places parameters and batches on the mesh; None is one device.
     """
     partitioner = partitioner or meshes.single_device()
@@ -129,93 +126,87 @@ class Pipeline:
       if isinstance(method, methods.PMP):
         method.check_optimizer(self.proxy, self.prepare.length, partitioner)
 
-    def part(*names: str) -> dict[str, str]:
-      return {
-        f"{name}.{key}": value
-        for name in names for key, value in settings.child(name).flatten().items()
-      }
-
     stages = [
-      pipeline.Stage(
+      skeleton.Stage(
         "prepare", self._stage(prepare.run, distributed.run_prepare, config=self.prepare),
-        settings=part("prepare") | self.prepare.fingerprints(), together=False,
+        reads=("prepare",), together=False,
       ),
-      pipeline.Stage(
+      skeleton.Stage(
         "proxy",
         functools.partial(self._train_proxy, partitioner=partitioner),
         inputs=("prepare",),
-        settings=part("proxy") | _started(self.proxy) | {"seed": str(self.proxy_seed)},
+        reads=("proxy",), seed=self.proxy_seed,
       ),
     ]
     runs: dict[tuple[str, int], str] = {}
     for i, method in enumerate(self.methods):
-      bound = {f"method.{k}": v for k, v in settings.child("methods", i).flatten().items()}
+      own = f"methods[{i}]"
       solve, fit, annotate, choose = (
         f"{stage}/{method.name}" for stage in ("solve", "scorer", "annotate", "select")
       )
       if hasattr(method, "score_proxies"):
         stages += [
-          pipeline.Stage(
+          skeleton.Stage(
             solve, functools.partial(self._solve, method=method, partitioner=partitioner),
-            inputs=("prepare", "proxy"), settings=bound | part("proxy_set"),
+            inputs=("prepare", "proxy"), reads=(own, "proxy_set"),
           ),
-          pipeline.Stage(
+          skeleton.Stage(
             fit,
             functools.partial(
               scorer.fit, config=self.scorer, proxy=self.proxy, partitioner=partitioner,
               solve_stage=solve,
             ),
             inputs=("prepare", "proxy", solve),
-            settings=part("scorer") | self.scorer.fingerprints(),
+            reads=("scorer",),
           ),
-          pipeline.Stage(
+          skeleton.Stage(
             annotate,
             self._stage(
               functools.partial(scorer.annotate, partitioner=partitioner), distributed.annotate,
               config=self.scorer, proxy=self.proxy, scorer_stage=fit,
             ),
-            inputs=("prepare", fit), settings=part("scorer"), together=self.engine is None,
+            inputs=("prepare", fit), reads=("scorer",), together=self.engine is None,
           ),
         ]
       else:
-        stages.append(pipeline.Stage(
+        stages.append(skeleton.Stage(
           annotate, functools.partial(self._score_corpus, method=method, partitioner=partitioner),
-          inputs=("prepare", "proxy"), settings=bound,
+          inputs=("prepare", "proxy"), reads=(own, "scorer.shard_size"),
         ))
-      stages.append(pipeline.Stage(
+      stages.append(skeleton.Stage(
         choose,
         self._stage(
           select.run, distributed.run_select, config=self.select, annotate_stage=annotate
         ),
-        inputs=("prepare", annotate), settings=part("select"), together=False,
+        inputs=("prepare", annotate), reads=("select",), together=False,
       ))
       for seed in self.seeds:
         name = f"pretrain/{method.name}/seed{seed}"
         runs[method.name, seed] = name
-        stages.append(pipeline.Stage(
+        stages.append(skeleton.Stage(
           name,
           functools.partial(
             pretrain.run, config=self.pretrain, partitioner=partitioner, seed=seed,
             ids_of=functools.partial(select.selected_ids, stage=choose),
           ),
           inputs=("prepare", choose),
-          settings=part("pretrain") | _started(self.pretrain) | {"seed": str(seed)},
+          reads=("pretrain",), seed=seed,
         ))
-    stages.append(pipeline.Stage(
+    stages.append(skeleton.Stage(
       "evaluate",
       functools.partial(
         evaluate.run, config=self.evaluate, model_config=self.pretrain, partitioner=partitioner,
         runs=runs,
       ),
-      inputs=("prepare", *runs.values()), settings=part("evaluate"),
+      inputs=("prepare", *runs.values()), reads=("evaluate",),
     ))
-    stages.append(pipeline.Stage(
+    stages.append(skeleton.Stage(
       "report",
       functools.partial(
         report.run, config=self.report, stages=tuple(s.name for s in stages),
         method_names=tuple(m.name for m in self.methods),
       ),
-      inputs=tuple(s.name for s in stages), settings=part("report"), together=False,
+      inputs=tuple(s.name for s in stages), reads=("report",), together=False,
     ))
     return stages
 
@@ -297,14 +288,6 @@ class Pipeline:
       context, len(bench.corpus), method.score_corpus(bench), self.scorer.shard_size
     )
 
-  def summary(self, workdir: Path) -> str:
-    """A short table of the finished run, for the terminal."""
-    folder = Path(workdir) / "report"
-    return report.terminal_table(read_summary(folder / "summary.json")) + (
-      f"\n\nreport: {folder / 'index.html'}"
-    )
-
-
-def _started(config: pretrain.Pretrain) -> dict[str, str]:
-  """What a training starts from besides its settings."""
-  return {} if config.init is None else {"init.fingerprint": config.init.fingerprint()}
+  def table(self, summary: Mapping[str, Any]) -> str:
+    """The figures of a finished run, for the terminal."""
+    return report.table(summary)

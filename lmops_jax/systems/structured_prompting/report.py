@@ -194,7 +194,7 @@ def _key_figures(summary, seconds) -> list[html.KeyFigure]:
   return [*figures, html.KeyFigure(progress.format_seconds(seconds), "work", "all stages together")]
 
 
-def terminal_table(summary: Mapping[str, Any]) -> str:
+def table(summary: Mapping[str, Any]) -> str:
   """Tasks and counts as a plain table."""
   rows = [("task", "demonstrations", "groups", "tokens", "metric", "deviation", "read s",
            "ms a row")]

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +18,9 @@ from lmops_jax.data.tasks import Example, Task, TaskSource, checked, demonstrati
 from lmops_jax.host import seals
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.mesh import meshes
-from lmops_jax.reporting.summary import read_summary
 from lmops_jax.shared_stages.small_model import ModelSource
 from lmops_jax.sizing import flops
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.structured_prompting import report
 from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
 from lmops_jax.systems.structured_prompting.retrieval import Retrieval, dealt
@@ -75,7 +74,7 @@ class Pipeline:
         "decoder."
       )
 
-  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+  def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""
     if jax.process_count() > 1:
       raise ValueError(
@@ -85,35 +84,29 @@ class Pipeline:
     partitioner = partitioner or meshes.single_device()
     check = functools.partial(
       _parts, counts=self.counts, seed=self.seeds[0], balanced=self.prompting.balanced)
-    readings = [
-      checked(task.stage(settings.child("tasks")[i]), check) for i, task in enumerate(self.tasks)]
-    of_model = self.model.stages(settings.child("model"), partitioner)
+    readings = [checked(task.stage(f"tasks[{i}]"), check) for i, task in enumerate(self.tasks)]
+    of_model = self.model.stages("model", partitioner)
     before = tuple(stage.name for stage in of_model)
     stages = [*readings, *of_model]  # what the tasks are too small for is told first
-    model = self.model.settings(settings.child("model"))
-    prompting = {f"prompting.{k}": v for k, v in settings.child("prompting").flatten().items()}
     evaluated = []
     for task, read in zip(self.tasks, [stage.name for stage in readings], strict=True):
       for seed in self.seeds:
         name = f"prompt/{task.name}/seed{seed}"
         evaluated.append((task.name, seed, name))
-        stages.append(pipeline.Stage(
+        stages.append(skeleton.Stage(
           name,
           functools.partial(
             self._prompt, task=read, model=before, seed=seed, partitioner=partitioner),
           inputs=(read, *before),
-          settings=model | prompting | {
-            "counts": repr(list(self.counts)), "seed": str(seed), "retrieval": repr(self.retrieval),
-          },
+          reads=(*self.model.reads("model"), "prompting", "counts", "retrieval"), seed=seed,
         ))
     inputs = tuple(stage.name for stage in stages)
-    stages.append(pipeline.Stage(
+    stages.append(skeleton.Stage(
       "report",
       functools.partial(
         report.run, config=self.report, evaluated=evaluated, stages=inputs,
         model=self.model.label),
-      inputs=inputs,
-      settings={f"report.{k}": v for k, v in settings.child("report").flatten().items()},
+      inputs=inputs, reads=("report",),
     ))
     return stages
 
@@ -185,11 +178,9 @@ class Pipeline:
       f"in {record['read_seconds']:.1f} s, rows {record['rows_seconds']:.1f} s")
     return record
 
-  def summary(self, workdir: Path) -> str:
-    """A short table of the finished run, for the terminal."""
-    folder = Path(workdir) / "report"
-    found = read_summary(folder / "summary.json")
-    return f"{report.terminal_table(found)}\n\nreport: {folder / 'index.html'}"
+  def table(self, summary: Mapping[str, Any]) -> str:
+    """The figures of a finished run, for the terminal."""
+    return report.table(summary)
 
 
 def _parts(task: Task, counts, seed: int, balanced: bool):

@@ -14,7 +14,7 @@ import pytest
 from lmops_jax.data import Corpus, Document
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.transformer import Transformer
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.learning_law import (
   Language,
   Perceptron,
@@ -277,7 +277,7 @@ def test_desired_text_of_its_own_and_a_reduced_vocabulary(tmp_path, vocabulary):
   shared = _Stories(num=3)  # the first documents of the corpus: left out there
   task_of = _language(vocabulary, desired=_Stories(num=60, first=1000), num_frequent=40,
                       noise_fraction=0.0)
-  assert set(task_of.fingerprints()) == {
+  assert set(skeleton.fingerprints("", task_of)) == {
     "corpus.fingerprint", "desired.fingerprint", "vocabulary.fingerprint"}
   context = _context(tmp_path)
   task_of = dataclasses.replace(task_of, desired=shared, num_desired=1, num_select=1)

@@ -5,7 +5,7 @@ import dataclasses
 import gin
 
 from lmops_jax.data.tasks import Example, Task, write_task
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import skeleton
 from tests.systems.meta_optimizer.conftest import make
 from tests.systems.meta_optimizer.examples import WordTokenizer, make_task
 
@@ -29,11 +29,11 @@ class Model:
   def tokenizer(self):
     return WordTokenizer()
 
-  def stages(self, settings, partitioner):
+  def stages(self, where, partitioner):
     return []
 
-  def settings(self, settings):
-    return {"kind": self.kind}
+  def reads(self, where):
+    return (f"{where}.kind",)
 
   def opened(self):
     return self
@@ -45,9 +45,11 @@ class TinyTask:
   name: str = "toy"
   seed: int = 0
 
-  def stage(self, settings):
-    return pipeline.Stage(
-      f"task/{self.name}", self.run, settings={"task.fingerprint": str(self.seed)})
+  def fingerprint(self):
+    return str(self.seed)
+
+  def stage(self, where):
+    return skeleton.Stage(f"task/{self.name}", self.run, reads=(f"{where}.fingerprint",))
 
   def run(self, context):
     made = make_task(seed=self.seed)

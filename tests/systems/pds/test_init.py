@@ -9,6 +9,7 @@ import pytest
 from lmops_jax import cli, pretrained
 from lmops_jax.config import resolve
 from lmops_jax.mesh import checkpoints
+from lmops_jax.stages import skeleton
 from tests import model_folders
 
 
@@ -60,9 +61,10 @@ def test_configuration_comes_from_the_model_and_weights_are_part_of_the_settings
   resolved = resolve.load([own], _bindings(folder, "INIT = @pretrained.load()"))
   system = resolved.run().system
   assert system.proxy.model == system.pretrain.model == pretrained.load(folder).config
-  stages = {stage.name: stage for stage in system.stages(resolved.settings, None)}
-  for name in ("proxy", "pretrain/pds/seed0"):
-    assert stages[name].settings["init.fingerprint"] == pretrained.load(folder).fingerprint()
+  stages = {stage.name: stage for stage in skeleton.resolve_stages(
+    system, system.stages(None), resolved.settings)}
+  for name, key in (("proxy", "proxy.init"), ("pretrain/pds/seed0", "pretrain.init")):
+    assert stages[name].settings[f"{key}.fingerprint"] == pretrained.load(folder).fingerprint()
 
 
 def test_a_scorer_may_start_from_another_model(folder, own):

@@ -16,7 +16,7 @@ def _rows(*methods):
   results = report.method_results(_evaluations(*methods))
   return {
     line.split("  ")[0]: [cell.strip() for cell in line.split("  ") if cell.strip()]
-    for line in report.terminal_table({"methods": results}).splitlines()[1:]
+    for line in report.table({"methods": results}).splitlines()[1:]
   }
 
 

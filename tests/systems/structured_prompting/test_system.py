@@ -250,7 +250,7 @@ def test_encoders_are_refused():
   encoder = types.SimpleNamespace(
     config=TransformerConfig(vocab_size=9, width=8, num_layers=1, num_heads=1, mlp_width=8,
                              max_length=8, causal=False), label="tiny-bert", family="bert",
-    stages=list, settings=dict, opened=list)
+    stages=list, reads=tuple, opened=list)
   choice = TaskChoice("installed_kind")
   with pytest.raises(ValueError, match="tiny-bert is a bert model, whose tokens see later ones"):
     structured_prompting.Pipeline(encoder, [choice], prompting.Prompting(), report.Report())

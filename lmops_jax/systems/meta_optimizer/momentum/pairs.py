@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -33,9 +32,8 @@ from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import trained_vocabulary
-from lmops_jax.reporting.summary import read_summary
 from lmops_jax.sizing import flops
-from lmops_jax.stages import pipeline
+from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.meta_optimizer.momentum import report, texts
 from lmops_jax.systems.meta_optimizer.momentum.report import MOMENTUM, RESULTS_FILE, VANILLA
 from lmops_jax.training import language_models, loop, losses
@@ -102,10 +100,6 @@ class Evaluate:
   draws: Seeds = (0, 1, 2)
   normalisation: Literal[in_context.NORMALISATIONS] = "sum"
 
-  def fingerprints(self) -> dict[str, str]:
-    """What the task is made from."""
-    return {} if self.task is None else self.task.fingerprints()
-
 
 @component(module="momentum")
 @dataclasses.dataclass(frozen=True)
@@ -134,38 +128,32 @@ class Pairs:
     """Name to decay."""
     return {VANILLA: None, MOMENTUM: self.eta}
 
-  def stages(self, settings, partitioner) -> list[pipeline.Stage]:
+  def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""
     partitioner = partitioner or meshes.single_device()
     attention.check_platform(self.training.model.attention, partitioner.platform)
-
-    def part(name: str) -> dict[str, str]:
-      return {f"{name}.{k}": v for k, v in settings.child(name).flatten().items()}
-
-    stages = [pipeline.Stage(
-      "texts", functools.partial(texts.run, config=self.texts),
-      settings=part("texts") | self.texts.fingerprints(),
-    )]
+    stages = [skeleton.Stage(
+      "texts", functools.partial(texts.run, config=self.texts), reads=("texts",))]
     runs: dict[tuple[str, int], tuple[str, str]] = {}
     for seed in self.seeds:
       for arm, eta in self.arms().items():
         train, evaluate = (f"{stage}/{arm}/seed{seed}" for stage in ("train", "evaluate"))
         runs[arm, seed] = train, evaluate
         stages += [
-          pipeline.Stage(
+          skeleton.Stage(
             train,
             functools.partial(self._train, seed=seed, eta=eta, partitioner=partitioner),
             inputs=("texts",),
-            settings=part("training") | {"seed": str(seed), "eta": str(eta)},
+            reads=("training",) if eta is None else ("training", "eta"), seed=seed,
           ),
-          pipeline.Stage(
+          skeleton.Stage(
             evaluate,
             functools.partial(self._evaluate, stage=train, eta=eta, partitioner=partitioner),
-            inputs=("texts", train), settings=part("evaluate") | self.evaluate.fingerprints(),
+            inputs=("texts", train), reads=("evaluate",),
           ),
         ]
     names = tuple(stage.name for stage in stages)
-    stages.append(pipeline.Stage(
+    stages.append(skeleton.Stage(
       "report",
       functools.partial(
         report.run, runs=runs, stages=names, eta=self.eta, seeds=tuple(self.seeds),
@@ -250,11 +238,9 @@ class Pairs:
           })
     write_json(context.directory / RESULTS_FILE, {"losses": found, "in_context": accuracies})
 
-  def summary(self, workdir: Path) -> str:
-    """A short table of the finished run, for the terminal."""
-    folder = Path(workdir) / "report"
-    found = read_summary(folder / "summary.json")
-    return f"{report.terminal_table(found)}\n\nreport: {folder / 'index.html'}"
+  def table(self, summary: Mapping[str, Any]) -> str:
+    """The figures of a finished run, for the terminal."""
+    return report.table(summary)
 
 
 def _token_weighted(batch: dict[str, np.ndarray], size: int):

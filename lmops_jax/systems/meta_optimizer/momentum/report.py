@@ -102,7 +102,7 @@ def _difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any
           "interval": None if half is None else [mean - half, mean + half]}
 
 
-def terminal_table(summary: Mapping[str, Any]) -> str:
+def table(summary: Mapping[str, Any]) -> str:
   """Perplexities and accuracies, a line each."""
   lines = [f"  {'perplexity':<18}{VANILLA:>10}{MOMENTUM:>10}   difference"]
   for part, of in summary["perplexity"].items():

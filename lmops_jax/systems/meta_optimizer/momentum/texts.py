@@ -52,11 +52,6 @@ class Texts:
     """Of the validation instances, ascending."""
     return self.length // 4, self.length // 2, self.length
 
-  def fingerprints(self) -> dict[str, str]:
-    """What the text is made from, as settings of the stage: a changed file re-runs it."""
-    return {f"{name}.fingerprint": getattr(self, name).fingerprint()
-            for name in ("corpus", "vocabulary")}
-
 
 def is_unseen(document: Document, fraction: float, seed: int) -> bool:
   """Whether a document belongs to the share that is never trained on."""
