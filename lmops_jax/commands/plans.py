@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from lmops_jax.config.refusals import ConfigError
 from lmops_jax.host import progress
@@ -28,6 +30,23 @@ A topology is CHIP:AxB or CHIP:AxBxC with the chip v4, v5e, v5p or v6e (plan als
 h100:8). aot needs libtpu: pip install 'lmops_jax[tpu]'. Paths that a gin file requires (CORPUS_PATH
 and others) may stay unset, since nothing is read.
 """
+
+
+@runtime_checkable
+class Planned(Protocol):
+  """A system that says what it takes."""
+
+  def phases(self, partitioner: Any, memory: Any, *, num_target: int, num_corpus: int,
+             platform: str) -> Sequence[Any]:
+    """A `sizing.budget.Phase` for each phase of a run, from shapes alone."""
+
+
+@runtime_checkable
+class Compiled(Protocol):
+  """A system whose programs can be compiled ahead of time."""
+
+  def programs(self, partitioner: Any, memory: Any, *, num_target: int) -> Sequence[Any]:
+    """Those that its devices run, as `sizing.aot.compile_program` takes them."""
 
 
 def add_parsers(commands, options: dict, add_gin) -> None:
@@ -74,12 +93,13 @@ def run(arguments: argparse.Namespace, resolved) -> int:
   from lmops_jax.sizing import chips
   topology = None if arguments.topology is None else chips.topology(arguments.topology)
   job = resolved.run()
-  hook = "programs" if arguments.command == "aot" else "phases"
-  if not hasattr(job.system, hook):
+  kind, hook, command = (
+    (Compiled, "programs", _aot) if arguments.command == "aot" else (Planned, "phases", _plan))
+  if not isinstance(job.system, kind):
     raise ConfigError(
       f"{resolved.tree.child('system').selector} does not say what it takes; lmops "
       f"{arguments.command} is for systems with a method {hook!r}, such as pds.")
-  return (_aot if arguments.command == "aot" else _plan)(arguments, job, topology)
+  return command(arguments, job, topology)
 
 
 # ------------------------------------------------------------------------------------------- plan
