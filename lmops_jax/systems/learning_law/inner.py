@@ -44,6 +44,12 @@ class Training:
   target_batch_size: PositiveInt | None = None
   surrogate: Literal[control.SURROGATES] | None = None
 
+  @property
+  def options(self) -> control.SolveOptions:
+    """Of the solves, all over the same run."""
+    return control.SolveOptions(
+      trajectory=self.trajectory, micro_batch_size=self.micro_batch_size, surrogate=self.surrogate)
+
   def check_optimizer(self, params: Any) -> None:
     """Refuses an optimizer that would leave every policy as it is.
 
@@ -85,8 +91,7 @@ class InnerRun:
       self.control = control.controlled_run(
         task.example_losses, self.target_losses["dev"], training.optimizer, self.params,
         self._placed(task.parts["train"], self.num_rows), training.num_steps, mask=mask,
-        monitor=jax.tree_util.Partial(losses_at, monitored), trajectory=training.trajectory,
-        micro_batch_size=training.micro_batch_size, surrogate=training.surrogate,
+        monitor=jax.tree_util.Partial(losses_at, monitored), options=training.options,
       )
 
   def _initial(self, seed: int) -> Any:
@@ -172,9 +177,7 @@ def cost_of(
     sizes: examples of each part.
   """
   num_steps = training.num_steps
-  passes = control.solve_passes(
-    training.optimizer, params, num_steps, trajectory=training.trajectory,
-    surrogate=training.surrogate)
+  passes = control.solve_passes(training.optimizer, params, num_steps, training.options)
   monitored = sum(sizes[part] for part in MONITORED) * (num_steps + 1)
   state = jax.eval_shape(
     lambda p: control.dynamics.init_state(training.optimizer.init, training.optimizer.update, p),

@@ -34,8 +34,8 @@ from lmops_jax.config.setting_types import (
   at_least,
   component,
 )
-from lmops_jax.control.checks import OBJECTIVES
 from lmops_jax.control.gradient_norms import gradient_norms
+from lmops_jax.control.options import OBJECTIVES
 from lmops_jax.data import export
 from lmops_jax.evaluation import examples
 from lmops_jax.mesh import checkpoints, meshes, processes
@@ -395,6 +395,15 @@ class PMP:
           f"every_k={self.every_k}; set groups to None and every_k to 1."
         )
 
+  @property
+  def options(self) -> control.SolveOptions:
+    """Of a solve, its micro-batches before the mesh is known."""
+    return control.SolveOptions(
+      self.objective, self.trajectory, self.every_k, self.groups, self.proxy_samples,
+      self.data_seed, self.hessian, micro_batch_size=self.inner_micro_batch_size,
+      surrogate=self.surrogate, segment_steps=self.segment_steps,
+    )
+
   def target_instances(self, num: int) -> int:
     """Instances in J, of a dev part of that size."""
     if self.num_target == AUTO:
@@ -428,8 +437,11 @@ class PMP:
     weights = np.full((self.num_steps, self.batch_size), 1 / self.batch_size, np.float32)
     num_target = self.target_instances(len(bench.prepared.target_dev))
     target_loss = bench.target_loss(num_target, self.micro_batch_size)
-    num_segments = 2 * -(-self.num_steps // self.segment_steps)
-    trajectory = self._trajectory(bench, num_target)
+    options = dataclasses.replace(
+      self.options, trajectory=self._trajectory(bench, num_target),
+      micro_batch_size=self.inner_rows(bench.partitioner), proxy_batch_size=proxy_batch_size,
+    )
+    num_segments = 2 * -(-self.num_steps // options.segment_steps)
     rows, norms = [], collections.defaultdict(list)
     for step in self.checkpoints or (bench.proxy.num_steps,):
       params = bench.proxy_params(step)
@@ -448,15 +460,12 @@ class PMP:
             store.wait()
             raise processes.Terminated
 
-        result = control.pmp_scores_resumable(
-          bench.example_losses, target_loss, self.optimizer, params, batches,
-          weights, objective=self.objective, trajectory=trajectory, proxy=proxies,
-          every_k=self.every_k, groups=self.groups, hessian=self.hessian,
-          proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
-          proxy_batch_size=proxy_batch_size,
-          micro_batch_size=self.inner_rows(bench.partitioner), segment_steps=self.segment_steps,
-          device_rows=bench.partitioner.device_rows, surrogate=self.surrogate, store=store,
-          progress=advance,
+        run = control.TrainingRun(
+          bench.example_losses, self.optimizer, params, batches, weights,
+          bench.partitioner.device_rows,
+        )
+        result = control.solve(
+          run, target_loss, options, proxy=proxies, store=store, progress=advance,
           log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )
       result = processes.fetch(result._replace(params=None))
@@ -467,10 +476,7 @@ class PMP:
         norms[name].append(np.asarray(getattr(result, name), np.float64).tolist())
     bench.context.extra.update(norms)
     passes = control.solve_passes(
-      self.optimizer, params, self.num_steps, segment_steps=self.segment_steps,
-      trajectory=trajectory, objective=self.objective, every_k=self.every_k,
-      groups=self.groups, hessian=self.hessian, proxy_samples=self.proxy_samples,
-      surrogate=self.surrogate,
+      self.optimizer, params, self.num_steps, options, in_segments=True
     )
     sizes = control.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
     for num_passes, size in zip(passes, sizes, strict=True):

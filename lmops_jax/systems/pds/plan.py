@@ -6,6 +6,7 @@ estimate (`sizing.activations`); `lmops aot` asks the compiler.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -120,7 +121,7 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
   inner = method.inner_rows(partitioner)
   state_sizes = device_bytes(params), device_bytes(state.opt_state)
   sizes = control_plan.solve_bytes(
-    *state_sizes, micro_batches=inner is not None, groups=method.groups is not None,
+    *state_sizes, micro_batches=inner is not None, groups=method.options.groups is not None,
     whole_bytes=programs.gathered_bytes(params, partitioner))
   act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
                           platform=platform, loss_chunk=proxy.loss_chunk)
@@ -135,7 +136,7 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
   rows = method.num_steps * method.batch_size + num_target + proxy_set.most
   on_device = {**sizes._asdict(), "data": _data_bytes(rows, length, partitioner),
                "activations": max(one_by_one.values())}
-  num_segments = -(-method.num_steps // method.segment_steps)
+  num_segments = -(-method.num_steps // method.options.segment_steps)
   return SolveParts(
     on_device, device_bytes(state), control_plan.host_bytes(*state_sizes, num_segments))
 
@@ -160,12 +161,13 @@ def _host_excess(method: Any, parts: SolveParts, memory: Memory) -> str:
   return (
     f"the states that a solve's segments start from take {parts.on_host / 2**30:,.1f} GiB of the "
     f"{memory.host_bytes / 2**30:,.1f} GiB of host memory that a device has; raise "
-    f"pds.PMP.segment_steps (now {method.segment_steps}) or give mesh.make.fsdp more devices.")
+    f"pds.PMP.segment_steps (now {method.options.segment_steps}) or give mesh.make.fsdp more "
+    "devices.")
 
 
 def _trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
-  if method.trajectory != "auto":
-    return method.trajectory
+  if method.options.trajectory != "auto":
+    return method.options.trajectory
   if memory.device_bytes is None:
     raise ValueError(
       'pds.PMP.trajectory="auto" needs to know the memory of a device, which jax does not tell '
@@ -174,7 +176,7 @@ def _trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
   cautious = free - _ACTIVATIONS_MARGIN * parts.on_device["activations"]
   # Two states at work and on their way are worth some risk, more are not.
   return control_plan.choose_trajectory(
-    parts.state, min(method.segment_steps, method.num_steps),
+    parts.state, min(method.options.segment_steps, method.num_steps),
     max(cautious, min(free, 2 * parts.state)), max(0, memory.host_bytes - parts.on_host))
 
 
@@ -183,7 +185,7 @@ def planned_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | 
 
   Whether the host's memory is enough is not asked.
   """
-  if method.trajectory == "auto" and memory.device_bytes is not None:
+  if method.options.trajectory == "auto" and memory.device_bytes is not None:
     if memory.device_bytes < parts.device_bytes + parts.state:
       return 1
   return _trajectory(method, parts, memory)
@@ -195,7 +197,8 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   parts = solve_parts(method, proxy, proxy_set, vocab_size, length, partitioner, num_target,
                       platform)
   policy = planned_trajectory(method, parts, memory)
-  segment_steps = min(method.segment_steps, method.num_steps)
+  options = dataclasses.replace(method.options, trajectory=policy)
+  segment_steps = min(options.segment_steps, method.num_steps)
   copies = control_plan.device_state_copies(policy, segment_steps)
   held = parts.on_device
   reverse = held | {"trajectory": copies * parts.state}
@@ -203,9 +206,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
   num_params = _num_params(params)
   passes = control.solve_passes(
-    method.optimizer, params, method.num_steps, segment_steps=segment_steps, trajectory=policy,
-    objective=method.objective, every_k=method.every_k, groups=method.groups,
-    hessian=method.hessian, proxy_samples=method.proxy_samples, surrogate=method.surrogate)
+    method.optimizer, params, method.num_steps, options, in_segments=True)
   per_row = length * flops.forward_flops_per_token(model.config, length)
   forward_flops = 3 * method.num_steps * method.batch_size * per_row
   step_flops = passes.batch * method.batch_size * per_row - forward_flops

@@ -147,14 +147,14 @@ def test_scores_over_gradient_norm_or_length(tmp_path, make, devices):
 def test_inner_batches_may_be_drawn_from_the_proxies(tmp_path, monkeypatch):
   seen = []
 
-  def solve(losses, target_loss, optimizer, params, batches, weights, *, proxy, **_):
-    seen.append(np.asarray(batches["tokens"]).reshape(-1, LENGTH))
-    ones = jnp.ones(len(weights))
+  def solve(run, *_, proxy, **__):
+    seen.append(np.asarray(run.batches["tokens"]).reshape(-1, LENGTH))
+    ones = jnp.ones(run.num_steps)
     return control.PmpResult(
-      jnp.ones(weights.shape), jnp.ones(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
-      ones, ones, ones, None)
+      jnp.ones(run.weights.shape), jnp.ones(len(proxy["tokens"])), jnp.ones(run.num_steps + 1),
+      run.params, ones, ones, ones, None)
 
-  monkeypatch.setattr(control, "pmp_scores_resumable", solve)
+  monkeypatch.setattr(control, "solve", solve)
   bench = _bench(tmp_path, num_target=9, num_proxies=16, devices=1)
   for where in ("corpus", "proxies"):
     methods.PMP(SGD, num_steps=2, batch_size=8, inner_data=where).score_proxies(bench)
@@ -194,13 +194,12 @@ def _counted(bench, method):
 
 
 def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
-  def solve(losses, target_loss, optimizer, params, batches, weights, *, proxy, **_):
-    ones = jnp.ones((len(weights), weights.shape[1]))
+  def solve(run, *_, proxy, **__):
     return control.PmpResult(
-      ones, jnp.ones(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
-      *jnp.ones((3, len(weights))), None)
+      jnp.ones(run.weights.shape), jnp.ones(len(proxy["tokens"])), jnp.ones(run.num_steps + 1),
+      run.params, *jnp.ones((3, run.num_steps)), None)
 
-  monkeypatch.setattr(control, "pmp_scores_resumable", solve)
+  monkeypatch.setattr(control, "solve", solve)
   zeros = lambda *args, **_: jnp.zeros(len(args[3]["tokens"]))  # noqa: E731
   monkeypatch.setattr(control, "directional_scores", zeros)
   monkeypatch.setattr(control, "influence_direction", lambda losses, grad, *_, **__: grad)
@@ -232,11 +231,13 @@ def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
 
 def test_passes_of_the_plain_solve_and_of_other_trajectories():
   params = {"w": jnp.ones(3)}
-  count = lambda **kw: control.solve_passes(SGD, params, 7, **kw).batch  # noqa: E731
+  def count(in_segments=False, **kw):
+    options = control.SolveOptions(**kw)
+    return control.solve_passes(SGD, params, 7, options, in_segments=in_segments).batch
   assert count() == 7 * (3 + 8)
-  assert count(segment_steps=100) == 7 * (3 + 3 + 8)
+  assert count(in_segments=True, segment_steps=100) == 7 * (3 + 3 + 8)
   assert count(trajectory=1) == 7 * (3 + 8) + 3 * (6 * 5 // 2)  # again from the start each time
-  assert count(segment_steps=7, trajectory=1) == count(trajectory=1) + 7 * 3
+  assert count(in_segments=True, segment_steps=7, trajectory=1) == count(trajectory=1) + 7 * 3
   reads = lambda optimizer: (  # noqa: E731
     control.solve_passes(optimizer, params, 7).batch > count())
   assert not reads(optimizers.sgd(0.1, momentum=0.9, weight_decay=0.1))

@@ -98,14 +98,15 @@ def test_the_compiled_step_is_the_one_that_the_loop_runs(mesh, monkeypatch, tmp_
 def test_the_solve_against_the_compiler(mesh, kwargs):
   method, proxy, proxy_set = _pmp(**kwargs), _pretrain(), methods.ProxySet(64)
   solve = (method, proxy, proxy_set, VOCAB, LENGTH, mesh, 16)
+  policy = method.options.trajectory
   forward, reverse = (
-    aot.compile_program(p, mesh) for p in programs.solve_programs(*solve, method.trajectory))
+    aot.compile_program(p, mesh) for p in programs.solve_programs(*solve, policy))
   sizes = plan.solve_parts(*solve, "cpu")
-  parts, segment = sizes.on_device, method.segment_steps
-  slots = control_plan.device_state_copies(method.trajectory, segment)
+  parts, segment = sizes.on_device, method.options.segment_steps
+  slots = control_plan.device_state_copies(policy, segment)
   copies = slots if slots < segment else segment
   # The state is an argument, and with the carry the cotangents and sums over a group.
-  groups = 2 * parts["params"] * (method.groups is not None)
+  groups = 2 * parts["params"] * (method.options.groups is not None)
   state = parts["params"] + parts["opt_state"]
   carry = parts["costate"] + parts["opt_state"] + groups
   assert forward.argument_bytes == pytest.approx(state + parts["data"], rel=0.1)
@@ -128,7 +129,7 @@ def test_flops_of_the_phases_are_those_of_the_whole_solve(mesh):
   model = programs.language_models.language_model(proxy.model, VOCAB, LENGTH)
   params = programs.abstract_train_state(model, proxy.optimizer, mesh)[0].params
   passes = control.solve_passes(
-    method.optimizer, params, 6, segment_steps=3, every_k=2)
+    method.optimizer, params, 6, method.options, in_segments=True)
   per_row = LENGTH * flops.forward_flops_per_token(model.config, LENGTH)
   want = per_row * (passes.batch * 16 + passes.target * 24 + passes.proxy * 64)
   assert sum(phase.flops for phase in phases) == pytest.approx(want)
@@ -228,6 +229,6 @@ def test_bad_input(mesh):
     programs.abstract_batch(mesh, 12, LENGTH)
   with pytest.raises(ValueError, match="trajectory"):
     control.programs.segment_programs(
-      losses.lm_example_losses, None, optimizers.sgd(0.1), {}, {},
-      jax.ShapeDtypeStruct((2, 4), jnp.float32), None,
-      control.problem.Settings(trajectory="auto"), 1)
+      control.TrainingRun(losses.lm_example_losses, optimizers.sgd(0.1), {}, {},
+                          jax.ShapeDtypeStruct((2, 4), jnp.float32)),
+      None, None, control.SolveOptions(trajectory="auto"))
