@@ -43,8 +43,7 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
   size_of = functools.partial(programs.vocabulary_size, vocabulary=pipeline.prepare.vocabulary)
   found = [_training("proxy", pipeline.proxy, size_of(pipeline.proxy.model), length, partitioner,
                      platform)]
-  solves = [m for m in pipeline.methods if hasattr(m, "inner_micro_batch_size")]
-  for method in solves:
+  for method in pipeline.solves:
     found += _solve(method, pipeline.proxy, pipeline.proxy_set, size_of(pipeline.proxy.model),
                     length, partitioner, memory, sizes, platform)
   if any(hasattr(m, "score_proxies") for m in pipeline.methods):
@@ -127,7 +126,8 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
                           platform=platform, loss_chunk=proxy.loss_chunk)
   num_target = method.target_instances(num_target)
   _, target_rows = partitioner.filled_rows(num_target, method.micro_batch_size)
-  _, proxy_rows = partitioner.filled_rows(proxy_set.most, method.micro_batch_size)
+  _, proxy_rows = partitioner.filled_rows(
+    proxy_set.most, method.options.proxy_batch_size or method.micro_batch_size)
   one_by_one = {
     "Hessian product": act(inner or method.batch_size, tangents=True),
     "target gradient": act(target_rows),
@@ -161,8 +161,8 @@ def _host_excess(method: Any, parts: SolveParts, memory: Memory) -> str:
   return (
     f"the states that a solve's segments start from take {parts.on_host / 2**30:,.1f} GiB of the "
     f"{memory.host_bytes / 2**30:,.1f} GiB of host memory that a device has; raise "
-    f"pds.PMP.segment_steps (now {method.options.segment_steps}) or give mesh.make.fsdp more "
-    "devices.")
+    f"control.SolveOptions.segment_steps (now {method.options.segment_steps}) or give "
+    "mesh.make.fsdp more devices.")
 
 
 def _trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
@@ -170,8 +170,8 @@ def _trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
     return method.options.trajectory
   if memory.device_bytes is None:
     raise ValueError(
-      'pds.PMP.trajectory="auto" needs to know the memory of a device, which jax does not tell '
-      "here; set pds.PMP.device_bytes, or a policy such as \"all\".")
+      'control.SolveOptions.trajectory="auto" needs to know the memory of a device, which jax does '
+      "not tell here; set pds.PMP.device_bytes, or a policy such as \"all\".")
   free = memory.device_bytes - parts.device_bytes
   cautious = free - _ACTIVATIONS_MARGIN * parts.on_device["activations"]
   # Two states at work and on their way are worth some risk, more are not.

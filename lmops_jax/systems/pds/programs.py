@@ -114,7 +114,8 @@ def solve_programs(
   num_steps = method.num_steps
   num_target = method.target_instances(num_target)
   target_rows, target_size = partitioner.filled_rows(num_target, method.micro_batch_size)
-  proxy_rows, proxy_size = partitioner.filled_rows(proxy_set.most, method.micro_batch_size)
+  proxy_rows, proxy_size = partitioner.filled_rows(
+    proxy_set.most, method.options.proxy_batch_size or method.micro_batch_size)
   target = MeanTargetLoss(
     abstract_batch(partitioner, target_rows, length), example_losses, target_size, num_target,
     partitioner.device_rows)
@@ -192,10 +193,10 @@ def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[s
   inner = method.options.micro_batch_size or method.batch_size
   if max(inner, method.micro_batch_size) > partitioner.num_batch_shards:
     found.append(
-      f"smaller micro-batches (pds.PMP.inner_micro_batch_size below {inner}, micro_batch_size "
-      f"below {method.micro_batch_size})")
+      f"smaller micro-batches (control.SolveOptions.micro_batch_size below {inner}, "
+      f"pds.PMP.micro_batch_size below {method.micro_batch_size})")
   if method.options.trajectory not in ("host", "auto", 1):
-    found.append('fewer stored states (pds.PMP.trajectory="auto")')
+    found.append('fewer stored states (control.SolveOptions.trajectory="auto")')
   return (*found, *_recomputation(proxy, "PROXY_MODEL"), more_devices(partitioner))
 
 

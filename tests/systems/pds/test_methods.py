@@ -97,7 +97,9 @@ def test_the_target_loss_is_the_exact_mean_whatever_the_mesh_divides(tmp_path, m
 @pytest.mark.slow
 def test_scores_do_not_depend_on_whether_the_mesh_divides_the_rows(tmp_path):
   """33 target instances and 21 proxies on 8 devices and on one; the norms are kept and logged."""
-  method = methods.PMP(SGD, num_steps=3, batch_size=8, segment_steps=2, micro_batch_size=12)
+  method = methods.PMP(
+    SGD, num_steps=3, batch_size=8, micro_batch_size=12,
+    options=control.SolveOptions(segment_steps=2))
   benches = [
     _bench(tmp_path / str(n), num_target=33, num_proxies=21, devices=n) for n in (1, 8)
   ]
@@ -125,7 +127,7 @@ def test_direction_scores_of_any_number_of_rows(tmp_path):
 
 
 @pytest.mark.parametrize("make, devices", [
-  (functools.partial(methods.PMP, SGD, num_steps=2, batch_size=8, segment_steps=2), 1),
+  (functools.partial(methods.PMP, SGD, num_steps=2, batch_size=8), 1),
   (methods.OneStep, 8),
 ])
 def test_scores_over_gradient_norm_or_length(tmp_path, make, devices):
@@ -204,8 +206,14 @@ def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
   monkeypatch.setattr(control, "directional_scores", zeros)
   monkeypatch.setattr(control, "influence_direction", lambda losses, grad, *_, **__: grad)
   bench = _bench(tmp_path, num_target=16, num_proxies=24, devices=1)
-  base = methods.PMP(SGD, num_steps=5, batch_size=8, segment_steps=2, micro_batch_size=8)
-  replace = lambda name, **kw: dataclasses.replace(base, name=name, **kw)  # noqa: E731
+  base = methods.PMP(SGD, num_steps=5, batch_size=8, micro_batch_size=8,
+                     options=control.SolveOptions(segment_steps=2))
+
+  def replace(name, optimizer=SGD, divide_by=None, **kw):
+    return dataclasses.replace(
+      base, name=name, optimizer=optimizer, divide_by=divide_by,
+      options=dataclasses.replace(base.options, **kw))
+
   # A step: forward 3, once more in its segment 3, Hessian product with slopes 8. The target: five
   # gradients and the loss at the start. The proxies: every step.
   solve = 5 * 8 * (3 + 3 + 8) + 16 * (5 * 3 + 1) + 24 * 5 * 3

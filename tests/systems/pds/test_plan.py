@@ -35,9 +35,9 @@ def _pretrain(**kwargs):
 
 
 def _pmp(**kwargs):
-  return methods.PMP(**dict(
-    optimizer=optimizers.adamw(1e-3, eps_root=1e-8), num_steps=6, segment_steps=3, batch_size=16,
-    micro_batch_size=8, inner_micro_batch_size=8) | kwargs)
+  options = control.SolveOptions(**dict(segment_steps=3, micro_batch_size=8) | kwargs)
+  return methods.PMP(optimizers.adamw(1e-3, eps_root=1e-8), options=options, num_steps=6,
+                     batch_size=16, micro_batch_size=8)
 
 
 @pytest.fixture(scope="module", params=["layer", "step"])
@@ -168,7 +168,7 @@ def test_auto_takes_what_fits():
   assert plan.resolve_trajectory(_pmp(trajectory="sqrt"), parts, Memory()) == "sqrt"
   starts_alone = Memory(rest + margin + 4 * parts.state, parts.on_host + 5 * parts.state)
   assert plan.resolve_trajectory(method, parts, starts_alone) == 4
-  with pytest.raises(ValueError, match="raise pds.PMP.segment_steps .now 6."):
+  with pytest.raises(ValueError, match="raise control.SolveOptions.segment_steps .now 6."):
     plan.resolve_trajectory(_pmp(trajectory="all", segment_steps=6), parts, Memory(1e9, 1.0))
 
 
