@@ -6,7 +6,6 @@ from lmops_jax.control.adjoint import (
   hvp_and_scores,
   update_pullback,
 )
-from lmops_jax.control.cost import Passes, influence_passes, solve_passes
 from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.control.guards import finite_derivatives
 from lmops_jax.control.influence import influence_direction
@@ -41,7 +40,6 @@ __all__ = [
   "ExponentiatedGradient",
   "FrankWolfe",
   "Improvement",
-  "Passes",
   "PmpResult",
   "ProjectedGradient",
   "Signals",
@@ -61,7 +59,6 @@ __all__ = [
   "hvp_and_scores",
   "improve_policy",
   "influence_direction",
-  "influence_passes",
   "mean_target_loss",
   "pmp_scores",
   "pmp_scores_by_target",
@@ -69,7 +66,6 @@ __all__ = [
   "project_simplex",
   "simulate",
   "solve",
-  "solve_passes",
   "solve_weights",
   "stationarity_gap",
   "update_pullback",

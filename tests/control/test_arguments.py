@@ -18,7 +18,6 @@ from lmops_jax.control import (
   hvp_and_scores,
   improve_policy,
   influence_direction,
-  influence_passes,
   mean_target_loss,
   pmp_scores,
   pmp_scores_by_target,
@@ -26,10 +25,10 @@ from lmops_jax.control import (
   project_simplex,
   simulate,
   solve,
-  solve_passes,
   solve_weights,
   stationarity_gap,
 )
+from lmops_jax.sizing.solve_cost import influence_passes, solve_passes
 
 SGD = optax.sgd(0.1)
 

@@ -18,12 +18,12 @@ from lmops_jax.control import (
   pmp_scores,
   solve,
 )
-from lmops_jax.control.programs import segment_programs
 from lmops_jax.control.targets import MeanTargetLoss
 from lmops_jax.mesh.checkpoints import CheckpointStore
 from lmops_jax.mesh.meshes import BATCH_AXES, MeshConfig
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.sizing import hlo
+from lmops_jax.sizing.solve_programs import segment_programs
 from lmops_jax.training.losses import lm_example_losses
 
 CONFIG = TransformerConfig(

@@ -21,12 +21,12 @@ from lmops_jax.control import (
   pmp_scores_by_target,
   policy_gradient,
   simulate,
-  solve_passes,
   solve_weights,
   update_pullback,
 )
 from lmops_jax.control.dynamics import State
 from lmops_jax.control.piecewise import optimizer_name
+from lmops_jax.sizing.solve_cost import solve_passes
 from lmops_jax.training import optimizers
 
 CLIPPED = "clipped_straight_through"

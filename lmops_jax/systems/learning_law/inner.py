@@ -17,6 +17,7 @@ import optax
 from lmops_jax import control
 from lmops_jax.config.setting_types import PositiveInt, component
 from lmops_jax.mesh.meshes import BATCH_AXES, Partitioner
+from lmops_jax.sizing import solve_cost
 from lmops_jax.systems.learning_law.tasks import Task
 
 MONITORED = ("select", "test")  # parts whose loss is recorded and steers nothing within a run
@@ -177,17 +178,17 @@ def cost_of(
     sizes: examples of each part.
   """
   num_steps = training.num_steps
-  passes = control.solve_passes(training.optimizer, params, num_steps, training.options)
+  passes = solve_cost.solve_passes(training.optimizer, params, num_steps, training.options)
   monitored = sum(sizes[part] for part in MONITORED) * (num_steps + 1)
   state = jax.eval_shape(
     lambda p: control.dynamics.init_state(training.optimizer.init, training.optimizer.update, p),
     params)
   state_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
   desired = sizes["dev"] * (num_steps + 1) + monitored
-  contributions = control.cost.SLOPES * sizes["train"] + control.cost.GRADIENT * sizes["dev"]
+  contributions = solve_cost.SLOPES * sizes["train"] + solve_cost.GRADIENT * sizes["dev"]
   return Cost(
     num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
-    run_flops=forward_flops * (control.cost.GRADIENT * sizes["train"] * num_steps + desired),
+    run_flops=forward_flops * (solve_cost.GRADIENT * sizes["train"] * num_steps + desired),
     epoch_flops=forward_flops * (
       passes.batch * sizes["train"] + passes.target * sizes["dev"] + monitored),
     contribution_flops=forward_flops * num_steps * contributions,

@@ -39,7 +39,7 @@ from lmops_jax.control.options import AUTO
 from lmops_jax.data import export
 from lmops_jax.evaluation import examples
 from lmops_jax.mesh import checkpoints, meshes, processes
-from lmops_jax.sizing import budget, flops
+from lmops_jax.sizing import budget, flops, solve_cost
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import dsir, plan, prepare, pretrain
 from lmops_jax.training import language_models, loop, losses, optimizers
@@ -467,10 +467,10 @@ class PMP:
       for name in ("target_losses", "costate_norms", "target_grad_norms"):
         norms[name].append(np.asarray(getattr(result, name), np.float64).tolist())
     bench.context.extra.update(norms)
-    passes = control.solve_passes(
+    passes = solve_cost.solve_passes(
       self.optimizer, params, self.num_steps, options, in_segments=True
     )
-    sizes = control.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
+    sizes = solve_cost.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
     for num_passes, size in zip(passes, sizes, strict=True):
       bench.add_flops(size * corpus.length * len(rows), num_passes)
     return np.stack(rows)
@@ -567,7 +567,7 @@ class InfluenceScores(_DirectionMethod):
     batch = bench.partitioner.place_batch(
       {name: rows[None] for name, rows in source(0).items()}, axis=1
     )
-    passes = control.influence_passes(
+    passes = solve_cost.influence_passes(
       self.solver, self.iterations, curvature=self.curvature, damping=self.damping
     )
     bench.add_flops(self.num_hessian * bench.corpus.length, passes)

@@ -13,12 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lmops_jax import control
-from lmops_jax.control import plan as control_plan
-from lmops_jax.control import programs as control_programs
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models import heads
-from lmops_jax.sizing import activations, flops
+from lmops_jax.sizing import activations, flops, solve_cost, solve_plan, solve_programs
 from lmops_jax.sizing.budget import Memory, Phase
 from lmops_jax.systems.pds import programs, scorer
 from lmops_jax.systems.pds.programs import Sizes, device_bytes
@@ -115,11 +112,11 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
   """The parts by arithmetic."""
   model = language_models.language_model(proxy.model, vocab_size, length)
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
-  state = control_programs.abstract_state(method.optimizer, params)
+  state = solve_programs.abstract_state(method.optimizer, params)
   programs.abstract_batch(partitioner, method.batch_size, length)  # checks that it splits
   inner = method.inner_rows(partitioner)
   state_sizes = device_bytes(params), device_bytes(state.opt_state)
-  sizes = control_plan.solve_bytes(
+  sizes = solve_plan.solve_bytes(
     *state_sizes, micro_batches=inner is not None, groups=method.options.groups is not None,
     whole_bytes=programs.gathered_bytes(params, partitioner))
   act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
@@ -138,7 +135,7 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
                "activations": max(one_by_one.values())}
   num_segments = -(-method.num_steps // method.options.segment_steps)
   return SolveParts(
-    on_device, device_bytes(state), control_plan.host_bytes(*state_sizes, num_segments))
+    on_device, device_bytes(state), solve_plan.host_bytes(*state_sizes, num_segments))
 
 
 def resolve_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
@@ -175,7 +172,7 @@ def _trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
   free = memory.device_bytes - parts.device_bytes
   cautious = free - _ACTIVATIONS_MARGIN * parts.on_device["activations"]
   # Two states at work and on their way are worth some risk, more are not.
-  return control_plan.choose_trajectory(
+  return solve_plan.choose_trajectory(
     parts.state, min(method.options.segment_steps, method.num_steps),
     max(cautious, min(free, 2 * parts.state)), max(0, memory.host_bytes - parts.on_host))
 
@@ -199,13 +196,13 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   policy = planned_trajectory(method, parts, memory)
   options = dataclasses.replace(method.options, trajectory=policy)
   segment_steps = min(options.segment_steps, method.num_steps)
-  copies = control_plan.device_state_copies(policy, segment_steps)
+  copies = solve_plan.device_state_copies(policy, segment_steps)
   held = parts.on_device
   reverse = held | {"trajectory": copies * parts.state}
   model = language_models.language_model(proxy.model, vocab_size, length)
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
   num_params = _num_params(params)
-  passes = control.solve_passes(
+  passes = solve_cost.solve_passes(
     method.optimizer, params, method.num_steps, options, in_segments=True)
   per_row = length * flops.forward_flops_per_token(model.config, length)
   forward_flops = 3 * method.num_steps * method.batch_size * per_row
@@ -219,7 +216,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   forward["activations"] = _activations(
     model.config, inner or method.batch_size, length, partitioner, platform,
     loss_chunk=proxy.loss_chunk)
-  recomputed = control_plan.num_recomputed(policy, segment_steps) / segment_steps
+  recomputed = solve_plan.num_recomputed(policy, segment_steps) / segment_steps
   policy_text = (
     f"trajectory {policy!r}: {copies} states of {parts.state / 2**20:,.1f} MiB on a device in a "
     f"segment of {segment_steps} steps, {recomputed:.2f} steps computed again for each; "

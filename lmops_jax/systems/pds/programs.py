@@ -15,13 +15,12 @@ import jax.numpy as jnp
 
 from lmops_jax import control
 from lmops_jax.config.refusals import ConfigError
-from lmops_jax.control import cost as cost_lib
-from lmops_jax.control import programs as control_programs
 from lmops_jax.control.problem import PROXY_SCOPE
 from lmops_jax.control.targets import MeanTargetLoss
 from lmops_jax.mesh.meshes import Partitioner
-from lmops_jax.sizing import flops
+from lmops_jax.sizing import flops, solve_cost
 from lmops_jax.sizing.aot import Program
+from lmops_jax.sizing.solve_programs import segment_programs
 from lmops_jax.training import language_models, loop, losses, train_state
 
 BATCH_FIELDS = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
@@ -129,7 +128,7 @@ def solve_programs(
     example_losses, method.optimizer, params,
     abstract_batch(partitioner, method.batch_size, length, num_steps), weights,
     partitioner.device_rows)
-  programs = control_programs.segment_programs(
+  programs = segment_programs(
     run, target, abstract_batch(partitioner, proxy_rows, length), options)
 
   def with_precision(lower):
@@ -139,12 +138,12 @@ def solve_programs(
     return lowered
 
   num_segments = -(-num_steps // segment_steps)
-  num_scored = cost_lib.num_scored(num_steps, options)
+  num_scored = solve_cost.num_scored(num_steps, options)
   per_row = length * flops.forward_flops_per_token(model.config, length)
-  forward, reverse = (cost_lib.segment_passes(
+  forward, reverse = (solve_cost.segment_passes(
     method.optimizer, params, segment_steps, options, is_reverse=is_reverse,
     num_scored=num_scored / num_segments) for is_reverse in (False, True))
-  sizes = control.Passes(method.batch_size, num_target, proxy_set.most)
+  sizes = solve_cost.Passes(method.batch_size, num_target, proxy_set.most)
   common = dict(steps=segment_steps, remedies=solve_remedies(method, proxy, partitioner),
                 bytes_beside=device_bytes(params))
   return [

@@ -13,7 +13,7 @@ import pytest
 from lmops_jax import control
 from lmops_jax.mesh import meshes
 from lmops_jax.models.transformer import Transformer, TransformerConfig
-from lmops_jax.sizing import flops
+from lmops_jax.sizing import flops, solve_cost
 from lmops_jax.systems.pds import methods, pretrain
 from lmops_jax.training import optimizers
 
@@ -241,13 +241,13 @@ def test_passes_of_the_plain_solve_and_of_other_trajectories():
   params = {"w": jnp.ones(3)}
   def count(in_segments=False, **kw):
     options = control.SolveOptions(**kw)
-    return control.solve_passes(SGD, params, 7, options, in_segments=in_segments).batch
+    return solve_cost.solve_passes(SGD, params, 7, options, in_segments=in_segments).batch
   assert count() == 7 * (3 + 8)
   assert count(in_segments=True, segment_steps=100) == 7 * (3 + 3 + 8)
   assert count(trajectory=1) == 7 * (3 + 8) + 3 * (6 * 5 // 2)  # again from the start each time
   assert count(in_segments=True, segment_steps=7, trajectory=1) == count(trajectory=1) + 7 * 3
   reads = lambda optimizer: (  # noqa: E731
-    control.solve_passes(optimizer, params, 7).batch > count())
+    solve_cost.solve_passes(optimizer, params, 7).batch > count())
   assert not reads(optimizers.sgd(0.1, momentum=0.9, weight_decay=0.1))
   assert reads(optimizers.adamw(0.1, clip_norm=None))
 

@@ -10,9 +10,8 @@ import pytest
 from lmops_jax import control
 from lmops_jax.config import resolve
 from lmops_jax.config.refusals import ConfigError
-from lmops_jax.control import plan as control_plan
 from lmops_jax.mesh.meshes import MeshConfig
-from lmops_jax.sizing import aot, flops
+from lmops_jax.sizing import aot, flops, solve_cost, solve_plan, solve_programs
 from lmops_jax.sizing.budget import Memory, memory_of
 from lmops_jax.systems.pds import methods, plan, pretrain, programs
 from lmops_jax.systems.pds.programs import Sizes
@@ -103,7 +102,7 @@ def test_the_solve_against_the_compiler(mesh, kwargs):
     aot.compile_program(p, mesh) for p in programs.solve_programs(*solve, policy))
   sizes = plan.solve_parts(*solve, "cpu")
   parts, segment = sizes.on_device, method.options.segment_steps
-  slots = control_plan.device_state_copies(policy, segment)
+  slots = solve_plan.device_state_copies(policy, segment)
   copies = slots if slots < segment else segment
   # The state is an argument, and with the carry the cotangents and sums over a group.
   groups = 2 * parts["params"] * (method.options.groups is not None)
@@ -128,7 +127,7 @@ def test_flops_of_the_phases_are_those_of_the_whole_solve(mesh):
     method, proxy, proxy_set, VOCAB, LENGTH, mesh, Memory(), Sizes(24, 100), "cpu")
   model = programs.language_models.language_model(proxy.model, VOCAB, LENGTH)
   params = programs.abstract_train_state(model, proxy.optimizer, mesh)[0].params
-  passes = control.solve_passes(
+  passes = solve_cost.solve_passes(
     method.optimizer, params, 6, method.options, in_segments=True)
   per_row = LENGTH * flops.forward_flops_per_token(model.config, LENGTH)
   want = per_row * (passes.batch * 16 + passes.target * 24 + passes.proxy * 64)
@@ -228,7 +227,7 @@ def test_bad_input(mesh):
   with pytest.raises(ConfigError, match="a batch of 12 instances does not split"):
     programs.abstract_batch(mesh, 12, LENGTH)
   with pytest.raises(ValueError, match="trajectory"):
-    control.programs.segment_programs(
+    solve_programs.segment_programs(
       control.TrainingRun(losses.lm_example_losses, optimizers.sgd(0.1), {}, {},
                           jax.ShapeDtypeStruct((2, 4), jnp.float32)),
       None, None, control.SolveOptions(trajectory="auto"))

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lmops_jax.control import adjoint, checks, jaxprs, plan
+from lmops_jax.control import adjoint, checks, jaxprs
 from lmops_jax.control.dynamics import init_state
 from lmops_jax.control.influence import CURVATURES, METHODS, NUM_PROBES, POWER_STEPS
 from lmops_jax.control.options import SolveOptions
+from lmops_jax.sizing import solve_plan
 
 GRADIENT = 3
 SLOPES = 3
@@ -116,7 +117,7 @@ def _trajectory_gradients(num_steps: int, segment_steps: int | None, policy: str
 
 
 def _run_gradients(num_steps: int, policy: str | int) -> int:
-  return num_steps + plan.num_recomputed(policy, num_steps)
+  return num_steps + solve_plan.num_recomputed(policy, num_steps)
 
 
 def _reverse_reads_gradient(optimizer: Any, params: Any, surrogate: str | None) -> bool:
