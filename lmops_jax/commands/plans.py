@@ -33,20 +33,20 @@ and others) may stay unset, since nothing is read.
 
 
 @runtime_checkable
-class HasPhases(Protocol):
-  """A system that `lmops plan` takes."""
+class Planned(Protocol):
+  """A system that says what it takes."""
 
   def phases(self, partitioner: Any, memory: Any, *, num_target: int, num_corpus: int,
              platform: str) -> Sequence[Any]:
-    """What each phase of a run takes, in the order in which they run."""
+    """A `sizing.budget.Phase` for each phase of a run, from shapes alone."""
 
 
 @runtime_checkable
-class HasPrograms(Protocol):
-  """A system that `lmops aot` takes."""
+class Compiled(Protocol):
+  """A system whose programs can be compiled ahead of time."""
 
   def programs(self, partitioner: Any, memory: Any, *, num_target: int) -> Sequence[Any]:
-    """The programs of a run, each with a name, to be compiled ahead of time."""
+    """Those that its devices run, as `sizing.aot.compile_program` takes them."""
 
 
 def add_parsers(commands, options: dict, add_gin) -> None:
@@ -89,18 +89,17 @@ def set_environment(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace, resolved) -> int:
-  """Runs one of the commands on a resolved configuration; 2 if something does not fit."""
+  """Runs one of the commands on a resolved configuration; 2 where something does not fit."""
   from lmops_jax.sizing import chips
   topology = None if arguments.topology is None else chips.topology(arguments.topology)
   job = resolved.run()
-  kind, method, act = {
-    "plan": (HasPhases, "phases", _plan), "aot": (HasPrograms, "programs", _aot),
-  }[arguments.command]
+  kind, hook, command = (
+    (Compiled, "programs", _aot) if arguments.command == "aot" else (Planned, "phases", _plan))
   if not isinstance(job.system, kind):
     raise ConfigError(
       f"{resolved.tree.child('system').selector} does not say what it takes; lmops "
-      f"{arguments.command} is for systems with a method {method!r}, such as pds.")
-  return act(arguments, job, topology)
+      f"{arguments.command} is for systems with a method {hook!r}, such as pds.")
+  return command(arguments, job, topology)
 
 
 # ------------------------------------------------------------------------------------------- plan

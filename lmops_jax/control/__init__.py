@@ -6,13 +6,13 @@ from lmops_jax.control.adjoint import (
   hvp_and_scores,
   update_pullback,
 )
-from lmops_jax.control.cost import Passes, influence_passes, solve_passes
 from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.control.guards import finite_derivatives
 from lmops_jax.control.influence import influence_direction
+from lmops_jax.control.options import SolveOptions
 from lmops_jax.control.outer import WeightSolution, solve_weights
 from lmops_jax.control.piecewise import check_optimizer
-from lmops_jax.control.pmp import PmpResult, check_not_all_zero, check_result, pmp_scores
+from lmops_jax.control.pmp import pmp_scores, solve
 from lmops_jax.control.policy import (
   ControlledRun,
   ExponentiatedGradient,
@@ -27,11 +27,12 @@ from lmops_jax.control.policy import (
   policy_gradient,
   simulate,
 )
-from lmops_jax.control.resumable import pmp_scores_resumable
+from lmops_jax.control.result import PmpResult, check_not_all_zero, check_result
 from lmops_jax.control.several_targets import pmp_scores_by_target
 from lmops_jax.control.simplex import project_simplex, stationarity_gap
 from lmops_jax.control.surrogates import SURROGATES
 from lmops_jax.control.targets import mean_target_loss
+from lmops_jax.control.training_run import TrainingRun
 
 __all__ = [
   "SURROGATES",
@@ -39,11 +40,12 @@ __all__ = [
   "ExponentiatedGradient",
   "FrankWolfe",
   "Improvement",
-  "Passes",
   "PmpResult",
   "ProjectedGradient",
   "Signals",
   "Simulation",
+  "SolveOptions",
+  "TrainingRun",
   "WeightSolution",
   "check_not_all_zero",
   "check_optimizer",
@@ -57,15 +59,13 @@ __all__ = [
   "hvp_and_scores",
   "improve_policy",
   "influence_direction",
-  "influence_passes",
   "mean_target_loss",
   "pmp_scores",
   "pmp_scores_by_target",
-  "pmp_scores_resumable",
   "policy_gradient",
   "project_simplex",
   "simulate",
-  "solve_passes",
+  "solve",
   "solve_weights",
   "stationarity_gap",
   "update_pullback",

@@ -24,7 +24,7 @@ from lmops_jax.control.dynamics import State, apply_update, strong, weighted_los
 from lmops_jax.control.guards import finite_derivatives
 from lmops_jax.mesh.micro_batches import DeviceRows, RowSum, fill_parts, sum_over_micro_batches
 
-HVP_MODES = checks.HVP_MODES
+HVP_MODES = ("jvp_of_grad", "vjp_of_grad")
 
 
 def _like(tangent: Any, params: Any) -> Any:

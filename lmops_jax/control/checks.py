@@ -12,13 +12,7 @@ import numpy as np
 
 from lmops_jax.control import jaxprs
 from lmops_jax.control.surrogates import SURROGATES
-from lmops_jax.control.trajectory import POLICIES
 from lmops_jax.mesh.micro_batches import DeviceRows
-
-HVP_MODES = ("jvp_of_grad", "vjp_of_grad")
-OBJECTIVES = ("area", "terminal")
-INFLUENCE_METHODS = ("cg", "lissa")
-CURVATURES = ("hessian", "fisher")
 
 
 def is_concrete(*trees: Any) -> bool:
@@ -105,17 +99,6 @@ def one_of(value: Any, name: str, options: tuple[str, ...]) -> str:
   if not isinstance(value, str) or value not in options:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}.")
   return value
-
-
-def trajectory(value: Any) -> str | int:
-  """A policy name, or a number of slots >= 1."""
-  if isinstance(value, str):
-    return one_of(value, "trajectory (or a number of slots)", POLICIES)
-  return integer(value, "trajectory (a policy name, or the number of stored states)", 1)
-
-
-def hvp_mode(value: Any) -> str:
-  return one_of(value, "hvp_mode", HVP_MODES)
 
 
 def surrogate(value: Any) -> str | None:

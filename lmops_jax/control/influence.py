@@ -15,13 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmops_jax.control import checks
+from lmops_jax.control import checks, training_run
 from lmops_jax.control.adjoint import directional_scores, hvp_scores_losses
 from lmops_jax.control.callables import as_pytree
-from lmops_jax.control.cost import NUM_PROBES, POWER_STEPS
 from lmops_jax.control.dynamics import gradient, strong
-from lmops_jax.control.pmp import batch_getter
 from lmops_jax.control.problem import tree_norm
+
+METHODS = ("cg", "lissa")
+CURVATURES = ("hessian", "fisher")
+NUM_PROBES = 8  # of the mean eigenvalue
+POWER_STEPS = 20  # of the largest eigenvalue
 
 
 def influence_direction(
@@ -65,8 +68,8 @@ def influence_direction(
       iteration diverged or H + damping I is indefinite (checked outside `jit`).
   """
   checks.parameters(params)
-  checks.one_of(method, "method", checks.INFLUENCE_METHODS)
-  checks.one_of(curvature, "curvature", checks.CURVATURES)
+  checks.one_of(method, "method", METHODS)
+  checks.one_of(curvature, "curvature", CURVATURES)
   iterations = checks.integer(iterations, "iterations", 1)
   num_steps, batch_size = checks.leading_axes(batches, "batches", 2, "T, B")
   checks.number(tolerance, "tolerance")
@@ -98,7 +101,7 @@ def influence_direction(
 def _solve(example_losses, target_grad, params, batches, damping, tolerance, scale, key, curvature,
            method, iterations, num_steps, batch_size, micro_batch_size):
   weights = jnp.full(batch_size, 1 / batch_size)
-  batch_at = batch_getter(batches)
+  batch_at = functools.partial(training_run.batch_at, batches)
 
   def batch_product(v, t):
     if curvature == "fisher":  # mean_n grad l_n <grad l_n, v>

@@ -17,9 +17,11 @@ import numpy as np
 from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state, strong
-from lmops_jax.control.pmp import check_settings, constrain, shardings_of, solve
-from lmops_jax.control.problem import Problem, Settings
+from lmops_jax.control.options import SolveOptions
+from lmops_jax.control.pmp import run_passes
+from lmops_jax.control.problem import Problem
 from lmops_jax.control.simplex import project_simplex
+from lmops_jax.control.training_run import constrain, shardings_of
 
 
 class WeightSolution(NamedTuple):
@@ -48,17 +50,12 @@ def solve_weights(
     outer_epochs: int = 1,
     batch_indices: Any = None,
     gamma: Any = None,
-    objective: str = "area",
-    trajectory: str | int = "all",
-    hessian: bool = True,
-    hvp_mode: str = "jvp_of_grad",
-    micro_batch_size: int | None = None,
-    surrogate: str | None = None) -> WeightSolution:
+    options: SolveOptions | None = None) -> WeightSolution:
   """Learns constant weights gamma on the simplex by projected ascent on the scores.
 
   Args:
-    example_losses, target_loss, optimizer, params, objective, trajectory, hessian, hvp_mode,
-      micro_batch_size, surrogate: as for `pmp_scores`.
+    example_losses, optimizer, params: see `TrainingRun`.
+    target_loss: `params -> []`, the downstream loss J.
     data: leaves `[N, ...]`.
     num_steps: T, inner steps in each outer epoch, always from `params`.
     outer_lr: step on gamma, >= 0. outer_epochs: outer steps, >= 1.
@@ -66,6 +63,7 @@ def solve_weights(
       `N / B * sum_b gamma[i_b] l_{i_b}`, unbiased for the full sum. None: all rows at every step,
       `sum_n gamma_n l_n`, as in the paper.
     gamma: `[N]` start on the simplex; uniform by default.
+    options: of both passes; there are no proxies and no store.
   Raises:
     ValueError: for arguments that do not fit together.
   """
@@ -89,19 +87,17 @@ def solve_weights(
   gamma = strong(jnp.asarray(gamma, jnp.promote_types(jnp.result_type(gamma), jnp.float32)))
   checks.losses(example_losses, params, data, num_examples, "data")
   checks.target(target_loss, params)
-  settings = check_settings(
-    Settings(objective, trajectory, hessian=hessian, hvp_mode=hvp_mode,
-             micro_batch_size=micro_batch_size, surrogate=surrogate), num_steps, batch_size)
+  options = (options or SolveOptions()).checked(num_steps, batch_size)
   return _solve_weights(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, data, batch_indices, gamma, outer_lr, num_steps,
-    outer_epochs, settings, shardings_of(params))
+    outer_epochs, options, shardings_of(params))
 
 
 @functools.partial(
-  jax.jit, static_argnames=("num_steps", "outer_epochs", "settings", "shardings"))
+  jax.jit, static_argnames=("num_steps", "outer_epochs", "options", "shardings"))
 def _solve_weights(example_losses, target_loss, init, update, params, data, batch_indices, gamma,
-                   outer_lr, num_steps, outer_epochs, settings, shardings):
+                   outer_lr, num_steps, outer_epochs, options, shardings):
   num_examples = gamma.shape[0]
   if batch_indices is None:
     scale, rows = 1, jnp.broadcast_to(jnp.arange(num_examples), (num_steps, num_examples))
@@ -113,7 +109,7 @@ def _solve_weights(example_losses, target_loss, init, update, params, data, batc
     return data if batch_indices is None else jax.tree.map(lambda x: x[rows[t]], data)
 
   def problem_of(weights):
-    return Problem(example_losses, target_loss, update, batch_at, weights, None, settings,
+    return Problem(example_losses, target_loss, update, batch_at, weights, None, options,
                    functools.partial(constrain, shardings))
 
   def weights_of(gamma):
@@ -124,9 +120,9 @@ def _solve_weights(example_losses, target_loss, init, update, params, data, batc
 
   def outer_step(gamma, _):
     weights, pull = jax.vjp(weights_of, gamma)
-    result = solve(problem_of(weights), state)
+    result = run_passes(problem_of(weights), state)
     scores, = pull(result.scores.astype(weights.dtype))
-    value = _area_or_last(result.target_losses[1:], settings.objective)
+    value = _area_or_last(result.target_losses[1:], options.objective)
     return move(gamma, scores), (value, gamma, scores, result.costate_norms)
 
   gamma, (values, gammas, scores, norms) = jax.lax.scan(outer_step, gamma, length=outer_epochs)
@@ -136,7 +132,7 @@ def _solve_weights(example_losses, target_loss, init, update, params, data, batc
     return state, target_loss(state.params)
   _, target_losses = jax.lax.scan(train, state, jnp.arange(num_steps))
   return WeightSolution(
-    gamma, jnp.append(values, _area_or_last(target_losses, settings.objective)),
+    gamma, jnp.append(values, _area_or_last(target_losses, options.objective)),
     jnp.concatenate([gammas, gamma[None]]), scores, norms)
 
 

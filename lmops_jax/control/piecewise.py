@@ -23,8 +23,8 @@ from lmops_jax.control.surrogates import SURROGATES
 _WRAPPERS = ("chain", "with_extra_args_support")  # say nothing about the transformation inside
 
 
-def check_optimizer(optimizer: Any, params: Any, surrogate: str | None = None,
-                    owner: str = "") -> str | None:
+def check_optimizer(optimizer: Any, params: Any, surrogate: str | None = None, owner: str = "",
+                    surrogate_owner: str | None = None) -> str | None:
   """Refuses an optimizer under which every score is 0, from shapes alone; see `used_surrogate`.
 
   Args:
@@ -33,11 +33,12 @@ def check_optimizer(optimizer: Any, params: Any, surrogate: str | None = None,
   checks.optimizer(optimizer)
   checks.parameters(params)
   state = jax.eval_shape(functools.partial(init_state, optimizer.init, optimizer.update), params)
-  return used_surrogate(optimizer.update, state, checks.surrogate(surrogate), owner)
+  return used_surrogate(optimizer.update, state, checks.surrogate(surrogate), owner,
+                        surrogate_owner)
 
 
 def used_surrogate(update: Callable, state: State, surrogate: str | None,
-                   owner: str = "") -> str | None:
+                   owner: str = "", surrogate_owner: str | None = None) -> str | None:
   """The surrogate that a solve needs: None where the exact derivatives reach every parameter.
 
   Warns of parameters that costates do not pass where they pass others, by name.
@@ -45,7 +46,8 @@ def used_surrogate(update: Callable, state: State, surrogate: str | None,
   Args:
     update: `optimizer.update`. state: its first state, arrays or shapes.
     surrogate: what the user chose, a name of `surrogates.SURROGATES`, or None.
-    owner: what a user binds `optimizer` and `surrogate` of, such as "pds.PMP.".
+    owner: what a user binds `optimizer` of, such as "pds.PMP.".
+    surrogate_owner: what a user binds `surrogate` of, if it is not that.
   Raises:
     ValueError: no costate passes the update of any parameter, so that every score is 0.
   """
@@ -65,6 +67,7 @@ def used_surrogate(update: Callable, state: State, surrogate: str | None,
     return surrogate
   why = (f"the update of {named} is piecewise constant in the gradient, so that its derivative is "
          "0 almost everywhere")
+  owner = owner if surrogate_owner is None else surrogate_owner
   what = f"set {owner}surrogate={SURROGATES[0]!r} for an approximate derivative of its signs"
   if surrogate is not None:
     what = f"{owner}surrogate={surrogate!r} is for signs (jnp.sign) only: write the update with one"

@@ -22,9 +22,12 @@ import numpy as np
 from lmops_jax.control import adjoint, checks
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state, strong
-from lmops_jax.control.pmp import PmpResult, check_settings, constrain, shardings_of, solve
-from lmops_jax.control.problem import Problem, Settings
+from lmops_jax.control.options import SolveOptions
+from lmops_jax.control.pmp import run_passes
+from lmops_jax.control.problem import Problem
+from lmops_jax.control.result import PmpResult
 from lmops_jax.control.simplex import METHODS, project_simplex, stationarity_gap
+from lmops_jax.control.training_run import constrain, shardings_of
 from lmops_jax.mesh.micro_batches import sum_over_micro_batches
 
 _ARMIJO = 1e-4
@@ -48,14 +51,14 @@ class ControlledRun:
   monitor: Callable | None
   num_steps: int = dataclasses.field(metadata={"static": True})
   num_examples: int = dataclasses.field(metadata={"static": True})
-  settings: Settings = dataclasses.field(metadata={"static": True})
+  options: SolveOptions = dataclasses.field(metadata={"static": True})
   shardings: tuple = dataclasses.field(metadata={"static": True})
 
   def problem(self, weights: jax.Array | None) -> Problem:
     """The control problem under `[T, N]` weights."""
     return Problem(
       self.example_losses, self.target_loss, self.update, lambda t: self.data, weights, None,
-      self.settings, functools.partial(constrain, self.shardings), self.monitor)
+      self.options, functools.partial(constrain, self.shardings), self.monitor)
 
   def first_state(self):
     return init_state(self.init, self.update, self.params)
@@ -78,10 +81,7 @@ def controlled_run(
     *,
     mask: Any = None,
     monitor: Callable | None = None,
-    trajectory: str | int = "all",
-    hvp_mode: str = "jvp_of_grad",
-    micro_batch_size: int | None = None,
-    surrogate: str | None = None) -> ControlledRun:
+    options: SolveOptions | None = None) -> ControlledRun:
   """Checks and bundles what a policy controls.
 
   Args:
@@ -93,7 +93,8 @@ def controlled_run(
     num_steps: T.
     mask: `[N] bool`; False marks rows that only fill the data up to a size that a mesh divides.
     monitor: `params -> pytree` recorded at every params_t, such as losses on held-out data.
-    trajectory, hvp_mode, micro_batch_size, surrogate: see `pmp_scores`.
+    options: of both passes. The objective is the area, its gradient the exact one; there are no
+      proxies and no store.
   Raises:
     ValueError: for arguments that do not fit together, in one sentence, before compilation.
   """
@@ -117,13 +118,15 @@ def controlled_run(
       raise ValueError(f"monitor must be a function of params or None, got {monitor!r}.")
     with checks.failing("monitor fails on params"):
       jax.eval_shape(monitor, params)
-  settings = check_settings(
-    Settings("area", trajectory, hvp_mode=hvp_mode, micro_batch_size=micro_batch_size,
-             surrogate=surrogate), num_steps, num_examples)
+  options = (options or SolveOptions()).checked(num_steps, num_examples)
+  if options.objective != "area" or not options.hessian:
+    raise ValueError(
+      f"a policy is improved along the exact gradient of the area, not with objective="
+      f"{options.objective!r} and hessian={options.hessian}; leave both at their defaults.")
   return ControlledRun(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
     as_pytree(optimizer.update), params, data, mask,
-    None if monitor is None else as_pytree(monitor), num_steps, num_examples, settings,
+    None if monitor is None else as_pytree(monitor), num_steps, num_examples, options,
     shardings_of(params))
 
 
@@ -239,12 +242,12 @@ def _train(run, choose, directions, observe):
   def signals_at(params, t):
     _, losses = sum_over_micro_batches(
       lambda params, batch, _: ((), losses_of(params, batch)), params, run.data,
-      jnp.ones(run.num_examples), run.settings.micro_batch_size)
+      jnp.ones(run.num_examples), run.options.micro_batch_size)
     found = {}
     for name, loss in directions.items():
       found[name], losses = adjoint.directional_derivatives(
         run.example_losses, params, jax.grad(loss)(params), run.data,
-        mode=run.settings.hvp_mode, micro_batch_size=run.settings.micro_batch_size)
+        mode=run.options.hvp_mode, micro_batch_size=run.options.micro_batch_size)
     return Signals(t, losses, found)
 
   def step(state, t):
@@ -281,7 +284,7 @@ def policy_gradient(run: ControlledRun, gamma: jax.Array) -> PmpResult:
 
 @jax.jit
 def _policy_gradient(run, gamma):
-  return solve(run.problem(gamma), run.first_state())
+  return run_passes(run.problem(gamma), run.first_state())
 
 
 # ------------------------------------------------------------------------------- improving a policy
@@ -392,7 +395,7 @@ def _improve(run, gamma, rate, rule, frozen_steps, line_search):
     new = rule.move(gamma, scores, rate, run.mask)
     return jnp.where(is_free & (rate > 0), new, gamma)
 
-  result = solve(run.problem(gamma), run.first_state())
+  result = run_passes(run.problem(gamma), run.first_state())
   scores = result.scores
   objective = jnp.sum(result.target_losses[1:])
   if line_search:

@@ -10,6 +10,7 @@ where sums over devices cross the mesh together, the target gradient, too.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,26 +20,12 @@ import numpy as np
 
 from lmops_jax.control import adjoint
 from lmops_jax.control.dynamics import State, apply_update, gradient, map_images
+from lmops_jax.control.options import SolveOptions
 from lmops_jax.control.targets import MeanTargetLoss
+from lmops_jax.control.training_run import TrainingRun, constrain
 from lmops_jax.mesh.micro_batches import DeviceRows, sum_together
 
 PROXY_SCOPE = "score_proxies"  # in the names of the operations that score proxies
-
-
-class Settings(NamedTuple):
-  """What is computed and how; plain values, the static argument of every jitted solve."""
-  objective: str = "area"
-  trajectory: str | int = "all"
-  every_k: int = 1
-  groups: int | None = None
-  hessian: bool = True
-  hvp_mode: str = "jvp_of_grad"
-  micro_batch_size: int | None = None
-  proxy_batch_size: int | None = None
-  keep_costates: bool = False
-  proxy_samples: int | None = None
-  sample_seed: int = 0
-  surrogate: str | None = None
 
 
 class Carry(NamedTuple):
@@ -96,7 +83,6 @@ class Problem:
     batch_at: `t -> batch` with leaves `[B, ...]` (t is traced).
     weights: `[T, B]`.
     proxy: pytree with leaves `[M, ...]`, or None.
-    settings: see `Settings`.
     constrain: pins a tree like the parameters to their sharding (identity on one device).
     monitor: `params -> pytree` recorded at every params_t, such as losses on other data; or None.
     device_rows: see `micro_batches`.
@@ -107,10 +93,25 @@ class Problem:
   batch_at: Callable
   weights: jax.Array
   proxy: Any
-  settings: Settings
+  options: SolveOptions
   constrain: Callable = lambda tree: tree
   monitor: Callable | None = None
   device_rows: DeviceRows | None = None
+
+  @classmethod
+  def of(cls, run: TrainingRun, target_loss: Callable, proxy: Any, options: SolveOptions,
+         shardings: tuple) -> "Problem":
+    """The problem of a run whose parameters keep `shardings`, from prepared arguments."""
+    return cls(run.example_losses, target_loss, run.optimizer.update, run.batch_at, run.weights,
+               proxy, options, functools.partial(constrain, shardings),
+               device_rows=run.device_rows)
+
+  def with_surrogate(self, surrogate: str | None) -> "Problem":
+    """Itself with the surrogate that the optimizer needs."""
+    if surrogate == self.options.surrogate:
+      return self
+    return dataclasses.replace(
+      self, options=dataclasses.replace(self.options, surrogate=surrogate))
 
   @property
   def num_steps(self) -> int:
@@ -119,7 +120,7 @@ class Problem:
   @property
   def _is_grouped(self) -> bool:
     # One group a step is the same as scoring every step, and is computed as such.
-    groups = self.settings.groups
+    groups = self.options.groups
     return self.proxy is not None and groups is not None and groups < self.num_steps
 
   def forward(self, state: State, t: jax.Array) -> State:
@@ -146,7 +147,7 @@ class Problem:
 
   @property
   def _in_parts(self):
-    return dict(micro_batch_size=self.settings.micro_batch_size, device_rows=self.device_rows)
+    return dict(micro_batch_size=self.options.micro_batch_size, device_rows=self.device_rows)
 
   def first_carry(self, state: State) -> tuple[Carry, Target]:
     """The carry before the first reverse step, lambda_T = grad J(params_T), from the last state."""
@@ -171,30 +172,30 @@ class Problem:
 
   def reverse(self, carry: Carry, state: State, t: jax.Array) -> tuple[Carry, Outputs]:
     """One step of the adjoint recursion, at `state = S_t`."""
-    settings, costate = self.settings, carry.costate
+    options, costate = self.options, carry.costate
     direct, opt_cotangent, u = adjoint.update_pullback(
       self.update, state, self._gradient(state.params, t), costate, carry.opt_cotangent,
-      settings.surrogate)
+      options.surrogate)
     u, opt_cotangent = self.constrain(u), self._constrain_cotangent(state, opt_cotangent)
 
     batch, weights = self.batch_at(t), self.weights[t]
     target = None
     if self._target_crosses_with_hessian:
       hessian = adjoint.hvp_row_sum(
-        self.example_losses, state.params, u, batch, weights, settings.hvp_mode,
-        settings.micro_batch_size)
+        self.example_losses, state.params, u, batch, weights, options.hvp_mode,
+        options.micro_batch_size)
       (hvp, (slopes, losses)), ((target_loss, grad), _) = sum_together(
         [hessian, self.target_loss.gradient_sum(state.params, t > 0)], self.device_rows)
       previous = self.constrain(jax.tree.map(lambda d, h, g: d + h + g, direct, hvp, grad))
       target = Target(target_loss, tree_norm(self.constrain(grad)))
-    elif settings.hessian:
+    elif options.hessian:
       hvp, slopes, losses = adjoint.hvp_scores_losses(
-        self.example_losses, state.params, u, batch, weights, mode=settings.hvp_mode,
+        self.example_losses, state.params, u, batch, weights, mode=options.hvp_mode,
         **self._in_parts)
       previous = self.constrain(jax.tree.map(jnp.add, direct, hvp))
     else:
       slopes, losses = adjoint.directional_derivatives(
-        self.example_losses, state.params, u, batch, mode=settings.hvp_mode, **self._in_parts)
+        self.example_losses, state.params, u, batch, mode=options.hvp_mode, **self._in_parts)
       previous = direct
     carry = carry._replace(opt_cotangent=opt_cotangent)
     if self.proxy is not None:
@@ -209,7 +210,7 @@ class Problem:
     dtype = jnp.promote_types(losses.dtype, weights.dtype)
     return carry, Outputs(
       scores=-slopes.astype(dtype), step_loss=jnp.sum(weights * losses), target=target,
-      costate_norm=tree_norm(costate), costate=costate if settings.keep_costates else None)
+      costate_norm=tree_norm(costate), costate=costate if options.keep_costates else None)
 
   @property
   def _target_crosses_with_hessian(self) -> bool:
@@ -218,7 +219,7 @@ class Problem:
     It holds both sums at a time, one parameter-sized array more than one after the other.
     """
     return (
-      self.device_rows is not None and self.settings.hessian and self.settings.objective == "area"
+      self.device_rows is not None and self.options.hessian and self.options.objective == "area"
       and isinstance(self.target_loss, MeanTargetLoss)
       and self.target_loss.device_rows == self.device_rows)
 
@@ -232,28 +233,28 @@ class Problem:
       loss, grad = jax.value_and_grad(self.target_loss)(params)
       return Target(loss, tree_norm(grad)), self.constrain(jax.tree.map(jnp.add, costate, grad))
 
-    if self.settings.objective == "terminal":
+    if self.options.objective == "terminal":
       return loss_only(params, costate)
     return jax.lax.cond(t > 0, with_gradient, loss_only, params, costate)
 
   def _score_proxies(self, carry: Carry, params, u, t) -> Carry:
-    settings = self.settings
-    if settings.proxy_samples is not None:
+    options = self.options
+    if options.proxy_samples is not None:
       return carry._replace(proxy_scores=self._score_sample(carry.proxy_scores, params, u, t))
 
     def scored(total, params, direction):
       slopes = adjoint.directional_scores(
-        self.example_losses, params, direction, self.proxy, settings.proxy_batch_size,
-        mode=settings.hvp_mode, device_rows=self.device_rows)
+        self.example_losses, params, direction, self.proxy, options.proxy_batch_size,
+        mode=options.hvp_mode, device_rows=self.device_rows)
       return total - slopes
 
     if not self._is_grouped:
-      if settings.groups is not None or settings.every_k == 1:
+      if options.groups is not None or options.every_k == 1:
         return carry._replace(proxy_scores=scored(carry.proxy_scores, params, u))
       return carry._replace(proxy_scores=jax.lax.cond(
-        t % settings.every_k == 0, scored, lambda total, *_: total, carry.proxy_scores, params, u))
+        t % options.every_k == 0, scored, lambda total, *_: total, carry.proxy_scores, params, u))
 
-    bounds = group_bounds(self.num_steps, settings.groups)
+    bounds = group_bounds(self.num_steps, options.groups)
     is_first = np.isin(np.arange(self.num_steps) + 1, bounds[1:])  # in reverse order: the last step
     is_last = np.isin(np.arange(self.num_steps), bounds[:-1])
     group = _add_to_group(carry.group, params, u, jnp.asarray(is_first)[t])
@@ -265,13 +266,13 @@ class Problem:
 
   def _score_sample(self, total, params, u, t):
     """The proxies whose random steps `t` is one of, weighted by 1 / probability (spec 8.3)."""
-    settings, num_steps, num_proxies = self.settings, self.num_steps, len(total)
+    options, num_steps, num_proxies = self.options, self.num_steps, len(total)
     # Of a step, as many for each device; those beyond the last proxy do not count.
     num_shards = 1 if self.device_rows is None else self.device_rows.num_shards
     num_rows = -(-num_proxies // (num_steps * num_shards)) * num_shards
-    for i in range(settings.proxy_samples):
+    for i in range(options.proxy_samples):
       key, offset_key = jax.random.split(jax.random.fold_in(
-        jax.random.key(settings.sample_seed), i))
+        jax.random.key(options.sample_seed), i))
       # The proxy at place p of a random order belongs to step (p + offset) % T.
       offset = jax.random.randint(offset_key, (), 0, num_steps)
       places = (t - offset) % num_steps + num_steps * jnp.arange(num_rows)
@@ -280,8 +281,8 @@ class Problem:
       rows = order[jnp.minimum(places, num_proxies - 1)]
       slopes = adjoint.directional_scores(
         self.example_losses, params, u, jax.tree.map(lambda x: x[rows], self.proxy),  # noqa: B023
-        settings.proxy_batch_size, mode=settings.hvp_mode, device_rows=self.device_rows)
-      scale = num_steps / settings.proxy_samples
+        options.proxy_batch_size, mode=options.hvp_mode, device_rows=self.device_rows)
+      scale = num_steps / options.proxy_samples
       total = total.at[rows].add(-scale * jnp.where(is_row, slopes, 0).astype(total.dtype))
     return total
 

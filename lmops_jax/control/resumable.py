@@ -1,12 +1,12 @@
 """The PMP solve in segments, with every intermediate state handed to a store.
 
-`pmp_scores` is one compiled program; a solve of hours needs to survive an interruption. This driver
-cuts the T steps into segments: the forward pass keeps the state at each segment's start in host
-memory, the reverse pass recomputes one segment's states at a time. After each segment of either
-pass the driver saves what that segment made; a later call with the same store goes on from there,
-with the same compiled programs on the same bits, so the result is bitwise that of an undisturbed
-run on the same mesh, and that of another mesh up to rounding. A solve that diverges stops at the
-end of the segment in which it does, with the step in the message.
+Without a store `solve` is one compiled program; a solve of hours needs to survive an interruption.
+This driver cuts the T steps into segments: the forward pass keeps the state at each segment's start
+in host memory, the reverse pass recomputes one segment's states at a time. After each segment of
+either pass the driver saves what that segment made; a later call with the same store goes on from
+there, with the same compiled programs on the same bits, so the result is bitwise that of an
+undisturbed run on the same mesh, and that of another mesh up to rounding. A solve that diverges
+stops at the end of the segment in which it does, with the step in the message.
 """
 
 import dataclasses
@@ -23,22 +23,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmops_jax.control import checks, piecewise
 from lmops_jax.control import trajectory as trajectories
-from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state
-from lmops_jax.control.pmp import (
-  PmpResult,
-  batch_getter,
-  check_steps,
-  constrain,
-  make_result,
-  prepare,
-  shardings_of,
-)
-from lmops_jax.control.problem import Problem, Settings, tree_norm
+from lmops_jax.control.options import SolveOptions
+from lmops_jax.control.problem import Problem, tree_norm
+from lmops_jax.control.result import PmpResult, check_steps, make_result
+from lmops_jax.control.training_run import TrainingRun, shardings_of
 from lmops_jax.mesh import processes
-from lmops_jax.mesh.micro_batches import DeviceRows
 
-_STATIC = ("settings", "shardings", "device_rows")  # arguments of every compiled part
+_STATIC = ("options", "shardings")  # arguments of every compiled part
 
 
 class Store(Protocol):
@@ -61,72 +53,29 @@ class Store(Protocol):
     """The arrays of a step in the types and places of `abstract`, and its JSON."""
 
 
-def pmp_scores_resumable(
-    example_losses: Callable,
-    target_loss: Callable,
-    optimizer: Any,
-    params: Any,
-    batches: Any,
-    weights: Any,
-    objective: str = "area",
-    proxy: Any = None,
-    every_k: int = 1,
-    groups: int | None = None,
-    *,
-    segment_steps: int,
-    store: Store,
-    progress: Callable[[int, int], None] | None = None,
-    log: Callable[[str], None] | None = None,
-    hessian: bool = True,
-    hvp_mode: str = "jvp_of_grad",
-    micro_batch_size: int | None = None,
-    proxy_batch_size: int | None = None,
-    trajectory: str | int = "all",
-    keep_costates: bool = False,
-    proxy_samples: int | None = None,
-    sample_seed: int = 0,
-    device_rows: DeviceRows | None = None,
-    surrogate: str | None = None) -> PmpResult:
-  """`pmp_scores`, resumable. Arguments not listed here are those of `pmp_scores`.
+def solve_in_segments(
+    run: TrainingRun, target_loss: Callable, proxy: Any, options: SolveOptions, store: Store,
+    progress: Callable[[int, int], None] | None, log: Callable[[str], None] | None) -> PmpResult:
+  """What `pmp.solve` does when it is given a store, on arguments that `prepare` has made.
 
-  Args:
-    segment_steps: steps in a segment; about sqrt(T) keeps memory lowest.
-    store: gets the arrays of each segment when it is done: in the forward pass the state that the
-      next one starts from, in the reverse pass the carry and all outputs so far.
-    progress: called with (segments done, segments in both passes), after the save; what it raises
-      ends the solve, which then continues from that segment.
-    log: called with a line on the norms of costate and target gradient after each segment of the
-      reverse pass.
-    trajectory: for the states inside one segment.
-  Raises:
-    ValueError: also if the store holds another solve (other settings, parameters, batches or
-      weights).
-    FloatingPointError: naming the step, where the run or its adjoint diverges (see `check_result`).
-      The segment is not saved: what was saved is sound.
+  The store gets the arrays of each segment when it is done: in the forward pass the state that the
+  next one starts from, in the reverse pass the carry and all outputs so far.
   """
   for name in ("latest_step", "save", "extra", "restore"):
     checks.function(getattr(store, name, None), f"store.{name}")
-  for name, fn in (("progress", progress), ("log", log)):
-    if fn is not None:
-      checks.function(fn, f"{name} (or None)")
-  params, batches, proxy, weights, settings = prepare(
-    example_losses, target_loss, optimizer, params, batches, weights, proxy,
-    Settings(objective, trajectory, every_k, groups, hessian, hvp_mode, micro_batch_size,
-             proxy_batch_size, keep_costates, proxy_samples, sample_seed, surrogate), device_rows)
-  settings = settings._replace(
-    surrogate=piecewise.check_optimizer(optimizer, params, settings.surrogate))
-  num_steps = weights.shape[0]
-  segment_steps = min(checks.integer(segment_steps, "segment_steps", 1), num_steps)
+  options = dataclasses.replace(options, surrogate=piecewise.check_optimizer(
+    run.optimizer, run.params, options.surrogate))
+  num_steps, segment_steps = run.num_steps, options.segment_steps
   starts = range(0, num_steps, segment_steps)
-  static = dict(settings=settings, shardings=shardings_of(params), device_rows=device_rows)
-  data = _Data(as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.update),
-               batches, weights, proxy)
-  init = as_pytree(optimizer.init)
-  first_state = _first_state(init, data, params, **static)
+  static = dict(options=options, shardings=shardings_of(run.params))
+  first_state = _first_state(run, **static)
   if not np.isfinite(norm := float(_params_norm(first_state))):
     raise ValueError(f"params has norm {norm}; a run must start from finite parameters.")
-  fingerprint = _fingerprint((settings, segment_steps, str(jax.tree.structure(first_state))),
-                             (first_state, batches, weights, proxy))
+  fingerprint = _fingerprint(
+    (sorted(options.changed().items()), segment_steps, str(jax.tree.structure(first_state))),
+    (first_state, run.batches, run.weights, proxy))
+  # The states hold the parameters from here on.
+  data = dataclasses.replace(run, params=None), target_loss, proxy
 
   def steps_of(i):
     return jnp.arange(starts[i], min(starts[i] + segment_steps, num_steps))
@@ -137,9 +86,9 @@ def pmp_scores_resumable(
     """What the store holds at a step, as arrays of the right types and places."""
     if done < num_segments:
       return {"state": first_state}
-    carry, final_target = _first_carry(data, first_state, **static)
-    reverse = functools.partial(_reverse_segment, **static)
-    outs = [jax.eval_shape(reverse, data, first_state, carry, steps_of(i))[1]
+    carry, final_target = first_carry(data, first_state, **static)
+    segment = functools.partial(reverse_segment, **static)
+    outs = [jax.eval_shape(segment, data, first_state, carry, steps_of(i))[1]
             for i in range(2 * num_segments - done, num_segments)]
     return _Reverse(first_state.params, final_target, carry, outs)._asdict()
 
@@ -168,13 +117,13 @@ def pmp_scores_resumable(
   # The starts of the segments that the reverse pass still needs.
   states = [_moved(first_state, jax.memory.Space.Host)] + [
     restored_state(i) for i in range(1, min(done + 1, 2 * num_segments - done, num_segments))]
-  run = _parked(_Reverse(**restored(done))) if done >= num_segments else None
+  reverse = _parked(_Reverse(**restored(done))) if done >= num_segments else None
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first_state)
   first_state = None  # frees the device's copy
-  state = _place(states[-1], like) if run is None else None
+  state = _place(states[-1], like) if reverse is None else None
   while done < num_segments:
-    state = _place(_forward_segment(data, state, steps_of(done), **static), like)
+    state = _place(forward_segment(data, state, steps_of(done), **static), like)
     norm = float(_params_norm(state))
     if not np.isfinite(norm):
       last = int(steps_of(done)[-1])
@@ -186,21 +135,21 @@ def pmp_scores_resumable(
       states.append(_moved(state, jax.memory.Space.Host))
       keep({"state": state})
     else:
-      carry, final_target = _first_carry(data, state, **static)
-      run = _parked(_Reverse(state.params, final_target, carry, []))
+      carry, final_target = first_carry(data, state, **static)
+      reverse = _parked(_Reverse(state.params, final_target, carry, []))
       del carry, state
-      keep(run._asdict())
+      keep(reverse._asdict())
   while done < 2 * num_segments:
     i = 2 * num_segments - 1 - done
     start = _place(states.pop(), like)
-    carry, outs = _reverse_segment(data, start, run.carry, steps_of(i), **static)
-    run = run._replace(carry=_place(carry, run.carry), outs=[outs, *run.outs])
-    _check_segment(run, starts[i], num_steps, log)
+    carry, outs = reverse_segment(data, start, reverse.carry, steps_of(i), **static)
+    reverse = reverse._replace(carry=_place(carry, reverse.carry), outs=[outs, *reverse.outs])
+    _check_segment(reverse, starts[i], num_steps, log)
     done += 1
-    keep(run._asdict())
-  outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *run.outs)
-  final_params = _place(run.final_params, like.params)
-  return make_result(outs, run.final_target, run.carry.proxy_scores, final_params)
+    keep(reverse._asdict())
+  outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *reverse.outs)
+  final_params = _place(reverse.final_params, like.params)
+  return make_result(outs, reverse.final_target, reverse.carry.proxy_scores, final_params)
 
 
 class _Reverse(NamedTuple):
@@ -209,25 +158,6 @@ class _Reverse(NamedTuple):
   final_target: Any
   carry: Any
   outs: list[Any]  # of the segments reversed, in step order
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Data:
-  """The traced arguments of a segment."""
-  example_losses: Callable
-  target_loss: Callable
-  update: Callable
-  batches: Any
-  weights: jax.Array
-  proxy: Any
-
-
-def _problem(data: _Data, settings: Settings, shardings: tuple,
-             device_rows: DeviceRows | None) -> Problem:
-  return Problem(data.example_losses, data.target_loss, data.update, batch_getter(data.batches),
-                 data.weights, data.proxy, settings, functools.partial(constrain, shardings),
-                 device_rows=device_rows)
 
 
 def _check_segment(run: _Reverse, start: int, num_steps: int, log: Callable | None) -> None:
@@ -244,9 +174,9 @@ def _check_segment(run: _Reverse, start: int, num_steps: int, log: Callable | No
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _first_state(init, data, params, *, settings, shardings, device_rows):
-  problem = _problem(data, settings, shardings, device_rows)
-  return problem.constrain_state(init_state(init, data.update, params))
+def _first_state(run, *, options, shardings):
+  problem = Problem.of(run, None, None, options, shardings)
+  return problem.constrain_state(init_state(*run.optimizer, run.params))
 
 
 @jax.jit
@@ -255,23 +185,32 @@ def _params_norm(state):
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _first_carry(data, state, *, settings, shardings, device_rows):
-  return _problem(data, settings, shardings, device_rows).first_carry(state)
+def first_carry(data, state, *, options, shardings):
+  """The carry and the target at `params_T`, from the last state; arguments as `forward_segment`."""
+  return Problem.of(*data, options, shardings).first_carry(state)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _forward_segment(data, state, steps, *, settings, shardings, device_rows):
-  problem = _problem(data, settings, shardings, device_rows)
+def forward_segment(data, state, steps, *, options, shardings):
+  """The state after `steps`.
+
+  Args:
+    data: run (without parameters), target loss and proxies of the solve.
+    state: before the first of the steps. steps: `[S] int32`, consecutive.
+    options, shardings: static, of the solve and of its parameters.
+  """
+  problem = Problem.of(*data, options, shardings)
   state = problem.constrain_state(state)
   state, _ = jax.lax.scan(lambda s, t: (problem.forward(s, t), None), state, steps)
   return problem.constrain_state(state)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _reverse_segment(data, state, carry, steps, *, settings, shardings, device_rows):
-  problem = _problem(data, settings, shardings, device_rows)
+def reverse_segment(data, state, carry, steps, *, options, shardings):
+  """The carry before `steps` and their outputs, from that after them; as `forward_segment`."""
+  problem = Problem.of(*data, options, shardings)
   return trajectories.run(problem.forward, problem.reverse, lambda _: (carry, None), state, steps,
-                          settings.trajectory)[:2]
+                          options.trajectory)[:2]
 
 
 def _moved(tree: Any, space: jax.memory.Space) -> Any:

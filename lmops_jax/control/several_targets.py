@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
-from lmops_jax.control.pmp import PmpResult, pmp_scores
+from lmops_jax.control.pmp import pmp_scores
+from lmops_jax.control.result import PmpResult
 
 
 def pmp_scores_by_target(

@@ -121,7 +121,8 @@ def _jax_run(data, num_steps, trajectory):
                 for part in ("train", "dev"))
   return control.controlled_run(
     losses, control.mean_target_loss(losses, dev), optax.sgd(LEARNING_RATE),
-    {"theta": data["theta"]}, train, num_steps, trajectory=trajectory)
+    {"theta": data["theta"]}, train, num_steps,
+    options=control.SolveOptions(trajectory=trajectory))
 
 
 def jax_parts(data, options: dict, sizes: argparse.Namespace) -> dict:

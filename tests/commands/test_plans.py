@@ -43,7 +43,8 @@ def test_plan_says_what_does_not_fit_and_what_helps(lmops):
   assert code == 2 and err.count("\n") == 1
   assert "pds.PMP" in err or "mesh.make.fsdp" in err
   code, out, err = lmops(
-    "plan", "gin/pds/paper_1.7b.gin", "--topology", "v5e:2x2", "--gin.pds.PMP.trajectory='all'")
+    "plan", "gin/pds/paper_1.7b.gin", "--topology", "v5e:2x2",
+    "--gin.control.SolveOptions.trajectory='all'")
   assert code == 2 and "does not fit; what helps is" in err
   assert "mesh.make.fsdp (now 4)" in err
   assert "proxy: 1.74G parameters" in out  # the table is printed all the same
@@ -61,7 +62,8 @@ def test_plan_on_this_machine_knows_no_memory(lmops):
   (["plan", "pds", "--corpus-instances", "0"], "0 is less than 1"),
   (["plan", "learning-law"], "does not say what it takes"),
   (["plan", "pds", "--gin.STEPZ=1"], "nothing refers to"),
-  (["plan", "gin/pds/paper_1.7b.gin", "--topology", "v5p:1x1x1"], "raise pds.PMP.segment_steps"),
+  (["plan", "gin/pds/paper_1.7b.gin", "--topology", "v5p:1x1x1"],
+   "raise control.SolveOptions.segment_steps"),
   (["plan", "gin/pds/paper.gin"], "--gin.models.TransformerConfig.vocab_size=32000"),
   (["plan", "pds", "--topology", "v5e:16x16"], "does not split over the mesh's 256 data shards"),
   (["aot", "pds"], "--topology"),

@@ -9,6 +9,8 @@ import pytest
 from lmops_jax.control import (
   PmpResult,
   ProjectedGradient,
+  SolveOptions,
+  TrainingRun,
   check_result,
   controlled_run,
   directional_scores,
@@ -16,18 +18,17 @@ from lmops_jax.control import (
   hvp_and_scores,
   improve_policy,
   influence_direction,
-  influence_passes,
   mean_target_loss,
   pmp_scores,
   pmp_scores_by_target,
-  pmp_scores_resumable,
   policy_gradient,
   project_simplex,
   simulate,
-  solve_passes,
+  solve,
   solve_weights,
   stationarity_gap,
 )
+from lmops_jax.sizing.solve_cost import influence_passes, solve_passes
 
 SGD = optax.sgd(0.1)
 
@@ -57,22 +58,23 @@ BAD = {
   "negative_weight": (lambda p: dict(weights=-p.weights), r"weights\[0, 0\] is -0"),
   "nan_weight": (lambda p: dict(weights=p.weights * np.nan), "must be finite and >= 0"),
   "infinite_weight": (lambda p: dict(weights=p.weights + np.inf), "must be finite and >= 0"),
-  "every_k": (lambda p: dict(every_k=0), "every_k must be an integer >= 1, got 0"),
-  "every_k_float": (lambda p: dict(every_k=1.5), "every_k must be an integer >= 1, got 1.5"),
+  "every_k": (lambda p: dict(every_k=0), "every_k=0 must be an integer of at least 1"),
+  "every_k_float": (lambda p: dict(every_k=1.5), "every_k=1.5 must be an integer of at least 1"),
   "groups_low": (lambda p: dict(groups=0), r"groups .* must be an integer in \[1, 5\], got 0"),
   "groups_high": (lambda p: dict(groups=6), r"groups .* must be an integer in \[1, 5\], got 6"),
   "both": (lambda p: dict(groups=2, every_k=2), "both choose when proxies are scored"),
   "samples": (lambda p: dict(proxy_samples=6),
               r"proxy_samples .* must be an integer in \[1, 5\], got 6"),
   "samples_and_groups": (lambda p: dict(proxy_samples=1, groups=2), "both choose when proxies"),
-  "sample_seed": (lambda p: dict(proxy_samples=1, sample_seed=-1), "sample_seed must be"),
+  "sample_seed": (lambda p: dict(proxy_samples=1, sample_seed=-1), "sample_seed=-1 must be"),
   "objective": (lambda p: dict(objective="Area"),
-                "objective must be one of 'area', 'terminal', got 'Area'"),
-  "trajectory": (lambda p: dict(trajectory="disk"), "trajectory .* must be one of"),
-  "slots": (lambda p: dict(trajectory=0), "trajectory .* must be an integer >= 1, got 0"),
-  "hvp_mode": (lambda p: dict(hvp_mode="double_vjp"), "hvp_mode must be one of"),
+                "objective='Area' must be 'area' or 'terminal'"),
+  "trajectory": (lambda p: dict(trajectory="disk"), "trajectory='disk' must be 'all', 'sqrt'"),
+  "slots": (lambda p: dict(trajectory=0), "trajectory=0 must be .* an integer of at least 1"),
+  "hvp_mode": (lambda p: dict(hvp_mode="double_vjp"),
+               "hvp_mode='double_vjp' must be 'jvp_of_grad' or"),
   "micro_batch": (lambda p: dict(micro_batch_size=3), "micro_batch_size=3 does not divide"),
-  "proxy_batch": (lambda p: dict(proxy_batch_size=0), "proxy_batch_size must be an integer >= 1"),
+  "proxy_batch": (lambda p: dict(proxy_batch_size=0), "proxy_batch_size=0 must be an integer"),
   "no_proxies": (lambda p: dict(proxy=jax.tree.map(lambda x: x[:0], p.proxy)),
                  "proxy has leading axes"),
   "integer_params": (lambda p: dict(params=_with(p.params, b=np.zeros(4, int))),
@@ -116,8 +118,8 @@ BAD = {
                             "optimizer cannot take a step on params.* missing"),
   "mask_of_other_parameters": (lambda p: dict(optimizer=optax.masked(SGD, {"q": True})),
                                "optimizer cannot take a step on params"),
-  "hessian": (lambda p: dict(hessian="no"), "hessian must be True or False, got 'no'"),
-  "keep_costates": (lambda p: dict(keep_costates=1), "keep_costates must be True or False, got 1"),
+  "hessian": (lambda p: dict(hessian="no"), "hessian='no' must be True or False"),
+  "keep_costates": (lambda p: dict(keep_costates=1), "keep_costates=1 must be True or False"),
   "device_rows": (lambda p: dict(device_rows=4), "device_rows must be a DeviceRows or None, got 4"),
 }
 
@@ -138,14 +140,17 @@ def _run(problem):
 
 
 OTHERS = {
-  "segment_steps": (lambda p: pmp_scores_resumable(**_kw(p), segment_steps=0, store=_Store),
-                    "segment_steps must be an integer >= 1, got 0"),
-  "store": (lambda p: pmp_scores_resumable(**_kw(p), segment_steps=2, store={}),
-            "store.latest_step must be a function"),
-  "progress": (lambda p: pmp_scores_resumable(**_kw(p), segment_steps=2, store=_Store, progress=1),
+  "segment_steps": (lambda p: SolveOptions(segment_steps=0),
+                    "segment_steps=0 must be an integer of at least 1"),
+  "undecided": (lambda p: _solve(p, options=SolveOptions(trajectory="auto")),
+                "trajectory='auto' must be decided before a solve"),
+  "run": (lambda p: solve(p, p.target_loss), "run must be a control.TrainingRun"),
+  "store": (lambda p: _solve(p, store={}), "store.latest_step must be a function"),
+  "progress": (lambda p: _solve(p, store=_Store, progress=1),
                r"progress \(or None\) must be a function"),
-  "start": (lambda p: pmp_scores_resumable(
-    **_kw(p) | dict(params=_with(p.params, scale=np.nan)), segment_steps=2, store=_Store),
+  "no_store": (lambda p: _solve(p, log=print), "give it a store"),
+  "start": (lambda p: _solve(
+    p._replace(params=_with(p.params, scale=np.nan)), store=_Store),
     "params has norm nan; a run must start from finite"),
   "no_targets": (lambda p: pmp_scores_by_target(p.example_losses, 3, SGD, *p.args),
                  "target_losses must be a list"),
@@ -200,7 +205,8 @@ OTHERS = {
   "projected": (lambda p: project_simplex("x"), "values must be an array of numbers"),
   "projection_mask": (lambda p: project_simplex([1.0, 2.0], [True] * 3), "mask does not broadcast"),
   "gap": (lambda p: stationarity_gap(np.ones((3, 4)), np.ones((2, 4))), "expected the same"),
-  "passes": (lambda p: solve_passes(SGD, p.params, 3, groups=0), r"groups .* in \[1, 3\], got 0"),
+  "passes": (lambda p: solve_passes(SGD, p.params, 3, SolveOptions(groups=0)),
+             r"groups .* in \[1, 3\], got 0"),
   "passes_optimizer": (lambda p: solve_passes(None, p.params, 3), "optimizer must be an optax"),
   "passes_of_influence": (lambda p: influence_passes("x", 3, curvature="fisher"), "method must be"),
 }
@@ -213,6 +219,11 @@ class _Store:
 
 def _functions(problem):
   return problem.example_losses, problem.target_loss, SGD
+
+
+def _solve(problem, **kw):
+  run = TrainingRun(problem.example_losses, SGD, *problem.args)
+  return solve(run, problem.target_loss, proxy=problem.proxy, **kw)
 
 
 def _weights(problem, **kw):

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from lmops_jax.control import adjoint, mean_target_loss, pmp
-from lmops_jax.control.callables import as_pytree
+from lmops_jax.control import SolveOptions, TrainingRun, adjoint, mean_target_loss, pmp
 from lmops_jax.control.dynamics import init_state
-from lmops_jax.control.problem import Problem, Settings
+from lmops_jax.control.problem import Problem
+from lmops_jax.control.training_run import prepare, shardings_of
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training.losses import lm_example_losses
 
@@ -43,7 +43,7 @@ def test_flops_of_the_fused_step():
   weights = jnp.full((2, 4), 0.25)
   flops = lambda fn, *args: _compile(fn, *args).cost_analysis()["flops"]  # noqa: E731
   forward = flops(lambda p: jnp.mean(losses(p, batch)), params)
-  problem = Problem(losses, target, SGD.update, lambda t: batch, weights, None, Settings())
+  problem = Problem(losses, target, SGD.update, lambda t: batch, weights, None, SolveOptions())
   state = init_state(SGD.init, SGD.update, params)
   carry, _ = jax.eval_shape(problem.first_carry, state)
   step = flops(problem.reverse, carry, state, jnp.ones((), jnp.int32))
@@ -69,11 +69,10 @@ def test_memory_of_the_solve(full_compile):
   weights = np.ones((num_steps, 1), np.float32)
 
   def temporary(trajectory):
-    params_, batches_, _, weights_, settings = pmp.prepare(
-      losses, target, SGD, params, batches, weights, None, Settings(trajectory=trajectory), None)
+    arguments = prepare(TrainingRun(losses, SGD, params, batches, weights), target, None,
+                        SolveOptions(trajectory=trajectory))
     return pmp._solve.lower(
-      as_pytree(losses), as_pytree(target), as_pytree(SGD.init), as_pytree(SGD.update), params_,
-      batches_, weights_, None, settings, pmp.shardings_of(params_), None
+      *arguments, shardings_of(arguments[0].params)
     ).compile().memory_analysis().temp_size_in_bytes
 
   with full_compile():

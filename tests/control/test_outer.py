@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lmops_jax.control import pmp_scores, project_simplex, solve_weights
+from lmops_jax.control import SolveOptions, pmp_scores, project_simplex, solve_weights
 
 SGD = optax.sgd(0.2)
 
@@ -60,7 +60,7 @@ def test_mini_batches_of_the_outer_loop(x64, toy):
   gamma = np.random.default_rng(0).dirichlet(np.ones(6))
   got = solve_weights(problem.example_losses, problem.target_loss, optimizer, problem.params,
                       _data(problem), 4, outer_lr=0.01, batch_indices=rows, gamma=gamma,
-                      objective="terminal", trajectory=2)
+                      options=SolveOptions(objective="terminal", trajectory=2))
   drawn = problem._replace(batches=jax.tree.map(lambda x: x[rows], _data(problem)),
                            weights=3 * gamma[rows])  # N / B = 3
   value, by_step, _ = toy.unrolled(drawn, optimizer, "terminal")

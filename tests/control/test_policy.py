@@ -19,6 +19,7 @@ from lmops_jax.control import (
   ExponentiatedGradient,
   FrankWolfe,
   ProjectedGradient,
+  SolveOptions,
   check_policy,
   controlled_run,
   improve_policy,
@@ -69,7 +70,7 @@ def _perceptron(seed=0, num_train=64, dim=16, num_desired=32, flips=0.0):
 def _run(data, num_steps, optimizer=SGD, params=None, **kw):
   return controlled_run(
     _losses, mean_target_loss(_losses, data.dev), optimizer,
-    data.theta if params is None else params, data.train, num_steps, **kw)
+    data.theta if params is None else params, data.train, num_steps, options=SolveOptions(**kw))
 
 
 def _policy(num_steps, num_examples, seed=0):
@@ -210,7 +211,7 @@ def test_the_gradient_of_a_transformer(x64):
   train, dev = ({k: v[rows] for k, v in batch.items()} for rows in (slice(6), slice(6, 10)))
   gamma = _policy(3, 6)
   run = controlled_run(losses, mean_target_loss(losses, dev), SGD, params, train, 3,
-                       trajectory=2, micro_batch_size=3)
+                       options=SolveOptions(trajectory=2, micro_batch_size=3))
   got = policy_gradient(run, gamma)
   _, scores, seen, _ = _unrolled(losses, SGD, params, train, dev, gamma)
   _assert_close(got.scores, scores, 1e-12)
@@ -301,7 +302,7 @@ def test_training_never_evaluates_more_than_a_micro_batch():
 
   data = _perceptron(num_train=12, dim=5)
   run = controlled_run(losses, mean_target_loss(_losses, data.dev), SGD, data.theta, data.train, 3,
-                       micro_batch_size=4)
+                       options=SolveOptions(micro_batch_size=4))
   sizes.clear()  # the check of the arguments looks at shapes only
   simulate(run, directions={"dev": run.target_loss})
   simulate(run)
@@ -494,8 +495,10 @@ def test_epochs_share_one_compiled_program():
   (dict(mask=np.ones(5, bool)), r"mask has shape \(5,\); expected one flag for each of the 12"),
   (dict(mask=np.zeros(12, bool)), "at least one of them True"),
   (dict(monitor=1.0), "monitor must be a function of params or None, got 1.0"),
-  (dict(micro_batch_size=5), "micro_batch_size=5 does not divide the batch of 12"),
-  (dict(trajectory="most"), "trajectory"),
+  (dict(options=SolveOptions(micro_batch_size=5)),
+   "micro_batch_size=5 does not divide the batch of 12"),
+  (dict(options=SolveOptions(trajectory="auto")), "trajectory"),
+  (dict(options=SolveOptions(objective="terminal")), "not with objective='terminal'"),
 ])
 def test_arguments_of_a_run(change, message):
   data = _perceptron(num_train=12, dim=5)

@@ -1,5 +1,7 @@
 """Scores of examples that are not trained on: every step, every k-th step, groups of steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import optax
 import pytest
 from scipy import stats
 
-from lmops_jax.control import directional_scores, pmp, pmp_scores
+from lmops_jax.control import SolveOptions, directional_scores, pmp, pmp_scores
 from lmops_jax.control.dynamics import init_state
-from lmops_jax.control.problem import Problem, Settings, group_bounds
+from lmops_jax.control.problem import Problem, group_bounds
+from lmops_jax.control.training_run import batch_at
 
 # A table in float64: optax's own schedules compute in float32.
 SGD = optax.sgd(lambda count: jnp.asarray(np.linspace(0.3, 0.1, 7))[count], momentum=0.5)
@@ -126,13 +129,14 @@ def test_samples_are_single_steps_over_their_probability(x64, toy, num_steps, nu
 
 def _sampled(problem, seed):
   """One sample a proxy, the seed traced (in `pmp_scores` it is a plain number)."""
-  settings = Settings(proxy_samples=1, sample_seed=seed, proxy_batch_size=32)
+  options = SolveOptions(proxy_samples=1, proxy_batch_size=32)
+  object.__setattr__(options, "sample_seed", seed)
+  batches = jax.tree.map(jnp.asarray, problem.batches)
   instance = Problem(
-    problem.example_losses, problem.target_loss, SGD.update, pmp.batch_getter(
-      jax.tree.map(jnp.asarray, problem.batches)), jnp.asarray(problem.weights),
-    jax.tree.map(jnp.asarray, problem.proxy), settings)
+    problem.example_losses, problem.target_loss, SGD.update, functools.partial(batch_at, batches),
+    jnp.asarray(problem.weights), jax.tree.map(jnp.asarray, problem.proxy), options)
   params = jax.tree.map(jnp.asarray, problem.params)
-  return pmp.solve(instance, init_state(SGD.init, SGD.update, params)).proxy_scores
+  return pmp.run_passes(instance, init_state(SGD.init, SGD.update, params)).proxy_scores
 
 
 def test_more_samples_are_the_mean_of_samples(x64, toy):

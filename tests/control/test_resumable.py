@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lmops_jax.control import pmp_scores, pmp_scores_resumable
+from lmops_jax.control import SolveOptions, TrainingRun, pmp_scores, solve
 
 # Counters and a random key in the state, besides moments.
 OPTIMIZER = optax.chain(
@@ -48,9 +48,11 @@ class _Store:
 
 
 def _solve(problem, store, **kw):
-  return pmp_scores_resumable(
-    problem.example_losses, problem.target_loss, OPTIMIZER, *problem.args, proxy=problem.proxy,
-    **{**dict(groups=2, segment_steps=3), **kw}, store=store, progress=store.after)
+  log = kw.pop("log", None)
+  run = TrainingRun(problem.example_losses, OPTIMIZER, *problem.args)
+  options = SolveOptions(**{**dict(groups=2, segment_steps=3), **kw})
+  return solve(run, problem.target_loss, options, proxy=problem.proxy, store=store,
+               progress=store.after, log=log)
 
 
 def _problem(toy):
@@ -103,21 +105,22 @@ def test_resumable_is_the_plain_solve(x64, toy, segment_steps, trajectory):
 
 def test_a_surrogate_is_used_in_every_segment_and_asked_for_first(toy):
   problem = toy.regression(num_steps=7)
-  functions = problem.example_losses, problem.target_loss, optax.lion(0.02)
-  def solve(store, **kw):
-    return pmp_scores_resumable(
-      *functions, *problem.args, proxy=problem.proxy, segment_steps=4, store=store,
-      progress=store.after, **kw)
+  optimizer = optax.lion(0.02)
+  run = TrainingRun(problem.example_losses, optimizer, *problem.args)
+  def resumable(store, **kw):
+    return solve(run, problem.target_loss, SolveOptions(segment_steps=4, **kw),
+                 proxy=problem.proxy, store=store, progress=store.after)
   empty = _Store()
   with pytest.raises(ValueError, match="Every score would be 0.*scale_by_lion"):
-    solve(empty)
+    resumable(empty)
   assert empty.num_saves == 0
   kw = dict(surrogate="clipped_straight_through")
   stopped = _Store(stop_after=3)
   with pytest.raises(_Stop):
-    solve(stopped, **kw)
-  got = solve(_Store(stopped.saved), **kw)
-  want = pmp_scores(*functions, *problem.args, proxy=problem.proxy, **kw)
+    resumable(stopped, **kw)
+  got = resumable(_Store(stopped.saved), **kw)
+  want = pmp_scores(problem.example_losses, problem.target_loss, optimizer, *problem.args,
+                    proxy=problem.proxy, **kw)
   np.testing.assert_allclose(got.proxy_scores, want.proxy_scores, rtol=1e-4, atol=1e-6)
 
 
@@ -146,9 +149,8 @@ def test_a_run_that_diverges_stops_in_its_segment():
   # theta is multiplied by -999 a step: 13 steps leave float32.
   losses = lambda theta, batch: 0.5 * jnp.square(theta[0]) + 0 * batch  # noqa: E731
   with pytest.raises(FloatingPointError, match="after step 14 of 40, .* finite before step 10"):
-    pmp_scores_resumable(
-      losses, lambda theta: theta[0], optax.sgd(1e3), jnp.ones(1), np.zeros((40, 2)), None,
-      segment_steps=5, store=keeper)
+    solve(TrainingRun(losses, optax.sgd(1e3), jnp.ones(1), np.zeros((40, 2))),
+          lambda theta: theta[0], SolveOptions(segment_steps=5), store=keeper)
   assert keeper.num_saves == 2  # segments of five that were sound
 
 
@@ -157,9 +159,8 @@ def test_an_adjoint_that_diverges_stops_in_its_segment():
   keeper = _Store()
   losses = lambda theta, batch: 0.5 * jnp.square(theta[0]) + 0 * batch  # noqa: E731
   with pytest.raises(FloatingPointError, match="costate diverged: its norm is .* at step 38 of 40"):
-    pmp_scores_resumable(
-      losses, lambda theta: theta[0], optax.sgd(1e3), jnp.zeros(1), np.zeros((40, 2)), None,
-      segment_steps=10, store=keeper)
+    solve(TrainingRun(losses, optax.sgd(1e3), jnp.zeros(1), np.zeros((40, 2))),
+          lambda theta: theta[0], SolveOptions(segment_steps=10), store=keeper)
   assert keeper.num_saves == 4  # the forward pass; no segment of the reverse pass
 
 

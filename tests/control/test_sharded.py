@@ -1,7 +1,6 @@
 """One device and two, four or eight virtual ones give the same scores, whatever the mesh."""
 
 import contextlib
-import functools
 import math
 
 import flax.linen as nn
@@ -12,14 +11,19 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmops_jax.control import mean_target_loss, pmp_scores, pmp_scores_resumable
-from lmops_jax.control.problem import Settings
-from lmops_jax.control.programs import segment_programs
+from lmops_jax.control import (
+  SolveOptions,
+  TrainingRun,
+  mean_target_loss,
+  pmp_scores,
+  solve,
+)
 from lmops_jax.control.targets import MeanTargetLoss
 from lmops_jax.mesh.checkpoints import CheckpointStore
 from lmops_jax.mesh.meshes import BATCH_AXES, MeshConfig
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.sizing import hlo
+from lmops_jax.sizing.solve_programs import segment_programs
 from lmops_jax.training.losses import lm_example_losses
 
 CONFIG = TransformerConfig(
@@ -36,7 +40,7 @@ def _sequences(seed, *shape):
   return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "loss_mask": mask}
 
 
-def _solve(partitioner=None, solver=pmp_scores, num_proxies=24, optimizer=OPTIMIZER, **kw):
+def _solve(partitioner=None, num_proxies=24, optimizer=OPTIMIZER, store=None, progress=None, **kw):
   """Three steps of 16 sequences, the proxies, 8 target sequences; placed on the mesh if given."""
   boxed = Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   params, batches = nn.unbox(boxed), _sequences(0, 3, 16)
@@ -50,9 +54,10 @@ def _solve(partitioner=None, solver=pmp_scores, num_proxies=24, optimizer=OPTIMI
   with partitioner.activate() if partitioner is not None else contextlib.nullcontext():
     device_rows = None if partitioner is None else partitioner.device_rows
     target_loss = mean_target_loss(LOSSES, dev, device_rows=device_rows)
-    return params, solver(
-      LOSSES, target_loss, optimizer, params, batches, np.full((3, 16), 1 / 16, np.float32),
-      proxy=proxy, device_rows=device_rows, **kw)
+    weights = np.full((3, 16), 1 / 16, np.float32)
+    run = TrainingRun(LOSSES, optimizer, params, batches, weights, device_rows)
+    return params, solve(
+      run, target_loss, SolveOptions(**kw), proxy=proxy, store=store, progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +132,8 @@ def test_gradients_cross_the_mesh_once_a_step(sizes):
     weights = jax.ShapeDtypeStruct((1, 32), jnp.float32, sharding=partitioner.replicated)
     with partitioner.activate():
       lowered = segment_programs(
-        LOSSES, target, optax.sgd(0.1), params, rows(1, 32), weights, rows(32),
-        Settings(micro_batch_size=8, proxy_batch_size=8), 1, partitioner.device_rows,
-      ).reverse()
+        TrainingRun(LOSSES, optax.sgd(0.1), params, rows(1, 32), weights, partitioner.device_rows),
+        target, rows(32), SolveOptions(micro_batch_size=8, proxy_batch_size=8)).reverse()
     found = hlo.count(lowered.compile().as_text()).collectives
     num_bytes = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(params))
     on_devices = lowered.as_text().count("manual_computation")
@@ -160,23 +164,21 @@ def test_rows_that_the_devices_do_not_divide_are_refused():
 def test_resumable_solve_on_a_mesh_and_then_on_another(single, tmp_path):
   partitioner = MeshConfig(2, 2, 2, rules="sharded").build()
 
-  def solve(mesh, folder, stop_at=None):
+  def resumable(mesh, folder, stop_at=None):
     def advance(done, _):
       if done == stop_at:
         raise KeyboardInterrupt
 
     with contextlib.closing(CheckpointStore(tmp_path / folder, keep_steps=(1,))) as store:
-      solver = functools.partial(
-        pmp_scores_resumable, segment_steps=2, store=store, progress=advance)
-      return _solve(mesh, solver, groups=2)[1]
+      return _solve(mesh, groups=2, segment_steps=2, store=store, progress=advance)[1]
 
-  whole = solve(partitioner, "whole")
+  whole = resumable(partitioner, "whole")
   _assert_close(whole, single)
   for stop_at in (1, 3):  # in the forward and in the reverse pass
     for folder in ("same", "other"):
       with pytest.raises(KeyboardInterrupt):
-        solve(partitioner, f"{folder}{stop_at}", stop_at)
-    again = solve(partitioner, f"same{stop_at}")
+        resumable(partitioner, f"{folder}{stop_at}", stop_at)
+    again = resumable(partitioner, f"same{stop_at}")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
                  again, whole)
-    _assert_close(solve(MeshConfig(1, 4, 2).build(), f"other{stop_at}"), single)
+    _assert_close(resumable(MeshConfig(1, 4, 2).build(), f"other{stop_at}"), single)

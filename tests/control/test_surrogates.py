@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from lmops_jax.control import (
   ProjectedGradient,
+  SolveOptions,
   check_optimizer,
   check_result,
   controlled_run,
@@ -20,12 +21,12 @@ from lmops_jax.control import (
   pmp_scores_by_target,
   policy_gradient,
   simulate,
-  solve_passes,
   solve_weights,
   update_pullback,
 )
 from lmops_jax.control.dynamics import State
 from lmops_jax.control.piecewise import optimizer_name
+from lmops_jax.sizing.solve_cost import solve_passes
 from lmops_jax.training import optimizers
 
 CLIPPED = "clipped_straight_through"
@@ -133,7 +134,7 @@ def test_every_solver_refuses_before_it_compiles(toy):
     with pytest.raises(ValueError, match=message):
       solve()
   assert np.isfinite(simulate(run).target_losses).all()  # training alone needs no derivative
-  with pytest.raises(ValueError, match=r"surrogate \(or None\) must be one of '" + CLIPPED):
+  with pytest.raises(ValueError, match=f"surrogate='straight' must be '{CLIPPED}'"):
     pmp_scores(*functions, *problem.args, surrogate="straight")
 
 
@@ -211,11 +212,13 @@ def test_only_the_reverse_pass_knows_the_surrogate(toy):
   problem = toy.regression()
   params = jax.tree.map(jnp.asarray, problem.params)
   exact, with_one = (
-    solve_passes(optax.sign_sgd(0.1), params, 5, surrogate=s) for s in (None, CLIPPED))
+    solve_passes(optax.sign_sgd(0.1), params, 5, SolveOptions(surrogate=s))
+    for s in (None, CLIPPED))
   assert with_one.batch - exact.batch == 3 * 5
   run = controlled_run(
     problem.example_losses, problem.target_loss, optax.sign_sgd(0.1), params,
-    jax.tree.map(lambda x: x[0], problem.batches), 4, surrogate=CLIPPED)
+    jax.tree.map(lambda x: x[0], problem.batches), 4,
+    options=SolveOptions(surrogate=CLIPPED))
   found = policy_gradient(run, run.uniform())
   np.testing.assert_array_equal(found.target_losses, simulate(run).target_losses)
   assert np.abs(found.scores).min() > 0

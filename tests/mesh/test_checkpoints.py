@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmops_jax.control import pmp_scores_resumable
+from lmops_jax.control import SolveOptions, TrainingRun, solve
 from lmops_jax.host import seals
 from lmops_jax.mesh import processes
 from lmops_jax.mesh.checkpoints import (
@@ -276,9 +276,9 @@ def _scores(folder, stop_after=None):
       raise _Stop
 
   with contextlib.closing(store):
-    return pmp_scores_resumable(
-      _losses, _target_loss, ADAM, params, batches, None, segment_steps=2, store=store,
-      progress=progress).scores
+    return solve(
+      TrainingRun(_losses, ADAM, params, batches), _target_loss, SolveOptions(segment_steps=2),
+      store=store, progress=progress).scores
 
 
 @pytest.fixture(scope="module")

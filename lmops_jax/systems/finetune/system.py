@@ -26,7 +26,7 @@ from lmops_jax.mesh.meshes import single_device
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.model import PretrainedModel
 from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.summary import write_summary
+from lmops_jax.reporting.run_report import RunReport
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.training import loop, losses
@@ -182,7 +182,8 @@ class Finetune:
   def _report(self, context: pipeline.StageContext) -> None:
     records = read_records(context.input("train") / "metrics.jsonl")
     counts = context.manifest("prepare")["extra"]
-    manifest = context.manifest("train")
+    report = RunReport(context, ("train",))
+    cost, = report.costs
     curves = {
       label: [(r["step"], r[key]) for r in records if key in r]
       for label, key in (("training", "loss"), ("validation", f"{VALIDATION}/loss"))
@@ -194,17 +195,16 @@ class Finetune:
       "validation_loss": [
         {"step": step, "loss": value} for step, value in curves.get("validation", [])
       ],
-      "seconds": manifest["seconds"], "flops": manifest["flops"],
+      "seconds": cost["seconds"], "flops": cost["flops"],
     }
-    write_summary(context.directory / "summary.json", summary)
-    figure = plots.save(context.directory / "loss.png", plots.curves(
+    figure = plots.curves(
       {label: [plots.Run(*zip(*points))] for label, points in curves.items()},
       x_label="optimizer steps", y_label="loss (nats per learned token)",
-    ))
+    )
     shown = curves.get("validation", curves["training"])
     first, last = shown[0][1], shown[-1][1]
     kind = "validation" if "validation" in curves else "training"
-    html.write_report(context.directory / "index.html", html.Report(
+    report.write(summary, html.Report(
       title=f"Fine-tuning of {self.init.path.name}",
       lead=f"The {kind} loss went from {first:.3f} to {last:.3f} nats a learned token "
            f"(perplexity {perplexity(first):.2f} to {perplexity(last):.2f}) in {self.num_steps} "
@@ -216,14 +216,15 @@ class Finetune:
                        f"in {counts[TRAIN]['rows']:,} rows"),
       ],
       sections=[
-        html.Section("Loss", figures=[html.Figure(figure, "Loss by step; lower is better.")]),
+        html.Section("Loss", figures=[
+          report.figure("loss", figure, "Loss by step; lower is better.")]),
         html.Section("Data", "Rows longer than a sequence are dropped or cut.", tables=[html.Table(
           ["part", *(html.Column(name, ",d") for name in sorted(counts[TRAIN]))],
           [[part, *(of[name] for name in sorted(of))] for part, of in counts.items()],
         )]),
       ],
       facts={"model": str(self.init.path), "family": self.init.family,
-             "seconds": f"{manifest['seconds']:.0f}", "FLOPs": f"{manifest['flops']:.3g}"},
+             "seconds": f"{cost['seconds']:.0f}", "FLOPs": f"{cost['flops']:.3g}"},
     ))
 
   def table(self, summary: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import optax
 from lmops_jax import control
 from lmops_jax.config.setting_types import PositiveInt, component
 from lmops_jax.mesh.meshes import BATCH_AXES, Partitioner
+from lmops_jax.sizing import solve_cost
 from lmops_jax.systems.learning_law.tasks import Task
 
 MONITORED = ("select", "test")  # parts whose loss is recorded and steers nothing within a run
@@ -43,6 +44,12 @@ class Training:
   micro_batch_size: PositiveInt | None = None
   target_batch_size: PositiveInt | None = None
   surrogate: Literal[control.SURROGATES] | None = None
+
+  @property
+  def options(self) -> control.SolveOptions:
+    """Of the solves, all over the same run."""
+    return control.SolveOptions(
+      trajectory=self.trajectory, micro_batch_size=self.micro_batch_size, surrogate=self.surrogate)
 
   def check_optimizer(self, params: Any) -> None:
     """Refuses an optimizer that would leave every policy as it is.
@@ -85,8 +92,7 @@ class InnerRun:
       self.control = control.controlled_run(
         task.example_losses, self.target_losses["dev"], training.optimizer, self.params,
         self._placed(task.parts["train"], self.num_rows), training.num_steps, mask=mask,
-        monitor=jax.tree_util.Partial(losses_at, monitored), trajectory=training.trajectory,
-        micro_batch_size=training.micro_batch_size, surrogate=training.surrogate,
+        monitor=jax.tree_util.Partial(losses_at, monitored), options=training.options,
       )
 
   def _initial(self, seed: int) -> Any:
@@ -172,19 +178,17 @@ def cost_of(
     sizes: examples of each part.
   """
   num_steps = training.num_steps
-  passes = control.solve_passes(
-    training.optimizer, params, num_steps, trajectory=training.trajectory,
-    surrogate=training.surrogate)
+  passes = solve_cost.solve_passes(training.optimizer, params, num_steps, training.options)
   monitored = sum(sizes[part] for part in MONITORED) * (num_steps + 1)
   state = jax.eval_shape(
     lambda p: control.dynamics.init_state(training.optimizer.init, training.optimizer.update, p),
     params)
   state_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
   desired = sizes["dev"] * (num_steps + 1) + monitored
-  contributions = control.cost.SLOPES * sizes["train"] + control.cost.GRADIENT * sizes["dev"]
+  contributions = solve_cost.SLOPES * sizes["train"] + solve_cost.GRADIENT * sizes["dev"]
   return Cost(
     num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
-    run_flops=forward_flops * (control.cost.GRADIENT * sizes["train"] * num_steps + desired),
+    run_flops=forward_flops * (solve_cost.GRADIENT * sizes["train"] * num_steps + desired),
     epoch_flops=forward_flops * (
       passes.batch * sizes["train"] + passes.target * sizes["dev"] + monitored),
     contribution_flops=forward_flops * num_steps * contributions,

@@ -14,9 +14,7 @@ from scipy import stats
 from lmops_jax.config.setting_types import Count, NonNegative, PositiveInt, component
 from lmops_jax.evaluation import power_law
 from lmops_jax.evaluation.intervals import mean_and_half_width
-from lmops_jax.host import progress
-from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.summary import write_summary
+from lmops_jax.reporting import html, plots, run_report
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law import evaluate, optimise
 from lmops_jax.systems.learning_law.evaluate import UNIFORM
@@ -105,7 +103,7 @@ class _Result(NamedTuple):
 
 class _Writer:
   def __init__(self, context, config, runs, stages):
-    self.context, self.config, self.stages = context, config, stages
+    self.report, self.config = run_report.RunReport(context, stages), config
     self.results: dict[str, list[_Result]] = {}
     for (task, seed), run in runs.items():
       records, series = evaluate.load(context.input(run.stage))
@@ -119,27 +117,21 @@ class _Writer:
   def write(self) -> None:
     summary = {
       "tasks": {task: self.task_summary(results) for task, results in self.results.items()},
-      "stages": [
-        {"name": name, **{key: self.context.manifest(name)[key] for key in ("seconds", "flops")}}
-        for name in self.stages
-      ],
+      "stages": self.report.costs,
     }
-    write_summary(self.context.directory / "summary.json", summary, required=REQUIRED)
-    seconds = sum(stage["seconds"] for stage in summary["stages"])
-    html.write_report(self.context.directory / "index.html", html.Report(
+    self.report.write(summary, required=REQUIRED, page=html.Report(
       title="The learning law: policies and what they do to learning",
       lead="\n\n".join(_lead(task, found) for task, found in summary["tasks"].items()),
-      key_figures=_key_figures(summary, seconds),
+      key_figures=[*_key_figures(summary), self.report.work_figure()],
       sections=[
         *(self.task_section(task, summary["tasks"][task]) for task in self.results),
-        self.cost_section(summary, seconds),
+        self.report.cost_section(by_kind=True),
       ],
       facts={
         "seeds": ", ".join(str(r.seed) for r in next(iter(self.results.values()))),
-        "work": progress.format_seconds(seconds),
+        "work": self.report.work,
         "loss": "nats a label",
-        "versions": ", ".join(
-          f"{k} {v}" for k, v in self.context.manifest(self.stages[0])["versions"].items()),
+        "versions": self.report.versions,
       },
     ))
 
@@ -257,7 +249,8 @@ class _Writer:
       "the mean of the desired loss over the steps, compression the steps' `ln |V|` over that, "
       "acceleration the steps over those needed to uniform weights' final loss. Test examples are "
       "read for these figures only.",
-      figures=[self._figure(f"{task}_loss", figure, "Test loss by step, mean and span of seeds.")],
+      figures=[self.report.figure(
+        f"{task}_loss", figure, "Test loss by step, mean and span of seeds.")],
       tables=tables,
     )
 
@@ -278,7 +271,7 @@ class _Writer:
                         for h in histories]
       figure = plots.curves(series, x_label="outer epochs", y_label=label, styles=styles,
                             log_y=log, height=2.9)
-      figures.append(self._figure(f"{task}_{key}", figure, caption))
+      figures.append(self.report.figure(f"{task}_{key}", figure, caption))
     return html.Section("Optimising the policies", figures=figures)
 
   def law_section(self, task, summary, results, names, styles) -> html.Section:
@@ -295,8 +288,9 @@ class _Writer:
       rows.append([name, *(_text(of[key], ".3f") for key in (
         "similarity_dev", "similarity_test", "adjoint_similarity")),
         *(of["mean"][key] for key in ("gap", "excluded_share_dev", "learned_share_below"))])
-    figures = [self._figure(f"{task}_similarity", figure, "Contributions' mean over their spread, "
-                            "at equal loss; seeds after the first are faint.")]
+    figures = [self.report.figure(
+      f"{task}_similarity", figure, "Contributions' mean over their spread, at equal loss; seeds "
+      "after the first are faint.")]
     measured = [r for r in results[0].policies[names[1]].history if "similarity_dev" in r
                 and r["similarity_dev"] is not None]
     if len(measured) > 2:
@@ -304,8 +298,8 @@ class _Writer:
         [1 / r["auc_dev"] for r in measured], [r["similarity_dev"] for r in measured],
         x_label="1 / AUC dev, in proportion to the compression ratio", y_label="SIM dev",
         height=2.8, note=f"Spearman {_spearman(measured):.2f}")
-      figures.append(self._figure(f"{task}_trend", by_epoch,
-                                  f"Outer epochs of {names[1]}, seed {results[0].seed}."))
+      figures.append(self.report.figure(
+        f"{task}_trend", by_epoch, f"Outer epochs of {names[1]}, seed {results[0].seed}."))
     return html.Section(
       "The learning law",
       "Contributions are `<grad L, grad l_n>`; the paper's law says that the used examples' become "
@@ -329,21 +323,22 @@ class _Writer:
     picture = plots.heatmap(
       image, x_label="steps", y_label="examples" + (", spoilt ones below" if noise.any() else ""),
       value_label="weight over uniform weight", limits=(0.0, float(np.quantile(image, 0.99)) or 1))
-    figures = [self._figure(f"{task}_weights", picture, f"Weights under {name}, seed "
-                            f"{results[0].seed}; examples by their sum. The scale ends at the 99th "
-                            "percentile.")]
+    figures = [self.report.figure(
+      f"{task}_weights", picture, f"Weights under {name}, seed {results[0].seed}; examples by "
+      "their sum. The scale ends at the 99th percentile.")]
     x = np.arange(len(saved.weights))
     active = plots.curves(
       {n: [plots.Run(x, r.curve(n, "num_active") / r.policies[name].task.num_train)
            for r in results] for n in names},
       x_label="steps", y_label="share of examples with weight", styles=styles, height=3.0)
-    figures.append(self._figure(f"{task}_active", active, "Examples with weight by step."))
+    figures.append(self.report.figure(f"{task}_active", active, "Examples with weight by step."))
     tables = []
     if noise.any():
       mass = plots.curves(
         {n: [plots.Run(x, r.curve(n, "noise_weight")) for r in results] for n in names},
         x_label="steps", y_label="weight on spoilt examples", styles=styles, height=3.4)
-      figures.append(self._figure(f"{task}_noise", mass, "Weight on spoilt examples by step."))
+      figures.append(self.report.figure(
+        f"{task}_noise", mass, "Weight on spoilt examples by step."))
       half = max(1, len(x) // 2)
       rows = [[n, *(_text([float(r.curve(n, "noise_weight")[part].mean()) for r in results], ".4f")
                     for part in (slice(None), slice(half), slice(-half, None)))] for n in names]
@@ -380,8 +375,8 @@ class _Writer:
     return html.Section(
       "Power laws", "`L(t) = L0 + (B / t) ^ beta` on the test loss after step t0, with one L0 and "
       f"one t0 for all policies of a seed. A fit on few steps is weak evidence.{warning}",
-      figures=[self._figure(f"{task}_laws", figure, f"Seed {results[0].seed}; dashed where "
-                            "extrapolated.")],
+      figures=[self.report.figure(
+        f"{task}_laws", figure, f"Seed {results[0].seed}; dashed where extrapolated.")],
       tables=[html.Table(
         [html.Column("seed", "d"), "policy", html.Column("L0", ".4f"), html.Column("t0", ",d"),
          html.Column("B", ".3g"), html.Column("beta", ".4f"), f"beta, {_LEVEL:.0%}",
@@ -390,22 +385,6 @@ class _Writer:
         note="Intervals by refitting to resampled blocks of residuals; accelerations as the laws "
              "predict them.")],
     )
-
-  def cost_section(self, summary, seconds) -> html.Section:
-    kinds: dict[str, list[float]] = {}
-    for stage in summary["stages"]:
-      total = kinds.setdefault(stage["name"].split("/")[0], [0.0, 0.0])
-      total[0] += stage["seconds"]
-      total[1] += stage["flops"]
-    rows = [[kind, spent, spent / seconds if seconds else 0.0, flops or None]
-            for kind, (spent, flops) in kinds.items()]
-    return html.Section(
-      "What it cost", "Seconds on the clock, compilation included, and operations by count.",
-      tables=[html.Table(["stages", html.Column("seconds", ",.1f"), html.Column("share", ".1%"),
-                          html.Column("operations", ".2e")], rows)])
-
-  def _figure(self, name: str, figure, caption: str) -> html.Figure:
-    return html.Figure(plots.save(self.context.directory / f"{name}.png", figure), caption)
 
 
 def _course(saved: optimise.SavedPolicy) -> dict[str, Any]:
@@ -523,7 +502,7 @@ def _lead(task: str, summary: Mapping[str, Any]) -> str:
   return text
 
 
-def _key_figures(summary, seconds) -> list[html.KeyFigure]:
+def _key_figures(summary) -> list[html.KeyFigure]:
   figures = []
   for task, found in summary["tasks"].items():
     name = _best(found)
@@ -540,8 +519,7 @@ def _key_figures(summary, seconds) -> list[html.KeyFigure]:
     elif mean["acceleration_test"] is not None:
       figures.append(html.KeyFigure(
         f"{mean['acceleration_test']:.1f}\N{MULTIPLICATION SIGN}", "acceleration on test", task))
-  figures = figures[:4]
-  return [*figures, html.KeyFigure(progress.format_seconds(seconds), "work", "all stages together")]
+  return figures[:4]
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -555,6 +533,4 @@ def table(summary: Mapping[str, Any]) -> str:
         task, name, _text(of["auc_dev"], ".4f"), _text(of["auc_test"], ".4f"),
         _text(of["auc_change_test"], "+.1%"), _text(of["acceleration_test"], ".2f") or "never",
         _text(of["similarity_test"], ".3f") or "-", _text(of["noise_weight"], ".3f") or "-"))
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return "\n".join(
-    "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+  return run_report.text_table(rows)

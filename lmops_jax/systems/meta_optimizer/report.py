@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmops_jax.config.setting_types import PositiveInt, component
-from lmops_jax.host import progress
-from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.summary import write_summary
+from lmops_jax.reporting import html, plots, run_report
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.meta_optimizer.study import METRICS, SETTINGS, TRAINED, Results
 
@@ -57,21 +55,17 @@ def run(
   found: dict[str, list[Results]] = {}
   for (task, _), stage in runs.items():
     found.setdefault(task, []).append(Results.load(context.input(stage)))
+  report = run_report.RunReport(context, tuple(runs.values()))
   summary = {
     "tasks": {task: _task_summary(results) for task, results in found.items()},
-    "stages": [
-      {"name": name, **{key: context.manifest(name)[key] for key in ("seconds", "flops")}}
-      for name in runs.values()
-    ],
+    "stages": report.costs,
   }
-  write_summary(context.directory / "summary.json", summary, required=REQUIRED)
-  seconds = sum(stage["seconds"] for stage in summary["stages"])
-  pictures = _Pictures(context, config)
-  html.write_report(context.directory / "index.html", html.Report(
+  pictures = _Pictures(report, config)
+  report.write(summary, required=REQUIRED, page=html.Report(
     title="Meta-optimizers: learning in context beside finetuning",
     lead="\n\n".join(
       [*(_lead(task, of) for task, of in summary["tasks"].items()), _CAUTION]),
-    key_figures=_key_figures(summary, seconds),
+    key_figures=[*_key_figures(summary), report.work_figure("all studies together")],
     sections=[
       *(_task_section(task, summary["tasks"][task], results, pictures)
         for task, results in found.items()),
@@ -80,9 +74,8 @@ def run(
     facts={
       "seeds": ", ".join(str(r.summary["seed"]) for r in next(iter(found.values()))),
       "readout": next(iter(found.values()))[0].summary["readout"],
-      "work": progress.format_seconds(seconds),
-      "versions": ", ".join(
-        f"{k} {v}" for k, v in context.manifest(next(iter(runs.values())))["versions"].items()),
+      "work": report.work,
+      "versions": report.versions,
     },
   ))
 
@@ -134,11 +127,8 @@ def _text(of: Mapping[str, Any], spec: str = ".3f") -> str | None:
 class _Pictures:
   """Draws figures into the stage's folder."""
 
-  def __init__(self, context, config):
-    self.directory, self.config = context.directory, config
-
-  def figure(self, name: str, figure, caption: str) -> html.Figure:
-    return html.Figure(plots.save(self.directory / f"{name}.png", figure), caption)
+  def __init__(self, report, config):
+    self.figure, self.config = report.figure, config
 
   def curves(self, name, results, series, y_label, caption) -> html.Figure | None:
     """Values by layer: `series` has a network and a metric for each label."""
@@ -284,7 +274,7 @@ def _lead(task: str, summary: Mapping[str, Any]) -> str:
     f"{_text(of['sim_am_before'])} before; Kendall's tau {_text(of['kendall']) or 'undefined'}.")
 
 
-def _key_figures(summary, seconds) -> list[html.KeyFigure]:
+def _key_figures(summary) -> list[html.KeyFigure]:
   figures = []
   for task, of in summary["tasks"].items():
     trained = of["networks"][TRAINED]
@@ -293,8 +283,7 @@ def _key_figures(summary, seconds) -> list[html.KeyFigure]:
     figures.append(html.KeyFigure(f"{trained['sim_aou']['mean']:.2f}", "SimAOU", note))
     if trained["rec2ftp"]["mean"] is not None:
       figures.append(html.KeyFigure(f"{trained['rec2ftp']['mean']:.0f}%", "Rec2FTP", task))
-  return [*figures[:4], html.KeyFigure(
-    progress.format_seconds(seconds), "work", "all studies together")]
+  return figures[:4]
 
 
 def _meaning() -> html.Section:
@@ -327,6 +316,4 @@ def table(summary: Mapping[str, Any]) -> str:
         _text(found["rec2ftp"], ".1f") or "-",
         *(_text(found[key]) or "-"
           for key in ("sim_aou", "sim_aou_raw", "sim_am", "sim_am_before", "kendall"))))
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return "\n".join(
-    "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+  return run_report.text_table(rows)

@@ -34,20 +34,19 @@ from lmops_jax.config.setting_types import (
   at_least,
   component,
 )
-from lmops_jax.control.checks import OBJECTIVES
 from lmops_jax.control.gradient_norms import gradient_norms
+from lmops_jax.control.options import AUTO
 from lmops_jax.data import export
 from lmops_jax.evaluation import examples
 from lmops_jax.host import hashing
 from lmops_jax.mesh import checkpoints, meshes, processes
-from lmops_jax.sizing import budget, flops
+from lmops_jax.sizing import budget, flops, solve_cost
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import dsir, plan, prepare, pretrain
 from lmops_jax.training import language_models, loop, losses, optimizers
 
 MATMUL_PRECISIONS = ("default", "high", "highest")
 DIVISORS = ("gradient_norm", "sqrt_length")
-AUTO = "auto"  # as many as there are, up to a bound
 UNFINISHED = "unfinished"  # folder of a solve's states, in its stage until the scores are written
 
 
@@ -107,6 +106,17 @@ class CorpusMethod(Protocol):
 
   def score_corpus(self, bench: Bench) -> Iterator[np.ndarray]:
     """Scores of consecutive instances, in blocks; large is good."""
+
+
+@runtime_checkable
+class SolvingMethod(ProxyMethod, Protocol):
+  """A proxy method that solves the control problem of a training run, as `PMP` does."""
+
+  def check_optimizer(self, proxy: pretrain.Pretrain, length: int, partitioner) -> None:
+    """Refuses, from shapes alone, an inner optimizer under which every score would be 0."""
+
+  def decided(self, bench: Bench) -> SolvingMethod:
+    """Itself, with all that the memory of the devices decides; called before `score_proxies`."""
 
 
 @dataclasses.dataclass
@@ -325,25 +335,19 @@ class PMP:
   Attributes:
     name: of the method in folders and figures.
     optimizer: of the inner run; the costates are exact for any optax transformation.
-    surrogate: "clipped_straight_through" for an optimizer whose update is piecewise constant, such
-      as Lion: its exact scores are all 0, see `control.surrogates`.
+    options: of each solve. Its `micro_batch_size` is rounded so that each of the mesh's shards has
+      as many rows, and at least one; `trajectory` "auto" takes what recomputes least in the memory
+      of the devices; `segment_steps` lie between two points that an interrupted solve resumes from,
+      and whose states lie in host memory.
     num_steps: inner steps, T.
     batch_size: instances of an inner step, drawn from the corpus by `data_seed`.
     checkpoints: proxy steps to start from; None: the proxy's last.
     num_target: random instances of the target's dev part in J; None: all; "auto": `max_target`, or
       all where there are fewer.
     max_target: most that "auto" takes.
-    objective: "area" (the paper's) or "terminal".
-    every_k, groups, proxy_samples: which costates score the proxies, see `control.pmp_scores`.
-    hessian: False drops the Hessian term, a cheap ablation.
-    trajectory: "all", "sqrt", "host" or a number of slots; "auto" takes what recomputes least in
-      the memory of the devices, see `control.plan`.
-    device_bytes: memory of a device, for "auto" where jax does not tell it.
-    segment_steps: steps between two points that an interrupted solve resumes from, and whose states
-      lie in host memory.
-    micro_batch_size: target and proxy instances that are differentiated at a time.
-    inner_micro_batch_size: the same for an inner batch, of which it is a divisor; None: all. Both
-      are rounded so that each of the mesh's shards has as many rows, and at least one.
+    device_bytes: memory of a device, for `trajectory="auto"` if jax does not tell it.
+    micro_batch_size: target instances, and proxies unless the options say, that are differentiated
+      at a time; rounded like that of the options.
     matmul_precision: of the solve's products, as jax names it; "highest" is full float32 also on
       GPUs and TPUs, None their default.
     inner_data: what inner batches are drawn from, "corpus", or "proxies" as the paper's algorithm
@@ -356,48 +360,22 @@ class PMP:
 
   optimizer: optax.GradientTransformation
   name: Name = "pds"
+  options: control.SolveOptions = control.SolveOptions()
   num_steps: PositiveInt = 40
   batch_size: PositiveInt = 32
   checkpoints: Annotated[Sequence[Count], NonEmpty, Distinct] | None = None
   num_target: PositiveInt | Literal[AUTO] | None = None
   max_target: PositiveInt = 128
-  objective: Literal[OBJECTIVES] = "area"
-  every_k: PositiveInt = 1
-  groups: PositiveInt | None = None
-  proxy_samples: PositiveInt | None = None
-  hessian: bool = True
-  trajectory: Literal["all", "sqrt", "host", "auto"] | PositiveInt = "all"
   device_bytes: Positive | None = None
-  segment_steps: PositiveInt = 10
   micro_batch_size: PositiveInt = 64
-  inner_micro_batch_size: PositiveInt | None = None
   matmul_precision: Literal[MATMUL_PRECISIONS] | None = None
   data_seed: Seed = 0
   inner_data: Literal["corpus", "proxies"] = "corpus"
   shuffle: bool = True
   divide_by: Literal[DIVISORS] | None = None
-  surrogate: Literal[control.SURROGATES] | None = None
 
   def __post_init__(self):
-    if self.inner_micro_batch_size is not None and self.batch_size % self.inner_micro_batch_size:
-      raise ValueError(
-        f"pds.PMP.inner_micro_batch_size={self.inner_micro_batch_size} does not divide "
-        f"batch_size={self.batch_size}; choose a divisor."
-      )
-    if self.groups is not None and self.groups > self.num_steps:
-      raise ValueError(
-        f"pds.PMP.groups={self.groups} is more than num_steps={self.num_steps}."
-      )
-    if self.proxy_samples is not None:
-      if self.proxy_samples > self.num_steps:
-        raise ValueError(
-          f"pds.PMP.proxy_samples={self.proxy_samples} is more than num_steps={self.num_steps}."
-        )
-      if self.groups is not None or self.every_k != 1:
-        raise ValueError(
-          f"pds.PMP.proxy_samples={self.proxy_samples} goes with neither groups={self.groups} nor "
-          f"every_k={self.every_k}; set groups to None and every_k to 1."
-        )
+    self.options.check_sizes(self.num_steps, self.batch_size)
 
   def target_instances(self, num: int) -> int:
     """Instances in J, of a dev part of that size."""
@@ -410,17 +388,40 @@ class PMP:
     size = proxy.model.vocab_size or 2  # the real one is not known before the texts are read
     model = language_models.language_model(proxy.model, size, length)
     params = language_models.abstract_params(loop.initializer(model), partitioner)
-    control.check_optimizer(self.optimizer, params, self.surrogate, "pds.PMP.")
+    control.check_optimizer(
+      self.optimizer, params, self.options.surrogate, "pds.PMP.", "control.SolveOptions."
+    )
+
+  def decided(self, bench: Bench) -> PMP:
+    """Itself, with the trajectory decided from the devices' memory if it is "auto"."""
+    if self.options.trajectory != AUTO:
+      return self
+    device = bench.partitioner.mesh.devices.flat[0]
+    memory = budget.memory_of(device, self.device_bytes)
+    parts = plan.solve_parts(
+      self, bench.proxy, bench.proxy_set, bench.corpus.vocab_size, bench.corpus.length,
+      bench.partitioner, len(bench.prepared.target_dev), bench.partitioner.platform,
+    )
+    policy = plan.resolve_trajectory(self, parts, memory)
+    bench.context.log(
+      f"{self.name}: trajectory {policy!r} for states of {parts.state / 2**20:,.1f} MiB in "
+      f"{memory.device_bytes / 2**20:,.1f} MiB a device"
+    )
+    return dataclasses.replace(
+      self, options=dataclasses.replace(self.options, trajectory=policy)
+    )
 
   def inner_rows(self, partitioner: meshes.Partitioner) -> int | None:
     """Rows of an inner batch that are differentiated at a time on that mesh; None: all."""
-    return partitioner.micro_batch_size(self.batch_size, self.inner_micro_batch_size)
+    return partitioner.micro_batch_size(self.batch_size, self.options.micro_batch_size)
 
   def score_proxies(self, bench: Bench) -> np.ndarray:
     """`[C,M]`: the proxies' scores from each checkpoint."""
     bench.check_sizes(self)
     corpus, num_proxies = bench.corpus, len(bench.proxies["example_id"])
-    proxies, proxy_batch_size = bench.place_rows(bench.proxies, self.micro_batch_size)
+    proxies, proxy_batch_size = bench.place_rows(
+      bench.proxies, self.options.proxy_batch_size or self.micro_batch_size
+    )
     inner_indices = bench.proxy_indices if self.inner_data == "proxies" else None
     source = language_models.batch_source(
       corpus, inner_indices, self.batch_size, self.data_seed, self.shuffle
@@ -432,8 +433,11 @@ class PMP:
     weights = np.full((self.num_steps, self.batch_size), 1 / self.batch_size, np.float32)
     num_target = self.target_instances(len(bench.prepared.target_dev))
     target_loss = bench.target_loss(num_target, self.micro_batch_size)
-    num_segments = 2 * -(-self.num_steps // self.segment_steps)
-    trajectory = self._trajectory(bench, num_target)
+    options = dataclasses.replace(
+      self.options, micro_batch_size=self.inner_rows(bench.partitioner),
+      proxy_batch_size=proxy_batch_size,
+    )
+    num_segments = 2 * -(-self.num_steps // options.segment_steps)
     rows, norms = [], collections.defaultdict(list)
     for step in self.checkpoints or (bench.proxy.num_steps,):
       params = bench.proxy_params(step)
@@ -452,15 +456,12 @@ class PMP:
             store.wait()
             raise processes.Terminated
 
-        result = control.pmp_scores_resumable(
-          bench.example_losses, target_loss, self.optimizer, params, batches,
-          weights, objective=self.objective, trajectory=trajectory, proxy=proxies,
-          every_k=self.every_k, groups=self.groups, hessian=self.hessian,
-          proxy_samples=self.proxy_samples, sample_seed=self.data_seed,
-          proxy_batch_size=proxy_batch_size,
-          micro_batch_size=self.inner_rows(bench.partitioner), segment_steps=self.segment_steps,
-          device_rows=bench.partitioner.device_rows, surrogate=self.surrogate, store=store,
-          progress=advance,
+        run = control.TrainingRun(
+          bench.example_losses, self.optimizer, params, batches, weights,
+          bench.partitioner.device_rows,
+        )
+        result = control.solve(
+          run, target_loss, options, proxy=proxies, store=store, progress=advance,
           log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
         )
       result = processes.fetch(result._replace(params=None))
@@ -470,40 +471,20 @@ class PMP:
       for name in ("target_losses", "costate_norms", "target_grad_norms"):
         norms[name].append(np.asarray(getattr(result, name), np.float64).tolist())
     bench.context.extra.update(norms)
-    passes = control.solve_passes(
-      self.optimizer, params, self.num_steps, segment_steps=self.segment_steps,
-      trajectory=trajectory, objective=self.objective, every_k=self.every_k,
-      groups=self.groups, hessian=self.hessian, proxy_samples=self.proxy_samples,
-      surrogate=self.surrogate,
+    passes = solve_cost.solve_passes(
+      self.optimizer, params, self.num_steps, options, in_segments=True
     )
-    sizes = control.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
+    sizes = solve_cost.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
     for num_passes, size in zip(passes, sizes, strict=True):
       bench.add_flops(size * corpus.length * len(rows), num_passes)
     return np.stack(rows)
 
   def _store(self, bench: Bench, step: int):
-    num_segments = -(-self.num_steps // self.segment_steps)
+    num_segments = -(-self.num_steps // self.options.segment_steps)
     return contextlib.closing(checkpoints.CheckpointStore(
       bench.context.directory / UNFINISHED / str(step), max_to_keep=2,
       keep_steps=range(1, num_segments), chained=True,
     ))
-
-  def _trajectory(self, bench: Bench, num_target: int) -> str | int:
-    """The policy, decided from the devices' memory where it is "auto"."""
-    if self.trajectory != "auto":
-      return self.trajectory
-    device = bench.partitioner.mesh.devices.flat[0]
-    memory = budget.memory_of(device, self.device_bytes)
-    parts = plan.solve_parts(
-      self, bench.proxy, bench.proxy_set, bench.corpus.vocab_size, bench.corpus.length,
-      bench.partitioner, num_target, bench.partitioner.platform,
-    )
-    policy = plan.resolve_trajectory(self, parts, memory)
-    bench.context.log(
-      f"{self.name}: trajectory {policy!r} for states of {parts.state / 2**20:,.1f} MiB in "
-      f"{memory.device_bytes / 2**20:,.1f} MiB a device"
-    )
-    return policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -590,7 +571,7 @@ class InfluenceScores(_DirectionMethod):
     batch = bench.partitioner.place_batch(
       {name: rows[None] for name, rows in source(0).items()}, axis=1
     )
-    passes = control.influence_passes(
+    passes = solve_cost.influence_passes(
       self.solver, self.iterations, curvature=self.curvature, damping=self.damping
     )
     bench.add_flops(self.num_hessian * bench.corpus.length, passes)

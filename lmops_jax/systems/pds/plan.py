@@ -6,18 +6,16 @@ estimate (`sizing.activations`); `lmops aot` asks the compiler.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 
-from lmops_jax import control
-from lmops_jax.control import plan as control_plan
-from lmops_jax.control import programs as control_programs
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models import heads
-from lmops_jax.sizing import activations, flops
+from lmops_jax.sizing import activations, flops, solve_cost, solve_plan, solve_programs
 from lmops_jax.sizing.budget import Memory, Phase
 from lmops_jax.systems.pds import programs, scorer
 from lmops_jax.systems.pds.programs import Sizes, device_bytes
@@ -42,8 +40,7 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
   size_of = functools.partial(programs.vocabulary_size, vocabulary=pipeline.prepare.vocabulary)
   found = [_training("proxy", pipeline.proxy, size_of(pipeline.proxy.model), length, partitioner,
                      platform)]
-  solves = [m for m in pipeline.methods if hasattr(m, "inner_micro_batch_size")]
-  for method in solves:
+  for method in pipeline.solves:
     found += _solve(method, pipeline.proxy, pipeline.proxy_set, size_of(pipeline.proxy.model),
                     length, partitioner, memory, sizes, platform)
   if any(hasattr(m, "score_proxies") for m in pipeline.methods):
@@ -115,18 +112,19 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
   """The parts by arithmetic."""
   model = language_models.language_model(proxy.model, vocab_size, length)
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
-  state = control_programs.abstract_state(method.optimizer, params)
+  state = solve_programs.abstract_state(method.optimizer, params)
   programs.abstract_batch(partitioner, method.batch_size, length)  # checks that it splits
   inner = method.inner_rows(partitioner)
   state_sizes = device_bytes(params), device_bytes(state.opt_state)
-  sizes = control_plan.solve_bytes(
-    *state_sizes, micro_batches=inner is not None, groups=method.groups is not None,
+  sizes = solve_plan.solve_bytes(
+    *state_sizes, micro_batches=inner is not None, groups=method.options.groups is not None,
     whole_bytes=programs.gathered_bytes(params, partitioner))
   act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
                           platform=platform, loss_chunk=proxy.loss_chunk)
   num_target = method.target_instances(num_target)
   _, target_rows = partitioner.filled_rows(num_target, method.micro_batch_size)
-  _, proxy_rows = partitioner.filled_rows(proxy_set.most, method.micro_batch_size)
+  _, proxy_rows = partitioner.filled_rows(
+    proxy_set.most, method.options.proxy_batch_size or method.micro_batch_size)
   one_by_one = {
     "Hessian product": act(inner or method.batch_size, tangents=True),
     "target gradient": act(target_rows),
@@ -135,9 +133,9 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
   rows = method.num_steps * method.batch_size + num_target + proxy_set.most
   on_device = {**sizes._asdict(), "data": _data_bytes(rows, length, partitioner),
                "activations": max(one_by_one.values())}
-  num_segments = -(-method.num_steps // method.segment_steps)
+  num_segments = -(-method.num_steps // method.options.segment_steps)
   return SolveParts(
-    on_device, device_bytes(state), control_plan.host_bytes(*state_sizes, num_segments))
+    on_device, device_bytes(state), solve_plan.host_bytes(*state_sizes, num_segments))
 
 
 def resolve_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
@@ -160,21 +158,22 @@ def _host_excess(method: Any, parts: SolveParts, memory: Memory) -> str:
   return (
     f"the states that a solve's segments start from take {parts.on_host / 2**30:,.1f} GiB of the "
     f"{memory.host_bytes / 2**30:,.1f} GiB of host memory that a device has; raise "
-    f"pds.PMP.segment_steps (now {method.segment_steps}) or give mesh.make.fsdp more devices.")
+    f"control.SolveOptions.segment_steps (now {method.options.segment_steps}) or give "
+    "mesh.make.fsdp more devices.")
 
 
 def _trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
-  if method.trajectory != "auto":
-    return method.trajectory
+  if method.options.trajectory != "auto":
+    return method.options.trajectory
   if memory.device_bytes is None:
     raise ValueError(
-      'pds.PMP.trajectory="auto" needs to know the memory of a device, which jax does not tell '
-      "here; set pds.PMP.device_bytes, or a policy such as \"all\".")
+      'control.SolveOptions.trajectory="auto" needs to know the memory of a device, which jax does '
+      "not tell here; set pds.PMP.device_bytes, or a policy such as \"all\".")
   free = memory.device_bytes - parts.device_bytes
   cautious = free - _ACTIVATIONS_MARGIN * parts.on_device["activations"]
   # Two states at work and on their way are worth some risk, more are not.
-  return control_plan.choose_trajectory(
-    parts.state, min(method.segment_steps, method.num_steps),
+  return solve_plan.choose_trajectory(
+    parts.state, min(method.options.segment_steps, method.num_steps),
     max(cautious, min(free, 2 * parts.state)), max(0, memory.host_bytes - parts.on_host))
 
 
@@ -183,7 +182,7 @@ def planned_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | 
 
   Whether the host's memory is enough is not asked.
   """
-  if method.trajectory == "auto" and memory.device_bytes is not None:
+  if method.options.trajectory == "auto" and memory.device_bytes is not None:
     if memory.device_bytes < parts.device_bytes + parts.state:
       return 1
   return _trajectory(method, parts, memory)
@@ -195,17 +194,16 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   parts = solve_parts(method, proxy, proxy_set, vocab_size, length, partitioner, num_target,
                       platform)
   policy = planned_trajectory(method, parts, memory)
-  segment_steps = min(method.segment_steps, method.num_steps)
-  copies = control_plan.device_state_copies(policy, segment_steps)
+  options = dataclasses.replace(method.options, trajectory=policy)
+  segment_steps = min(options.segment_steps, method.num_steps)
+  copies = solve_plan.device_state_copies(policy, segment_steps)
   held = parts.on_device
   reverse = held | {"trajectory": copies * parts.state}
   model = language_models.language_model(proxy.model, vocab_size, length)
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
   num_params = _num_params(params)
-  passes = control.solve_passes(
-    method.optimizer, params, method.num_steps, segment_steps=segment_steps, trajectory=policy,
-    objective=method.objective, every_k=method.every_k, groups=method.groups,
-    hessian=method.hessian, proxy_samples=method.proxy_samples, surrogate=method.surrogate)
+  passes = solve_cost.solve_passes(
+    method.optimizer, params, method.num_steps, options, in_segments=True)
   per_row = length * flops.forward_flops_per_token(model.config, length)
   forward_flops = 3 * method.num_steps * method.batch_size * per_row
   step_flops = passes.batch * method.batch_size * per_row - forward_flops
@@ -218,7 +216,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   forward["activations"] = _activations(
     model.config, inner or method.batch_size, length, partitioner, platform,
     loss_chunk=proxy.loss_chunk)
-  recomputed = control_plan.num_recomputed(policy, segment_steps) / segment_steps
+  recomputed = solve_plan.num_recomputed(policy, segment_steps) / segment_steps
   policy_text = (
     f"trajectory {policy!r}: {copies} states of {parts.state / 2**20:,.1f} MiB on a device in a "
     f"segment of {segment_steps} steps, {recomputed:.2f} steps computed again for each; "

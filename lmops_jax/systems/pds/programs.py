@@ -6,6 +6,7 @@ No data is read. The programs are those that the stages run, with their sharding
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -14,13 +15,12 @@ import jax.numpy as jnp
 
 from lmops_jax import control
 from lmops_jax.config.refusals import ConfigError
-from lmops_jax.control import cost as cost_lib
-from lmops_jax.control import programs as control_programs
-from lmops_jax.control.problem import PROXY_SCOPE, Settings
+from lmops_jax.control.problem import PROXY_SCOPE
 from lmops_jax.control.targets import MeanTargetLoss
 from lmops_jax.mesh.meshes import Partitioner
-from lmops_jax.sizing import flops
+from lmops_jax.sizing import flops, solve_cost
 from lmops_jax.sizing.aot import Program
+from lmops_jax.sizing.solve_programs import segment_programs
 from lmops_jax.training import language_models, loop, losses, train_state
 
 BATCH_FIELDS = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
@@ -110,25 +110,26 @@ def solve_programs(
   model = language_models.language_model(proxy.model, vocab_size, length)
   example_losses = losses.lm_example_losses(model, chunk=proxy.loss_chunk)
   params = abstract_train_state(model, proxy.optimizer, partitioner)[0].params
-  num_steps, segment_steps = method.num_steps, min(method.segment_steps, method.num_steps)
+  num_steps = method.num_steps
   num_target = method.target_instances(num_target)
   target_rows, target_size = partitioner.filled_rows(num_target, method.micro_batch_size)
-  proxy_rows, proxy_size = partitioner.filled_rows(proxy_set.most, method.micro_batch_size)
+  proxy_rows, proxy_size = partitioner.filled_rows(
+    proxy_set.most, method.options.proxy_batch_size or method.micro_batch_size)
   target = MeanTargetLoss(
     abstract_batch(partitioner, target_rows, length), example_losses, target_size, num_target,
     partitioner.device_rows)
-  settings = Settings(
-    method.objective, trajectory, method.every_k, method.groups, method.hessian,
-    micro_batch_size=method.inner_rows(partitioner), proxy_batch_size=proxy_size,
-    proxy_samples=method.proxy_samples, sample_seed=method.data_seed,
-    surrogate=method.surrogate)
+  options = dataclasses.replace(
+    method.options, trajectory=trajectory, micro_batch_size=method.inner_rows(partitioner),
+    proxy_batch_size=proxy_size).checked(num_steps, method.batch_size)
+  segment_steps = options.segment_steps
   weights = jax.ShapeDtypeStruct((num_steps, method.batch_size), jnp.float32,
                                  sharding=partitioner.replicated)
-  programs = control_programs.segment_programs(
-    example_losses, target, method.optimizer, params,
+  run = control.TrainingRun(
+    example_losses, method.optimizer, params,
     abstract_batch(partitioner, method.batch_size, length, num_steps), weights,
-    abstract_batch(partitioner, proxy_rows, length), settings, segment_steps,
     partitioner.device_rows)
+  programs = segment_programs(
+    run, target, abstract_batch(partitioner, proxy_rows, length), options)
 
   def with_precision(lower):
     def lowered():
@@ -137,14 +138,12 @@ def solve_programs(
     return lowered
 
   num_segments = -(-num_steps // segment_steps)
-  num_scored = cost_lib.num_scored(
-    num_steps, method.every_k, method.groups, method.proxy_samples)
+  num_scored = solve_cost.num_scored(num_steps, options)
   per_row = length * flops.forward_flops_per_token(model.config, length)
-  forward, reverse = (cost_lib.segment_passes(
-    method.optimizer, params, segment_steps, is_reverse=is_reverse, trajectory=trajectory,
-    objective=method.objective, hessian=method.hessian, surrogate=method.surrogate,
+  forward, reverse = (solve_cost.segment_passes(
+    method.optimizer, params, segment_steps, options, is_reverse=is_reverse,
     num_scored=num_scored / num_segments) for is_reverse in (False, True))
-  sizes = control.Passes(method.batch_size, num_target, proxy_set.most)
+  sizes = solve_cost.Passes(method.batch_size, num_target, proxy_set.most)
   common = dict(steps=segment_steps, remedies=solve_remedies(method, proxy, partitioner),
                 bytes_beside=device_bytes(params))
   return [
@@ -190,13 +189,13 @@ def training_remedies(config: Any, partitioner: Partitioner) -> tuple[str, ...]:
 def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[str, ...]:
   """The same of a solve."""
   found = _less_gathering(partitioner)
-  inner = method.inner_micro_batch_size or method.batch_size
+  inner = method.options.micro_batch_size or method.batch_size
   if max(inner, method.micro_batch_size) > partitioner.num_batch_shards:
     found.append(
-      f"smaller micro-batches (pds.PMP.inner_micro_batch_size below {inner}, micro_batch_size "
-      f"below {method.micro_batch_size})")
-  if method.trajectory not in ("host", "auto", 1):
-    found.append('fewer stored states (pds.PMP.trajectory="auto")')
+      f"smaller micro-batches (control.SolveOptions.micro_batch_size below {inner}, "
+      f"pds.PMP.micro_batch_size below {method.micro_batch_size})")
+  if method.options.trajectory not in ("host", "auto", 1):
+    found.append('fewer stored states (control.SolveOptions.trajectory="auto")')
   return (*found, *_recomputation(proxy, "PROXY_MODEL"), more_devices(partitioner))
 
 

@@ -15,13 +15,15 @@ import numpy as np
 
 from lmops_jax.config.setting_types import Count, PositiveInt, component
 from lmops_jax.evaluation import curves
-from lmops_jax.host import progress
-from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.summary import write_summary
+from lmops_jax.reporting import html, plots, run_report
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import evaluate, methods, prepare, scorer, scores, select
 
 BASELINE = "random"
+COST = (
+  "Seconds on the clock and floating-point operations by count, compilation included in the "
+  "former. The report itself is not in the list."
+)
 
 
 @component(module="pds")
@@ -52,18 +54,17 @@ def run(
   """Writes summary.json, the plots and index.html."""
   view = _View(context, config, stages, method_names)
   summary = view.summary()
-  write_summary(context.directory / "summary.json", summary, required=SUMMARY_KEYS)
   page = html.Report(
     title="PDS: pre-training data selection by optimal control",
     lead=_lead(summary),
-    key_figures=_key_figures(summary),
+    key_figures=[*_key_figures(summary), view.report.work_figure()],
     sections=[
       view.learning_section(summary), view.selection_section(summary), view.scores_section(summary),
-      view.examples_section(), view.cost_section(summary), view.corpus_section(),
+      view.examples_section(), view.report.cost_section(COST, total=True), view.corpus_section(),
     ],
     facts=view.facts(),
   )
-  html.write_report(context.directory / "index.html", page)
+  view.report.write(summary, page, required=SUMMARY_KEYS)
 
 
 class _View:
@@ -71,6 +72,7 @@ class _View:
 
   def __init__(self, context, config: Report, stages, method_names):
     self.context, self.config, self.method_names = context, config, list(method_names)
+    self.report = run_report.RunReport(context, stages)
     self.manifests = {name: context.manifest(name) for name in stages}
     self.prepared = prepare.Prepared(context.input("prepare"))
     self.corpus = self.prepared.corpus
@@ -101,21 +103,16 @@ class _View:
       },
       "num_instances": len(self.corpus),
       "num_selected": {name: len(indices) for name, indices in self.selected.items()},
-      "stages": [
-        {"name": name, "seconds": manifest["seconds"], "flops": manifest["flops"]}
-        for name, manifest in self.manifests.items()
-      ],
+      "stages": self.report.costs,
       "corpus": self.prepared.statistics(),
     }
 
   def facts(self) -> dict[str, str]:
-    seconds = sum(manifest["seconds"] for manifest in self.manifests.values())
     seeds = sorted({row["seed"] for row in self.evaluations})
-    versions = next(iter(self.manifests.values())).get("versions", {})
     return {
-      "work": progress.format_seconds(seconds),
+      "work": self.report.work,
       "seeds": ", ".join(map(str, seeds)),
-      "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+      "versions": self.report.versions,
     }
 
   def learning_section(self, summary) -> html.Section:
@@ -164,8 +161,8 @@ class _View:
       "Models of one size, trained alike for the same number of steps, each on one selection. The "
       "test part of the target was opened for these numbers only. Lower is better; the corpus loss "
       "is on held-out text of the whole corpus, which a selection is free to neglect.",
-      figures=[self._figure("target_test_loss", figure,
-                            "Mean over seeds; the band spans them. The start is cut off.")],
+      figures=[self.report.figure("target_test_loss", figure,
+                                  "Mean over seeds; the band spans them. The start is cut off.")],
       tables=[html.Table(columns, rows, highlight=[0])],
     )
 
@@ -182,7 +179,7 @@ class _View:
     return html.Section(
       "What was selected",
       "Shares of the tokens by kind of document. No stage before this report has read the kinds.",
-      figures=[self._figure("share_by_kind", figure, "Kinds in the order of their share.")],
+      figures=[self.report.figure("share_by_kind", figure, "Kinds in the order of their share.")],
       tables=[html.Table(columns, rows)],
     )
 
@@ -197,13 +194,13 @@ class _View:
       name = self.fitted[0]
       values = self._corpus_scores(name)
       chosen = values[self.selected[name]]
-      figures.append(self._figure("scores", plots.histogram(
+      figures.append(self.report.figure("scores", plots.histogram(
         {"corpus": values, "selected": chosen}, x_label=f"score by {name} (standard deviations)",
         y_label="instances",
       ), "Scores of all instances and of the selected ones."))
       with np.load(self.context.input(f"scorer/{name}") / scorer.VALIDATION_FILE) as arrays:
         target, predicted = arrays["target"], arrays["predicted"]
-      figures.append(self._figure("scorer", plots.scatter(
+      figures.append(self.report.figure("scorer", plots.scatter(
         target, predicted, x_label="score from the costates", y_label="the scorer's prediction",
         note=f"Spearman {summary['scorer']['validation_spearman']:.3f}", identity=True,
       ), "Proxies that the scorer was not trained on."))
@@ -241,25 +238,6 @@ class _View:
         parts.append(html.Section(f"{title} by {name}", excerpts=excerpts))
     return html.Section("The best and the worst", sections=parts)
 
-  def cost_section(self, summary) -> html.Section:
-    seconds = sum(stage["seconds"] for stage in summary["stages"])
-    rows = [
-      [stage["name"], stage["seconds"], stage["seconds"] / seconds if seconds else 0.0,
-       stage["flops"] or None, stage["flops"] / stage["seconds"] / 1e9 if stage["flops"] else None]
-      for stage in summary["stages"]
-    ]
-    rows.append(["all", seconds, 1.0, sum(stage["flops"] for stage in summary["stages"]), None])
-    return html.Section(
-      "What it cost",
-      "Seconds on the clock and floating-point operations by count, compilation included in the "
-      "former. The report itself is not in the list.",
-      tables=[html.Table(
-        ["stage", html.Column("seconds", ",.1f"), html.Column("share", ".1%"),
-         html.Column("operations", ".2e"), html.Column("GFLOP/s", ",.1f")],
-        rows, highlight=[len(rows) - 1],
-      )],
-    )
-
   def corpus_section(self) -> html.Section:
     statistics = self.prepared.statistics()
     corpus = statistics["corpus"]
@@ -281,9 +259,6 @@ class _View:
   def _corpus_scores(self, name: str) -> np.ndarray:
     folder = self.context.input(f"annotate/{name}")
     return np.concatenate([s for _, s in scores.read_shards(folder, len(self.corpus))])
-
-  def _figure(self, name: str, figure, caption: str) -> html.Figure:
-    return html.Figure(plots.save(self.context.directory / f"{name}.png", figure), caption)
 
 
 def _steps_text(step: float | None) -> str:
@@ -336,8 +311,6 @@ def _key_figures(summary) -> list[html.KeyFigure]:
   if summary["scorer"]["validation_spearman"] is not None:
     figures.append(html.KeyFigure(f"{summary['scorer']['validation_spearman']:.2f}",
                                   "Spearman", "of the scorer on unseen proxies"))
-  seconds = sum(stage["seconds"] for stage in summary["stages"])
-  figures.append(html.KeyFigure(progress.format_seconds(seconds), "work", "all stages together"))
   return figures
 
 
@@ -354,11 +327,7 @@ def table(summary: Mapping[str, Any]) -> str:
       " ".join(map(_steps_text, result["steps_to_match_random"]))
       if BASELINE in results and name != BASELINE else "",
     ))
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return "\n".join(
-    "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    for row in rows
-  )
+  return run_report.text_table(rows)
 
 
 def method_results(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Pipeline:
       attention.check_platform(config.attention, partitioner.platform)
     for method in self.methods:
       methods.check_inner_size(method, self.proxy_set.most, partitioner.num_batch_shards)
-      if isinstance(method, methods.PMP):
+      if isinstance(method, methods.SolvingMethod):
         method.check_optimizer(self.proxy, self.prepare.length, partitioner)
 
     stages = [
@@ -216,6 +216,11 @@ class Pipeline:
       run = functools.partial(spread, engine=self.engine)
     return functools.partial(distributed.finished, functools.partial(run, **arguments))
 
+  @property
+  def solves(self) -> list[methods.SolvingMethod]:
+    """Its methods that solve the control problem."""
+    return [method for method in self.methods if isinstance(method, methods.SolvingMethod)]
+
   def phases(self, partitioner, memory, *, num_target: int, num_corpus: int, platform: str):
     """What each phase takes, from shapes alone; see `plan.phases`."""
     return plan.phases(
@@ -227,12 +232,11 @@ class Pipeline:
     proxy_size = programs.vocabulary_size(self.proxy.model, vocabulary)
     size = programs.vocabulary_size(self.pretrain.model, vocabulary)
     found = []
-    for method in self.methods:
-      if isinstance(method, methods.PMP):
-        solve = (method, self.proxy, self.proxy_set, proxy_size, length, partitioner, num_target)
-        parts = plan.solve_parts(*solve, partitioner.platform)
-        policy = plan.planned_trajectory(method, parts, memory)
-        found += programs.solve_programs(*solve, policy)
+    for method in self.solves:
+      solve = (method, self.proxy, self.proxy_set, proxy_size, length, partitioner, num_target)
+      parts = plan.solve_parts(*solve, partitioner.platform)
+      policy = plan.planned_trajectory(method, parts, memory)
+      found += programs.solve_programs(*solve, policy)
     return [
       *found, programs.pretrain_program(self.pretrain, size, length, partitioner, "pretrain")]
 
@@ -271,6 +275,8 @@ class Pipeline:
       num_target=len(bench.prepared.target_dev),
     ):
       context.log(sentence)
+    if isinstance(method, methods.SolvingMethod):
+      method = method.decided(bench)
     values = np.atleast_2d(method.score_proxies(bench))
     ids = bench.proxies["example_id"]
     if values.shape[1] != len(ids):

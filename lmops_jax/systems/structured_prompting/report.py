@@ -11,9 +11,7 @@ import numpy as np
 
 from lmops_jax.config.setting_types import component
 from lmops_jax.data.tasks import Task, read_task
-from lmops_jax.host import progress
-from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.summary import write_summary
+from lmops_jax.reporting import html, plots, run_report
 from lmops_jax.stages import pipeline
 
 REQUIRED = ("tasks.*.counts[].metric", "tasks.*.seeds", "stages[].seconds")
@@ -47,27 +45,22 @@ def run(
     found = json.loads((context.input(stage) / "records.json").read_text())
     records.setdefault(task, {})[seed] = {record["key"]: record for record in found}
   tasks = {task: read_task(context.input(f"task/{task}")) for task in records}
+  report = run_report.RunReport(context, stages)
   summary = {
     "model": model,
     "tasks": {task: _summary(tasks[task], of_seeds) for task, of_seeds in records.items()},
-    "stages": [
-      {"name": name, **{key: context.manifest(name)[key] for key in ("seconds", "flops")}}
-      for name in stages],
+    "stages": report.costs,
   }
-  write_summary(context.directory / "summary.json", summary, required=REQUIRED)
-  seconds = sum(stage["seconds"] for stage in summary["stages"])
   first = next(iter(summary["tasks"].values()))
-  html.write_report(context.directory / "index.html", html.Report(
+  report.write(summary, required=REQUIRED, page=html.Report(
     title="Structured prompting: accuracy and cost by number of demonstrations",
     lead="\n\n".join(_lead(task, of) for task, of in summary["tasks"].items()),
-    key_figures=_key_figures(summary, seconds),
+    key_figures=[*_key_figures(summary), report.work_figure()],
     sections=[
-      _section(context, config, task, of, records[task]) for task, of in summary["tasks"].items()],
+      _section(report, config, task, of, records[task]) for task, of in summary["tasks"].items()],
     facts={
       "model": model, "seeds": ", ".join(map(str, first["seeds"])),
-      "work": progress.format_seconds(seconds),
-      "versions": ", ".join(
-        f"{k} {v}" for k, v in context.manifest(stages[0])["versions"].items()),
+      "work": report.work, "versions": report.versions,
     },
   ))
 
@@ -105,7 +98,7 @@ def _summary(task: Task, of_seeds) -> dict[str, Any]:
   }
 
 
-def _section(context, config, task: str, of: Mapping[str, Any], of_seeds) -> html.Section:
+def _section(report, config, task: str, of: Mapping[str, Any], of_seeds) -> html.Section:
   name = of["metric"].replace("_", " ")
 
   def x(count):
@@ -127,16 +120,16 @@ def _section(context, config, task: str, of: Mapping[str, Any], of_seeds) -> htm
     figure = plots.curves(
       {name: runs(lambda r: r["metric"])}, x_label="demonstrations", y_label=name,
       log_x=config.log_counts, reference=reference)
-    figures.append(_figure(
-      context, f"{task}_metric", figure,
+    figures.append(report.figure(
+      f"{task}_metric", figure,
       f"{spans} Up to the window's {_numbers(of['window_count'])} demonstrations prompting is "
       "ordinary, beyond in groups."))
     figure = plots.curves(
       {"reading them once": runs(lambda r: r["read_seconds"]),
        "a hundred rows": runs(lambda r: 100 * r["rows_seconds"] / r["num_rows"])},
       x_label="demonstrations", y_label="seconds", log_x=config.log_counts, height=2.9)
-    figures.append(_figure(context, f"{task}_cost", figure,
-                           "Seconds on the clock, compilation of the first of each included."))
+    figures.append(report.figure(
+      f"{task}_cost", figure, "Seconds on the clock, compilation of the first of each included."))
   names = [_numbers(row["counts"]) + (" (window)" if row["is_window"] else "")
            for row in of["counts"]]
   found = html.Table(
@@ -160,10 +153,6 @@ def _section(context, config, task: str, of: Mapping[str, Any], of_seeds) -> htm
     tables=[found, cost])
 
 
-def _figure(context, name: str, figure, caption: str) -> html.Figure:
-  return html.Figure(plots.save(context.directory / f"{name}.png", figure), caption)
-
-
 def _numbers(values: Sequence[int]) -> str:
   low, high = min(values), max(values)
   return f"{low:,}" if low == high else f"{low:,} to {high:,}"
@@ -184,14 +173,14 @@ def _lead(task: str, of: Mapping[str, Any]) -> str:
   return f"**{task}**, {name} on {of['num_rows']:,} rows: {', '.join(parts)}.{chance}"
 
 
-def _key_figures(summary, seconds) -> list[html.KeyFigure]:
+def _key_figures(summary) -> list[html.KeyFigure]:
   figures = []
   for task, of in list(summary["tasks"].items())[:3]:
     last = of["counts"][-1]
     figures.append(html.KeyFigure(
       f"{last['mean']:.0%}", f"{task}, {of['metric'].replace('_', ' ')}",
       f"with {_numbers(last['counts'])} demonstrations"))
-  return [*figures, html.KeyFigure(progress.format_seconds(seconds), "work", "all stages together")]
+  return figures
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -205,6 +194,4 @@ def table(summary: Mapping[str, Any]) -> str:
         f"{row['num_groups']:.1f}", f"{row['num_tokens']:,.0f}",
         f"{row['mean']:.1%}", "-" if row["deviation"] is None else f"{row['deviation']:.1%}",
         f"{row['read_seconds']:.1f}", f"{1000 * row['row_seconds']:.0f}"))
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return "\n".join(
-    "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+  return run_report.text_table(rows)

@@ -224,8 +224,7 @@ def test_the_transformer_of_the_paper_is_built_and_costed_abstractly(tmp_path):
   def epoch(params, train, dev, gamma):
     run = control.controlled_run(
       losses, control.mean_target_loss(losses, dev), training.optimizer, params, train,
-      training.num_steps, trajectory=training.trajectory,
-      micro_batch_size=training.micro_batch_size)
+      training.num_steps, options=training.options)
     return control.improve_policy(run, gamma, optimizer.rule, 1e-4)
 
   gamma = jax.ShapeDtypeStruct((4000, 16384), np.float32)

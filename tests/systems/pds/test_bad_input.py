@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from lmops_jax import cli
+from lmops_jax import cli, control
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.systems.pds import methods, pretrain, scorer, select
 from lmops_jax.training import optimizers
@@ -199,15 +199,16 @@ SGD, MODEL = optimizers.sgd(0.1), TransformerConfig()
     (lambda: scorer.Scorer(SGD, eval_every=0), "eval_every=0"),
     (lambda: methods.PMP(None), "pds.PMP.optimizer=None"),
     (lambda: methods.PMP(SGD, num_steps=0), "num_steps=0"),
-    (lambda: methods.PMP(SGD, every_k=0), "every_k=0"),
-    (lambda: methods.PMP(SGD, num_steps=4, groups=5), "groups=5"),
-    (lambda: methods.PMP(SGD, objective="mean"), "objective='mean'"),
+    (lambda: control.SolveOptions(every_k=0), "every_k=0"),
+    (lambda: methods.PMP(SGD, num_steps=4, options=control.SolveOptions(groups=5)), "groups=5"),
+    (lambda: control.SolveOptions(objective="mean"), "objective='mean'"),
     (lambda: methods.PMP(SGD, matmul_precision="double"), "matmul_precision='double'"),
-    (lambda: methods.PMP(SGD, num_steps=4, proxy_samples=5), "proxy_samples=5"),
-    (lambda: methods.PMP(SGD, groups=1, proxy_samples=1), "neither groups=1 nor"),
+    (lambda: methods.PMP(SGD, num_steps=4, options=control.SolveOptions(proxy_samples=5)),
+     "proxy_samples=5"),
+    (lambda: control.SolveOptions(groups=1, proxy_samples=1), "neither groups=1 nor"),
     (lambda: methods.PMP(SGD, inner_data="target"), "inner_data='target'"),
     (lambda: methods.PMP(SGD, divide_by="length"), "pds.PMP.divide_by='length'"),
-    (lambda: methods.PMP(SGD, surrogate="sign"), "pds.PMP.surrogate='sign'"),
+    (lambda: control.SolveOptions(surrogate="sign"), "control.SolveOptions.surrogate='sign'"),
     (lambda: methods.InfluenceScores(divide_by="x"), "pds.InfluenceScores.divide_by='x'"),
     (lambda: methods.InfluenceScores(num_hessian=100), "num_hessian=100"),
     (lambda: methods.Perplexity(prefer="high"), "prefer='high'"),
@@ -223,5 +224,5 @@ def test_settings_are_checked_when_they_are_built(make, message):
 def test_an_inner_optimizer_without_derivative_is_refused_first(lmops, corpus, target, tmp_path):
   code, printed = lmops(corpus, target, "--gin.INNER_OPTIMIZER=@optim.lion()")
   assert code == 2 and "Every score would be 0: the update of pds.PMP.optimizer" in printed
-  assert "scale_by_lion" in printed and "set pds.PMP.surrogate='clipped" in printed
+  assert "scale_by_lion" in printed and "set control.SolveOptions.surrogate='clipped" in printed
   assert not list(tmp_path.glob("run/prepare/*"))

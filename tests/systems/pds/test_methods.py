@@ -13,7 +13,7 @@ import pytest
 from lmops_jax import control
 from lmops_jax.mesh import meshes
 from lmops_jax.models.transformer import Transformer, TransformerConfig
-from lmops_jax.sizing import flops
+from lmops_jax.sizing import flops, solve_cost
 from lmops_jax.systems.pds import methods, pretrain
 from lmops_jax.training import optimizers
 
@@ -98,7 +98,9 @@ def test_the_target_loss_is_the_exact_mean_whatever_the_mesh_divides(tmp_path, m
 @pytest.mark.slow
 def test_scores_do_not_depend_on_whether_the_mesh_divides_the_rows(tmp_path):
   """33 target instances and 21 proxies on 8 devices and on one; the norms are kept and logged."""
-  method = methods.PMP(SGD, num_steps=3, batch_size=8, segment_steps=2, micro_batch_size=12)
+  method = methods.PMP(
+    SGD, num_steps=3, batch_size=8, micro_batch_size=12,
+    options=control.SolveOptions(segment_steps=2))
   benches = [
     _bench(tmp_path / str(n), num_target=33, num_proxies=21, devices=n) for n in (1, 8)
   ]
@@ -126,7 +128,7 @@ def test_direction_scores_of_any_number_of_rows(tmp_path):
 
 
 @pytest.mark.parametrize("make, devices", [
-  (functools.partial(methods.PMP, SGD, num_steps=2, batch_size=8, segment_steps=2), 1),
+  (functools.partial(methods.PMP, SGD, num_steps=2, batch_size=8), 1),
   (methods.OneStep, 8),
 ])
 def test_scores_over_gradient_norm_or_length(tmp_path, make, devices):
@@ -148,14 +150,14 @@ def test_scores_over_gradient_norm_or_length(tmp_path, make, devices):
 def test_inner_batches_may_be_drawn_from_the_proxies(tmp_path, monkeypatch):
   seen = []
 
-  def solve(losses, target_loss, optimizer, params, batches, weights, *, proxy, **_):
-    seen.append(np.asarray(batches["tokens"]).reshape(-1, LENGTH))
-    ones = jnp.ones(len(weights))
+  def solve(run, *_, proxy, **__):
+    seen.append(np.asarray(run.batches["tokens"]).reshape(-1, LENGTH))
+    ones = jnp.ones(run.num_steps)
     return control.PmpResult(
-      jnp.ones(weights.shape), jnp.ones(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
-      ones, ones, ones, None)
+      jnp.ones(run.weights.shape), jnp.ones(len(proxy["tokens"])), jnp.ones(run.num_steps + 1),
+      run.params, ones, ones, ones, None)
 
-  monkeypatch.setattr(control, "pmp_scores_resumable", solve)
+  monkeypatch.setattr(control, "solve", solve)
   bench = _bench(tmp_path, num_target=9, num_proxies=16, devices=1)
   for where in ("corpus", "proxies"):
     methods.PMP(SGD, num_steps=2, batch_size=8, inner_data=where).score_proxies(bench)
@@ -195,19 +197,24 @@ def _counted(bench, method):
 
 
 def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
-  def solve(losses, target_loss, optimizer, params, batches, weights, *, proxy, **_):
-    ones = jnp.ones((len(weights), weights.shape[1]))
+  def solve(run, *_, proxy, **__):
     return control.PmpResult(
-      ones, jnp.ones(len(proxy["tokens"])), jnp.ones(len(weights) + 1), params,
-      *jnp.ones((3, len(weights))), None)
+      jnp.ones(run.weights.shape), jnp.ones(len(proxy["tokens"])), jnp.ones(run.num_steps + 1),
+      run.params, *jnp.ones((3, run.num_steps)), None)
 
-  monkeypatch.setattr(control, "pmp_scores_resumable", solve)
+  monkeypatch.setattr(control, "solve", solve)
   zeros = lambda *args, **_: jnp.zeros(len(args[3]["tokens"]))  # noqa: E731
   monkeypatch.setattr(control, "directional_scores", zeros)
   monkeypatch.setattr(control, "influence_direction", lambda losses, grad, *_, **__: grad)
   bench = _bench(tmp_path, num_target=16, num_proxies=24, devices=1)
-  base = methods.PMP(SGD, num_steps=5, batch_size=8, segment_steps=2, micro_batch_size=8)
-  replace = lambda name, **kw: dataclasses.replace(base, name=name, **kw)  # noqa: E731
+  base = methods.PMP(SGD, num_steps=5, batch_size=8, micro_batch_size=8,
+                     options=control.SolveOptions(segment_steps=2))
+
+  def replace(name, optimizer=SGD, divide_by=None, **kw):
+    return dataclasses.replace(
+      base, name=name, optimizer=optimizer, divide_by=divide_by,
+      options=dataclasses.replace(base.options, **kw))
+
   # A step: forward 3, once more in its segment 3, Hessian product with slopes 8. The target: five
   # gradients and the loss at the start. The proxies: every step.
   solve = 5 * 8 * (3 + 3 + 8) + 16 * (5 * 3 + 1) + 24 * 5 * 3
@@ -233,13 +240,15 @@ def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
 
 def test_passes_of_the_plain_solve_and_of_other_trajectories():
   params = {"w": jnp.ones(3)}
-  count = lambda **kw: control.solve_passes(SGD, params, 7, **kw).batch  # noqa: E731
+  def count(in_segments=False, **kw):
+    options = control.SolveOptions(**kw)
+    return solve_cost.solve_passes(SGD, params, 7, options, in_segments=in_segments).batch
   assert count() == 7 * (3 + 8)
-  assert count(segment_steps=100) == 7 * (3 + 3 + 8)
+  assert count(in_segments=True, segment_steps=100) == 7 * (3 + 3 + 8)
   assert count(trajectory=1) == 7 * (3 + 8) + 3 * (6 * 5 // 2)  # again from the start each time
-  assert count(segment_steps=7, trajectory=1) == count(trajectory=1) + 7 * 3
+  assert count(in_segments=True, segment_steps=7, trajectory=1) == count(trajectory=1) + 7 * 3
   reads = lambda optimizer: (  # noqa: E731
-    control.solve_passes(optimizer, params, 7).batch > count())
+    solve_cost.solve_passes(optimizer, params, 7).batch > count())
   assert not reads(optimizers.sgd(0.1, momentum=0.9, weight_decay=0.1))
   assert reads(optimizers.adamw(0.1, clip_norm=None))
 

@@ -1,5 +1,6 @@
 """The published setting, built without running it (spec sections 2, 3 and 5; check 20)."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -7,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from lmops_jax import control
 from lmops_jax.config import resolve
 from lmops_jax.control import pmp, targets
-from lmops_jax.control.callables import as_pytree
-from lmops_jax.control.problem import Settings
+from lmops_jax.control.training_run import shardings_of
 from lmops_jax.training import language_models, loop, losses, train_state
 
 PATHS = [
@@ -126,20 +127,19 @@ def test_a_segment_of_the_solve_fits_one_accelerator(paper):
       "loss_mask": jax.ShapeDtypeStruct(shape, np.float32),
     }
 
-  num_steps = solve.segment_steps
+  num_steps = solve.options.segment_steps
   params = nn.unbox(jax.eval_shape(loop.initializer(model), jax.random.key(0)))
   target_loss = targets.MeanTargetLoss(
     rows(1035), example_losses, solve.micro_batch_size, num_rows=1030
   )
-  settings = Settings(
-    every_k=solve.every_k, micro_batch_size=solve.inner_micro_batch_size,
-    proxy_batch_size=solve.micro_batch_size,
-  )
-  lowered = pmp._solve.lower(
-    as_pytree(example_losses), as_pytree(target_loss), as_pytree(solve.optimizer.init),
-    as_pytree(solve.optimizer.update), params, rows(num_steps, solve.batch_size),
+  run = control.TrainingRun(
+    example_losses, solve.optimizer, params, rows(num_steps, solve.batch_size),
     jax.ShapeDtypeStruct((num_steps, solve.batch_size), np.float32),
-    rows(system.proxy_set.num_proxies), settings, pmp.shardings_of(params), None,
+  )
+  options = dataclasses.replace(solve.options, proxy_batch_size=solve.micro_batch_size)
+  lowered = pmp._solve.lower(
+    run.traceable(), target_loss, rows(system.proxy_set.num_proxies),
+    options.checked(num_steps, solve.batch_size), shardings_of(params),
   )
   assert lowered.out_info.scores.shape == (num_steps, 256)
   assert lowered.out_info.proxy_scores.shape == (163_840,)

@@ -10,9 +10,8 @@ import pytest
 from lmops_jax import control
 from lmops_jax.config import resolve
 from lmops_jax.config.refusals import ConfigError
-from lmops_jax.control import plan as control_plan
 from lmops_jax.mesh.meshes import MeshConfig
-from lmops_jax.sizing import aot, flops
+from lmops_jax.sizing import aot, flops, solve_cost, solve_plan, solve_programs
 from lmops_jax.sizing.budget import Memory, memory_of
 from lmops_jax.systems.pds import methods, plan, pretrain, programs
 from lmops_jax.systems.pds.programs import Sizes
@@ -35,9 +34,9 @@ def _pretrain(**kwargs):
 
 
 def _pmp(**kwargs):
-  return methods.PMP(**dict(
-    optimizer=optimizers.adamw(1e-3, eps_root=1e-8), num_steps=6, segment_steps=3, batch_size=16,
-    micro_batch_size=8, inner_micro_batch_size=8) | kwargs)
+  options = control.SolveOptions(**dict(segment_steps=3, micro_batch_size=8) | kwargs)
+  return methods.PMP(optimizers.adamw(1e-3, eps_root=1e-8), options=options, num_steps=6,
+                     batch_size=16, micro_batch_size=8)
 
 
 @pytest.fixture(scope="module", params=["layer", "step"])
@@ -98,14 +97,15 @@ def test_the_compiled_step_is_the_one_that_the_loop_runs(mesh, monkeypatch, tmp_
 def test_the_solve_against_the_compiler(mesh, kwargs):
   method, proxy, proxy_set = _pmp(**kwargs), _pretrain(), methods.ProxySet(64)
   solve = (method, proxy, proxy_set, VOCAB, LENGTH, mesh, 16)
+  policy = method.options.trajectory
   forward, reverse = (
-    aot.compile_program(p, mesh) for p in programs.solve_programs(*solve, method.trajectory))
+    aot.compile_program(p, mesh) for p in programs.solve_programs(*solve, policy))
   sizes = plan.solve_parts(*solve, "cpu")
-  parts, segment = sizes.on_device, method.segment_steps
-  slots = control_plan.device_state_copies(method.trajectory, segment)
+  parts, segment = sizes.on_device, method.options.segment_steps
+  slots = solve_plan.device_state_copies(policy, segment)
   copies = slots if slots < segment else segment
   # The state is an argument, and with the carry the cotangents and sums over a group.
-  groups = 2 * parts["params"] * (method.groups is not None)
+  groups = 2 * parts["params"] * (method.options.groups is not None)
   state = parts["params"] + parts["opt_state"]
   carry = parts["costate"] + parts["opt_state"] + groups
   assert forward.argument_bytes == pytest.approx(state + parts["data"], rel=0.1)
@@ -127,8 +127,8 @@ def test_flops_of_the_phases_are_those_of_the_whole_solve(mesh):
     method, proxy, proxy_set, VOCAB, LENGTH, mesh, Memory(), Sizes(24, 100), "cpu")
   model = programs.language_models.language_model(proxy.model, VOCAB, LENGTH)
   params = programs.abstract_train_state(model, proxy.optimizer, mesh)[0].params
-  passes = control.solve_passes(
-    method.optimizer, params, 6, segment_steps=3, every_k=2)
+  passes = solve_cost.solve_passes(
+    method.optimizer, params, 6, method.options, in_segments=True)
   per_row = LENGTH * flops.forward_flops_per_token(model.config, LENGTH)
   want = per_row * (passes.batch * 16 + passes.target * 24 + passes.proxy * 64)
   assert sum(phase.flops for phase in phases) == pytest.approx(want)
@@ -167,7 +167,7 @@ def test_auto_takes_what_fits():
   assert plan.resolve_trajectory(_pmp(trajectory="sqrt"), parts, Memory()) == "sqrt"
   starts_alone = Memory(rest + margin + 4 * parts.state, parts.on_host + 5 * parts.state)
   assert plan.resolve_trajectory(method, parts, starts_alone) == 4
-  with pytest.raises(ValueError, match="raise pds.PMP.segment_steps .now 6."):
+  with pytest.raises(ValueError, match="raise control.SolveOptions.segment_steps .now 6."):
     plan.resolve_trajectory(_pmp(trajectory="all", segment_steps=6), parts, Memory(1e9, 1.0))
 
 
@@ -227,7 +227,7 @@ def test_bad_input(mesh):
   with pytest.raises(ConfigError, match="a batch of 12 instances does not split"):
     programs.abstract_batch(mesh, 12, LENGTH)
   with pytest.raises(ValueError, match="trajectory"):
-    control.programs.segment_programs(
-      losses.lm_example_losses, None, optimizers.sgd(0.1), {}, {},
-      jax.ShapeDtypeStruct((2, 4), jnp.float32), None,
-      control.problem.Settings(trajectory="auto"), 1)
+    solve_programs.segment_programs(
+      control.TrainingRun(losses.lm_example_losses, optimizers.sgd(0.1), {}, {},
+                          jax.ShapeDtypeStruct((2, 4), jnp.float32)),
+      None, None, control.SolveOptions(trajectory="auto"))

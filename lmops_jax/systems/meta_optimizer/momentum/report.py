@@ -10,9 +10,7 @@ import numpy as np
 
 from lmops_jax.evaluation.intervals import mean_and_half_width
 from lmops_jax.evaluation.lm import perplexity
-from lmops_jax.host import progress
-from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.summary import write_summary
+from lmops_jax.reporting import html, plots, run_report
 from lmops_jax.stages import pipeline
 from lmops_jax.training.metrics import read_records
 
@@ -45,6 +43,7 @@ def run(
     key: [r for r in read_records(context.input(train) / "metrics.jsonl") if "loss" in r]
     for key, (train, _) in runs.items()
   }
+  report = run_report.RunReport(context, stages)
   summary = {
     "eta": eta, "seeds": list(seeds), "lengths": list(lengths),
     "perplexity": _perplexities(results, seeds, lengths),
@@ -54,13 +53,9 @@ def run(
     },
     "texts": context.manifest("texts")["extra"]["statistics"],
     "num_tokens": context.manifest(runs[VANILLA, seeds[0]][0])["extra"]["num_tokens"],
-    "stages": [
-      {"name": name, **{key: context.manifest(name)[key] for key in ("seconds", "flops")}}
-      for name in stages
-    ],
+    "stages": report.costs,
   }
-  write_summary(context.directory / "summary.json", summary, required=REQUIRED)
-  _write_page(context, summary, curves, stages)
+  report.write(summary, _page(report, summary, curves), required=REQUIRED)
 
 
 def _perplexities(results, seeds, lengths) -> dict[str, Any]:
@@ -134,18 +129,14 @@ def _verdict(difference: Mapping[str, Any]) -> str:
   return f"the {_LEVEL:.0%} interval over seeds leaves 0 out"
 
 
-def _write_page(context, summary, curves, stages) -> None:
+def _page(report, summary, curves) -> html.Report:
   seeds, num = summary["seeds"], len(summary["seeds"])
   longest = f"validation_{summary['lengths'][-1]}"
   main = summary["perplexity"][longest]
-  seconds = sum(stage["seconds"] for stage in summary["stages"])
   better = "lower" if main["perplexity_difference"]["mean"] < 0 else "higher"
   note = ("One seed, so no intervals." if num == 1 else
           f"Means of {num} seeds; differences with their {_LEVEL:.0%} interval (t distribution).")
   styles = plots.looks([MOMENTUM, VANILLA], emphasis=[MOMENTUM])
-
-  def figure(name, drawn, caption):
-    return html.Figure(plots.save(context.directory / f"{name}.png", drawn), caption)
 
   def rows(group, key, spec):
     return [
@@ -171,8 +162,9 @@ def _write_page(context, summary, curves, stages) -> None:
     "Perplexity",
     "The number after a part's name is the length in tokens of its instances; the validation text "
     "is the same at every length. Tokens count alike.",
-    figures=[figure("perplexity", by_length, "Validation by length, mean and span of seeds."),
-             figure("training", training, "Training loss by step, mean and span of seeds.")],
+    figures=[
+      report.figure("perplexity", by_length, "Validation by length, mean and span of seeds."),
+      report.figure("training", training, "Training loss by step, mean and span of seeds.")],
     tables=[html.Table(columns, rows(summary["perplexity"], "perplexity_difference", ".3f"),
                        note=note)],
   )]
@@ -182,13 +174,8 @@ def _write_page(context, summary, curves, stages) -> None:
       "In-context learning", "Accuracy of the most likely label word, mean over draws of "
       "demonstrations.", tables=[html.Table(columns, rows(shown, "difference", ".1%"), note=note)],
     ))
-  sections.append(html.Section(
-    "What it cost", "Seconds on the clock, compilation included, and operations by count.",
-    tables=[html.Table(
-      ["stage", html.Column("seconds", ",.1f"), html.Column("operations", ".2e")],
-      [[s["name"], s["seconds"], s["flops"] or None] for s in summary["stages"]])],
-  ))
-  html.write_report(context.directory / "index.html", html.Report(
+  sections.append(report.cost_section(shares=False))
+  return html.Report(
     title="Momentum attention: pairs of language models with and without",
     lead=f"With a decay of {summary['eta']} momentum attention's perplexity on unseen text is "
          f"**{better}** by {abs(main['perplexity_difference']['mean']):.3f}: "
@@ -203,8 +190,6 @@ def _write_page(context, summary, curves, stages) -> None:
     sections=sections,
     facts={
       "eta": str(summary["eta"]), "seeds": ", ".join(map(str, seeds)),
-      "work": progress.format_seconds(seconds),
-      "versions": ", ".join(
-        f"{k} {v}" for k, v in context.manifest(stages[0])["versions"].items()),
+      "work": report.work, "versions": report.versions,
     },
-  ))
+  )

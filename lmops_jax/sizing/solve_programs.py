@@ -1,12 +1,13 @@
-"""The two programs that a resumable solve runs again and again, from shapes alone.
+"""The two programs that a solve with a store runs again and again, from shapes alone.
 
-`pmp_scores_resumable` calls one compiled program for each segment of the forward pass and one for
+It calls one compiled program for each segment of the forward pass and one for
 each segment of the reverse pass. Here the same programs are lowered for abstract values that carry
 the shardings of a mesh, so that they can be compiled for devices that are not there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,11 +16,10 @@ import jax.numpy as jnp
 
 from lmops_jax.control import piecewise, resumable
 from lmops_jax.control.adjoint import float_leaves
-from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import State, init_state, map_images
-from lmops_jax.control.pmp import check_settings, shardings_of
-from lmops_jax.control.problem import Settings
-from lmops_jax.mesh.micro_batches import DeviceRows
+from lmops_jax.control.options import SolveOptions
+from lmops_jax.control.problem import Problem
+from lmops_jax.control.training_run import TrainingRun, shardings_of
 
 
 class SegmentPrograms(NamedTuple):
@@ -36,41 +36,36 @@ class SegmentPrograms(NamedTuple):
 
 
 def segment_programs(
-  example_losses: Callable, target_loss: Any, optimizer: Any, params: Any, batches: Any,
-  weights: jax.ShapeDtypeStruct, proxy: Any, settings: Settings, segment_steps: int,
-    device_rows: DeviceRows | None = None,
-) -> SegmentPrograms:
+    run: TrainingRun, target_loss: Any, proxy: Any, options: SolveOptions) -> SegmentPrograms:
   """The programs of a solve.
 
   Args:
+    run: of `ShapeDtypeStruct`s with shardings.
     target_loss: a `MeanTargetLoss` whose data are `ShapeDtypeStruct`s.
-    params, batches, weights, proxy: as in `pmp_scores`, `ShapeDtypeStruct`s with shardings.
-    settings: of the solve.
-    segment_steps: steps of a segment. device_rows: as in `pmp_scores`.
+    proxy: `ShapeDtypeStruct`s with shardings.
   """
-  num_steps, batch_size = weights.shape
-  settings = check_settings(settings, num_steps, batch_size)
-  data = resumable._Data(
-    as_pytree(example_losses), target_loss, as_pytree(optimizer.update), batches, weights, proxy)
-  state = abstract_state(optimizer, params)
-  settings = settings._replace(
-    surrogate=piecewise.used_surrogate(optimizer.update, state, settings.surrogate))
-  static = dict(settings=settings, shardings=shardings_of(params), device_rows=device_rows)
-  steps = jax.ShapeDtypeStruct((min(segment_steps, num_steps),), jnp.int32)
+  options = options.checked(*run.weights.shape)
+  state = abstract_state(run.optimizer, run.params)
+  options = dataclasses.replace(options, surrogate=piecewise.used_surrogate(
+    run.optimizer.update, state, options.surrogate))
+  params = run.params
+  static = dict(options=options, shardings=shardings_of(params))
+  data = dataclasses.replace(run, params=None).traceable(), target_loss, proxy
+  steps = jax.ShapeDtypeStruct((options.segment_steps,), jnp.int32)
 
   def forward():
-    return resumable._forward_segment.lower(data, state, steps, **static)
+    return resumable.forward_segment.lower(data, state, steps, **static)
 
   def reverse():
     carry, _ = jax.eval_shape(
-      lambda data, state: resumable._problem(data, **static).first_carry(state), data, state)
+      lambda data, state: Problem.of(*data, **static).first_carry(state), data, state)
     carry = carry._replace(
       costate=_placed(carry.costate, params), opt_cotangent=float_leaves(state.opt_state))
     if carry.group is not None:
       carry = carry._replace(group=carry.group._replace(
         direction=_placed(carry.group.direction, params),
         params=_placed(carry.group.params, params)))
-    return resumable._reverse_segment.lower(data, state, carry, steps, **static)
+    return resumable.reverse_segment.lower(data, state, carry, steps, **static)
 
   return SegmentPrograms(forward, reverse, state)
 

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lmops_jax.control import adjoint, checks, jaxprs, plan
+from lmops_jax.control import adjoint, checks, jaxprs
 from lmops_jax.control.dynamics import init_state
-from lmops_jax.control.pmp import check_settings
-from lmops_jax.control.problem import Settings
+from lmops_jax.control.influence import CURVATURES, METHODS, NUM_PROBES, POWER_STEPS
+from lmops_jax.control.options import SolveOptions
+from lmops_jax.sizing import solve_plan
 
 GRADIENT = 3
 SLOPES = 3
 HESSIAN_AND_SLOPES = 8
-NUM_PROBES = 8  # of the mean eigenvalue
-POWER_STEPS = 20  # of the largest eigenvalue
 
 
 class Passes(NamedTuple):
@@ -33,68 +32,57 @@ def solve_passes(
     optimizer: Any,
     params: Any,
     num_steps: int,
+    options: SolveOptions | None = None,
     *,
-    segment_steps: int | None = None,
-    trajectory: str | int = "all",
-    objective: str = "area",
-    every_k: int = 1,
-    groups: int | None = None,
-    hessian: bool = True,
-    proxy_samples: int | None = None,
-    surrogate: str | None = None) -> Passes:
-  """What `pmp_scores`, or `pmp_scores_resumable` with `segment_steps`, computes over T steps.
+    in_segments: bool = False) -> Passes:
+  """What a solve computes over T steps.
 
   Args:
     optimizer: decides whether the reverse pass needs the gradient again: clipping, Adam and sums
       with a traced learning rate do, plain SGD with momentum and decay does not.
     params: of its state, arrays or shapes.
-    num_steps: T. The other arguments are those of the solve.
+    num_steps: T. options: of the solve. in_segments: whether it has a store.
   """
   checks.optimizer(optimizer)
   checks.integer(num_steps, "num_steps", 1)
-  if segment_steps is not None:
-    checks.integer(segment_steps, "segment_steps", 1)
-  check_settings(Settings(
-    objective, trajectory, every_k, groups, hessian, proxy_samples=proxy_samples,
-    surrogate=surrogate), num_steps, 1)
-  num_gradients = _trajectory_gradients(num_steps, segment_steps, trajectory)
-  if _reverse_reads_gradient(optimizer, params, surrogate):
+  options = options or SolveOptions()
+  options.check_sizes(num_steps)
+  segment_steps = options.segment_steps if in_segments else None
+  num_gradients = _trajectory_gradients(num_steps, segment_steps, options.trajectory)
+  if _reverse_reads_gradient(optimizer, params, options.surrogate):
     num_gradients += num_steps
-  reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
+  reverse = HESSIAN_AND_SLOPES if options.hessian else SLOPES
   # J and its gradient at params_T; then at params_{T-1} .. params_1, and J alone at params_0.
-  target = GRADIENT * num_steps + 1 if objective == "area" else GRADIENT + num_steps
-  scored = num_scored(num_steps, every_k, groups, proxy_samples)
-  return Passes(GRADIENT * num_gradients + reverse * num_steps, target, SLOPES * scored)
+  target = GRADIENT * num_steps + 1 if options.objective == "area" else GRADIENT + num_steps
+  return Passes(GRADIENT * num_gradients + reverse * num_steps, target,
+                SLOPES * num_scored(num_steps, options))
 
 
-def num_scored(num_steps: int, every_k: int, groups: int | None, proxy_samples: int | None) -> int:
+def num_scored(num_steps: int, options: SolveOptions) -> int:
   """Times that a solve scores all proxies."""
-  return proxy_samples or groups or -(-num_steps // every_k)
+  return options.proxy_samples or options.groups or -(-num_steps // options.every_k)
 
 
 def segment_passes(
     optimizer: Any,
     params: Any,
     num_steps: int,
+    options: SolveOptions,
     *,
     is_reverse: bool,
-    num_scored: float,
-    trajectory: str | int = "all",
-    objective: str = "area",
-    hessian: bool = True,
-    surrogate: str | None = None) -> Passes:
-  """What one segment of `pmp_scores_resumable` computes, in either pass.
+    num_scored: float) -> Passes:
+  """What one segment of a solve with a store computes, in either pass.
 
   Args:
     num_steps: of the segment. num_scored: times that it scores all proxies, on average.
   """
   if not is_reverse:
     return Passes(GRADIENT * num_steps, 0, 0)
-  num_gradients = _run_gradients(num_steps, trajectory)
-  if _reverse_reads_gradient(optimizer, params, surrogate):
+  num_gradients = _run_gradients(num_steps, options.trajectory)
+  if _reverse_reads_gradient(optimizer, params, options.surrogate):
     num_gradients += num_steps
-  reverse = HESSIAN_AND_SLOPES if hessian else SLOPES
-  target = (GRADIENT if objective == "area" else 1) * num_steps
+  reverse = HESSIAN_AND_SLOPES if options.hessian else SLOPES
+  target = (GRADIENT if options.objective == "area" else 1) * num_steps
   return Passes(GRADIENT * num_gradients + reverse * num_steps, target, SLOPES * num_scored)
 
 
@@ -107,8 +95,8 @@ def influence_passes(
     scale: float | None = None,
     num_batches: int = 1) -> int:
   """Forward passes over one batch in `influence_direction`; for "cg" the most that it takes."""
-  checks.one_of(method, "method", checks.INFLUENCE_METHODS)
-  checks.one_of(curvature, "curvature", checks.CURVATURES)
+  checks.one_of(method, "method", METHODS)
+  checks.one_of(curvature, "curvature", CURVATURES)
   checks.integer(iterations, "iterations", 1)
   product = HESSIAN_AND_SLOPES if curvature == "hessian" else SLOPES + GRADIENT
   whole = 1 + (NUM_PROBES if damping is None else 0)  # products with all batches: the residual last
@@ -129,7 +117,7 @@ def _trajectory_gradients(num_steps: int, segment_steps: int | None, policy: str
 
 
 def _run_gradients(num_steps: int, policy: str | int) -> int:
-  return num_steps + plan.num_recomputed(policy, num_steps)
+  return num_steps + solve_plan.num_recomputed(policy, num_steps)
 
 
 def _reverse_reads_gradient(optimizer: Any, params: Any, surrogate: str | None) -> bool:
