@@ -12,7 +12,7 @@ from lmops_jax.config import gin_files, resolve
 
 ROOT = Path(lmops_jax.__file__).resolve().parents[1]
 READMES = [path for path in (ROOT / "README.md", *gin_files.guides()) if path.is_file()]
-MAX_LINES = 130  # two screens
+MAX_LINES = 150  # two screens and a page of code
 
 
 def commands(path: Path) -> list[str]:

@@ -1,12 +1,14 @@
 """A system of one's own, written from the public skeleton alone: it runs, resumes, plans, refuses.
 
-`SYSTEM` and `GIN` are what a README can quote.
+The README has a smaller one, which runs as it stands there.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +150,19 @@ def test_it_runs_resumes_and_plans(folder):
   refused = lmops("aot", "dice.gin", "--topology", "v5e:2x2")
   assert refused.returncode == 2
   assert "dice.Dice does not say what it takes; lmops aot is for systems" in refused.stderr
+
+
+def test_the_system_of_the_readme_runs_as_it_stands_there(folder):
+  text = Path(__file__).parents[2].joinpath("README.md").read_text()
+  section = text.partition("## Add a system")[2].partition("\n## ")[0]
+  code, = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+  (folder / "dice.py").write_text(code)
+  (folder / "dice.gin").write_text("import dice\nrun.system = @dice.Dice()\n")
+  first = lmops("run", "dice.gin")
+  assert first.returncode == 0, first.stderr
+  summary = json.loads((folder / "lmops_runs/dice/report/summary.json").read_text())
+  assert f"{summary['mean']:.2f}" in first.stdout
+  again = lmops("run", "dice.gin")
+  assert [line.split()[1] for line in again.stdout.splitlines()[1:3]] == ["cached", "cached"]
+  changed = lmops("run", "dice.gin", "--gin.dice.Dice.sides=8")
+  assert "throw: running (sides: 6 -> 8)" in changed.stderr
