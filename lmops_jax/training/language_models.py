@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmops_jax.data import batches as batches_lib
 from lmops_jax.models import transformer
 from lmops_jax.training import loop
+from lmops_jax.training.sources import Epochs
 
 
 def check_length(config: transformer.TransformerConfig, length: int) -> None:
@@ -43,16 +43,11 @@ def language_model(config: transformer.TransformerConfig, vocab_size: int, lengt
 
 def batch_source(
   instances, ids: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True
-) -> Callable[[int], dict[str, np.ndarray]]:
-  """`step -> batch` over the instances `ids` (None: all), this process's rows only."""
-  num = len(instances) if ids is None else len(ids)
-  rows = batches_lib.host_rows(batch_size, jax.process_index(), jax.process_count())
-
-  def batch_at(step: int) -> dict[str, np.ndarray]:
-    index = batches_lib.batch_indices(num, batch_size, seed, step, shuffle=shuffle)[rows]
-    return instances.batch(index if ids is None else ids[index])
-
-  return batch_at
+) -> Epochs:
+  """Batches of the instances `ids` (None: all)."""
+  if ids is None:
+    return Epochs(instances.batch, len(instances), batch_size, seed, shuffle)
+  return Epochs(lambda index: instances.batch(ids[index]), len(ids), batch_size, seed, shuffle)
 
 
 def abstract_params(init_params: Callable[[jax.Array], Any], partitioner):
