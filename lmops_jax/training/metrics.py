@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,72 @@ class MetricsLog:
       file.write(json.dumps(record) + "\n")
     if self._writer is not None:
       self._writer.write_scalars(record["step"], {k: v for k, v in record.items() if k != "step"})
+
+
+class Sums:
+  """Sums over the steps since the last record, in JSON values, so that checkpoints are exact.
+
+  Args:
+    steps: added so far.
+    sums: by name, see `training.learner.Learner.step`; begun anew with every record.
+    totals: by name, since the start of the run.
+  """
+
+  def __init__(self, steps: int = 0, sums: dict[str, float] | None = None,
+               totals: dict[str, int] | None = None):
+    self._steps, self._sums, self._totals = steps, dict(sums or {}), dict(totals or {})
+
+  def as_json(self) -> dict[str, Any]:
+    """The arguments that make it again."""
+    return {"steps": self._steps, "sums": dict(self._sums), "totals": dict(self._totals)}
+
+  def add(self, found: Mapping[str, Any]) -> None:
+    """Adds what one step found."""
+    self._steps += 1
+    for name, value in found.items():
+      if name.startswith("num_"):
+        into = self._sums if name == "num_examples" else self._totals
+        into[name] = into.get(name, 0) + int(value)
+      elif name not in ("nonfinite", "objective"):
+        self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+  def take(self) -> dict[str, float]:
+    """The record: means over examples, means over steps, totals. The sums begin anew."""
+    num_examples = self._sums.pop("num_examples")
+    of_examples = {name: value for name, value in self._sums.items() if name.endswith("_sum")}
+    record = {name.removesuffix("_sum"): value / num_examples
+              for name, value in of_examples.items()}
+    record |= {name: value / self._steps for name, value in self._sums.items()
+               if name not in of_examples}
+    self._steps, self._sums = 0, {}
+    return record | self._totals
+
+
+class Rates:
+  """Rates between records. The first interval compiles and is left out.
+
+  Args:
+    log: gets them.
+    num_positions: token positions of a step, 0 if there are none.
+    flops_per_token: operations of each; None is unknown.
+  """
+
+  def __init__(self, log: MetricsLog, num_positions: int, flops_per_token: float | None):
+    self._log, self._positions, self._flops = log, num_positions, flops_per_token
+    self._last = None
+
+  def record(self, step: int) -> None:
+    """Notes that `step` steps are done by now."""
+    now = time.monotonic()
+    if self._last is not None and now > self._last[1]:
+      rate = (step - self._last[0]) / (now - self._last[1])
+      record = {"step": step, "steps_per_sec": rate}
+      if self._positions:
+        record["tokens_per_sec"] = rate * self._positions
+        if self._flops:
+          record["flops_per_sec"] = rate * self._positions * self._flops
+      self._log.write_speed(record)
+    self._last = (step, now)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

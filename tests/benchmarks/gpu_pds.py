@@ -166,21 +166,21 @@ def pretrain(name: str, args: argparse.Namespace) -> dict:
 
   from lmops_jax.sizing.flops import forward_flops_per_token
   from lmops_jax.training import optimizers
-  from lmops_jax.training.step import make_train_step
-  from lmops_jax.training.train_state import new_state
+  from lmops_jax.training.learner import supervised
 
   kind = args.train_attention
   config = model_config(name, args, attention=kind, remat=args.train_remat, scan_layers=args.scan)
   losses, params = _losses_and_params(config)
   optimizer = optimizers.adamw(1e-4)
   rows, length = _train_rows(args), config.max_length
-  state = [new_state(params, optimizer)]
+  learner, key = supervised(None, losses, optimizer), jax.random.key(0)
+  state = [learner.init(key, params)]
   del params
   batch = _batch(rows, length, config.vocab_size, 1)
-  step = jax.jit(make_train_step(losses, optimizer), donate_argnums=0)
+  step = jax.jit(learner.step, donate_argnums=0)
 
   def call():
-    state[0], metrics = step(state[0], batch)
+    state[0], metrics = step(state[0], batch, key)
     jax.block_until_ready((state[0], metrics))
 
   flops = 3 * forward_flops_per_token(config, length) * rows * length

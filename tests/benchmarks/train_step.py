@@ -41,9 +41,8 @@ import numpy as np
 from lmops_jax.models.transformer import Transformer, TransformerConfig, num_params
 from lmops_jax.sizing.flops import forward_flops_per_token
 from lmops_jax.training import optimizers
+from lmops_jax.training.learner import supervised
 from lmops_jax.training.losses import lm_example_losses
-from lmops_jax.training.step import make_train_step
-from lmops_jax.training.train_state import new_state
 
 SMALL_CPU = TransformerConfig(  # gin/models/small_cpu.gin
   vocab_size=4096, num_layers=2, width=128, num_heads=2, mlp_width=320, max_length=128,
@@ -108,10 +107,12 @@ class Variant:
   def __init__(self, config, chunk, optimizer, data):
     model = Transformer(config)
     params = model.init(jax.random.key(0), data[0]["tokens"][:1, :1])["params"]
-    self.state = new_state(nn.unbox(params), optimizer)
-    step = make_train_step(lm_example_losses(model, chunk=chunk), optimizer)
+    learner = supervised(None, lm_example_losses(model, chunk=chunk), optimizer)
+    self.key = jax.random.key(0)
+    self.state = learner.init(self.key, nn.unbox(params))
     start = time.perf_counter()
-    self.step = jax.jit(step, donate_argnums=0).lower(self.state, data[0]).compile()
+    step = jax.jit(learner.step, donate_argnums=0)
+    self.step = step.lower(self.state, data[0], self.key).compile()
     self.compile_seconds = time.perf_counter() - start
     self.temp_mib = self.step.memory_analysis().temp_size_in_bytes / 2**20
     self.data = data
@@ -121,7 +122,7 @@ class Variant:
   def run(self, steps, warm=False):
     for _ in range(steps):
       start, cpu, faults = time.perf_counter(), time.process_time(), _faults()
-      self.state, metrics = self.step(self.state, self.data[self.done % len(self.data)])
+      self.state, metrics = self.step(self.state, self.data[self.done % len(self.data)], self.key)
       jax.block_until_ready((self.state, metrics))
       self.done += 1
       if not warm:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,19 @@ from lmops_jax.mesh.checkpoints import (
 )
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.training import optimizers
-from lmops_jax.training.train_state import new_state
 
 OPTIMIZER = optimizers.adamw(0.1)
 ADAM = optax.adam(0.1)
+
+
+class State(NamedTuple):
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def new_state(params, optimizer):
+  return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def _state(seed=0, width=8):

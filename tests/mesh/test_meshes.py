@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lmops_jax.control.dynamics import init_state
 from lmops_jax.mesh.meshes import MeshConfig, Partitioner, initialize_distributed, single_device
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training import optimizers
-from lmops_jax.training.train_state import abstract_state
 
 CONFIG = TransformerConfig(
   vocab_size=32, num_layers=2, width=8, num_heads=4, num_kv_heads=2, mlp_width=12
@@ -25,7 +25,8 @@ def _abstract(config=CONFIG):
   def init(key):
     return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-  return abstract_state(init, optimizers.adamw(0.1), jax.random.key(0))
+  optimizer = optimizers.adamw(0.1)
+  return jax.eval_shape(lambda key: init_state(*optimizer, init(key)), jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -67,8 +68,8 @@ def test_rules_place_parameters_and_optimizer_state():
   assert layers["mlp"]["down"]["kernel"].spec == P(None, "tensor", "fsdp")
   assert layers["attention"]["query"]["kernel"].spec == P(None, "fsdp", "tensor", None)
   assert state.params["embedding"].spec == P("tensor", "fsdp")
-  assert state.step.spec == P()
   adam = state.opt_state[1][0]
+  assert adam.count.spec == P()
   assert adam.mu["layers"]["mlp"]["gate"]["kernel"].spec == P(None, "fsdp", "tensor")
   assert adam.count.spec == P()
 

@@ -75,8 +75,9 @@ def test_interrupted_training_goes_on(finished, corpus, tmp_path, monkeypatch):
   describe = small_model.trained_vocabulary.describe_trained
   train = small_model.loop.train
 
-  def few(**kwargs):
-    return train(**{**kwargs, "checkpoint_every": 5})
+  def few(*args, records, **kwargs):
+    records = dataclasses.replace(records, checkpoint_every=5)
+    return train(*args, records=records, **kwargs)
 
   monkeypatch.setattr(small_model.loop, "train", few)
   monkeypatch.setattr(small_model.trained_vocabulary, "describe_trained", killed)

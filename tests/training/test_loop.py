@@ -14,15 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmops_jax.control import dynamics
 from lmops_jax.mesh import processes
 from lmops_jax.mesh.checkpoints import CheckpointStore
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.training import optimizers
-from lmops_jax.training.loop import NonFiniteLossError, load_kept_params, train
+from lmops_jax.training.learner import supervised
+from lmops_jax.training.loop import (
+  Evaluate,
+  NonFiniteLossError,
+  Records,
+  load_kept_params,
+  train,
+)
 from lmops_jax.training.losses import lm_example_losses
 from lmops_jax.training.metrics import read_records
-from lmops_jax.training.train_state import new_state
+from lmops_jax.training.sources import Batches
 
 MODEL = Transformer(
   TransformerConfig(
@@ -50,13 +58,22 @@ def _linear_batch(step):
   return {"x": x, "y": x.sum(1), "example_id": np.arange(8) + 100 * step}
 
 
+def _train(directory, num_steps, seed, batch_at, init_params, example_losses, optimizer, *,
+           accumulate=1, partitioner=None, evaluators=None, initial_params=None, **records):
+  learner = supervised(
+    init_params, example_losses, optimizer, accumulate=accumulate, partitioner=partitioner,
+    check_batch=getattr(example_losses, "check_batch", None))
+  hooks = [Evaluate(name, *rest) for name, rest in (evaluators or {}).items()]
+  return train(learner, Batches(batch_at), num_steps, seed, directory, partitioner, hooks=hooks,
+               records=Records(**records), initial_params=initial_params)
+
+
 def _linear(directory, num_steps=7, **kwargs):
-  kwargs = {
+  return _train(**({
     "init_params": _linear_init, "example_losses": _linear_losses, "optimizer": OPTIMIZER,
     "batch_at": _linear_batch, "num_steps": num_steps, "seed": 3, "directory": directory,
     "log_every": 3, "tensorboard": False,
-  } | kwargs
-  return train(**kwargs)
+  } | kwargs))
 
 
 def _lm_batch(step):
@@ -73,7 +90,7 @@ def _lm_init(key):
 
 
 def _lm(directory, **kwargs):
-  return train(**({
+  return _train(**({
     "init_params": _lm_init, "example_losses": LM_LOSSES, "optimizer": LM_OPTIMIZER,
     "batch_at": _lm_batch, "num_steps": 5, "seed": 0, "directory": directory, "log_every": 2,
     "tensorboard": False, "flops_per_token": 10.0,
@@ -102,7 +119,7 @@ def single(tmp_path_factory):
 def test_trains_as_written_out_by_hand(tmp_path):
   losses, path = _by_hand()
   result = _linear(tmp_path, params_at=[0, 4, 7])
-  assert int(result.state.step) == 7
+  assert result.step == 7
   np.testing.assert_allclose(result.state.params["w"], path[7], rtol=1e-5)
   assert [record["step"] for record in result.history] == [3, 6, 7]
   means = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
@@ -495,6 +512,6 @@ def test_tensorboard_files_hold_the_records(tmp_path):
 
 
 def test_parameters_of_the_state_are_plain_arrays(single):
-  fresh = jax.eval_shape(lambda key: new_state(nn.unbox(_lm_init(key)), LM_OPTIMIZER),
-                         jax.random.key(0))
+  fresh = jax.eval_shape(
+    lambda key: dynamics.init_state(*LM_OPTIMIZER, nn.unbox(_lm_init(key))), jax.random.key(0))
   assert jax.tree.structure(single.state) == jax.tree.structure(fresh)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ import numpy as np
 import optax
 
 from lmops_jax.config.setting_types import Decay, ExistingPath, PositiveInt, Seed, component
-from lmops_jax.data import batches as batches_lib
 from lmops_jax.data import files, supervised
 from lmops_jax.evaluation.lm import mean_loss, perplexity
 from lmops_jax.host.hashing import order_key
@@ -29,8 +28,9 @@ from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.run_report import RunReport
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.training import loop, losses
+from lmops_jax.training import learner, loop, losses
 from lmops_jax.training.metrics import read_records
+from lmops_jax.training.sources import Epochs
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -153,20 +153,23 @@ class Finetune:
     data = supervised.load(context.input("prepare") / TRAIN)
     model = self.init.model
     loss = losses.weighted_example_losses(losses.lm_example_losses(model))
-    evaluators = {}
+    hooks = []
     folder = context.input("prepare") / VALIDATION
     if folder.is_dir():
-      evaluators[VALIDATION] = (
-        self.eval_every, _validation(loss, supervised.load(folder), self.batch_size, partitioner)
-      )
+      hooks.append(loop.Evaluate(VALIDATION, self.eval_every, _validation(
+        loss, supervised.load(folder), self.batch_size, partitioner)))
     per_token = 3 * flops.forward_flops_per_token(model.config, self.length)
     result = loop.train(
-      init_params=loop.initializer(model), example_losses=loss, optimizer=self.optimizer,
-      batch_at=_batch_source(data, self.batch_size, self.seed), num_steps=self.num_steps,
-      seed=self.seed, directory=context.directory, partitioner=partitioner,
-      checkpoint_every=self.checkpoint_every, params_at=(self.num_steps,),
-      initial_params=lambda: self.init.params(partitioner), accumulate=self.accumulate,
-      evaluators=evaluators, flops_per_token=per_token, description=context.name,
+      learner.supervised(
+        loop.initializer(model), loss, self.optimizer, accumulate=self.accumulate,
+        check_batch=loss.check_batch, partitioner=partitioner),
+      # Its rows' weights are those of the whole batch.
+      Epochs(data.batch, len(data), self.batch_size, self.seed, whole=True),
+      self.num_steps, self.seed, context.directory, partitioner, hooks=hooks,
+      initial_params=lambda: self.init.params(partitioner),
+      records=loop.Records(
+        checkpoint_every=self.checkpoint_every, params_at=(self.num_steps,),
+        flops_per_token=per_token, description=context.name),
     )
     context.flops = result.flops
     context.group.barrier("trained")
@@ -234,19 +237,6 @@ class Finetune:
       return f"  training loss at the end: {summary['train_loss']:.4f}"
     return "\n".join([f"  {'step':>8}  validation loss  perplexity", *(
       f"  {row['step']:8}  {row['loss']:15.4f}  {perplexity(row['loss']):10.2f}" for row in rows)])
-
-
-def _batch_source(data, batch_size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
-  """`step -> batch`, this process's rows, with weights of the whole batch."""
-  import jax
-
-  rows = batches_lib.host_rows(batch_size, jax.process_index(), jax.process_count())
-
-  def batch_at(step: int) -> dict[str, np.ndarray]:
-    batch = data.batch(batches_lib.batch_indices(len(data), batch_size, seed, step))
-    return {name: value[rows] for name, value in batch.items()}
-
-  return batch_at
 
 
 def _validation(loss, data, batch_size: int, partitioner):

@@ -8,6 +8,7 @@ statistics), the exact adjoint contributions under its weights, and what weight 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from lmops_jax.systems.learning_law.inner import InnerRun, Training
 from lmops_jax.systems.learning_law.policies import Bench
 from lmops_jax.systems.learning_law.tasks import Task
 from lmops_jax.training import loop
+from lmops_jax.training.learner import supervised
+from lmops_jax.training.sources import Batches
 
 UNIFORM = "uniform"
 RESULTS_FILE, SERIES_FILE = "results.json", "series.npz"
@@ -206,12 +209,16 @@ def _sampled(
   directory = context.directory / f"sampled-{name}"
   inner = training.on(task, seed, partitioner)
   result = loop.train(
-    init_params=task.boxed_params, example_losses=task.example_losses,
-    optimizer=training.optimizer, num_steps=training.num_steps, seed=seed, directory=directory,
-    batch_at=batches_by(weights, task, config.sampled_batch_size, seed), partitioner=partitioner,
-    evaluators={"loss": (
-      config.sampled_every, lambda params: inner_lib.losses_at(inner.target_losses, params))},
-    description=f"{context.name} ({name}, batches)", progress=context.progress, tensorboard=False,
+    supervised(
+      task.boxed_params, task.example_losses, training.optimizer,
+      check_batch=task.example_losses.check_batch, partitioner=partitioner),
+    Batches(batches_by(weights, task, config.sampled_batch_size, seed)),
+    training.num_steps, seed, directory, partitioner,
+    hooks=[loop.Evaluate("loss", config.sampled_every, functools.partial(
+      inner_lib.losses_at, inner.target_losses))],
+    records=loop.Records(
+      description=f"{context.name} ({name}, batches)", progress=context.progress,
+      tensorboard=False),
   )
   rows = [r for r in result.history if "loss/dev" in r]
   record = {"policy": name, "kind": "batches", "init_seed": seed, "task": task.name,

@@ -426,7 +426,7 @@ class PMP:
     source = language_models.batch_source(
       corpus, inner_indices, self.batch_size, self.data_seed, self.shuffle
     )
-    steps = [source(t) for t in range(self.num_steps)]
+    steps = [source.batch(t) for t in range(self.num_steps)]
     batches = bench.partitioner.place_batch(
       {name: np.stack([step[name] for step in steps]) for name in steps[0]}, axis=1
     )
@@ -569,7 +569,7 @@ class InfluenceScores(_DirectionMethod):
   def direction(self, bench, params, target_grad):
     source = language_models.batch_source(bench.corpus, None, self.num_hessian, self.data_seed)
     batch = bench.partitioner.place_batch(
-      {name: rows[None] for name, rows in source(0).items()}, axis=1
+      {name: rows[None] for name, rows in source.batch(0).items()}, axis=1
     )
     passes = solve_cost.influence_passes(
       self.solver, self.iterations, curvature=self.curvature, damping=self.damping

@@ -64,7 +64,7 @@ def _activations(config, rows, length, partitioner, platform, **kwargs) -> float
 
 def _training(name, config, vocab_size, length, partitioner, platform) -> Phase:
   model = language_models.language_model(config.model, vocab_size, length)
-  state, _ = programs.abstract_train_state(model, config.optimizer, partitioner)
+  state = programs.abstract_train_state(model, config.optimizer, partitioner)
   programs.abstract_batch(partitioner, config.batch_size, length)  # checks that it splits
   params_bytes = device_bytes(state.params)
   per_token = flops.forward_flops_per_token(model.config, length)
@@ -111,7 +111,7 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
                 partitioner: Partitioner, num_target: int, platform: str) -> SolveParts:
   """The parts by arithmetic."""
   model = language_models.language_model(proxy.model, vocab_size, length)
-  params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
+  params = programs.abstract_train_state(model, proxy.optimizer, partitioner).params
   state = solve_programs.abstract_state(method.optimizer, params)
   programs.abstract_batch(partitioner, method.batch_size, length)  # checks that it splits
   inner = method.inner_rows(partitioner)
@@ -200,7 +200,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   held = parts.on_device
   reverse = held | {"trajectory": copies * parts.state}
   model = language_models.language_model(proxy.model, vocab_size, length)
-  params = programs.abstract_train_state(model, proxy.optimizer, partitioner)[0].params
+  params = programs.abstract_train_state(model, proxy.optimizer, partitioner).params
   num_params = _num_params(params)
   passes = solve_cost.solve_passes(
     method.optimizer, params, method.num_steps, options, in_segments=True)
@@ -242,7 +242,7 @@ def _scorer(pipeline, vocab_size, length, partitioner, sizes, platform) -> list[
   config = pipeline.scorer
   trunk = language_models.language_model(config.trunk(pipeline.proxy), vocab_size, length)
   model = heads.SequenceRegressor(trunk.config, pooling=config.pooling)
-  state, _ = programs.abstract_state_of(scorer.initializer(model), config.optimizer, partitioner)
+  state = programs.abstract_state_of(scorer.initializer(model), config.optimizer, partitioner)
   per_row = length * flops.forward_flops_per_token(model.config, length, unembedding=False)
   params_bytes, num_params = device_bytes(state.params), _num_params(state.params)
   act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,

@@ -23,6 +23,7 @@ from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import prepare as prepare_lib
 from lmops_jax.training import loop, losses
 from lmops_jax.training.language_models import batch_source, language_model
+from lmops_jax.training.learner import supervised
 
 
 @component(module="pds")
@@ -92,25 +93,24 @@ def check_vocabulary(init, vocabulary, name: str) -> None:
     )
 
 
+def learner(model, example_losses, config: Pretrain, partitioner):
+  """What `config` makes of a model: the one that `fit` trains and `programs` compiles."""
+  return supervised(
+    loop.initializer(model), example_losses, config.optimizer, accumulate=config.accumulate,
+    check_batch=example_losses.check_batch, partitioner=partitioner)
+
+
 def fit(
-  model, example_losses, config: Pretrain, batch_at, partitioner, *, directory: Path, seed: int,
+  model, example_losses, config: Pretrain, source, partitioner, *, directory: Path, seed: int,
   description: str, initial_params=None,
 ):
   """Trains `model` by `config` in `directory` and returns the last parameters."""
   result = loop.train(
-    init_params=loop.initializer(model),
-    example_losses=example_losses,
-    optimizer=config.optimizer,
-    batch_at=batch_at,
-    num_steps=config.num_steps,
-    seed=seed,
-    partitioner=partitioner,
-    directory=directory,
-    checkpoint_every=config.checkpoint_every,
-    params_at=config.kept_steps(),
-    initial_params=initial_params,
-    accumulate=config.accumulate,
-    description=description,
+    learner(model, example_losses, config, partitioner), source, config.num_steps, seed, directory,
+    partitioner, initial_params=initial_params,
+    records=loop.Records(
+      checkpoint_every=config.checkpoint_every, params_at=config.kept_steps(),
+      description=description),
   )
   return result.state.params
 

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 
 from lmops_jax import control
 from lmops_jax.config.refusals import ConfigError
+from lmops_jax.control.dynamics import State, init_state
 from lmops_jax.control.problem import PROXY_SCOPE
 from lmops_jax.control.targets import MeanTargetLoss
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.sizing import flops, solve_cost
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.solve_programs import segment_programs
-from lmops_jax.training import language_models, loop, losses, train_state
+from lmops_jax.systems.pds import pretrain
+from lmops_jax.training import language_models, loop, losses
 
 BATCH_FIELDS = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
 
@@ -65,31 +67,34 @@ def abstract_batch(partitioner: Partitioner, rows: int, length: int, *leading: i
           for name, dtype in BATCH_FIELDS.items()}
 
 
-def abstract_train_state(model: Any, optimizer: Any, partitioner: Partitioner):
-  """`(state, shardings)` of a language model's training run, nothing allocated."""
+def abstract_train_state(model: Any, optimizer: Any, partitioner: Partitioner) -> State:
+  """The placed shapes of a language model's training state, nothing allocated."""
   return abstract_state_of(loop.initializer(model), optimizer, partitioner)
 
 
-def abstract_state_of(init_params: Any, optimizer: Any, partitioner: Partitioner):
-  """`(state, shardings)` of a training run from `init_params(key)`, nothing allocated."""
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  boxed = train_state.abstract_state(init_params, optimizer, key)
-  state = partitioner.placed_shapes(boxed)
-  return state, jax.tree.map(lambda x: x.sharding, state)
+def abstract_state_of(init_params: Any, optimizer: Any, partitioner: Partitioner) -> State:
+  """The placed shapes of a state that starts from `init_params(key)`, nothing allocated."""
+  boxed = jax.eval_shape(
+    lambda key: init_state(optimizer.init, optimizer.update, init_params(key)), _key())
+  return partitioner.placed_shapes(boxed)
+
+
+def _key():
+  return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def pretrain_program(config: Any, vocab_size: int, length: int, partitioner: Partitioner,
                      name: str) -> Program:
   """The step of `pretrain.fit`."""
   model = language_models.language_model(config.model, vocab_size, length)
-  state, shardings = abstract_train_state(model, config.optimizer, partitioner)
+  state = abstract_train_state(model, config.optimizer, partitioner)
   batch = abstract_batch(partitioner, config.batch_size, length)
   example_losses = losses.lm_example_losses(model, chunk=config.loss_chunk)
 
   def lower():
-    step = loop.compiled_step(
-      example_losses, config.optimizer, config.accumulate, partitioner, shardings)
-    return step.lower(state, batch)
+    learner = pretrain.learner(model, example_losses, config, partitioner)
+    step = loop.compiled_step(learner, partitioner, jax.tree.map(lambda x: x.sharding, state))
+    return step.lower(state, batch, _key(), jax.ShapeDtypeStruct((), jnp.int32))
 
   per_token = flops.forward_flops_per_token(model.config, length)
   return Program(
@@ -109,7 +114,7 @@ def solve_programs(
   """
   model = language_models.language_model(proxy.model, vocab_size, length)
   example_losses = losses.lm_example_losses(model, chunk=proxy.loss_chunk)
-  params = abstract_train_state(model, proxy.optimizer, partitioner)[0].params
+  params = abstract_train_state(model, proxy.optimizer, partitioner).params
   num_steps = method.num_steps
   num_target = method.target_instances(num_target)
   target_rows, target_size = partitioner.filled_rows(num_target, method.micro_batch_size)

@@ -17,7 +17,6 @@ import numpy as np
 import optax
 
 from lmops_jax.config.setting_types import Part, Positive, PositiveInt, Seed, component
-from lmops_jax.data import batches as batches_lib
 from lmops_jax.evaluation import correlation, examples
 from lmops_jax.host.whole_files import write_arrays
 from lmops_jax.mesh import checkpoints, processes
@@ -30,6 +29,8 @@ from lmops_jax.systems.pds import convert, prepare, pretrain, scores
 from lmops_jax.text import vocabularies
 from lmops_jax.text.vocabulary_sources import VocabularySource
 from lmops_jax.training import language_models, loop, losses
+from lmops_jax.training.learner import supervised
+from lmops_jax.training.sources import Epochs
 
 PARAMS_FOLDER, VOCABULARY_FOLDER = "scorer", "vocabulary"
 VALIDATION_FILE = "validation.npz"
@@ -212,26 +213,18 @@ def fit(
       model, jax.random.key(config.seed), config.init.params(partitioner)
     )
 
-  def batch_at(step: int) -> dict[str, np.ndarray]:
-    index = batches_lib.batch_indices(len(train), config.batch_size, config.seed, step)
-    own = batches_lib.host_rows(config.batch_size, jax.process_index(), jax.process_count())
-    return {k: v[train[index[own]]] for k, v in rows.items()}
-
   every = range(config.eval_every, config.num_steps + 1, config.eval_every)
   result = loop.train(
-    init_params=initializer(model),
-    initial_params=initial_params,
-    example_losses=example_losses,
-    optimizer=config.optimizer,
-    batch_at=batch_at,
-    num_steps=config.num_steps,
-    seed=config.seed,
-    partitioner=partitioner,
-    directory=context.directory / "training",
-    checkpoint_every=config.eval_every,
-    params_at=sorted({0, *every, config.num_steps}),
-    evaluators={"validation": (config.eval_every, validate)},
-    description=context.name,
+    supervised(
+      initializer(model), example_losses, config.optimizer,
+      check_batch=example_losses.check_batch, partitioner=partitioner),
+    Epochs(lambda index: {k: v[train[index]] for k, v in rows.items()}, len(train),
+           config.batch_size, config.seed),
+    config.num_steps, config.seed, context.directory / "training", partitioner,
+    initial_params=initial_params, hooks=[loop.Evaluate("validation", config.eval_every, validate)],
+    records=loop.Records(
+      checkpoint_every=config.eval_every, params_at=sorted({0, *every, config.num_steps}),
+      description=context.name),
   )
   curve = {
     row["step"]: row["validation/spearman"]

@@ -12,7 +12,8 @@ from lmops_jax import control
 from lmops_jax.config import resolve
 from lmops_jax.control import pmp, targets
 from lmops_jax.control.training_run import shardings_of
-from lmops_jax.training import language_models, loop, losses, train_state
+from lmops_jax.training import language_models, loop, losses
+from lmops_jax.training.learner import supervised
 
 PATHS = [
   "CORPUS_PATH = '/c.jsonl'", "TARGET_PATH = '/t.jsonl'", "VOCABULARY_PATH = '/v.model'",
@@ -91,9 +92,8 @@ def test_sizes_and_shardings(tmp_path, size):
   run = resolved.run()
   system, partitioner = run.system, run.mesh.build()
   model = language_models.language_model(system.pretrain.model, 32_000, 1024)
-  abstract = train_state.abstract_state(
-    loop.initializer(model), system.pretrain.optimizer, jax.random.key(0)
-  )
+  abstract = loop.abstract_state(
+    supervised(loop.initializer(model), None, system.pretrain.optimizer))
   shardings = jax.tree.leaves(partitioner.shardings(abstract))
   leaves = jax.tree.leaves(jax.tree.map(lambda x: x, abstract.params))
   assert sum(math.prod(leaf.shape) for leaf in leaves) == NUM_PARAMS[size]

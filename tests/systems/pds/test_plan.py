@@ -15,7 +15,7 @@ from lmops_jax.sizing import aot, flops, solve_cost, solve_plan, solve_programs
 from lmops_jax.sizing.budget import Memory, memory_of
 from lmops_jax.systems.pds import methods, plan, pretrain, programs
 from lmops_jax.systems.pds.programs import Sizes
-from lmops_jax.training import loop, losses, optimizers
+from lmops_jax.training import loop, losses, optimizers, sources
 
 LENGTH, VOCAB = 64, 512
 PAPER = [f"{name} = 'unread'" for name in (
@@ -73,9 +73,9 @@ def test_the_compiled_step_is_the_one_that_the_loop_runs(mesh, monkeypatch, tmp_
   seen = []
   def step_of(*args, **kwargs):
     step = original(*args, **kwargs)
-    def run(state, batch):
-      seen.append(step.lower(state, batch).as_text())
-      return step(state, batch)
+    def run(*inputs):
+      seen.append(step.lower(*inputs).as_text())
+      return step(*inputs)
     return run
   original = loop.compiled_step
   monkeypatch.setattr(loop, "compiled_step", step_of)
@@ -85,7 +85,7 @@ def test_the_compiled_step_is_the_one_that_the_loop_runs(mesh, monkeypatch, tmp_
   batch = {"tokens": tokens, "targets": tokens, "loss_mask": np.ones(tokens.shape, np.float32)}
   pretrain.fit(
     model, losses.lm_example_losses(model), dataclasses.replace(config, num_steps=1),
-    lambda step: batch, mesh, directory=tmp_path, seed=0, description="one step")
+    sources.Batches(lambda step: batch), mesh, directory=tmp_path, seed=0, description="one step")
   assert seen[0] == text
 
 
@@ -126,7 +126,7 @@ def test_flops_of_the_phases_are_those_of_the_whole_solve(mesh):
   phases = plan._solve(
     method, proxy, proxy_set, VOCAB, LENGTH, mesh, Memory(), Sizes(24, 100), "cpu")
   model = programs.language_models.language_model(proxy.model, VOCAB, LENGTH)
-  params = programs.abstract_train_state(model, proxy.optimizer, mesh)[0].params
+  params = programs.abstract_train_state(model, proxy.optimizer, mesh).params
   passes = solve_cost.solve_passes(
     method.optimizer, params, 6, method.options, in_segments=True)
   per_row = LENGTH * flops.forward_flops_per_token(model.config, LENGTH)

@@ -10,7 +10,7 @@ from lmops_jax.evaluation import correlation, examples
 from lmops_jax.models import heads, transformer
 from lmops_jax.systems.pds import scorer
 from lmops_jax.text import vocabulary_sources
-from lmops_jax.training import loop, losses, optimizers
+from lmops_jax.training import learner, loop, losses, optimizers, sources
 
 LETTERS = np.array(list("etaoinshrdlucmfw"))
 
@@ -90,9 +90,8 @@ def test_it_overfits_64_examples(tmp_path):
   model = heads.SequenceRegressor(config)
   example_losses = losses.regression_example_losses(model)
   result = loop.train(
-    init_params=scorer.initializer(model), example_losses=example_losses,
-    optimizer=optimizers.adamw(1e-2), batch_at=lambda step: rows, num_steps=120, seed=0,
-    directory=tmp_path, tensorboard=False,
+    learner.supervised(scorer.initializer(model), example_losses, optimizers.adamw(1e-2)),
+    sources.Batches(lambda step: rows), 120, 0, tmp_path, records=loop.Records(tensorboard=False),
   )
   predicted = examples.map_examples(example_losses.predict, result.state.params, rows, 64)
   assert correlation.spearman(predicted, rows["score"]) > 0.99

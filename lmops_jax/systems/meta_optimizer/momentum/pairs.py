@@ -37,6 +37,7 @@ from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.meta_optimizer.momentum import report, texts
 from lmops_jax.systems.meta_optimizer.momentum.report import MOMENTUM, RESULTS_FILE, VANILLA
 from lmops_jax.training import language_models, loop, losses
+from lmops_jax.training.learner import supervised
 
 
 @component(module="momentum")
@@ -178,14 +179,16 @@ class Pairs:
         f"momentum.Training.batch_size={config.batch_size}; give more text or lower it."
       )
     model = self._model(prepared, eta)
+    example_losses = losses.lm_example_losses(model, chunk=config.loss_chunk)
     loop.train(
-      init_params=loop.initializer(model),
-      example_losses=losses.lm_example_losses(model, chunk=config.loss_chunk),
-      optimizer=config.optimizer,
-      batch_at=language_models.batch_source(corpus, None, config.batch_size, seed),
-      num_steps=config.num_steps, seed=seed, partitioner=partitioner, directory=context.directory,
-      checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
-      accumulate=config.accumulate, description=context.name, progress=context.progress,
+      supervised(
+        loop.initializer(model), example_losses, config.optimizer, accumulate=config.accumulate,
+        check_batch=example_losses.check_batch, partitioner=partitioner),
+      language_models.batch_source(corpus, None, config.batch_size, seed),
+      config.num_steps, seed, context.directory, partitioner,
+      records=loop.Records(
+        checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
+        description=context.name, progress=context.progress),
     )
     num_tokens = config.num_steps * config.batch_size * corpus.length
     context.flops += 3 * num_tokens * flops.forward_flops_per_token(model.config, corpus.length)
