@@ -38,7 +38,7 @@ def test_paths_are_owed():
 def test_published_numbers(paper):
   system = paper.build()
   solve = system.methods[0]
-  assert (solve.num_steps, solve.batch_size, solve.every_k) == (100, 256, 10)
+  assert (solve.num_steps, solve.batch_size, solve.options.every_k) == (100, 256, 10)
   assert solve.checkpoints == (10_000, 20_000, 30_000, 40_000, 50_000)
   assert system.proxy_set.num_proxies == 163_840
   assert (system.select.ratio, system.select.tau) == (0.4, 0.1)
