@@ -67,10 +67,11 @@ def _perceptron(seed=0, num_train=64, dim=16, num_desired=32, flips=0.0):
   return Perceptron(train, dev, test, rng.uniform(-1, 1, dim) / dim**0.5, is_flipped)
 
 
-def _run(data, num_steps, optimizer=SGD, params=None, **kw):
+def _run(data, num_steps, optimizer=SGD, params=None, mask=None, monitor=None, **kw):
   return controlled_run(
     _losses, mean_target_loss(_losses, data.dev), optimizer,
-    data.theta if params is None else params, data.train, num_steps, options=SolveOptions(**kw))
+    data.theta if params is None else params, data.train, num_steps, mask=mask,
+    monitor=monitor, options=SolveOptions(**kw))
 
 
 def _policy(num_steps, num_examples, seed=0):

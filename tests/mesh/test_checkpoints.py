@@ -190,7 +190,10 @@ def test_one_flipped_bit_in_any_file_of_a_step_drops_it(store, tmp_path, capfd):
     flip_a_bit(files[number])
     assert store.latest_step() == 2
     name = files[number].relative_to(tmp_path / "c" / "4")
-    assert f"4 is dropped (its file {name} " in capfd.readouterr().err
+    told = capfd.readouterr().err
+    # A hash that differs from the noted one cannot tell whether the file or the note was damaged.
+    blamed = "" if name.name == "hashes.json" else f"its file {name} "
+    assert f"4 is dropped ({blamed}" in told
     _saved(store, 4)
     number += 1
   _assert_same(store.restore_latest(_abstract(_state()))[1], _state(4))

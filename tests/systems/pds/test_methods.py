@@ -147,6 +147,16 @@ def test_scores_over_gradient_norm_or_length(tmp_path, make, devices):
     np.testing.assert_allclose(got, plain / divisor, rtol=1e-3, atol=1e-5 * np.abs(got).max())
 
 
+def test_a_trajectory_is_decided_before_the_method_scores(tmp_path):
+  bench = _bench(tmp_path, num_target=9, num_proxies=16, devices=1)
+  method = methods.PMP(SGD, num_steps=2, batch_size=8, device_bytes=1e12,
+                       options=control.SolveOptions(trajectory="auto"))
+  with pytest.raises(ValueError, match="trajectory='auto' must be decided before a solve"):
+    method.score_proxies(bench)
+  assert method.decided(bench).options == control.SolveOptions(trajectory="all")
+  assert bench.context.lines[0].startswith("pds: trajectory 'all' for states of")
+
+
 def test_inner_batches_may_be_drawn_from_the_proxies(tmp_path, monkeypatch):
   seen = []
 
