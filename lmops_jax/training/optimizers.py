@@ -7,7 +7,9 @@ through them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import re
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 import jax
@@ -17,9 +19,11 @@ import optax
 from lmops_jax.config.setting_types import (
   Count,
   Decay,
+  NonEmpty,
   NonNegative,
   Positive,
   PositiveInt,
+  Text,
   component,
 )
 from lmops_jax.config.setting_words import Rule, Words
@@ -145,6 +149,49 @@ def lion(
     optax.lion(
       learning_rate, b1, b2, weight_decay=weight_decay, mask=decay_mask_fn(decay_mask)
     ),
+  )
+
+
+@component(module="optim")
+def partition(
+  rules: Annotated[Mapping[Text, optax.GradientTransformation | None], NonEmpty],
+) -> optax.GradientTransformation:
+  """A transformation of its own for every group of parameters, told apart by their paths.
+
+  Each transformation sees its own group alone, so that it clips by the norm of that group.
+
+  Args:
+    rules: by regular expression, which must match a parameter's whole path, such as
+      `layers/attention/query/kernel`; the first that does decides. None freezes: no gradient is
+      computed for the parameter, and the optimizer keeps no state for it.
+
+  Raises:
+    ValueError: for a pattern that is no regular expression; and, once there are parameters, for one
+      that no pattern matches.
+  """
+  patterns = {}
+  for text in rules:
+    try:
+      patterns[text] = re.compile(text)
+    except re.error as error:
+      raise ValueError(
+        f"optim.partition.rules has the pattern {text!r}, which must be a regular expression: "
+        f"{error}."
+      ) from error
+
+  def group(path, _):
+    name = "/".join(str(getattr(part, "key", getattr(part, "name", None))) for part in path)
+    for text, pattern in patterns.items():
+      if pattern.fullmatch(name):
+        return text
+    raise ValueError(
+      f"optim.partition.rules must cover the parameter {name}, which none of its patterns matches; "
+      "add one, with None to freeze it."
+    )
+
+  return optax.partition(
+    {text: optax.set_to_zero() if rule is None else rule for text, rule in rules.items()},
+    functools.partial(jax.tree_util.tree_map_with_path, group),
   )
 
 
