@@ -43,7 +43,7 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
   for method in pipeline.solves:
     found += _solve(method, pipeline.proxy, pipeline.proxy_set, size_of(pipeline.proxy.model),
                     length, partitioner, memory, sizes, platform)
-  if any(hasattr(m, "score_proxies") for m in pipeline.methods):
+  if pipeline.proxy_methods:
     found += _scorer(pipeline, size_of(pipeline.scorer.trunk(pipeline.proxy)), length, partitioner,
                      sizes, platform)
   found.append(_training("pretrain", pipeline.pretrain, size_of(pipeline.pretrain.model), length,

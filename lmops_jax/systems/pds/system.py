@@ -70,7 +70,8 @@ class Pipeline:
         f"pds.Pipeline.methods holds the name {twice[0]!r} twice; give each method its own name."
       )
     for method in self.methods:
-      for step in getattr(method, "checkpoints", None) or ():
+      starts = method.checkpoints if isinstance(method, methods.CheckpointsMethod) else None
+      for step in starts or ():
         if step not in self.proxy.kept_steps():
           raise ValueError(
             f"method {method.name!r} starts from proxy step {step}, which is not kept "
@@ -87,12 +88,13 @@ class Pipeline:
       language_models.check_length(config, self.prepare.length)
     kind = self.proxy.model.attention
     for method in self.methods:
-      if methods.needs_forward_mode(method) and not attention.supports_forward_mode(kind):
+      forward = isinstance(method, methods.ForwardMethod) and method.needs_forward_mode()
+      if forward and not attention.supports_forward_mode(kind):
         raise ValueError(
           f"method {method.name!r} differentiates the proxy in forward mode, which its "
           f"attention={kind!r} cannot; give PROXY_MODEL 'xla' or 'chunked'."
         )
-    if any(hasattr(method, "score_proxies") for method in self.methods):
+    if self.proxy_methods:
       self._check_scorer(self.proxy_set.most, "raise PROXIES")
 
     most = self.prepare.max_target_instances
@@ -144,7 +146,7 @@ class Pipeline:
       solve, fit, annotate, choose = (
         f"{stage}/{method.name}" for stage in ("solve", "scorer", "annotate", "select")
       )
-      if hasattr(method, "score_proxies"):
+      if isinstance(method, methods.ProxyMethod):
         stages += [
           skeleton.Stage(
             solve, functools.partial(self._solve, method=method, partitioner=partitioner),
@@ -221,6 +223,11 @@ class Pipeline:
     """Its methods that solve the control problem."""
     return [method for method in self.methods if isinstance(method, methods.SolvingMethod)]
 
+  @property
+  def proxy_methods(self) -> list[methods.ProxyMethod]:
+    """Its methods that score proxies, from which a scorer learns."""
+    return [method for method in self.methods if isinstance(method, methods.ProxyMethod)]
+
   def phases(self, partitioner, memory, *, num_target: int, num_corpus: int, platform: str):
     """What each phase takes, from shapes alone; see `plan.phases`."""
     return plan.phases(
@@ -250,7 +257,7 @@ class Pipeline:
       methods.check_sizes(
         method, self.proxy_set, **sizes, num_shards=partitioner.num_batch_shards)
       told |= dict.fromkeys(methods.fewer_than_most(method, self.proxy_set, **sizes))
-    if any(hasattr(method, "score_proxies") for method in self.methods):
+    if self.proxy_methods:
       self._check_scorer(self.proxy_set.count(num_corpus), "enlarge the corpus")
     for sentence in told:
       context.log(sentence)

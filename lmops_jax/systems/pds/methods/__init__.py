@@ -1,0 +1,52 @@
+"""The ways to score data: PDS and what it is compared with (PDS, section 3; spec section 7).
+
+Two kinds of method. A *proxy method* scores a small random proxy set by gradients; a scorer then
+learns those scores and annotates the corpus. A *corpus method* scores every instance directly. All
+share proxy set, scorer, selection and pre-training, so that only the scores differ. A method is a
+frozen dataclass with a `name`, bound in gin as `METHODS = [@pds.PMP(), @pds.Random(), ...]`; one of
+your own needs a `name` and either `score_proxies(bench)` or `score_corpus(bench)`.
+"""
+
+from lmops_jax.systems.pds.methods.bench import Bench
+from lmops_jax.systems.pds.methods.corpus_methods import DSIR, Length, Perplexity, Random, texts_of
+from lmops_jax.systems.pds.methods.directions import InfluenceScores, OneStep
+from lmops_jax.systems.pds.methods.kinds import (
+  CheckpointsMethod,
+  CorpusMethod,
+  ForwardMethod,
+  ProxyMethod,
+  SolvingMethod,
+)
+from lmops_jax.systems.pds.methods.pmp import PMP, UNFINISHED
+from lmops_jax.systems.pds.methods.proxy_set import ProxySet
+from lmops_jax.systems.pds.methods.rho_loss import RhoLoss
+from lmops_jax.systems.pds.methods.sizes import (
+  check_inner_size,
+  check_most_target,
+  check_sizes,
+  fewer_than_most,
+)
+
+__all__ = [
+  "DSIR",
+  "PMP",
+  "UNFINISHED",
+  "Bench",
+  "CheckpointsMethod",
+  "CorpusMethod",
+  "ForwardMethod",
+  "InfluenceScores",
+  "Length",
+  "OneStep",
+  "Perplexity",
+  "ProxyMethod",
+  "ProxySet",
+  "Random",
+  "RhoLoss",
+  "SolvingMethod",
+  "check_inner_size",
+  "check_most_target",
+  "check_sizes",
+  "fewer_than_most",
+  "texts_of",
+]

@@ -1,0 +1,204 @@
+"""PDS itself: the costates of a training run score the proxies."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import optax
+
+from lmops_jax import control
+from lmops_jax.config.setting_types import (
+  Count,
+  Distinct,
+  Name,
+  NonEmpty,
+  Positive,
+  PositiveInt,
+  Seed,
+  component,
+)
+from lmops_jax.control.options import AUTO
+from lmops_jax.mesh import checkpoints, meshes, processes
+from lmops_jax.sizing import budget, solve_cost
+from lmops_jax.systems.pds import plan, pretrain
+from lmops_jax.systems.pds.methods.bench import DIVISORS, Bench
+from lmops_jax.systems.pds.methods.sizes import Inner
+from lmops_jax.training import language_models, loop
+
+MATMUL_PRECISIONS = ("default", "high", "highest")
+UNFINISHED = "unfinished"  # folder of a solve's states, in its stage until the scores are written
+
+
+@component(module="pds")
+@dataclasses.dataclass(frozen=True)
+class PMP:
+  """PDS: scores from the costates of Pontryagin's principle, averaged over proxy checkpoints.
+
+  Attributes:
+    name: of the method in folders and figures.
+    optimizer: of the inner run; the costates are exact for any optax transformation.
+    options: of each solve. Its `micro_batch_size` is rounded so that each of the mesh's shards has
+      as many rows, and at least one; `trajectory` "auto" takes what recomputes least in the memory
+      of the devices; `segment_steps` lie between two points that an interrupted solve resumes from,
+      and whose states lie in host memory.
+    num_steps: inner steps, T.
+    batch_size: instances of an inner step, drawn from the corpus by `data_seed`.
+    checkpoints: proxy steps to start from; None: the proxy's last.
+    num_target: random instances of the target's dev part in J; None: all; "auto": `max_target`, or
+      all where there are fewer.
+    max_target: most that "auto" takes.
+    device_bytes: memory of a device, for `trajectory="auto"` if jax does not tell it.
+    micro_batch_size: target instances, and proxies unless the options say, that are differentiated
+      at a time; rounded like that of the options.
+    matmul_precision: of the solve's products, as jax names it; "highest" is full float32 also on
+      GPUs and TPUs, None their default.
+    inner_data: what inner batches are drawn from, "corpus", or "proxies" as the paper's algorithm
+      has it: then every example that is scored may also have been trained on.
+    shuffle: draw the inner batches by `data_seed`; False takes the first instances in order, as the
+      reference does.
+    divide_by: divide each proxy's score by its "gradient_norm" at the checkpoint or by the
+      "sqrt_length" of its text; None leaves it, as the paper does.
+  """
+
+  optimizer: optax.GradientTransformation
+  name: Name = "pds"
+  options: control.SolveOptions = control.SolveOptions()
+  num_steps: PositiveInt = 40
+  batch_size: PositiveInt = 32
+  checkpoints: Annotated[Sequence[Count], NonEmpty, Distinct] | None = None
+  num_target: PositiveInt | Literal[AUTO] | None = None
+  max_target: PositiveInt = 128
+  device_bytes: Positive | None = None
+  micro_batch_size: PositiveInt = 64
+  matmul_precision: Literal[MATMUL_PRECISIONS] | None = None
+  data_seed: Seed = 0
+  inner_data: Literal["corpus", "proxies"] = "corpus"
+  shuffle: bool = True
+  divide_by: Literal[DIVISORS] | None = None
+
+  def __post_init__(self):
+    self.options.check_sizes(self.num_steps, self.batch_size)
+
+  def needs_forward_mode(self) -> bool:
+    """It differentiates the proxy's losses along costates."""
+    return True
+
+  def inner(self) -> Inner:
+    """Its inner batch."""
+    return Inner(
+      self.batch_size, "batch_size (INNER_BATCH_SIZE)", self.inner_data == "proxies")
+
+  def target_instances(self, num: int) -> int:
+    """Instances in J, of a dev part of that size."""
+    if self.num_target == AUTO:
+      return min(self.max_target, num)
+    return self.num_target or num
+
+  def check_optimizer(self, proxy: pretrain.Pretrain, length: int, partitioner) -> None:
+    """Refuses, from shapes alone, an inner optimizer under which every score would be 0."""
+    size = proxy.model.vocab_size or 2  # the real one is not known before the texts are read
+    model = language_models.language_model(proxy.model, size, length)
+    params = language_models.abstract_params(loop.initializer(model), partitioner)
+    control.check_optimizer(
+      self.optimizer, params, self.options.surrogate, "pds.PMP.", "control.SolveOptions."
+    )
+
+  def decided(self, bench: Bench) -> PMP:
+    """Itself, with the trajectory decided from the devices' memory if it is "auto"."""
+    if self.options.trajectory != AUTO:
+      return self
+    device = bench.partitioner.mesh.devices.flat[0]
+    memory = budget.memory_of(device, self.device_bytes)
+    parts = plan.solve_parts(
+      self, bench.proxy, bench.proxy_set, bench.corpus.vocab_size, bench.corpus.length,
+      bench.partitioner, len(bench.prepared.target_dev), bench.partitioner.platform,
+    )
+    policy = plan.resolve_trajectory(self, parts, memory)
+    bench.context.log(
+      f"{self.name}: trajectory {policy!r} for states of {parts.state / 2**20:,.1f} MiB in "
+      f"{memory.device_bytes / 2**20:,.1f} MiB a device"
+    )
+    return dataclasses.replace(
+      self, options=dataclasses.replace(self.options, trajectory=policy)
+    )
+
+  def inner_rows(self, partitioner: meshes.Partitioner) -> int | None:
+    """Rows of an inner batch that are differentiated at a time on that mesh; None: all."""
+    return partitioner.micro_batch_size(self.batch_size, self.options.micro_batch_size)
+
+  def score_proxies(self, bench: Bench) -> np.ndarray:
+    """`[C,M]`: the proxies' scores from each checkpoint."""
+    bench.check_sizes(self)
+    corpus, num_proxies = bench.corpus, len(bench.proxies["example_id"])
+    proxies, proxy_batch_size = bench.place_rows(
+      bench.proxies, self.options.proxy_batch_size or self.micro_batch_size
+    )
+    inner_indices = bench.proxy_indices if self.inner_data == "proxies" else None
+    source = language_models.batch_source(
+      corpus, inner_indices, self.batch_size, self.data_seed, self.shuffle
+    )
+    steps = [source.batch(t) for t in range(self.num_steps)]
+    batches = bench.partitioner.place_batch(
+      {name: np.stack([step[name] for step in steps]) for name in steps[0]}, axis=1
+    )
+    weights = np.full((self.num_steps, self.batch_size), 1 / self.batch_size, np.float32)
+    num_target = self.target_instances(len(bench.prepared.target_dev))
+    target_loss = bench.target_loss(num_target, self.micro_batch_size)
+    options = dataclasses.replace(
+      self.options, micro_batch_size=self.inner_rows(bench.partitioner),
+      proxy_batch_size=proxy_batch_size,
+    )
+    num_segments = 2 * -(-self.num_steps // options.segment_steps)
+    rows, norms = [], collections.defaultdict(list)
+    for step in self.checkpoints or (bench.proxy.num_steps,):
+      params = bench.proxy_params(step)
+      title = f"{self.name}@{step}"
+      with (
+        self._store(bench, step) as store,
+        bench.context.progress(num_segments, "segments", title) as bar,
+        bench.partitioner.activate(),
+        processes.saving_on_request(),
+        jax.default_matmul_precision(self.matmul_precision),
+      ):
+
+        def advance(done, _, bar=bar, store=store):
+          bar.update(done - bar.done)
+          if processes.stop_requested():
+            store.wait()
+            raise processes.Terminated
+
+        run = control.TrainingRun(
+          bench.example_losses, self.optimizer, params, batches, weights,
+          bench.partitioner.device_rows,
+        )
+        result = control.solve(
+          run, target_loss, options, proxy=proxies, store=store, progress=advance,
+          log=lambda text, title=title: bench.context.log(f"{title}: {text}"),
+        )
+      result = processes.fetch(result._replace(params=None))
+      control.check_result(result)
+      values = result.proxy_scores[:num_proxies]
+      rows.append(bench.divided(values, params, self.divide_by))
+      for name in ("target_losses", "costate_norms", "target_grad_norms"):
+        norms[name].append(np.asarray(getattr(result, name), np.float64).tolist())
+    bench.context.extra.update(norms)
+    passes = solve_cost.solve_passes(
+      self.optimizer, params, self.num_steps, options, in_segments=True
+    )
+    sizes = solve_cost.Passes(batch=self.batch_size, target=num_target, proxy=num_proxies)
+    for num_passes, size in zip(passes, sizes, strict=True):
+      bench.add_flops(size * corpus.length * len(rows), num_passes)
+    return np.stack(rows)
+
+  def _store(self, bench: Bench, step: int):
+    num_segments = -(-self.num_steps // self.options.segment_steps)
+    return contextlib.closing(checkpoints.CheckpointStore(
+      bench.context.directory / UNFINISHED / str(step), max_to_keep=2,
+      keep_steps=range(1, num_segments), chained=True,
+    ))
