@@ -20,7 +20,8 @@ OPTIMIZERS = {
   "lamb": optax.lamb(0.05),
   "adafactor": optax.adafactor(0.05, min_dim_size_to_factor=2),
   "injected_hyperparameters": optax.inject_hyperparams(optax.adam)(
-    learning_rate=optax.linear_schedule(0.0, 0.1, 5)),
+    # optax's own linear schedule divides whole numbers, which gives float32
+    learning_rate=lambda step: 0.02 * jnp.minimum(step, 5).astype(jnp.result_type(float))),
   "two_optimizers": optax.multi_transform(
     {"fast": optax.adam(0.05), "slow": optax.sgd(0.1), "frozen": optax.set_to_zero()},
     {"w": "fast", "b": "frozen", "v": "slow", "scale": "fast"}),
