@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -28,7 +29,7 @@ from lmops_jax.training import language_models
 
 
 @dataclasses.dataclass(frozen=True)
-class _DirectionMethod:
+class _DirectionMethod(abc.ABC):
   """Scores `<direction, grad l_n>` at proxy checkpoints; subclasses say which direction.
 
   Attributes:
@@ -44,8 +45,9 @@ class _DirectionMethod:
     """It differentiates the proxy's losses along the direction."""
     return True
 
+  @abc.abstractmethod
   def direction(self, bench: Bench, params, target_grad):
-    raise NotImplementedError
+    """A tree like `params`, along which the proxies' losses are differentiated."""
 
   def score_proxies(self, bench: Bench) -> np.ndarray:
     bench.check_sizes(self)
