@@ -15,7 +15,7 @@ from lmops_jax.stages import skeleton
 from lmops_jax.systems.learning_law import evaluate, optimise, report
 from lmops_jax.systems.learning_law.inner import Training
 from lmops_jax.systems.learning_law.policies import PracticalPolicy
-from lmops_jax.systems.learning_law.tasks import LearningTask, fresh_params, load_task
+from lmops_jax.systems.learning_law.tasks import LearningTask, TextTask, fresh_params, load_task
 from lmops_jax.training import language_models
 
 
@@ -58,13 +58,12 @@ class Pipeline:
     """The run as stages; arguments as for every system."""
     partitioner = _in_one_process(partitioner)
     for task in self.tasks:
-      if hasattr(task, "config"):
-        fresh = functools.partial(fresh_params, task.config)
-        self.training.check_optimizer(language_models.abstract_params(fresh, partitioner))
+      fresh = functools.partial(fresh_params, task.config)
+      self.training.check_optimizer(language_models.abstract_params(fresh, partitioner))
     stages, evaluated = [], {}
     for i, task in enumerate(self.tasks):
       bound, texts = (f"tasks[{i}]",), ()
-      if hasattr(task, "texts"):
+      if isinstance(task, TextTask):
         texts = (f"texts/{task.name}",)
         stages.append(skeleton.Stage(texts[0], task.texts, reads=bound))
       for seed in self.seeds:
@@ -203,7 +202,7 @@ class Evaluation:
 
 
 def _make_data(context, task, seed: int) -> None:
-  inputs = [context.input(f"texts/{task.name}")] if hasattr(task, "texts") else []
+  inputs = [context.input(f"texts/{task.name}")] if isinstance(task, TextTask) else []
   made = task.make(seed, *inputs)
   made.save(context.directory)
   noisy = f", {int(made.is_noise.sum())} of them spoilt" if made.is_noise.any() else ""

@@ -27,6 +27,7 @@ from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.host import seals
 from lmops_jax.host.whole_files import replacing_shared
 from lmops_jax.mesh import meshes
+from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import (
   moments,
@@ -64,7 +65,8 @@ def _write_corpus(engine: Engine, context, config: prepare.Prepare, targets) -> 
   left_out: collections.Counter[str] = collections.Counter()
   buckets.sort(config.corpus, engine, left_out)
   context.log(f"documents sorted into {buckets.count} buckets")
-  vocabulary = prepare.build_vocabulary(context, config, buckets.all_documents())
+  vocabulary = corpora.build_vocabulary(
+    context, config.vocabulary, (d.text for d in buckets.all_documents()))
 
   settings = prepare.packing_settings(vocabulary, config)
   engine.each(
