@@ -51,6 +51,8 @@ class Stage:
     together: whether all processes of a job run it, as what computes on their devices must; else
       the first one does while the others wait.
     result: what the last lines of a run call its folder; empty if they leave it out.
+    checks: dotted names of settings that it reads only to refuse early, or to announce, what a
+      later stage will refuse. What it writes must not depend on them.
   """
   name: str
   run: Callable[[pipeline.StageContext], None]
@@ -59,6 +61,7 @@ class Stage:
   seed: int | None = None
   together: bool = True
   result: str = ""
+  checks: tuple[str, ...] = ()
 
 
 def resolve_stages(

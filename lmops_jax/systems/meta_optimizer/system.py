@@ -63,7 +63,8 @@ class Pipeline:
       )
     one = meshes.single_device()  # a study runs on one device
     check = functools.partial(check_rows, settings=self.study)
-    readings = [checked(task.stage(f"tasks[{i}]"), check) for i, task in enumerate(self.tasks)]
+    readings = [
+      checked(task.stage(f"tasks[{i}]"), check, "study") for i, task in enumerate(self.tasks)]
     of_model = self.model.stages("model", partitioner or one)
     before = tuple(stage.name for stage in of_model)
     stages = [*readings, *of_model]  # what the tasks are too small for is told first
