@@ -101,7 +101,7 @@ def named(source: TensorSource, family: Family, config) -> NameTable:
 
 
 def check_sizes(names: NameTable, source: TensorSource, family: Family, config, where: str) -> None:
-  """Holds declared sizes against the tensors, before anything is made of those sizes.
+  """Checks declared sizes against the tensors, before anything is made of those sizes.
 
   Args:
     where: the file that declares them.
