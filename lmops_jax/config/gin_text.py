@@ -19,7 +19,8 @@ class Named:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-  """What stands in dicts, their keys too, lists and tuples, in order; else the value itself."""
+  """What stands in dicts (keys too), lists and tuples, in order; of other values, they themselves.
+  """
   if type(value) is dict:
     for pair in value.items():
       yield from leaves(pair)
