@@ -66,8 +66,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def _checked(leaf: Any) -> Any:
-  """A leaf of a parsed value with its selector in full; a macro that names a constant becomes it.
-  """
+  """A leaf of a parsed value with its selector in full; a macro of a constant's name becomes it."""
   if not isinstance(leaf, Reference):
     return leaf
   if leaf.selector != MACRO:

@@ -52,7 +52,7 @@ def _is_name(text: str) -> bool:
 PositiveInt = Annotated[int, at.Ge(1), at.Le(LARGEST)]
 Count = Annotated[int, at.Ge(0), at.Le(LARGEST)]
 NonEmpty = at.MinLen(1)  # mark of a sequence
-Size = Annotated[int, at.Ge(1), at.Lt(2**63)]  # of models: weights tell what is too large
+Size = Annotated[int, at.Ge(1), at.Lt(2**63)]  # a model's: its weights tell what is too large
 ByteCount = Size
 Seed = Annotated[int, at.Ge(0), at.Lt(2**32)]
 Positive = Annotated[float, at.Gt(0)]

@@ -267,7 +267,7 @@ class Problem:
   def _score_sample(self, total, params, u, t):
     """`total` plus the scores of the proxies that drew step t, weighted by 1 / probability."""
     options, num_steps, num_proxies = self.options, self.num_steps, len(total)
-    # Every device takes as many proxies at a step; places beyond the last proxy do not count.
+    # All devices take equally many proxies at a step; places beyond the last proxy do not count.
     num_shards = 1 if self.device_rows is None else self.device_rows.num_shards
     num_rows = -(-num_proxies // (num_steps * num_shards)) * num_shards
     for i in range(options.proxy_samples):

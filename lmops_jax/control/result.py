@@ -59,7 +59,7 @@ def check_result(result: PmpResult) -> PmpResult:
 
 
 def check_not_all_zero(scores: Any, target_grad_norms: Any, proxy_scores: Any = None) -> None:
-  """Waits for the scores, and refuses them if all are 0, which ranks nothing.
+  """Waits for the scores, and refuses them if all are 0, since they then rank nothing.
 
   Raises:
     ValueError: with the likely reason.

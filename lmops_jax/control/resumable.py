@@ -93,7 +93,7 @@ def solve_in_segments(
             for i in range(2 * num_segments - done, num_segments)]
     return _Reverse(first_state.params, final_target, carry, outs)._asdict()
 
-  # A resumed run puts the outputs that it reads back, whole, on all of its devices.
+  # Outputs that a resumed run reads back go, whole, to all of its devices.
   place = jax.tree.leaves(first_state.params)[0].sharding
   if isinstance(place, NamedSharding):
     place = NamedSharding(place.mesh, PartitionSpec())
@@ -208,8 +208,7 @@ def forward_segment(data, state, steps, *, options, shardings):
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def reverse_segment(data, state, carry, steps, *, options, shardings):
-  """The carry before `steps` and their outputs, from the carry after them; see `forward_segment`.
-  """
+  """The carry before `steps` and their outputs, from the carry after; see `forward_segment`."""
   problem = Problem.of(*data, options, shardings)
   return trajectories.run(problem.forward, problem.reverse, lambda _: (carry, None), state, steps,
                           options.trajectory)[:2]

@@ -15,9 +15,9 @@ _HALVINGS = 50  # of an interval of length 1; the last digits come from the clos
 def project_simplex(values: Any, mask: Any = None, method: str = "sort") -> jax.Array:
   """Euclidean projection of each row onto `{gamma >= 0, sum(gamma) = 1}`.
 
-  Rows are first shifted to a maximum of 0, and entries of -1 or less, sure to become 0, set to -2.
-  The projection stays the same, sums stay small, so that values around 1e6 lose no digits, and
-  rounding cannot give weight to entries that are masked or far behind.
+  Rows are first shifted to a maximum of 0. Entries of -1 or less, which are sure to become 0, are
+  set to -2. The projection stays the same, sums stay small, so that values around 1e6 lose no
+  digits, and rounding cannot give weight to entries that are masked or far behind.
 
   Args:
     values: `[..., N]`.

@@ -40,7 +40,7 @@ def forbid(scores, ids) -> jax.Array:
 
 
 def forbid_while(scores, ids: tuple[int, ...], early) -> jax.Array:
-  """`-inf` at the same few ids in all rows where `early [R] bool`."""
+  """`-inf` at the same few ids in all rows for which `early [R] bool` is True."""
   chosen = jnp.isin(jnp.arange(scores.shape[-1]), jnp.asarray(ids, jnp.int32))
   return jnp.where(early[:, None] & chosen[None], -jnp.inf, scores)
 

@@ -279,7 +279,7 @@ def rolling_requests(ids: Sequence[int], first: int, max_length: int) -> list[Re
 
 
 def _common_prefix(requests: Sequence[Request]) -> int:
-  """How many tokens all contexts begin with; at least one of each context is left."""
+  """How many tokens all contexts begin with; at least one token of each context is left."""
   if len(requests) < 2:
     return 0
   first = requests[0].context

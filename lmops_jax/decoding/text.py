@@ -1,7 +1,7 @@
 """Text around generation: generated ids to text while they arrive, and stop strings.
 
-A tokenizer is anything with `encode(text, add_special=True)`, `decode(ids, skip_special=True)`,
-`bos_id` and `stop_ids`.
+A tokenizer, here and for `Generator`, is anything with `encode(text, add_special=True)`,
+`decode(ids, skip_special=True)`, `bos_id` and `stop_ids`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def exact_match(answer: str, golds: Sequence[str]) -> float:
 
 
 def f1(answer: str, golds: Sequence[str]) -> float:
-  """Harmonic mean of the tokens' precision and recall, for the gold answer that gives most.
+  """Harmonic mean of the tokens' precision and recall, for the best gold answer.
 
   Two answers without tokens are equal.
   """

@@ -3,7 +3,7 @@
 The statistics of arXiv 2402.17759, sections 3.2 and 4.3. A contribution is
 `CT_n = <grad L(params_t), grad l_n(params_t)>`, paired with the weights of the step that starts at
 `params_t`. Everything here belongs to one step and runs inside a compiled scan, so that nothing of
-size T x N has to be kept; `series` and `ratio` then read the stacked results.
+size T x N has to be kept; the functions from `series` on then read the stacked results.
 """
 
 from typing import NamedTuple
@@ -84,7 +84,7 @@ def excluded_share(found: Exclusion) -> float | None:
 
 
 def learned_share_below(histogram, threshold: float = 0.2) -> float | None:
-  """Share of the perfectly learned whose weight is below `threshold` times the largest; or None.
+  """Share of the perfectly learned with a weight below `threshold` times the largest; None if none.
 
   Args:
     histogram: `[..., NUM_BINS]`, summed over steps. threshold: a multiple of 1 / NUM_BINS.

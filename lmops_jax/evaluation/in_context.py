@@ -27,7 +27,7 @@ class Result(NamedTuple):
 
   Attributes:
     accuracy: fraction of rows whose best option is their label.
-    standard_error: of the accuracy, over rows.
+    standard_error: that of the accuracy, over rows.
     row_ids: `[N]` ids of the scored rows, in the task's order.
     labels: `[N] int`.
     predictions: `[N] int`.
@@ -104,7 +104,7 @@ def evaluate(
     tokenizer: the model's.
     task: rows with options.
     shots: demonstrations, drawn by (seed, row id).
-    seed: of the draw.
+    seed: the seed of the draw.
     train: rows to draw from; None draws from the task's `train` or, if it has none, from its
       rows, which are then not scored.
     balanced: draw as many demonstrations of each label.

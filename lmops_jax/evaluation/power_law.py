@@ -2,7 +2,7 @@
 
 The fit is the paper's: linear regression of ln(L - L0) on ln t for t > t0, with L0 (and t0)
 searched for the highest correlation, one L0 for all curves that are compared. The law is
-ill-conditioned in L0, and more so in B: a fit of which this holds says so, and every fit comes with
+ill-conditioned in L0, and more so in B: an ill-conditioned fit says so, and every fit comes with
 its profile over L0 and bootstrap intervals.
 """
 
@@ -42,7 +42,7 @@ class PowerLaw(NamedTuple):
   samples: np.ndarray
 
   def predict(self, steps) -> np.ndarray:
-    """Loss after so many steps (> 0)."""
+    """Loss after each of `steps` (> 0)."""
     return self.L0 + (self.B / np.asarray(steps, np.float64)) ** self.beta
 
   def interval(self, level: float = 0.95) -> dict[str, tuple[float, float]]:

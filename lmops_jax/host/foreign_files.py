@@ -77,7 +77,7 @@ def mapped(path: Path, mapper: Callable[[Path], Made]) -> Made:
   """What `mapper` makes of a model's file, which is there, not empty, and no pointer of Git LFS.
 
   Raises:
-    ValueError: as `require_regular`, a file that cannot be read, an empty one, or a pointer.
+    ValueError: as `require_regular`; if the file cannot be read, is empty or is a pointer.
   """
   require_regular(path)
   try:
@@ -100,7 +100,7 @@ def read_bytes(path: Path | str) -> bytes:
   """The whole contents of a file that is not large.
 
   Raises:
-    ValueError: as `require_regular`, a file of more than 256 MiB, or one that cannot be read.
+    ValueError: as `require_regular`; if the file has more than 256 MiB or cannot be read.
   """
   require_regular(path)
   try:
@@ -119,7 +119,7 @@ def read_text(path: Path | str) -> str:
   """The text of a file, without a byte-order mark.
 
   Raises:
-    ValueError: as `read_bytes`, or it is not UTF-8.
+    ValueError: as `read_bytes`; if it is not UTF-8.
   """
   try:
     return read_bytes(path).decode("utf-8-sig")

@@ -48,7 +48,7 @@ class Council:
     self._subject = "start" if count > 1 else None  # what is to be settled next
 
   def start(self) -> None:
-    """Meets the others before a device is touched, for which each would wait for those gone.
+    """Meets the others before a device is touched: there each would wait for those that are gone.
 
     Raises:
       StageError: if a process could not start; the same sentence in all.

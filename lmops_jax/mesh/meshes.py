@@ -105,7 +105,7 @@ class MeshConfig:
     return Partitioner(mesh, self._rules(), reduction=self.reduction)
 
   def sizes(self, num_devices: int) -> tuple[int, ...]:
-    """Sizes of the axes on so many devices.
+    """Sizes of the axes on that many devices.
 
     Raises:
       ValueError: when they do not multiply to that number.
@@ -136,8 +136,7 @@ class Partitioner:
 
   @property
   def device_rows(self) -> DeviceRows | None:
-    """How a batch lies if gradients are added over the mesh once a step; None: the partitioner's.
-    """
+    """How rows lie, if gradients are added over the mesh once a step; else None."""
     axes = self._axes_in_use
     if not axes or self.reduction == "layer" or (self.reduction == "auto" and self.splits_params):
       return None

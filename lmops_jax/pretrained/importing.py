@@ -76,7 +76,7 @@ class NameTable:
     return self.stored(name) or self.stored(self._other.get(self.bare(name), name))
 
   def stored(self, name: str) -> str | None:
-    """The name in the source of just this tensor, whatever else it may be called."""
+    """The name in the source of just this tensor, its twin's name aside."""
     return self.actual.get(self.bare(name))
 
   def shape(self, name: str) -> tuple[int, ...] | None:

@@ -130,7 +130,7 @@ class PretrainedModel:
     return path
 
   def fingerprint(self) -> str:
-    """A hash of the configuration, and of the files' names, sizes and contents (or both ends)."""
+    """A hash of the configuration and of the files' names, sizes and contents (or their ends)."""
     state = hashlib.blake2b(repr((self.config, self.ignore)).encode(), digest_size=16)
     files = [self.path] if self.path.is_file() else sorted(
       path for path in self.path.rglob("*") if path.is_file()

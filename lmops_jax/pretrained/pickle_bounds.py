@@ -17,8 +17,7 @@ _MARK = pickletools.markobject
 
 
 class _Step(NamedTuple):
-  """What an opcode does to the stack: takes all above a mark, then `taken` more; leaves something.
-  """
+  """What an opcode takes from the stack (all above a mark, then `taken` more) and leaves there."""
 
   above_mark: bool
   taken: int

@@ -1,7 +1,7 @@
 """The zip archive of `torch.save`: which entries it has, where they lie, what they inflate to.
 
 torch stores its entries, so that they can be mapped. An entry that another tool compressed is
-inflated when it is read, after the sizes in the archive's directory were held against a limit.
+inflated when it is read, after the sizes in the archive's directory were checked against a limit.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Compiled:
     argument_bytes, output_bytes, temporary_bytes, code_bytes: bytes on one device; outputs that
       reuse an argument's memory are not counted.
     host_bytes: bytes of host memory, for one device.
-    counts: what one call does on one device; None if the compiler refused the program's memory.
+    counts: what one call does on one device; None if the compiler refused it for its memory.
     seconds: how long lowering and compiling took.
     needed_bytes: bytes on one device, with what is held beside the program; if the compiler
       refused, by its own figure.

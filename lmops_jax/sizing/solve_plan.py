@@ -52,8 +52,8 @@ def choose_trajectory(state_bytes: float, num_steps: int, device_bytes_free: flo
     device_bytes_free: free on each device beside everything else that a reverse step needs.
     host_bytes_free: free host memory for each device; 0 if the host has none to give.
   Returns:
-    "all" if T states fit on the device; else "host" if they fit in host memory and two (the one at
-    work on, the next on its way) on the device; else the largest number of slots that fit.
+    "all" if T states fit on the device; else "host" if they fit in host memory and two (the one in
+    use and the next on its way) on the device; else the largest number of slots that fit.
   Raises:
     ValueError: if not even one state fits.
   """

@@ -71,8 +71,7 @@ def segment_programs(
 
 
 def abstract_state(optimizer: Any, params: Any) -> State:
-  """The first state of a solve; parts of the optimizer's state like the parameters lie as they do.
-  """
+  """The first state of a solve; optimizer state in the parameters' image is placed like them."""
   state = jax.eval_shape(lambda p: init_state(optimizer.init, optimizer.update, p), params)
   opt_state = map_images(lambda image: _placed(image, params), state.opt_state, params)
   return State(_placed(state.params, params), opt_state)

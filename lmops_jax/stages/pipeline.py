@@ -55,8 +55,8 @@ class Stage:
     run: does the work; writes into `context.directory` only, reads `context.input(...)` only.
     inputs: names of the stages that it reads.
     settings: all that its output depends on besides its inputs, readable name to readable value.
-    together: whether all processes of a job run it, as what computes on their devices must; else
-      the first one does while the others wait.
+    together: whether all processes of a job run it, as they must to compute on their devices; else
+      the first one runs it while the others wait.
   """
   name: str
   run: Callable[["StageContext"], None]
@@ -82,7 +82,7 @@ class Group:
     index: this process's. count: how many processes there are.
     barrier: waits for all of them at a label.
     check: called by all of them before a stage; raises if the job is asked to stop.
-    council: in which they agree on what they run.
+    council: lets them agree on what they run.
   """
   index: int = 0
   count: int = 1

@@ -48,8 +48,8 @@ class Stage:
     inputs: names of the stages that it reads.
     reads: dotted names of the settings that it reads, see the module.
     seed: the stage's own, if it does not stand among the settings.
-    together: whether all processes of a job run it, as what computes on their devices must; else
-      the first one does while the others wait.
+    together: whether all processes of a job run it, as they must to compute on their devices; else
+      the first one runs it while the others wait.
     result: what the last lines of a run call its folder; empty if they leave it out.
   """
   name: str

@@ -1,4 +1,4 @@
-"""What a chat template may do: steps it takes, and sizes of what it makes.
+"""What a chat template may do: how many steps it takes, and how large its values get.
 
 Sizes are foreseen from the arguments of an operation, before it is run.
 """
@@ -43,7 +43,7 @@ class Meter:
 
   def __init__(self):
     self._steps = 0
-    self._sizes: dict[int, tuple[Any, _Size]] = {}  # of lists and mappings, which nothing changes
+    self._sizes: dict[int, tuple[Any, _Size]] = {}  # lists and mappings, which nothing changes
 
   def spend(self, steps: int) -> None:
     self._steps += steps
@@ -232,8 +232,7 @@ _READ_LITTLE = ("startswith", "endswith", "length", "count", "first", "last", "d
 
 
 def call(meter: Meter, name: str, growth, args: Sequence[Any], kwargs: Mapping) -> list[Any]:
-  """Pays for a call and foresees what it makes; gives its arguments, iterators of a join as lists.
-  """
+  """Pays for a call and foresees what it makes; gives its arguments, which a join reads twice."""
   meter.spend(ACTION)
   args = [list(a) if name == "join" and isinstance(a, Iterator) else a for a in args]
   values = [*args, *kwargs.values()]

@@ -83,7 +83,7 @@ class Tokenizer:
     return self._backend.token_to_id(token)
 
   def check_fits(self, model_vocab_size: int) -> None:
-    """Checks that a model of so many ids has all that the tokenizer gives.
+    """Checks that a model with that many ids has all that the tokenizer gives.
 
     A larger model is right: embeddings are often padded.
 

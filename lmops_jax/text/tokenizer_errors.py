@@ -22,7 +22,7 @@ _PROBES = ("", "a", "The 3 naïve cats' \n\t漢字🙂")
 def named(
   where: Path | str, what: str, advice: str = "fetch it again"
 ) -> Iterator[None]:
-  """Turns what the two packages raise within into a sentence; one that names the file is left.
+  """Turns what the two packages raise within into a sentence; an error naming the file passes.
 
   Args:
     where: the tokenizer's file.

@@ -41,7 +41,7 @@ def _list(kind: Any) -> Any:
 
 
 def _mapping(kind: Any) -> Any:
-  """A mapping from texts, likewise."""
+  """A mapping from texts that is read up to its first wrong entry, too."""
 
   def entries(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     return {name: checked(kind, v, f"{info.field_name}.{name}") for name, v in value.items()}

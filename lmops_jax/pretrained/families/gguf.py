@@ -75,7 +75,7 @@ def read_gguf(source: GGUFSource) -> tuple[Family, TransformerConfig]:
   """
   where, names = source.where, set(source.names())
   kind = source.metadata.get("general.architecture")
-  if kind not in list(_FAMILIES):  # in a damaged file a list, which no dictionary takes
+  if kind not in list(_FAMILIES):  # a damaged file may hold a list, which no dictionary takes
     raise ValueError(
       f"{where} has general.architecture={kind!r}; the GGUF architectures that lmops_jax reads are "
       f"{', '.join(_FAMILIES)}."

@@ -4,7 +4,7 @@ Each `model_type` has one class, which is its schema and its table of defaults. 
 those of the configuration classes of transformers, since most published files leave out what equals
 them. An absent field has its default; a null one is null, and is refused if the family gives null
 no meaning. Fields that change the function and are not modelled are listed with the values that
-are. If a file holds several names of one field, the one that counts is that of transformers.
+are. If a file holds several names of one field, the one that transformers takes counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import AliasChoices, Field
 from lmops_jax.host.foreign_files import shown
 
 LONGEST = 2**31 - 1  # positions are int32
-Count = Annotated[int, Field(ge=1)]  # held against the tensors later
+Count = Annotated[int, Field(ge=1)]  # checked against the tensors later
 Length = Annotated[int, Field(ge=1, le=LONGEST)]
 Index = Annotated[int, Field(ge=0, le=LONGEST)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
