@@ -68,7 +68,7 @@ class Look(NamedTuple):
   width: float
 
 
-NEUTRAL = Look("#b4bac2", "-", 1.4)  # of series without a look: what others are compared with
+NEUTRAL = Look("#b4bac2", "-", 1.4)  # for series without a look, which others are compared with
 
 
 class Run(NamedTuple):
@@ -210,7 +210,7 @@ def _stacked(name, runs) -> tuple[np.ndarray, np.ndarray]:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
       raise ValueError(f"A run of {name!r} holds a number that is not finite.")
     if not np.array_equal(x, xs[0]):
-      raise ValueError(f"The runs of {name!r} were measured at different {len(xs[0])} x values.")
+      raise ValueError(f"The runs of {name!r} were measured at different x values.")
   return xs[0], np.stack(ys)
 
 
@@ -232,7 +232,7 @@ def _reference(axes, reference, crossings, styles):
 
 
 def _label_ends(figure, axes, ends):
-  """Writes each series' name beside its last point, moved apart where they would overlap."""
+  """Writes each series' name beside its last point, moved apart if they would overlap."""
   figure.draw_without_rendering()
   to_points = axes.transData.transform
   height = 72 / figure.dpi  # points a pixel
@@ -336,7 +336,7 @@ def grouped_bars(
     series: name to category to value >= 0; a missing category counts as 0.
     x_label: what a value is.
     order: categories from top to bottom; by the first series' value if not given.
-    format: of the written values; a "%" format also labels the axis in percent.
+    format: the format spec of the written values; a "%" format also labels the axis in percent.
 
   Raises:
     ValueError: no series or category, or a value that is negative or not finite.
@@ -527,7 +527,7 @@ def heatmap(
     values: `[R,C]`; NaN cells stay white. A matrix of more rows or columns than the image has dots
       is averaged over blocks, so that thin lines do not vanish or flicker.
     row_labels, column_labels: a label for each, for small matrices.
-    value_label: of the colour bar.
+    value_label: the label of the colour bar.
     centre: if given, colours diverge from this value (red above, blue below).
     limits: values at the ends of the colour scale; the data's own if not given.
     annotate: a format such as ".0%": the value is written into each cell.

@@ -22,9 +22,9 @@ class Chip(NamedTuple):
       offers 15.75 of 16 GiB on a v5e, 30.75 of 32 on a v4, 94.75 of 95 on a v5p, 31.25 of 32 on a
       v6e; on a GPU jax takes nine tenths.
     flops_per_sec: dense bfloat16 peak.
-    bytes_per_sec: of the memory.
-    host_bytes: of the host's memory that one chip may use.
-    is_gpu: and no TPU.
+    bytes_per_sec: bandwidth of the memory.
+    host_bytes: bytes of the host's memory that one chip may use.
+    is_gpu: whether it is a GPU and no TPU.
   """
 
   memory_bytes: int

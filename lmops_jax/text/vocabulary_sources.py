@@ -43,16 +43,16 @@ class VocabularySource(Protocol):
 @component(module="data")
 @dataclasses.dataclass(frozen=True)
 class TrainSentencePiece:
-  """Trains a SentencePiece model on a sample of the corpus; lossless, bytes for what is rare.
+  """Trains a SentencePiece model on a sample of the corpus; lossless, rare characters are bytes.
 
   Text is taken as it is: no Unicode normalisation, no added space, runs of spaces and line breaks
-  are tokens, so that decoding gives the text back. pad 0, EOS 1, unk 2, BOS 3, as seqio likes it.
+  are tokens, so that decoding gives the text back. Pad is 0, EOS 1, unk 2, BOS 3, as seqio has it.
   The same texts in the same order give the same file, byte for byte.
 
   Attributes:
     vocab_size: number of ids, special ones and the 256 bytes included.
     sample_bytes: text to train on, chosen among the first `16 * sample_bytes` that are offered.
-    seed: of that choice.
+    seed: the seed of that choice.
     model_type: "bpe" or "unigram".
   """
 
@@ -109,7 +109,7 @@ class TrainSentencePiece:
     )
 
   def _sample(self, texts: Iterable[str]) -> list[str]:
-    """Whole texts, at least `sample_bytes` where there are so many, by a hash of (seed, text)."""
+    """Whole texts, at least `sample_bytes` if there are so many, by a hash of (seed, text)."""
     offered: list[tuple[int, str]] = []
     total = 0
     for text in texts:
@@ -172,8 +172,8 @@ class HuggingFaceTokenizer:
 
   Attributes:
     path: a `tokenizer.json`, or a folder with one.
-    bos, eos, pad: the texts of these tokens; None looks for the usual names. Without BOS or pad
-      token EOS serves.
+    bos, eos, pad: the texts of these tokens; None looks for the usual names. EOS serves if
+      there is no BOS or pad token.
   """
 
   path: Text
@@ -188,7 +188,7 @@ class HuggingFaceTokenizer:
     """Copies the tokenizer; `texts` are not read.
 
     Raises:
-      ValueError: no such file, not a tokenizer, or a special token that it does not have.
+      ValueError: if the file is missing, is no tokenizer, or lacks one of the given tokens.
     """
     del texts
     import tokenizers
