@@ -21,7 +21,8 @@ from lmops_jax.text import tokenizer_errors
 from lmops_jax.text.tokenizer import Tokenizer, load_tokenizer
 from lmops_jax.text.vocabularies import TOKENIZER_FILE, Vocabulary, write_vocabulary
 
-_MAX_LINE_BYTES = 4000  # the trainer leaves out longer ones
+_MAX_LINE = 4000  # characters, at most 4 bytes each
+_MAX_LINE_BYTES = 8000  # the trainer leaves out longer ones
 _COMMON_NAMES = {
   "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
   "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
@@ -91,7 +92,7 @@ class TrainSentencePiece:
         eos_id=1,
         unk_id=2,
         bos_id=3,
-        max_sentence_length=2 * _MAX_LINE_BYTES,
+        max_sentence_length=_MAX_LINE_BYTES,
         input_sentence_size=0,
         shuffle_input_sentence=False,
         num_threads=2,  # fixed: the unigram trainer sums floats by thread
@@ -132,12 +133,12 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
   """Lines of the texts, long ones cut into pieces that the trainer takes."""
   for text in texts:
     for line in text.split("\n"):
-      if len(line) <= _MAX_LINE_BYTES:
+      if len(line) <= _MAX_LINE and len(line.encode("utf-8", "replace")) <= _MAX_LINE_BYTES:
         if line and "\0" not in line:
           yield line
       else:
-        for start in range(0, len(line), _MAX_LINE_BYTES // 4):
-          yield line[start : start + _MAX_LINE_BYTES // 4].replace("\0", " ")
+        for start in range(0, len(line), _MAX_LINE // 4):
+          yield line[start : start + _MAX_LINE // 4].replace("\0", " ")
 
 
 @component(module="data")
