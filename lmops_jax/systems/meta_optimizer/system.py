@@ -15,7 +15,8 @@ from lmops_jax.mesh import meshes
 from lmops_jax.shared_stages.small_model import ModelSource
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.meta_optimizer import report
-from lmops_jax.systems.meta_optimizer.study import Study, check_rows, num_rows, run_study
+from lmops_jax.systems.meta_optimizer.settings import Study
+from lmops_jax.systems.meta_optimizer.study import check_rows, num_rows, run_study
 
 
 @component(module="meta_optimizer")
