@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lmops_jax.host.hashing import order_key
 
 METRICS = ("accuracy", "exact_match", "f1")
+IMAGE = "<image>"  # in a text: here is a picture
 
 
 class Example(NamedTuple):
