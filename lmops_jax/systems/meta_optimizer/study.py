@@ -177,7 +177,6 @@ def check_rows(task, settings: Study) -> None:
   Raises:
     ValueError: naming the task.
   """
-  task.require_text()
   num = len(task.train or ())
   if num < settings.demonstrations:
     raise ValueError(
