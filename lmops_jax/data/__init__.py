@@ -7,7 +7,8 @@ from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.documents import Corpus, Document, split_documents
 from lmops_jax.data.files import Jsonl, Parquet, TextFolder
 from lmops_jax.data.installed_text import InstalledText
-from lmops_jax.data.instances import Instances, open_instances, write_instances
+from lmops_jax.data.instance_writing import write_instances
+from lmops_jax.data.instances import Instances, open_instances
 from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack

@@ -29,11 +29,11 @@ class Generated(NamedTuple):
   """The tokens that follow one prompt.
 
   Attributes:
-    ids: new tokens, with the end token where one ended them.
-    logprobs: of each id under the model's own distribution, `log_softmax(logits)` in float32 before
-      temperature and filters, in nats.
+    ids: new tokens, with the end token if one ended them.
+    logprobs: log-probability of each id under the model's own distribution, `log_softmax(logits)`
+      in float32 before temperature and filters, in nats.
     finish_reason: "eos" (an end token), "stop" (the caller ended it) or "length".
-    score: of beam search, what hypotheses are ranked by; else None.
+    score: what beam search ranks hypotheses by; None without beam search.
   """
 
   ids: list[int]
@@ -50,7 +50,7 @@ class Generator:
   options (which filters, k of top-k, how many beams, which end tokens).
 
   Attributes:
-    params: as the programs take them.
+    params: the parameters as the programs take them.
   """
 
   def __init__(
@@ -68,7 +68,7 @@ class Generator:
     Args:
       model: `Transformer`.
       params: its parameters, with stacked or unstacked layers, boxed or not.
-      tokenizer: for `generate`, and for a BOS token for empty prompts and end tokens.
+      tokenizer: needed by `generate`, and for the BOS token of empty prompts and the end tokens.
       partitioner: mesh to run on; None is the default device.
       batch_size: most rows at a time, beams and sampled answers included.
       padding: side on which shorter prompts are padded; the results are the same.
@@ -121,15 +121,15 @@ class Generator:
 
     Args:
       texts: prompts.
-      options: of the choice.
-      stop: strings that end a text, which is cut before them. Beam search does not end by them,
-        its texts are cut.
+      options: how tokens are chosen.
+      stop: strings that end a text, which is cut before them. Beam search does not end at them;
+        only its texts are cut.
       callback: called as `callback(i, piece)` with the text of result `i` as it comes; the pieces
-        together are its text. Returns True to end this result. Beam search has one piece.
+        together are its text. It returns True to end this result. Beam search has one piece.
       row_ids: see `generate_ids`.
-      add_special: what the tokenizer puts in front of every text, a BOS for instance, stands there
-        once, also where a text begins with it; never behind a prefix. False leaves texts as they
-        are, as what a chat template wrote.
+      add_special: put in front of every text what the tokenizer puts there, such as a BOS: once,
+        even if the text begins with it, and never behind a prefix. False leaves texts as they are,
+        which suits what a chat template wrote.
       prefix: see `generate_ids`.
 
     Returns:
@@ -180,20 +180,20 @@ class Generator:
 
     Args:
       prompts: of any lengths; an empty one becomes the tokenizer's BOS token.
-      options: of the choice.
+      options: how tokens are chosen.
       callback: called as `callback(i, ids)` with the new ids of result `i` as they come, some at a
-        time; returns True to end this result. Beam search, which may change all tokens until the
+        time; it returns True to end this result. Beam search, which may change all tokens until the
         end, calls it once.
-      row_ids: one for each prompt, from which with the seed its random numbers derive, so that they
-        do not depend on the other prompts; None counts them from 0.
-      prefix: of `prefixes.read_groups`, in front of every prompt. Repetition penalty and n-grams
-        do not look at it.
+      row_ids: a number for each prompt; its random numbers derive from that and the seed, and not
+        from the other prompts. None counts from 0.
+      prefix: made by `prefixes.read_groups`, in front of every prompt. Repetition penalty and
+        n-grams do not look at it.
 
     Returns:
       For each prompt in order its `num_return_sequences` results.
 
     Raises:
-      ValueError: see `checked_prompts`; or where the model's logits are not finite.
+      ValueError: see `checked_prompts`; or if the model's logits are not finite.
     """
     bos_id = None if self._tokenizer is None else self._tokenizer.bos_id
     prompts = checked_prompts(self._model.config, prompts, options, bos_id, prefix)
@@ -269,7 +269,7 @@ class Generator:
     return places
 
   def _num_rows(self, num_prompts, copies):
-    """The batch's prompts: the next power of two, and a multiple of the mesh's shards."""
+    """How many prompts a batch holds: the next power of two, in a multiple of the mesh's shards."""
     size = 1 << (num_prompts - 1).bit_length()
     size = max(num_prompts, min(size, max(1, self._batch_size // copies)))
     shards = shards_of(self._partitioner)
@@ -410,7 +410,7 @@ def _for_decoding(model, params, partitioner):
   dtype = jnp.dtype(model.config.dtype)
 
   def cast(leaf):
-    # Matrices are cast where they are used; vectors of norms are used in float32.
+    # The model would cast matrices at each use; vectors of norms are used in float32.
     leaf = jnp.asarray(leaf)
     return leaf.astype(dtype) if leaf.ndim > 1 and leaf.dtype != dtype else leaf
 

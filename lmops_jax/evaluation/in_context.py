@@ -2,7 +2,7 @@
 
 Demonstrations stand in front of each row's prompt, and the answer is the option with the highest
 (normalised) log-likelihood. The same demonstrations stand in front of every row, so the model reads
-them once. Where the prompts differ by option (Winogrande), each option follows its own.
+them once. If the prompts differ by option (Winogrande), each option follows its own.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Result(NamedTuple):
 
   Attributes:
     accuracy: fraction of rows whose best option is their label.
-    standard_error: of the accuracy, over rows.
+    standard_error: that of the accuracy, over rows.
     row_ids: `[N]` ids of the scored rows, in the task's order.
     labels: `[N] int`.
     predictions: `[N] int`.
-    scores: `[N,labels] float64`, what the options are compared by; -inf where a row has fewer
-      options than others.
+    scores: `[N,labels] float64`, what the options are compared by; -inf for options that a row
+      does not have.
     confusion: `[labels,labels] int`, rows of each label (first axis) by prediction.
     num_shots: demonstrations in front of each row.
-    num_tokens: of all prompts with their options, shared ones counted each time.
+    num_tokens: tokens of all prompts with their options, shared ones counted each time.
   """
 
   accuracy: float
@@ -54,7 +54,7 @@ class Encoder:
   """Contexts and options to token ids, split as the whole text's tokens are.
 
   Blanks at a context's end go to the option, since most vocabularies join them with the next word.
-  An option's tokens are those that the whole text has beyond the context's; where the boundary
+  An option's tokens are those that the whole text has beyond the context's; if the boundary
   falls inside a token, the option is encoded by itself.
 
   Args:
@@ -67,7 +67,7 @@ class Encoder:
     self.start = front_ids(tokenizer) if start is None else list(start)
 
   def encode(self, text: str) -> list[int]:
-    """A prompt with what the model wants in front of it, once where the text has it already."""
+    """A prompt with what the model wants in front of it, once even if the text has it already."""
     return encode_behind(self.start, self._tokenizer, text)
 
   def split(self, context: str, options: Sequence[str]) -> Request:
@@ -101,21 +101,21 @@ def evaluate(
   """Accuracy of a model on a task.
 
   Args:
-    scorer: of the model.
+    scorer: scores options with the model.
     tokenizer: the model's.
     task: rows with options.
     shots: demonstrations, drawn by (seed, row id).
-    seed: of the draw.
-    train: rows to draw from; None draws from the task's `train`, or where it has none from its
+    seed: the seed of the draw.
+    train: rows to draw from; None draws from the task's `train` or, if it has none, from its
       rows, which are then not scored.
-    balanced: as many demonstrations of each label.
-    normalisation: "sum" of an option's token log-probabilities; their mean a "token"; the sum a
-      "char" of the option, blanks around it not counted; "null", the sum less that after a prompt
-      whose fields are "N/A" (same demonstrations); "auto", as the papers: the sum where all options
-      are one token, else the mean a token.
-    separator: between demonstrations.
-    progress: called with the number of prompts done since the last call: of rows, or where their
-      prompts differ by option, of options.
+    balanced: draw as many demonstrations of each label.
+    normalisation: "sum" adds an option's token log-probabilities; "token" takes their mean; "char"
+      divides the sum by the option's characters, blanks around it not counted; "null" subtracts the
+      sum after a prompt whose fields are "N/A" (same demonstrations); "auto" does as the papers:
+      the sum if all options are one token, else the mean.
+    separator: text behind each demonstration.
+    progress: called with the number of prompts done since the last call: rows, or options if
+      prompts differ by option.
 
   Raises:
     ValueError: an unknown normalisation, open answers, too few rows, two labels with the same
@@ -176,7 +176,7 @@ def score_rows(
   """What the options of each row are compared by, `[N,options] float64`, and the tokens read.
 
   Args:
-    rows: of the task.
+    rows: rows of the task.
     front: text in front of every prompt.
     prefix: what stands in front of every row already, see `OptionScorer.score`; the encoder then
       has no start.
@@ -204,7 +204,7 @@ def score_rows(
 def outcome(
   rows: Sequence[Example], scores: np.ndarray, num_shots: int, num_tokens: int
 ) -> Result:
-  """The best option of each row against its label; of equals the first."""
+  """The best option of each row, the first of equals, against its label."""
   predictions = scores.argmax(axis=1)
   labels = np.array([row.label for row in rows])
   confusion = np.zeros((scores.shape[1],) * 2, np.int64)
@@ -218,7 +218,7 @@ def outcome(
 
 
 def requests_of(encoder: Encoder, row: Example, front: str = "") -> list[Request]:
-  """One request with all options of a row, or one an option where their prompts differ.
+  """One request with all options of a row, or one for each option if their prompts differ.
 
   Args:
     front: text in front of every prompt.
@@ -243,7 +243,7 @@ def _check(request: Request, task: Task) -> None:
 
 
 def _normalised(kind: str, token_scores, rows: Sequence[Example]) -> np.ndarray:
-  """`[N,labels] float64`."""
+  """What options are compared by, `[N,labels] float64`."""
   if kind == "auto":
     single = all(len(option) == 1 for of_row in token_scores for option in of_row)
     kind = "sum" if single else "token"

@@ -24,7 +24,7 @@ def mean_and_half_width(
 ) -> tuple[float | None, float | None]:
   """Mean over seeds and half the width of its t interval.
 
-  Both are None where a seed has no value, the half where there is one seed only.
+  Both are None if a seed has no value; the half width is None if there is one seed only.
   """
   if not values or any(v is None for v in values):
     return None, None

@@ -27,7 +27,7 @@ class Rule(NamedTuple):
       `split` and `join` see them without that axis.
     split: their array to ours.
     join: ours to their array, the inverse of `split`.
-    shape: of their tensor; None is that of the one leaf.
+    shape: the shape of their tensor; None is that of the one leaf.
   """
 
   theirs: str
@@ -49,7 +49,7 @@ class Rule(NamedTuple):
 
 
 def same(theirs: str, ours: str, shape: Sequence[int] | None = None) -> Rule:
-  """The same numbers in the same order; `shape` where ours has more axes."""
+  """The same numbers in the same order; `shape` is given if ours has more axes."""
 
   def split(x):
     return [x if shape is None else x.reshape(shape)]
@@ -115,7 +115,7 @@ def mlp_rules(config: TransformerConfig, up: str, down: str, gate: str | None = 
 
 
 def norm_rules(config: TransformerConfig, theirs: str, ours: str) -> list[Rule]:
-  """A norm's scale, and its bias where it has one."""
+  """A norm's scale, and its bias if it has one."""
   rules = [same(f"{theirs}.weight", f"{ours}/scale")]
   if config.norm == "layer":
     rules.append(same(f"{theirs}.bias", f"{ours}/bias"))

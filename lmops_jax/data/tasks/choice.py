@@ -155,13 +155,19 @@ def stage_of(name: str, where: str, load: Callable[[], Task]) -> skeleton.Stage:
   return skeleton.Stage(f"task/{name}", run, reads=(where,))
 
 
-def checked(stage: skeleton.Stage, check: Callable[[Task], Any]) -> skeleton.Stage:
-  """The stage of a task, which ends with what `check` raises of the task that it has read."""
+def checked(
+  stage: skeleton.Stage, check: Callable[[Task], Any], *settings: str
+) -> skeleton.Stage:
+  """The stage of a task, which ends with what `check` raises of the task that it has read.
+
+  Args:
+    settings: dotted names of the settings that `check` reads.
+  """
   def run(context: pipeline.StageContext) -> None:
     stage.run(context)
     check(read_task(context.directory))
 
-  return dataclasses.replace(stage, run=run)
+  return dataclasses.replace(stage, run=run, checks=(*stage.checks, *settings))
 
 
 def write_task(folder: Path, task: Task) -> None:

@@ -1,6 +1,6 @@
 """One table a family of published models: its configuration and the names of its tensors.
 
-`FAMILIES` is what import and export look a model up in.
+Import and export look a model up in `FAMILIES`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def by_name(name: str) -> Family:
 
 
 def matching(config: TransformerConfig) -> Family | None:
-  """A family whose `config.json` says all that `config` does; Llama's before others.
+  """A family whose `config.json` says all that `config` does; Llama's is tried first.
 
   Momentum attention is left aside: it has no tensors, and an export refuses it.
   """
@@ -58,7 +58,7 @@ def find(config: dict, where: str) -> Family:
   """The family of a `config.json`, by its `model_type`.
 
   Raises:
-    ValueError: there is none; the sentence lists those that there are.
+    ValueError: if there is none; the sentence lists the known families.
   """
   kind = config.get("model_type")
   for family in FAMILIES:

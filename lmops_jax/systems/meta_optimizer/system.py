@@ -15,7 +15,8 @@ from lmops_jax.mesh import meshes
 from lmops_jax.shared_stages.small_model import ModelSource
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.meta_optimizer import report
-from lmops_jax.systems.meta_optimizer.study import Study, check_rows, num_rows, run_study
+from lmops_jax.systems.meta_optimizer.settings import Study
+from lmops_jax.systems.meta_optimizer.study import check_rows, num_rows, run_study
 
 
 @component(module="meta_optimizer")
@@ -67,7 +68,7 @@ class Pipeline:
       )
     one = meshes.single_device()  # a study runs on one device
     readings = [
-      checked(task.stage(f"tasks[{i}]"), self._check) for i, task in enumerate(self.tasks)]
+      checked(task.stage(f"tasks[{i}]"), self._check, "study") for i, task in enumerate(self.tasks)]
     of_model = self.model.stages("model", partitioner or one)
     before = tuple(stage.name for stage in of_model)
     stages = [*readings, *of_model]  # what the tasks are too small for is told first
