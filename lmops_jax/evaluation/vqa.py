@@ -3,7 +3,7 @@
 An answer is right by as many of ten people's answers as equal it, up to three, each left out in
 turn (arXiv:1505.00468, section 4). Normalisation is that of the official script of 2017 with its
 oddities, which published figures were measured with; a correction of 2021 normalises articles and
-numbers of people's answers too, and nothing at all where these agree.
+numbers of people's answers too, and nothing at all when these agree.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def accuracy(answer: str, golds: Sequence[str]) -> float:
   Args:
     answer: as it was generated.
     golds: the people's answers, ten in VQAv2 and VizWiz. They are released in normalised form; of
-      theirs punctuation alone is normalised, and only where they do not all agree, as the script
+      theirs punctuation alone is normalised, and only when they do not all agree, as the script
       does.
 
   Returns:

@@ -4,7 +4,7 @@
 documents of several pictures and episodes with invented names; `Matrices` has Raven's matrices; and
 `RenderedTexts` words and sentences to be read. They stand in for photographs and benchmarks in a
 run without any download. Fonts and photographs are those that installed packages carry, so pixels
-may differ where Pillow's JPEG decoder or Matplotlib's fonts do.
+may differ if Pillow's JPEG decoder or Matplotlib's fonts do.
 """
 
 from lmops_jax.data.synthetic_pictures.matrices import Matrices, Matrix

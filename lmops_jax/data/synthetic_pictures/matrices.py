@@ -53,7 +53,7 @@ class Matrix(NamedTuple):
     context: the cells in reading order, without the last.
     candidates: six different cells.
     label: of the right one.
-    rules: of each attribute; "constant" where it does not vary along the rows.
+    rules: of each attribute; "constant" if it does not vary along the rows.
   """
 
   context: tuple[Cell, ...]

@@ -64,7 +64,7 @@ class RenderedTexts:
   Attributes:
     side: of a picture, pixels.
     fonts: of Matplotlib, each as often.
-    least_pixels, most_pixels: of the letters' size; the most only where the text fits.
+    least_pixels, most_pixels: of the letters' size; the most only if the text fits.
     sentence_share: of texts such as "a good film", the others are a word.
     words_seed: which words' sentiment pictures tell: the same for all seeds of a study.
 
@@ -128,7 +128,7 @@ class RenderedTexts:
     return f"{with_article(word)} {_THINGS[draws.integers(len(_THINGS))]}", label
 
   def render(self, draws: np.random.Generator, text: str, font: str) -> np.ndarray:
-    """A text in drawn size, place and greys, broken into lines where it must be.
+    """A text in drawn size, place and greys, broken into lines if it must be.
 
     Returns:
       `[side,side,3] uint8`.

@@ -121,7 +121,7 @@ def _place(pictograph: Pictograph) -> str:
 def referring_expressions(scene: Scene) -> tuple[tuple[str, Box], ...]:
   """All expressions that fit exactly one pictograph of the scene, each with its box.
 
-  By colour and shape, by either, and of two by size and by place where these clearly differ.
+  By colour and shape, by either, and of two by size and by place if these clearly differ.
   """
   found = []
   for i, one in enumerate(scene.pictographs):

@@ -27,7 +27,7 @@ Pair = tuple[str, str]
 
 
 class Pictograph(NamedTuple):
-  """What is drawn where.
+  """A shape in a colour, and its place in the picture.
 
   Attributes:
     shape, color: of `SHAPES` and `COLORS`.

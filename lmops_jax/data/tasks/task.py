@@ -26,7 +26,7 @@ class Example(NamedTuple):
     prompts: one prompt an option, where they differ (Winogrande, Winograd); the options are then
       the text that follows each, and `prompt` is what the prompts have in common.
     images: paths of the pictures that stand for the `IMAGE`s in the prompt, in their order.
-    option_images: one picture an option, where they differ in it (Raven's matrices): it stands for
+    option_images: one picture an option, if they differ in it (Raven's matrices): it stands for
       the last `IMAGE` of the prompt, which `images` leave to it.
   """
 
@@ -57,7 +57,7 @@ class Task:
     rows: to evaluate on.
     train: to draw demonstrations from; (): from `rows`, which are then not evaluated on.
     words: what stands for each label, where all rows share their options, in the labels' order; of
-      open answers all that are possible, where they are names of classes.
+      open answers all that are possible, if they are names of classes.
     null_prompt: a prompt whose fields are "N/A", for calibration (arXiv:2102.09690); None where
       the prompt is the question itself.
     metric: of options "accuracy" or "roc_auc" (of two, the second as the positive one), of open

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lmops_jax.data.synthetic_pictures import Scenes, sequences
+from lmops_jax.data.synthetic_pictures import Scenes, scene_texts, sequences
 from tests.data.synthetic_pictures.recognition import recognised
 
 WORLD = Scenes()
@@ -26,6 +26,14 @@ def test_a_document_tells_of_both_pictures():
       nums.append(len(scene.pictographs))
     last = "Both" if nums[0] == nums[1] else "The first" if nums[0] > nums[1] else "The second"
     assert second.rsplit(". ", 1)[1].startswith(last)
+
+
+def test_an_introduction_is_the_first_stage_of_a_chain_of_thought():
+  scene = WORLD.scene(0, 3)
+  text, pictures = sequences.introduction(scene)
+  said = scene_texts.description(scene)
+  assert text == f"<image> Introduce this picture in detail: {said}"
+  np.testing.assert_array_equal(pictures[0], scene.picture)
 
 
 @pytest.mark.parametrize(

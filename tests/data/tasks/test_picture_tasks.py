@@ -21,7 +21,7 @@ def _lines(path, *rows):
 
 
 def _karpathy(folder, name, *images):
-  """Pictures (file, split, captions), in a sub-folder where the file has one."""
+  """Pictures (file, split, captions), in a sub-folder if the file has one."""
   found = []
   for file, split, captions in images:
     place, _, filename = file.rpartition("/")

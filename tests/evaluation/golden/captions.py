@@ -88,7 +88,7 @@ def main() -> None:
     "candidates": [candidates[i][0] for i in candidates], "references": list(references.values()),
     "scores": scores,
   }
-  text = json.dumps(found, ensure_ascii=False, indent=0)
+  text = json.dumps(found, ensure_ascii=False)
   Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 

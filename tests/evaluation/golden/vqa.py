@@ -52,7 +52,7 @@ def main(folder: str) -> None:
   words = {k: v for k, v in official.contractions.items() if k == k.lower()}
   accuracies = [[answer, golds, official.evalQA[i] / 100] for i, (answer, golds) in enumerate(rows)]
   found = {"normalised": normal, "contractions": words, "accuracies": accuracies}
-  text = json.dumps(found, ensure_ascii=False, indent=0)
+  text = json.dumps(found, ensure_ascii=False)
   Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 

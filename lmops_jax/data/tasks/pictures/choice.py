@@ -78,7 +78,7 @@ class PictureTaskChoice:
     return self.label or (of_file if self.is_file else self.task)
 
   def fingerprint(self) -> str:
-    """What the annotations hold, and which pictures there are where folders tell the classes."""
+    """What the annotations hold, and which pictures there are if folders tell the classes."""
     if self.is_file:
       return digest([read_bytes(Path(self.task).expanduser())])
     folder = Path(self.data).expanduser()

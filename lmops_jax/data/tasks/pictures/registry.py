@@ -25,8 +25,8 @@ class PictureEntry(NamedTuple):
     files: patterns of all files in the folder that tell the rows; of pictures the names.
     templates: prompts by index, the first one the paper's.
     rows, train: splits to evaluate on and to draw from; train "": drawn from the others.
-    words: of the labels, where all rows share them.
-    names: of all classes, by anything, where an open answer is one of them.
+    words: of the labels, if all rows share them.
+    names: of all classes, by anything, if an open answer is one of them.
   """
 
   read: Callable[[Source], Iterator[Example | None]]
