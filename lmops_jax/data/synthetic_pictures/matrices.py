@@ -77,11 +77,6 @@ class Matrix(NamedTuple):
     """Kosmos-1's prompt for a candidate, with `<image>` for the context and for the candidate."""
     return matrix_prompt(len(self.context))
 
-  def pictures(self, side: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Of the context and of the candidates, each `[side,side,3] uint8`."""
-    return (tuple(draw_cell(cell, side) for cell in self.context),
-            tuple(draw_cell(cell, side) for cell in self.candidates))
-
 
 @component(module="data")
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +147,10 @@ class Matrices:
     ]
     candidates, label = _candidates(draws, cells[-1])
     return Matrix(tuple(cells[:-1]), candidates, label, rules)
+
+  def pictures(self, cells: Sequence[Cell]) -> tuple[np.ndarray, ...]:
+    """Of a context or of candidates, each `[side,side,3] uint8`."""
+    return tuple(draw_cell(cell, self.side) for cell in cells)
 
   def _seen(self, layout) -> list[str]:
     return [name for name in _names(layout) if name not in self.held_out_rules]

@@ -88,7 +88,8 @@ def test_different_cells_have_different_pictures():
 
 def test_the_pictures_and_the_text_of_an_item():
   for matrix in SEEN[:20]:
-    context, candidates = matrix.pictures(48)
+    context, candidates = map(WORLD.pictures, (matrix.context, matrix.candidates))
+    assert all(picture.shape == (48, 48, 3) for picture in (*context, *candidates))
     assert len(context) == len(matrix.context) and len(candidates) == 6
     assert matrix.prompt.count("<image>") == len(context) + 1
     told = {name for name in NUM_VALUES if f"The {name} " in matrix.text}

@@ -128,7 +128,7 @@ def test_hateful_memes(tmp_path):
     picture_task("hateful-memes", tmp_path, split="test")
 
 
-PAGE = """<html><head><title>No</title><style>p {}</style></head><body><p>Price:
+PAGE = """<html><head><title>No</title><style>p {}</style><body><p>Price:
 <b>5&nbsp;&euro;</b></p><script>var x = "no";</script> Q {question}</body></html>"""
 
 

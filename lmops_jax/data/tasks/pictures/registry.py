@@ -12,7 +12,7 @@ from lmops_jax.data.tasks.pictures import captions_and_questions, items, labelle
 from lmops_jax.data.tasks.pictures.source import Source
 from lmops_jax.data.tasks.task import Example
 
-_BY_EXAMPLE = [f"{{{field}{i}}}" for field in ("name", "text", "short") for i in (1, 2)]
+_OF_CLASSES = [f"{{{field}{i}}}" for field in ("name", "text", "short") for i in (1, 2)]
 
 
 class PictureEntry(NamedTuple):
@@ -80,8 +80,8 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   ),
   "look-alikes": PictureEntry(
     labelled.look_alikes, "exact_match", "folders by animal", ("*/*",), (
-      prompts.described_prompt("{category}", _BY_EXAMPLE[:2], _BY_EXAMPLE[2:4]),
-      prompts.described_prompt("{category}", _BY_EXAMPLE[4:]),
+      prompts.described_prompt("{category}", _OF_CLASSES[:2], _OF_CLASSES[2:4]),
+      prompts.described_prompt("{category}", _OF_CLASSES[4:]),
     ),
   ),
 }

@@ -72,7 +72,9 @@ class _Words(html.parser.HTMLParser):
     self._inside: list[str] = []
 
   def handle_starttag(self, tag, attrs):
-    if tag in _UNSEEN:
+    if tag == "body":  # HTML may leave out the end of the head
+      self._inside.clear()
+    elif tag in _UNSEEN:
       self._inside.append(tag)
 
   def handle_endtag(self, tag):
