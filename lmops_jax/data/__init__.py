@@ -13,6 +13,7 @@ from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
+from lmops_jax.data.synthetic_pictures import Matrices, RenderedTexts, Scenes
 from lmops_jax.text.seqio_bridge import as_seqio
 from lmops_jax.text.vocabularies import Vocabulary, load_vocabulary
 from lmops_jax.text.vocabulary_sources import (
@@ -32,10 +33,13 @@ __all__ = [
   "Instance",
   "Instances",
   "Jsonl",
+  "Matrices",
   "ModelTokenizer",
   "OverlapIndex",
   "Parquet",
   "PythonReference",
+  "RenderedTexts",
+  "Scenes",
   "SentencePieceFile",
   "SeqioTask",
   "TextFolder",
