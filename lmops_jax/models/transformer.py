@@ -17,7 +17,8 @@ unrolled, so that checkpoints do not depend on that choice:
     unembedding [D,V]                    (absent when tied)
 
 and, where the configuration asks for them, `bias` beside each `kernel` and each layer norm's
-`scale`, position_embedding [max_length + position_offset, D], token_type_embedding [N,D],
+`scale`, layers/attention/inner_norm/scale [L,H,E] and layers/mlp/inner_norm/scale [L,F],
+position_embedding [max_length + position_offset, D], token_type_embedding [N,D],
 embedding_norm, embedding_in [W,D] and embedding_out [D,W] for embeddings of width W,
 head_transform, head_norm, unembedding_bias [V], pooler.
 
@@ -114,8 +115,9 @@ class Transformer(nn.Module):
     if c.pooler:
       self.pooler = Projection(c, (c.width,), (c.width,), ("embed", None), True)
 
-  def _matrix(self, name, shape, axes, init=layers_lib.table_init):
-    init = nn.with_logical_partitioning(init(self.config), axes)
+  def _matrix(self, name, shape, axes, init=None):
+    init = layers_lib.table_init(self.config, shape[-1]) if init is None else init(self.config)
+    init = nn.with_logical_partitioning(init, axes)
     return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
 
   def _setup_embedding(self):
@@ -145,7 +147,7 @@ class Transformer(nn.Module):
       shape = (c.token_width, c.vocab_size)
       self.unembedding = self._matrix(
         "unembedding", shape, ("embed", "vocab"),
-        functools.partial(layers_lib.product_init, num_inputs=c.token_width),
+        functools.partial(layers_lib.product_init, num_inputs=shape[0], num_outputs=shape[1]),
       )
     if c.unembedding_bias:
       self.unembedding_bias = self.param(
@@ -220,7 +222,7 @@ class Transformer(nn.Module):
       rows = positions + c.position_offset
       x = x + jnp.take(self.position_embedding, rows, axis=0, mode="fill").astype(c.dtype)
     elif c.positions == "sinusoidal":
-      x = x + positions_lib.sinusoids(positions + c.position_offset, c.width).astype(c.dtype)
+      x = x + positions_lib.sinusoids(positions, c.width, c.position_offset).astype(c.dtype)
     if c.embedding_norm:
       x = self.embedding_norm(x)
     return constrain(x, ("batch", "sequence", "embed"))
@@ -362,12 +364,16 @@ class Transformer(nn.Module):
     return positions
 
   def _angles(self, positions):
+    """`positions.Angles`, or None."""
     c = self.config
-    if c.positions != "rotary":
+    if not c.turns:
       return None
     frequencies = positions_lib.rotary_frequencies(c.rotary_width, c.rope_base, c.rope_scaling)
     amplitude = 1.0 if c.rope_scaling is None else c.rope_scaling.amplitude
-    return positions_lib.rotary_angles(positions, frequencies, amplitude)
+    angles = positions_lib.rotary_angles(positions, frequencies, amplitude)
+    if not c.xpos:
+      return positions_lib.Angles(angles)
+    return positions_lib.xpos_angles(positions, angles, c.max_length // 2)
 
   def _touch_everything(self, tokens):
     """Makes the parameters that `__call__` does not use; Linen makes what it sees used."""

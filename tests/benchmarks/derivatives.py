@@ -94,7 +94,7 @@ def parts(config: TransformerConfig, batch_size: int):
   matrix = 0.02 * jax.random.normal(keys[2], (width, config.vocab_size))
   return {
     "SwiGLU": (*of_module(layers.MLP(config)), 6 * width * config.mlp_width * tokens),
-    "attention": (*of_module(layers.Attention(config), layers.Sequence(angles)),
+    "attention": (*of_module(layers.Attention(config), layers.Sequence(positions.Angles(angles))),
                   (8 * width**2 + 4 * length * width) * tokens),
     "RMS norm": (*of_module(layers.RMSNorm(config)), 0),
     "head and cross-entropy": (head, (x, matrix), 2 * width * config.vocab_size * tokens),
