@@ -146,6 +146,10 @@ class TransformerConfig:
     head_transform: product, activation and norm in front of the output matrix (BERT's masked LM).
     pooler: product and tanh on the first position (BERT), `Transformer.pooled`.
     attention_scale: factor of the products of queries and keys; None is E^-0.5.
+    embedding_dropout: share of the embeddings' numbers that are dropped, in [0, 1). Nothing is
+      where the model is called without keys.
+    residual_dropout: the same of each part's output, before it is added to the stream.
+    attention_dropout: the same of attention's probabilities; not of every kind of `attention`.
     initialization: "normal" with deviation 0.02 everywhere; or "fan_in", tables standard normal and
       products uniform up to 1 / sqrt(inputs); or "xavier", tables with deviation width^-0.5 and
       products with sqrt(2 / (inputs + outputs)).
@@ -202,6 +206,9 @@ class TransformerConfig:
   head_transform: bool = False
   pooler: bool = False
   attention_scale: Positive | None = None
+  embedding_dropout: Decay = 0.0
+  residual_dropout: Decay = 0.0
+  attention_dropout: Decay = 0.0
   initialization: Literal[INITIALIZATIONS] = "normal"
   branch_gain: Positive | Literal[SCALINGS] = 1.0
   attention: Literal[attention_lib.ATTENTION_KINDS] = "xla"
@@ -239,6 +246,7 @@ class TransformerConfig:
           f"{name}.rotary_dim={self.rotary_dim} must not exceed head_dim={self.head_width}."
         )
       self._check_rope_scaling(name)
+    attention_lib.check_dropout(self.attention, self.attention_dropout)
     if self.momentum is not None:
       if not self.causal:
         raise ValueError(

@@ -15,6 +15,7 @@ from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.attention import self_attention
 from lmops_jax.models.attention_scores import Pattern
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.dropout import dropped, folded
 from lmops_jax.models.partitioning import constrain
 from lmops_jax.models.positions import Angles
 from lmops_jax.models.products import matrix_product
@@ -211,9 +212,10 @@ class Attention(nn.Module):
       self.inner_norm = norm(c, axes=("heads", "head_dim"))
     self.out = Projection(c, (h, e), d, ("heads", "head_dim", "embed"), c.out_bias, gain)
 
-  def __call__(self, x, sequence: Sequence):
+  def __call__(self, x, sequence: Sequence, keys=None):
+    """`keys [B]` are those of dropout, or None."""
     q, k, v = self._project(x, sequence.angles)
-    return self._merged(self._attend(q, k, v, sequence.segment_ids))
+    return self._merged(self._attend(q, k, v, sequence.segment_ids, keys))
 
   def extend(self, x, slots: Slots, keys, values, shared=None):
     """Writes the new keys and values and attends; returns the output, both caches, the readout.
@@ -259,13 +261,14 @@ class Attention(nn.Module):
   def _merged(self, heads):
     return self.out(self.inner_norm(heads) if self.config.sub_norm else heads)
 
-  def _attend(self, q, k, v, segment_ids):
+  def _attend(self, q, k, v, segment_ids, keys=None):
     c = self.config
     pattern = Pattern(c.causal, c.sliding_window, self._slopes())
     # Parameters are made from one token, which kernels for whole sequences on a mesh refuse.
     kind = "xla" if self.is_initializing() else c.attention
     out = self_attention(
-      q, k, v, segment_ids, pattern=pattern, kind=kind, chunk=c.attention_chunk
+      q, k, v, segment_ids, pattern=pattern, kind=kind, chunk=c.attention_chunk,
+      dropout=c.attention_dropout, keys=keys,
     )
     if not c.momentum:
       return out
@@ -330,8 +333,10 @@ class Block(nn.Module):
     if c.norm_placement != "parallel":
       self.mlp_norm = norm(c)
 
-  def __call__(self, x, sequence: Sequence):
-    x, _ = self._wired(x, lambda y: (self.attention(y, sequence), None))
+  def __call__(self, x, sequence: Sequence, keys=None):
+    """`keys [B]` are those of this layer's dropout, or None."""
+    of_attention = folded(keys, 0)
+    x, _ = self._wired(x, lambda y: (self.attention(y, sequence, of_attention), None), keys)
     return x, None
 
   def extend(self, x, slots: Slots, keys, values, shared=None):
@@ -344,22 +349,26 @@ class Block(nn.Module):
     x, rest = self._wired(x, attend)
     return x, *rest
 
-  def _wired(self, x, attend):
+  def _wired(self, x, attend, keys=None):
     """The two parts, their norms and residual sums; `attend` also returns what it updates."""
     placement = self.config.norm_placement
+
+    def drop(out, number):
+      return dropped(out, folded(keys, number), self.config.residual_dropout)
+
     x = constrain(x, ("batch", "sequence", "embed"))
     if placement == "post":
       out, updated = attend(x)
-      x = self.attention_norm(self._stream(x) + out)
-      x = self.mlp_norm(self._stream(x) + self.mlp(x))
+      x = self.attention_norm(self._stream(x) + drop(out, 1))
+      x = self.mlp_norm(self._stream(x) + drop(self.mlp(x), 2))
     elif placement == "parallel":
       normed = self.attention_norm(x)
       out, updated = attend(normed)
-      x = self._stream(x) + out + self.mlp(normed)
+      x = self._stream(x) + drop(out, 1) + drop(self.mlp(normed), 2)
     else:
       out, updated = attend(self.attention_norm(x))
-      x = self._stream(x) + out
-      x = self._stream(x) + self.mlp(self.mlp_norm(x))
+      x = self._stream(x) + drop(out, 1)
+      x = self._stream(x) + drop(self.mlp(self.mlp_norm(x)), 2)
     return constrain(x, ("batch", "sequence", "embed")), updated
 
   def _stream(self, x):

@@ -22,7 +22,7 @@ position_embedding [max_length + position_offset, D], token_type_embedding [N,D]
 embedding_norm, embedding_in [W,D] and embedding_out [D,W] for embeddings of width W,
 head_transform, head_norm, unembedding_bias [V], pooler.
 
-Left out: dropout.
+Dropout is that of `models.dropout`; without keys a model is deterministic.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from lmops_jax.models import cache as cache_lib
 from lmops_jax.models import layers as layers_lib
 from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.dropout import dropped, folded
 from lmops_jax.models.layers import Block, Projection, Sequence, Slots
 from lmops_jax.models.partitioning import constrain
 from lmops_jax.models.products import matrix_product, save_products
@@ -106,7 +107,7 @@ class Transformer(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast,
+      in_axes=(nn.broadcast, 0),
       length=c.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c)
@@ -164,6 +165,7 @@ class Transformer(nn.Module):
     token_types: jax.Array | None = None,
     vectors: jax.Array | None = None,
     vector_index: jax.Array | None = None,
+    keys: jax.Array | None = None,
   ) -> jax.Array:
     """Hidden states after the last block and the final norm.
 
@@ -176,6 +178,7 @@ class Transformer(nn.Module):
       token_types: `[B,S] int32`, for models that have them; None is 0.
       vectors: `[B,M,W]` that take the place of word embeddings, see `embed`; None is none.
       vector_index: `[B,S] int32`, which of them stands where; given with `vectors`.
+      keys: `[B]` typed keys, one an example, of dropout; None drops nothing.
 
     Returns:
       `[B,S,D]` in `config.dtype`.
@@ -187,7 +190,8 @@ class Transformer(nn.Module):
       self._touch_everything(tokens)
     positions = self._positions(tokens, positions)
     x = self.embed(tokens, positions, token_types, vectors, vector_index)
-    return self.encode(x, positions, segment_ids)
+    x = dropped(x, folded(keys, 0), self.config.embedding_dropout)
+    return self.encode(x, positions, segment_ids, keys)
 
   def embed(
     self, tokens, positions=None, token_types=None, vectors=None, vector_index=None
@@ -227,14 +231,16 @@ class Transformer(nn.Module):
       x = self.embedding_norm(x)
     return constrain(x, ("batch", "sequence", "embed"))
 
-  def encode(self, x: jax.Array, positions=None, segment_ids=None) -> jax.Array:
+  def encode(self, x: jax.Array, positions=None, segment_ids=None, keys=None) -> jax.Array:
     """The blocks and the final norm on embeddings `[B,S,D]`; other arguments as in `__call__`."""
     c = self.config
     sequence = Sequence(self._angles(self._positions(x, positions)), segment_ids)
+    if keys is not None:
+      keys = jax.vmap(folded, (None, 0))(keys, jnp.arange(1, 1 + c.num_layers))  # [L,B]
     if c.scan_layers or self.is_initializing():
-      x, _ = self.layers(x, sequence)
+      x, _ = self.layers(x, sequence, keys)
     else:
-      x = self._unrolled(x, sequence)[-1]
+      x = self._unrolled(x, sequence, keys)[-1]
     return self.final_norm(x) if c.final_norm else x
 
   def all_hidden(
@@ -392,18 +398,18 @@ class Transformer(nn.Module):
       jax.tree.map(lambda p, i=i: p[i], layers) for i in range(self.config.num_layers)
     ]
 
-  def _unrolled(self, x, sequence):
+  def _unrolled(self, x, sequence, keys=None):
     """The blocks one by one; the output of each, `L x [B,S,D]`."""
     c = self.config
 
-    def layer(params, x):
-      return Block(c, parent=None).apply({"params": params}, x, sequence)[0]
+    def layer(params, x, keys):
+      return Block(c, parent=None).apply({"params": params}, x, sequence, keys)[0]
 
     if c.remat != "none":
       layer = jax.checkpoint(layer, prevent_cse=True, policy=_remat_policy(c.remat))
     states = []
-    for params in self._layer_params():
-      x = layer(params, x)
+    for i, params in enumerate(self._layer_params()):
+      x = layer(params, x, None if keys is None else keys[i])
       states.append(x)
     return states
 
