@@ -19,6 +19,7 @@ and with `'vision/.*': None` all of CLIP is frozen. See `models.vision` on what 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -27,10 +28,12 @@ import jax.numpy as jnp
 from lmops_jax.config.setting_types import component
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.connectors import ConnectorConfig
+from lmops_jax.models.dropout import folded
 from lmops_jax.models.layers import unit_length
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig, VisionTransformer
 
+_IMAGES = 1 << 30  # folded into keys for images; layers of texts have the small numbers
 _SMALLEST = 1e-12  # length that vectors are divided by, as in the published code
 
 
@@ -86,16 +89,30 @@ class DockedLM(nn.Module):
       images: `[N,height,width,3]`, bytes, or floats that are normalised already.
       keys: `[N]` typed keys of dropout, one an image; None drops nothing.
     """
-    features = self.vision.features(images, keys)
+    features = self.vision.features(images, folded(keys, 0))
     if self.config.unit_features:
-      features = unit_length(features, _SMALLEST).astype(features.dtype)
-    return self.connector(features.astype(self.config.text.dtype), keys)
+      features = unit_length(features, _SMALLEST)
+    return self.connector(features.astype(self.config.text.dtype), folded(keys, 1))
+
+  def row_vectors(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """The vectors of each row's images one after the other, `[B,I*M,W]`.
+
+    Args:
+      images: `[B,I,height,width,3]`, as `image_vectors` takes them; one that no `vector_index`
+        refers to may hold anything.
+      keys: `[B]` typed keys of dropout, which may be those that the text is given.
+    """
+    batch, num = images.shape[:2]
+    if keys is not None:
+      of_images = functools.partial(folded, folded(keys, _IMAGES))
+      keys = jax.vmap(of_images, out_axes=1)(jnp.arange(num)).reshape(-1)
+    vectors = self.image_vectors(images.reshape(-1, *images.shape[2:]), keys)
+    return vectors.reshape(batch, -1, vectors.shape[-1])
 
   def __call__(self, tokens: jax.Array, *args, **kwargs) -> jax.Array:
     """Hidden states `[B,S,D]`; arguments as `Transformer.__call__`.
 
-    Its `vectors [B,M,W]` are those of a row's images one after the other, and `vector_index [B,S]`
-    says which of them stands where.
+    Its `vectors` are those of `row_vectors`.
     """
     if self.is_initializing():
       size = self.config.vision.image_size

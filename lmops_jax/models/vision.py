@@ -31,7 +31,7 @@ import numpy as np
 from lmops_jax.config.setting_types import Count, Positive, PositiveInt, component
 from lmops_jax.models import layers as layers_lib
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.dropout import folded
+from lmops_jax.models.dropout import dropped, folded
 from lmops_jax.models.layers import INIT_STDDEV
 from lmops_jax.models.transformer import Transformer
 
@@ -154,7 +154,8 @@ class VisionTransformer(nn.Module):
     x = x @ self.patch_embedding.astype(dtype).reshape(x.shape[-1], -1)
     first = jnp.broadcast_to(self.class_embedding.astype(dtype), (x.shape[0], 1, x.shape[2]))
     x = jnp.concatenate([first, x], axis=1) + self._positions(images.shape).astype(dtype)
-    x = self.trunk.encode(self.pre_norm(x), keys=keys)
+    x = dropped(self.pre_norm(x), folded(keys, 0), c.trunk.embedding_dropout)
+    x = self.trunk.encode(x, keys=keys)
     if c.top_layers:
       x = self.top.encode(x, keys=folded(keys, 1 + c.trunk.num_layers))
     if self.is_initializing():

@@ -57,13 +57,9 @@ def _batch(seed=0):
     "images": rng.integers(0, 256, (B, I, 8, 8, 3)).astype(np.uint8)}
 
 
-def _row_vectors(model, images, keys=None):
-  vectors = model.image_vectors(images.reshape(-1, *images.shape[2:]), keys)
-  return vectors.reshape(images.shape[0], -1, vectors.shape[-1])
-
-
-def _whole(model, tokens, vector_index, images):
-  return model.logits(tokens, vectors=_row_vectors(model, images), vector_index=vector_index)
+def _whole(model, tokens, vector_index, images, keys=None):
+  vectors = model.row_vectors(images, keys)
+  return model.logits(tokens, vectors=vectors, vector_index=vector_index, keys=keys)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method", "fresh"))
@@ -106,7 +102,7 @@ def test_later_images_and_words_do_not_reach_earlier_logits(logits):
 def test_the_text_model_alone_goes_on_from_vectors_computed_once(logits):
   """A prefill with vectors and then words, from parameters of one stack and of many."""
   batch = _batch()
-  vectors = _apply(_params(), batch["images"], method=_row_vectors)
+  vectors = _apply(_params(), batch["images"], method="row_vectors")
   text = Transformer(TEXT)
   for params in (_params()["text"], unstack_layers(_params()["text"])):
     cache, pieces = empty_cache(TEXT, B, S), []
@@ -136,6 +132,29 @@ def test_the_docked_model_has_the_methods_of_its_text_model(logits):
   assert bias is None
   for got in (unembedded, multiplied, _apply(_params(), batch["tokens"], method="logits")):
     np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_and_images_draw_by_keys_of_their_own():
+  """Every part drops; a row draws as alone, and equal images of a row draw apart."""
+  rates = dict(embedding_dropout=0.2, residual_dropout=0.2, attention_dropout=0.2)
+  dropping = DockedConfig(
+    dataclasses.replace(TEXT, **rates),
+    dataclasses.replace(CONFIG.vision, trunk=dataclasses.replace(TRUNK, **rates)),
+    dataclasses.replace(CONFIG.connector, dropout=0.2))
+  model = DockedLM(dropping)
+  batch, keys = _batch(), jax.random.split(jax.random.key(9), B)
+  batch["images"][:, 1] = batch["images"][:, 0]
+  got = _apply(_params(), **batch, keys=keys, model=model, method=_whole)
+  alone = _apply(_params(), **{name: x[2:4] for name, x in batch.items()}, keys=keys[2:4],
+                 model=model, method=_whole)
+  np.testing.assert_allclose(got[2:4], alone, rtol=1e-4, atol=1e-5)
+  of_tower = dataclasses.replace(dropping, connector=CONFIG.connector)
+  of_connector = dataclasses.replace(dropping, vision=CONFIG.vision)
+  for config in (of_tower, of_connector):
+    vectors = _apply(
+      _params(), batch["images"], keys, model=DockedLM(config), method="row_vectors")
+    first, second = vectors.reshape(B, I, M, 16).swapaxes(0, 1)
+    assert np.abs(first - second).max() > 1e-2
 
 
 def test_features_have_length_one_unless_told_otherwise():
