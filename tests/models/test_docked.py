@@ -5,6 +5,7 @@ import functools
 import re
 
 import flax.linen as nn
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,6 +269,46 @@ def test_the_memory_of_a_step_does_not_grow_with_frozen_layers():
   grown = [
     temporary_bytes(9, rules) - temporary_bytes(3, rules) for rules in (FROZEN, {".*": adamw(0.1)})]
   assert grown[0] < ACTIVATIONS / 2 < 2 * ACTIVATIONS < grown[1]
+
+
+GIN = """
+import lmops_jax.models.docked
+models.DockedConfig:
+  text = @text/models.TransformerConfig()
+  vision = @models.VisionConfig()
+  connector = @models.ResamplerConfig()
+text/models.TransformerConfig:
+  sub_norm = True
+  branch_gain = 'magneto'
+  residual_scale = 'deepnorm'
+  positions = 'sinusoidal'
+  xpos = True
+models.VisionConfig:
+  trunk = @tower/models.TransformerConfig()
+  patch_size = 14
+  top_layers = 1
+tower/models.TransformerConfig:
+  causal = False
+  final_norm = False
+  positions = 'none'
+test_docked._identity.value = @models.DockedConfig()
+"""
+
+
+@gin.register(module="test_docked")
+def _identity(value):
+  return value
+
+
+def test_gin_builds_a_docked_model():
+  gin.clear_config()
+  try:
+    gin.parse_config(GIN)
+    config = gin.get_configurable(_identity)()
+  finally:
+    gin.clear_config()
+  assert config.vectors_per_image == 64 and config.vision.num_patches == 256
+  assert config.text.sub_norm and not config.vision.trunk.sub_norm
 
 
 def test_a_connector_that_does_not_fit_is_refused():
