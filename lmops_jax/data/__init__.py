@@ -6,6 +6,7 @@ Importing this package registers everything that gin files name in the module `d
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.documents import Corpus, Document, split_documents
 from lmops_jax.data.files import Jsonl, Parquet, TextFolder
+from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.installed_text import InstalledText
 from lmops_jax.data.instances import Instances, open_instances, write_instances
 from lmops_jax.data.named_datasets import SeqioTask, Tfds
@@ -27,6 +28,7 @@ __all__ = [
   "Document",
   "Engine",
   "HuggingFaceTokenizer",
+  "ImageSettings",
   "InstalledText",
   "Instance",
   "Instances",
