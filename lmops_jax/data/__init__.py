@@ -6,6 +6,7 @@ Importing this package registers everything that gin files name in the module `d
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.documents import Corpus, Document, split_documents
 from lmops_jax.data.files import Jsonl, Parquet, TextFolder
+from lmops_jax.data.image_files import ImageJsonl, ImageParquet
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.installed_text import InstalledText
 from lmops_jax.data.instances import Instances, open_instances, write_instances
@@ -13,6 +14,8 @@ from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
+from lmops_jax.data.tar_shards import TarShards
+from lmops_jax.data.tfds_images import TfdsImages
 from lmops_jax.text.seqio_bridge import as_seqio
 from lmops_jax.text.vocabularies import Vocabulary, load_vocabulary
 from lmops_jax.text.vocabulary_sources import (
@@ -28,6 +31,8 @@ __all__ = [
   "Document",
   "Engine",
   "HuggingFaceTokenizer",
+  "ImageJsonl",
+  "ImageParquet",
   "ImageSettings",
   "InstalledText",
   "Instance",
@@ -39,8 +44,10 @@ __all__ = [
   "PythonReference",
   "SentencePieceFile",
   "SeqioTask",
+  "TarShards",
   "TextFolder",
   "Tfds",
+  "TfdsImages",
   "TrainSentencePiece",
   "Vocabulary",
   "as_seqio",
