@@ -7,6 +7,8 @@ from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.documents import Corpus, Document, split_documents
 from lmops_jax.data.files import Jsonl, Parquet, TextFolder
 from lmops_jax.data.image_files import ImageJsonl, ImageParquet
+from lmops_jax.data.image_rows import ImageRows, write_rows
+from lmops_jax.data.image_tokens import ImageTokens
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.installed_text import InstalledText
 from lmops_jax.data.instances import Instances, open_instances, write_instances
@@ -33,7 +35,9 @@ __all__ = [
   "HuggingFaceTokenizer",
   "ImageJsonl",
   "ImageParquet",
+  "ImageRows",
   "ImageSettings",
+  "ImageTokens",
   "InstalledText",
   "Instance",
   "Instances",
@@ -58,4 +62,5 @@ __all__ = [
   "pack",
   "split_documents",
   "write_instances",
+  "write_rows",
 ]
