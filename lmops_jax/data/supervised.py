@@ -70,6 +70,10 @@ class SupervisedSet(NamedTuple):
       "example_id": np.array(self.ids[indices]),
     }
 
+  def num_learned(self, indices: Sequence[int]) -> np.ndarray:
+    """Learned tokens of sequences, `[n] int64`."""
+    return (self.arrays["loss_mask"][np.asarray(indices)] != 0).sum(axis=1, dtype=np.int64)
+
 
 def front_ids(tokenizer) -> list[int]:
   """What a tokenizer, with `encode(text, add_special)`, puts in front of every text."""
