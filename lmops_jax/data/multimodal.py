@@ -88,7 +88,8 @@ class Record(NamedTuple):
 
   Attributes:
     id: 0 <= id < 2^63, stable, as of `documents.Document`.
-    parts: texts, never blank and without blanks at their ends, and pictures.
+    parts: pictures, and texts, never blank nor with blanks beside a picture or at the record's
+      ends.
     num_given: how many parts at the front are a prompt, of which nothing is learned.
     source: where it was found.
   """
@@ -239,18 +240,27 @@ def parse_row(
       "place for each picture (a single picture without a place stands in front)."
     )
   rest = iter(pictures)
+  texts[0] = texts[0].lstrip()
+  texts[-1] = texts[-1].rstrip()
   parts = [[*_split(text, rest)] for text in texts]
   num_given = len(parts[0]) if len(parts) > 1 else 0
   return tuple(itertools.chain(*parts)), num_given
 
 
 def _split(text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
-  """The texts between the places of a text, and the next pictures in them."""
-  for i, piece in enumerate(text.split(PLACE)):
+  """The texts between the places of a text, and the next pictures in them.
+
+  A completion keeps its blank in front, which many vocabularies join with the word.
+  """
+  pieces = text.split(PLACE)
+  for i, piece in enumerate(pieces):
     if i:
       yield next(pictures)
+      piece = piece.lstrip()
+    if i < len(pieces) - 1:
+      piece = piece.rstrip()
     if piece.strip():
-      yield piece.strip()
+      yield piece
 
 
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:

@@ -135,6 +135,7 @@ def _png_of_size(width, height):
   (b"\x89PNG\r\n\x1a\n", "a.png is not a picture"),
   (_png_of_size(50_000, 50_000), "a.png has more than the 89,478,485 pixels"),
   (_png_of_size(10_000, 10_000), "a.png is 10000 x 10000 pixels, more than the 89,478,485"),
+  (_png_of_size(0, 5), "a.png is not a picture"),
   (_png_of_size(100, 100), "a.png is cut off or damaged"),
   (_encoded(Image.fromarray(_noise(64, 64)), "PNG")[:3000], "a.png is cut off or damaged"),
   (_encoded(Image.fromarray(_noise(64, 64)), "JPEG")[:900], "a.png is cut off or damaged"),

@@ -40,6 +40,8 @@ def _shown(record_or_parts):
   ({"images": ["x", "y"], "text": "<image><image>b"}, [["x"], ["y"], "b"], 0),
   ({"images": None, "text": "b"}, ["b"], 0),
   ({"prompt": "q", "completion": "a"}, ["q", "a"], 1),
+  ({"prompt": " q:", "completion": " a "}, ["q:", " a"], 1),
+  ({"images": ["x"], "prompt": "q:  <image> ", "completion": " a"}, ["q:", ["x"], " a"], 2),
   ({"images": ["x"], "prompt": "q", "completion": "a"}, [["x"], "q", "a"], 2),
   ({"images": ["x"], "prompt": "", "completion": "a"}, [["x"], "a"], 1),
   ({"images": ["x", "y"], "prompt": "<image>q<image>", "completion": "a"},
