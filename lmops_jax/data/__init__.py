@@ -18,6 +18,7 @@ from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
 from lmops_jax.data.tar_shards import TarShards
 from lmops_jax.data.tfds_images import TfdsImages
+from lmops_jax.data.web_pages import WebPages
 from lmops_jax.text.seqio_bridge import as_seqio
 from lmops_jax.text.vocabularies import Vocabulary, load_vocabulary
 from lmops_jax.text.vocabulary_sources import (
@@ -54,6 +55,7 @@ __all__ = [
   "TfdsImages",
   "TrainSentencePiece",
   "Vocabulary",
+  "WebPages",
   "as_seqio",
   "load_vocabulary",
   "one_per_document",

@@ -36,6 +36,7 @@ class ImageTokens:
     vocab_size: ids in all, the added ones included.
     bos_id, eos_id, pad_id: of the vocabulary.
     image_id, image_end_id: `<image>` and `</image>`.
+    line_end_id: `</line>`, which ends the lines of texts without pictures (`packing.encoded`).
     num_slots: vectors of a picture.
     first_slot_id: slots hold the ids from this one on, as the published model has them in use (4);
       None repeats `<image>`, as in its training. Which ids they are changes no result.
@@ -51,11 +52,12 @@ class ImageTokens:
   eos_id: Count = 2
   image_id: Count = 64003
   image_end_id: Count = 64004
+  line_end_id: Count = 64006
   num_slots: PositiveInt = 64
   first_slot_id: Count | None = None
 
   def __post_init__(self):
-    fields = ("bos_id", "pad_id", "eos_id", "image_id", "image_end_id")
+    fields = ("bos_id", "pad_id", "eos_id", "image_id", "image_end_id", "line_end_id")
     largest = {name: getattr(self, name) for name in fields}
     if self.first_slot_id is not None:
       largest["first_slot_id + num_slots - 1"] = self.first_slot_id + self.num_slots - 1
@@ -90,13 +92,13 @@ def appended(
 
   Args:
     num_slots: vectors of a picture.
-    words: with `<image>` and `</image>` among them.
+    words: with `<image>`, `</image>` and `</line>` among them.
   """
   ids = {word: vocabulary.vocab_size + i for i, word in enumerate(words)}
   return ImageTokens(
     vocab_size=vocabulary.vocab_size + len(words), bos_id=vocabulary.bos_id,
     pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id, image_id=ids["<image>"],
-    image_end_id=ids["</image>"], num_slots=num_slots,
+    image_end_id=ids["</image>"], line_end_id=ids["</line>"], num_slots=num_slots,
   )
 
 

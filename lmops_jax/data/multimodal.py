@@ -29,6 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.host.foreign_files import printable, read_bytes, require_regular
 from lmops_jax.host.words import shortened
@@ -111,7 +113,8 @@ class LeftOut:
 
   Reasons: "empty" (no text), "undecodable" (not UTF-8), "unreadable" (a picture, a member, or the
   rest of a shard), "incomplete" (a sample without text or without picture), "other_member" and
-  "duplicate_member" (of shards); of files and folders those of `matching.Found`.
+  "duplicate_member" (of shards); those of `WebPages`; of files and folders those of
+  `matching.Found`. "animated" pictures are counted too, but not left out.
   """
 
   counts: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -169,23 +172,40 @@ def sound(
   Args:
     settings: that the pictures are tried with. num_threads: that decode; no result depends on it.
   """
-  def fault(record: Record) -> tuple[str, Counter]:
-    counts = Counter()
+  for record, pixels in tried(records, settings, left_out.counts, num_threads=num_threads):
+    fault = next((found for found in pixels if isinstance(found, str)), None)
+    if fault is None:
+      yield record
+    else:
+      left_out.add("unreadable", fault)
+
+
+def tried(
+  records: Iterable[Record], settings: ImageSettings, counts: Counter[str], *,
+  num_threads: int = 8,
+) -> Iterator[tuple[Record, list[np.ndarray | str]]]:
+  """Records with their pictures' pixels, in order; in place of pixels why there are none.
+
+  Args:
+    settings: that the pictures are decoded with.
+    counts: gets "animated".
+    num_threads: that decode; no result depends on it.
+  """
+  def pixels(picture: Picture) -> tuple[np.ndarray | str, Counter[str]]:
+    found = Counter()
     try:
-      for picture in record.pictures:
-        settings.pixels(picture.read(), picture.where, counts)
+      return settings.pixels(picture.read(), picture.where, found), found
     except ValueError as error:
-      return str(error), counts
-    return "", counts
+      return str(error), found
 
   with ThreadPoolExecutor(num_threads, "pictures") as pool:
     for block in _blocks(records):
-      for record, (reason, counts) in zip(block, pool.map(fault, block)):
-        left_out.counts.update(counts)
-        if reason:
-          left_out.add("unreadable", reason)
-        else:
-          yield record
+      results = pool.map(pixels, [picture for record in block for picture in record.pictures])
+      for record in block:
+        mine = list(itertools.islice(results, len(record.pictures)))
+        for _, found in mine:
+          counts.update(found)
+        yield record, [value for value, _ in mine]
 
 
 def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -12,7 +12,8 @@ from lmops_jax.data.image_tokens import ImageTokens, encode_records
 from lmops_jax.data.multimodal import Picture, Record
 
 IDS = ImageTokens(
-  vocab_size=300, bos_id=0, pad_id=1, eos_id=2, image_id=290, image_end_id=291, num_slots=3)
+  vocab_size=300, bos_id=0, pad_id=1, eos_id=2, image_id=290, image_end_id=291, line_end_id=292,
+  num_slots=3)
 SETTINGS = ImageSettings(5, 4)
 
 

@@ -1,5 +1,7 @@
 """The layout of records with pictures, against the rule told position by position."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -10,7 +12,9 @@ from lmops_jax.data.multimodal import Picture, Record
 from lmops_jax.text.vocabularies import write_vocabulary
 
 IDS = ImageTokens(
-  vocab_size=100, bos_id=0, pad_id=1, eos_id=2, image_id=90, image_end_id=91, num_slots=3)
+  vocab_size=100, bos_id=0, pad_id=1, eos_id=2, image_id=90, image_end_id=91, line_end_id=92,
+  num_slots=3)
+COUNTED = dataclasses.replace(IDS, first_slot_id=4)
 A, B, C = (Picture(name, name) for name in "abc")
 
 
@@ -50,7 +54,7 @@ def test_a_caption_row():
   (A, "abc"), ("ab", A, "c"), (A, B, "ab"), ("a", A, "b", B, C, "cde", A), ("abc",), (A,),
 ])
 def test_the_loss_mask_is_that_of_the_spec(parts):
-  for ids in (IDS, ImageTokens(100, 0, 1, 2, 90, 91, 3, first_slot_id=4)):
+  for ids in (IDS, COUNTED):
     example = _encoded(*parts, ids=ids)
     assert example.learned[1:].astype(int).tolist() == _mask_by_rule(example, ids)
     targets = example.tokens[example.learned]
@@ -78,7 +82,7 @@ def test_of_a_prompt_nothing_is_learned():
 
 def test_ids_in_slots_change_nothing_else():
   repeated = _encoded(A, "a", B)
-  counted = _encoded(A, "a", B, ids=ImageTokens(100, 0, 1, 2, 90, 91, 3, first_slot_id=4))
+  counted = _encoded(A, "a", B, ids=COUNTED)
   words = repeated.vectors < 0
   np.testing.assert_array_equal(repeated.tokens[words], counted.tokens[words])
   assert counted.tokens[~words].tolist() == [4, 5, 6] * 2
@@ -103,10 +107,8 @@ def test_the_published_prompt():
   ({"num_slots": 0}, "num_slots=0 must be"),
 ])
 def test_ids_are_checked(fields, message):
-  given = {"vocab_size": 100, "bos_id": 0, "pad_id": 1, "eos_id": 2, "image_id": 90,
-           "image_end_id": 91, "num_slots": 3}
   with pytest.raises(ValueError, match=message):
-    ImageTokens(**given | fields)
+    dataclasses.replace(IDS, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_words_follow_a_vocabulary_as_in_the_published_one(vocabulary):
   ids = appended(vocabulary, 2)
   size = vocabulary.vocab_size
   assert (ids.image_id, ids.image_end_id, ids.vocab_size) == (size + 2, size + 3, size + 6)
-  assert (ids.bos_id, ids.pad_id, ids.eos_id) == (0, 1, 2)
+  assert (ids.bos_id, ids.pad_id, ids.eos_id, ids.line_end_id) == (0, 1, 2, size + 5)
 
   class Published:
     vocab_size, bos_id, pad_id, eos_id = 64001, 0, 1, 2  # 64,000 pieces, one further

@@ -20,7 +20,8 @@ from lmops_jax.training.optimizers import sgd
 from lmops_jax.training.sources import Ahead, Batches, Groups, Part, part_of
 
 IDS = ImageTokens(
-  vocab_size=40, bos_id=0, pad_id=1, eos_id=2, image_id=30, image_end_id=31, num_slots=2)
+  vocab_size=40, bos_id=0, pad_id=1, eos_id=2, image_id=30, image_end_id=31, line_end_id=32,
+  num_slots=2)
 QUIET = loop.Records(tensorboard=False, checkpoint_every=2)
 
 
