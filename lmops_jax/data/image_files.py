@@ -106,9 +106,11 @@ class ImageParquet(_ImageFiles):
       with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
         names = file.schema_arrow.names
         columns = [name for name in names if name in wanted]
-        if self.text_field not in columns and self.text_field != "text":
+        if "parts" not in names and not {"prompt", "completion"} <= set(names):
           files.check_field(names, self.text_field, shown, "data.ImageParquet.text_field")
-        for batch in file.iter_batches(_ROWS, columns=columns or names[:1]):
+        if self.images_field != "images":
+          files.check_field(names, self.images_field, shown, "data.ImageParquet.images_field")
+        for batch in file.iter_batches(_ROWS, columns=columns):
           for row in range(batch.num_rows):
             number += 1
             try:

@@ -202,6 +202,15 @@ def cropped(width: int, height: int, size: int) -> tuple[int, int, int, int]:
   return width, height, (width - size) // 2, (height - size) // 2
 
 
+def as_png(pixels: np.ndarray) -> bytes:
+  """A file with exactly these pixels, `[height,width,3] uint8`, for pictures that are drawn."""
+  from PIL import Image
+
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, "PNG")
+  return file.getvalue()
+
+
 def _bicubic() -> Image.Resampling:
   from PIL import Image
 

@@ -114,7 +114,7 @@ class LeftOut:
   Reasons: "empty" (no text), "undecodable" (not UTF-8), "unreadable" (a picture, a member, or the
   rest of a shard), "incomplete" (a sample without text or without picture), "other_member" and
   "duplicate_member" (of shards); those of `WebPages`; of files and folders those of
-  `matching.Found`. "animated" pictures are counted too, but not left out.
+  `matching.Found`. Counted but not left out are "animated" pictures and records "without_picture".
   """
 
   counts: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -157,6 +157,8 @@ class ImageCorpus:
     for record in self.read(left_out):
       if any(isinstance(part, str) for part in record.parts):
         number += 1
+        if not record.pictures:
+          left_out.counts["without_picture"] += 1
         yield record
       else:
         left_out.add("empty", record.source)
@@ -234,7 +236,7 @@ def parse_row(
     ValueError: a row of another form, or with other than a place for each picture.
     UnicodeEncodeError: a text with half a character.
   """
-  if "parts" in row:
+  if row.get("parts") is not None:  # a table has the columns of all forms in every row
     return _listed_parts(row["parts"], where, picture_of), 0
   entries = row.get(images_field)
   entries = [] if entries is None else entries if isinstance(entries, list) else [entries]
@@ -242,7 +244,7 @@ def parse_row(
     picture_of(entry, f"{where} picture {i}" if len(entries) > 1 else where)
     for i, entry in enumerate(entries, 1)
   ]
-  if {"prompt", "completion"} <= row.keys():
+  if row.get("prompt") is not None and row.get("completion") is not None:
     texts = [_text(row, field, where) for field in ("prompt", "completion")]
   elif text_field in row:
     texts = [_text(row, text_field, where)]

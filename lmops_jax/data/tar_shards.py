@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,8 @@ class TarShards(ImageCorpus):
     text_member: the kind of the file with the text, "txt", "caption"; of "json" the row in one of
       the forms of `multimodal`, whose `images` name pictures of the sample by kind ("0.jpg") or
       whole name. Where nothing names pictures, they are all of the sample in their order.
+    picture_members: the kinds of files that are pictures, "jpg", "0.png"; () takes what ends like
+      one.
     text_field: the name that stands for "text" in a "json".
     max_text_bytes: a longer text is refused.
   """
@@ -51,6 +53,7 @@ class TarShards(ImageCorpus):
   path: Text
   text_member: Text = "txt"
   text_field: Text = "text"
+  picture_members: Sequence[Text] = ()
   max_text_bytes: ByteCount = dataclasses.field(default=2**26, repr=False)
 
   def found(self) -> matching.Found:
@@ -74,7 +77,7 @@ class TarShards(ImageCorpus):
 
   def _record(self, source, path, contents, members, left_out) -> Record | None:
     where = f"{printable(path)} sample {printable(source.split(':', 1)[1])}"
-    pictures = {kind: m for kind, m in members.items() if kind.rsplit(".", 1)[-1] in _PICTURES}
+    pictures = {kind: m for kind, m in members.items() if self._is_picture(kind)}
     text = members.get(self.text_member)
     if text is None or not (pictures or self.text_member == "json"):
       missing = "picture" if text else f"file of the kind {self.text_member!r}"
@@ -115,6 +118,11 @@ class TarShards(ImageCorpus):
       left_out.add("undecodable", where)
       return None
     return Record(document_id(source), parts, num_given, printable(source))
+
+  def _is_picture(self, kind: str) -> bool:
+    if self.picture_members:
+      return kind in self.picture_members
+    return kind.rsplit(".", 1)[-1] in _PICTURES
 
   def _row(self, data: bytes, where: str, pictures: Mapping[str, _Member]) -> Mapping[str, Any]:
     """A sample as a row."""

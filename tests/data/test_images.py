@@ -54,6 +54,12 @@ def test_the_orientation_of_exif_is_applied(orientation, turned):
   np.testing.assert_array_equal(got, turned(pixels))
 
 
+def test_what_is_drawn_is_read_back_exactly():
+  pixels = _noise(11, 7)
+  got = ImageSettings(11, 7).pixels(images.as_png(pixels), "drawn")  # of its own size
+  np.testing.assert_array_equal(got, pixels)
+
+
 def test_grey_and_palettes_become_rgb():
   grey = _noise(3, 5, 1)[:, :, 0]
   np.testing.assert_array_equal(_decoded(Image.fromarray(grey)), np.stack([grey] * 3, axis=-1))

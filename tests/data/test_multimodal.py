@@ -158,7 +158,9 @@ def test_parquet_holds_pictures_or_names_them(folder):
     "text": ["zero", "one", "none"], "other": [1, 2, 3],
   })
   pyarrow.parquet.write_table(table, folder / "a.parquet")
-  records = list(ImageParquet(str(folder / "a.parquet")).records())
+  left_out = LeftOut()
+  records = list(ImageParquet(str(folder / "a.parquet")).records(left_out))
+  assert left_out.counts == {"without_picture": 1}  # such as every row of another images_field
   assert [r.parts[-1] for r in records] == ["zero", "one", "none"]
   assert [p.read() for r in records for p in r.pictures] == [png(0), png(1)]
   table = pyarrow.table({"image": [png(2)], "caption": ["two"], "key": [5]})
@@ -167,8 +169,10 @@ def test_parquet_holds_pictures_or_names_them(folder):
   assert record.id == 5 and record.pictures[0].read() == png(2) and record.parts[1] == "two"
   with pytest.raises(ValueError, match="has no field 'body' .* set data.ImageParquet.text_field"):
     list(ImageParquet(str(folder / "a.parquet"), "body").records())
-  with pytest.raises(ValueError, match="b.parquet:1 has the fields none"):
+  with pytest.raises(ValueError, match="has no field 'text' .it has caption, image, key.; set"):
     list(ImageParquet(str(folder / "b.parquet")).records())
+  with pytest.raises(ValueError, match="has no field 'photo' .* set data.ImageParquet.images"):
+    list(ImageParquet(str(folder / "b.parquet"), "caption", "photo").records())
   (folder / "c.parquet").write_bytes(b"PAR1 but no more")
   with pytest.raises(ValueError, match="c.parquet cannot be read as Parquet"):
     list(ImageParquet(str(folder / "c.parquet")).records())
@@ -198,6 +202,29 @@ def test_the_files_of_a_sample_share_a_name(tmp_path):
   assert left_out.counts == {
     "other_member": 1, "incomplete": 2, "duplicate_member": 1, "undecodable": 1}
   assert left_out.named["incomplete"][1].endswith("a.tar sample 000/3 has no picture")
+
+
+def test_a_table_may_hold_several_forms(folder):
+  columns = {
+    "text": [None, "<image>b", None], "prompt": ["q", None, None], "completion": ["a", None, None],
+    "parts": [None, None, [{"text": "c", "image": None}, {"text": None, "image": png(1)}]],
+    "images": [[png(0)], [png(2)], None],
+  }
+  pyarrow.parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+  records = list(ImageParquet(str(folder / "a.parquet")).records())
+  texts = [[part for part in record.parts if isinstance(part, str)] for record in records]
+  assert texts == [["q", "a"], ["b"], ["c"]]
+  assert [p.read() for record in records for p in record.pictures] == [png(0), png(2), png(1)]
+  assert [record.num_given for record in records] == [2, 0, 0]
+
+
+def test_which_members_are_pictures_may_be_said(tmp_path):
+  path = _shard(tmp_path / "a.tar", [
+    ("a.png", png(0)), ("a.mask.png", png(1)), ("a.txt", b"one of two")])
+  with pytest.raises(ValueError, match="sample a has 2 pictures and its text 0 places"):
+    list(TarShards(path).records())
+  record, = TarShards(path, picture_members=["png"]).records()
+  assert record.pictures[0].read() == png(0) and record.parts[1:] == ("one of two",)
 
 
 def test_the_json_of_a_sample_is_a_row(tmp_path):
