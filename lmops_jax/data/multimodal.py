@@ -24,14 +24,14 @@ import dataclasses
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmops_jax.data.images import ImageSettings
+from lmops_jax.data.images import ImageSettings, as_png
 from lmops_jax.host.foreign_files import printable, read_bytes, require_regular
 from lmops_jax.host.words import shortened
 
@@ -80,6 +80,11 @@ class Picture(NamedTuple):
         "the file again."
       )
     return data
+
+
+def drawn(pixels: np.ndarray, where: str) -> Picture:
+  """A picture of exactly these pixels, `[height,width,3] uint8`."""
+  return Picture(where, data=as_png(pixels))
 
 
 Part = str | Picture
@@ -245,14 +250,33 @@ def parse_row(
     for i, entry in enumerate(entries, 1)
   ]
   if row.get("prompt") is not None and row.get("completion") is not None:
-    texts = [_text(row, field, where) for field in ("prompt", "completion")]
-  elif text_field in row:
-    texts = [_text(row, text_field, where)]
-  else:
-    raise ValueError(
-      f"{where} has the fields {printable(', '.join(sorted(map(str, row)))) or 'none'}; a row has "
-      f'"{text_field}", "prompt" and "completion", or "parts".'
-    )
+    prompt, completion = (_text(row, field, where) for field in ("prompt", "completion"))
+    return parts_of(prompt, pictures, where, completion)
+  if text_field in row:
+    return parts_of(_text(row, text_field, where), pictures, where)
+  raise ValueError(
+    f"{where} has the fields {printable(', '.join(sorted(map(str, row)))) or 'none'}; a row has "
+    f'"{text_field}", "prompt" and "completion", or "parts".'
+  )
+
+
+def parts_of(
+  text: str, pictures: Sequence[Picture], where: str, completion: str | None = None
+) -> tuple[tuple[Part, ...], int]:
+  """The parts of a text with a place for each picture, and how many of them are given.
+
+  Args:
+    text: with `PLACE` where each picture goes; a single picture without one stands in front.
+    pictures: in order.
+    where: of the text, for errors.
+    completion: what follows a prompt, perhaps with places too; None: the text is no prompt, and
+      none of its parts are given. Its blank in front is kept, which many vocabularies join with the
+      word.
+
+  Raises:
+    ValueError: more or fewer places than pictures.
+  """
+  texts = [text] if completion is None else [text, completion]
   num_places = sum(text.count(PLACE) for text in texts)
   if num_places == 0 and len(pictures) == 1:
     texts[0] = PLACE + texts[0]
@@ -265,15 +289,12 @@ def parse_row(
   texts[0] = texts[0].lstrip()
   texts[-1] = texts[-1].rstrip()
   parts = [[*_split(text, rest)] for text in texts]
-  num_given = len(parts[0]) if len(parts) > 1 else 0
+  num_given = 0 if completion is None else len(parts[0])
   return tuple(itertools.chain(*parts)), num_given
 
 
 def _split(text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
-  """The texts between the places of a text, and the next pictures in them.
-
-  A completion keeps its blank in front, which many vocabularies join with the word.
-  """
+  """The texts between the places of a text, and the next pictures in them."""
   pieces = text.split(PLACE)
   for i, piece in enumerate(pieces):
     if i:

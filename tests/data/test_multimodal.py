@@ -13,7 +13,15 @@ from PIL import Image
 
 from lmops_jax.data import ImageJsonl, ImageParquet, ImageSettings, TarShards, Tfds, TfdsImages
 from lmops_jax.data.documents import document_id
-from lmops_jax.data.multimodal import LeftOut, Picture, parse_row, picture_beside, sound
+from lmops_jax.data.multimodal import (
+  LeftOut,
+  Picture,
+  drawn,
+  parse_row,
+  parts_of,
+  picture_beside,
+  sound,
+)
 
 
 def png(seed, size=6):
@@ -53,6 +61,16 @@ def _shown(record_or_parts):
 def test_forms_of_a_row(row, want, num_given):
   parts, given = parse_row(row, "f:1", _named)
   assert _shown(parts) == want and given == num_given
+
+
+def test_a_drawn_picture_with_its_text():
+  pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+  parts, num_given = parts_of("<image> It is", [drawn(pixels, "scene 3")], "scene 3", " red")
+  assert parts[1:] == ("It is", " red") and num_given == 2
+  got = ImageSettings(5, 7).pixels(parts[0].read(), parts[0].where)
+  np.testing.assert_array_equal(got, pixels)
+  with pytest.raises(ValueError, match="scene 3 has 0 pictures and its text 1 places"):
+    parts_of("<image>", [], "scene 3")
 
 
 @pytest.mark.parametrize("row, message", [
