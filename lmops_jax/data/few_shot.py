@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lmops_jax.data.image_tokens import Encoded, ImageTokens, lay_out
+from lmops_jax.data.image_tokens import Encoded, ImageTokens, encode_texts, lay_out
 from lmops_jax.data.multimodal import Part, Record
 from lmops_jax.text.vocabularies import Vocabulary
 
@@ -51,7 +51,7 @@ def few_shot(
     raise ValueError(f"{query.source} has neither a text nor a picture to ask about.")
   between = (separator,) if separator else ()
   shown = [(*shot.parts, *between) for shot in shots]
-  texts = _encoded([*shown, asked], vocabulary)
+  texts = encode_texts([*shown, asked], vocabulary)
   sizes = [_size(parts, pieces, ids) for parts, pieces in zip([*shown, asked], texts)]
   needed = [1 + sizes[-1][0], sizes[-1][1]]  # <s> in front
   if needed[0] > length or needed[1] > num_pictures:
@@ -67,16 +67,9 @@ def few_shot(
     first -= 1
     needed = [has + more for has, more in zip(needed, sizes[first])]
   parts: list[Part] = [part for members in (*shown[first:], asked) for part in members]
-  pieces = iter([piece for pieces in texts[first:] for piece in pieces])
+  pieces = [piece for pieces in texts[first:] for piece in pieces]
   encoded = lay_out(query.id, parts, pieces, len(parts), ids, end=False)
   return Prompt(encoded, len(shown) - first, first)
-
-
-def _encoded(rows: Sequence[Sequence[Part]], vocabulary: Vocabulary) -> list[list[list[int]]]:
-  """The ids of the texts of each row."""
-  texts = [part for parts in rows for part in parts if isinstance(part, str)]
-  ids = iter(vocabulary.encode_batch(texts))
-  return [[next(ids) for part in parts if isinstance(part, str)] for parts in rows]
 
 
 def _size(parts: Sequence[Part], pieces: Sequence[Sequence[int]], ids: ImageTokens):

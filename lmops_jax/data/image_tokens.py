@@ -93,7 +93,15 @@ def appended(
   Args:
     num_slots: vectors of a picture.
     words: with `<image>`, `</image>` and `</line>` among them.
+
+  Raises:
+    ValueError: one of these three is missing, or a word comes twice.
   """
+  if len(set(words)) < len(words) or not {"<image>", "</image>", "</line>"} <= set(words):
+    raise ValueError(
+      f"the special words {', '.join(words)} must be different, with <image>, </image> and </line> "
+      "among them."
+    )
   ids = {word: vocabulary.vocab_size + i for i, word in enumerate(words)}
   return ImageTokens(
     vocab_size=vocabulary.vocab_size + len(words), bos_id=vocabulary.bos_id,
@@ -122,7 +130,7 @@ class Encoded(NamedTuple):
 
 
 def lay_out(
-  identifier: int, parts: Sequence[Part], texts: Iterator[Sequence[int]], num_given: int,
+  identifier: int, parts: Sequence[Part], texts: Iterable[Sequence[int]], num_given: int,
   ids: ImageTokens, *, end: bool = True,
 ) -> Encoded:
   """The tokens of a record.
@@ -136,6 +144,7 @@ def lay_out(
     end: whether `</s>` follows; a prompt that a model goes on with has none.
   """
   tokens, given, vectors, pictures = [ids.bos_id], [True], [-1], []
+  texts = iter(texts)
   for number, part in enumerate(parts):
     if isinstance(part, str):
       new, places = next(texts), None
@@ -163,10 +172,17 @@ def encode_records(
   """Records as tokens, in order; a block at a time, so that the tokenizer can use its threads."""
   records = iter(records)
   while block := list(itertools.islice(records, _BLOCK)):
-    texts = [part for record in block for part in record.parts if isinstance(part, str)]
-    encoded = iter(vocabulary.encode_batch(texts))
-    for record in block:
-      yield lay_out(record.id, record.parts, encoded, record.num_given, ids)
+    for record, texts in zip(block, encode_texts([r.parts for r in block], vocabulary)):
+      yield lay_out(record.id, record.parts, texts, record.num_given, ids)
+
+
+def encode_texts(
+  rows: Sequence[Sequence[Part]], vocabulary: Vocabulary
+) -> list[list[list[int]]]:
+  """The ids of each text of each row, all encoded together."""
+  texts = [part for parts in rows for part in parts if isinstance(part, str)]
+  ids = iter(vocabulary.encode_batch(texts))
+  return [[next(ids) for part in parts if isinstance(part, str)] for parts in rows]
 
 
 def cut(example: Encoded, num_tokens: int, num_pictures: int, ids: ImageTokens) -> Encoded | None:

@@ -5,8 +5,8 @@ the first dot of a file's own name tells its kind (github.com/webdataset/webdata
 texts are read through Python's `tarfile`; of a picture its place in the shard is kept, so that any
 picture can be read alone later, in any order. That is why shards are not compressed.
 
-A shard that is cut off or damaged gives what comes before the damage, and the rest is counted and
-named.
+A shard that is cut off or damaged gives what comes before the damage; the rest, and samples that
+cannot be read or name pictures that they do not hold, are counted and named.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from lmops_jax.data.multimodal import ImageCorpus, LeftOut, Picture, Record, par
 from lmops_jax.host.foreign_files import parse_json, printable, require_regular
 
 _PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+
+
+class _NotThere(ValueError):
+  """A sample names a picture that it does not hold."""
 
 
 class _Member(NamedTuple):
@@ -104,9 +108,9 @@ class TarShards(ImageCorpus):
     def picture_of(entry: Any, place: str) -> Picture:
       member = by_name.get(entry) if isinstance(entry, str) else None
       if member is None:
-        raise ValueError(
+        raise _NotThere(
           f"{place} names the picture {printable(repr(entry))}, and the sample has "
-          f"{printable(', '.join(pictures)) or 'none'}."
+          f"{printable(', '.join(pictures)) or 'none'}"
         )
       return Picture(
         f"{printable(path)} member {printable(member.name)}", str(path.absolute()),
@@ -116,6 +120,9 @@ class TarShards(ImageCorpus):
       parts, num_given = parse_row(row, where, picture_of, self.text_field)
     except UnicodeEncodeError:
       left_out.add("undecodable", where)
+      return None
+    except _NotThere as error:
+      left_out.add("unreadable", str(error))
       return None
     return Record(document_id(source), parts, num_given, printable(source))
 

@@ -48,7 +48,7 @@ def test_whole_examples_stand_in_front_of_the_question():
 
 def test_no_demonstration_is_the_zero_shot_prompt():
   query = _row(0, "new?")
-  want = lay_out(0, query.parts[:2], iter([_letters("new?")]), 2, IDS, end=False)
+  want = lay_out(0, query.parts[:2], [_letters("new?")], 2, IDS, end=False)
   for shots in ((), demonstrations([_row(1), _row(2)], 0, seed=3)):
     got = _prompt(query, shots, separator="|")
     for field in ("tokens", "learned", "vectors"):

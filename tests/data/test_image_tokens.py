@@ -93,7 +93,7 @@ def test_ids_in_slots_change_nothing_else():
 def test_the_published_prompt():
   """kosmos2 section 15, "An image of" behind a picture: slots at 2 to 65, text from 67."""
   ids = ImageTokens(first_slot_id=4)
-  example = lay_out(0, (A, "An image of"), iter([[712, 1648, 9]]), 2, ids, end=False)
+  example = lay_out(0, (A, "An image of"), [[712, 1648, 9]], 2, ids, end=False)
   assert example.tokens.tolist() == [0, 64003, *range(4, 68), 64004, 712, 1648, 9]
   np.testing.assert_array_equal(np.flatnonzero(example.vectors >= 0), np.arange(2, 66))
   assert not example.learned.any()
@@ -131,6 +131,10 @@ def test_words_follow_a_vocabulary_as_in_the_published_one(vocabulary):
   size = vocabulary.vocab_size
   assert (ids.image_id, ids.image_end_id, ids.vocab_size) == (size + 2, size + 3, size + 6)
   assert (ids.bos_id, ids.pad_id, ids.eos_id, ids.line_end_id) == (0, 1, 2, size + 5)
+
+  for words in (("<image>", "</image>"), ("<image>", "</image>", "</line>", "</line>")):
+    with pytest.raises(ValueError, match="the special words <image>, </image>.* must be different"):
+      appended(vocabulary, 2, words)
 
   class Published:
     vocab_size, bos_id, pad_id, eos_id = 64001, 0, 1, 2  # 64,000 pieces, one further

@@ -260,9 +260,21 @@ def test_the_json_of_a_sample_is_a_row(tmp_path):
   _shard(tmp_path / "a.tar", [("b.png", png(2)), ("b.json", json.dumps(plain).encode())])
   record, = TarShards(path, "json", "caption").records()
   assert record.parts[1] == "alone"
-  elsewhere = b'{"text": "t", "images": ["x.png"]}'
-  _shard(tmp_path / "a.tar", [("b.png", png(2)), ("b.json", elsewhere)])
-  with pytest.raises(ValueError, match="sample b names the picture 'x.png', and the sample has"):
+
+
+def test_a_picture_that_a_sample_does_not_hold_is_counted_and_named(tmp_path):
+  path = _shard(tmp_path / "a.tar", [
+    ("a.png", png(2)), ("a.json", b'{"text": "t", "images": ["x.png"]}'),
+    ("b.json", b'{"text": "u", "images": ["b.png"]}'), ("b.png", png(3)),
+    ("c.json", b'{"text": "v", "images": [7]}')])
+  left_out = LeftOut()
+  record, = TarShards(path, "json").records(left_out)
+  assert record.parts[1] == "u" and record.pictures[0].read() == png(3)
+  assert left_out.counts == {"unreadable": 2}
+  assert left_out.named["unreadable"][0].endswith(
+    "sample a names the picture 'x.png', and the sample has png")
+  _shard(tmp_path / "a.tar", [("a.png", png(2)), ("a.json", b'{"text": "<image>t<image>"}')])
+  with pytest.raises(ValueError, match="sample a has 1 pictures and its text 2 places"):
     list(TarShards(path, "json").records())
 
 
