@@ -1,14 +1,17 @@
 """The layout of records with pictures, against the rule told position by position."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 import sentencepiece
+from PIL import Image
 
-from lmops_jax.data import image_tokens
+from lmops_jax.data import ImageSettings, image_tokens
 from lmops_jax.data.image_tokens import ImageTokens, appended, cut, encode_records, lay_out
-from lmops_jax.data.multimodal import Picture, Record
+from lmops_jax.data.multimodal import Picture, Record, drawn, parts_of
+from lmops_jax.models.pixels import normalise
 from lmops_jax.text.vocabularies import write_vocabulary
 
 IDS = ImageTokens(
@@ -204,3 +207,31 @@ def test_a_prompt_alone_is_not_kept():
   example = _encoded(A, "abc", "de", num_given=2)
   assert cut(example, 9, 1, IDS) is None
   assert cut(example, 10, 1, IDS).tokens.tolist()[-1] == 13
+
+
+@pytest.mark.parity
+def test_a_prompt_is_that_of_the_processor_of_kosmos_2(vocabulary):
+  """Tokens, places of the slots and pixels, for a tokenizer with the same pieces."""
+  transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+  pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary.file))
+  first = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
+  rest = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, pieces.get_piece_size())]
+  tokenizer = transformers.XLMRobertaTokenizer(vocab=first + rest)
+  processor = transformers.Kosmos2Processor(
+    transformers.CLIPImageProcessor(size={"height": 224, "width": 224}, do_center_crop=False),
+    tokenizer)
+  ids = ImageTokens(
+    vocab_size=len(tokenizer), first_slot_id=4,
+    **{name: tokenizer.convert_tokens_to_ids(word) for name, word in (
+      ("image_id", "<image>"), ("image_end_id", "</image>"), ("line_end_id", "</line>"))})
+  picture = drawn(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8), "noise")
+  for text in ("a dog and a cat", "  the cat sat on a mat "):
+    want = processor(images=Image.open(io.BytesIO(picture.data)), text=text)
+    parts, num_given = parts_of(text, [picture], "the prompt", "")
+    texts, = image_tokens.encode_texts([parts], vocabulary)
+    got = lay_out(0, parts, texts, num_given, ids, end=False)
+    assert got.tokens.tolist() == want["input_ids"]
+    assert (got.vectors >= 0).astype(int).tolist() == want["image_embeds_position_mask"]
+  pixels = normalise(ImageSettings().pixels(picture.read(), picture.where))
+  np.testing.assert_allclose(
+    np.asarray(pixels).transpose(2, 0, 1), want["pixel_values"][0], atol=3e-7, rtol=0)
