@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmops_jax.data.tasks.task import IMAGE
+from lmops_jax.data.multimodal import IMAGE
 
 CAPTION = f"{IMAGE} An image of"
 QUESTION = f"{IMAGE} Question: {{question}} Answer:"

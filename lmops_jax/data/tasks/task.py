@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lmops_jax.data.multimodal import IMAGE
 from lmops_jax.host.hashing import order_key
 
 OF_OPTIONS = ("accuracy", "roc_auc")
 METRICS = (*OF_OPTIONS, "exact_match", "f1", "vqa", "cider")
-IMAGE = "<image>"  # in a text: here is a picture
 
 
 class Example(NamedTuple):

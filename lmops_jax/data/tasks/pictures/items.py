@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from lmops_jax.data.lines import jsonl_rows
+from lmops_jax.data.multimodal import IMAGE
 from lmops_jax.data.tasks.picture_prompts import YES, matrix_prompt
 from lmops_jax.data.tasks.pictures.source import Source
-from lmops_jax.data.tasks.task import IMAGE, Example
+from lmops_jax.data.tasks.task import Example
 from lmops_jax.host.foreign_files import printable
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from lmops_jax.config.refusals import nearest
+from lmops_jax.data.multimodal import IMAGE
 from lmops_jax.data.tasks import picture_prompts as prompts
-from lmops_jax.data.tasks.picture_prompts import IMAGE
 from lmops_jax.data.tasks.pictures import captions_and_questions, items, labelled, web_pages
 from lmops_jax.data.tasks.pictures.source import Source
 from lmops_jax.data.tasks.task import Example

@@ -9,8 +9,9 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+from lmops_jax.data.multimodal import IMAGE
 from lmops_jax.data.tasks.pictures.source import NotThere, Source, fields_of
-from lmops_jax.data.tasks.task import IMAGE, Example
+from lmops_jax.data.tasks.task import Example
 from lmops_jax.host.foreign_files import checked, printable, read_json, read_text
 
 _FIELDS = ("question", "id", "answer")
