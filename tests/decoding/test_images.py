@@ -247,3 +247,16 @@ def test_a_constant_vector_is_the_word_that_it_stands_for(tiny):
   options = [[4], [8, 3]]
   got = scorer.score([Request(same, options)])
   _close(got, scorer.score([Request(words, options)]))
+
+
+def test_vectors_are_no_words_to_filters(generator, log_probs):
+  """With no token twice, as a loop without cache chooses; the slots are not the token 0."""
+  prompt, num_new = PROMPTS[1], 26
+  options = GenerationOptions(max_new_tokens=num_new, no_repeat_ngram=1)
+  got, = generator.generate_ids([prompt], options)
+  ids, words = [], {1, 7}
+  while len(ids) < num_new:
+    row = log_probs(prompt, ids)[-1].copy()
+    row[[*words, *ids]] = -np.inf
+    ids.append(int(row.argmax()))
+  assert got.ids == ids and 0 in ids
