@@ -275,6 +275,16 @@ def total(scores: Sequence[np.ndarray]) -> np.ndarray:
   return np.array([np.sum(score, dtype=np.float64) for score in scores])
 
 
+def mean(scores: Sequence[np.ndarray]) -> np.ndarray:
+  """The mean over an option's tokens, `[options] float64`."""
+  return total(scores) / np.array([len(score) for score in scores])
+
+
+def first(scores: Sequence[np.ndarray]) -> np.ndarray:
+  """That of each option's first token alone, `[options] float64`."""
+  return total([score[:1] for score in scores])
+
+
 def rolling_requests(ids: Sequence[int], first: int, max_length: int) -> list[Request]:
   """Windows that score every token of a text once, each with as much context as fits.
 
