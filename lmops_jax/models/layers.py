@@ -141,6 +141,18 @@ def norm(
 _NORMS = {"rms": RMSNorm, "layer": LayerNorm, "rms_outside": OutsideRMSNorm}
 
 
+def unit_length(x: jax.Array, smallest: float = 0.0) -> jax.Array:
+  """`x` with each vector of its last axis divided by its length, in float32.
+
+  Shorter ones than `smallest` are divided by that instead: then the derivative at 0 is finite.
+  """
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  if not smallest:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x / jnp.sqrt(jnp.maximum(square, smallest**2))
+
+
 def table_init(config: TransformerConfig, width: int):
   """Initializer of embeddings and other tables, whose rows have this width."""
   deviations = {"normal": INIT_STDDEV, "fan_in": 1.0, "xavier": width**-0.5}

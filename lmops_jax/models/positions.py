@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.models.config import RopeScaling
+from lmops_jax.models.config import RopeScaling, TransformerConfig
 
 _SINUSOID_BASE = 1e4
 _XPOS_SMOOTHING, _XPOS_BASE = 0.4, 512  # gamma of the paper, and the distance of one whole decay
@@ -29,6 +29,17 @@ class Angles(NamedTuple):
 
   queries: tuple[jax.Array, jax.Array]
   keys: tuple[jax.Array, jax.Array] | None = None
+
+
+def angles_at(positions, config: TransformerConfig) -> Angles | None:
+  """What a model turns queries and keys with, at `positions [B or 1,S] int32`, or None."""
+  c = config
+  if not c.turns:
+    return None
+  frequencies = rotary_frequencies(c.rotary_width, c.rope_base, c.rope_scaling)
+  amplitude = 1.0 if c.rope_scaling is None else c.rope_scaling.amplitude
+  angles = rotary_angles(positions, frequencies, amplitude)
+  return xpos_angles(positions, angles, c.max_length // 2) if c.xpos else Angles(angles)
 
 
 def rotary_frequencies(width: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:

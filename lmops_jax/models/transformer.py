@@ -42,7 +42,7 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.dropout import dropped, folded
 from lmops_jax.models.layers import Block, Projection, Sequence, Slots
 from lmops_jax.models.partitioning import constrain
-from lmops_jax.models.products import matrix_product, save_products
+from lmops_jax.models.products import project_to_vocabulary, remat_policy
 from lmops_jax.models.vectors import replaced
 
 _CONSTANT_ANGLES = 1 << 20  # rotary numbers that a program may hold as constants
@@ -102,7 +102,7 @@ class Transformer(nn.Module):
         self._setup_head()
     block = Block
     if c.remat != "none":
-      block = nn.remat(Block, prevent_cse=False, policy=_remat_policy(c.remat))
+      block = nn.remat(Block, prevent_cse=False, policy=remat_policy(c.remat))
     self.layers = nn.scan(
       block,
       variable_axes={"params": 0},
@@ -370,16 +370,7 @@ class Transformer(nn.Module):
     return positions
 
   def _angles(self, positions):
-    """`positions.Angles`, or None."""
-    c = self.config
-    if not c.turns:
-      return None
-    frequencies = positions_lib.rotary_frequencies(c.rotary_width, c.rope_base, c.rope_scaling)
-    amplitude = 1.0 if c.rope_scaling is None else c.rope_scaling.amplitude
-    angles = positions_lib.rotary_angles(positions, frequencies, amplitude)
-    if not c.xpos:
-      return positions_lib.Angles(angles)
-    return positions_lib.xpos_angles(positions, angles, c.max_length // 2)
+    return positions_lib.angles_at(positions, self.config)
 
   def _touch_everything(self, tokens):
     """Makes the parameters that `__call__` does not use; Linen makes what it sees used."""
@@ -406,31 +397,9 @@ class Transformer(nn.Module):
       return Block(c, parent=None).apply({"params": params}, x, sequence, keys)[0]
 
     if c.remat != "none":
-      layer = jax.checkpoint(layer, prevent_cse=True, policy=_remat_policy(c.remat))
+      layer = jax.checkpoint(layer, prevent_cse=True, policy=remat_policy(c.remat))
     states = []
     for i, params in enumerate(self._layer_params()):
       x = layer(params, x, None if keys is None else keys[i])
       states.append(x)
     return states
-
-
-def project_to_vocabulary(
-  hidden: jax.Array, matrix: jax.Array, bias: jax.Array | None = None, *, transposed: bool = False
-) -> jax.Array:
-  """Logits `[...,V]`, at least float32, of `[...,W]` and a matrix `[W,V]` (`[V,W]` transposed)."""
-  flat = hidden.reshape(-1, hidden.shape[-1])
-  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-  if transposed:
-    by_rows = (((1,), (1,)), ((), ()))
-    logits = jax.lax.dot_general(flat, matrix, by_rows, preferred_element_type=dtype)
-  else:
-    logits = matrix_product(flat, matrix, dtype)
-  if bias is not None:
-    logits = logits + bias.astype(dtype)
-  return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
-
-
-def _remat_policy(name: str):
-  if name == "full":
-    return jax.checkpoint_policies.nothing_saveable
-  return save_products

@@ -17,7 +17,8 @@ import numpy as np
 from lmops_jax.models.heads import SequenceRegressor
 from lmops_jax.models.partitioning import batch_shards, platform_in_use
 from lmops_jax.models.perceptron import Perceptron
-from lmops_jax.models.transformer import Transformer, project_to_vocabulary
+from lmops_jax.models.products import project_to_vocabulary
+from lmops_jax.models.transformer import Transformer
 
 # Logits of a batch up to the first size, in bytes a device, are computed whole: chunks are computed
 # twice. Chunks have the second size: products with too few rows are slow, and each chunk adds to

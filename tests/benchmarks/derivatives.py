@@ -30,12 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models import layers, positions
-from lmops_jax.models.transformer import (
-  Transformer,
-  TransformerConfig,
-  num_params,
-  project_to_vocabulary,
-)
+from lmops_jax.models.products import project_to_vocabulary
+from lmops_jax.models.transformer import Transformer, TransformerConfig, num_params
 from lmops_jax.sizing.flops import forward_flops_per_token
 from lmops_jax.training.losses import _cross_entropy, lm_example_losses
 
