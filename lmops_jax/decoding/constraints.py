@@ -8,7 +8,8 @@ their hypotheses through beam search.
 The mask acts on the filtered scores: greedy search takes the best allowed token, sampling draws
 among the allowed ones (before top-k and the filters behind it), and beam search adds up the model's
 own log-probabilities, not renormalised. So a search as wide as a list of answers ranks them as
-scoring each one does.
+scoring each one does. Where repeated n-grams and `min_new_tokens` would leave nothing of what is
+allowed, they are set aside for that token.
 """
 
 from __future__ import annotations

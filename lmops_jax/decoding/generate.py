@@ -291,7 +291,7 @@ class Generator:
 def _words_at_the_end(prompt: Prompt) -> list[int]:
   """The ids behind the last vector."""
   slots = np.flatnonzero(prompt.slots)
-  return list(prompt.ids[slots[-1] + 1 if slots.size else 0 :])
+  return [int(token) for token in prompt.ids[slots[-1] + 1 if slots.size else 0 :]]
 
 
 def checked_prompts(

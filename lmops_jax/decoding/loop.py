@@ -309,14 +309,21 @@ def _choose_beams(plan, knobs, state, logits, allowed, reorder):
 
 
 def _forbidding(plan, knobs, scores, history, lengths, num_new, allowed):
-  """The filters that greedy search and beam search have too."""
+  """The filters that greedy search and beam search have too.
+
+  Where they leave nothing of what a constraint allows, it goes before them.
+  """
+  unfiltered = scores
   if plan.repetition:
     scores = sampling.repetition_penalty(scores, history, lengths, knobs.repetition_penalty)
   if plan.ngram:
     scores = sampling.no_repeat_ngram(scores, history, lengths, plan.ngram)
   if plan.min_new:
     scores = sampling.forbid_while(scores, plan.eos_ids, num_new < knobs.min_new_tokens)
-  return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
+  if allowed is None:
+    return scores
+  nothing = ~jnp.any(allowed & (scores > -jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(allowed, jnp.where(nothing, unfiltered, scores), -jnp.inf)
 
 
 def _keys(plan, knobs, state):

@@ -105,7 +105,8 @@ def test_beams_equal_the_log_probabilities_of_full_passes(generator, log_probs):
       assert answer.score == pytest.approx(np.sum(direct) / len(direct), rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [SAMPLED, BEAMS], ids=["sampled", "beams"])
+@pytest.mark.parametrize(
+  "options", [pytest.param(SAMPLED, marks=pytest.mark.slow), BEAMS], ids=["sampled", "beams"])
 def test_a_mesh_gives_the_same(tiny, generator, options):
   mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
   sharded = Generator(tiny.model, tiny.params, partitioner=mesh)
@@ -206,10 +207,9 @@ def test_options_and_answers_behind_demonstrations_with_pictures(tiny, generator
                generator.generate_ids([r.context for r in whole], GREEDY))
 
 
-@pytest.mark.parametrize("on_mesh", [False, True])
-def test_groups_with_pictures_go_in_any_order_and_padding(tiny, on_mesh, monkeypatch):
+def test_groups_with_pictures_go_in_any_order_padding_and_mesh(tiny, monkeypatch):
   groups = [_prompt([1], 0, [5]), _prompt([3, 4], 1, [2], 3), _prompt([8, 9, 7])]
-  mesh = MeshConfig(data=2, fsdp=2, tensor=2).build() if on_mesh else None
+  mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
   requests = [Request([5, 6], [[4], [7, 8]])]
   scorer = OptionScorer(tiny.model, tiny.params)
 

@@ -65,7 +65,8 @@ def _theirs(peer, ids, index, **options):  # noqa: F811
 
 @pytest.mark.parametrize("options", [
   {}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.7},
-  {"num_beams": 3, "no_repeat_ngram": 3, "early_stopping": True}, {"no_repeat_ngram": 2},
+  *(pytest.param(options, marks=pytest.mark.slow) for options in (
+    {"num_beams": 3, "no_repeat_ngram": 3, "early_stopping": True}, {"no_repeat_ngram": 2})),
 ])
 def test_ids_are_equal(peer, params, options):  # noqa: F811
   vectors = DockedLM(CONFIG).apply(
