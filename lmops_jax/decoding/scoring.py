@@ -5,6 +5,9 @@ that all batches attend to. All options of a request are scored in one pass, as 
 context. Requests whose options are one token each lie side by side in rows of one width, as
 branches that do not see each other; others have a row each, sorted by length into a few widths.
 Logits exist only where a continuation's token is predicted.
+
+Pictures in contexts are compared by their vectors, so that two rows share no more than what is the
+same in both. Several requests about the same pictures are best scored by a call of their own.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def _close(got, want):
 
 
 def _requests(front=()):
-  options = ([4], [9]), ([5, 6, 7], [8, 2], [3]), ([7],), ([2, 2], [9, 9, 9, 4])
+  options = ([4], [9]), ([5], [8], [3]), ([7],), ([2, 2], [9, 9, 9, 4])  # three lie side by side
   return [Request(_prompt(*front, *parts), choices) for parts, choices in zip(LAYOUT, options)]
 
 
