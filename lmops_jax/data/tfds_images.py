@@ -19,7 +19,7 @@ class TfdsImages(ImageCorpus):
   """Pairs of a picture and a text; a row with several captions is as many pairs.
 
   Attributes:
-    dataset: which; of it the name, split, folder and download count.
+    dataset: the dataset; only its name, split, folder and download are used.
     image_field: the feature with the picture.
     text_field: the feature with the text, texts, or class, whose name then is the text; `/` leads
       into nested ones ("captions/text").

@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 
 def further_sections(summary) -> list[html.Section]:
-  """Tables of other initialisations and of batches, if there are any."""
+  """Tables of other initialisations and of drawn batches, if there are any."""
   sections = []
   rows = [
     [seed, name, row["init_seed"], row["auc_test"], row["auc_change_test"],
@@ -63,7 +63,7 @@ def note(num_seeds: int) -> str:
 
 
 def ends(interval) -> str | None:
-  """The two ends of an interval, None if it has not both."""
+  """The two ends of an interval, or None if one is missing."""
   known = interval is not None and None not in interval
   return f"{interval[0]:.4f} to {interval[1]:.4f}" if known else None
 
