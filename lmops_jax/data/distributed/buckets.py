@@ -117,7 +117,7 @@ class Buckets:
       )
 
   def encoded(self, bucket: int) -> Iterator[tuple[int, np.ndarray]]:
-    """What `write_tokens` got."""
+    """A bucket's (document id, token ids), as `write_tokens` got them."""
     with np.load(self.path("tokens", bucket)) as arrays:
       ids, sizes, stream = arrays["ids"], arrays["sizes"], arrays["stream"]
     stops = np.cumsum(sizes)
