@@ -323,7 +323,8 @@ def _checked(extra, settings, directory):
 
 
 def _drop_beyond_lost_params(store, directory, kept):
-  """Drops checkpoints from the first step on whose kept parameters are not as they were written."""
+  """Drops checkpoints from a step on: the first whose kept parameters are not as they were written.
+  """
   newest = store.latest_step()
   if newest is None:
     return
