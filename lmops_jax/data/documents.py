@@ -115,8 +115,7 @@ def check_not_empty(num_documents: int, corpus: Corpus, counts: Counter[str]) ->
 
 
 def document_id(source: str | bytes) -> int:
-  """A 63-bit id from a name, the same on every machine; bytes have the id of the text they encode.
-  """
+  """A 63-bit id from a name, the same on every machine; bytes give that of the text they encode."""
   if isinstance(source, str):
     source = source.encode("utf-8", "surrogatepass")
   digest = hashlib.blake2b(source, digest_size=8).digest()

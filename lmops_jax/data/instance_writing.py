@@ -1,11 +1,12 @@
 """Writes packed instances: ArrayRecord files that are a tfds dataset, with random access.
 
 `write_instances` stores one `tf.train.Example` a record in the layout of
-`tfds.core.SequentialWriter`, so that `tfds.builder_from_directory(directory)
-.as_data_source("train")` reads them too. It adds `ids.npy` with the ids of all instances by index,
-and last `instances.json`, without which the folder counts as unfinished. `instances` reads them;
-neither direction imports TensorFlow. The same instances give the same bytes: records are serialised
-deterministically (the map in an Example has no order of its own), and nothing holds a date.
+`tfds.core.SequentialWriter`, so that tfds reads them too, by
+`tfds.builder_from_directory(directory).as_data_source("train")`. It adds `ids.npy` with the ids of
+all instances by index, and last `instances.json`, without which the folder counts as unfinished.
+`instances` reads them; neither direction imports TensorFlow. The same instances give the same bytes
+in every file: records are serialised deterministically (the map in an Example has no order of its
+own), and nothing holds a date.
 """
 
 import errno

@@ -198,7 +198,7 @@ def tried(
   records: Iterable[Record], settings: ImageSettings, counts: Counter[str], *,
   num_threads: int = 8,
 ) -> Iterator[tuple[Record, list[np.ndarray | str]]]:
-  """Records with their pictures' pixels, in order; a picture without has a sentence that says why.
+  """Records with their pictures' pixels, in order; a text in place of pixels says why none exist.
 
   Args:
     settings: those that the pictures are decoded with.

@@ -167,7 +167,7 @@ def _members(path: Path, left_out: LeftOut) -> Iterator[_Member]:
   try:
     with tarfile.open(path, "r:") as shard:
       while (member := shard.next()) is not None:
-        shard.members = []  # else a list of all members grows
+        shard.members = []  # or a list of all members would grow
         if member.isreg() and not member.issparse():
           if member.offset_data + member.size > size:
             left_out.add("unreadable", f"{path} member {member.name} (the shard is cut off)")

@@ -16,7 +16,7 @@ from lmops_jax.data.named_datasets import Tfds, as_text, feature_at
 @component(module="data")
 @dataclasses.dataclass(frozen=True)
 class TfdsImages(ImageCorpus):
-  """Pairs of a picture and a text; a row with several captions is as many pairs.
+  """Pairs of a picture and a text; a row with several captions gives a pair for each.
 
   Attributes:
     dataset: the dataset; only its name, split, folder and download are used.

@@ -45,7 +45,7 @@ class Buckets:
     return self.folder / f"{what}-{number:06d}"
 
   def missing(self, *what: str) -> list[int]:
-    """Buckets with a file of these that is not there yet, or not as it was written."""
+    """Buckets that lack one of these files, or have one that is not as it was written."""
     whole = seals.all_whole([self.path(name, n) for name in what] for n in range(self.count))
     return [n for n in range(self.count) if not whole[n]]
 
@@ -117,7 +117,7 @@ class Buckets:
       )
 
   def encoded(self, bucket: int) -> Iterator[tuple[int, np.ndarray]]:
-    """What `write_tokens` got."""
+    """A bucket's (document id, token ids), as `write_tokens` got them."""
     with np.load(self.path("tokens", bucket)) as arrays:
       ids, sizes, stream = arrays["ids"], arrays["sizes"], arrays["stream"]
     stops = np.cumsum(sizes)

@@ -10,8 +10,7 @@ from lmops_jax.data.synthetic_pictures.matrix_cells import ORDERED
 
 
 def fitting_candidates(matrix: Matrix) -> tuple[int, ...]:
-  """All candidates with which each attribute follows some rule; in a sound item only the right one.
-  """
+  """All candidates with which each attribute follows some rule; in a sound item, the right one."""
   return tuple(
     i for i in range(len(matrix.candidates))
     if all(rules_that_hold(name, grid) for name, grid in rows_of(matrix, i).items())

@@ -67,7 +67,8 @@ class RenderedTexts:
     fonts: fonts of Matplotlib, each used equally often.
     least_pixels, most_pixels: bounds of the letters' size; larger ones only if the text fits.
     sentence_share: share of texts such as "a good film"; the others are a word.
-    words_seed: decides whose sentiment is told about pictures; the same for all seeds of a study.
+    words_seed: decides which words' sentiment is told about pictures; the same for all seeds of a
+      study.
 
   Raises:
     ValueError: for a font that is not there, or sizes at which the longest text does not fit.

@@ -56,7 +56,7 @@ def told(values: Sequence[float | None], spec: str) -> str | None:
 
 
 def note(num_seeds: int) -> str:
-  """What the numbers of a table are."""
+  """A sentence on the numbers of a table: one seed's, or means with intervals."""
   if num_seeds == 1:
     return "One seed, so no intervals."
   return f"Mean of {num_seeds} seeds ± half of the {LEVEL:.0%} interval (t distribution)."

@@ -5,7 +5,7 @@ metrics of changes instead of whole maps, and both on a network that was never t
 rate is chosen on training rows that are not demonstrated; the paper chose it, and the seed, on the
 rows that it reports.
 
-Left out: sharding over devices; a study runs on one.
+Sharding over devices is left out; a study runs on one.
 """
 
 from __future__ import annotations

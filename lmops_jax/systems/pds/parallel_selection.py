@@ -65,7 +65,7 @@ class Selection(NamedTuple):
 
 
 class Noise(NamedTuple):
-  """What the scores are perturbed by."""
+  """The scale and the seed of the noise that perturbs the scores."""
 
   tau: float
   seed: int
@@ -143,7 +143,7 @@ def select_in_process(
   Args:
     shards: called once a pass, returns the `(ids [n], scores [n])` shards.
     write: called with `(rows [m], ids [m])` of what is selected, block by block, m >= 1.
-    settings: `num_examples`, `tau` and so on, as of `select`.
+    settings: `num_examples`, `tau` and so on, as for `select`.
   """
 
   def total(function, items, zero):

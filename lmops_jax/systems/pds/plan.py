@@ -93,7 +93,7 @@ class SolveParts(NamedTuple):
   """Bytes that the reverse pass of `methods.PMP` takes, for one device.
 
   Attributes:
-    on_device: by name, all but the trajectory in a segment.
+    on_device: bytes by name, all but the trajectory in a segment.
     state: one state of that trajectory.
     on_host: bytes of host memory, whatever the trajectory.
   """
