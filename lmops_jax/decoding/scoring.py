@@ -91,9 +91,9 @@ class OptionScorer:
       For each request, for each option `[its tokens] float32`.
 
     Raises:
-      ValueError: if a context or option is empty, an id is outside of the vocabulary, vectors do not
-        fit (`prompts.checked`), or there are more tokens (but for an option's last) than the model
-        has positions; the sentence names the request by its index.
+      ValueError: if a context or option is empty, an id is outside of the vocabulary, vectors do
+        not fit (`prompts.checked`), or there are more tokens (but for an option's last) than the
+        model has positions; the sentence names the request by its index.
     """
     return [[scores for scores, _ in row] for row in self.score_and_rank(
       requests, progress, prefix)]
