@@ -1,0 +1,217 @@
+# ruff: noqa: E402  malloc is set before jax is imported
+"""Times a docked language model against transformers' port of Kosmos-2 in PyTorch: same weights.
+
+    python tests/benchmarks/kosmos_vs_torch.py --layers 8 --output results/kosmos_vs_torch.md
+
+The model has the published widths (decoder 2048 x 8192, tower 1024 x 4096, 65,037 ids, 64 vectors
+an image) and `--layers` of the 24 layers of each stack, at random weights, which the port writes
+into a folder and this library loads. Both sides hold float32 and take turns; the table gives the
+median. What is timed:
+
+* encode: images to their vectors, 1 and 8 at a time,
+* caption: an image and three words, and 32 new tokens by greedy search, encoding included,
+* beam 5: the same for one image with five beams,
+* candidates: eight context images and one of six candidates in each of six prompts, the
+  log-probability of one token after each (a Raven item). This library encodes each of the 14 images
+  once and reads the common beginning once. The port encodes the 14 images once too and reads six
+  whole prompts in one batch; a second row encodes 54 images, as its processor hands them over.
+
+PyTorch runs with its SDPA attention and key/value cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from lmops_jax.sizing.memory import keep_freed_memory
+
+keep_freed_memory()  # before jax
+
+import jax
+import numpy as np
+import torch
+import transformers
+from generation_vs_torch import take_turns
+
+from lmops_jax.decoding import GenerationOptions, Generator
+from lmops_jax.decoding.prompts import Prompt
+from lmops_jax.decoding.scoring import OptionScorer, Request
+from lmops_jax.models.transformer import Transformer
+from lmops_jax.pretrained import model as model_lib
+
+NEW, SIZE, SLOTS, VOCAB = 32, 224, 64, 65_037
+BOS, IMAGE, IMAGE_END, FIRST_SLOT = 0, 64_003, 64_004, 4
+CAPTION, SO_FAR, NEXT, QUESTION = [712, 1648, 9], [300, 301], [400, 401, 402], [500, 501, 502]
+YES, NUM_CONTEXT, NUM_CANDIDATES = 777, 8, 6
+
+
+def build(layers: int):
+  """The port at the published widths, with weights large enough for tokens to differ."""
+  torch.manual_seed(0)
+  config = transformers.Kosmos2Config(
+    text_config=dict(layers=layers, vocab_size=VOCAB),
+    vision_config=dict(num_hidden_layers=layers), latent_query_num=SLOTS,
+    attn_implementation="sdpa")
+  model = transformers.Kosmos2ForConditionalGeneration(config).float().eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      if parameter.ndim > 1:
+        parameter.copy_(parameter.shape[-1] ** -0.5 * torch.randn_like(parameter))
+  return model
+
+
+def row(parts):
+  """Ids of words and image blocks, and which are slots; an image is an `int` of its own number."""
+  ids, index = [BOS], [-1]
+  for part in parts:
+    if isinstance(part, list):
+      ids, index = ids + part, index + [-1] * len(part)
+    else:
+      ids += [IMAGE, *range(FIRST_SLOT, FIRST_SLOT + SLOTS), IMAGE_END]
+      index += [-1, *range(part * SLOTS, (part + 1) * SLOTS), -1]
+  return ids, index
+
+
+class Peer:
+  """transformers' side."""
+
+  def __init__(self, model):
+    self.model = model
+
+  @torch.inference_mode()
+  def encode(self, pixels):
+    return self.model.get_image_features(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+                                         return_dict=True).pooler_output
+
+  @torch.inference_mode()
+  def caption(self, pixels, num_new, num_beams):
+    ids, index = row([0, CAPTION])
+    ids = torch.tensor([ids] * len(pixels))
+    slots = torch.tensor([[int(i >= 0) for i in index]] * len(pixels))
+    out = self.model.generate(
+      image_embeds=self.encode(pixels), input_ids=ids, image_embeds_position_mask=slots,
+      attention_mask=torch.ones_like(ids), max_new_tokens=num_new, min_new_tokens=num_new,
+      do_sample=False, num_beams=num_beams)
+    return out[:, ids.shape[1] :].tolist()
+
+  @torch.inference_mode()
+  def candidates(self, pixels, each_anew):
+    rows = [row(item(c)) for c in range(NUM_CANDIDATES)]
+    ids = torch.tensor([ids for ids, _ in rows])
+    slots = torch.tensor([[int(i >= 0) for i in index] for _, index in rows])
+    wanted = [i for c in range(NUM_CANDIDATES) for i in (*range(NUM_CONTEXT), NUM_CONTEXT + c)]
+    vectors = self.encode(pixels[wanted]) if each_anew else self.encode(pixels)[wanted]
+    logits = self.model(
+      input_ids=ids, image_embeds=vectors, image_embeds_position_mask=slots,
+      attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1).logits[:, -1]
+    return torch.log_softmax(logits, -1)[:, YES].tolist()
+
+
+def item(candidate):
+  """A Raven item with one of its candidates, as parts of a row."""
+  return [SO_FAR, *range(NUM_CONTEXT), NEXT, NUM_CONTEXT + candidate, QUESTION]
+
+
+class Ours:
+  """This library's side; pixels are normalised floats, as the port takes them."""
+
+  def __init__(self, source):
+    params = source.params()
+    text = Transformer(source.config.text)
+    self.generator = Generator(text, params["text"])
+    self.scorer = OptionScorer(text, params["text"])
+    self.encoded = jax.jit(lambda images: source.model.apply(
+      {"params": params}, images, method="image_vectors"))
+
+  def encode(self, pixels):
+    return np.asarray(self.encoded(pixels))
+
+  def caption(self, pixels, num_new, num_beams):
+    ids, index = row([0, CAPTION])
+    prompts = [Prompt(ids, vectors, index) for vectors in self.encode(pixels)]
+    options = GenerationOptions(
+      max_new_tokens=num_new, min_new_tokens=num_new, num_beams=num_beams, eos_ids=(2,))
+    return [answer.ids for answer in self.generator.generate_ids(prompts, options)]
+
+  def candidates(self, pixels):
+    vectors = self.encode(pixels).reshape(len(pixels) * SLOTS, -1)
+    rows = [row(item(c)) for c in range(NUM_CANDIDATES)]
+    requests = [Request(Prompt(ids, vectors, index), [[YES]]) for ids, index in rows]
+    return [float(scores[0][0]) for scores in self.scorer.score(requests)]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--layers", type=int, default=8)
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--output")
+  args = parser.parse_args()
+  load = os.getloadavg()[0]
+  model = build(args.layers)
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    source = model_lib.load(folder)
+    ours = Ours(source)
+  peer = Peer(model)
+  pixels = np.random.default_rng(0).normal(
+    size=(NUM_CONTEXT + NUM_CANDIDATES, SIZE, SIZE, 3)).astype(np.float32)
+  rows = []
+
+  def time_row(name, unit, amount, of_ours, of_peers):
+    found = {}
+    functions = {"JAX": lambda: found.update({"JAX": of_ours()})}
+    for label, function in of_peers.items():
+      functions[label] = lambda label=label, function=function: found.update({label: function()})
+    for label, (wall, processor, first) in take_turns(functions, args.repeats).items():
+      rows.append((name, label, unit, amount / wall, wall, processor, first,
+                   agreement(found[label], found["JAX"])))
+      print(rows[-1], file=sys.stderr, flush=True)
+
+  for batch in (1, 8):
+    time_row(f"encode, batch {batch}", "images/s", batch,
+             lambda b=batch: ours.encode(pixels[:b]),
+             {"PyTorch": lambda b=batch: peer.encode(pixels[:b]).numpy()})
+  for batch, beams in ((1, 1), (8, 1), (1, 5)):
+    name = f"caption, batch {batch}" if beams == 1 else f"caption, {beams} beams"
+    time_row(name, "tokens/s", batch * NEW,
+             lambda b=batch, n=beams: ours.caption(pixels[:b], NEW, n),
+             {"PyTorch": lambda b=batch, n=beams: peer.caption(pixels[:b], NEW, n)})
+  time_row(f"{NUM_CANDIDATES} candidates", "items/s", 1, lambda: ours.candidates(pixels),
+           {"PyTorch": lambda: peer.candidates(pixels, False),
+            "PyTorch, 54 images": lambda: peer.candidates(pixels, True)})
+  lines = [
+    f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, jax "
+    f"{jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, load "
+    f"{load:.1f} at the start. {args.layers} of 24 layers, float32; median of {args.repeats}.",
+    "",
+    "| row | side | speed | against PyTorch | wall s | processor s | first call s | agreement |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for name, label, unit, speed, wall, processor, first, same in rows:
+    of_peer = next(r[3] for r in rows if r[0] == name and r[1] == "PyTorch")
+    lines.append(f"| {name} | {label} | {speed:.2f} {unit} | {speed / of_peer:.2f} | {wall:.2f} | "
+                 f"{processor:.2f} | {first:.1f} | {same} |")
+  table = "\n".join(lines) + "\n"
+  print(table)
+  if args.output:
+    Path(args.output).write_text(
+      "# A docked language model against the port of Kosmos-2\n\nWritten by "
+      "`tests/benchmarks/kosmos_vs_torch.py`, whose docstring says what is timed.\n\n" + table)
+
+
+def agreement(found, wanted) -> str:
+  """How far two answers are apart: tokens that are equal, or the largest difference."""
+  if isinstance(found, list) and isinstance(found[0], list):
+    same = np.mean([a == b for x, y in zip(found, wanted) for a, b in zip(x, y)])
+    return f"{same:.0%} of tokens"
+  return f"{np.abs(np.asarray(found) - np.asarray(wanted)).max():.1e}"
+
+
+if __name__ == "__main__":
+  main()
