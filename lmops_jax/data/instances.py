@@ -385,6 +385,10 @@ class Instances:
       "example_id": np.array(self.ids[np.asarray(indices, np.int64)]),
     }
 
+  def num_learned(self, indices) -> np.ndarray:
+    """Learned tokens of instances, those of `batch`'s mask, `[n] int64`."""
+    return (self.batch(indices)["loss_mask"] != 0).sum(axis=1, dtype=np.int64)
+
   def documents(self, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids of an instance's documents, `[k] int64`, and how many tokens each has, `[k] int32`."""
     (index,) = self._checked([index])

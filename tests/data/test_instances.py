@@ -57,6 +57,8 @@ def test_round_trip(written, cache_bytes):
     for a, b in zip(got.instance(int(index)), want[index]):
       np.testing.assert_array_equal(a, b)
   np.testing.assert_array_equal(got.num_tokens(order), [len(want[i].tokens) for i in order])
+  learned = got.batch(order)["loss_mask"].sum(axis=1)
+  np.testing.assert_array_equal(got.num_learned(order), learned)
 
 
 @pytest.mark.parametrize("cache_bytes", [1 << 30, 0])
