@@ -26,11 +26,9 @@ from lmops_jax.host.foreign_files import checked, read_json, require_regular
 from lmops_jax.host.manifests import verify_read
 from lmops_jax.host.whole_files import replacing, write_text
 from lmops_jax.models.attention import ATTENTION_KINDS
-from lmops_jax.models.clip import ClipConfig
-from lmops_jax.models.config import DTYPES, REMAT_POLICIES, RopeScaling, TransformerConfig
+from lmops_jax.models.config import DTYPES, REMAT_POLICIES, TransformerConfig
 from lmops_jax.models.partitioning import unboxed
-from lmops_jax.models.vision import VisionConfig
-from lmops_jax.pretrained import families, importing
+from lmops_jax.pretrained import config_fields, families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
 from lmops_jax.pretrained.sources import MAX_INFLATED_BYTES, open_source
 from lmops_jax.text import tokenizer, tokenizer_folder
@@ -41,11 +39,6 @@ _CONFIG = "config.json"
 _WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM")  # architectures that predict tokens
 _FORMAT = 1
 _IMAGES = "preprocessor_config.json"
-_NESTED = {
-  "rope_scaling": RopeScaling, "text": TransformerConfig, "trunk": TransformerConfig,
-  "vision": VisionConfig,
-}
-_EXECUTION = ("attention", "attention_chunk", "scan_layers", "remat", "dtype", "param_dtype")
 _HASHED_BYTES = 1 << 20  # of each end of a large file
 
 
@@ -67,7 +60,8 @@ class PretrainedModel:
   Attributes:
     path: as given: a folder or a `.gguf` file.
     family: name of its family ("gpt2", "llama", ...).
-    config: `TransformerConfig` (`ClipConfig` of the family "clip"), execution choices included.
+    config: of its family's class, execution choices included: a `TransformerConfig` of most, a
+      `ClipConfig` of "clip", a `DockedConfig` of "kosmos-2".
     original: the `config.json` that it was published with, {} where there is none.
     ignore: patterns of tensor names to leave out.
     max_inflated_bytes: see `load`.
@@ -82,13 +76,13 @@ class PretrainedModel:
 
   @property
   def model(self) -> nn.Module:
-    """The module that the parameters belong to: a `Transformer`, or a `Clip`."""
+    """The module that the parameters belong to: a `Transformer`, a `Clip` or a `DockedLM`."""
     return families.by_name(self.family).module(self.config)
 
   @property
   def vocab_size(self) -> int:
     """V."""
-    return getattr(self.config, "text", self.config).vocab_size
+    return families.by_name(self.family).text(self.config).vocab_size
 
   def params(self, partitioner=None):
     """Reads the weights, in `config.param_dtype`, straight onto the mesh.
@@ -236,7 +230,7 @@ def _naming(path: Path | str):
 
 def _as_stored(config, family, names, architectures):
   """Drops parts that a checkpoint of the bare body, or of one head only, does not hold."""
-  if not isinstance(config, TransformerConfig):
+  if family.config is not TransformerConfig:
     return config
   changes: dict[str, Any] = {}
   is_body = not any(kind in name for name in architectures for kind in _WITH_HEAD)
@@ -254,35 +248,18 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-  """`model.json`, with its configuration as a `TransformerConfig`."""
+  """`model.json`, with its configuration as its family's class."""
   path = folder / DESCRIPTION
   verify_read(path)
   described = checked(_Described, read_json(path), path).model_dump()
   try:
-    kind = ClipConfig if described["family"] == "clip" else TransformerConfig
-    return {**described, "config": _from_fields(kind, described["config"])}
+    kind = families.by_name(described["family"]).config
+    return {**described, "config": config_fields.from_fields(kind, described["config"])}
   except (TypeError, ValueError) as error:
     raise ValueError(
       f"{path} does not describe a model of this version ({error}); write it again with lmops "
       "convert."
     ) from error
-
-
-def _from_fields(kind, fields: dict[str, Any]):
-  """A configuration from its JSON."""
-  return kind(**{
-    name: _from_fields(_NESTED[name], value) if isinstance(value, dict) else value
-    for name, value in fields.items()
-  })
-
-
-def _fields(config) -> dict[str, Any]:
-  """A configuration without execution choices, as JSON."""
-
-  def kept(pairs):
-    return {name: value for name, value in pairs if name not in _EXECUTION}
-
-  return dataclasses.asdict(config, dict_factory=kept)
 
 
 def _abstract(family, config, partitioner):
@@ -306,8 +283,8 @@ def describe(
     original: the published `config.json`, which an export starts from.
   """
   write_text(directory / DESCRIPTION, json.dumps({
-    "format": _FORMAT, "family": family, "config": _fields(config), "params": params,
-    "tokenizer": tokenizer, "original": original or {},
+    "format": _FORMAT, "family": family, "config": config_fields.to_fields(config),
+    "params": params, "tokenizer": tokenizer, "original": original or {},
   }, indent=1) + "\n")
 
 

@@ -11,16 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax.host.foreign_files import checked
+from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.explicit import explicit
 from lmops_jax.pretrained.rules import Rule
 
 Schema = TypeVar("Schema")
 
-# How a model runs, which no `config.json` says.
-PLAIN = dict(
-  attention="xla", scan_layers=True, remat="none", dtype="float32", param_dtype="float32"
-)
 # Names of activations in `config.json` and here.
 ACTIVATIONS = {
   "silu": "silu",
@@ -74,6 +72,10 @@ class Family:
     module: the configuration to the Linen module.
     inputs: the configuration to shapes of inputs that the module can be initialised with.
     with_choices: configuration and execution choices (`dtype=`, ...) to a configuration.
+    config: class of the configuration.
+    text: the configuration to that of its transformer over tokens.
+    explicit: the configuration to that of the same function with every width written out, without
+      how it runs, starts or is trained.
   """
 
   name: str
@@ -91,6 +93,9 @@ class Family:
   module: Callable[[Any], nn.Module] = Transformer
   inputs: Callable[[Any], tuple] = lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
   with_choices: Callable[..., Any] = dataclasses.replace
+  config: type = TransformerConfig
+  text: Callable[[Any], TransformerConfig] = lambda config: config
+  explicit: Callable[[Any], Any] = explicit
 
 
 class ConfigReader:
