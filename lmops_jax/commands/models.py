@@ -7,12 +7,12 @@ runs. Results go to standard output, everything else to standard error.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from pathlib import Path
 
-from lmops_jax.host import foreign_files, progress
+from lmops_jax.commands import prompts
+from lmops_jax.host import progress
 
 COMMANDS = {
   "generate": "continue prompts with a published model",
@@ -25,13 +25,15 @@ examples:
   lmops generate --model MODEL --prompt "The capital of France is" --max-new-tokens 16
   lmops generate --model MODEL --prompt "..." --temperature 0.8 --top-p 0.9 --seed 1
   lmops generate --model MODEL --chat --prompt "Name three rivers." --beams 4
+  lmops generate --model KOSMOS --image photo.png --prompt "An image of" --beams 5
   lmops score --model MODEL --task sst2.jsonl --labels negative,positive --shots 8 \\
       --template "Review: {text}\\nSentiment:{label}"
   lmops score --model MODEL --task copa --data COPA_FOLDER --shots 8 --normalise auto
   lmops convert --model MODEL --to CONVERTED
   lmops export --checkpoint WORKDIR/train --to EXPORTED
 
-MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what lmops wrote.
+MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what lmops wrote; KOSMOS
+one of a model that reads pictures.
 """
 _NORMALISATIONS = ("sum", "token", "char", "null", "auto")
 
@@ -72,7 +74,11 @@ def _generate_parser(parser) -> None:
   _running_options(parser)
   add = parser.add_argument
   add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-  add("--prompts", metavar="FILE", help='further prompts: JSON lines with "prompt", or plain lines')
+  add("--image", action="append", default=[], metavar="FILE", help="a picture in each --prompt, "
+      "where it has <image>; a single one without a place stands in front; may be given several "
+      "times")
+  add("--prompts", metavar="FILE", help='further prompts: JSON lines with "prompt" and perhaps '
+      '"images": [paths], or plain lines')
   add("--chat", action="store_true", help="put each prompt into the model's chat template")
   add("--system", metavar="TEXT", help="system message in front of a chat")
   add("--max-new-tokens", type=int, default=64)
@@ -135,7 +141,7 @@ def _load(arguments):
     arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
     attention=arguments.attention,
   )
-  if not getattr(source.config, "causal", False):
+  if source.decoder is None:
     raise ValueError(
       f"{arguments.model} is a model of the family {source.family} that does not continue a text; "
       f"lmops {arguments.command} needs a decoder."
@@ -161,19 +167,13 @@ def _partitioner(text: str | None):
 
 
 def _generate(arguments) -> None:
-  prompts = _prompts(arguments)
+  rows = prompts.given(arguments.prompt, arguments.image, arguments.prompts)
   if arguments.system is not None and not arguments.chat:
     raise ValueError("--system is a message in front of a chat; add --chat, or leave it out.")
-  for i, text in enumerate(prompts):
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      raise ValueError(
-        f"prompt {i} holds {text[error.start]!r}, half a character or a byte that is no UTF-8; "
-        "write the text in UTF-8."
-      ) from error
+  if arguments.chat and any(row.pictures for row in rows):
+    raise ValueError("--chat formats texts only; leave it out for prompts with pictures.")
   from lmops_jax.data.supervised import encode_behind, front_ids
-  from lmops_jax.decoding import GenerationOptions, Generator
+  from lmops_jax.decoding import GenerationOptions, Generator, image_prompts
   from lmops_jax.decoding.generate import checked_prompts
   from lmops_jax.decoding.text import check_stop
 
@@ -186,18 +186,29 @@ def _generate(arguments) -> None:
   given = {name: getattr(arguments, name) for name in names}
   options = GenerationOptions(**{k: v for k, v in given.items() if v is not None})
   source, tokenizer, partitioner = _load(arguments)
-  texts = prompts
+  texts = [row.text for row in rows]
   if arguments.chat:
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     texts = [
       tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
-      for text in prompts
+      for text in texts
     ]
+  settings = source.image_settings()
+  laid_out = _laid_out(rows, source, tokenizer, settings is not None)
   front = [] if arguments.chat else front_ids(tokenizer)
-  checked_prompts(
-    source.config, [encode_behind(front, tokenizer, text) for text in texts], options,
-    tokenizer.bos_id)
-  generator = Generator(source.model, source.params(partitioner), tokenizer, partitioner)
+  config = source.decoder.config
+  checked_prompts(config, [
+    encode_behind(front, tokenizer, text) if row is None else row.tokens.tolist()
+    for text, row in zip(texts, laid_out)
+  ], options, tokenizer.bos_id)
+  pictures = [picture for row in rows for picture in row.pictures]
+  image_prompts.check_pictures(pictures, settings)
+  params = source.params(partitioner)
+  generator = Generator(source.decoder, source.of_decoder(params), tokenizer, partitioner)
+  if pictures:
+    encoder = image_prompts.PictureEncoder(source.model, params, settings, partitioner)
+    seen = iter(encoder.prompts([row for row in laid_out if row is not None]))
+    texts = [text if row is None else next(seen) for text, row in zip(texts, laid_out)]
   if len(texts) == 1 and options.num_beams == options.num_return_sequences == 1 and not (
     arguments.json
   ):
@@ -208,10 +219,35 @@ def _generate(arguments) -> None:
   )
   per_prompt = len(answers) // len(texts)
   for i, answer in enumerate(answers):
+    row = rows[i // per_prompt]
     if arguments.json:
-      print(json.dumps({"prompt": prompts[i // per_prompt], **answer._asdict()}))
+      images = {"images": [picture.where for picture in row.pictures]} if row.pictures else {}
+      print(json.dumps({"prompt": row.text, **images, **answer._asdict()}))
     else:
       print(answer.text if len(answers) == 1 else f"[{i // per_prompt}] {answer.text}")
+
+
+def _laid_out(rows, source, tokenizer, sees: bool) -> list:
+  """The tokens of each prompt with pictures, None of others; all checks that need no pixels."""
+  from lmops_jax.decoding import image_prompts
+
+  if not sees:
+    for i, row in enumerate(rows):
+      if row.pictures:
+        raise ValueError(
+          f"prompt {i} has the picture {row.pictures[0].where}, and {source.path} is a language "
+          f"model of the family {source.family}, which reads texts only; leave the picture out, or "
+          "take a model with an image encoder, such as one of the family kosmos-2."
+        )
+    return [None] * len(rows)
+  found = []
+  for i, parts in enumerate(prompts.parts(rows)):
+    if parts is not None:
+      ids = image_prompts.image_tokens(tokenizer, source.config.vectors_per_image)
+      parts = image_prompts.laid_out(parts, tokenizer, ids)
+      image_prompts.check_fits(parts, ids, source.decoder.config.max_length, f"prompt {i}")
+    found.append(parts)
+  return found
 
 
 def _stream(generator, texts, options, arguments) -> None:
@@ -243,10 +279,11 @@ def _score(arguments) -> None:
           "empty or repeated one, or no answer.", file=sys.stderr)
   source, tokenizer, partitioner = _load(arguments)
   scorer = OptionScorer(
-    source.model, source.params(partitioner), partitioner, batch_tokens=arguments.batch_tokens
+    source.decoder, source.of_decoder(source.params(partitioner)), partitioner,
+    batch_tokens=arguments.batch_tokens,
   )
-  prompts = sum(len(row.prompts) or 1 for row in task.rows)
-  with progress.Progress(prompts, "prompts", "scoring") as bar:
+  num_prompts = sum(len(row.prompts) or 1 for row in task.rows)
+  with progress.Progress(num_prompts, "prompts", "scoring") as bar:
     result = in_context.evaluate(scorer, tokenizer, task, **how, progress=bar.update)
   if arguments.output:
     with Path(arguments.output).expanduser().open("w", encoding="utf-8") as file:
@@ -302,34 +339,6 @@ def _task(arguments):
   task = tasks.jsonl_task(arguments.task, template, labels, arguments.limit)
   train = arguments.train and tasks.jsonl_task(arguments.train, template, labels).rows
   return task, train
-
-
-def _prompts(arguments) -> list[str]:
-  prompts = list(arguments.prompt)
-  if arguments.prompts:
-    prompts += _prompts_of(Path(arguments.prompts).expanduser())
-  if not prompts:
-    raise ValueError("there is nothing to continue; give --prompt TEXT or --prompts FILE.")
-  return prompts
-
-
-def _prompts_of(path: Path) -> list[str]:
-  """The lines of a file, or the fields "prompt" of its rows where it is one of JSON lines."""
-  from lmops_jax.data.lines import jsonl_rows
-
-  if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-    prompts = []
-    for number, row in jsonl_rows(path):
-      if not isinstance(row.get("prompt"), str):
-        raise ValueError(
-          f'{path}:{number} should be a JSON object with a text in its field "prompt", such as '
-          '{"prompt": "The capital of"}.'
-        )
-      prompts.append(row["prompt"])
-    return prompts
-  # Not `splitlines`, which also ends a line at separators within a text, such as U+2028.
-  lines = io.StringIO(foreign_files.read_text(path), newline=None)
-  return [line.removesuffix("\n") for line in lines]
 
 
 def _convert(arguments) -> None:

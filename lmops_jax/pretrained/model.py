@@ -16,18 +16,22 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
+import numpy as np
 import pydantic
+from pydantic import Field
 
 from lmops_jax.config.setting_types import ByteCount, Text, component
+from lmops_jax.data.images import ImageSettings
 from lmops_jax.host.foreign_files import checked, read_json, require_regular
 from lmops_jax.host.manifests import verify_read
 from lmops_jax.host.whole_files import replacing, write_text
 from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.config import DTYPES, REMAT_POLICIES, TransformerConfig
 from lmops_jax.models.partitioning import unboxed
+from lmops_jax.models.transformer import Transformer
 from lmops_jax.pretrained import config_fields, families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
 from lmops_jax.pretrained.sources import MAX_INFLATED_BYTES, open_source
@@ -51,6 +55,13 @@ class _Described(pydantic.BaseModel):
   params: str
   tokenizer: str
   original: dict[str, Any]
+
+
+class _Normalisation(pydantic.BaseModel):
+  """What is read of `preprocessor_config.json`."""
+
+  image_mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
+  image_std: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +94,40 @@ class PretrainedModel:
   def vocab_size(self) -> int:
     """V."""
     return families.by_name(self.family).text(self.config).vocab_size
+
+  @property
+  def decoder(self) -> Transformer | None:
+    """The module that continues a text, with the parameters `of_decoder`; None for an encoder."""
+    config = families.by_name(self.family).decoder(self.config)
+    return None if config is None else Transformer(config)
+
+  def of_decoder(self, params):
+    """The part of the model's parameters that `decoder` has."""
+    part = families.by_name(self.family).decoder_part
+    return params[part] if part else params
+
+  def image_settings(self) -> ImageSettings | None:
+    """How pictures that stand among the words become pixels; None if no picture can.
+
+    Raises:
+      ValueError: the folder's `preprocessor_config.json` normalises pixels otherwise.
+    """
+    size = families.by_name(self.family).image_size(self.config)
+    if size is None:
+      return None
+    path = self.tokenizer_path / _IMAGES
+    if path.is_file():
+      found = checked(_Normalisation, read_json(path), path)
+      vision = self.config.vision
+      for name, ours in (("image_mean", vision.pixel_mean), ("image_std", vision.pixel_std)):
+        theirs = getattr(found, name)
+        if theirs is not None and not np.allclose(theirs, ours, rtol=0, atol=1e-6):
+          raise ValueError(
+            f"{path}: {name}={theirs} differs from the {list(ours)} that pictures are normalised "
+            f"with here; set it to these, or train the model with models.VisionConfig."
+            f"{name.replace('image', 'pixel')}."
+          )
+    return ImageSettings(height=size, width=size)
 
   def params(self, partitioner=None):
     """Reads the weights, in `config.param_dtype`, straight onto the mesh.

@@ -179,5 +179,5 @@ FAMILY = Family(
   write_config=_write, rules=_rules, tied={}, sizes=_sizes,
   ignored=(r".*embeddings\.position_ids",), module=Clip, inputs=_inputs,
   with_choices=_with_choices, config=ClipConfig, text=lambda config: config.text,
-  explicit=_explicit,
+  decoder=lambda config: None, explicit=_explicit,
 )

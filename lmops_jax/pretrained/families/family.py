@@ -74,6 +74,10 @@ class Family:
     with_choices: configuration and execution choices (`dtype=`, ...) to a configuration.
     config: class of the configuration.
     text: the configuration to that of its transformer over tokens.
+    decoder: the configuration to that of the transformer that continues a text, or to None.
+    decoder_part: name of that transformer's part of the parameters; "" for all of them.
+    image_size: the configuration to the sides in pixels of pictures that stand among the words; to
+      None if none can.
     explicit: the configuration to that of the same function with every width written out, without
       how it runs, starts or is trained.
   """
@@ -95,6 +99,10 @@ class Family:
   with_choices: Callable[..., Any] = dataclasses.replace
   config: type = TransformerConfig
   text: Callable[[Any], TransformerConfig] = lambda config: config
+  decoder: Callable[[Any], TransformerConfig | None] = lambda config: (
+    config if config.causal else None)
+  decoder_part: str = ""
+  image_size: Callable[[Any], int | None] = lambda config: None
   explicit: Callable[[Any], Any] = explicit
 
 

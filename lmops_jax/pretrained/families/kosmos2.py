@@ -143,5 +143,6 @@ FAMILY = Family(
   ignored=(rf"{_TEXT}\.model\.embed_positions\.weights", r".*embeddings\.position_ids"),
   module=DockedLM, inputs=lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),),
   with_choices=_with_choices, config=DockedConfig, text=lambda config: config.text,
-  explicit=_explicit,
+  decoder=lambda config: config.text, decoder_part="text",
+  image_size=lambda config: config.vision.image_size, explicit=_explicit,
 )
