@@ -14,6 +14,7 @@ from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.decoding import loop as loop_lib
 from lmops_jax.decoding import prefixes
 from lmops_jax.decoding import text as text_lib
+from lmops_jax.decoding.constraints import Constraint
 from lmops_jax.decoding.lengths import bucket
 from lmops_jax.decoding.options import GenerationOptions
 from lmops_jax.decoding.prompts import Prompt, checked, padded
@@ -100,6 +101,7 @@ class Generator:
     *,
     add_special: bool = True,
     prefix: Prefix | None = None,
+    constraint: Constraint | None = None,
   ) -> list[text_lib.Generation]:
     """Continues texts.
 
@@ -114,7 +116,7 @@ class Generator:
       add_special: what the tokenizer puts in front of every text, a BOS for instance, stands there
         once, also where a text begins with it; never behind a prefix. False leaves texts as they
         are, as what a chat template wrote; a `Prompt` is left as it is in any case.
-      prefix: see `generate_ids`.
+      prefix, constraint: see `generate_ids`.
 
     Returns:
       As `generate_ids`, with texts.
@@ -141,7 +143,9 @@ class Generator:
       return bool(wanted) or streams[i].stopped
 
     live = (stop or callback) and options.num_beams == 1
-    results = self.generate_ids(prompts, options, watch if live else None, row_ids, prefix)
+    results = self.generate_ids(
+      prompts, options, watch if live else None, row_ids, prefix, constraint
+    )
     generations = []
     for i, (result, stream) in enumerate(zip(results, streams, strict=True)):
       piece = "" if live else stream.add(result.ids)
@@ -162,6 +166,7 @@ class Generator:
     callback: Callable[[int, list[int]], bool | None] | None = None,
     row_ids: Sequence[int] | None = None,
     prefix: Prefix | None = None,
+    constraint: Constraint | None = None,
   ) -> list[Generated]:
     """Continues prompts of token ids, and vectors in the place of some.
 
@@ -176,12 +181,14 @@ class Generator:
         do not depend on the other prompts; None counts them from 0.
       prefix: of `prefixes.read_groups`, in front of every prompt. Repetition penalty and n-grams
         do not look at it.
+      constraint: that all answers keep to, see `constraints`.
 
     Returns:
       For each prompt in order its `num_return_sequences` results.
 
     Raises:
-      ValueError: see `checked_prompts`; or where the model's logits are not finite.
+      ValueError: see `checked_prompts` and `Constraint.check`; where the constraint leaves fewer
+        answers than are asked for; or where the model's logits are not finite.
     """
     bos_id = None if self._tokenizer is None else self._tokenizer.bos_id
     prompts = checked_prompts(self._model.config, prompts, options, bos_id, prefix)
@@ -189,6 +196,8 @@ class Generator:
     if len(row_ids) != len(prompts):
       raise ValueError(f"{len(row_ids)} row_ids are given for {len(prompts)} prompts.")
     plan = loop_lib.plan_of(options, self._eos_ids(options))
+    if constraint is not None:
+      constraint.check(self._model.config, options, plan.eos_ids)
     at_once = max(1, self._batch_size // plan.copies)
     # Rows of like length together; results go back to the order of the prompts.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -196,7 +205,7 @@ class Generator:
     for first in range(0, len(order), at_once):
       rows = order[first : first + at_once]
       for place, generated in self._batch(
-        prompts, row_ids, rows, plan, options, callback, prefix):
+        prompts, row_ids, rows, plan, options, callback, prefix, constraint):
         results[place] = generated
     return results
 
@@ -206,7 +215,7 @@ class Generator:
     stop_ids = () if self._tokenizer is None else self._tokenizer.stop_ids
     return tuple(sorted(set(stop_ids)))
 
-  def _batch(self, prompts, row_ids, rows, plan, options, callback, prefix):
+  def _batch(self, prompts, row_ids, rows, plan, options, callback, prefix, constraint):
     """Generates for some of the prompts; yields places among the results, and results."""
     of_rows = [prompts[i] for i in rows]
     longest = max(map(len, of_rows))
@@ -223,7 +232,7 @@ class Generator:
       batch, identifiers, exists = jax.tree.map(self._put, (batch, identifiers, exists))
       state = self._prefill(
         plan, num_new, self.params, knobs, batch.tokens, batch.valid, identifiers, exists, prefix,
-        batch.vectors, batch.vector_index,
+        batch.vectors, batch.vector_index, constraint,
       )
       watched = Watched(callback, rows, plan, options) if callback and not plan.beam else None
       stopped = np.zeros((size, plan.copies), bool)
@@ -235,7 +244,7 @@ class Generator:
         if watched:
           step = min(watched.seen + self._chunk, step)
         state = self._decode(
-          plan, self.params, knobs, state, np.int32(step), self._put(stopped), prefix
+          plan, self.params, knobs, state, np.int32(step), self._put(stopped), prefix, constraint
         )
         if watched:
           stopped |= watched.look(state)
@@ -243,6 +252,12 @@ class Generator:
     read = read_beams if plan.beam else read_rows
     places = []
     for row, answers in enumerate(read(state, prompt_lengths, plan, options, stopped)):
+      if len(answers) < options.num_return_sequences:
+        raise ValueError(
+          f"the constraint leaves {len(answers)} answers to prompt {rows[row]}, and decoding."
+          f"GenerationOptions.num_return_sequences={options.num_return_sequences}; ask for fewer, "
+          "or search with more beams."
+        )
       for j, generated in enumerate(answers):
         place = rows[row] * options.num_return_sequences + j
         if np.isnan(generated.logprobs).any():
@@ -276,7 +291,7 @@ class Generator:
 def _words_at_the_end(prompt: Prompt) -> list[int]:
   """The ids behind the last vector."""
   slots = np.flatnonzero(prompt.slots)
-  return list(prompt.ids[slots[-1] + 1 if slots.size else 0 :])
+  return [int(token) for token in prompt.ids[slots[-1] + 1 if slots.size else 0 :]]
 
 
 def checked_prompts(

@@ -11,7 +11,7 @@ answers sampled for one prompt); M slots for prompt and new tokens, N of them fo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 
 from lmops_jax.decoding import beam as beam_lib
 from lmops_jax.decoding import sampling
+from lmops_jax.decoding.constraints import Constraint
 from lmops_jax.decoding.options import GenerationOptions
 from lmops_jax.models.cache import KVCache, Prefix, constrain_heads, empty_cache
 from lmops_jax.models.partitioning import constrain
@@ -88,6 +89,7 @@ class State(NamedTuple):
     row_id: `[B] int32`, from which random numbers derive.
     step: `[] int32`, tokens chosen.
     chosen: `Rows` or `beam.Beams`.
+    machine: of a constraint, its states, leaves `[R,...]`; None without one.
   """
 
   cache: KVCache
@@ -96,6 +98,7 @@ class State(NamedTuple):
   row_id: jax.Array
   step: jax.Array
   chosen: Rows | beam_lib.Beams
+  machine: Any = None
 
   @property
   def done(self) -> jax.Array:
@@ -145,6 +148,7 @@ def knobs_of(options: GenerationOptions, num_new: int) -> Knobs:
 def prefill(
   model, plan: Plan, num_new: int, params, knobs, tokens, valid, row_id, exists,
   prefix: Prefix | None = None, vectors=None, vector_index=None,
+  constraint: Constraint | None = None,
 ) -> State:
   """Reads the prompts and chooses the first token.
 
@@ -160,6 +164,7 @@ def prefill(
     exists: `[B] bool`, False for a row that only fills the batch.
     prefix: what stands in front of every row.
     vectors, vector_index: of the prompts, see `prompts.Padded`.
+    constraint: that new tokens keep to.
   """
   b, p = tokens.shape
   cache = empty_cache(model.config, b, p + num_new)
@@ -190,14 +195,20 @@ def prefill(
     name: jax.tree.map(lambda x: _repeat(x, plan.copies), getattr(cache, name))
     for name in ("keys", "values", "positions", "valid", "branch")
   })
-  state = State(
-    cache, jnp.zeros(b * plan.copies, jnp.int32), length, row_id, jnp.zeros((), jnp.int32), chosen
+  machine = None if constraint is None else jax.tree.map(
+    lambda x: jnp.broadcast_to(x, (b * plan.copies, *jnp.shape(x))), constraint.start()
   )
-  return _placed(_choose(plan, knobs, state, _repeat(logits, plan.copies), reorder=False))
+  state = State(
+    cache, jnp.zeros(b * plan.copies, jnp.int32), length, row_id, jnp.zeros((), jnp.int32), chosen,
+    machine,
+  )
+  logits = _repeat(logits, plan.copies)
+  return _placed(_choose(plan, knobs, state, logits, constraint, reorder=False))
 
 
 def decode(
-  model, plan: Plan, params, knobs, state: State, stop_at, stopped, prefix: Prefix | None = None
+  model, plan: Plan, params, knobs, state: State, stop_at, stopped, prefix: Prefix | None = None,
+  constraint: Constraint | None = None,
 ) -> State:
   """Chooses tokens until all rows are done or there are `stop_at` of them.
 
@@ -206,7 +217,7 @@ def decode(
     state: donated.
     stop_at: `[] int32`, at most N.
     stopped: `[B,c] bool`, rows that the caller ends.
-    prefix: as in `prefill`.
+    prefix, constraint: as in `prefill`.
   """
   if isinstance(state.chosen, Rows):
     done = state.chosen.done | stopped.reshape(-1)
@@ -220,7 +231,8 @@ def decode(
       shared=prefix, method="extend",
     )
     logits = model.apply({"params": params}, hidden[:, 0], method="unembed")
-    return _placed(_choose(plan, knobs, state._replace(cache=cache), logits, reorder=True))
+    state = state._replace(cache=cache)
+    return _placed(_choose(plan, knobs, state, logits, constraint, reorder=True))
 
   return jax.lax.while_loop(
     lambda state: (state.step < stop_at) & ~jnp.all(state.done), body, _placed(state)
@@ -232,17 +244,23 @@ def _start(prefix):
   return 0 if prefix is None else prefix.end
 
 
-def _choose(plan, knobs, state: State, logits, reorder) -> State:
+def _choose(plan, knobs, state: State, logits, constraint, reorder) -> State:
   """The next token of every row from its logits `[R,V]`."""
   choose = _choose_beams if plan.beam else _choose_tokens
-  return choose(plan, knobs, state, logits, reorder)._replace(step=state.step + 1)
+  allowed = None if constraint is None else jax.vmap(constraint.mask)(state.machine)
+  state = choose(plan, knobs, state, logits, allowed, reorder)._replace(step=state.step + 1)
+  if constraint is None:
+    return state
+  return state._replace(machine=jax.vmap(constraint.advance)(state.machine, state.token))
 
 
-def _choose_tokens(plan, knobs, state, logits, reorder):
+def _choose_tokens(plan, knobs, state, logits, allowed, reorder):
   del reorder  # rows stay where they are
   rows = state.chosen
   lengths = _repeat(state.prompt_length, plan.copies) + rows.num_new
-  scores = _forbidding(plan, knobs, logits, rows.history, lengths, rows.num_new)
+  if allowed is not None:
+    allowed = allowed | rows.done[:, None]  # which may have come to an end without any token
+  scores = _forbidding(plan, knobs, logits, rows.history, lengths, rows.num_new, allowed)
   if plan.sampled:
     scores = scores / knobs.temperature if plan.scaled else scores
     scores = sampling.top_k(scores, plan.top_k) if plan.top_k else scores
@@ -266,14 +284,14 @@ def _choose_tokens(plan, knobs, state, logits, reorder):
   return state._replace(token=token, chosen=chosen)
 
 
-def _choose_beams(plan, knobs, state, logits, reorder):
+def _choose_beams(plan, knobs, state, logits, allowed, reorder):
   beams = state.chosen
   log_probs = jax.nn.log_softmax(logits, axis=-1)
   lengths = state.prompt_length + state.step
   history = beams.history.reshape(-1, beams.history.shape[-1])
   scores = _forbidding(
     plan, knobs, log_probs, history, _repeat(lengths, plan.copies),
-    jnp.broadcast_to(state.step, history.shape[:1]),
+    jnp.broadcast_to(state.step, history.shape[:1]), allowed,
   )
   shape = (*beams.scores.shape, logits.shape[-1])
   beams, token, parents = beam_lib.advance(
@@ -286,18 +304,26 @@ def _choose_beams(plan, knobs, state, logits, reorder):
       lambda part: beam_lib.reorder(part, parents), (cache.keys, cache.values)
     )
     cache = cache._replace(keys=keys, values=values)
-  return state._replace(cache=cache, token=token.reshape(-1), chosen=beams)
+  machine = jax.tree.map(lambda part: beam_lib.reorder(part, parents), state.machine)
+  return state._replace(cache=cache, token=token.reshape(-1), chosen=beams, machine=machine)
 
 
-def _forbidding(plan, knobs, scores, history, lengths, num_new):
-  """The filters that greedy search and beam search have too."""
+def _forbidding(plan, knobs, scores, history, lengths, num_new, allowed):
+  """The filters that greedy search and beam search have too.
+
+  Where they leave nothing of what a constraint allows, it goes before them.
+  """
+  unfiltered = scores
   if plan.repetition:
     scores = sampling.repetition_penalty(scores, history, lengths, knobs.repetition_penalty)
   if plan.ngram:
     scores = sampling.no_repeat_ngram(scores, history, lengths, plan.ngram)
   if plan.min_new:
     scores = sampling.forbid_while(scores, plan.eos_ids, num_new < knobs.min_new_tokens)
-  return scores
+  if allowed is None:
+    return scores
+  nothing = ~jnp.any(allowed & (scores > -jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(allowed, jnp.where(nothing, unfiltered, scores), -jnp.inf)
 
 
 def _keys(plan, knobs, state):

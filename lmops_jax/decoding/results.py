@@ -86,7 +86,10 @@ def read_beams(state, prompt_lengths, plan, options, stopped):
   history, log_probs = flat(beams.finished_history), flat(beams.finished_log_probs)
   for b, length in enumerate(prompt_lengths):
     answers = []
-    for k in np.argsort(-scores[b], kind="stable")[: options.num_return_sequences]:
+    # A constraint may leave fewer than there are beams; what is not finite is told of later.
+    finished = flat(beams.is_finished)[b] | np.isnan(scores[b])
+    best = [k for k in np.argsort(-scores[b], kind="stable") if finished[k]]
+    for k in best[: options.num_return_sequences]:
       n = int(lengths[b, k])
       ids = history[b, k, length : length + n].tolist()
       reason = "eos" if ids[-1] in plan.eos_ids else "length"

@@ -5,6 +5,9 @@ that all batches attend to. All options of a request are scored in one pass, as 
 context. Requests whose options are one token each lie side by side in rows of one width, as
 branches that do not see each other; others have a row each, sorted by length into a few widths.
 Logits exist only where a continuation's token is predicted.
+
+Pictures in contexts are compared by their vectors, so that two rows share no more than what is the
+same in both. Several requests about the same pictures are best scored by a call of their own.
 """
 
 from __future__ import annotations
@@ -273,6 +276,16 @@ class _Row(NamedTuple):
 def total(scores: Sequence[np.ndarray]) -> np.ndarray:
   """Log-likelihood of each option, `[options] float64`, from the tokens' log-probabilities."""
   return np.array([np.sum(score, dtype=np.float64) for score in scores])
+
+
+def mean(scores: Sequence[np.ndarray]) -> np.ndarray:
+  """The mean over an option's tokens, `[options] float64`."""
+  return total(scores) / np.array([len(score) for score in scores])
+
+
+def first(scores: Sequence[np.ndarray]) -> np.ndarray:
+  """That of each option's first token alone, `[options] float64`."""
+  return total([score[:1] for score in scores])
 
 
 def rolling_requests(ids: Sequence[int], first: int, max_length: int) -> list[Request]:

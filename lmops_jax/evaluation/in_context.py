@@ -15,10 +15,10 @@ import numpy as np
 
 from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.data.tasks import Example, Task, demonstrations
-from lmops_jax.decoding.scoring import OptionScorer, Request, total
+from lmops_jax.decoding.scoring import OptionScorer, Request, first, mean, total
 from lmops_jax.models.cache import Prefix
 
-NORMALISATIONS = ("sum", "token", "char", "null", "auto")
+NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
 SEPARATOR = "\n\n"
 
 
@@ -56,13 +56,16 @@ class Encoder:
   An option's tokens are those that the whole text has beyond the context's; where the boundary
   falls inside a token, the option is encoded by itself.
 
+  Where pictures stand in a context, its ids become a `decoding.prompts.Prompt` once they are split.
+
   Args:
     tokenizer: with `encode(text, add_special)`; what it puts behind a text is left out.
     start: ids in front of a prompt; None takes what the tokenizer puts there.
+    strict: a boundary inside a token is an error, and so are two options of the same tokens.
   """
 
-  def __init__(self, tokenizer, start: Sequence[int] | None = None):
-    self._tokenizer = tokenizer
+  def __init__(self, tokenizer, start: Sequence[int] | None = None, strict: bool = False):
+    self._tokenizer, self._strict = tokenizer, strict
     self.start = front_ids(tokenizer) if start is None else list(start)
 
   def encode(self, text: str) -> list[int]:
@@ -70,18 +73,32 @@ class Encoder:
     return encode_behind(self.start, self._tokenizer, text)
 
   def split(self, context: str, options: Sequence[str]) -> Request:
-    """The context's and each option's ids."""
+    """The context's and each option's ids.
+
+    Raises:
+      ValueError: when strict, an option that does not begin with a token of its own, or has no
+        token or those of another option.
+    """
     bare = context.rstrip(" ")
     blanks = context[len(bare) :]
     ids = self.encode(bare)
     pieces = []
     for option in options:
       whole = self.encode(bare + blanks + option)
-      fits = whole[: len(ids)] == ids and len(whole) > len(ids)
-      pieces.append(
-        whole[len(ids) :] if fits else self._tokenizer.encode(blanks + option, False)
-      )
-    return Request(ids, pieces)
+      rest = whole[len(ids) :] if whole[: len(ids)] == ids else None
+      if self._strict and rest is None:
+        raise ValueError(
+          f"the option {option!r} does not begin with a token of its own behind {bare[-40:]!r}, "
+          "since the tokenizer joins both; begin the option with a blank, or end the context with "
+          "one."
+        )
+      if not rest and not self._strict:
+        rest = self._tokenizer.encode(blanks + option, False)
+      pieces.append(rest)
+    request = Request(ids, pieces)
+    if self._strict:
+      _check(request, options, "option")
+    return request
 
 
 def evaluate(
@@ -108,10 +125,10 @@ def evaluate(
     train: rows to draw from; None draws from the task's `train`, or where it has none from its
       rows, which are then not scored.
     balanced: as many demonstrations of each label.
-    normalisation: "sum" of an option's token log-probabilities; their mean a "token"; the sum a
-      "char" of the option, blanks around it not counted; "null", the sum less that after a prompt
-      whose fields are "N/A" (same demonstrations); "auto", as the papers: the sum where all options
-      are one token, else the mean a token.
+    normalisation: "sum" of an option's token log-probabilities; their mean a "token"; the "first"
+      of them; the sum a "char" of the option, blanks around it not counted; "null", the sum less
+      that after a prompt whose fields are "N/A" (same demonstrations); "auto", as the papers: the
+      sum where all options are one token, else the mean a token.
     separator: between demonstrations.
     progress: called with the number of prompts done since the last call: of rows, or where their
       prompts differ by option, of options.
@@ -189,7 +206,7 @@ def score_rows(
     requests += of_row
     counts.append(len(of_row))
   if task.words:
-    _check(requests[0], task)
+    _check(requests[0], task.words, "label")
   found = scorer.score(requests, progress, prefix)
   token_scores, done = [], 0
   for count in counts:  # one request with all options, or one a prompt
@@ -228,14 +245,15 @@ def requests_of(encoder: Encoder, row: Example, front: str = "") -> list[Request
   ]
 
 
-def _check(request: Request, task: Task) -> None:
+def _check(request: Request, words: Sequence[str], what: str) -> None:
   seen: dict[tuple[int, ...], str] = {}
-  for word, option in zip(task.words, request.options):
+  for word, option in zip(words, request.options):
     if not option:
-      raise ValueError(f"the label {word!r} has no token in this model's vocabulary.")
+      raise ValueError(f"the {what} {word!r} has no token in this model's vocabulary.")
     if tuple(option) in seen:
       raise ValueError(
-        f"the labels {seen[tuple(option)]!r} and {word!r} have the same tokens; choose other words."
+        f"the {what}s {seen[tuple(option)]!r} and {word!r} have the same tokens; choose other "
+        "words."
       )
     seen[tuple(option)] = word
 
@@ -247,10 +265,8 @@ def _normalised(kind: str, token_scores, rows: Sequence[Example]) -> np.ndarray:
     kind = "sum" if single else "token"
   scores = np.full((len(rows), max(map(len, token_scores))), -np.inf)
   for i, (of_row, row) in enumerate(zip(token_scores, rows, strict=True)):
-    sums = total(of_row)
-    if kind == "token":
-      sums = sums / np.array([len(option) for option in of_row])
-    elif kind == "char":
+    sums = {"token": mean, "first": first}.get(kind, total)(of_row)
+    if kind == "char":
       sums = sums / np.array([len(option.strip()) for option in row.options])
     scores[i, : len(sums)] = sums
   return scores[:-1] - scores[-1] if kind == "null" else scores

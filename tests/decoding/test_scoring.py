@@ -129,6 +129,16 @@ def test_rolling_windows_score_every_token_once(tiny):
   assert scoring.total(scores[0])[0] == pytest.approx(float(np.sum(scores[0][0])), rel=1e-5)
 
 
+def test_scores_of_options_by_each_rule(tiny):
+  request = Request([3, 5], [[4, 9, 6], [7]])
+  found, = OptionScorer(tiny.model, tiny.params).score([request])
+  want = [[float(x) for x in option] for option in _naive(tiny, request)]
+  for rule, of_option in [
+    (scoring.total, sum), (scoring.mean, lambda x: sum(x) / len(x)), (scoring.first, lambda x: x[0])
+  ]:
+    np.testing.assert_allclose(rule(found), [of_option(x) for x in want], rtol=1e-4, atol=1e-4)
+
+
 def test_the_last_token_needs_no_position(make_tiny):
   tiny = make_tiny(positions="learned")
   rng = np.random.default_rng(4)

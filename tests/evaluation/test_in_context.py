@@ -38,7 +38,7 @@ def _log_probs(model, params, tokens):
   return jax.nn.log_softmax(model.apply({"params": params}, tokens[None], method="logits")[0])
 
 
-def _naive(loaded, prompt, word):
+def _naive(loaded, prompt, word, first_only=False):
   """Log-likelihood of the word's tokens, from the whole text's own tokens."""
   source, params, tokenizer = loaded
   ids = tokenizer.encode(prompt + word)
@@ -46,7 +46,8 @@ def _naive(loaded, prompt, word):
   tokens = np.zeros(256, np.int32)  # one length for all: later tokens do not matter
   tokens[: len(ids)] = ids
   log_probs = np.asarray(_log_probs(source.model, params, tokens))
-  return sum(log_probs[i - 1, ids[i]] for i in range(start, len(ids))), len(ids) - start
+  stop = start + 1 if first_only else len(ids)
+  return sum(log_probs[i - 1, ids[i]] for i in range(start, stop)), len(ids) - start
 
 
 @pytest.mark.parametrize("normalisation", in_context.NORMALISATIONS)
@@ -65,6 +66,8 @@ def test_scores_equal_a_naive_loop(loaded, task, normalisation):
       want, count = _naive(loaded, f"{front}{row.prompt} ", word)
       if normalisation in ("token", "auto"):
         want /= count
+      elif normalisation == "first":
+        want = _naive(loaded, f"{front}{row.prompt} ", word, first_only=True)[0]
       elif normalisation == "char":
         want /= len(word)
       elif normalisation == "null":
@@ -117,6 +120,15 @@ def test_an_option_takes_the_tokens_that_the_whole_text_has():
   assert request.options[0] == Merging().encode(" yes", False) and len(request.options[0]) == 3
   inside = encoder.split("xa", ["!"])  # the boundary falls inside a token
   assert inside.context == [0, ord("x"), ord("a")] and inside.options == [[ord("!")]]
+  strict = in_context.Encoder(Merging(), strict=True)
+  assert strict.split("x: ", ["yes", "no"]).options == encoder.split("x: ", ["yes", "no"]).options
+  for context, options, message in [
+    ("xa", ["?", "!"], "option '!' does not begin with a token of its own behind 'xa'"),
+    ("x:", [" a", ""], "the option '' has no token"),
+    ("x: ", ["a", "b", "a"], "the options 'a' and 'a' have the same tokens"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      strict.split(context, options)
 
 
 def test_a_prompt_that_writes_its_own_bos_has_it_once(loaded):

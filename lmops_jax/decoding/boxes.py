@@ -1,0 +1,160 @@
+"""The grammar of texts with boxes in them (Kosmos-2, arXiv:2306.14824, section 2), as a constraint.
+
+A text is words and groups. A group is an optional phrase, `<phrase>` words `</phrase>`, and right
+behind it `<object>` box (delimiter box)* `</object>`. A box is two location tokens, cells of a
+square grid in reading order: its upper left cell, and its lower right one, which is not above nor
+to the left of the first. The text ends outside of groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.decoding.options import GenerationOptions
+
+
+class BoxTokens(NamedTuple):
+  """Ids of the tokens that boxes are written with.
+
+  Attributes:
+    phrase, phrase_end, object, object_end, delimiter: the tags.
+    first_location: that of the upper left cell; the others follow in reading order.
+  """
+
+  phrase: int
+  phrase_end: int
+  object: int
+  object_end: int
+  delimiter: int
+  first_location: int
+
+
+class Place(enum.IntEnum):
+  """Where in the grammar a text is."""
+
+  TEXT = 0
+  PHRASE = 1  # right behind <phrase>
+  WORDS = 2  # of a phrase, at least one
+  NAMED = 3  # behind </phrase>
+  OBJECT = 4  # behind <object> or a delimiter
+  CORNER = 5  # behind the upper left cell
+  BOX = 6  # behind the lower right cell
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoxGrammar:
+  """Allows texts with well-formed boxes; see `box_grammar`.
+
+  Attributes:
+    words: `[V] bool`, tokens of texts and phrases.
+    ends: `[V] bool`, tokens that end a text.
+    tokens: of boxes.
+    side: cells in a row and in a column of the grid.
+    begins: the `Place` of prompts' ends.
+  """
+
+  words: jax.Array | np.ndarray
+  ends: jax.Array | np.ndarray
+  tokens: BoxTokens
+  side: int
+  begins: int
+
+  def start(self) -> tuple[jax.Array, jax.Array]:
+    """The place, and the latest upper left cell."""
+    return jnp.asarray(self.begins, jnp.int32), jnp.zeros((), jnp.int32)
+
+  def mask(self, state: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """What the grammar allows."""
+    place, corner = state
+    ids, t = jnp.arange(self.words.shape[0]), self.tokens
+    cell = ids - t.first_location
+    location = (cell >= 0) & (cell < self.side**2)
+    row, column = cell // self.side, cell % self.side
+    behind = (row >= corner // self.side) & (column >= corner % self.side)
+    allowed = [
+      self.words | self.ends | (ids == t.phrase) | (ids == t.object),
+      self.words,
+      self.words | (ids == t.phrase_end),
+      ids == t.object,
+      location,
+      location & behind,
+      (ids == t.delimiter) | (ids == t.object_end),
+    ]
+    return jnp.select([place == p for p in Place], allowed)
+
+  def advance(self, state, token) -> tuple[jax.Array, jax.Array]:
+    """The place after an allowed token."""
+    place, corner = state
+    t = self.tokens
+    opened = jnp.where(token == t.object, Place.OBJECT, Place.TEXT)
+    after = [
+      jnp.where(token == t.phrase, Place.PHRASE, opened),
+      Place.WORDS,
+      jnp.where(token == t.phrase_end, Place.NAMED, Place.WORDS),
+      Place.OBJECT,
+      Place.CORNER,
+      Place.BOX,
+      jnp.where(token == t.delimiter, Place.OBJECT, Place.TEXT),
+    ]
+    corner = jnp.where(place == Place.OBJECT, token - t.first_location, corner)
+    return jnp.select([place == p for p in Place], after).astype(jnp.int32), corner
+
+  def check(self, config, options: GenerationOptions, eos_ids: Sequence[int]) -> None:
+    """See `Constraint`."""
+    del options
+    if len(self.words) != config.vocab_size:
+      raise ValueError(
+        f"the grammar of boxes is made for {len(self.words)} tokens, and the model has "
+        f"{config.vocab_size}; make it with the model's own tokenizer."
+      )
+    ends = np.flatnonzero(self.ends).tolist()
+    if set(eos_ids) != set(ends):
+      raise ValueError(
+        f"texts of the grammar of boxes end with {ends}, and generation with {list(eos_ids)} "
+        "(decoding.GenerationOptions.eos_ids); make the grammar with the same tokens."
+      )
+
+
+def box_grammar(
+  tokens: BoxTokens, side: int, vocab_size: int, end_ids: Sequence[int], never: Sequence[int] = (),
+  begins: Place = Place.TEXT,
+) -> BoxGrammar:
+  """The grammar over a vocabulary.
+
+  Args:
+    tokens: ids of the tags and of the first location.
+    side: cells in a row and in a column of the grid (Kosmos-2: 32).
+    vocab_size: V of the model.
+    end_ids: all tokens that end generation.
+    never: tokens that no text holds, padding or that of images for instance.
+    begins: where the prompts end, all of them; `Place.NAMED` behind a phrase to be located.
+
+  Raises:
+    ValueError: a token outside of the vocabulary, or one that is two things.
+  """
+  cells = range(tokens.first_location, tokens.first_location + side**2)
+  special = [*tokens[:-1], *end_ids, *never, *cells]
+  outside = [token for token in special if not 0 <= token < vocab_size]
+  if outside:
+    raise ValueError(
+      f"the grammar of boxes has token id {outside[0]}, outside of the model's vocabulary of "
+      f"{vocab_size}; take tags and locations from the model's own tokenizer, and its side."
+    )
+  twice = [token for i, token in enumerate(special) if token in special[:i]]
+  if twice:
+    raise ValueError(
+      f"the grammar of boxes has token id {twice[0]} as two things; tags, locations, ends and "
+      "tokens that never come are all different."
+    )
+  words, ends = np.ones(vocab_size, bool), np.zeros(vocab_size, bool)
+  words[special] = False
+  ends[list(end_ids)] = True
+  return BoxGrammar(words, ends, tokens, side, int(begins))

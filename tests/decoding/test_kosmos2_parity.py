@@ -1,0 +1,83 @@
+"""Greedy and beam search behind pictures choose the tokens that the port of Kosmos-2 chooses.
+
+Row by row without padding: with padding on the left and a cache the port counts it into the
+positions of new tokens, and its versions differ in how. A generated token with the padding's id
+would get another position, too, so the test makes sure that there is none. The port repeats
+pictures for beams one by one, so those of a row are given to it as one. Slots are words to the
+port's filter of n-grams and not to ours; their ids count up, as in its processor, so that no answer
+repeats them.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
+transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+torch.set_num_threads(1)  # more of them get into the way of XLA's
+
+from lmops_jax.decoding import GenerationOptions, Generator  # noqa: E402
+from lmops_jax.decoding.prompts import Prompt  # noqa: E402
+from lmops_jax.models.docked import DockedLM  # noqa: E402
+from lmops_jax.models.transformer import Transformer  # noqa: E402
+from tests.models.test_kosmos2_parity import (  # noqa: E402
+  CONFIG,
+  PAD,
+  params,  # noqa: F401
+  peer,  # noqa: F401
+)
+
+NUM_NEW, EOS = 8, 2
+ROWS = ".I...I..", "..II.", "....", ".I......"  # `I` is an image, `.` a word
+IMAGES = np.random.default_rng(2).normal(size=(5, 20, 20, 3)).astype(np.float32)
+
+
+def _rows():
+  """Ids of each row, and which of all images' vectors stands where, -1 for words."""
+  rng, size, used = np.random.default_rng(3), CONFIG.vectors_per_image, 0
+  for row in ROWS:
+    ids, index = [], []
+    for mark in row:
+      ids += range(4, 4 + size) if mark == "I" else [int(rng.integers(10, 71))]
+      index += range(used, used + size) if mark == "I" else [-1]
+      used += size * (mark == "I")
+    yield np.array(ids), np.array(index)
+
+
+def _theirs(peer, ids, index, **options):  # noqa: F811
+  row = {"attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+  if (index >= 0).any():
+    with torch.no_grad():
+      embeds = peer.get_image_features(
+        torch.tensor(IMAGES.transpose(0, 3, 1, 2)), return_dict=True).pooler_output
+    row["image_embeds"] = embeds.flatten(0, 1)[index[index >= 0]][None]
+    row["image_embeds_position_mask"] = torch.tensor(index >= 0)[None]
+  out = peer.text_model.generate(
+    input_ids=torch.tensor(ids)[None], max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=PAD,
+    eos_token_id=EOS, return_dict_in_generate=False, **row, **options)
+  answers = []
+  for made in out[:, len(ids) :].tolist():
+    answers.append(made[: made.index(EOS) + 1] if EOS in made else made)
+    assert PAD not in answers[-1]
+  return answers
+
+
+@pytest.mark.parametrize("options", [
+  {}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.7},
+  *(pytest.param(options, marks=pytest.mark.slow) for options in (
+    {"num_beams": 3, "no_repeat_ngram": 3, "early_stopping": True}, {"no_repeat_ngram": 2})),
+])
+def test_ids_are_equal(peer, params, options):  # noqa: F811
+  vectors = DockedLM(CONFIG).apply(
+    {"params": params}, jnp.asarray(IMAGES), method="image_vectors")
+  table = vectors.reshape(-1, vectors.shape[-1])
+  want = []
+  theirs = {k.replace("ngram", "ngram_size"): v for k, v in options.items()}
+  for ids, index in _rows():
+    want += _theirs(peer, ids, index, **theirs)
+  generator = Generator(Transformer(CONFIG.text), params["text"])
+  got = generator.generate_ids(
+    [Prompt(ids, table, index) for ids, index in _rows()],
+    GenerationOptions(max_new_tokens=NUM_NEW, eos_ids=(EOS,), **options))
+  assert [g.ids for g in got] == want
