@@ -43,9 +43,7 @@ class _ImageFiles(ImageCorpus):
 
   def read(self, left_out: LeftOut) -> Iterator[Record]:
     found = self.found()
-    for reason, names in found.left_out.items():
-      for name in names:
-        left_out.add(reason, name)
+    left_out.add_all(found.left_out)
     for name, path in found.files:
       picture_of = picture_beside(path.parent)
       for number, row in self.rows(path, left_out):

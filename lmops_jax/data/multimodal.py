@@ -132,6 +132,12 @@ class LeftOut:
     if len(names) < _MAX_NAMED:
       names.append(printable(what))
 
+  def add_all(self, names: Mapping[str, Iterable[str]]) -> None:
+    """Counts names by reason, as `matching.Found` has them."""
+    for reason, of_reason in names.items():
+      for name in of_reason:
+        self.add(reason, name)
+
   def __str__(self) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in sorted(self.counts.items())) or "nothing"
 
@@ -206,24 +212,14 @@ def tried(
       return str(error), found
 
   with ThreadPoolExecutor(num_threads, "pictures") as pool:
-    for block in _blocks(records):
+    rest = iter(records)
+    while block := list(itertools.islice(rest, _BLOCK)):
       results = pool.map(pixels, [picture for record in block for picture in record.pictures])
       for record in block:
         mine = list(itertools.islice(results, len(record.pictures)))
         for _, found in mine:
           counts.update(found)
         yield record, [value for value, _ in mine]
-
-
-def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:
-  block = []
-  for record in records:
-    block.append(record)
-    if len(block) == _BLOCK:
-      yield block
-      block = []
-  if block:
-    yield block
 
 
 def parse_row(

@@ -69,9 +69,7 @@ class TarShards(ImageCorpus):
 
   def read(self, left_out: LeftOut) -> Iterator[Record]:
     found = self.found()
-    for reason, names in found.left_out.items():
-      for name in names:
-        left_out.add(reason, name)
+    left_out.add_all(found.left_out)
     for name, path in found.files:
       require_regular(path)
       with path.open("rb") as contents:

@@ -125,7 +125,10 @@ def test_a_moved_corpus_is_the_same(folder, tmp_path_factory):
   _write(folder / "a.jsonl", [{"images": ["pictures/0.png"], "text": "zero"}])
   there = tmp_path_factory.mktemp("there") / "copy"
   folder.rename(there)
-  first, = ImageJsonl(str(there)).records()
+  left_out = LeftOut()
+  first, = ImageJsonl(str(there)).records(left_out)
+  assert left_out.counts == {"other_ending": 3}  # the pictures
+  assert left_out.named["other_ending"][0] == "pictures/0.png"
   assert first.id == document_id("a.jsonl:1") and first.pictures[0].read() == png(0)
   fingerprint = ImageJsonl(str(there)).fingerprint()
   assert fingerprint == ImageJsonl(str(there)).fingerprint()
