@@ -66,7 +66,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def _checked(leaf: Any) -> Any:
-  """A leaf of a parsed value with its selector in full; a constant for a macro of its name."""
+  """A leaf of a parsed value with its selector in full; a macro of a constant's name becomes it."""
   if not isinstance(leaf, Reference):
     return leaf
   if leaf.selector != MACRO:

@@ -19,7 +19,7 @@ class Named:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-  """What stands in dicts, their keys too, lists and tuples, in order; else the value itself."""
+  """What stands in dicts (keys too), lists and tuples, in order; any other value as it is."""
   if type(value) is dict:
     for pair in value.items():
       yield from leaves(pair)

@@ -1,4 +1,4 @@
-"""Gin's registry: what is registered, as people write its name, and what of it gin may bind."""
+"""Gin's registry: what is registered, how people write its name, and what gin may bind of it."""
 
 import inspect
 

@@ -110,7 +110,7 @@ class _Index:
 
 
 def _reachable(bindings: Iterable[Binding]) -> set[Binding]:
-  """The bindings that apply to a call to which references lead from the root."""
+  """The bindings of all calls that the root reaches through references."""
   index = _Index(bindings)
   seen, found, pending = set(), set(), [((), ROOT)]
   while pending:
@@ -126,7 +126,7 @@ def _reachable(bindings: Iterable[Binding]) -> set[Binding]:
 
 
 def _is_used(binding: Binding, bindings: Sequence[Binding]) -> bool:
-  """Whether the root reaches a binding of a file through what stood at its line or came later."""
+  """Whether the root reaches a file's binding through those in force at its line or read later."""
   at = bindings.index(binding)
   return binding in _reachable([*in_force(bindings[:at + 1]), *bindings[at + 1:]])
 
@@ -221,7 +221,7 @@ class Resolved:
 
   Attributes:
     tree: `Settings` of the root `run`; the system's are `tree.child("system")`.
-    files: the gin files that were named, as they display.
+    files: the gin files that were named, as `gin_files.display` writes them.
     imports: modules that the files import.
     macros: the macros in use with their values as text; what `--gin.NAME=VALUE` can set.
   """
@@ -238,19 +238,17 @@ class Resolved:
   def text(self) -> str:
     """The configuration in gin syntax: macros resolved, defaults written out, deterministic.
 
-    Parsing the text gives the same tree and so builds the same. A default that gin cannot write
-    stands in a comment.
+    Parsing the text gives the same tree, which builds the same objects. A default that gin cannot
+    write stands in a comment.
     """
     imports = "".join(f"import {module}\n" for module in self.imports)
-    for plain_first in (True, False):
-      printer = Printer(self.tree, plain_first)
-      text = "\n".join([imports, *(block + "\n" for block in printer.blocks())]).lstrip("\n")
-      source = Source()
-      source.read_text(text)
-      again = _Resolver(source.bindings).call(Reference((), ROOT, True, "text"), ())
-      if Printer(again, plain_first).whole == printer.whole:
-        return text
-    raise AssertionError("the resolved configuration does not parse back to itself")
+    printer = Printer(self.tree)
+    text = "\n".join([imports, *(block + "\n" for block in printer.blocks())]).lstrip("\n")
+    source = Source()
+    source.read_text(text)
+    again = _Resolver(source.bindings).call(Reference((), ROOT, True, "text"), ())
+    assert Printer(again).whole == printer.whole, "the text does not parse back to itself"
+    return text
 
   def build(self) -> Any:
     """Constructs the system object, and with it everything that it holds."""
@@ -269,8 +267,8 @@ def load(files: Sequence[str | os.PathLike], bindings: Sequence[str] = (), *,
     files: gin files in the order in which they apply; `gin_files.find` says where they are sought.
     bindings: statements such as `"TRAIN_STEPS=400"` or `"OPTIMIZER=@optim.sgd()"`, as they follow
       `--gin.` on the command line; later ones win. `"import my_module"` registers what it holds.
-    owed: what becomes of a required value that is not given: "refused", or "named", the text
-      `<NAME>` in its place, for who wants sizes and opens no path.
+    owed: what becomes of a required value that is not given: "refused", or "named": the text
+      `<NAME>` takes its place, for callers that want sizes and open no path.
 
   Raises:
     ConfigError: an unknown file, name, parameter or macro; a value that is not gin; a missing

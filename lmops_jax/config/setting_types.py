@@ -1,9 +1,9 @@
 """What settings may hold: the types of components' parameters, checked when they are built.
 
 A component's annotations are its rules: `num_steps: PositiveInt`, `corpus: Corpus`,
-`checkpoints: Steps | None`. `component` registers it with gin and has pydantic hold what it is
-given against them, in strict mode: True is no number, "2" neither, 1e999 no rate. Values are
-checked, never converted. Rules that join several settings stay in `__post_init__`.
+`checkpoints: Steps | None`. `component` registers it with gin and has pydantic check what it is
+given against them, in strict mode: neither True nor "2" is a number, and 1e999 is no rate. Values
+are checked, never converted. Rules that join several settings stay in `__post_init__`.
 """
 
 import functools
@@ -52,7 +52,7 @@ def _is_name(text: str) -> bool:
 PositiveInt = Annotated[int, at.Ge(1), at.Le(LARGEST)]
 Count = Annotated[int, at.Ge(0), at.Le(LARGEST)]
 NonEmpty = at.MinLen(1)  # mark of a sequence
-Size = Annotated[int, at.Ge(1), at.Lt(2**63)]  # of models: weights tell what is too large
+Size = Annotated[int, at.Ge(1), at.Lt(2**63)]  # a model's: its weights tell what is too large
 ByteCount = Size
 Seed = Annotated[int, at.Ge(0), at.Lt(2**32)]
 Positive = Annotated[float, at.Gt(0)]
@@ -118,15 +118,15 @@ def _checked(call: Callable, made: Callable, name: str) -> Callable:
 
 
 def check_arguments(made: Callable, name: str, arguments: Mapping[str, Any]) -> None:
-  """Holds arguments against the annotations of a function or class.
+  """Checks arguments against the annotations of a function or class.
 
   Args:
-    made: whose annotations count; parameters without one take anything.
-    name: of the component, for the message.
+    made: its annotations count; parameters without one take anything.
+    name: the component's, for the message.
     arguments: what was given, by parameter; defaults are taken to be right.
 
   Raises:
-    ValueError: the first argument that is not what its annotation says.
+    ValueError: naming the first argument that is not what its annotation says.
   """
   for param, value in arguments.items():
     if param in hints_of(made) and not _test_of(made, param)(value):
@@ -140,7 +140,7 @@ def _test_of(made: Callable, param: str) -> Callable[[Any], bool]:
 
 
 def _test(annotation: Any) -> Callable[[Any], bool]:
-  """Whether a value is what an annotation says."""
+  """The test whether a value is what an annotation says."""
   config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
   try:
     validate = TypeAdapter(_schema(annotation), config=config).validate_python
@@ -213,7 +213,7 @@ def _are_distinct(values: Sequence) -> bool:
 
 
 def _innermost_fault(annotation: Any, value: Any, place: str) -> tuple[str, Any, Any]:
-  """Place, value and annotation at fault: of a list whose third item is wrong, that item."""
+  """Place, value and annotation at fault: if a list's third item is wrong, those of that item."""
   for option in options(annotation):
     bare = without_marks(option)
     origin, arguments = typing.get_origin(bare), typing.get_args(bare)

@@ -77,14 +77,14 @@ class Settings(Named):
     """Constructs this call's object, and first everything below it.
 
     Raises:
-      ConfigError: a constructor refused its values; the message starts with the place.
+      ConfigError: if a constructor refuses its values; the message starts with the place.
     """
     return _Builder().build(self, self.selector)
 
 
 def _flatten(name: str, value: Any, flat: dict[str, str]) -> None:
   if isinstance(value, Settings):
-    if value.selector == SINGLETON:  # who shares an object shows in what it is, not in its name
+    if value.selector == SINGLETON:  # a shared object shows as what it is
       value = value.params["constructor"]
     flat.update(value.flatten(name))
   elif isinstance(value, list | tuple) and any(True for _ in settings_in(value)):
@@ -150,7 +150,7 @@ class _Builder:
 
 
 class _Deferred:
-  """A reference without `()` that has bindings: calls the function with them, caller's first."""
+  """A reference without `()` that has bindings: calls the function with them; the caller's win."""
 
   def __init__(self, builder: _Builder, settings: Settings, trail: str):
     self._builder, self._settings, self._trail = builder, settings, trail

@@ -6,8 +6,8 @@ The model then enters through `u` alone (arXiv 2410.07064, theorem 2.1, for any 
 
   p_t = d + H(params_t) u + grad J(params_t);    -dA/dweights[t, n] = -<u, grad l_n(params_t)>.
 
-The Hessian is symmetric, so `H u` is one `jax.jvp` of `jax.grad` (twice the memory of a gradient,
-where the vjp of the whole step takes four to eight times), and the tangents of the losses in that
+The Hessian is symmetric, so `H u` is one `jax.jvp` of `jax.grad` (twice the memory of a gradient;
+the vjp of the whole step takes four to eight times), and the tangents of the losses in that
 same pass are the directional derivatives of all examples: in-batch scores cost nothing.
 """
 
@@ -54,8 +54,8 @@ def update_pullback(update: Callable, state: State, grads: Any, params_cotangent
     surrogate: the derivative that a sign gets in place of 0, see `surrogates`.
   Returns:
     `(d, q, u)`: cotangents of `state.params` (through the update alone), of the floating-point
-    leaves of `state.opt_state`, and of `grads`. Finite also where the second moment of Adam is 0 or
-    where the gradient that is clipped is 0 (see `guards`).
+    leaves of `state.opt_state`, and of `grads`. They are finite even if the second moment of Adam
+    or the gradient that is clipped is 0 (see `guards`).
   """
   leaves, treedef = jax.tree.flatten(state.opt_state)
 
@@ -93,7 +93,7 @@ def hvp_scores_losses(example_losses: Callable, params: Any, cotangent: Any, bat
 
 def hvp_row_sum(example_losses: Callable, params: Any, cotangent: Any, batch: Any,
                 weights: jax.Array, mode: str, micro_batch_size: int | None) -> RowSum:
-  """The sum over rows of `hvp_scores_losses`: of `H u`, and of each row `(<grad l_n, u>, l_n)`."""
+  """`hvp_scores_losses` as a sum over rows: `H u` added up, `(<grad l_n, u>, l_n)` for each row."""
   params, cotangent = strong(params), _like(cotangent, params)
 
   def part(whole, batch, weights):
@@ -131,7 +131,7 @@ def directional_derivatives(example_losses: Callable, params: Any, direction: An
   """`([<grad l_n, direction>] [B], [l_n] [B])` in one forward-mode pass.
 
   With `mode="vjp_of_grad"` the jvp is built from two transposes instead, for losses that have no
-  forward-mode rule. `micro_batch_size` examples (a divisor of B; all by default) at once.
+  forward-mode rule. It takes `micro_batch_size` examples at once (a divisor of B; all by default).
   """
   params, direction = strong(params), _like(direction, params)
   def part(whole, batch, _):
@@ -158,8 +158,8 @@ def directional_scores(example_losses: Callable, params: Any, direction: Any, da
   """`<grad l_n(params), direction>` for every row of `data`, `batch_size` rows at a time.
 
   One forward-mode pass for each batch (three times a forward evaluation), with the memory of one
-  batch. Along a gradient of the target loss (a costate, an influence direction) positive means that
-  a descent step on the example lowers the target loss.
+  batch. If the direction is a gradient of the target loss (a costate, an influence direction), a
+  positive score means that a descent step on the example lowers the target loss.
 
   Args:
     data: leaves `[M, ...]`. batch_size: rows a pass (any size; all rows when None).

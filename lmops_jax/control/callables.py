@@ -15,6 +15,6 @@ def as_pytree(fn: Callable) -> Callable:
     return fn
   try:
     hash(fn)
-  except TypeError:  # compiled anew at each call
+  except TypeError:  # what cannot be hashed compiles anew at each call
     return jax.tree_util.Partial(functools.partial(fn))
   return jax.tree_util.Partial(fn)

@@ -37,7 +37,7 @@ def integer(value: Any, name: str, low: int, high: int | None = None) -> int:
 
 
 def number(value: Any, name: str, *, positive: bool = False) -> None:
-  """A finite number >= 0, or > 0 (looked at only where it is concrete)."""
+  """Refuses all but a finite number >= 0, or > 0 (looked at only if it is concrete)."""
   if not is_concrete(value):
     return
   try:
@@ -87,7 +87,7 @@ def _not_numbers(value: Any, name: str) -> ValueError:
 
 @contextlib.contextmanager
 def failing(what: str) -> Iterator[None]:
-  """What the code of others raises, as one sentence that begins with `what`."""
+  """Turns what the code of others raises into one sentence that begins with `what`."""
   try:
     yield
   except Exception as error:
@@ -106,7 +106,7 @@ def surrogate(value: Any) -> str | None:
 
 
 def device_rows(value: DeviceRows | None, **sizes: int) -> None:
-  """A ValueError where the devices of `value` do not divide one of the numbers of rows."""
+  """Raises a ValueError if the devices of `value` do not divide one of the numbers of rows."""
   if value is not None and not isinstance(value, DeviceRows):
     raise ValueError(f"device_rows must be a DeviceRows or None, got {value!r}.")
   for name, size in sizes.items() if value is not None else ():
@@ -158,7 +158,7 @@ def leading_axes(tree: Any, name: str, num_axes: int, letters: str) -> tuple[int
 
 
 def step_weights(weights: jax.Array, num_steps: int, batch_size: int) -> None:
-  """`[T, B]`, finite and >= 0 (values are looked at only where they are concrete)."""
+  """`[T, B]`, finite and >= 0 (values are looked at only if they are concrete)."""
   if weights.shape != (num_steps, batch_size):
     raise ValueError(
       f"weights has shape {weights.shape}; expected [T, B] = {(num_steps, batch_size)} as in "
@@ -190,7 +190,7 @@ def simplex(gamma: Any, num_examples: int) -> None:
 
 
 def losses(example_losses: Callable, params: Any, batch: Any, batch_size: int, name: str) -> None:
-  """`example_losses(params, batch)` is `[B]` floating point, by abstract evaluation."""
+  """Checks by abstract evaluation that `example_losses(params, batch)` is `[B]` floating point."""
   function(example_losses, "example_losses")
   leaves = ", ".join(jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(batch))
   with failing(f"example_losses fails on {name} with the leaves {leaves}"):
@@ -205,7 +205,7 @@ def losses(example_losses: Callable, params: Any, batch: Any, batch_size: int, n
 
 
 def target(target_loss: Callable, params: Any, name: str = "target_loss") -> None:
-  """`target_loss(params)` is a floating-point scalar, by abstract evaluation."""
+  """Checks by abstract evaluation that `target_loss(params)` is a floating-point scalar."""
   function(target_loss, name)
   with failing(f"{name} fails"):
     closed, out = jax.make_jaxpr(target_loss, return_shape=True)(params)
@@ -218,7 +218,7 @@ def target(target_loss: Callable, params: Any, name: str = "target_loss") -> Non
 
 
 def like_params(tree: Any, name: str, params: Any) -> Any:
-  """`tree` as arrays, which has the structure and shapes of `params`."""
+  """`tree` as arrays, checked to have the structure and shapes of `params`."""
   shapes = [np.shape(x) for x in jax.tree.leaves(params)]
   if jax.tree.structure(tree) != jax.tree.structure(params) or shapes != [
       np.shape(x) for x in jax.tree.leaves(tree)]:

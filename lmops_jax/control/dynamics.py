@@ -80,7 +80,7 @@ class StepSums(NamedTuple):
   Attributes:
     objective: the weighted loss.
     loss_sum: the losses of all examples, added without weights.
-    grad_norm: of the gradient, before the optimizer clips it; frozen parameters count as 0.
+    grad_norm: the gradient's norm before the optimizer clips it; frozen parameters count as 0.
   """
   objective: jax.Array
   loss_sum: jax.Array
@@ -118,7 +118,7 @@ def step(
 
 
 def gradients_read(update: Callable, state: State) -> list[bool]:
-  """Of each leaf of the parameters, whether anything that `update` returns depends on its gradient.
+  """For each leaf of the parameters, whether anything `update` returns depends on its gradient.
 
   No array is computed: the traced program of the update is read.
   """

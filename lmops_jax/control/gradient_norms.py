@@ -1,7 +1,7 @@
-"""Norms of per-example gradients: what turns a score into a cosine.
+"""Norms of per-example gradients, which turn scores into cosines.
 
-The size of a score follows the size of the example's gradient, so that mislabelled or noisy ones
-can score high; divided by it, what counts is the direction alone.
+The size of a score follows the size of the example's gradient, so that mislabelled or noisy
+examples can score high; a score divided by that size depends on the direction alone.
 """
 
 import functools
@@ -24,7 +24,7 @@ def gradient_norms(example_losses: Callable, params: Any, data: Any,
   Args:
     example_losses: `(params, batch) -> [B]`.
     data: leaves `[M, ...]`.
-    batch_size: gradients, each of the size of the parameters, that exist at a time (any size).
+    batch_size: how many gradients, each as large as the parameters, exist at a time (any size).
   """
   checks.parameters(params)
   num_rows, = checks.leading_axes(data, "data", 1, "M")

@@ -3,8 +3,8 @@
 Differentiating a stock optimizer meets `sqrt(0)` (Adam's second moment of an embedding row that was
 never used), `0 / 0` (the global norm of a zero gradient, in the branch that clipping does not take)
 and `nan * x` (RAdam's rectification in its first steps, also not taken). Autodiff answers
-`inf * 0 = nan` there. Those terms are defined as zero here: of all slopes that Adam's update has at
-a second moment of 0, that is the one for a coordinate whose gradient stays 0.
+`inf * 0 = nan` there. Those terms are defined as zero here, which is the slope of Adam's update at
+a second moment of 0 for a coordinate whose gradient stays 0.
 
 `finite_derivatives` traces any JAX function and evaluates its jaxpr again with the double-where
 trick around the primitives that have a pole, so it needs no list of optimizers: every optax chain

@@ -23,8 +23,8 @@ from lmops_jax.control.problem import tree_norm
 
 METHODS = ("cg", "lissa")
 CURVATURES = ("hessian", "fisher")
-NUM_PROBES = 8  # of the mean eigenvalue
-POWER_STEPS = 20  # of the largest eigenvalue
+NUM_PROBES = 8  # for the mean eigenvalue
+POWER_STEPS = 20  # for the largest eigenvalue
 
 
 def influence_direction(
@@ -55,13 +55,13 @@ def influence_direction(
       limit times `scale` is the solution.
     iterations: at most this many CG steps, or exactly this many LiSSA steps, >= 1.
     tolerance: CG stops at this relative residual.
-    scale: LiSSA's step, below 2 / (largest eigenvalue); by default half of what 20 power iterations
-      on the first batch find for 1 / (largest eigenvalue).
+    scale: LiSSA's step, below 2 / (largest eigenvalue); by default half of the
+      1 / (largest eigenvalue) that 20 power iterations on the first batch find.
     micro_batch_size: examples differentiated at once, a divisor of B.
-    seed: of the probes and of the power iteration.
+    seed: draws the probes and the start of the power iteration.
   Returns:
-    The direction, like `params`: `directional_scores(..., direction, data)` is positive for those
-      on which a descent step lowers the target loss.
+    The direction, like `params`: `directional_scores(..., direction, data)` is positive for
+      examples on which a descent step lowers the target loss.
   Raises:
     ValueError: for arguments that do not fit together.
     FloatingPointError: if the result solves the system worse than zero does, which means that the

@@ -17,12 +17,12 @@ def called(eqn: Any) -> tuple[Any, Sequence]:
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence]:
-  """The pair (jaxpr, constants), whether closed or not."""
+  """The pair (jaxpr, constants) of a jaxpr that is closed or open."""
   return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
 
 def dependence(jaxpr: Any, masks: Sequence[int]) -> list[int]:
-  """What each output is computed from, as sets of inputs that are the bits of integers.
+  """The set of inputs that each output is computed from; the bits of an integer are a set.
 
   Args:
     jaxpr: open; calls, `cond` and `scan` are followed, anything else is taken as a whole.
@@ -67,5 +67,5 @@ def _of_scan(params: dict[str, Any], masks: list[int]) -> list[int]:
 
 
 def union(masks: Sequence[int]) -> int:
-  """Of sets that are the bits of integers."""
+  """The union of sets that are the bits of integers."""
   return functools.reduce(operator.or_, masks, 0)

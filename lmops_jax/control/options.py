@@ -28,17 +28,17 @@ class SolveOptions:
   Attributes:
     objective: "area", `sum_{t=1..T} J(params_t)`, or "terminal", `J(params_T)`.
     trajectory: "all", "sqrt", "host", or the largest number of states to store (see `trajectory`);
-      with a store these are the states of one segment. "auto" is what recomputes least in the
-      memory of the devices: somebody who knows them decides it before the solve (see
-      `sizing.solve_plan`).
+      with a store these are the states of one segment. "auto" stands for the one that recomputes
+      least in the memory of the devices; a caller who knows that memory decides it before the
+      solve (see `sizing.solve_plan`).
     every_k: proxies are scored at the steps t with `t % every_k == 0`.
     groups: instead, split the T steps into this many contiguous groups and score each group once,
       along the sum of its cotangents at its mean parameters, weighted by the cotangents' norms.
       `groups=T` is `every_k=1`; every step enters whatever the number of groups. At most T.
     proxy_samples: instead of `every_k` or `groups`, score each proxy at this many random steps (its
-      own, drawn by `sample_seed`) with weight `T / proxy_samples`: unbiased for `every_k=1` at the
-      price of so many passes over the proxies. At most T.
-    sample_seed: of those random steps.
+      own, drawn by `sample_seed`) with weight `T / proxy_samples`: an unbiased estimate of
+      `every_k=1` at the price of that many passes over the proxies. At most T.
+    sample_seed: the seed of those random steps.
     hessian: False drops the Hessian term of the recursion (an ablation: no longer the gradient).
     hvp_mode: "jvp_of_grad", or "vjp_of_grad" for losses without forward-mode rules.
     micro_batch_size: examples of a step that are differentiated at once, a divisor of B; None: all.
@@ -64,7 +64,7 @@ class SolveOptions:
   proxy_batch_size: PositiveInt | None = None
   keep_costates: bool = False
   surrogate: Literal[SURROGATES] | None = None
-  # Options that differ in it alone are equal, so that jit takes the program that it has.
+  # Options that differ in it alone are equal, so that jit reuses its compiled program.
   segment_steps: PositiveInt = dataclasses.field(default=10, compare=False)
 
   def __post_init__(self):
@@ -79,7 +79,7 @@ class SolveOptions:
         "every_k to 1.")
 
   def check_sizes(self, num_steps: int, batch_size: int | None = None) -> None:
-    """Refuses options that a run of T steps, over batches of B examples if B is known, cannot have.
+    """Refuses options that do not fit T steps, or batches of B examples if B is known.
 
     Raises:
       ValueError: naming the option.
@@ -93,7 +93,7 @@ class SolveOptions:
         self.micro_batch_size, "control.SolveOptions.micro_batch_size", batch_size)
 
   def checked(self, num_steps: int, batch_size: int) -> "SolveOptions":
-    """Itself for a solve of that size, with plain numbers and every default filled in.
+    """These options for a solve of that size, with plain numbers and every default filled in.
 
     Raises:
       ValueError: as `check_sizes`, or for a trajectory that is not decided.

@@ -63,7 +63,7 @@ def solve_weights(
       `N / B * sum_b gamma[i_b] l_{i_b}`, unbiased for the full sum. None: all rows at every step,
       `sum_n gamma_n l_n`, as in the paper.
     gamma: `[N]` start on the simplex; uniform by default.
-    options: of both passes; there are no proxies and no store.
+    options: for both passes; there are no proxies and no store.
   Raises:
     ValueError: for arguments that do not fit together.
   """

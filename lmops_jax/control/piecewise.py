@@ -1,11 +1,11 @@
 """Which parameters an optimizer moves by a piecewise constant function of the gradient.
 
-Through such an update (a sign, a rounding, a comparison) no costate passes: every exact score is 0.
-That is told before a solve, from the traced pullback alone: what JAX derives from a piecewise
-constant operation is a symbolic zero, so the cotangent of the gradient is not computed from the
-costate at all. Nothing is evaluated, so it holds for every state, step and value, for any optax
-transformation, and costs two traces. A derivative that only rounding keeps from 0, as that of
-`g / |g|`, is not told.
+No costate passes through such an update (a sign, a rounding, a comparison): every exact score is 0.
+The traced pullback alone tells so before a solve: JAX's derivative of a piecewise constant
+operation is a symbolic zero, so the cotangent of the gradient is not computed from the costate at
+all. Nothing is evaluated, so the answer holds for every state, step and value and for any optax
+transformation, and costs two traces. A derivative that only rounding keeps from 0, such as that of
+`g / |g|`, is not detected.
 """
 
 import functools
@@ -20,7 +20,7 @@ from lmops_jax.control import adjoint, checks, jaxprs
 from lmops_jax.control.dynamics import State, apply_update, init_state
 from lmops_jax.control.surrogates import SURROGATES
 
-_WRAPPERS = ("chain", "with_extra_args_support")  # say nothing about the transformation inside
+_WRAPPERS = ("chain", "with_extra_args_support")  # names that do not tell the transformation inside
 
 
 def check_optimizer(optimizer: Any, params: Any, surrogate: str | None = None, owner: str = "",
@@ -39,17 +39,17 @@ def check_optimizer(optimizer: Any, params: Any, surrogate: str | None = None, o
 
 def used_surrogate(update: Callable, state: State, surrogate: str | None,
                    owner: str = "", surrogate_owner: str | None = None) -> str | None:
-  """The surrogate that a solve needs: None where the exact derivatives reach every parameter.
+  """The surrogate that a solve needs: None if the exact derivatives reach every parameter.
 
-  Warns of parameters that costates do not pass where they pass others, by name.
+  If costates pass some parameters and not others, a warning names those that they do not pass.
 
   Args:
     update: `optimizer.update`. state: its first state, arrays or shapes.
     surrogate: what the user chose, a name of `surrogates.SURROGATES`, or None.
-    owner: what a user binds `optimizer` of, such as "pds.PMP.".
-    surrogate_owner: what a user binds `surrogate` of, if it is not that.
+    owner: the prefix of the name under which a user binds `optimizer`, such as "pds.PMP.".
+    surrogate_owner: the prefix for `surrogate`, if it is another.
   Raises:
-    ValueError: no costate passes the update of any parameter, so that every score is 0.
+    ValueError: if no costate passes the update of any parameter, so that every score is 0.
   """
   names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.params)]
   moved, passed = _moved(update, state), _passed(update, state, None)
@@ -142,8 +142,8 @@ def _passed(update: Callable, state: State, surrogate: str | None) -> list[bool]
   num_params, num = len(jax.tree.leaves(state.params)), len(floats)
   num_given = len(jaxpr.invars) - num_params - num
   outs = jaxprs.dependence(jaxpr, [0] * num_given + [1 << i for i in range(num_params + num)])
-  # Cotangents of what a step reads come first, as those of what it writes do: those of one step
-  # are those that the step before takes.
+  # The first outputs, the cotangents of the state before the step, are what the step before it
+  # takes in, in the same order; the rest are the cotangents of the gradient.
   earlier, of_gradient = outs[:num_params + num], outs[num_params + num:]
   reached = jaxprs.union(of_gradient)
   while True:

@@ -51,7 +51,7 @@ def solve(
     store: makes the solve resumable: it runs in segments of `options.segment_steps`, and a later
       call with the same arguments and store goes on from the last one (see `resumable`).
     progress: with a store, called with (segments done, segments in both passes) after each save;
-      what it raises ends the solve, which then continues from that segment.
+      an error that it raises ends the solve, and the next call goes on from that segment.
     log: with a store, called with a line on the norms of costate and target gradient after each
       segment of the reverse pass.
   Returns:

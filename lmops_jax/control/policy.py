@@ -88,12 +88,12 @@ def controlled_run(
     example_losses: `(params, batch) -> [B]`.
     target_loss: `params -> []`, the desired loss L (`mean_target_loss` makes one).
     optimizer: any `optax.GradientTransformation`.
-    params: before the first step.
-    data: leaves `[N, ...]`, all of them in every step.
+    params: the parameters before the first step.
+    data: leaves `[N, ...]`; every step takes all rows.
     num_steps: T.
     mask: `[N] bool`; False marks rows that only fill the data up to a size that a mesh divides.
     monitor: `params -> pytree` recorded at every params_t, such as losses on held-out data.
-    options: of both passes. The objective is the area, its gradient the exact one; there are no
+    options: for both passes. The objective is the area, its gradient the exact one; there are no
       proxies and no store.
   Raises:
     ValueError: for arguments that do not fit together, in one sentence, before compilation.
@@ -131,7 +131,7 @@ def controlled_run(
 
 
 def check_policy(run: ControlledRun, gamma: Any) -> jax.Array:
-  """`gamma` as an array, or a ValueError: its shape, or the first row that is off the simplex."""
+  """`gamma` as an array; a ValueError names a wrong shape or the first row off the simplex."""
   gamma = _shaped(run, gamma)
   if checks.is_concrete(gamma):
     values = np.asarray(gamma, np.float64)
@@ -171,7 +171,7 @@ def _shaped(run: ControlledRun, gamma: Any) -> jax.Array:
   return gamma
 
 
-# ------------------------------------------------------------------------------- training under one
+# -------------------------------------------------------------------------- training under a policy
 
 
 class Simulation(NamedTuple):
@@ -200,11 +200,12 @@ def simulate(run: ControlledRun, policy: Any = None, *,
   Args:
     policy: `[T, N]`; None is uniform; or a function `Signals -> [N]` that chooses each step's
       weights as training goes: on the simplex, and 0 for rows that are no examples.
-    directions: losses `params -> []` whose gradients give `Signals.contributions` their names.
+    directions: losses `params -> []` by name; `Signals.contributions` holds the derivatives along
+      their gradients under the same names.
     observe: `Signals -> pytree`, recorded at every step (reduce there what is too large to keep).
   Raises:
-    ValueError: a policy that is not one, see `check_policy`, or a function that does not return
-      one weight for each example.
+    ValueError: if `check_policy` refuses the policy, or a function does not return one weight for
+      each example.
   """
   _check_run(run)
   if not isinstance(directions, Mapping | None):
@@ -295,7 +296,7 @@ class ProjectedGradient:
   """`project(gamma + rate * scores)` in each row, the paper's step.
 
   Attributes:
-    method: of the projection, see `project_simplex`; "bisect" is several times faster on a CPU,
+    method: how to project, see `project_simplex`; "bisect" is several times faster on a CPU,
       leaves examples where they are on a mesh, and is as exact.
   """
   method: Literal[METHODS] = "bisect"
@@ -318,7 +319,7 @@ class ExponentiatedGradient:
 
   def move(self, gamma, scores, rate, mask=None):
     """See `ProjectedGradient.move`."""
-    # The best of those with weight: against a better one without, all weights could underflow.
+    # The best score with weight: relative to a better one without, all weights could underflow.
     best = jnp.max(jnp.where(gamma > 0, scores, -jnp.inf), -1, keepdims=True)
     new = gamma * jnp.exp(jnp.minimum(rate * (scores - best), 0))
     return (new / jnp.sum(new, -1, keepdims=True)).astype(gamma.dtype)
@@ -355,7 +356,7 @@ class Improvement(NamedTuple):
   costate_norms: jax.Array  # [T]
   step_losses: jax.Array  # [T]
   target_grad_norms: jax.Array  # [T]
-  rate: jax.Array  # [] that was taken; 0 where no rate lowered the objective
+  rate: jax.Array  # [] the rate taken; 0 if no rate lowered the objective
   scores: jax.Array  # [T, N] -dJ/dgamma
 
 
@@ -366,14 +367,14 @@ def improve_policy(run: ControlledRun, gamma: jax.Array, rule: Any, rate: Any, *
   Args:
     gamma: `[T, N]` on the simplex.
     rule: `ProjectedGradient()` or another of `RULES`.
-    rate: of the step on J, a sum over steps (for the mean over steps multiply by T); 0 leaves the
-      policy as it is, bit for bit.
+    rate: the step size for J, a sum over steps (for the mean over steps multiply by T); 0 leaves
+      the policy as it is, bit for bit.
     frozen_steps: rows before this step stay as they are.
     line_search: halve the rate until J falls by a share of what its gradient promises (Armijo);
-      without it the step is taken whatever it does.
+      without it the step is always taken.
   Raises:
-    ValueError: a policy that is not `[T, N]` (its values are not looked at, see `check_policy`), a
-      rate that is negative or not finite, frozen steps below 0 or above T.
+    ValueError: if the policy is not `[T, N]` (its values are not looked at, see `check_policy`),
+      the rate is negative or not finite, or the frozen steps are below 0 or above T.
   """
   gamma = _shaped(run, gamma)
   frozen_steps = checks.integer(frozen_steps, "frozen_steps", 0, run.num_steps)

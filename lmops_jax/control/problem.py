@@ -6,7 +6,7 @@ what the code of arXiv 2410.07064 does in separate passes: the adjoint of the op
 Hessian-vector product, the scores of the examples trained on, those of the proxy examples (at the
 steps that `every_k`, `groups` or `proxy_samples` choose), and the target gradient. It holds four
 parameter-sized arrays at a time: the parameters, the costate, the cotangent u and the product H u;
-where sums over devices cross the mesh together, the target gradient, too.
+if sums over devices cross the mesh together, it holds the target gradient, too.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Carry(NamedTuple):
 
 
 class Group(NamedTuple):
-  """Running sums over the steps of one group (spec 8.3, grouped-costate quadrature)."""
+  """Running sums over the steps of one group, which is scored once (`SolveOptions.groups`)."""
   direction: Any  # sum of u_t
   params: Any  # mean of params_t weighted by |u_t|
   weight: jax.Array  # [] sum of |u_t|
@@ -46,7 +46,7 @@ class Group(NamedTuple):
 class Target(NamedTuple):
   """The target loss at some parameters."""
   loss: jax.Array  # []
-  grad_norm: jax.Array  # [], 0 where the loss is not part of the objective
+  grad_norm: jax.Array  # [], 0 if the loss is not part of the objective
   monitor: Any = None  # what `Problem.monitor` returned
 
 
@@ -107,7 +107,7 @@ class Problem:
                device_rows=run.device_rows)
 
   def with_surrogate(self, surrogate: str | None) -> "Problem":
-    """Itself with the surrogate that the optimizer needs."""
+    """This problem with the surrogate that the optimizer needs."""
     if surrogate == self.options.surrogate:
       return self
     return dataclasses.replace(
@@ -129,7 +129,7 @@ class Problem:
     return self.constrain_state(apply_update(self.update, state, grads))
 
   def constrain_state(self, state: State) -> State:
-    """`state` with the parameters, and all that an optimizer keeps in their image, pinned."""
+    """`state` with the parameters, and all parts of the optimizer's state like them, pinned."""
     opt_state = map_images(self.constrain, state.opt_state, state.params)
     return State(self.constrain(state.params), opt_state)
 
@@ -201,7 +201,7 @@ class Problem:
     if self.proxy is not None:
       with jax.named_scope(PROXY_SCOPE):
         carry = self._score_proxies(carry, state.params, u, t)
-    # In this order: the activations of the two passes never exist at the same time.
+    # This order keeps the activations of the two passes from existing at the same time.
     params, previous = jax.lax.optimization_barrier((state.params, previous))
     if target is None:
       target, previous = self._add_target(params, previous, t)
@@ -216,7 +216,7 @@ class Problem:
   def _target_crosses_with_hessian(self) -> bool:
     """Whether H u and grad J are summed on each device first, and then added over the mesh at once.
 
-    It holds both sums at a time, one parameter-sized array more than one after the other.
+    Both sums are then held at a time: one parameter-sized array more than one after the other.
     """
     return (
       self.device_rows is not None and self.options.hessian and self.options.objective == "area"
@@ -224,7 +224,7 @@ class Problem:
       and self.target_loss.device_rows == self.device_rows)
 
   def _add_target(self, params, costate, t):
-    """J at `params_t`, and the costate with its gradient added where J is in the objective."""
+    """J at `params_t`, and the costate with its gradient added if J is in the objective."""
     def loss_only(params, costate):
       loss = self.target_loss(params)
       return Target(loss, jnp.zeros_like(tree_norm(params))), costate
@@ -265,9 +265,9 @@ class Problem:
     return carry._replace(proxy_scores=total, group=group)
 
   def _score_sample(self, total, params, u, t):
-    """The proxies whose random steps `t` is one of, weighted by 1 / probability (spec 8.3)."""
+    """`total` plus the scores of the proxies that drew step t, weighted by 1 / probability."""
     options, num_steps, num_proxies = self.options, self.num_steps, len(total)
-    # Of a step, as many for each device; those beyond the last proxy do not count.
+    # All devices take equally many proxies at a step; places beyond the last proxy do not count.
     num_shards = 1 if self.device_rows is None else self.device_rows.num_shards
     num_rows = -(-num_proxies // (num_steps * num_shards)) * num_shards
     for i in range(options.proxy_samples):

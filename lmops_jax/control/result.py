@@ -45,8 +45,8 @@ def check_result(result: PmpResult) -> PmpResult:
   Raises:
     FloatingPointError: naming the first step at which a loss is not finite, or the step at which
       the costate is not finite or exceeds `1e4 * T * max |grad J|`: the adjoint explodes when the
-      learning rate is above 2 / (largest Hessian eigenvalue), even where training looks fine.
-    ValueError: every score is 0, with the likely reason.
+      learning rate is above 2 / (largest Hessian eigenvalue), even if training looks fine.
+    ValueError: if every score is 0, with the likely reason.
   """
   num_steps = len(result.step_losses)
   check_steps(result.step_losses, result.target_losses, result.costate_norms, result.scores,
@@ -59,7 +59,7 @@ def check_result(result: PmpResult) -> PmpResult:
 
 
 def check_not_all_zero(scores: Any, target_grad_norms: Any, proxy_scores: Any = None) -> None:
-  """Refuses scores that are all 0, which rank nothing (waits for them).
+  """Waits for the scores, and refuses them if all are 0, since they then rank nothing.
 
   Raises:
     ValueError: with the likely reason.

@@ -36,8 +36,9 @@ _STATIC = ("options", "shardings")  # arguments of every compiled part
 class Store(Protocol):
   """Where a solve is kept, such as `mesh.checkpoints.CheckpointStore`.
 
-  Step s of the store, 1 <= s <= 2 n for n segments, is written when s segments of both passes are
-  done. Steps below n are needed until the solve has ended, others until a later one is written.
+  Step s of the store, 1 <= s <= 2 n for n segments, is written when s segments, counted over
+  both passes, are done. Steps below n are needed until the solve has ended, others until a later
+  one is written.
   """
 
   def latest_step(self) -> int | None:
@@ -92,7 +93,7 @@ def solve_in_segments(
             for i in range(2 * num_segments - done, num_segments)]
     return _Reverse(first_state.params, final_target, carry, outs)._asdict()
 
-  # Of outputs that a resumed run reads back: on all devices of the run, whole.
+  # Outputs that a resumed run reads back go, whole, to all of its devices.
   place = jax.tree.leaves(first_state.params)[0].sharding
   if isinstance(place, NamedSharding):
     place = NamedSharding(place.mesh, PartitionSpec())
@@ -196,8 +197,8 @@ def forward_segment(data, state, steps, *, options, shardings):
 
   Args:
     data: run (without parameters), target loss and proxies of the solve.
-    state: before the first of the steps. steps: `[S] int32`, consecutive.
-    options, shardings: static, of the solve and of its parameters.
+    state: the state before the first of the steps. steps: `[S] int32`, consecutive.
+    options, shardings: those of the solve and of its parameters; static.
   """
   problem = Problem.of(*data, options, shardings)
   state = problem.constrain_state(state)
@@ -207,7 +208,7 @@ def forward_segment(data, state, steps, *, options, shardings):
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def reverse_segment(data, state, carry, steps, *, options, shardings):
-  """The carry before `steps` and their outputs, from that after them; as `forward_segment`."""
+  """The carry before `steps` and their outputs, from the carry after; see `forward_segment`."""
   problem = Problem.of(*data, options, shardings)
   return trajectories.run(problem.forward, problem.reverse, lambda _: (carry, None), state, steps,
                           options.trajectory)[:2]
@@ -218,7 +219,7 @@ def _moved(tree: Any, space: jax.memory.Space) -> Any:
 
 
 def _parked(run: _Reverse) -> _Reverse:
-  """What no segment reads, in host memory."""
+  """`run` with what no segment reads moved to host memory."""
   return run._replace(final_params=_moved(run.final_params, jax.memory.Space.Host))
 
 
@@ -228,7 +229,7 @@ def _place(tree: Any, like: Any) -> Any:
 
 
 def _pack(tree: dict[str, Any]) -> dict[str, Any]:
-  """Names to arrays; random keys as their numbers."""
+  """A dict from names to arrays, in which random keys are their numbers."""
   flat = {}
   for name, part in tree.items():
     for i, leaf in enumerate(jax.tree.leaves(part)):
@@ -237,7 +238,7 @@ def _pack(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _abstract(tree: dict[str, Any], elsewhere: Any) -> dict[str, jax.ShapeDtypeStruct]:
-  """What `_pack` makes of a tree, in its places; shapes without a place go to `elsewhere`."""
+  """The types and places of what `_pack` makes; what has no place goes to `elsewhere`."""
   return {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or elsewhere)
     for name, x in _pack(tree).items()}

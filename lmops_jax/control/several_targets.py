@@ -32,7 +32,7 @@ def pmp_scores_by_target(
     A `PmpResult` whose leaves have a leading axis K (`scores [K,T,B]`, `proxy_scores [K,M]`,
     `target_losses [K,T+1]`, ...), except `params` and `step_losses`, which belong to the one run.
   Raises:
-    ValueError: no target loss, or what `pmp_scores` raises.
+    ValueError: if there is no target loss, and as `pmp_scores`.
   """
   if not isinstance(target_losses, list | tuple) or not target_losses:
     raise ValueError(

@@ -15,16 +15,16 @@ _HALVINGS = 50  # of an interval of length 1; the last digits come from the clos
 def project_simplex(values: Any, mask: Any = None, method: str = "sort") -> jax.Array:
   """Euclidean projection of each row onto `{gamma >= 0, sum(gamma) = 1}`.
 
-  Rows are first moved to a maximum of 0, and what is sure to become 0, all from -1 on, to -2: the
-  projection stays the same, sums stay small, so that values around 1e6 lose no digits, and rounding
-  cannot give weight to what is masked or far behind.
+  Rows are first shifted to a maximum of 0. Entries of -1 or less, which are sure to become 0, are
+  set to -2. The projection stays the same, sums stay small, so that values around 1e6 lose no
+  digits, and rounding cannot give weight to entries that are masked or far behind.
 
   Args:
     values: `[..., N]`.
     mask: `bool`, broadcast against `values`; False pins a weight to 0. Each row needs a True.
     method: "sort" (optax's, N log N), or "bisect": a fixed number of halvings of the threshold and
-      its closed form on the entries then known to stay. Sums and maxima only, so rows may be
-      sharded over N.
+      its closed form on the entries then known to stay. It takes sums and maxima only, so rows may
+      be sharded over N.
   Returns:
     `[..., N]`, entries outside of the support exactly 0.
   Raises:
@@ -69,8 +69,8 @@ def _bisect(values: jax.Array) -> jax.Array:
 def stationarity_gap(gamma: jax.Array, scores: jax.Array, mask: Any = None) -> jax.Array:
   """How much the objective falls, to first order, from `gamma` to each row's best vertex.
 
-  The Frank-Wolfe gap `max_n scores_n - sum_n gamma_n scores_n >= 0` of each row; 0 in every row
-  exactly where the weights are first-order optimal.
+  The Frank-Wolfe gap `max_n scores_n - sum_n gamma_n scores_n >= 0` of each row. All are 0
+  if and only if the weights are first-order optimal.
 
   Args:
     gamma: `[..., N]` on the simplex. scores: the same shape, minus the objective's gradient.

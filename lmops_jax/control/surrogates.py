@@ -6,10 +6,10 @@ puts another derivative in its place, the straight-through estimator of quantise
 (arXiv 1308.3432, section 4; clipped: arXiv 1602.02830, section 1.3).
 
 "clipped_straight_through" takes the derivative of `clip(x / w, -1, 1)` with the width `w` held
-constant: `1 / w` where `|x| <= w`, else 0. `w` is 4 times the mean of `|x|` over the entries of the
-array that are not 0, for the argument of a sign (a gradient, a momentum) has no scale of its own;
-four times, because what a narrow window gives is steep and passed on by few entries, and the
-costates of a run near its optimum then grow. A sign of zeros only keeps the derivative 0.
+constant: `1 / w` if `|x| <= w`, else 0. `w` is 4 times the mean of `|x|` over the entries of the
+array that are not 0, since the argument of a sign (a gradient, a momentum) has no scale of its own.
+A narrower window would give few entries a steep derivative, and the costates of a run near its
+optimum would grow. If all entries are 0, the derivative stays 0.
 """
 
 import jax

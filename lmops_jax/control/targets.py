@@ -22,11 +22,12 @@ def mean_target_loss(example_losses: Callable, data: Any, batch_size: int | None
     example_losses: `(params, batch) -> [B]`.
     data: leaves `[M, ...]`, M >= 1; traced as an argument of whatever is jitted, never compiled in.
     batch_size: rows evaluated at once (any size). The gradient of a part is taken together with its
-      loss, so it needs the memory of one part and recomputes nothing; it is of first order then
-      (reverse mode only).
-    num_rows: the mean is over the first so many rows; what follows fills the data up to a size
-      that a mesh divides and does not count (its losses must be finite). By default all rows.
-    device_rows: sums over each device's rows first (see `micro_batches`); of first order, too.
+      loss, so it needs the memory of one part and recomputes nothing; it can then be
+      differentiated once only, in reverse mode.
+    num_rows: the mean is over the first `num_rows` rows, by default all; the rest only fill the
+      data up to a size that a mesh divides (their losses must be finite).
+    device_rows: sums over each device's rows first (see `micro_batches`); the loss can then be
+      differentiated once only, too.
   Raises:
     ValueError: if `data` has no row, leaves of different lengths, fewer rows than `num_rows`, or
       rows that the devices of `device_rows` do not divide.
@@ -65,7 +66,7 @@ class MeanTargetLoss:
       self.example_losses, part_size, self.device_rows, params, data, weights)
 
   def gradient_sum(self, params: Any, is_wanted: jax.Array) -> RowSum:
-    """The sum over rows that is `(J, grad J)`, or J and zeros where `is_wanted` (`[]`) is False."""
+    """The sum over rows that is `(J, grad J)`, or J and zeros if `is_wanted` (`[]`) is False."""
     data, weights, part_size = self._parts()
 
     def part(whole, data, weights):
@@ -87,11 +88,11 @@ class MeanTargetLoss:
     return self._size if self.num_rows is None else self.num_rows
 
   def _parts(self) -> tuple[Any, jax.Array, int | None]:
-    """Rows that parts of a size divide, their weights in the mean, and that size."""
+    """Rows that the size of a part divides, their weights in the mean, and that size."""
     data, part_size = self.data, self.batch_size
     if self.device_rows is None:
       data, part_size = fill_parts(data, part_size)
-    is_row = jnp.arange(jax.tree.leaves(data)[0].shape[0]) < self._num_counted  # repeats are none
+    is_row = jnp.arange(jax.tree.leaves(data)[0].shape[0]) < self._num_counted  # no repeats
     return data, jnp.where(is_row, 1 / self._num_counted, 0), part_size
 
 

@@ -50,7 +50,7 @@ class TrainingRun:
     return batch_at(self.batches, t)
 
   def traceable(self) -> "TrainingRun":
-    """Itself as an argument of jitted functions, which its functions are part of."""
+    """This run as an argument of jitted functions, its own functions included."""
     return dataclasses.replace(
       self, example_losses=as_pytree(self.example_losses),
       optimizer=optax.GradientTransformation(

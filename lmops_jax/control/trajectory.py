@@ -54,7 +54,7 @@ def run(forward: Callable, reverse: Callable, first_carry: Callable, state: Any,
     forward: `(state, t) -> state` after step t.
     reverse: `(carry, state_t, t) -> (carry, outputs)`.
     first_carry: `(last_state) -> (carry, final)` before the first reverse step.
-    state: before the first step.
+    state: the state before the first step.
     steps: `[T] int32`, the consecutive values of t, T >= 1.
     policy: see the module docstring.
   Returns:

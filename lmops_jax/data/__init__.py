@@ -11,11 +11,13 @@ from lmops_jax.data.image_rows import ImageRows, write_rows
 from lmops_jax.data.image_tokens import ImageTokens
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.installed_text import InstalledText
-from lmops_jax.data.instances import Instances, open_instances, write_instances
+from lmops_jax.data.instance_writing import write_instances
+from lmops_jax.data.instances import Instances, open_instances
 from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
+from lmops_jax.data.synthetic_pictures import Matrices, RenderedTexts, Scenes
 from lmops_jax.data.tar_shards import TarShards
 from lmops_jax.data.tfds_images import TfdsImages
 from lmops_jax.data.web_pages import WebPages
@@ -43,10 +45,13 @@ __all__ = [
   "Instance",
   "Instances",
   "Jsonl",
+  "Matrices",
   "ModelTokenizer",
   "OverlapIndex",
   "Parquet",
   "PythonReference",
+  "RenderedTexts",
+  "Scenes",
   "SentencePieceFile",
   "SeqioTask",
   "TarShards",

@@ -12,7 +12,7 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lmops_jax.host.foreign_files import printable, require_regular
 
@@ -52,7 +52,7 @@ def matching(path: str, parameter: str, endings: tuple[str, ...]) -> Found:
     _require_readable(place)
     found = Found([(Path(place).name, Path(place))], {})
   if not found.files:
-    there = "; ".join(_in_words(found.left_out))
+    there = "; ".join(left_out_lines(found.left_out))
     raise ValueError(
       f"{parameter}={path!r} matches no file ({' or '.join(endings)} in a folder)"
       f"{' but ' + there if there else ''}; check the path, which is relative to {os.getcwd()}."
@@ -80,12 +80,8 @@ def search(
   return Found(sorted(walk.files), {reason: sorted(n) for reason, n in walk.left_out.items()})
 
 
-def left_out_lines(corpus: Any) -> list[str]:
-  """Which files and folders a corpus leaves out, a reason a line; none where it does not tell."""
-  return _in_words(corpus.left_out()) if hasattr(corpus, "left_out") else []
-
-
-def _in_words(left_out: dict[str, list[str]]) -> list[str]:
+def left_out_lines(left_out: dict[str, list[str]]) -> list[str]:
+  """`Found.left_out` in words: a line for each reason, with the first names."""
   return [
     f"{len(names)} left out ({reason}): {', '.join(map(printable, names[:_MAX_NAMES]))}"
     + (", ..." if len(names) > _MAX_NAMES else "")

@@ -35,7 +35,7 @@ from lmops_jax.data.images import ImageSettings, as_png
 from lmops_jax.host.foreign_files import printable, read_bytes, require_regular
 from lmops_jax.host.words import shortened
 
-PLACE = "<image>"
+IMAGE = "<image>"  # in a text: here is a picture
 _MAX_NAMED = 20
 _BLOCK = 256  # records whose pictures are tried at a time
 
@@ -262,7 +262,7 @@ def parts_of(
   """The parts of a text with a place for each picture, and how many of them are given.
 
   Args:
-    text: with `PLACE` where each picture goes; a single picture without one stands in front.
+    text: with `IMAGE` where each picture goes; a single picture without one stands in front.
     pictures: in order.
     where: of the text, for errors.
     completion: what follows a prompt, perhaps with places too; None: the text is no prompt, and
@@ -273,12 +273,12 @@ def parts_of(
     ValueError: more or fewer places than pictures.
   """
   texts = [text] if completion is None else [text, completion]
-  num_places = sum(text.count(PLACE) for text in texts)
+  num_places = sum(text.count(IMAGE) for text in texts)
   if num_places == 0 and len(pictures) == 1:
-    texts[0] = PLACE + texts[0]
+    texts[0] = IMAGE + texts[0]
   elif num_places != len(pictures):
     raise ValueError(
-      f"{where} has {len(pictures)} pictures and its text {num_places} places {PLACE}; give one "
+      f"{where} has {len(pictures)} pictures and its text {num_places} places {IMAGE}; give one "
       "place for each picture (a single picture without a place stands in front)."
     )
   rest = iter(pictures)
@@ -291,7 +291,7 @@ def parts_of(
 
 def _split(text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
   """The texts between the places of a text, and the next pictures in them."""
-  pieces = text.split(PLACE)
+  pieces = text.split(IMAGE)
   for i, piece in enumerate(pieces):
     if i:
       yield next(pictures)

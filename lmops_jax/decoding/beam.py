@@ -35,8 +35,8 @@ class BeamPlan(NamedTuple):
   """What a compiled search is made for.
 
   Attributes:
-    num_beams: of all groups together.
-    num_groups: a divisor of it.
+    num_beams: the beams of all groups together.
+    num_groups: a divisor of `num_beams`.
     eos_ids: tokens that end a hypothesis.
     early_stopping: as in `GenerationOptions`.
   """
@@ -48,12 +48,12 @@ class BeamPlan(NamedTuple):
 
   @property
   def group_size(self) -> int:
-    """Beams a group."""
+    """Beams in a group."""
     return self.num_beams // self.num_groups
 
   @property
   def num_candidates(self) -> int:
-    """Continuations looked at a step and group."""
+    """Continuations that a step looks at in a group."""
     return max(2, 1 + len(self.eos_ids)) * self.group_size
 
 
@@ -80,7 +80,7 @@ class Beams(NamedTuple):
     history: `[B,G,n,M] int32`, prompt and generated tokens of the running ones, then anything.
     log_probs: `[B,G,n,N] float32` of the generated tokens, unfiltered.
     scores: `[B,G,n] float32` sums.
-    finished_history, finished_log_probs, finished_scores: of the finished ones, best first.
+    finished_history, finished_log_probs, finished_scores: the same for finished ones, best first.
     finished_length: `[B,G,n] int32` generated tokens.
     is_finished: `[B,G,n] bool`, whether there is a hypothesis.
     done: `[B,G] bool`.
@@ -108,10 +108,10 @@ def knobs(length_penalty, diversity_penalty, max_new_tokens, num_slots) -> BeamK
 
 
 def start(plan: BeamPlan, history, num_new: int, done) -> Beams:
-  """Before the first token.
+  """The beams before the first token.
 
   Args:
-    plan: of the search.
+    plan: what the search is.
     history: `[B,M] int32`, the prompts.
     num_new: N.
     done: `[B] bool`, rows that are no prompts.
@@ -133,9 +133,8 @@ def advance(
   """One token more for every hypothesis.
 
   Args:
-    plan: of the search.
-    knobs: of the search.
-    beams: before.
+    plan, knobs: what the search is.
+    beams: the beams before that token.
     scores: `[B,G,n,V] float32` filtered log-probabilities of the next token.
     log_probs: like `scores`, unfiltered.
     lengths: `[B] int32`, tokens in each history.

@@ -35,7 +35,7 @@ class Generator:
   which end tokens).
 
   Attributes:
-    params: as the programs take them.
+    params: the parameters as the programs take them.
   """
 
   def __init__(
@@ -53,7 +53,7 @@ class Generator:
     Args:
       model: `Transformer`.
       params: its parameters, with stacked or unstacked layers, boxed or not.
-      tokenizer: for `generate`, and for a BOS token for empty prompts and end tokens.
+      tokenizer: needed by `generate`, and for the BOS token of empty prompts and the end tokens.
       partitioner: mesh to run on; None is the default device.
       batch_size: most rows at a time, beams and sampled answers included.
       padding: side on which shorter prompts are padded; the results are the same.
@@ -111,7 +111,7 @@ class Generator:
       stop: strings that end a text, which is cut before them. Beam search does not end by them,
         its texts are cut.
       callback: called as `callback(i, piece)` with the text of result `i` as it comes; the pieces
-        together are its text. Returns True to end this result. Beam search has one piece.
+        together are its text. It returns True to end this result. Beam search has one piece.
       row_ids: see `generate_ids`.
       add_special: what the tokenizer puts in front of every text, a BOS for instance, stands there
         once, also where a text begins with it; never behind a prefix. False leaves texts as they
@@ -175,7 +175,7 @@ class Generator:
         token.
       options: of the choice.
       callback: called as `callback(i, ids)` with the new ids of result `i` as they come, some at a
-        time; returns True to end this result. Beam search, which may change all tokens until the
+        time; it returns True to end this result. Beam search, which may change all tokens until the
         end, calls it once.
       row_ids: one for each prompt, from which with the seed its random numbers derive, so that they
         do not depend on the other prompts; None counts them from 0.
@@ -271,7 +271,7 @@ class Generator:
     return places
 
   def _num_rows(self, num_prompts, copies):
-    """The batch's prompts: the next power of two, and a multiple of the mesh's shards."""
+    """How many prompts a batch holds: the next power of two, in a multiple of the mesh's shards."""
     size = 1 << (num_prompts - 1).bit_length()
     size = max(num_prompts, min(size, max(1, self._batch_size // copies)))
     shards = shards_of(self._partitioner)
@@ -353,7 +353,7 @@ def _for_decoding(model, params, partitioner):
   dtype = jnp.dtype(model.config.dtype)
 
   def cast(leaf):
-    # Matrices are cast where they are used; vectors of norms are used in float32.
+    # The model would cast matrices at each use; vectors of norms are used in float32.
     leaf = jnp.asarray(leaf)
     return leaf.astype(dtype) if leaf.ndim > 1 and leaf.dtype != dtype else leaf
 

@@ -5,8 +5,8 @@ ends when all rows are done or `stop_at` tokens are there; all three are values,
 the same program serves any number of tokens and any temperature. The state that it takes is
 donated: the cache is updated in place.
 
-Letters besides the design's: R rows of the model's batch, B prompts times c copies (beams, or
-answers sampled for one prompt); M slots for prompt and new tokens, N of them for new ones.
+Letters: R rows of the model's batch, which are B prompts times c copies (beams, or answers sampled
+for one prompt); M slots for prompt and new tokens, N of them for new ones.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Plan(NamedTuple):
     eos_ids: tokens that end a row.
     repetition, min_new, scaled, top_p, min_p: which filters there are.
     ngram: `no_repeat_ngram`.
-    top_k: of the options.
-    sampled: draws, else takes the best.
-    beam: of beam search, or None.
+    top_k: as in the options.
+    sampled: whether tokens are drawn; else the best ones are taken.
+    beam: the plan of beam search, or None.
   """
 
   copies: int
@@ -80,10 +80,10 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-  """Between two tokens.
+  """The state between two tokens.
 
   Attributes:
-    cache: of all tokens but the last, R rows.
+    cache: keys and values of all tokens but the last, R rows.
     token: `[R] int32`, the last one.
     prompt_length: `[B] int32`.
     row_id: `[B] int32`, from which random numbers derive.
@@ -102,7 +102,7 @@ class State(NamedTuple):
 
   @property
   def done(self) -> jax.Array:
-    """`[B,c] bool`; of beams, whether the whole search is done."""
+    """`[B,c] bool`; with beams, whether the whole search is done."""
     if isinstance(self.chosen, Rows):
       return self.chosen.done.reshape(self.prompt_length.shape[0], -1)
     done = jnp.all(self.chosen.done, axis=1, keepdims=True)
@@ -132,7 +132,7 @@ def plan_of(options: GenerationOptions, eos_ids: tuple[int, ...]) -> Plan:
 
 
 def knobs_of(options: GenerationOptions, num_new: int) -> Knobs:
-  """The numbers, for N new slots, on the host."""
+  """The numbers of the options, for N new slots, on the host."""
   beam = None
   if options.num_beams > 1:
     beam = beam_lib.knobs(
@@ -156,8 +156,8 @@ def prefill(
     model: `Transformer`, or an object with `config` and the same `apply`.
     plan: static.
     num_new: N, static.
-    params: of the model.
-    knobs: of the options.
+    params: the model's parameters.
+    knobs: see `knobs_of`.
     tokens: `[B,P] int32`.
     valid: `[B,P] bool`, False for padding on either side; a row has at least one token.
     row_id: `[B] int32`.
@@ -213,7 +213,7 @@ def decode(
   """Chooses tokens until all rows are done or there are `stop_at` of them.
 
   Args:
-    model: as in `prefill`, and so `plan`, `params`, `knobs`.
+    model, plan, params, knobs: as in `prefill`.
     state: donated.
     stop_at: `[] int32`, at most N.
     stopped: `[B,c] bool`, rows that the caller ends.

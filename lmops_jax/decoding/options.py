@@ -45,9 +45,9 @@ class GenerationOptions:
       arXiv:1904.09751); 1 is off.
     min_p: only tokens with this fraction of the best token's probability (arXiv:2407.01082); 0 is
       off.
-    seed: of all random choices, 0 .. 2**32 - 1.
-    num_return_sequences: answers a prompt, with sampling or beam search.
-    num_beams: hypotheses kept a prompt; 1 is no beam search. Needs temperature 0.
+    seed: the seed of all random choices, 0 .. 2**32 - 1.
+    num_return_sequences: answers for each prompt, with sampling or beam search.
+    num_beams: hypotheses kept for each prompt; 1 is no beam search. More need temperature 0.
     num_beam_groups: diverse beam search (Vijayakumar et al. 2016, arXiv:1610.02424): beams in
       groups that avoid the tokens of earlier groups; 1 is off.
     diversity_penalty: subtracted from a token's score for each beam of an earlier group that chose

@@ -2,9 +2,9 @@
 
 Groups (structured prompting, arXiv 2212.06713, section 2) do not see each other. They are aligned
 at their ends, so that what follows is equally far from all of them: a group of n tokens lies at
-positions W - n .. W - 1 and rows go on at W, W being the longest group's length or more. With a
-common BOS token, that lies at position 0 of every group and stands once in front of the rows, the
-other tokens at W - n + 1 .. W, and rows go on at W + 1. A row's own tokens then weigh as much as
+positions W - n .. W - 1 and rows go on at W, W being the longest group's length or more. A
+common BOS token lies at position 0 of every group and stands once in front of the rows; the other
+tokens then lie at W - n + 1 .. W, and rows go on at W + 1. A row's own tokens then weigh as much as
 there are groups. One group is an ordinary context.
 """
 
@@ -59,7 +59,7 @@ def read_groups(
   """Reads M groups of demonstrations, each on its own.
 
   Memory and time grow linearly with M; groups of one call run side by side, over the mesh's data
-  axis where there is one.
+  axis if there is one.
 
   Args:
     model: a causal `Transformer`.
@@ -155,7 +155,7 @@ def rows_partitioner(partitioner, spread: bool):
 
 
 def check_length(config, end: int, num_tokens: int, what: str = "a row") -> None:
-  """Raises ValueError where position tables end before `end + num_tokens`."""
+  """Raises ValueError if position tables end before `end + num_tokens`."""
   if config.positions in _TABLES and end + num_tokens > config.max_length:
     raise ValueError(
       f"{what} has {num_tokens} tokens behind a prefix that ends at position {end}, and this "
@@ -239,7 +239,7 @@ def _with_vectors(config, ids, mask, vectors, vector_index):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _nothing(config, num_shards, num_slots):
-  """Room for keys and values, for each layer `[n,K,slots,E]`: those of one device together."""
+  """Room for keys and values, `[n,K,slots,E]` for each layer; each of n devices has one row."""
   return jax.tree.map(constrain_heads, empty_cache(config, num_shards, num_slots)[:2])
 
 
@@ -249,7 +249,7 @@ def _read(
 ):
   """`held` with the keys and values of these groups from the slot `start` on.
 
-  Written where they stay, so that they are in memory once.
+  They are written where they stay, so that they are in memory once.
   """
   cache = model.apply(
     {"params": params}, tokens, empty_cache(model.config, *tokens.shape),

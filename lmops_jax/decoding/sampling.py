@@ -2,8 +2,8 @@
 
 Scores are `[R,V] float32`, logits or log-probabilities; a forbidden token has `-inf`. `history
 [R,M] int32` holds a row's prompt and generated tokens from index 0 on, without padding between
-them, `lengths [R] int32` of them. The rules are those of transformers' logits processors. Where
-scores are level at the edge of a set (top-k, top-p) all of them stay in.
+them; `lengths [R] int32` counts them. The rules are those of transformers' logits processors. If
+scores are level at the edge of a set (top-k, top-p), all of them stay in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def repetition_penalty(scores, history, lengths, penalty) -> jax.Array:
-  """Scores of tokens in the history divided by `penalty` where positive, else multiplied by it."""
+  """Scores of tokens in the history divided by `penalty` if positive, else multiplied by it."""
 
   def one(scores, ids):
     old = scores.at[ids].get(mode="fill", fill_value=0.0)
@@ -40,7 +40,7 @@ def forbid(scores, ids) -> jax.Array:
 
 
 def forbid_while(scores, ids: tuple[int, ...], early) -> jax.Array:
-  """`-inf` at the same few ids in all rows where `early [R] bool`."""
+  """`-inf` at the same few ids in all rows for which `early [R] bool` is True."""
   chosen = jnp.isin(jnp.arange(scores.shape[-1]), jnp.asarray(ids, jnp.int32))
   return jnp.where(early[:, None] & chosen[None], -jnp.inf, scores)
 
@@ -74,7 +74,7 @@ def min_p(scores, p) -> jax.Array:
 
 
 def best(scores) -> jax.Array:
-  """The first of the best tokens, `[R] int32`; V where a row has NaN."""
+  """The first of the best tokens, `[R] int32`; V if the row has NaN."""
   # XLA on a CPU is fifteen times slower with argmax, which carries value and index.
   index = jnp.arange(scores.shape[-1], dtype=jnp.int32)
   top = jnp.max(scores, axis=-1, keepdims=True)

@@ -32,7 +32,7 @@ from lmops_jax.models.transformer import Transformer, unstack_layers
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a cache of its own
 _PACKED = 128  # tokens of a row that holds several requests
-_LOGITS_TOKENS = 8  # what the logits of one predicted token weigh against a token of the batch
+_LOGITS_TOKENS = 8  # how many tokens of the batch the logits of one predicted token weigh
 _SCORE_BYTES = 1 << 28  # of attention scores in memory, at most, in one layer
 
 
@@ -52,7 +52,7 @@ class OptionScorer:
   """Scores continuations with one model; programs are compiled when first needed and kept.
 
   Attributes:
-    params: as the programs take them.
+    params: the parameters as the programs take them.
   """
 
   def __init__(self, model: Transformer, params, partitioner=None, *, batch_tokens: int = 4096):
@@ -85,7 +85,7 @@ class OptionScorer:
     Args:
       requests: in any order.
       progress: called with the number of requests done since the last call.
-      prefix: of `prefixes.read_groups`, in front of every context; contexts then have no BOS.
+      prefix: made by `prefixes.read_groups`, in front of every context; contexts then have no BOS.
 
     Returns:
       For each request, for each option `[its tokens] float32`.
@@ -124,9 +124,9 @@ class OptionScorer:
     return results
 
   def _pack(self, rows):
-    """Rows of several requests from those whose options are one token each: long beside short.
+    """Puts requests whose options are one token each into common rows, short ones beside long ones.
 
-    Wide enough for the longest, and narrow enough that every device has a row.
+    A row is wide enough for the longest request, and narrow enough that every device has a row.
     """
     alone = [row for row in rows if any(row.branch)]
     waiting = collections.deque(sorted(
@@ -180,7 +180,7 @@ class OptionScorer:
     return requests
 
   def _batches(self, rows, prefix):
-    """`(width, targets, rows)`, shapes few and similar rows together."""
+    """Yields `(width, targets, rows)` with few shapes, similar rows together."""
     before = 0 if prefix is None else prefix.cache.num_slots
     score_bytes = 4 * self._model.config.num_heads
     shards = shards_of(self._partitioner)
@@ -257,7 +257,7 @@ class _Row(NamedTuple):
     return row
 
   def as_branch(self, start: int, number: int) -> _Row:
-    """The same as a branch of a row, from the place `start` on."""
+    """The same requests as a branch of a row, from the place `start` on."""
     return self._replace(
       branch=[number] * self.width, queries=[start + query for query in self.queries])
 
@@ -292,13 +292,13 @@ def rolling_requests(ids: Sequence[int], first: int, max_length: int) -> list[Re
   """Windows that score every token of a text once, each with as much context as fits.
 
   Args:
-    ids: of the text.
+    ids: the text's tokens.
     first: token in front of the text (BOS or EOS), which is not scored.
     max_length: positions of the model.
 
   Returns:
     Windows of up to `max_length` predicted tokens; after the first, a window's context is its
-    predecessor's last token, or more where the last window is short.
+    predecessor's last token, or more if the last window is short.
   """
   whole, requests, done = [first, *ids], [], 0
   while done < len(ids):

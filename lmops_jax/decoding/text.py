@@ -1,7 +1,7 @@
-"""Text around generation: prompts to ids, and generated ids to text while they arrive.
+"""Text around generation: generated ids to text while they arrive, and stop strings.
 
-A tokenizer is anything with `encode(text, add_special=True)`, `decode(ids, skip_special=True)`,
-`bos_id` and `stop_ids`.
+A tokenizer, here and for `Generator`, is anything with `encode(text, add_special=True)`,
+`decode(ids, skip_special=True)`, `bos_id` and `stop_ids`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Generation(NamedTuple):
 
   Attributes:
     text: without the prompt, cut before a stop string.
-    ids: its tokens; with an end token, or those of the stop string, where one ended it.
-    logprobs: of the ids, see `Generated`.
+    ids: its tokens, with the end token, or those of the stop string, if one ended it.
+    logprobs: log-probabilities of the ids, see `Generated`.
     finish_reason: "eos", "stop" or "length".
-    score: of beam search, see `Generated`.
+    score: see `Generated`.
   """
 
   text: str
@@ -62,8 +62,8 @@ class TextStream:
     Args:
       tokenizer: see the module.
       stop: strings to stop at.
-      prompt: ids before. Some tokenizers drop a space in front of the first token, so the text is
-        decoded behind the end of the prompt.
+      prompt: ids in front. Some tokenizers drop a space in front of the first token, so the text
+        is decoded behind the end of the prompt.
     """
     self._tokenizer = tokenizer
     self._stop = stop

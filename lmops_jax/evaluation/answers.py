@@ -17,12 +17,12 @@ def normalised(text: str) -> str:
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:
-  """1 where the normalised answer is one of the gold ones, else 0."""
+  """1 if the normalised answer is one of the gold ones, else 0."""
   return float(any(normalised(answer) == normalised(gold) for gold in golds))
 
 
 def f1(answer: str, golds: Sequence[str]) -> float:
-  """Harmonic mean of the tokens' precision and recall, for the gold answer where it is best.
+  """Harmonic mean of the tokens' precision and recall, for the best gold answer.
 
   Two answers without tokens are equal.
   """

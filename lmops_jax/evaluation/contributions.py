@@ -2,8 +2,8 @@
 
 The statistics of arXiv 2402.17759, sections 3.2 and 4.3. A contribution is
 `CT_n = <grad L(params_t), grad l_n(params_t)>`, paired with the weights of the step that starts at
-`params_t`. Everything here is one step's and runs inside a compiled scan, so that nothing of size
-T x N has to be kept; `series` and `ratio` then read the stacked results.
+`params_t`. Everything here belongs to one step and runs inside a compiled scan, so that nothing of
+size T x N has to be kept; the functions from `series` on then read the stacked results.
 """
 
 from typing import NamedTuple
@@ -49,7 +49,7 @@ def exclusion(weights: jax.Array, contributions: jax.Array, mask: jax.Array | No
 def learned_histogram(
   weights: jax.Array, losses: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-  """`[NUM_BINS]` counts of weight over the step's largest weight, of perfectly learned examples.
+  """`[NUM_BINS]` counts of perfectly learned examples by weight over the step's largest weight.
 
   Args:
     weights, losses: `[N]`. mask: False for rows that are no examples.
@@ -63,7 +63,7 @@ def learned_histogram(
 
 
 def series(found: Similarity) -> np.ndarray:
-  """SIM_t `[T]`, mean over deviation; +inf where one example has all weight or none differ."""
+  """SIM_t `[T]`, mean over deviation; +inf if one example has all weight or none differ."""
   mean, deviation, active = (np.asarray(x, np.float64) for x in found)
   alone = (active <= 1) | (deviation == 0)
   return np.where(alone, np.inf, mean / np.where(alone, 1, deviation))
@@ -84,7 +84,7 @@ def excluded_share(found: Exclusion) -> float | None:
 
 
 def learned_share_below(histogram, threshold: float = 0.2) -> float | None:
-  """Share of the perfectly learned whose weight is below `threshold` times the largest; or None.
+  """Share of the perfectly learned with a weight below `threshold` times the largest; None if none.
 
   Args:
     histogram: `[..., NUM_BINS]`, summed over steps. threshold: a multiple of 1 / NUM_BINS.

@@ -1,7 +1,7 @@
 """The averaging rule of zero-shot downstream tables.
 
 PDS (arXiv 2410.07064) reports the unweighted mean over nine tasks of lm-evaluation-harness, each by
-its length-normalised accuracy where the task has one and by its plain accuracy otherwise.
+its length-normalised accuracy if the task has one and by its plain accuracy otherwise.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Demonstrations stand in front of each row's prompt, and the answer is the option with the highest
 (normalised) log-likelihood. The same demonstrations stand in front of every row, so the model reads
-them once. Where the prompts differ by option (Winogrande), each option follows its own.
+them once. If the prompts differ by option (Winogrande), each option follows its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.data.tasks import Example, Task, demonstrations
+from lmops_jax.data.tasks.task import OF_OPTIONS
 from lmops_jax.decoding.scoring import OptionScorer, Request, first, mean, total
 from lmops_jax.models.cache import Prefix
 
@@ -27,15 +28,15 @@ class Result(NamedTuple):
 
   Attributes:
     accuracy: fraction of rows whose best option is their label.
-    standard_error: of the accuracy, over rows.
+    standard_error: that of the accuracy, over rows.
     row_ids: `[N]` ids of the scored rows, in the task's order.
     labels: `[N] int`.
     predictions: `[N] int`.
-    scores: `[N,labels] float64`, what the options are compared by; -inf where a row has fewer
-      options than others.
+    scores: `[N,labels] float64`, what the options are compared by; -inf for options that a row
+      does not have.
     confusion: `[labels,labels] int`, rows of each label (first axis) by prediction.
     num_shots: demonstrations in front of each row.
-    num_tokens: of all prompts with their options, shared ones counted each time.
+    num_tokens: tokens of all prompts with their options, shared ones counted each time.
   """
 
   accuracy: float
@@ -53,7 +54,7 @@ class Encoder:
   """Contexts and options to token ids, split as the whole text's tokens are.
 
   Blanks at a context's end go to the option, since most vocabularies join them with the next word.
-  An option's tokens are those that the whole text has beyond the context's; where the boundary
+  An option's tokens are those that the whole text has beyond the context's; if the boundary
   falls inside a token, the option is encoded by itself.
 
   Where pictures stand in a context, its ids become a `decoding.prompts.Prompt` once they are split.
@@ -69,7 +70,7 @@ class Encoder:
     self.start = front_ids(tokenizer) if start is None else list(start)
 
   def encode(self, text: str) -> list[int]:
-    """A prompt with what the model wants in front of it, once where the text has it already."""
+    """A prompt with what the model wants in front of it, once even if the text has it already."""
     return encode_behind(self.start, self._tokenizer, text)
 
   def split(self, context: str, options: Sequence[str]) -> Request:
@@ -117,12 +118,12 @@ def evaluate(
   """Accuracy of a model on a task.
 
   Args:
-    scorer: of the model.
+    scorer: scores options with the model.
     tokenizer: the model's.
     task: rows with options.
     shots: demonstrations, drawn by (seed, row id).
-    seed: of the draw.
-    train: rows to draw from; None draws from the task's `train`, or where it has none from its
+    seed: the seed of the draw.
+    train: rows to draw from; None draws from the task's `train` or, if it has none, from its
       rows, which are then not scored.
     balanced: as many demonstrations of each label.
     normalisation: "sum" of an option's token log-probabilities; their mean a "token"; the "first"
@@ -161,7 +162,8 @@ def rows_and_front(
     raise ValueError(
       f"normalisation={normalisation!r} is not one of {', '.join(NORMALISATIONS)}."
     )
-  if task.metric != "accuracy":
+  task.require_text()
+  if task.metric not in OF_OPTIONS:
     raise ValueError(
       f"the task {task.name} has open answers, to be generated and measured by {task.metric}; "
       "options cannot be scored."
@@ -191,7 +193,7 @@ def score_rows(
   """What the options of each row are compared by, `[N,options] float64`, and the tokens read.
 
   Args:
-    rows: of the task.
+    rows: rows of the task.
     front: text in front of every prompt.
     prefix: what stands in front of every row already, see `OptionScorer.score`; the encoder then
       has no start.
@@ -219,7 +221,7 @@ def score_rows(
 def outcome(
   rows: Sequence[Example], scores: np.ndarray, num_shots: int, num_tokens: int
 ) -> Result:
-  """The best option of each row against its label; of equals the first."""
+  """The best option of each row, the first of equals, against its label."""
   predictions = scores.argmax(axis=1)
   labels = np.array([row.label for row in rows])
   confusion = np.zeros((scores.shape[1],) * 2, np.int64)
@@ -233,7 +235,7 @@ def outcome(
 
 
 def requests_of(encoder: Encoder, row: Example, front: str = "") -> list[Request]:
-  """One request with all options of a row, or one an option where their prompts differ.
+  """One request with all options of a row, or one for each option if their prompts differ.
 
   Args:
     front: text in front of every prompt.
@@ -259,7 +261,7 @@ def _check(request: Request, words: Sequence[str], what: str) -> None:
 
 
 def _normalised(kind: str, token_scores, rows: Sequence[Example]) -> np.ndarray:
-  """`[N,labels] float64`."""
+  """What options are compared by, `[N,labels] float64`."""
   if kind == "auto":
     single = all(len(option) == 1 for of_row in token_scores for option in of_row)
     kind = "sum" if single else "token"

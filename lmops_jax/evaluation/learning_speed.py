@@ -15,12 +15,12 @@ def loss_auc(losses) -> float:
 
 
 def compression_ratio(losses, vocab_size: int, unit: str = "nats") -> float:
-  """`T log|V| / sum_{t=1..T} L_t`: how much shorter the desired data get than |V| equal odds.
+  """`T log|V| / sum_{t=1..T} L_t`: how much shorter the desired data get than at |V| equal odds.
 
   Args:
     losses: `[T + 1]`, in `unit` per token (per label for a classifier).
-    vocab_size: |V| >= 2, of a perceptron 2.
-    unit: of the losses; the logarithm is taken in the same, so that the ratio has no unit.
+    vocab_size: |V| >= 2; 2 for a perceptron.
+    unit: that of the losses; the logarithm is taken in it too, so that the ratio has no unit.
   """
   if unit not in UNITS:
     raise ValueError(f"unit={unit!r} is not one of {', '.join(UNITS)}.")
@@ -35,7 +35,7 @@ def acceleration_ratio(base_losses, new_losses) -> float | None:
   """`T / t` with t >= 1 the first step after which the new run is at or below the base run's end.
 
   Returns:
-    None where the new run never gets there.
+    None if the new run never gets there.
   """
   base, new = _curve(base_losses), _curve(new_losses)
   reached = np.flatnonzero(new[1:] <= base[-1])

@@ -37,8 +37,8 @@ def mean_loss(
     batches: dicts of arrays with leaves `[B,...]`, this process's rows, as many batches on every
       process; B may only shrink.
     place: turns such a dict into (sharded) device arrays, e.g. `Partitioner.place_batch`.
-    multiple_of: what the rows of a batch must divide by to be placed, e.g. this process's share of
-      `Partitioner.num_batch_shards`.
+    multiple_of: what the number of a batch's rows must be a multiple of to be placed, e.g. this
+      process's share of `Partitioner.num_batch_shards`.
 
   Returns:
     Nats per token, float.

@@ -4,17 +4,17 @@
     from lmops_jax.evaluation.lm_eval_adapter import LmopsLM
     lm_eval.simple_evaluate(LmopsLM("DIR"), tasks=["lambada_openai"])
 
-or, where this module is imported, by the harness's own name "lmops" with `pretrained=DIR`.
+or, once this module is imported, by the harness's own name "lmops" with `pretrained=DIR`.
 
 Requests become tokens as in the harness's own models of class `hf`, so that figures compare. White
 space at a context's end goes to the continuation. A continuation's tokens are those that the whole
-text has beyond as many as the context has by itself, also where the vocabulary merges the end of a
-context with what follows; only where nothing is left then, which ends the harness's run, is the
+text has beyond as many as the context has by itself, even if the vocabulary merges the end of a
+context with what follows. Only if nothing is left then, which ends the harness's run, is the
 continuation encoded by itself, with the white space in front of it. (`lmops score` always encodes
 such an option by itself, see `in_context.Encoder`: there each of its characters counts once.) A
 context that is too long loses its beginning, BOS included.
 
-On purpose otherwise than there:
+Some things differ from there on purpose:
   - What a tokenizer puts in front of a text, BOS mostly, stands there once. `hf` looks for it only
     in the first text of a batch when it generates, and `loglikelihood_rolling` scores a second BOS
     behind the first, unless `add_bos_token=False`.
@@ -44,7 +44,7 @@ except ImportError as error:
   ) from error
 
 _MAX_NEW_TOKENS = 256
-# What tasks call it; of several the first counts, as in the harness.
+# How tasks name the number of new tokens; of several the first counts, as in the harness.
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _SEARCH = {
@@ -68,7 +68,7 @@ class LmopsLM(LM):
       pretrained: see `pretrained.load`.
       dtype, param_dtype: execution choices.
       batch_tokens: most token positions of a batch.
-      max_new_tokens: where a task does not say.
+      max_new_tokens: most new tokens if a task does not say.
       max_length: most positions to use; None is all that the model has.
       partitioner: a `mesh.meshes.Partitioner`; None is one device.
       batch_size, max_batch_size, device: the harness gives these to every model; `batch_tokens`,
@@ -112,7 +112,7 @@ class LmopsLM(LM):
 
   @property
   def prefix_token_id(self) -> int:
-    """The token that an empty context is: BOS, or the end token of a model without."""
+    """The token that stands for an empty context: BOS, or the end token of a model without BOS."""
     tokenizer = self._tokenizer
     for found in (tokenizer.bos_id, tokenizer.eos_id):
       if found is not None:
@@ -131,7 +131,7 @@ class LmopsLM(LM):
     """The template's source, which the harness logs.
 
     Raises:
-      ValueError: another one than the model's is asked for.
+      ValueError: if another one than the model's is asked for.
     """
     if isinstance(chat_template, str) and chat_template != "default":
       raise ValueError(
@@ -189,7 +189,7 @@ class LmopsLM(LM):
     return answers
 
   def _generate(self, prompts, options: GenerationOptions, stop: Sequence[str]) -> list[str]:
-    """Each text until the first of `stop` is there, cut at one after the other in their order."""
+    """Generates texts until one of `stop` is there, and cuts them at each of `stop` in order."""
     so_far: list[list[int]] = [[] for _ in prompts]
 
     def stopped(i, ids):
@@ -232,14 +232,14 @@ class LmopsLM(LM):
     return options, stop
 
   def _stop(self, until: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Texts that end an answer, and tokens: special ones, which no text shows, end it as such."""
+    """Texts that end an answer, and tokens that do: special ones, which no text shows."""
     until, tokenizer = [until] if isinstance(until, str) else until, self._tokenizer
     if not isinstance(until, (list, tuple)):
       raise ValueError(f"until={until!r} in generation_kwargs is no text and no list of texts.")
     texts = list(check_stop([text for text in until if text]))
     first = [id for text in texts for id in tokenizer.encode(text, False)[:1]]
     special = [id for id in first if tokenizer.decode([id], False) and not tokenizer.decode([id])]
-    if "eos" in tokenizer.special:  # also where its characters are generated one by one
+    if "eos" in tokenizer.special:  # even if its characters are generated one by one
       texts.append(tokenizer.special["eos"])
     return tuple(texts), (*tokenizer.stop_ids, *special)
 
@@ -247,7 +247,7 @@ class LmopsLM(LM):
     return self.max_length - options.max_new_tokens
 
   def _prompt(self, text: str, options: GenerationOptions) -> list[int]:
-    """The context's ids; where they are too long, what stands in front of it and its end."""
+    """The context's ids; if they are too many, those in front of the text and those of its end."""
     ids, room = self._encoder.encode(text) or [self.prefix_token_id], self._room(options)
     if len(ids) <= room:
       return ids

@@ -2,8 +2,8 @@
 
 The fit is the paper's: linear regression of ln(L - L0) on ln t for t > t0, with L0 (and t0)
 searched for the highest correlation, one L0 for all curves that are compared. The law is
-ill-conditioned in L0, and B more so: every fit says so where it holds, and comes with its profile
-over L0 and bootstrap intervals.
+ill-conditioned in L0, and more so in B: an ill-conditioned fit says so, and every fit comes with
+its profile over L0 and bootstrap intervals.
 """
 
 import operator
@@ -20,15 +20,15 @@ _MIN_POINTS = 3
 
 
 class IllConditioned(UserWarning):
-  """The curves do not determine L0, and so neither B."""
+  """The curves do not determine L0, and so not B either."""
 
 
 class PowerLaw(NamedTuple):
   """A fitted `L0 + (B / t)^beta`.
 
   Attributes:
-    B, beta: of the curve. L0: shared by the curves fitted together, same unit as the losses.
-    t0: the first step that is not used.
+    B, beta: the curve's own. L0: shared by the curves fitted together, same unit as the losses.
+    t0: the last step that is not used.
     r2: squared correlation of ln(L - L0) and ln t.
     samples: `[num_bootstrap, 2]`, (ln B, beta) refitted at the same L0 with resampled blocks of
       residuals.
@@ -42,7 +42,7 @@ class PowerLaw(NamedTuple):
   samples: np.ndarray
 
   def predict(self, steps) -> np.ndarray:
-    """Loss after so many steps (> 0)."""
+    """Loss after each of `steps` (> 0)."""
     return self.L0 + (self.B / np.asarray(steps, np.float64)) ** self.beta
 
   def interval(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
@@ -59,7 +59,7 @@ class Fits(NamedTuple):
   Attributes:
     laws: name to `PowerLaw`.
     profile: `[G, 2]`, tried L0 and the mean r^2 over curves (at the chosen t0).
-    is_ill_conditioned: whether L0 across more than a tenth of the lowest loss fits as well.
+    is_ill_conditioned: whether two L0 apart by over a tenth of the lowest loss fit equally well.
   """
 
   laws: dict[str, PowerLaw]
@@ -82,14 +82,14 @@ def fit_power_laws(
     L0: fixed, or None to search from 0 up to the lowest loss used.
     t0: fixed, or several to choose from by the mean r^2.
     num_bootstrap: refits with resampled blocks of residuals; 0 gives no intervals.
-    seed: of the bootstrap.
+    seed: the seed of the bootstrap.
 
   Raises:
-    ValueError: no curves, curves that are not finite; a t0 that leaves fewer than 3 points, or a
-      loss at or below L0 (0 where it is searched) after it.
+    ValueError: if there are no curves, a curve is not finite, t0 leaves fewer than 3 points, or a
+      loss after t0 is at or below L0 (0 if that is searched).
 
   Warns:
-    IllConditioned: very different L0 fit as well.
+    IllConditioned: if very different L0 fit equally well.
   """
   curves = {name: np.asarray(losses, np.float64) for name, losses in curves.items()}
   if not curves:
@@ -148,7 +148,7 @@ def predicted_acceleration(base: PowerLaw, new: PowerLaw, num_steps: float) -> f
   """`B1^(beta1/beta2) / B2 * T^(1 - beta1/beta2)`: T over `new`'s steps to base's loss at T.
 
   Raises:
-    ValueError: laws with different L0.
+    ValueError: if the laws have different L0.
   """
   if base.L0 != new.L0:
     raise ValueError(

@@ -79,7 +79,7 @@ def fit_scaling_law(
     losses: `[M]`, > 0, nats per token.
     delta: where the Huber penalty turns from square to linear, in log loss.
     num_bootstrap: refits to points drawn with replacement; 0 gives no intervals, 200 is usual.
-    seed: of the bootstrap.
+    seed: the seed of the bootstrap.
 
   Raises:
     ValueError: fewer than 5 points, fewer than 3 different model sizes or token counts (then the

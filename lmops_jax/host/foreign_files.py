@@ -1,8 +1,8 @@
-"""Files that others wrote: what is no file is refused before it is opened, JSON by its name.
+"""Files that others wrote: what is no file is refused before it is opened, bad JSON with its name.
 
-Opening a FIFO waits for a writer that never comes, and a device has no end; both are told apart
+Opening a FIFO waits for a writer that never comes, and a device has no end; both are recognised
 here. What Python's JSON reader raises (nesting, endless numbers) becomes one sentence, and so does
-what pydantic finds where a value does not fit its schema.
+what pydantic finds if a value does not fit its schema.
 """
 
 import functools
@@ -37,7 +37,7 @@ def require_regular(path: Path | str) -> None:
   """Refuses what would hang or never end when it is read; what is not there passes.
 
   Raises:
-    ValueError: the path is a FIFO, a device or a socket.
+    ValueError: if the path is a FIFO, a device or a socket.
   """
   kind = special_kind(path)
   if kind is not None:
@@ -45,8 +45,8 @@ def require_regular(path: Path | str) -> None:
 
 
 def printable(text: Path | str) -> str:
-  """Text that can be written everywhere: halves of characters, as names that are not UTF-8 and JSON
-  escapes have them, become their escapes."""
+  """Text that can be written everywhere: half characters, which names that are not UTF-8 and JSON
+  escapes can hold, become escapes."""
   return str(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -54,7 +54,8 @@ def is_there(path: Path | str) -> bool:
   """Whether there is a file of that name; anything else of that name is not passed over as absent.
 
   Raises:
-    ValueError: a folder, a FIFO, a device, a link to nothing, or a folder that may not be entered.
+    ValueError: for a folder, a FIFO, a device, a link to nothing, or if a folder on the way may not
+      be entered.
   """
   try:
     mode = os.stat(path).st_mode
@@ -76,7 +77,7 @@ def mapped(path: Path, mapper: Callable[[Path], Made]) -> Made:
   """What `mapper` makes of a model's file, which is there, not empty, and no pointer of Git LFS.
 
   Raises:
-    ValueError: as `require_regular`, a file that cannot be read, an empty one, or a pointer.
+    ValueError: as `require_regular`; if the file cannot be read, is empty or is a pointer.
   """
   require_regular(path)
   try:
@@ -96,10 +97,10 @@ def mapped(path: Path, mapper: Callable[[Path], Made]) -> Made:
 
 
 def read_bytes(path: Path | str) -> bytes:
-  """The whole contents of a file, which is not a large one.
+  """The whole contents of a file that is not large.
 
   Raises:
-    ValueError: as `require_regular`, a file of more than 256 MiB, or one that cannot be read.
+    ValueError: as `require_regular`; if the file has more than 256 MiB or cannot be read.
   """
   require_regular(path)
   try:
@@ -118,7 +119,7 @@ def read_text(path: Path | str) -> str:
   """The text of a file, without a byte-order mark.
 
   Raises:
-    ValueError: as `read_bytes`, or it is not UTF-8.
+    ValueError: as `read_bytes`; if it is not UTF-8.
   """
   try:
     return read_bytes(path).decode("utf-8-sig")
@@ -131,10 +132,10 @@ def parse_json(text: str | bytes, where: Path | str, **options: Any) -> Any:
 
   Args:
     where: file, or file and line, for the message.
-    options: of `json.loads`.
+    options: passed on to `json.loads`.
 
   Raises:
-    ValueError: `where` is not UTF-8, not JSON, nested too deeply, or holds an absurd number.
+    ValueError: if the text is not UTF-8, not JSON, nested too deeply, or holds an absurd number.
   """
   try:
     return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, **options)
@@ -164,19 +165,19 @@ _MAX_AT_ONCE = 10_000  # entries of a mapping
 
 
 def checked(schema: Any, value: Any, where: Path | str) -> Any:
-  """A value of a foreign file as its schema has it: no number for a text, no true for a 1.
+  """A value of a foreign file, checked strictly by its schema: no number for a text, no true for 1.
 
   Args:
-    schema: a pydantic model, or any type that pydantic knows, such as `dict[str, int]`. What a
-      validator of its own raises as ValueError is taken as the sentence's second half.
-    value: of the file.
+    schema: a pydantic model, or any type that pydantic knows, such as `dict[str, int]`. A
+      ValueError of its own validators becomes the sentence's second half.
+    value: what the file holds.
     where: the file, for the message.
 
   Returns:
     What pydantic makes of it: an instance of the model.
 
   Raises:
-    ValueError: the first field that does not fit, its value and what it should be.
+    ValueError: naming the first field that does not fit, its value and what it should be.
   """
   import pydantic
 
@@ -203,7 +204,7 @@ def checked(schema: Any, value: Any, where: Path | str) -> Any:
 
 
 def _first(errors: list[dict[str, Any]]) -> dict[str, Any]:
-  """The first field's error; of the branches of a union, that of the one which fits furthest."""
+  """The first field's error; for a union, that of the branch that fits furthest."""
   field = errors[0]["loc"][:1]
   return max((e for e in errors if e["loc"][:1] == field), key=lambda e: len(e["loc"]))
 
@@ -224,7 +225,7 @@ def _located(schema, value, location, missing: bool) -> tuple[str, Any, str]:
   """Where in a file pydantic stopped: the field's name, its value, what it should be in words.
 
   Args:
-    location: of the error; names fields and entries, and branches of unions between them.
+    location: the error's place: fields and entries, and branches of unions between them.
     missing: whether the last part is a field that is not there.
   """
   whole = _adapter(schema).json_schema()

@@ -40,7 +40,7 @@ class QuantizedTensor(NamedTuple):
   """A tensor in blocks, which `read` turns into float32.
 
   Attributes:
-    shape: as NumPy has it, the row that lies together last.
+    shape: as NumPy has it; numbers of the last axis are neighbours in the file.
     data: its blocks, a `uint8` view of the mapped file.
     quantization: a `gguf.GGMLQuantizationType`.
   """
@@ -68,7 +68,7 @@ class QuantizedTensor(NamedTuple):
 
 
 def map_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray | QuantizedTensor]]:
-  """Metadata and tensors of a file; reads the header alone.
+  """Metadata and tensors of a file; only the header is read.
 
   Returns:
     The decoded keys and values (strings, numbers, lists of them), and every tensor: a view of the

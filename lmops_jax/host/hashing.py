@@ -1,4 +1,4 @@
-"""Hashes that are the same everywhere: of contents, and pseudo-random numbers of what has an id.
+"""Hashes that are the same everywhere: digests of contents, and pseudo-random numbers from ids.
 
 The numbers, for order, shuffling and sampling, are integer arithmetic alone, so every platform and
 every version of NumPy gives the same ones.
@@ -31,7 +31,7 @@ def draw_indices(ids: np.ndarray, count: int, seed: int) -> np.ndarray:
   """A random sample without replacement, in which each id's place depends on (seed, id) alone.
 
   Args:
-    ids: `[N] int64`, distinct; perhaps mapped, a block is read at a time.
+    ids: `[N] int64`, distinct; a mapped array is read a block at a time.
     count: how many, at most N.
 
   Returns:

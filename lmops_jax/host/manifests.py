@@ -75,7 +75,7 @@ def plain(value: Any) -> Any:
 
 
 def load_manifest(folder: Path, name: str) -> dict[str, Any]:
-  from lmops_jax.host import records  # its library is imported where a record is read
+  from lmops_jax.host import records  # its library is imported only to read a record
 
   path = folder / MANIFEST
   try:
@@ -159,7 +159,7 @@ def verify_read(path: Path) -> None:
   For whatever reads the outputs of a run from outside of it; what belongs to no stage passes.
 
   Raises:
-    StageError: as `compare`, or the manifest is damaged.
+    StageError: as `compare`, or if the manifest is damaged.
   """
   path = Path(os.path.abspath(path))
   damaged = None

@@ -56,8 +56,8 @@ class Progress:
     total: number of units, or None if it is not known beforehand.
     unit: plural name of what is counted ("steps", "documents").
     description: what is being done, put in front.
-    initial: units done by an earlier attempt; they count as done, and like those of the first
-      update not towards the rate.
+    initial: units done by an earlier attempt; they count as done but, like those of the
+      first update, not towards the rate.
     stream: where to draw (default stderr).
     first_line_seconds, interval_seconds: when a stream that is no terminal gets a line.
     quiet: show nothing, only count; for the other processes of a job.

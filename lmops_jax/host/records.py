@@ -26,7 +26,7 @@ class _Identity(pydantic.BaseModel):
 
 
 class Attempt(_Identity):
-  """Of an unfinished stage: what it is, how often it was begun, seconds and FLOPs so far."""
+  """An unfinished stage: what it is, how often it was begun, seconds and FLOPs so far."""
   attempts: _Positive
   started: _Text
   seconds: _Finite
@@ -34,7 +34,7 @@ class Attempt(_Identity):
 
 
 class Manifest(_Identity):
-  """Of a finished stage, see `manifests`."""
+  """A finished stage, see `manifests`."""
   stage: _Text
   system: _Text
   attempts: _Positive
@@ -48,7 +48,7 @@ class Manifest(_Identity):
 
 
 class Marker(pydantic.BaseModel):
-  """Of a workdir."""
+  """What marks a folder as a workdir."""
   system: _Text
 
 
@@ -62,8 +62,8 @@ def read(path: Path, schema: type[pydantic.BaseModel]) -> dict[str, Any]:
   """What a record's file holds, with the checksum that belongs to it if it has one.
 
   Raises:
-    ValueError: it is not what was written.
-    OSError: it cannot be read.
+    ValueError: if it is not what was written.
+    OSError: if it cannot be read.
   """
   foreign_files.require_regular(path)
   record = foreign_files.parse_json(path.read_bytes(), path)

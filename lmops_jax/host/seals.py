@@ -32,7 +32,7 @@ def damage(path: Path, noted: Any, *, ignored: Sequence[str] = ()) -> str | None
     ignored: files of the folder that were not noted.
 
   Raises:
-    OSError: it cannot be read, which says nothing of what it holds.
+    OSError: if it cannot be read, which says nothing of what it holds.
   """
   try:
     noted = {str(name): (int(size), str(found)) for name, (size, found) in noted.items()}
@@ -55,7 +55,7 @@ def damage(path: Path, noted: Any, *, ignored: Sequence[str] = ()) -> str | None
 
 
 def seal(path: Path) -> None:
-  """Seals a file or folder that is complete. Of a file that is replaced see `replacing`."""
+  """Seals a file or folder that is complete. For a file that is replaced, see `replacing`."""
   _write(path, [contents(path)])
 
 
@@ -63,13 +63,13 @@ def is_whole(path: Path) -> bool:
   """Whether a file or folder is there as it was sealed.
 
   Raises:
-    OSError: it cannot be read.
+    OSError: if it cannot be read.
   """
   return any(damage(path, noted) is None for noted in _notes(path))
 
 
 def all_whole(groups: Iterable[Sequence[Path]]) -> list[bool]:
-  """Of each group whether all its files are whole, on several threads."""
+  """For each group, whether all its files are whole; uses several threads."""
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     return list(pool.map(lambda paths: all(map(is_whole, paths)), groups))
 

@@ -60,7 +60,7 @@ def json_text(value: Any) -> str:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-  """An `.npz` of them."""
+  """Writes arrays by name as an `.npz`."""
   import numpy as np  # the command line starts without it
 
   with replacing(path) as partial, partial.open("wb") as file:

@@ -36,7 +36,7 @@ class Council:
   """One process among those of its job, until all have agreed.
 
   Args:
-    index: of this process. count: of all.
+    index: this process's. count: how many processes there are.
     put: leaves a text under a key, once.
     get: `(key, whose) -> text`, waiting until that process has left it.
   """
@@ -48,10 +48,10 @@ class Council:
     self._subject = "start" if count > 1 else None  # what is to be settled next
 
   def start(self) -> None:
-    """Meets the others before a device is touched, where each would wait for those that are gone.
+    """Meets the others before a device is touched: there each would wait for those that are gone.
 
     Raises:
-      StageError: a process could not start; the same sentence in all.
+      StageError: if a process could not start; the same sentence in all.
     """
     self._settle("start", "", then="plan")
 
@@ -61,7 +61,7 @@ class Council:
     Args:
       plan: JSON-able, see `plan_of`; the first process's also has `sign`, the name of a file that
         it has just made in its workdir.
-      workdir: of this process.
+      workdir: this process's.
 
     Raises:
       StageError: naming the first difference and the process that has it; the same in all.
@@ -122,7 +122,7 @@ def refuse_before_joining(why: str) -> None:
 
 
 def tell(why: str) -> None:
-  """Joins the job that the environment tells of, for no more than to refuse."""
+  """Joins the job that the environment tells of, only to refuse."""
   from lmops_jax.mesh import meshes
 
   if meshes.initialize_distributed():
@@ -139,7 +139,7 @@ def plan_of(system: str, stages: Sequence[str], identity: Mapping[str, Any], con
 
   Args:
     stages: names of those that will run, in order.
-    identity: of all stages, see `pipeline.identities`.
+    identity: what determines each stage's output, see `pipeline.identities`.
     config: the resolved configuration as gin text.
   """
   lines = (config or "").splitlines()
@@ -226,13 +226,13 @@ def _flags(text: str) -> str:
 
 
 def _code() -> str:
-  """Of this package's own source, which may have been changed without a new version."""
+  """Hash of this package's own source, which may have been changed without a new version."""
   root = Path(__file__).parents[1]
   return _digest(sorted(root.rglob("*.py")), root)
 
 
 def _module(name: str) -> str:
-  """Of the file or folder of a module that gin files import."""
+  """Hash of the file or folder of a module that gin files import."""
   file = getattr(sys.modules.get(name), "__file__", None)
   if file is None or name.partition(".")[0] == "lmops_jax":
     return "as installed"

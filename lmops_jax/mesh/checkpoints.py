@@ -34,7 +34,7 @@ class CheckpointStore:
 
   The hashes of a finished step's files are noted beside them while work goes on. A step whose files
   changed later (a failing disk, a partial copy), or that was killed before it was noted, is found
-  out, dropped, and the one before it used. Of several processes the first one judges for all.
+  out and dropped, and the one before it is used. Of several processes the first one judges for all.
 
   Args:
     directory: made when it is not there.
@@ -93,7 +93,7 @@ class CheckpointStore:
     Newer ones are deleted, and a line says so; so are those that need an older one that is damaged.
 
     Raises:
-      UnreadableError: a step cannot be read, which says nothing of what it holds.
+      UnreadableError: if a step cannot be read, which says nothing of what it holds.
     """
     self.wait()
     steps = self.all_steps()
@@ -121,7 +121,7 @@ class CheckpointStore:
     return None if step is None else (step, *self.restore(step, abstract))
 
   def _useless(self, steps: list[int]) -> dict[int, str]:
-    """Which of these steps, ascending, cannot be used, the newest, and what is wrong with them."""
+    """What is wrong with the newest of these steps (ascending), down to the first that is whole."""
     found: dict[int, str] = {}
     for needed in self._needed:
       if steps and needed <= steps[-1] and (what := self._damage(needed)):
@@ -248,7 +248,7 @@ def first_says(value: int) -> int:
 
 
 class _Manager(ocp.CheckpointManager):
-  """orbax's, but it does not ask jax's preemption service.
+  """orbax's manager, except that it does not ask jax's preemption service.
 
   The service keeps one number a process, which `processes.stop_requested` counts up. orbax would
   put its step there, at a save and from its own thread later, and a request to stop would be
@@ -318,7 +318,7 @@ def load_params(directory: Path, abstract=None):
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-  """Inside, what fails is told as a checkpoint that cannot be read, unless it is something else."""
+  """Turns errors within into an `UnreadableError`, except mismatches and the loss of a process."""
   try:
     yield
   except MismatchError:

@@ -105,7 +105,7 @@ class MeshConfig:
     return Partitioner(mesh, self._rules(), reduction=self.reduction)
 
   def sizes(self, num_devices: int) -> tuple[int, ...]:
-    """Sizes of the axes on so many devices.
+    """Sizes of the axes on that many devices.
 
     Raises:
       ValueError: when they do not multiply to that number.
@@ -136,7 +136,7 @@ class Partitioner:
 
   @property
   def device_rows(self) -> DeviceRows | None:
-    """Where gradients are added over the mesh once a step; None leaves it to the partitioner."""
+    """How rows lie, if gradients are added over the mesh once a step; else None."""
     axes = self._axes_in_use
     if not axes or self.reduction == "layer" or (self.reduction == "auto" and self.splits_params):
       return None
@@ -165,7 +165,7 @@ class Partitioner:
 
   @property
   def platform(self) -> str:
-    """Of the mesh's devices, "cpu", "gpu" or "tpu"."""
+    """The kind of the mesh's devices: "cpu", "gpu" or "tpu"."""
     return self.mesh.devices.flat[0].platform
 
   @property
@@ -221,7 +221,7 @@ class Partitioner:
       unboxed(abstract), self.shardings(abstract, uneven=uneven))
 
   def filled_rows(self, num: int, micro_batch_size: int) -> tuple[int, int]:
-    """How many rows `num` becomes, and of which micro-batch size, so that the mesh divides both.
+    """How many rows `num` is filled up to, and a micro-batch size, both divided by the mesh.
 
     Returns:
       A multiple of the micro-batch size, at least `num`, and that size: at most `micro_batch_size`
@@ -244,7 +244,7 @@ class Partitioner:
     return self.num_batch_shards * device_share(num_rows, wanted, self.num_batch_shards)
 
   def batch_sharding(self, ndim: int, axis: int = 0) -> NamedSharding:
-    """That axis over the batch axes, the others whole. `ndim` 0 is replicated."""
+    """The rows' axis over the batch axes, others whole; an array of `ndim` 0 is replicated."""
     split = ndim and self.batch_axes
     spec = PartitionSpec(*(None,) * axis, self.batch_axes) if split else PartitionSpec()
     return NamedSharding(self.mesh, spec)
@@ -256,7 +256,7 @@ class Partitioner:
 
     Args:
       batch: the rows of this process.
-      axis: of the rows: 0, or 1 for batches that are stacked by step, `[T,B,...]`.
+      axis: that of the rows: 0, or 1 for batches that are stacked by step, `[T,B,...]`.
 
     Raises:
       ValueError: when the batch does not split evenly over the mesh.
@@ -264,7 +264,7 @@ class Partitioner:
     return self._placed(batch, self._processes, self._from_own_rows, axis)
 
   def place_rows(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """As `place_batch` from rows that every process holds, or can read, all of."""
+    """As `place_batch`, from rows that every process holds, or can read, in full."""
     return self._placed(rows, 1, self._from_all_rows, 0)
 
   def _placed(self, rows, parts, make, axis):
@@ -318,7 +318,7 @@ def activated(partitioner: Partitioner | None):
 
 
 def shards_of(partitioner: Partitioner | None) -> int:
-  """`partitioner.num_batch_shards`; one device, for None, does not split a batch."""
+  """`partitioner.num_batch_shards`, or 1 for None, which is one device."""
   return 1 if partitioner is None else partitioner.num_batch_shards
 
 

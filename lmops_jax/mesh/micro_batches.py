@@ -20,11 +20,11 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class DeviceRows:
-  """Whose rows of a batch are summed before anything is added over the mesh.
+  """How batches lie on devices that sum their own rows before anything is added over the mesh.
 
   Attributes:
-    mesh: that the batches lie on.
-    axes: of the mesh, that the rows are split over.
+    mesh: the mesh that the batches lie on.
+    axes: its axes that the rows are split over.
   """
 
   mesh: Mesh | AbstractMesh
@@ -38,7 +38,7 @@ class DeviceRows:
     """`fn(whole, rows) -> (summed pytree, per-row pytree)` over the devices' own rows.
 
     Args:
-      whole: leaves that every device needs all of; gathered where they are split over `axes`.
+      whole: leaves that every device needs in full; gathered if they are split over `axes`.
       rows: leaves `[B, ...]`, B a multiple of the shards.
 
     Returns:
@@ -88,7 +88,7 @@ def sum_together(sums: Sequence[RowSum], device_rows: DeviceRows) -> list[tuple[
   """Several sums, one after another on each device; what they give crosses the mesh together.
 
   Returns:
-    Of each sum what `sum_over_micro_batches` returns.
+    For each sum, what `sum_over_micro_batches` returns.
   """
   sizes = [device_rows.size(s.weights.shape[0], s.micro_batch_size) for s in sums]
 
@@ -108,7 +108,8 @@ def fill_parts(rows: Any, micro_batch_size: int) -> tuple[Any, int]:
   """`rows` with the first ones repeated until equal parts of at most that size divide them.
 
   Returns:
-    Leaves `[M', ...]`, and the parts' size: the smallest of as many parts, for the least repeated.
+    Leaves `[M', ...]`, and the size of a part: the smallest for as many parts as that size needs,
+    so that the fewest rows are repeated.
   """
   num_rows = jax.tree.leaves(rows)[0].shape[0]
   num_parts = -(-num_rows // micro_batch_size)

@@ -15,7 +15,7 @@ from typing import Any
 
 from lmops_jax.host import manifests, progress
 
-_PATIENCE_MS = 10_000  # after which waiting for another process is told
+_PATIENCE_MS = 10_000  # after which a line says that another process is waited for
 
 
 class Terminated(BaseException):
@@ -65,13 +65,13 @@ def stop_requested() -> bool:
   if count() > 1 and not _Requests.arrived:
     from jax.experimental import multihost_utils
     _Requests.polls += 1
-    # Says True once only, which may be where the caller has nothing left to stop.
+    # It says True once only, perhaps when the caller has nothing left to stop.
     _Requests.arrived = multihost_utils.reached_preemption_sync_point(_Requests.polls)
   return _Requests.arrived
 
 
 def stop_between() -> None:
-  """Raises `Terminated` where the processes of this job are asked to stop, between two works."""
+  """Raises `Terminated`, between two works, if the processes of this job are asked to stop."""
   if stop_requested():
     raise Terminated
 
@@ -87,10 +87,10 @@ def is_joined() -> bool:
 
 
 def told_by(env: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
-  """Address of the coordinator, number of processes, index of this one, None where not given.
+  """Address of the coordinator, number of processes, index of this one, None if not given.
 
   Raises:
-    ValueError: a number that is none.
+    ValueError: for a number that is none.
   """
   return (env.get("JAX_COORDINATOR_ADDRESS") or None, _integer(env, "JAX_NUM_PROCESSES"),
           _integer(env, "JAX_PROCESS_ID"))
@@ -100,7 +100,7 @@ def are_expected(env: Mapping[str, str]) -> bool:
   """Whether an environment tells of other processes of this job, or asks to look for them.
 
   Raises:
-    ValueError: a number that is none.
+    ValueError: for a number that is none.
   """
   num = told_by(env)[1]
   if num is not None:
@@ -195,7 +195,7 @@ def _tells_of_a_lost_peer(error: BaseException) -> bool:
 
 
 def end_together() -> None:
-  """Notes that all processes of the job have settled to end."""
+  """Notes that all processes of the job have agreed to end."""
   _Requests.all_end = True
 
 
@@ -203,8 +203,8 @@ def leave_others(code: int) -> None:
   """After an error, ends this process at once if it is one of several; else does nothing.
 
   An ordinary exit first meets the others at jax's shutdown barrier, and they may be waiting for
-  this one elsewhere. This way they see that it is gone. Where all have settled to end they do meet
-  there, since jax kills who is left without the first one.
+  this one elsewhere. This way they see that it is gone. If all have agreed to end, they do meet
+  there, since jax kills those that are left without the first one.
   """
   if is_joined():
     sys.stdout.flush()

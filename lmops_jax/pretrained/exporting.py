@@ -35,18 +35,18 @@ def export(
 ) -> None:
   """Writes a model folder for transformers; it becomes visible when it is complete.
 
-  What was imported and is exported in the dtype that it was stored in is the same bit for bit.
+  A model that was imported and is exported in its stored dtype is the same bit for bit.
 
   Args:
     directory: must not exist yet, or be empty.
     source: the model; its family's table and its original `config.json` are used.
     params: tree like `source.params()`; None reads those.
-    dtype: of the tensors; None is that of the parameters.
-    max_shard_bytes: largest file.
+    dtype: the dtype of the tensors; None is that of the parameters.
+    max_shard_bytes: the size of the largest file.
 
   Raises:
-    ValueError: `directory` holds something already, a dtype that does not exist, or a model that
-      transformers does not have.
+    ValueError: if `directory` holds something already, the dtype does not exist, or transformers
+      does not have the model.
   """
   if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
     raise ValueError(f"dtype={dtype!r} is not one of float32, bfloat16, float16.")
@@ -80,7 +80,7 @@ def export(
 
 
 def config_json(family: Family, source: PretrainedModel, dtype: str) -> dict[str, Any]:
-  """The published `config.json` where it still describes the model, else one written anew."""
+  """The published `config.json` if it still describes the model, else one written anew."""
   fields, architecture = dict(source.original), family.architecture
   if fields:
     architecture = (fields.get("architectures") or [architecture])[0]

@@ -46,10 +46,10 @@ class NameTable:
 
   Args:
     prefix: see `Family`.
-    twins: names, each with another for the same tensor.
+    twins: names, each with another name of the same tensor.
 
   Raises:
-    ValueError: a checkpoint that has both the name with prefix and the bare one.
+    ValueError: if a checkpoint has both the name with prefix and the bare one.
   """
 
   def __init__(self, source: TensorSource, prefix: str, twins: Mapping[str, str] | None = None):
@@ -76,7 +76,7 @@ class NameTable:
     return self.stored(name) or self.stored(self._other.get(self.bare(name), name))
 
   def stored(self, name: str) -> str | None:
-    """The name in the source of just this tensor, whatever else it may be called."""
+    """The name in the source of just this tensor, its twin's name aside."""
     return self.actual.get(self.bare(name))
 
   def shape(self, name: str) -> tuple[int, ...] | None:
@@ -101,13 +101,13 @@ def named(source: TensorSource, family: Family, config) -> NameTable:
 
 
 def check_sizes(names: NameTable, source: TensorSource, family: Family, config, where: str) -> None:
-  """Holds declared sizes against the tensors, before anything is made of those sizes.
+  """Checks declared sizes against the tensors, before anything is made of those sizes.
 
   Args:
     where: the file that declares them.
 
   Raises:
-    ValueError: a count of layers or a size that the checkpoint cannot hold.
+    ValueError: if the checkpoint cannot have a declared number of layers or size.
   """
   rules = [rule for rule in family.rules(config) if rule.of_layers]
   largest = max(source.names(), key=lambda name: max(source.shape(name), default=0), default=None)
@@ -129,7 +129,7 @@ def check_sizes(names: NameTable, source: TensorSource, family: Family, config, 
 
 
 def _num_layers(names: NameTable, theirs: str) -> int:
-  """Layers of the checkpoint, from the first one on, of tensors named like a rule's."""
+  """How many layers of the checkpoint, counted from the first, hold tensors named like a rule's."""
   before = re.escape(names.bare(theirs).split("{i}")[0])
   matches = (re.match(rf"{before}(\d+)\.", bare) for bare in names.actual)
   found = {match[1] for match in matches if match}
@@ -148,14 +148,14 @@ def load_params(
 
   Args:
     source: the checkpoint's tensors.
-    family: whose table names them.
-    config: of the model.
+    family: its table names them.
+    config: the model's configuration.
     partitioner: a `mesh.meshes.Partitioner` whose mesh the parameters are placed on; None is
       this process's first device.
     ignore: patterns of further tensor names to leave out.
 
   Raises:
-    ValueError: tensors are missing, left over or of another shape; the sentence lists them.
+    ValueError: if tensors are missing, left over or of another shape; the sentence lists them.
   """
   names = named(source, family, config)
   boxed = abstract_params(family, config)
@@ -191,7 +191,7 @@ def joined(path) -> str:
 
 
 def _read_leaf(names, rule: Rule, which: int, leaf, index) -> np.ndarray:
-  """The part `index` of a leaf; of a layer's leaf the first axis is the layer."""
+  """The part `index` of a leaf; the first axis of a leaf that holds layers is the layer."""
   if not rule.of_layers:
     return np.asarray(rule.split(names.read(rule.theirs))[which][index]).astype(leaf.dtype)
   layers = rule.names(leaf.shape[0])[index[0]]
@@ -206,7 +206,7 @@ def _once_a_part(read):
   def callback(index):
     key = tuple((s.start, s.stop) for s in index)
     if key not in last:
-      last.clear()  # of all parts, only one is held
+      last.clear()  # only one part is held
       last[key] = read(index)
     return last[key]
 
@@ -273,7 +273,7 @@ def check_fit(
 
 
 def _check_twins(names: NameTable) -> None:
-  """Where both of two names for one tensor are stored, they must say the same."""
+  """If both of two names for one tensor are stored, their numbers must be the same."""
   for twin, name in names.twins.items():
     first, second = names.stored(twin), names.stored(name)
     if first and second and not np.array_equal(names.read(twin), names.read(name)):

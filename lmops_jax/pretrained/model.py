@@ -71,9 +71,9 @@ class PretrainedModel:
   Attributes:
     path: as given: a folder or a `.gguf` file.
     family: name of its family ("gpt2", "llama", ...).
-    config: of its family's class, execution choices included: a `TransformerConfig` of most, a
-      `ClipConfig` of "clip", a `DockedConfig` of "kosmos-2".
-    original: the `config.json` that it was published with, {} where there is none.
+    config: its family's configuration, execution choices included: a `ClipConfig` for "clip", a
+      `DockedConfig` for "kosmos-2", a `TransformerConfig` for the others.
+    original: the `config.json` that it was published with, {} if there is none.
     ignore: patterns of tensor names to leave out.
     max_inflated_bytes: see `load`.
   """
@@ -92,7 +92,7 @@ class PretrainedModel:
 
   @property
   def vocab_size(self) -> int:
-    """V."""
+    """V, the number of token ids."""
     return families.by_name(self.family).text(self.config).vocab_size
 
   @property
@@ -136,7 +136,7 @@ class PretrainedModel:
       partitioner: a `mesh.meshes.Partitioner`; None is this process's first device.
 
     Raises:
-      ValueError: the weights do not fit the configuration, or a file is damaged.
+      ValueError: if the weights do not fit the configuration, or a file is damaged.
     """
     if (self.path / DESCRIPTION).is_file():
       from lmops_jax.mesh import checkpoints
@@ -154,7 +154,7 @@ class PretrainedModel:
       )
 
   def tokenizer(self):
-    """The model's tokenizer; raises ValueError where it has ids that the model has not."""
+    """The model's tokenizer; raises ValueError if it has ids that the model has not."""
     found = tokenizer.load_tokenizer(self.tokenizer_path)
     found.check_fits(self.vocab_size)
     return found
@@ -169,7 +169,7 @@ class PretrainedModel:
     return path
 
   def fingerprint(self) -> str:
-    """A hash of names, sizes and contents (of large files, both ends) of the model's files."""
+    """A hash of the configuration and of the files' names, sizes and contents (or their ends)."""
     state = hashlib.blake2b(repr((self.config, self.ignore)).encode(), digest_size=16)
     files = [self.path] if self.path.is_file() else sorted(
       path for path in self.path.rglob("*") if path.is_file()
@@ -208,7 +208,7 @@ def load(
       (torch itself compresses nothing); a few megabytes could fill any memory.
 
   Raises:
-    ValueError: nothing readable there, or a kind of model that is not modelled.
+    ValueError: if nothing there can be read, or the kind of model is not modelled.
   """
   folder = Path(path).expanduser()
   choices = dict(
@@ -264,7 +264,7 @@ def _gguf(source) -> tuple[families.Family, TransformerConfig]:
 
 @contextlib.contextmanager
 def _naming(path: Path | str):
-  """What makes no model is said of the file that says it."""
+  """An error about a configuration that makes no model names the file that holds it."""
   try:
     yield
   except ValueError as error:
@@ -321,9 +321,9 @@ def describe(
   """Writes `model.json`, which makes a folder with parameters a model that `load` opens.
 
   Args:
-    directory: of the model.
-    config: of the model.
-    family: whose parts the configuration uses, for export.
+    directory: the model's folder.
+    config: the model's configuration.
+    family: the family whose parts the configuration uses, for export.
     params, tokenizer: where they lie, relative to `directory`.
     original: the published `config.json`, which an export starts from.
   """
@@ -361,10 +361,10 @@ def save_model(directory: Path, source: PretrainedModel, params) -> None:
 
 
 def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:
-  """Copies what tokenises, ends and formats text for a model into a folder, made if needed.
+  """Copies the files that tokenise, end and format text for a model into a folder, made if needed.
 
-  Of a model folder the files themselves; of a GGUF file's vocabulary a `tokenizer.json` and
-  `tokenizer_config.json` that say the same. A model without tokenizer copies nothing.
+  A model folder gives the files themselves; a GGUF file gives a `tokenizer.json` and a
+  `tokenizer_config.json` that say the same as its vocabulary. A model without tokenizer gives none.
   """
   directory.mkdir(parents=True, exist_ok=True)
   folder = source.tokenizer_path
@@ -378,10 +378,10 @@ def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:
 
 
 def new_folder(directory: Path) -> Path:
-  """An empty folder beside `directory` to write into, before it is renamed to it.
+  """An empty folder beside `directory`, to write into and then rename to `directory`.
 
   Raises:
-    ValueError: `directory` is there and not empty, or cannot be made.
+    ValueError: if `directory` is there and not empty, or cannot be made.
   """
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
     raise ValueError(f"{directory} exists already; choose a new folder, or delete it first.")

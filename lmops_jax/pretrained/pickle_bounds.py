@@ -1,7 +1,7 @@
 """What a pickle asks for, counted before it is run: 300 bytes can keep a processor for years.
 
-A pickle can name again a tuple that it made, and so write in 60 lines one that holds the first 2^60
-times. Whoever hashes it, as a dict does with its keys, never comes back.
+A pickle can name again a tuple that it made, and so write in 60 lines a tuple that holds the first
+one 2^60 times. Hashing that, as a dict does with its keys, never ends.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickletools
 from typing import BinaryIO, NamedTuple
 
-_MAX_VALUES = 1 << 22  # a file of 30,000 tensors takes as many
+_MAX_VALUES = 1 << 22  # as many as a file of 30,000 tensors takes
 _NEEDLESS = ("EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER")
 _PUTS, _GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
 _INTO = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # into what lies below
@@ -17,7 +17,7 @@ _MARK = pickletools.markobject
 
 
 class _Step(NamedTuple):
-  """What an opcode does to the stack: takes all above a mark, and then some; leaves something."""
+  """What an opcode takes from the stack (all above a mark, then `taken` more) and leaves there."""
 
   above_mark: bool
   taken: int
@@ -37,13 +37,13 @@ _STEPS = {opcode.name: _step_of(opcode) for opcode in pickletools.opcodes}
 
 
 def check(file: BinaryIO) -> None:
-  """Follows one pickle with a stack that holds only how many values each of its values is made of.
+  """Follows one pickle with a stack that holds, for each value, only how many it is made of.
 
-  Leaves the file behind the pickle.
+  The file is left at the end of the pickle.
 
   Raises:
-    ValueError: an opcode or a memo index that `torch.save` does not write, more values than any
-      checkpoint has, or a stack that does not work out.
+    ValueError: for an opcode or a memo index that `torch.save` does not write, for more values than
+      any checkpoint has, or for a stack that does not work out.
   """
   stack: list[list[int] | None] = []  # None is a mark
   memo: dict[int, list[int]] = {}
@@ -70,7 +70,7 @@ def check(file: BinaryIO) -> None:
 
 
 def _made(step: _Step, stack: list[list[int] | None]) -> list[int] | None:
-  """What a step leaves on the stack anew, after it has taken its own from there."""
+  """Takes a step's values from the stack; returns the new value that the step makes, if any."""
   held = 1
   if step.above_mark:
     while (value := stack.pop()) is not None:

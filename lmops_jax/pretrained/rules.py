@@ -27,8 +27,8 @@ class Rule(NamedTuple):
       `split` and `join` see them without that axis.
     split: their array to ours.
     join: ours to their array, the inverse of `split`.
-    shape: of their tensor; None is that of the one leaf.
-    first: number of the layer that comes first in the leaves.
+    shape: the shape of their tensor; None is that of the one leaf.
+    first: the number of the layer that comes first in the leaves.
   """
 
   theirs: str
@@ -56,7 +56,7 @@ def under(part: str, rules: Sequence[Rule]) -> list[Rule]:
 
 
 def same(theirs: str, ours: str, shape: Sequence[int] | None = None) -> Rule:
-  """The same numbers in the same order; `shape` where ours has more axes."""
+  """The same numbers in the same order; `shape` is given if ours has more axes."""
 
   def split(x):
     return [x if shape is None else x.reshape(shape)]
@@ -122,7 +122,7 @@ def mlp_rules(config: TransformerConfig, up: str, down: str, gate: str | None = 
 
 
 def norm_rules(config: TransformerConfig, theirs: str, ours: str) -> list[Rule]:
-  """A norm's scale, and its bias where it has one."""
+  """A norm's scale, and its bias if it has one."""
   rules = [same(f"{theirs}.weight", f"{ours}/scale")]
   if config.norm == "layer":
     rules.append(same(f"{theirs}.bias", f"{ours}/bias"))

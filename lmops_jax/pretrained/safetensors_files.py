@@ -43,7 +43,7 @@ _FETCH = "fetch the file again"
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
-  """Every tensor of a file as a read-only view of the mapped file; reads the header alone.
+  """Every tensor of a file as a read-only view of the mapped file; only the header is read.
 
   Raises:
     ValueError: no safetensors file, a damaged or truncated one, or a dtype that NumPy lacks.
@@ -107,7 +107,7 @@ def _without_repeats(path, pairs):
 
 @functools.cache
 def _schema():
-  """Of one tensor in the header."""
+  """The schema of one tensor in the header."""
   from pydantic import BaseModel, Field
 
   Size = Annotated[int, Field(ge=0)]
@@ -188,8 +188,8 @@ def write_safetensors(
     The files written, the index last.
 
   Raises:
-    ValueError: something of that name is there, the disk is full or not writable, a dtype that the
-      format lacks, or an array that is not what was announced. No file is left behind.
+    ValueError: if something of that name is there, the disk is full or not writable, the format
+      lacks a dtype, or an array is not what was announced. No file is left behind.
   """
   path = Path(path)
   planned = _planned(tensors)

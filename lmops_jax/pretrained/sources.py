@@ -47,11 +47,11 @@ class TensorSource:
     return list(self._opened())
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """As NumPy has it: a matrix of PyTorch or GGUF is `(outputs, inputs)`."""
+    """The shape as NumPy has it: a matrix of PyTorch or GGUF is `(outputs, inputs)`."""
     return tuple(self._find(name).shape)
 
   def dtype(self, name: str) -> np.dtype:
-    """Of what `read` gives: bfloat16 and float8 are those of ml_dtypes, quantised is float32."""
+    """The dtype of what `read` gives: bfloat16 and float8 of ml_dtypes, float32 if quantised."""
     return self._find(name).dtype
 
   def read(self, name: str) -> np.ndarray:

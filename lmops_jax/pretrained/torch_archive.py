@@ -1,7 +1,7 @@
 """The zip archive of `torch.save`: which entries it has, where they lie, what they inflate to.
 
-torch stores its entries, so that they can be mapped; what another tool compressed is inflated when
-it is read, within a limit that the archive's directory is held against first.
+torch stores its entries, so that they can be mapped. An entry that another tool compressed is
+inflated when it is read, after the sizes in the archive's directory were checked against a limit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 MAGIC = b"PK\x03\x04"
-CONVERT = "where you trust it, load it with torch and save its state dict as safetensors"
+CONVERT = "if you trust it, load it with torch and save its state dict as safetensors"
 _LOCAL_HEADER_BYTES, _ORDER_BYTES = 30, 8
 _ENCRYPTED = 1  # a flag of an entry
 
@@ -42,7 +42,7 @@ class Compressed:
     try:
       with zipfile.ZipFile(self._path) as archive:
         return np.frombuffer(_inflated(archive, self._entry), np.uint8)
-    except Exception as error:  # whatever damaged bytes make of zlib
+    except Exception as error:  # damaged bytes can make zlib raise any
       raise ValueError(
         f"{self._path} has a damaged entry {self._entry.filename} ({error}); fetch the file again."
       ) from error
@@ -51,15 +51,15 @@ class Compressed:
 def read(
   path: Path, data: np.ndarray, max_inflated_bytes: int
 ) -> tuple[bytes, Callable[[str], np.ndarray | Compressed]]:
-  """The pickle, and what gives the bytes of a storage by its key.
+  """The pickle, and a function that gives the bytes of a storage by its key.
 
   Args:
     data: the mapped file.
     max_inflated_bytes: the most that the pickle and the compressed entries may hold together.
 
   Raises:
-    RefusedError: more than that, no or several pickles, entries that cannot be read or say two
-      things about themselves, or a big-endian machine.
+    RefusedError: if they hold more, if there is no pickle or several, if entries cannot be read or
+      contradict themselves, or if a big-endian machine wrote the file.
   """
   with zipfile.ZipFile(path) as archive:
     entries = {entry.filename: entry for entry in archive.infolist()}
@@ -132,7 +132,7 @@ def _check_entries(
     raise RefusedError(
       f"{path} takes {total:,} bytes when it is inflated, its entry {largest} alone "
       f"{inflated[largest]:,}, and pretrained.load.max_inflated_bytes={max_inflated_bytes:,} is "
-      "all that it may; take the model as safetensors, or raise the limit where you trust the file."
+      "all that it may; take the model as safetensors, or raise the limit if you trust the file."
     )
 
 
@@ -146,7 +146,7 @@ def _inflated(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def big_endian(path: Path) -> RefusedError:
-  """The refusal of a file of such a machine."""
+  """The refusal of a file that a big-endian machine wrote."""
   return RefusedError(
     f"{path} was written on a big-endian machine; save the model anew on a little-endian one, or "
     "take it as safetensors."

@@ -63,14 +63,14 @@ def map_torch_file(
 
   Values that are not tensors (an epoch, options) are left out. A state dict inside another dict is
   found under state_dict, model_state_dict, model or module. Strides are kept, and tensors that
-  share storage share it here. torch itself stores; what another tool compressed is inflated when
-  it is read.
+  share storage share it here. torch itself compresses nothing; what another tool compressed is
+  inflated when it is read.
 
   Args:
     max_inflated_bytes: the most that the pickle and the compressed entries may hold together.
 
   Raises:
-    ValueError: the file asks for more than plain tensors need, is damaged or truncated, was
+    ValueError: if the file asks for more than plain tensors need, is damaged or truncated, was
       written on a big-endian machine, inflates to more than it may, or holds no named tensors.
   """
   data = np.memmap(path, np.uint8, mode="r")
@@ -92,7 +92,7 @@ def map_torch_file(
       f"{path} is damaged or truncated: the directory that ends its zip archive cannot be read; "
       "fetch the file again."
     ) from error
-  except Exception as error:  # whatever the bytes of a damaged file make of pickle
+  except Exception as error:  # damaged bytes can make pickle raise any
     raise ValueError(
       f"{path} is not a readable file of torch.save ({type(error).__name__}: {error}); fetch the "
       "file again."
@@ -223,9 +223,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable]:
-  """The pickled object, and what gives the bytes of a storage.
+  """The pickled object, and a function that gives the bytes of a storage.
 
-  Such a file holds five pickles, then of each storage its number of elements and its bytes."""
+  Such a file holds five pickles, then for each storage its number of elements and its bytes."""
   with path.open("rb") as file:
     try:
       known = [_load(file, path)[0] for _ in range(2)] == [_LEGACY_MAGIC, _LEGACY_PROTOCOL]

@@ -23,11 +23,11 @@ _BPE = 2  # sentencepiece's trainer_spec.model_type
 
 
 def tokenizer_of(vocabulary: vocabularies.Vocabulary) -> Tokenizer:
-  """The tokenizer with the same ids, which puts BOS before a text as instances begin with it.
+  """The tokenizer with the same ids, which puts BOS before a text because instances begin with it.
 
   Raises:
-    ValueError: a kind of vocabulary that no `tokenizer.json` says: SentencePiece models other than
-      BPE, or with fairseq's ids.
+    ValueError: for a kind of vocabulary that no `tokenizer.json` can hold: SentencePiece models
+      other than BPE, or with fairseq's ids.
   """
   if isinstance(vocabulary, vocabularies.HuggingFaceVocabulary):
     backend = FastBackend(
@@ -78,7 +78,7 @@ def _special(vocabulary, text_of) -> dict[str, str]:
 
 
 def _metadata(vocabulary: vocabularies.SentencePieceVocabulary) -> dict:
-  """A SentencePiece model in the words of GGUF, which number kinds of tokens alike."""
+  """A SentencePiece model under the keys of GGUF; both number the kinds of tokens alike."""
   from sentencepiece import sentencepiece_model_pb2
 
   model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.file.read_bytes())

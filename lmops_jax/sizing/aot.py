@@ -32,9 +32,9 @@ class Program:
   Attributes:
     name: for people.
     lower: `() -> jax.stages.Lowered`, called with the mesh in use.
-    flops: of one call on all devices, counted analytically (see `sizing.flops`).
+    flops: operations of one call on all devices, counted analytically (see `sizing.flops`).
     steps: optimizer steps of one call.
-    bytes_beside: held on each device while the program runs, without being its argument.
+    bytes_beside: bytes held on each device while the program runs, without being its argument.
     branch_shares: see `hlo.count`.
     remedies: settings that lower its memory, the best first.
   """
@@ -53,14 +53,14 @@ class Compiled:
   """What compiling a program told.
 
   Attributes:
-    program: that was compiled.
-    argument_bytes, output_bytes, temporary_bytes, code_bytes: of one device; outputs that reuse an
-      argument's memory are not counted.
-    host_bytes: of host memory, for one device.
-    counts: of one call on one device; None where the compiler refused the program for its memory.
-    seconds: of lowering and compiling.
-    needed_bytes: on one device, with what is held beside the program; the compiler's own figure
-      where it refused.
+    program: the program that was compiled.
+    argument_bytes, output_bytes, temporary_bytes, code_bytes: bytes on one device; outputs that
+      reuse an argument's memory are not counted.
+    host_bytes: bytes of host memory, for one device.
+    counts: what one call does on one device; None if the compiler refused it for its memory.
+    seconds: how long lowering and compiling took.
+    needed_bytes: bytes on one device, with what is held beside the program; if the compiler
+      refused, by its own figure.
   """
 
   program: Program
@@ -81,7 +81,7 @@ def compile_program(program: Program, partitioner: Partitioner) -> Compiled:
   """Compiles for the devices of the partitioner's mesh.
 
   Raises:
-    CompilerError: the compiler fails for another reason than memory.
+    CompilerError: if the compiler fails for another reason than memory.
   """
   began = time.monotonic()
   try:

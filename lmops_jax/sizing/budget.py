@@ -10,7 +10,7 @@ import jax
 
 
 class Memory(NamedTuple):
-  """Bytes that a device may give, None where unknown, and the host for each of its devices."""
+  """Bytes that a device may give, None if unknown, and the host for each of its devices."""
 
   device_bytes: float | None = None
   host_bytes: float = 0.0
@@ -22,13 +22,13 @@ class Phase:
 
   Attributes:
     name: for people.
-    num_params: of its model.
-    flops: in all, on all devices.
-    steps: that the FLOPs are of.
+    num_params: parameters of its model.
+    flops: operations in all, on all devices.
+    steps: how many steps these operations are for.
     parts: bytes on one device, by what they are.
     note: what else was decided, such as the trajectory policy.
     remedies: settings that lower its memory, the best first.
-    refusal: a sentence where it cannot run for another reason than the memory of a device.
+    refusal: a sentence if it cannot run for another reason than the memory of a device.
   """
 
   name: str
@@ -49,7 +49,7 @@ def memory_of(device: jax.Device, device_bytes: float | None = None) -> Memory:
   """What a device of this process has.
 
   Args:
-    device_bytes: taken where jax does not tell the device's memory, as on a CPU.
+    device_bytes: taken if jax does not tell the device's memory, as on a CPU.
   """
   try:
     stats = device.memory_stats() or {}

@@ -20,11 +20,12 @@ class Chip(NamedTuple):
   Attributes:
     memory_bytes: what programs may use. The compiler and the runtime keep the rest: libtpu 0.0.42
       offers 15.75 of 16 GiB on a v5e, 30.75 of 32 on a v4, 94.75 of 95 on a v5p, 31.25 of 32 on a
-      v6e; on a GPU jax takes nine tenths.
+      v6e; on a GPU nine tenths, which jax takes with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 (three
+      quarters without).
     flops_per_sec: dense bfloat16 peak.
-    bytes_per_sec: of the memory.
-    host_bytes: of the host's memory that one chip may use.
-    is_gpu: and no TPU.
+    bytes_per_sec: bandwidth of the memory.
+    host_bytes: bytes of the host's memory that one chip may use.
+    is_gpu: whether it is a GPU and no TPU.
   """
 
   memory_bytes: int

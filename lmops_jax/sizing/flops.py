@@ -11,7 +11,7 @@ from lmops_jax.models.transformer import TransformerConfig
 
 
 def matmul_params(config: TransformerConfig, *, unembedding: bool = True) -> int:
-  """Parameters in a matrix product with every token: no lookup, the output matrix if asked for."""
+  """Parameters that multiply every token: no looked-up ones; the output matrix if asked for."""
   attention = config.width * config.head_width * 2 * (config.num_heads + config.key_heads)
   mlp = (3 if config.gated_mlp else 2) * config.width * config.mlp_width
   blocks = config.num_layers * (attention + mlp)

@@ -2,8 +2,8 @@
 
 XLA's own cost analysis counts the body of a loop once, and a scanned model is nearly all loop. Here
 every computation is counted as often as it runs: loops by the trip count that the HLO states or
-that follows from a counter compared with a constant; of a conditional the branch with the most
-arithmetic, at each time or for a share of the times that the caller knows.
+that follows from a counter compared with a constant; conditionals by the branch with the most
+arithmetic, each time or for a share of the times that the caller gives.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Counts:
   """What one device does in one call of a program.
 
   Attributes:
-    product_flops: of matrix products and convolutions; kernels (custom calls) are not in it.
+    product_flops: operations of matrix products and convolutions, not of kernels (custom calls).
     collectives: by kind.
     num_kernels: Pallas and other custom kernels run.
     unknown_loops: loops whose trip count the HLO does not tell, counted as one trip.
@@ -53,7 +53,7 @@ class Counts:
   unknown_loops: int = 0
 
   def add(self, other: Counts, times: float = 1.0) -> None:
-    """Adds what runs `times` times."""
+    """Adds what `other` does in `times` calls."""
     self.product_flops += times * other.product_flops
     self.num_kernels += times * other.num_kernels
     self.unknown_loops += other.unknown_loops
@@ -67,8 +67,8 @@ def count(text: str, branch_shares: Mapping[str, float] | None = None) -> Counts
   """Counts the program whose optimised HLO is `text` (`compiled.as_text()`).
 
   Args:
-    branch_shares: part of a conditional's `op_name` (a `jax.named_scope` in front of it) to the
-      share of times at which its costly branch runs; 1 for others.
+    branch_shares: from part of a conditional's `op_name` (a `jax.named_scope` in front of it) to
+      the share of times at which its costly branch runs; 1 for others.
   """
   module = _Module(text, dict(branch_shares or {}))
   return module.of(module.entry)
@@ -164,7 +164,7 @@ class _Module:
     return total
 
   def _begins(self, collective: _Instruction, computation: dict[str, _Instruction]) -> bool:
-    """False where a collective that runs beside other work is shown again.
+    """False if a collective that runs beside other work is shown again.
 
     TPUs spread one over a chain of fusions, each of which repeats it; only the first starts it.
     """
@@ -200,7 +200,7 @@ class _Module:
     return max(0, -(-(limit - start) // step))
 
   def _start(self, loop, outside, index) -> int:
-    """The counter's first value; 0 where the HLO does not show it, as every scan has it."""
+    """The counter's first value; 0, as in every scan, if the HLO does not show it."""
     initial = outside.get(loop.operands[0])
     if initial is None or initial.opcode != "tuple":
       return 0
@@ -210,7 +210,7 @@ class _Module:
     return _constant(value) or 0
 
   def _step(self, body: str, index: int) -> int:
-    """What a trip adds to the counter; 1 where the HLO does not show it."""
+    """What a trip adds to the counter; 1 if the HLO does not show it."""
     computation = self._computations.get(body, {})
     root = computation.get(self._roots.get(body, ""))
     if root is None or root.opcode != "tuple":

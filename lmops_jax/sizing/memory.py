@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
   environment variable GLIBC_TUNABLES=glibc.malloc.hugetlb=1 has a like effect from outside.
 
   Returns:
-    Whether it took effect; False where the C library is not glibc.
+    Whether it took effect; False if the C library is not glibc.
   """
   if not sys.platform.startswith("linux"):
     return False

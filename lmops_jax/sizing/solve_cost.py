@@ -40,8 +40,8 @@ def solve_passes(
   Args:
     optimizer: decides whether the reverse pass needs the gradient again: clipping, Adam and sums
       with a traced learning rate do, plain SGD with momentum and decay does not.
-    params: of its state, arrays or shapes.
-    num_steps: T. options: of the solve. in_segments: whether it has a store.
+    params: the run's parameters, arrays or shapes.
+    num_steps: T. options: the solve's. in_segments: whether it has a store.
   """
   checks.optimizer(optimizer)
   checks.integer(num_steps, "num_steps", 1)
@@ -59,7 +59,7 @@ def solve_passes(
 
 
 def num_scored(num_steps: int, options: SolveOptions) -> int:
-  """Times that a solve scores all proxies."""
+  """How many times a solve scores all proxies."""
   return options.proxy_samples or options.groups or -(-num_steps // options.every_k)
 
 
@@ -74,7 +74,7 @@ def segment_passes(
   """What one segment of a solve with a store computes, in either pass.
 
   Args:
-    num_steps: of the segment. num_scored: times that it scores all proxies, on average.
+    num_steps: steps of the segment. num_scored: how often it scores all proxies, on average.
   """
   if not is_reverse:
     return Passes(GRADIENT * num_steps, 0, 0)

@@ -25,13 +25,13 @@ class SolveBytes(NamedTuple):
   costate: float  # P
   cotangents: float  # P + O
   accumulators: float  # 2 P, with micro-batches 3 P, and 2 P more for groups
-  given: float  # P, where the solve began, which its caller holds
-  gathered: float = 0  # whole parameters, direction, both sums, where they are split but for a step
+  given: float  # P, the first parameters, which the caller of the solve holds
+  gathered: float = 0  # whole parameters, direction, both sums, if only a step has them whole
 
 
 def solve_bytes(params_bytes: float, opt_bytes: float, *, micro_batches: bool, groups: bool,
                 whole_bytes: float = 0) -> SolveBytes:
-  """The parts for these sizes; `whole_bytes` of parameters gathered by each device in a step."""
+  """The parts for these sizes; in a step each device gathers parameters of `whole_bytes`."""
   sums = 2 + micro_batches + 2 * groups
   return SolveBytes(
     params_bytes, opt_bytes, params_bytes, params_bytes + opt_bytes, sums * params_bytes,
@@ -39,7 +39,7 @@ def solve_bytes(params_bytes: float, opt_bytes: float, *, micro_batches: bool, g
 
 
 def host_bytes(params_bytes: float, opt_bytes: float, num_segments: int) -> float:
-  """Of host memory for a device: the state that each segment starts from, and params_T."""
+  """Bytes of host memory for a device: the state that each segment starts from, and params_T."""
   return num_segments * (params_bytes + opt_bytes) + params_bytes
 
 
@@ -48,14 +48,14 @@ def choose_trajectory(state_bytes: float, num_steps: int, device_bytes_free: flo
   """The policy that recomputes least in the memory that is free.
 
   Args:
-    state_bytes: of one state on one device. num_steps: whose states are wanted, T >= 1.
-    device_bytes_free: on each device beside everything else that a reverse step needs.
-    host_bytes_free: of host memory for each device; 0 where the host has none to give.
+    state_bytes: size of one state on one device. num_steps: T >= 1, how many states are wanted.
+    device_bytes_free: free on each device beside everything else that a reverse step needs.
+    host_bytes_free: free host memory for each device; 0 if the host has none to give.
   Returns:
-    "all" where T states fit on the device; else "host" where they fit in host memory and two (the
-    one at work on, the next on its way) on the device; else the largest number of slots that fit.
+    "all" if T states fit on the device; else "host" if they fit in host memory and two (the one in
+    use and the next on its way) on the device; else the largest number of slots that fit.
   Raises:
-    ValueError: where not even one state fits.
+    ValueError: if not even one state fits.
   """
   if num_steps < 1 or not state_bytes > 0:
     raise ValueError(f"num_steps={num_steps} and state_bytes={state_bytes} must be positive.")

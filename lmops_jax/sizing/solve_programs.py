@@ -1,8 +1,8 @@
 """The two programs that a solve with a store runs again and again, from shapes alone.
 
-It calls one compiled program for each segment of the forward pass and one for
-each segment of the reverse pass. Here the same programs are lowered for abstract values that carry
-the shardings of a mesh, so that they can be compiled for devices that are not there.
+Such a solve calls one compiled program for every segment of the forward pass and another for every
+segment of the reverse pass. Here the same programs are lowered for abstract values that carry the
+shardings of a mesh, so that they can be compiled for devices that are not there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lmops_jax.control.training_run import TrainingRun, shardings_of
 
 
 class SegmentPrograms(NamedTuple):
-  """Lowers one segment of a pass; call it inside the mesh's context.
+  """Functions that lower one segment of a pass; call them inside the mesh's context.
 
   Attributes:
     forward, reverse: `() -> jax.stages.Lowered`.
@@ -71,7 +71,7 @@ def segment_programs(
 
 
 def abstract_state(optimizer: Any, params: Any) -> State:
-  """The first state of a solve: optimizer state in the parameters' image placed like them."""
+  """The first state of a solve; optimizer state in the parameters' image is placed like them."""
   state = jax.eval_shape(lambda p: init_state(optimizer.init, optimizer.update, p), params)
   opt_state = map_images(lambda image: _placed(image, params), state.opt_state, params)
   return State(_placed(state.params, params), opt_state)

@@ -55,8 +55,8 @@ class Stage:
     run: does the work; writes into `context.directory` only, reads `context.input(...)` only.
     inputs: names of the stages that it reads.
     settings: all that its output depends on besides its inputs, readable name to readable value.
-    together: whether all processes of a job run it, as what computes on their devices must; else
-      the first one does while the others wait.
+    together: whether all processes of a job run it, as they must to compute on their devices; else
+      the first one runs it while the others wait.
   """
   name: str
   run: Callable[["StageContext"], None]
@@ -79,10 +79,10 @@ class Group:
   """The processes of one job that share a workdir.
 
   Attributes:
-    index: of this process. count: of all.
+    index: this process's. count: how many processes there are.
     barrier: waits for all of them at a label.
-    check: called by all of them before a stage; raises where the job is asked to stop.
-    council: in which they agree on what they run.
+    check: called by all of them before a stage; raises if the job is asked to stop.
+    council: lets them agree on what they run.
   """
   index: int = 0
   count: int = 1
@@ -95,12 +95,12 @@ class StageContext:
   """What a running stage sees.
 
   Attributes:
-    name: of the stage.
+    name: the stage's.
     directory: the partial folder to write into. It holds what an interrupted attempt with the same
       fingerprint left there.
     flops: floating-point operations, to be added to.
     extra: JSON-able values that the manifest keeps under "extra".
-    settings: of the stage, readable name to readable value.
+    settings: the stage's, readable name to readable value.
     group: the processes that run this stage together.
   """
 
@@ -147,7 +147,7 @@ def ordered(stages: Sequence[Stage]) -> list[Stage]:
   """The stages with inputs before their readers, otherwise in the given order.
 
   Raises:
-    StageError: a bad, repeated or nested name, an unknown input, a circle.
+    StageError: for a bad, repeated or nested name, an unknown input, or a circle.
   """
   by_name: dict[str, Stage] = {}
   for stage in stages:
@@ -228,18 +228,18 @@ def run_stages(stages: Sequence[Stage], workdir: str | os.PathLike, *,
 
   Args:
     stages: all stages of the run, in any order.
-    workdir: made where it does not exist; must be empty or belong to the same system.
-    only: names or leading parts of names; the others must be finished where these read them.
+    workdir: made if it does not exist; must be empty or belong to the same system.
+    only: names or leading parts of names; other stages that these read must be finished.
     system: name of the system, kept in the workdir.
     group: this process among those of the job; all of them must call this with the same arguments,
-      and all end where these differ.
+      and all end if these differ.
     config: the resolved configuration, kept in the workdir as config.gin.
 
   Returns:
     One record for each chosen stage, in the order in which they ran.
 
   Raises:
-    StageError: see the class; also where the processes of the job disagree. What a stage raises
+    StageError: see the class; also if the processes of the job disagree. What a stage raises
       passes through with a note that names the stage, except that a full disk becomes a StageError
       that names the path.
   """
@@ -272,7 +272,7 @@ def read_manifest(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
   files (path to size and hash), extra.
 
   Raises:
-    StageError: the stage is not finished or its manifest is damaged.
+    StageError: if the stage is not finished or its manifest is damaged.
   """
   folder = Path(workdir) / name
   if not (folder / MANIFEST).is_file():
@@ -360,7 +360,7 @@ def _follow(workdir: Path, stage: Stage, group: Group) -> StageRecord:
 
 
 class _Attempt:
-  """Keeps the seconds and flops of a running attempt on disk, for the case that it is killed."""
+  """Keeps the seconds and flops of a running attempt on disk, in case it is killed."""
 
   def __init__(self, context: StageContext, attempt: dict[str, Any]):
     self._context, self._attempt = context, attempt

@@ -35,7 +35,7 @@ class Fingerprinted(Protocol):
   """A component made from more than its settings: files, weights, a program."""
 
   def fingerprint(self) -> str:
-    """Differs if what it is made from does; empty if its settings say everything."""
+    """A text that differs if what it is made from does; empty if its settings say everything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,12 @@ class Stage:
     run: does the work; writes into `context.directory` only, reads `context.input(...)` only.
     inputs: names of the stages that it reads.
     reads: dotted names of the settings that it reads, see the module.
-    seed: of this stage, if it does not stand among the settings.
-    together: whether all processes of a job run it, as what computes on their devices must; else
-      the first one does while the others wait.
+    seed: the stage's own, if it does not stand among the settings.
+    together: whether all processes of a job run it, as they must to compute on their devices; else
+      the first one runs it while the others wait.
     result: what the last lines of a run call its folder; empty if they leave it out.
+    checks: dotted names of settings that it reads only to refuse early, or to announce, what a
+      later stage will refuse. What it writes must not depend on them.
   """
   name: str
   run: Callable[[pipeline.StageContext], None]
@@ -59,6 +61,7 @@ class Stage:
   seed: int | None = None
   together: bool = True
   result: str = ""
+  checks: tuple[str, ...] = ()
 
 
 def resolve_stages(
@@ -67,13 +70,13 @@ def resolve_stages(
   """The stages with all that their outputs depend on, for `pipeline.run_stages`.
 
   Args:
-    system: as built from `settings`.
-    stages: of the system.
+    system: what was built from `settings`.
+    stages: the system's.
     settings: the resolved settings of the system.
 
   Raises:
-    StageError: a stage reads a name that the system does not have.
-    ValueError: a component refuses to be fingerprinted, such as for a file that cannot be read.
+    StageError: if a stage reads a name that the system does not have.
+    ValueError: if a component refuses to be fingerprinted, such as for a file that cannot be read.
   """
   @functools.cache  # many stages read the same, and a fingerprint may read a whole corpus
   def read(name: str) -> dict[str, str] | None:

@@ -33,7 +33,7 @@ from lmops_jax.host.whole_files import SEAL, WRITING, sync_folder, write_json, w
 
 LOG, CONFIG, _LOCK = "log.txt", "config.gin", ".lock"
 PARTIAL, REPLACED, DISCARDED = ".partial", ".replaced", ".discarded"
-_SIGN = ".job-"  # and a name that nobody has seen before
+_SIGN = ".job-"  # followed by a name that is new each time
 _FORMAT = 1
 
 
@@ -120,7 +120,7 @@ class Workdir:
 
   @contextlib.contextmanager
   def signed(self) -> Iterator[str]:
-    """Inside, a file of the name that this yields tells other processes the folder by its sight.
+    """Inside, other processes that see a file of the yielded name see this folder.
 
     The name is new each time: what a network file system knows of older names says nothing of it.
     """
@@ -156,7 +156,7 @@ class Workdir:
         _remove(leftover)
 
   def finished(self, name: str) -> dict[str, Any] | None:
-    """The manifest of a finished stage, None where there is none."""
+    """The manifest of a finished stage, None if there is none."""
     final = self.final(name)
     if not final.exists():
       return None
@@ -167,7 +167,7 @@ class Workdir:
 
   def begin(self, name: str, identity: Mapping[str, Any],
             finished: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
-    """Prepares a stage's partial folder, keeping it where it belongs to the same fingerprint.
+    """Prepares a stage's partial folder, keeping it if it belongs to the same fingerprint.
 
     Args:
       finished: the manifest of an earlier, now outdated output.

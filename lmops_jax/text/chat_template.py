@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MAX_REASON = 500  # characters of what a template itself says
-_OPEN_END = "\ue123 "  # for private use, and a blank, which a template that trims takes away
+_OPEN_END = "\ue123 "  # a character for private use, and a blank, which trimming takes away
 
 
 def render(
@@ -37,8 +37,8 @@ def render(
     variables: what else the template may ask for, such as `bos_token` or `tools`.
 
   Raises:
-    ValueError: no messages, one without a role, or a template that does not compile, objects, or
-      does more than a published one would.
+    ValueError: if there are no messages, one has no role, or the template does not compile,
+      objects, or does more than a published one would.
   """
   import jinja2
 
@@ -73,10 +73,10 @@ def render_open(
 ) -> str:
   """As `render`, up to the end of the last message's content, which the model is to go on with.
 
-  Blanks at its end are there if the template leaves them.
+  Blanks at the end of that content stay if the template leaves them.
 
   Raises:
-    ValueError: as `render`; or the template leaves out the content of the last message.
+    ValueError: as `render`; or if the template leaves out the content of the last message.
   """
   messages = [_checked(i, message) for i, message in enumerate(messages)]
   if not messages or not isinstance(messages[-1].get("content"), str):
@@ -144,7 +144,7 @@ def choose(value: str | Mapping[str, str] | None, where: str) -> str | None:
   """The template among what a file holds: a text, or a mapping of named ones.
 
   Raises:
-    ValueError: several, and none is named "default".
+    ValueError: if there are several and none is named "default".
   """
   if not value or isinstance(value, str):
     return value or None

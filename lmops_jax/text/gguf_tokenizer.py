@@ -2,7 +2,7 @@
 
 Two kinds are read: "gpt2", byte-level BPE with merges, whose way of splitting text into words the
 file names (`tokenizer.ggml.pre`); and "llama", a SentencePiece vocabulary whose scores order the
-merges. What a file leaves open is as llama.cpp takes it.
+merges. What a file leaves open is decided as in llama.cpp.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _IDS = {
 }
 _PREFIX = "tokenizer.ggml."
 _STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_MAX_TOKEN_CHARACTERS = 1024  # of one that merges are made for, which takes their square
+_MAX_TOKEN_CHARACTERS = 1024  # of a token; making its merges takes their square
 
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -240,7 +240,7 @@ def _sentencepiece(fields: _Fields, tokens: list[str], types: list[int]):
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-  """Every way to put a token together from two others; the better the token, the earlier."""
+  """Every way to put a token together from two others; merges of better tokens come first."""
   merges = []
   for order, (token, score) in enumerate(scores.items()):
     for at in range(1, len(token)):

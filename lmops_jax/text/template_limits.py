@@ -1,7 +1,7 @@
 """A Jinja sandbox that counts: other people's templates end, and make nothing large.
 
-Every round of a loop, every call, filter and operator takes steps from a budget, and what makes a
-text or a list takes more the larger it is. What could make something huge in one go (`'a' * 10**9`,
+Every round of a loop, every call, filter and operator takes steps from a budget; to make a text or
+a list takes more the larger it is. What could make something huge in one go (`'a' * 10**9`,
 `'%0999999999d' | format(1)`, lists that hold themselves) is foreseen from its arguments and refused
 before it is run. A template inside the limits gives the text that it gives without them.
 """
@@ -51,7 +51,7 @@ def _metered_test(name: str, function: Callable) -> Callable:
 
 
 class _Namespace(utils.Namespace):
-  """Written out without what it holds, which may change after it was measured."""
+  """A namespace whose text leaves out what it holds: that may change after it was measured."""
 
   def __repr__(self) -> str:
     return "<Namespace>"
@@ -102,7 +102,7 @@ def run(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
   """The text that a template of `compiled` makes of variables.
 
   Raises:
-    LimitError: it does too much, or writes more than `template_meter.MAX_CHARACTERS`.
+    LimitError: if it does too much, or writes more than `template_meter.MAX_CHARACTERS`.
   """
   token = _meter.set(Meter())
   try:

@@ -1,4 +1,4 @@
-"""What a chat template may do: steps it takes, and sizes of what it makes.
+"""What a chat template may do: how many steps it takes, and how large its values get.
 
 Sizes are foreseen from the arguments of an operation, before it is run.
 """
@@ -23,11 +23,11 @@ _HOLDERS = (utils.Namespace, runtime.LoopContext, utils.Cycler, utils.Joiner)
 
 
 class LimitError(Exception):
-  """What a template does too much of, as the end of a sentence that begins with it."""
+  """What a template does too much of, worded as the end of a sentence about the template."""
 
 
 class _Size(NamedTuple):
-  """Of a value as it is written out: what occurs twice counts twice."""
+  """The size of a value as it is written out: what occurs twice counts twice."""
 
   entries: int
   characters: int
@@ -43,7 +43,7 @@ class Meter:
 
   def __init__(self):
     self._steps = 0
-    self._sizes: dict[int, tuple[Any, _Size]] = {}  # of lists and mappings, which nothing changes
+    self._sizes: dict[int, tuple[Any, _Size]] = {}  # lists and mappings, which nothing changes
 
   def spend(self, steps: int) -> None:
     self._steps += steps
@@ -51,7 +51,7 @@ class Meter:
       raise LimitError(f"takes more than {MAX_STEPS:,} steps")
 
   def foresee(self, total: int) -> None:
-    """Refuses what would have so many characters and entries."""
+    """Refuses a value of `total` characters and entries if those are too many."""
     if total > MAX_CHARACTERS:
       raise LimitError(f"makes a value of more than {MAX_CHARACTERS:,} characters or entries")
 
@@ -107,7 +107,7 @@ class Meter:
         self.spend(size.entries + size.characters // _COMPARED_A_STEP)
 
   def made(self, value: Any) -> Any:
-    """Pays for a new value; gives it back, a generator as one that pays for what it gives."""
+    """Pays for a new value and gives it back; a generator comes back as one that pays by itself."""
     if isinstance(value, GeneratorType):
       return self._each(value)
     if isinstance(value, _TEXTS):
@@ -191,7 +191,7 @@ _PERCENT = re.compile(r"%(?:\([^)]*\))?([-#0 +]*(?:\d+|\*)?(?:\.(?:\d+|\*)?)?)")
 
 
 def _percent(meter: Meter, values: Sequence[Any]) -> int:
-  """Of `values[0] % values[1:]`."""
+  """The foreseen size of `values[0] % values[1:]`."""
   text, rest = str(values[0]), values[1:]
   found = _PERCENT.findall(text)
   widths = "".join(f"{flags} " for flags in found)
@@ -204,7 +204,7 @@ def _flat(values: Sequence[Any]) -> list[Any]:
 
 
 def _braces(meter: Meter, values: Sequence[Any]) -> int:
-  """Of `values[0].format(*values[1:])`."""
+  """The foreseen size of `values[0].format(*values[1:])`."""
   text, rest = values[0], values[1:]
   inner = _flat([*rest, *(v for r in rest if isinstance(r, Mapping) for v in r.values())])
   length, fields = len(text), 0

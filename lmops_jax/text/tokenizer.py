@@ -29,9 +29,9 @@ class Tokenizer:
   """Text to ids and back, as one published model does it.
 
   Attributes:
-    path: of the model: a folder or a `.gguf` file.
+    path: the model's folder or `.gguf` file.
     special: texts of its special tokens by name, such as {"bos": "<s>", "eos": "</s>"}.
-    bos_id, eos_id, pad_id, unk_id: None where the model has no such token.
+    bos_id, eos_id, pad_id, unk_id: None if the model has no such token.
     stop_ids: ids that end a generated text: EOS, and what the model's configurations name.
     vocab_size: the largest id plus one.
     chat_template: Jinja source, or None.
@@ -67,11 +67,11 @@ class Tokenizer:
     return self.encode_batch([text], add_special)[0]
 
   def encode_batch(self, texts: Sequence[str], add_special: bool = True) -> list[list[int]]:
-    """Ids of many texts; several threads, which do not change the result."""
+    """Ids of many texts, made by several threads, which do not change the result."""
     return self._backend.encode_batch(texts, add_special)
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-    """Text of ids; what is beyond the vocabulary, as a padded output matrix has it, is left out."""
+    """Text of ids; ids beyond the vocabulary, which a padded output matrix has, are left out."""
     return self._backend.decode([int(i) for i in ids], skip_special)
 
   def token(self, identifier: int) -> str | None:
@@ -83,12 +83,12 @@ class Tokenizer:
     return self._backend.token_to_id(token)
 
   def check_fits(self, model_vocab_size: int) -> None:
-    """Checks that a model of so many ids has all that the tokenizer gives.
+    """Checks that a model with that many ids has all that the tokenizer gives.
 
     A larger model is right: embeddings are often padded.
 
     Raises:
-      ValueError: the tokenizer has more ids.
+      ValueError: if the tokenizer has more ids.
     """
     if self.vocab_size > model_vocab_size:
       raise ValueError(
@@ -114,7 +114,7 @@ class Tokenizer:
       variables: what else this template may ask for.
 
     Raises:
-      ValueError: the model has no chat template, its template refuses the messages, or both ends
+      ValueError: if the model has no chat template, its template refuses the messages, or both ends
         are asked for.
     """
     if self.chat_template is None:
@@ -146,11 +146,11 @@ class Tokenizer:
   def vocabulary(self, directory: Path | str) -> Vocabulary:
     """Writes the vocabulary into a folder, for data pipelines and (`data.as_seqio`) for seqio.
 
-    Without BOS or pad token EOS serves; an encoder's classification and separator tokens begin and
-    end its texts.
+    EOS serves if there is no BOS or pad token; an encoder's classification and separator tokens
+    begin and end its texts.
 
     Raises:
-      ValueError: no token that could end a document.
+      ValueError: if no token could end a document.
     """
     first = self.stop_ids[0] if self.stop_ids else None
     eos = _first(self.eos_id, self._special_id("sep"), first)
@@ -207,7 +207,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
       its folder `tokenizer`.
 
   Raises:
-    ValueError: nothing of these, a broken file, or a kind that is not known.
+    ValueError: if there is none of these, a file is broken, or its kind is not known.
   """
   path = Path(path).expanduser()
   if path.suffix == ".gguf" and not path.is_dir():

@@ -27,10 +27,10 @@ class FastBackend:
   def __init__(
     self, tokenizer, *, where: Path | str = "the tokenizer", word_end: str | None = None
   ):
-    """Tries it out.
+    """Tries the tokenizer out.
 
     Raises:
-      ValueError: naming `where`, for one that can encode nothing or has an id twice.
+      ValueError: if it can encode nothing or has an id twice; the sentence names `where`.
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -81,8 +81,8 @@ class Added(NamedTuple):
   """A token outside of a SentencePiece model's own segmentation.
 
   Attributes:
-    text, id: of it.
-    special: left out of decoded text.
+    text, id: the token's own.
+    special: whether decoded text leaves it out.
     lstrip, rstrip: whether it takes the blanks on that side with it.
   """
 
@@ -114,7 +114,7 @@ class SentencePieceBackend:
       before, after: ids that encoding puts around a text.
       fairseq: ids are those of fairseq's dictionary, see `vocabularies.fairseq_ids`.
       prefix_every_part: whether the part of a text that follows an added token begins a word, as
-        the whole text does where the model says so.
+        the whole text does if the model says so.
     """
     self.model = model
     self._processor = _open(model)

@@ -1,7 +1,7 @@
 """What the packages tokenizers and sentencepiece raise, as sentences that name the file.
 
-They raise plain Exceptions, and where the checks of tokenizers itself are missing its Rust code
-panics: that is no Exception in Python, so it passes every handler, and is printed before it comes.
+They raise plain Exceptions, and the Rust code of tokenizers panics at what it does not check. A
+panic is no Exception in Python, so it passes every handler, and is printed before it is raised.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _PROBES = ("", "a", "The 3 naïve cats' \n\t漢字🙂")
 def named(
   where: Path | str, what: str, advice: str = "fetch it again"
 ) -> Iterator[None]:
-  """Turns whatever the two packages raise within into a sentence; one that names the file passes.
+  """Turns what the two packages raise within into a sentence; an error naming the file passes.
 
   Args:
     where: the tokenizer's file.
-    what: is wrong with it, to follow its name.
+    what: what is wrong, worded to follow the file's name.
     advice: what to do.
 
   Raises:
@@ -46,7 +46,7 @@ def check(tokenizer, where: Path | str) -> None:
   """Tries a `tokenizers.Tokenizer` out, so that what would fail at every text fails here.
 
   Raises:
-    ValueError: it panics, or puts an id that it does not have around a text.
+    ValueError: if it panics, or puts an id that it does not have around a text.
   """
   with _quiet_panics(), named(where, "makes the tokenizers package fail"):
     for text in _PROBES:
@@ -67,7 +67,7 @@ def check_distinct(vocabulary: dict[str, int], where: Path | str) -> None:
   """Checks that no two tokens have one id.
 
   Raises:
-    ValueError: two have.
+    ValueError: if two have.
   """
   if len(set(vocabulary.values())) == len(vocabulary):
     return
@@ -83,7 +83,7 @@ def _is_panic(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _quiet_panics() -> Iterator[None]:
-  """Holds back what is written to standard error; drops it where a panic comes of it."""
+  """Holds back what is written to standard error; drops it if a panic comes."""
   sys.stderr.flush()
   with tempfile.TemporaryFile() as held:
     kept = os.dup(2)

@@ -39,12 +39,12 @@ class _Family(NamedTuple):
   """What a tokenizer class takes for granted.
 
   Attributes:
-    form: of its vocabulary: "bytes" (vocab.json, merges.txt), "words" (vocab.txt), "pieces" or
+    form: what its vocabulary is: "bytes" (vocab.json, merges.txt), "words" (vocab.txt), "pieces" or
       "fairseq" (SentencePiece).
-    special: its special tokens where the folder names none.
-    before, after: names of those that surround every text; None leaves it to `add_bos_token` and
-      `add_eos_token`.
-    add_bos: `add_bos_token` where the folder does not say.
+    special: its special tokens if the folder names none.
+    before, after: names of the tokens that surround every text; None leaves them to `add_bos_token`
+      and `add_eos_token`.
+    add_bos: `add_bos_token` if the folder does not say.
   """
 
   form: str
@@ -145,7 +145,7 @@ class _Settings:
     self.defaults = None if plain else _FAMILIES.get(self.class_name)
 
   def flag(self, name: str, default: bool | None) -> bool | None:
-    """What the folder says, null included, or the default where it says nothing."""
+    """What the folder says, null included, or the default if it says nothing."""
     return getattr(self.own, name) if name in self.own.model_fields_set else default
 
   def family(self, forms: tuple[str, ...], default: str) -> _Family:
@@ -172,7 +172,7 @@ class _Settings:
     return found
 
   def names(self, name: str) -> bool:
-    """Whether the folder says what a special token is, be it that there is none."""
+    """Whether the folder says what a special token is, or that there is none."""
     return f"{name}_token" in self.own.model_fields_set
 
   def added(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -229,7 +229,7 @@ def _tokens(values: Iterable[schemas.Token | None]) -> Iterator[dict[str, Any]]:
 
 
 def _checked(schema, path: Path):
-  """What a file holds, as its schema has it; of one that is missing, nothing."""
+  """What a file holds, read by its schema; a missing file holds nothing."""
   return checked(schema, read_json(path) if is_there(path) else {}, path)
 
 

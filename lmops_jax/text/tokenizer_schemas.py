@@ -1,7 +1,7 @@
-"""What may stand in the files around a vocabulary: one schema each, held against it once.
+"""What may stand in the files around a vocabulary: each file is checked once, against its schema.
 
-Only fields that are read have a place here; others may hold anything. Ids stay below 16 million,
-of which no vocabulary has a tenth, since who counts to the largest id would count to any.
+Only fields that are read have a place here; others may hold anything. Ids stay below 2^24, of which
+no vocabulary has a tenth: code that counts to the largest id would else count to any number.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _list(kind: Any) -> Any:
 
 
 def _mapping(kind: Any) -> Any:
-  """A mapping from texts, likewise."""
+  """A mapping from texts that is read up to its first wrong entry, too."""
 
   def entries(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     return {name: checked(kind, v, f"{info.field_name}.{name}") for name, v in value.items()}

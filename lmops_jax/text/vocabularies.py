@@ -26,7 +26,7 @@ class Vocabulary(abc.ABC):
 
   Attributes:
     vocab_size: number of ids; every id is in `0 .. vocab_size - 1`.
-    pad_id, bos_id, eos_id: always set; may coincide. unk_id: None where there is no such token.
+    pad_id, bos_id, eos_id: always set; may coincide. unk_id: None if there is no such token.
     fingerprint: hash of the model and of the special ids: two vocabularies with the same one give
       the same ids.
   """
@@ -45,7 +45,7 @@ class Vocabulary(abc.ABC):
 
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of many texts; several threads, which do not change the result."""
+    """Ids of many texts, made by several threads, which do not change the result."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of the ids, special ones left out.
@@ -133,8 +133,8 @@ class FairseqVocabulary(SentencePieceVocabulary):
 def fairseq_ids(pieces: Iterable[int]) -> list[int]:
   """Ids of fairseq's dictionary for pieces of a text.
 
-  It begins with <s>, <pad>, </s>, <unk>; a SentencePiece model with <unk>, <s>, </s>. What follows
-  is the same, one further.
+  The dictionary begins with <s>, <pad>, </s>, <unk>; a SentencePiece model begins with <unk>, <s>,
+  </s>. All later pieces have ids that are one larger.
   """
   return [_FAIRSEQ_UNK if piece == 0 else piece + 1 for piece in pieces]
 
@@ -187,7 +187,7 @@ def load_vocabulary(directory: Path | str) -> Vocabulary:
   """Opens a vocabulary that `write_vocabulary` has written.
 
   Raises:
-    ValueError: no vocabulary in `directory`, or its model is not the one that was written.
+    ValueError: if `directory` holds no vocabulary, or its model is not the one that was written.
   """
   directory = Path(directory)
   try:

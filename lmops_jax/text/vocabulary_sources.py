@@ -21,7 +21,8 @@ from lmops_jax.text import tokenizer_errors
 from lmops_jax.text.tokenizer import Tokenizer, load_tokenizer
 from lmops_jax.text.vocabularies import TOKENIZER_FILE, Vocabulary, write_vocabulary
 
-_MAX_LINE_BYTES = 4000  # the trainer leaves out longer ones
+_MAX_LINE = 4000  # characters, at most 4 bytes each
+_MAX_LINE_BYTES = 8000  # the trainer leaves out longer ones
 _COMMON_NAMES = {
   "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
   "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
@@ -43,16 +44,16 @@ class VocabularySource(Protocol):
 @component(module="data")
 @dataclasses.dataclass(frozen=True)
 class TrainSentencePiece:
-  """Trains a SentencePiece model on a sample of the corpus; lossless, bytes for what is rare.
+  """Trains a SentencePiece model on a sample of the corpus; lossless, rare characters are bytes.
 
   Text is taken as it is: no Unicode normalisation, no added space, runs of spaces and line breaks
-  are tokens, so that decoding gives the text back. pad 0, EOS 1, unk 2, BOS 3, as seqio likes it.
+  are tokens, so that decoding gives the text back. Pad is 0, EOS 1, unk 2, BOS 3, as seqio has it.
   The same texts in the same order give the same file, byte for byte.
 
   Attributes:
     vocab_size: number of ids, special ones and the 256 bytes included.
     sample_bytes: text to train on, chosen among the first `16 * sample_bytes` that are offered.
-    seed: of that choice.
+    seed: the seed of that choice.
     model_type: "bpe" or "unigram".
   """
 
@@ -91,7 +92,7 @@ class TrainSentencePiece:
         eos_id=1,
         unk_id=2,
         bos_id=3,
-        max_sentence_length=2 * _MAX_LINE_BYTES,
+        max_sentence_length=_MAX_LINE_BYTES,
         input_sentence_size=0,
         shuffle_input_sentence=False,
         num_threads=2,  # fixed: the unigram trainer sums floats by thread
@@ -109,7 +110,7 @@ class TrainSentencePiece:
     )
 
   def _sample(self, texts: Iterable[str]) -> list[str]:
-    """Whole texts, at least `sample_bytes` where there are so many, by a hash of (seed, text)."""
+    """Whole texts, at least `sample_bytes` if there are so many, by a hash of (seed, text)."""
     offered: list[tuple[int, str]] = []
     total = 0
     for text in texts:
@@ -132,12 +133,12 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
   """Lines of the texts, long ones cut into pieces that the trainer takes."""
   for text in texts:
     for line in text.split("\n"):
-      if len(line) <= _MAX_LINE_BYTES:
+      if len(line) <= _MAX_LINE and len(line.encode("utf-8", "replace")) <= _MAX_LINE_BYTES:
         if line and "\0" not in line:
           yield line
       else:
-        for start in range(0, len(line), _MAX_LINE_BYTES // 4):
-          yield line[start : start + _MAX_LINE_BYTES // 4].replace("\0", " ")
+        for start in range(0, len(line), _MAX_LINE // 4):
+          yield line[start : start + _MAX_LINE // 4].replace("\0", " ")
 
 
 @component(module="data")
@@ -172,8 +173,8 @@ class HuggingFaceTokenizer:
 
   Attributes:
     path: a `tokenizer.json`, or a folder with one.
-    bos, eos, pad: the texts of these tokens; None looks for the usual names. Without BOS or pad
-      token EOS serves.
+    bos, eos, pad: the texts of these tokens; None looks for the usual names. EOS serves if
+      there is no BOS or pad token.
   """
 
   path: Text
@@ -188,7 +189,7 @@ class HuggingFaceTokenizer:
     """Copies the tokenizer; `texts` are not read.
 
     Raises:
-      ValueError: no such file, not a tokenizer, or a special token that it does not have.
+      ValueError: if the file is missing, is no tokenizer, or lacks one of the given tokens.
     """
     del texts
     import tokenizers

@@ -73,18 +73,11 @@ def test_interrupted_training_goes_on(finished, corpus, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   describe = small_model.trained_vocabulary.describe_trained
-  train = small_model.loop.train
-
-  def few(*args, records, **kwargs):
-    records = dataclasses.replace(records, checkpoint_every=5)
-    return train(*args, records=records, **kwargs)
-
-  monkeypatch.setattr(small_model.loop, "train", few)
   monkeypatch.setattr(small_model.trained_vocabulary, "describe_trained", killed)
   with pytest.raises(KeyboardInterrupt):
-    _train(_small(corpus), tmp_path / "w")
+    _train(_small(corpus, checkpoint_every=5), tmp_path / "w")
   monkeypatch.setattr(small_model.trained_vocabulary, "describe_trained", describe)
-  record, folder = _train(_small(corpus), tmp_path / "w")
+  record, folder = _train(_small(corpus, checkpoint_every=5), tmp_path / "w")
   assert record.status == "resumed"
   want, got = (pretrained.load(str(f)).params() for f in (finished[1], folder))
   jax.tree.map(np.testing.assert_array_equal, got, want)

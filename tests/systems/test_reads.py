@@ -13,6 +13,7 @@ from lmops_jax.data.installed_text import InstalledText
 from lmops_jax.host.manifests import StageError
 from lmops_jax.stages import pipeline, skeleton
 from tests import model_folders
+from tests.systems import conftest
 
 FINETUNE = "train/finetune.gin"
 
@@ -176,3 +177,26 @@ def test_an_item_goes_by_the_singular_whatever_its_place(tmp_path):
 def test_a_name_that_the_system_does_not_have_is_refused(tmp_path, name):
   with pytest.raises(StageError, match=re.escape(f"stage 'work' reads {name!r}, which reads.Sys")):
     _settings(tmp_path, [name])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  size: int = 1
+  rate: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class _System:
+  part: _Part
+  parts: tuple[_Part, ...]
+
+
+def test_the_watch_over_stages_sees_what_they_read():
+  shared = _Part()
+  system = _System(shared, (_Part(2), shared))
+  with conftest.recorded(system) as reads:
+    assert system.part.size + system.parts[0].rate == 1.5
+  assert _Part.__getattribute__ is object.__getattribute__  # and stops watching
+  assert sorted(reads.values()) == [["part.size", "parts[1].size"], ["parts[0].rate"]]
+  assert conftest.is_covered("part.size", "part") and conftest.is_covered("parts[0].rate", "parts")
+  assert not conftest.is_covered("parts[0].rate", "part")

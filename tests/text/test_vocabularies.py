@@ -12,6 +12,7 @@ from lmops_jax.data import (
   as_seqio,
   load_vocabulary,
 )
+from lmops_jax.text import vocabulary_sources
 
 SAMPLES = [
   "The quick brown fox.",
@@ -112,6 +113,13 @@ def test_sample_is_limited_and_depends_on_the_seed():
   assert set(first) <= set(offered[:161])  # no more is read than 16 times the sample
   assert TrainSentencePiece(sample_bytes=1000)._sample(iter(offered)) == first
   assert TrainSentencePiece(sample_bytes=1000, seed=1)._sample(iter(offered)) != first
+
+
+def test_long_lines_of_any_script_reach_the_trainer():
+  lines = ["x" * 9000, "\u597d" * 3000, "\U0001f600" * 2001, "\u597d" * 2000]
+  pieces = list(vocabulary_sources._training_lines(lines))
+  assert "".join(pieces) == "".join(lines) and pieces[-1] == lines[-1]
+  assert max(len(piece.encode()) for piece in pieces) <= 8000  # what the trainer is told
 
 
 def test_existing_model(trained, tmp_path):

@@ -1,6 +1,6 @@
 """One table a family of published models: its configuration and the names of its tensors.
 
-`FAMILIES` is what import and export look a model up in.
+Import and export look a model up in `FAMILIES`.
 """
 
 from lmops_jax.host.foreign_files import checked
@@ -22,7 +22,7 @@ def by_name(name: str) -> Family:
 
 
 def matching(config) -> Family | None:
-  """A family whose `config.json` says all that `config` does; Llama's before others.
+  """A family whose `config.json` says all that `config` does; Llama's is tried first.
 
   How the model runs or starts is left aside, and momentum attention (see `explicit`). A
   configuration of a class that only one family has is that family's, whatever its file can say.
@@ -45,7 +45,7 @@ def find(config: dict, where: str) -> Family:
   """The family of a `config.json`, by its `model_type`.
 
   Raises:
-    ValueError: there is none; the sentence lists those that there are.
+    ValueError: if there is none; the sentence lists the known families.
   """
   kind = config.get("model_type")
   for family in FAMILIES:

@@ -42,7 +42,7 @@ def explicit_vision(config: VisionConfig) -> VisionConfig:
 
 
 def stretched_length(declared: int, scaling: RopeScaling | None) -> int:
-  """Positions of a model: the declared ones, where YaRN was not put beside the first number."""
+  """Positions of a model: the declared number, or what YaRN stretches to if that is more."""
   if scaling is None or scaling.kind != "yarn":
     return declared
   return max(declared, int(min(scaling.factor * scaling.original_max_length, published.LONGEST)))

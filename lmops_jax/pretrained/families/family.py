@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
   Attributes:
     layers: field with the number of layers.
     num_layers: that number.
-    axes: by field, numbers that some tensor has an axis of, or a longer one.
+    axes: sizes by field; some tensor must have an axis at least that long.
     part: where in our tree the stack is, such as "text/".
   """
 
@@ -59,27 +59,25 @@ class Family:
     name: the `model_type` of its `config.json`.
     architecture: the class that transformers loads an exported model with.
     prefix: what its body's tensor names start with; checkpoints of the bare body lack it.
-    schema: of its `config.json`.
-    read_config: `ConfigReader` to the module's configuration.
-    write_config: the configuration to the fields of `config.json`.
-    rules: the configuration to the table of tensors, names with prefix.
-    tied: names of the output matrix, each with that of the embedding, which it repeats when
+    schema: the schema of its `config.json`.
+    read_config: makes the module's configuration from a `ConfigReader`.
+    write_config: makes the fields of `config.json` from the configuration.
+    rules: makes the table of tensors, names with prefix, from the configuration.
+    tied: names of the output matrix, each with the name of the embedding, which it repeats if
       embeddings are tied.
-    same: names of tensors that always repeat another, each with that other's.
+    same: names of tensors that always repeat another, each with the other's name.
     head: patterns of full names of the head; a checkpoint without any of them is a bare body.
-    sizes: the configuration to what it declares about the tensors' sizes.
+    sizes: tells what a configuration declares about the tensors' sizes.
     ignored: patterns of tensors that are no parameters, or belong to heads not modelled here.
-    module: the configuration to the Linen module.
-    inputs: the configuration to shapes of inputs that the module can be initialised with.
-    with_choices: configuration and execution choices (`dtype=`, ...) to a configuration.
-    config: class of the configuration.
-    text: the configuration to that of its transformer over tokens.
-    decoder: the configuration to that of the transformer that continues a text, or to None.
-    decoder_part: name of that transformer's part of the parameters; "" for all of them.
-    image_size: the configuration to the sides in pixels of pictures that stand among the words; to
-      None if none can.
-    explicit: the configuration to that of the same function with every width written out, without
-      how it runs, starts or is trained.
+    module: makes the Linen module from the configuration.
+    inputs: gives shapes of inputs that a configuration's module can be initialised with.
+    with_choices: changes the execution choices (`dtype=`, ...) of a configuration.
+    config: the class of the configuration.
+    text: gives the configuration of the transformer over tokens.
+    decoder: gives the configuration of the transformer that continues a text, or None.
+    decoder_part: the name of that transformer's part of the parameters; "" for all of them.
+    image_size: gives the sides in pixels of pictures that stand among the words; None if none can.
+    explicit: writes every width out, and leaves out how a model runs, starts and is trained.
   """
 
   name: str
@@ -113,7 +111,7 @@ class ConfigReader:
     self.fields, self.where = fields, where
 
   def read(self, schema: type[Schema]) -> Schema:
-    """The fields as a class of `families.published` has them."""
+    """The fields, checked against and held in a class of `families.published`."""
     return checked(schema, dict(self.fields), self.where)
 
   def activation(self, name: str, value: str) -> str:
@@ -125,7 +123,7 @@ class ConfigReader:
     return ACTIVATIONS[value]
 
   def error(self, found: str) -> ValueError:
-    """That the file has something that no model here has."""
+    """The error that the file has something that no model here has."""
     return ValueError(f"{self.where} has {found}")
 
 

@@ -72,11 +72,11 @@ def read_gguf(source: GGUFSource) -> tuple[Family, TransformerConfig]:
   """The family of a GGUF file, with its table in GGUF's names, and the configuration.
 
   Raises:
-    ValueError: an architecture without a table, or keys that make no model of it.
+    ValueError: if the architecture has no table, or the keys make no model of it.
   """
   where, names = source.where, set(source.names())
   kind = source.metadata.get("general.architecture")
-  if kind not in list(_FAMILIES):  # a damaged file's may be a list, which no dictionary takes
+  if kind not in list(_FAMILIES):  # a damaged file may hold a list, which no dictionary takes
     raise ValueError(
       f"{where} has general.architecture={kind!r}; the GGUF architectures that lmops_jax reads are "
       f"{', '.join(_FAMILIES)}."
@@ -117,7 +117,7 @@ def read_gguf(source: GGUFSource) -> tuple[Family, TransformerConfig]:
 
 
 def _check(p: Published, where: str) -> None:
-  """What no schema of one key says, and what is not modelled."""
+  """Refuses keys that contradict each other, and what is not modelled."""
   heads, width = p.num_heads, p.width
   if heads % (p.num_kv_heads or heads):
     raise ValueError(

@@ -39,14 +39,14 @@ def _read(r: ConfigReader, schema: type[published.Llama], family: str) -> Transf
 
 
 def _given_stretch(r: ConfigReader, p: published.Llama) -> tuple[str, published.Stretch]:
-  """The field that counts, and what it says: the old one where both are there."""
+  """The field that counts, and what it says: the old `rope_scaling` if both are there."""
   if r.fields.get("rope_scaling"):
     return "rope_scaling", p.rope_scaling
   return "rope_parameters", p.rope_parameters or published.Stretch()
 
 
 def _stretch(r: ConfigReader, p: published.Llama) -> RopeScaling | None:
-  """How rotary frequencies are stretched, as transformers computes it of the same fields."""
+  """How rotary frequencies are stretched, as transformers computes it from the same fields."""
   field, s = _given_stretch(r, p)
   kind, longest = s.rope_type, p.max_position_embeddings
   first = p.original_max_position_embeddings or s.original_max_position_embeddings or longest
@@ -99,7 +99,7 @@ def _mscale(factor: float, share: float) -> float:
 
 
 def _window(r: ConfigReader, p: published.Mistral | published.Qwen2, length: int) -> int | None:
-  """The window of all layers, None where no layer has one."""
+  """The window of all layers, None if no layer has one."""
   total, window, reason = p.num_hidden_layers, p.sliding_window, "layer_types"
   if isinstance(p, published.Qwen2) and not p.use_sliding_window:
     window = None
@@ -152,7 +152,7 @@ def _write(c: TransformerConfig, family: str) -> dict[str, Any]:
 
 
 def _written_stretch(c: TransformerConfig) -> dict[str, Any]:
-  """`rope_parameters`; single factors are those of a longrope that has them for every length."""
+  """`rope_parameters`; "factors" become a longrope that has the same ones for every length."""
   s, rope = c.rope_scaling, {"rope_type": "default", "rope_theta": c.rope_base}
   if s is None:
     return rope

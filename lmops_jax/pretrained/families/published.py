@@ -1,10 +1,10 @@
 """What `config.json` of each family may hold: names, types, ranges and published defaults.
 
-One class a `model_type`, which is its schema and its table of defaults: those of the configuration
-classes of transformers, where most published files leave out what equals them. A field that is
-absent has its default; one that is null is null, and refused where the family gives it no meaning.
-Fields that change the function and are not modelled are listed with the values that are. Several
-names of one field go before the first as transformers lets them.
+Each `model_type` has one class, which is its schema and its table of defaults. The defaults are
+those of the configuration classes of transformers, since most published files leave out what equals
+them. An absent field has its default; a null one is null, and is refused if the family gives null
+no meaning. Fields that change the function and are not modelled are listed with the values that
+are. If a file holds several names of one field, the one that transformers takes counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import AliasChoices, Field
 from lmops_jax.host.foreign_files import shown
 
 LONGEST = 2**31 - 1  # positions are int32
-Count = Annotated[int, Field(ge=1)]  # held against the tensors later
+Count = Annotated[int, Field(ge=1)]  # checked against the tensors later
 Length = Annotated[int, Field(ge=1, le=LONGEST)]
 Index = Annotated[int, Field(ge=0, le=LONGEST)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -40,7 +40,7 @@ def _modelled(allowed, value, info):
 
 
 def _only(kind: Any, *allowed: Any) -> Any:
-  """A field of which some values are modelled."""
+  """A field of which only the values in `allowed` are modelled."""
   return Annotated[kind, pydantic.AfterValidator(functools.partial(_modelled, allowed))]
 
 
@@ -134,7 +134,7 @@ class Bloom(AnyModel):
   layer_norm_epsilon: Positive = 1e-5
   apply_residual_connection_post_layernorm: _only(bool, False) = False
   tie_word_embeddings: bool = True
-  seq_length: Length = 2048  # of its training, which transformers does not know; ALiBi has no end
+  seq_length: Length = 2048  # in training; transformers has no such field, for ALiBi has no end
 
 
 class OPT(AnyModel):
@@ -165,7 +165,7 @@ class XGLM(AnyModel):
   activation_function: str = "gelu"
   scale_embedding: bool = True
   add_cross_attention: _only(bool, False) = False
-  pad_token_id: _only(int | None, None, 0, 1) = 1  # of others the row of a position is emptied
+  pad_token_id: _only(int | None, None, 0, 1) = 1  # others empty the row of a position
   tie_word_embeddings: bool = True
 
 
@@ -309,7 +309,7 @@ class ClipVision(_Tower):
 
 
 class Clip(AnyModel):
-  """Both towers; where an early file has a `..._config_dict`, that alone counts."""
+  """Both towers; if an early file has a `..._config_dict`, that alone counts."""
 
   overriding = ("text_config_dict", "vision_config_dict")
   projection_dim: Count = 512

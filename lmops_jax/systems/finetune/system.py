@@ -109,7 +109,7 @@ class Finetune:
       skeleton.Stage(
         "prepare", self._prepare, together=False,
         reads=("train", "validation", "validation_fraction", "length", "pack", "too_long", "seed",
-               "rows.fingerprint", "init.fingerprint"),
+               "rows.fingerprint", "init.fingerprint"), checks=("batch_size",),
       ),
       skeleton.Stage(
         "train", functools.partial(self._train, partitioner=partitioner or single_device()),
@@ -142,15 +142,18 @@ class Finetune:
       supervised.save(context.directory / name, data)
       context.extra[name] = data.counts
       context.log(", ".join(f"{value} {key}" for key, value in data.counts.items()) + f" ({name})")
-    num = context.extra[TRAIN]["sequences"]
-    if num < self.batch_size:
+    self._check_batch(context.extra[TRAIN]["sequences"])
+
+  def _check_batch(self, num_sequences: int) -> None:
+    if num_sequences < self.batch_size:
       raise ValueError(
-        f"the training rows make {num} sequences of length {self.length}, fewer than one batch of "
-        f"{self.batch_size}; lower the batch size or the length, or set pack to False."
+        f"the training rows make {num_sequences} sequences of length {self.length}, fewer than one "
+        f"batch of {self.batch_size}; lower the batch size or the length, or set pack to False."
       )
 
   def _train(self, context: pipeline.StageContext, partitioner) -> None:
     data = supervised.load(context.input("prepare") / TRAIN)
+    self._check_batch(len(data))
     model = self.init.model
     loss = losses.weighted_example_losses(losses.lm_example_losses(model))
     hooks = []

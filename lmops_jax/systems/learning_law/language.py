@@ -21,13 +21,13 @@ from lmops_jax.config.setting_types import (
   at_least,
   component,
 )
-from lmops_jax.data import OverlapIndex, matching, packing
+from lmops_jax.data import OverlapIndex, packing
 from lmops_jax.data.documents import Corpus
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.learning_law.tasks import Task
-from lmops_jax.text import vocabularies
 from lmops_jax.text.vocabulary_sources import VocabularySource
 
 UNKNOWN, PAD, BOS, EOS = range(4)  # ids of a reduced vocabulary
@@ -108,9 +108,7 @@ class Language:
   def texts(self, context: pipeline.StageContext) -> None:
     """Stage: reads and tokenises; writes rows of at most S + 1 ids and the vocabulary."""
     dropped: collections.Counter[str] = collections.Counter()
-    for name in ("corpus", "desired"):
-      for line in matching.left_out_lines(getattr(self, name)):
-        context.log(f"{name}: {line}")
+    corpora.log_left_out(context, corpus=self.corpus, desired=self.desired)
     documents = list(self.corpus.documents(dropped))
     desired, desired_dropped = [], collections.Counter()
     if self.desired is not None:
@@ -119,8 +117,7 @@ class Language:
       kept = [d for d in documents if index.find(d) is None]
       dropped["shared_with_desired"] += len(documents) - len(kept)
       documents = kept
-    self.vocabulary.build((d.text for d in documents), context.directory / "vocabulary")
-    vocabulary = vocabularies.load_vocabulary(context.directory / "vocabulary")
+    vocabulary = corpora.build_vocabulary(context, self.vocabulary, (d.text for d in documents))
     rows = {"train": self._pieces(documents, vocabulary, dropped)}
     if self.desired is not None:
       rows["desired"] = self._pieces(desired, vocabulary, desired_dropped)

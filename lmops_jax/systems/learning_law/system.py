@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import jax
 
-from lmops_jax.config.setting_types import NonEmpty, Seeds, Text, component
+from lmops_jax.config.setting_types import Distinct, NonEmpty, Seeds, Text, component
 from lmops_jax.mesh import meshes
 from lmops_jax.stages import skeleton
-from lmops_jax.systems.learning_law import evaluate, optimise, report
+from lmops_jax.systems.learning_law import evaluate, optimise, report, report_text
 from lmops_jax.systems.learning_law.inner import Training
 from lmops_jax.systems.learning_law.policies import PracticalPolicy
-from lmops_jax.systems.learning_law.tasks import LearningTask, fresh_params, load_task
+from lmops_jax.systems.learning_law.tasks import LearningTask, TextTask, fresh_params, load_task
 from lmops_jax.training import language_models
 
 
@@ -58,13 +58,12 @@ class Pipeline:
     """The run as stages; arguments as for every system."""
     partitioner = _in_one_process(partitioner)
     for task in self.tasks:
-      if hasattr(task, "config"):
-        fresh = functools.partial(fresh_params, task.config)
-        self.training.check_optimizer(language_models.abstract_params(fresh, partitioner))
+      fresh = functools.partial(fresh_params, task.config)
+      self.training.check_optimizer(language_models.abstract_params(fresh, partitioner))
     stages, evaluated = [], {}
     for i, task in enumerate(self.tasks):
       bound, texts = (f"tasks[{i}]",), ()
-      if hasattr(task, "texts"):
+      if isinstance(task, TextTask):
         texts = (f"texts/{task.name}",)
         stages.append(skeleton.Stage(texts[0], task.texts, reads=bound))
       for seed in self.seeds:
@@ -112,7 +111,7 @@ class Pipeline:
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The figures of a finished run, for the terminal."""
-    return report.table(summary)
+    return report_text.table(summary)
 
 
 @component(module="learning_law")
@@ -130,7 +129,7 @@ class Evaluation:
     ValueError: for a folder that holds no policy, or policies that do not go together.
   """
 
-  policies: Annotated[Sequence[Text], NonEmpty] | Text
+  policies: Annotated[Sequence[Text], NonEmpty, Distinct] | Text
   training: Training
   practical: Sequence[PracticalPolicy]
   evaluate: evaluate.Evaluate
@@ -143,7 +142,7 @@ class Evaluation:
     if isinstance(self.policies, str):
       object.__setattr__(self, "policies", (self.policies,))
     loaded = [optimise.load_policy(folder) for folder in self.policies]
-    object.__setattr__(self, "_loaded", loaded)
+    object.__setattr__(self, "saved", dict(zip(self.policies, loaded)))
     for folder, saved in zip(self.policies, loaded):
       if saved.task.fingerprint != loaded[0].task.fingerprint:
         raise ValueError(
@@ -167,19 +166,14 @@ class Evaluation:
   def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""
     partitioner = _in_one_process(partitioner)
-    task = self._loaded[0].task
+    first = next(iter(self.saved.values()))
     stage = skeleton.Stage(
-      f"evaluate/{task.name}", functools.partial(self._evaluate, partitioner=partitioner),
+      f"evaluate/{first.task.name}", functools.partial(self._evaluate, partitioner=partitioner),
       reads=("training", "practical", "evaluate", "other_training",
              "saved.fingerprint"))
     folders = dict(zip(self._names, self.policies))
-    runs = {(task.name, self._loaded[0].about["init_seed"]): report.Run(stage.name, None, folders)}
+    runs = {(first.task.name, first.about["init_seed"]): report.Run(stage.name, None, folders)}
     return [stage, _report_stage(self.report, runs, [stage])]
-
-  @property
-  def saved(self) -> dict[str, optimise.SavedPolicy]:
-    """The policies by their folders."""
-    return dict(zip(self.policies, self._loaded))
 
   def _evaluate(self, context, partitioner) -> None:
     for folder, saved in self.saved.items():
@@ -191,19 +185,20 @@ class Evaluation:
             f"the policy in {folder} was made under {key} = {value}, this run has {own}; bind the "
             "same, or set OTHER_TRAINING = True to evaluate it under other training."
           )
+    first = next(iter(self.saved.values()))
     evaluate.run(
-      context, config=self.evaluate, task=self._loaded[0].task, training=self.training,
-      seed=self._loaded[0].about["init_seed"], partitioner=partitioner, practical=self.practical,
-      optimised={name: saved.weights for name, saved in zip(self._names, self._loaded)},
+      context, config=self.evaluate, task=first.task, training=self.training,
+      seed=first.about["init_seed"], partitioner=partitioner, practical=self.practical,
+      optimised={name: saved.weights for name, saved in zip(self._names, self.saved.values())},
     )
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The figures of a finished run, for the terminal."""
-    return report.table(summary)
+    return report_text.table(summary)
 
 
 def _make_data(context, task, seed: int) -> None:
-  inputs = [context.input(f"texts/{task.name}")] if hasattr(task, "texts") else []
+  inputs = [context.input(f"texts/{task.name}")] if isinstance(task, TextTask) else []
   made = task.make(seed, *inputs)
   made.save(context.directory)
   noisy = f", {int(made.is_noise.sum())} of them spoilt" if made.is_noise.any() else ""

@@ -27,6 +27,7 @@ from lmops_jax.models.perceptron import Perceptron as PerceptronModel
 from lmops_jax.models.perceptron import PerceptronConfig
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.sizing import flops
+from lmops_jax.stages import pipeline
 from lmops_jax.training import losses
 
 PARTS = ("train", "dev", "select", "test")
@@ -36,10 +37,18 @@ Batch = dict[str, np.ndarray]
 
 @runtime_checkable
 class LearningTask(Protocol):
-  """A setting with a `name` that makes a `Task`; `texts(context)` is a stage before, if there."""
+  """A setting that makes a `Task`, and has its `name` and its model's `config` as attributes."""
 
   def make(self, seed: int, *inputs: Path) -> Task:
-    """The task; `inputs` is the folder of its texts."""
+    """The task of a seed; `inputs` is the folder of its texts, for a `TextTask`."""
+
+
+@runtime_checkable
+class TextTask(LearningTask, Protocol):
+  """A task that reads its texts once, for all seeds."""
+
+  def texts(self, context: pipeline.StageContext) -> None:
+    """The stage that reads and tokenises them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 import optax
 
+from lmops_jax.data import instance_writing, near_duplicates, packing
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import near_duplicates, packing
 from lmops_jax.data.distributed import buckets as buckets_lib
 from lmops_jax.data.distributed import export
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.host import seals
 from lmops_jax.host.whole_files import replacing_shared
 from lmops_jax.mesh import meshes
+from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import (
   moments,
@@ -64,7 +65,8 @@ def _write_corpus(engine: Engine, context, config: prepare.Prepare, targets) -> 
   left_out: collections.Counter[str] = collections.Counter()
   buckets.sort(config.corpus, engine, left_out)
   context.log(f"documents sorted into {buckets.count} buckets")
-  vocabulary = prepare.build_vocabulary(context, config, buckets.all_documents())
+  vocabulary = corpora.build_vocabulary(
+    context, config.vocabulary, (d.text for d in buckets.all_documents()))
 
   settings = prepare.packing_settings(vocabulary, config)
   engine.each(
@@ -81,9 +83,9 @@ def _write_corpus(engine: Engine, context, config: prepare.Prepare, targets) -> 
   read = functools.partial(buckets.instances, settings, entries)
   num_tokens = export.write_instances(
     engine, buckets.folder / "shards", out / "corpus", num - num_held_out, read,
-    length=config.length, **instances_lib.encoded_with(vocabulary),
+    length=config.length, **instance_writing.encoded_with(vocabulary),
   )
-  instances_lib.write_encoded(
+  instance_writing.write_encoded(
     out / "held_out", read(num - num_held_out, num), vocabulary, config.length
   )
   totals.num_tokens = num_tokens + instances_lib.open_instances(out / "held_out").total_tokens

@@ -26,10 +26,10 @@ from lmops_jax.config.setting_types import (
   component,
 )
 from lmops_jax.data import documents as documents_lib
+from lmops_jax.data import instance_writing, near_duplicates, packing
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import matching, near_duplicates, packing
+from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
-from lmops_jax.text import vocabularies
 from lmops_jax.text.vocabulary_sources import VocabularySource
 
 LABELS_FILE = "labels.jsonl"  # document id, kind, source: read by the report alone
@@ -96,7 +96,8 @@ def write_corpus(context: pipeline.StageContext, config: Prepare, targets) -> Pa
   """
   out = context.directory
   left_out: collections.Counter[str] = collections.Counter()
-  vocabulary = build_vocabulary(context, config, config.corpus.documents(left_out))
+  vocabulary = corpora.build_vocabulary(
+    context, config.vocabulary, (d.text for d in config.corpus.documents(left_out)))
   index = near_duplicates.OverlapIndex(targets)
   held_out: collections.deque[packing.Instance] = collections.deque()
   totals = Totals()
@@ -105,12 +106,12 @@ def write_corpus(context: pipeline.StageContext, config: Prepare, targets) -> Pa
     kept = without_overlap(config.corpus.documents(left_out), index, totals, labels)
     packed = _pack(kept, vocabulary, config, totals)
     with context.progress(None, "instances", "packing") as bar:
-      num_corpus = instances_lib.write_encoded(
+      num_corpus = instance_writing.write_encoded(
         out / "corpus", _hold_back(packed, held_out, config.num_held_out, bar), vocabulary,
         config.length,
       )
   check_corpus(num_corpus, totals, config)
-  instances_lib.write_encoded(out / "held_out", held_out, vocabulary, config.length)
+  instance_writing.write_encoded(out / "held_out", held_out, vocabulary, config.length)
   return Packed(num_corpus, len(held_out), totals, left_out)
 
 
@@ -124,12 +125,11 @@ def run(context: pipeline.StageContext, config: Prepare, *, write_corpus=write_c
   statistics: dict[str, Any] = {}
   target_dev, target_test = _target_documents(config, statistics)
   context.log(f"target: {len(target_dev)} documents for dev, {len(target_test)} for test")
-  for name in ("corpus", "target", "target_test"):
-    for line in matching.left_out_lines(getattr(config, name)):
-      context.log(f"{name}: {line}")
+  corpora.log_left_out(
+    context, corpus=config.corpus, target=config.target, target_test=config.target_test)
 
   packed = write_corpus(context, config, [*target_dev, *target_test])
-  totals, vocabulary = packed.totals, vocabularies.load_vocabulary(out / "vocabulary")
+  totals, vocabulary = packed.totals, corpora.open_vocabulary(out)
   statistics["corpus"] = {
     "num_documents": totals.num_documents,
     "num_instances": packed.num_instances,
@@ -148,15 +148,6 @@ def run(context: pipeline.StageContext, config: Prepare, *, write_corpus=write_c
       f"{len(totals.overlaps)} corpus documents share their text with the target and were left "
       f"out; {STATISTICS_FILE} names them"
     )
-
-
-def build_vocabulary(context: pipeline.StageContext, config: Prepare, documents):
-  """Writes the vocabulary and opens it. Reads no more of the documents than it needs."""
-  folder = context.directory / "vocabulary"
-  config.vocabulary.build((d.text for d in documents), folder)
-  vocabulary = vocabularies.load_vocabulary(folder)
-  context.log(f"vocabulary: {vocabulary.vocab_size} pieces")
-  return vocabulary
 
 
 def check_corpus(num_instances: int, totals: Totals, config: Prepare) -> None:
@@ -219,16 +210,16 @@ def _hold_back(instances, held_out, num: int, bar) -> Iterator[packing.Instance]
 
 def _write_target(directory: Path, documents, vocabulary, config: Prepare) -> dict[str, int]:
   """Writes a target part, without sentence cuts; what exceeds a limit is counted, not hidden."""
-  ids = {"bos_id": vocabulary.bos_id, "eos_id": vocabulary.eos_id}
-  encoded = packing.encoded(documents, vocabulary)
   cut: collections.Counter[str] = collections.Counter()
   if config.pack_target:
-    packed = list(packing.pack(encoded, length=config.length, **ids))
+    packed = list(corpora.pack(documents, vocabulary, config.length))
   else:
-    packed = list(packing.one_per_document(encoded, length=config.length, counts=cut, **ids))
+    packed = list(packing.one_per_document(
+      packing.encoded(documents, vocabulary), length=config.length, counts=cut,
+      bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id))
   order = np.random.default_rng(config.seed).permutation(len(packed))
   kept = np.sort(order[: config.max_target_instances])
-  num = instances_lib.write_encoded(
+  num = instance_writing.write_encoded(
     directory, (packed[i] for i in kept), vocabulary, config.length
   )
   return {
@@ -248,7 +239,7 @@ class Prepared:
 
   @property
   def vocabulary(self):
-    return vocabularies.load_vocabulary(self.directory / "vocabulary")
+    return corpora.open_vocabulary(self.directory)
 
   @property
   def corpus(self) -> instances_lib.Instances:

@@ -19,10 +19,10 @@ from lmops_jax.control.dynamics import State, init_state
 from lmops_jax.control.problem import PROXY_SCOPE
 from lmops_jax.control.targets import MeanTargetLoss
 from lmops_jax.mesh.meshes import Partitioner
+from lmops_jax.shared_stages import language_training
 from lmops_jax.sizing import flops, solve_cost
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.solve_programs import segment_programs
-from lmops_jax.systems.pds import pretrain
 from lmops_jax.training import language_models, loop, losses
 
 BATCH_FIELDS = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
@@ -85,14 +85,14 @@ def _key():
 
 def pretrain_program(config: Any, vocab_size: int, length: int, partitioner: Partitioner,
                      name: str) -> Program:
-  """The step of `pretrain.fit`."""
+  """The step of `language_training.fit`."""
   model = language_models.language_model(config.model, vocab_size, length)
   state = abstract_train_state(model, config.optimizer, partitioner)
   batch = abstract_batch(partitioner, config.batch_size, length)
   example_losses = losses.lm_example_losses(model, chunk=config.loss_chunk)
 
   def lower():
-    learner = pretrain.learner(model, example_losses, config, partitioner)
+    learner = language_training.learner(model, example_losses, config, partitioner)
     step = loop.compiled_step(learner, partitioner, jax.tree.map(lambda x: x.sharding, state))
     return step.lower(state, batch, _key(), jax.ShapeDtypeStruct((), jnp.int32))
 

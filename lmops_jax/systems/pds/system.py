@@ -135,9 +135,10 @@ class Pipeline:
       ),
       skeleton.Stage(
         "proxy",
-        functools.partial(self._train_proxy, partitioner=partitioner),
+        functools.partial(self._train_proxy, partitioner=partitioner, seed=self.proxy_seed),
         inputs=("prepare",),
         reads=("proxy",), seed=self.proxy_seed,
+        checks=("methods", "proxy_set", "scorer", "select", "pretrain"),
       ),
     ]
     runs: dict[tuple[str, int], str] = {}
@@ -247,7 +248,7 @@ class Pipeline:
     return [
       *found, programs.pretrain_program(self.pretrain, size, length, partitioner, "pretrain")]
 
-  def _train_proxy(self, context, partitioner) -> None:
+  def _train_proxy(self, context, partitioner, seed: int) -> None:
     """Trains the proxy, after all that prepared data can be too small for is checked."""
     prepared = prepare.Prepared(context.input("prepare"))
     num_corpus, num_target = len(prepared.corpus), len(prepared.target_dev)
@@ -268,7 +269,7 @@ class Pipeline:
         f"fewer than pds.Pretrain.batch_size={self.pretrain.batch_size}: the stage pretrain will "
         "refuse them"
       )
-    pretrain.run(context, config=self.proxy, partitioner=partitioner, seed=self.proxy_seed)
+    pretrain.run(context, config=self.proxy, partitioner=partitioner, seed=seed)
 
   def _bench(self, context, partitioner) -> methods.Bench:
     return methods.Bench(

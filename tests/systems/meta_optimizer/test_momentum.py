@@ -20,7 +20,7 @@ from lmops_jax.models.transformer import TransformerConfig, num_params
 from lmops_jax.pretrained import exporting
 from lmops_jax.systems.meta_optimizer.momentum import pairs, texts
 from lmops_jax.text import vocabulary_sources
-from lmops_jax.training import language_models, losses
+from lmops_jax.training import language_models, loop, losses
 
 WORDS = ("red green blue north south east west stone river cloud tree bird fish house road bridge "
          "one two three four five six seven eight nine ten").split()
@@ -135,7 +135,7 @@ def test_a_pair_starts_from_the_same_numbers_and_reads_the_same_batches(finished
     TransformerConfig(vocab_size=9, width=16, num_layers=2, num_heads=2, mlp_width=16,
                       max_length=64), optax.sgd(0.1), 2), pairs.Evaluate())
   made = [
-    pairs.loop.initializer(language_models.language_model(system.training.config(eta), 9, 32))(
+    loop.initializer(language_models.language_model(system.training.arm(eta).model, 9, 32))(
       jax.random.key(0)) for eta in system.arms().values()]
   jax.tree.map(np.testing.assert_array_equal, *made)
 
@@ -218,7 +218,7 @@ def test_the_papers_setting_is_as_published():
     "ETA = 0.5", "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/tokenizer.json'",
   ]).build()
   training = system.training
-  model = training.config(system.eta)
+  model = training.arm(system.eta).model
   assert (model.num_layers, model.width, model.num_heads, model.mlp_width) == (24, 1024, 16, 4096)
   assert model.momentum == 0.5 and system.texts.lengths() == (256, 512, 1024)
   d, f, v = 1024, 4096, 50_257

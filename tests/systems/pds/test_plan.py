@@ -11,6 +11,7 @@ from lmops_jax import control
 from lmops_jax.config import resolve
 from lmops_jax.config.refusals import ConfigError
 from lmops_jax.mesh.meshes import MeshConfig
+from lmops_jax.shared_stages import language_training
 from lmops_jax.sizing import aot, flops, solve_cost, solve_plan, solve_programs
 from lmops_jax.sizing.budget import Memory, memory_of
 from lmops_jax.systems.pds import methods, plan, pretrain, programs
@@ -83,7 +84,7 @@ def test_the_compiled_step_is_the_one_that_the_loop_runs(mesh, monkeypatch, tmp_
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, VOCAB, (config.batch_size, LENGTH)).astype(np.int32)
   batch = {"tokens": tokens, "targets": tokens, "loss_mask": np.ones(tokens.shape, np.float32)}
-  pretrain.fit(
+  language_training.fit(
     model, losses.lm_example_losses(model), dataclasses.replace(config, num_steps=1),
     sources.Batches(lambda step: batch), mesh, directory=tmp_path, seed=0, description="one step")
   assert seen[0] == text

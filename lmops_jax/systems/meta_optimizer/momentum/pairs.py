@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import optax
 
 from lmops_jax.config.setting_types import (
   Count,
@@ -30,54 +29,26 @@ from lmops_jax.evaluation import in_context, lm
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
-from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.shared_stages import language_training
+from lmops_jax.shared_stages.language_training import LanguageTraining
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.meta_optimizer.momentum import report, texts
 from lmops_jax.systems.meta_optimizer.momentum.report import MOMENTUM, RESULTS_FILE, VANILLA
-from lmops_jax.training import language_models, loop, losses
-from lmops_jax.training.learner import supervised
+from lmops_jax.training import language_models, losses
 
 
 @component(module="momentum")
 @dataclasses.dataclass(frozen=True)
-class Training:
-  """What both models of a pair share.
+class Training(LanguageTraining):
+  """What both models of a pair share; `model` has no momentum."""
 
-  Attributes:
-    model: `models.TransformerConfig` without momentum; its vocabulary size comes from the texts.
-    optimizer: an optax transformation.
-    num_steps: optimizer steps.
-    batch_size: instances of a global batch.
-    accumulate: micro-batches of a step.
-    checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
-    loss_chunk: sequence positions whose logits exist at a time; None leaves the default.
-  """
+  setting: ClassVar[str] = "momentum.Training"
 
-  model: TransformerConfig
-  optimizer: optax.GradientTransformation
-  num_steps: PositiveInt
-  batch_size: PositiveInt = 16
-  accumulate: PositiveInt = 1
-  checkpoint_every: PositiveInt | None = 100
-  loss_chunk: PositiveInt | None = None
-
-  def __post_init__(self):
-    if self.batch_size % self.accumulate:
-      raise ValueError(
-        f"momentum.Training.batch_size={self.batch_size} is not a multiple of "
-        f"accumulate={self.accumulate}."
-      )
-    if self.model.momentum is not None:
-      raise ValueError(
-        f"momentum.Training.model has momentum={self.model.momentum} itself; leave it None, the "
-        "decay is momentum.Pairs.eta."
-      )
-
-  def config(self, eta: float | None) -> TransformerConfig:
-    """Of one arm."""
-    return dataclasses.replace(self.model, momentum=eta)
+  def arm(self, eta: float | None) -> Training:
+    """The training of the model with this decay, None for the one without momentum."""
+    return dataclasses.replace(self, model=dataclasses.replace(self.model, momentum=eta))
 
 
 @component(module="momentum")
@@ -122,7 +93,12 @@ class Pairs:
   name = "meta_optimizer_momentum"
 
   def __post_init__(self):
-    self.training.config(self.eta)  # also refuses windows and encoders
+    if self.training.model.momentum is not None:
+      raise ValueError(
+        f"momentum.Training.model has momentum={self.training.model.momentum} itself; leave it "
+        "None, the decay is momentum.Pairs.eta."
+      )
+    self.training.arm(self.eta)  # also refuses windows and encoders
     language_models.check_length(self.training.model, self.texts.length)
 
   def arms(self) -> dict[str, float | None]:
@@ -167,36 +143,15 @@ class Pairs:
   def _model(self, prepared: texts.Prepared, eta: float | None):
     vocab_size = prepared.vocabulary.vocab_size
     return language_models.language_model(
-      self.training.config(eta), vocab_size, self.texts.length
+      self.training.arm(eta).model, vocab_size, self.texts.length
     )
 
   def _train(self, context: pipeline.StageContext, seed, eta, partitioner) -> None:
-    config, prepared = self.training, texts.Prepared(context.input("texts"))
-    corpus = prepared.train
-    if len(corpus) < config.batch_size:
-      raise ValueError(
-        f"the corpus makes {len(corpus)} instances, fewer than one batch of "
-        f"momentum.Training.batch_size={config.batch_size}; give more text or lower it."
-      )
-    model = self._model(prepared, eta)
-    example_losses = losses.lm_example_losses(model, chunk=config.loss_chunk)
-    loop.train(
-      supervised(
-        loop.initializer(model), example_losses, config.optimizer, accumulate=config.accumulate,
-        check_batch=example_losses.check_batch, partitioner=partitioner),
-      language_models.batch_source(corpus, None, config.batch_size, seed),
-      config.num_steps, seed, context.directory, partitioner,
-      records=loop.Records(
-        checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
-        description=context.name, progress=context.progress),
-    )
-    num_tokens = config.num_steps * config.batch_size * corpus.length
-    context.flops += 3 * num_tokens * flops.forward_flops_per_token(model.config, corpus.length)
-    context.extra.update(
-      num_tokens=num_tokens, epochs=config.num_steps * config.batch_size / len(corpus)
-    )
+    prepared = texts.Prepared(context.input("texts"))
+    arm = self.training.arm(eta)
+    trained = language_training.train(context, arm, prepared.train, partitioner, seed=seed)
     trained_vocabulary.describe_trained(
-      context.directory, model.config, prepared.vocabulary, params=f"params/{config.num_steps}",
+      context.directory, trained, prepared.vocabulary, params=f"params/{arm.num_steps}",
       log=context.log,
     )
 

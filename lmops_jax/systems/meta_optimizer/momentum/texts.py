@@ -17,12 +17,12 @@ from typing import Annotated
 from annotated_types import MultipleOf
 
 from lmops_jax.config.setting_types import ByteCount, Part, Seed, at_least, component
+from lmops_jax.data import instance_writing, near_duplicates
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import matching, near_duplicates, packing
 from lmops_jax.data.documents import Corpus, Document
 from lmops_jax.host.hashing import order_key
+from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
-from lmops_jax.text import vocabularies
 from lmops_jax.text.vocabulary_sources import VocabularySource
 
 
@@ -79,7 +79,7 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
         num_bytes += len(document.text.encode())
 
   reading = first_reading()
-  config.vocabulary.build(reading, out / "vocabulary")
+  vocabulary = corpora.build_vocabulary(context, config.vocabulary, reading)
   for _ in reading:  # a vocabulary reads no more than it needs
     if num_bytes >= config.validation_bytes:
       break
@@ -88,10 +88,8 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
       "the corpus has no document for validation; give it more documents or raise "
       f"momentum.Texts.validation_fraction={config.validation_fraction}."
     )
-  vocabulary = vocabularies.load_vocabulary(out / "vocabulary")
-  context.log(f"vocabulary: {vocabulary.vocab_size} pieces; {len(unseen)} validation documents")
-  for line in matching.left_out_lines(config.corpus):
-    context.log(f"corpus: {line}")
+  context.log(f"{len(unseen)} validation documents")
+  corpora.log_left_out(context, corpus=config.corpus)
   index, used = near_duplicates.OverlapIndex(unseen), {document.id for document in unseen}
 
   def second_reading() -> Iterator[Document]:
@@ -105,27 +103,17 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
         counts["train_documents"] += 1
         yield document
 
-  def pack(documents, length: int):
-    return packing.pack(
-      packing.encoded(documents, vocabulary), length=length, bos_id=vocabulary.bos_id,
-      eos_id=vocabulary.eos_id,
-    )
-
-  with context.progress(None, "instances", "packing") as bar:
-    def shown():
-      for instance in pack(second_reading(), config.length):
-        bar.update()
-        yield instance
-
-    num_train = instances_lib.write_encoded(out / "train", shown(), vocabulary, config.length)
+  num_train = corpora.write_packed(
+    context, "train", second_reading(), vocabulary, config.length)
   statistics = {
     "train_instances": num_train, "train_tokens": num_train * config.length,
     "validation_documents": len(unseen), "validation_bytes": num_bytes, **counts,
     "dropped": dict(sorted(dropped.items())),
   }
   for length in config.lengths():
-    statistics[f"validation_instances_{length}"] = instances_lib.write_encoded(
-      out / "validation" / str(length), pack(unseen, length), vocabulary, length
+    statistics[f"validation_instances_{length}"] = instance_writing.write_encoded(
+      out / "validation" / str(length), corpora.pack(unseen, vocabulary, length), vocabulary,
+      length,
     )
   context.extra["statistics"] = statistics
   told = {key: value for key, value in statistics.items() if key != "dropped"}
@@ -141,7 +129,7 @@ class Prepared:
 
   @property
   def vocabulary(self):
-    return vocabularies.load_vocabulary(self.directory / "vocabulary")
+    return corpora.open_vocabulary(self.directory)
 
   @property
   def train(self) -> instances_lib.Instances:

@@ -15,7 +15,7 @@ from lmops_jax.config.setting_types import (
   Seed,
   component,
 )
-from lmops_jax.systems.pds import pretrain
+from lmops_jax.shared_stages import language_training
 from lmops_jax.systems.pds.methods.bench import Bench
 from lmops_jax.training import language_models, optimizers
 
@@ -52,7 +52,7 @@ class RhoLoss:
       bench.proxy, optimizer=optimizer, num_steps=num_steps, batch_size=size, keep_every=None,
       keep_steps=(), accumulate=math.gcd(bench.proxy.accumulate, size),
     )
-    after = pretrain.fit(
+    after = language_training.fit(
       bench.model, bench.example_losses, config,
       language_models.batch_source(target, indices, size, self.data_seed), bench.partitioner,
       directory=bench.context.directory / "fine_tuning", seed=self.data_seed,
