@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from lmops_jax.commands import prompts
+from lmops_jax.commands import prompts, scored_tasks
 from lmops_jax.host import progress
 
 COMMANDS = {
@@ -29,12 +29,14 @@ examples:
   lmops score --model MODEL --task sst2.jsonl --labels negative,positive --shots 8 \\
       --template "Review: {text}\\nSentiment:{label}"
   lmops score --model MODEL --task copa --data COPA_FOLDER --shots 8 --normalise auto
+  lmops score --model KOSMOS --task vqa.jsonl --shots 4
   lmops convert --model MODEL --to CONVERTED
   lmops export --checkpoint WORKDIR/train --to EXPORTED
 
 MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what lmops wrote; KOSMOS
 one of a model that reads pictures.
 """
+_SEEING = "take a model with an image encoder, such as one of the family kosmos-2"
 _NORMALISATIONS = ("sum", "token", "char", "null", "auto")
 
 
@@ -102,7 +104,8 @@ def _score_parser(parser) -> None:
   _running_options(parser)
   add = parser.add_argument
   add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields and "
-      "label, or one of lmops list tasks")
+      "label; or, without a template, with images (paths), prompt, options and label; or one of "
+      "lmops list tasks")
   add("--template", help='such as "Review: {text}\\nSentiment: {label}"; the label comes last')
   add("--labels", help="label words in the order of the label ids, by commas; of a named task only "
       "where the numbers in --data have another order")
@@ -237,7 +240,7 @@ def _laid_out(rows, source, tokenizer, sees: bool) -> list:
         raise ValueError(
           f"prompt {i} has the picture {row.pictures[0].where}, and {source.path} is a language "
           f"model of the family {source.family}, which reads texts only; leave the picture out, or "
-          "take a model with an image encoder, such as one of the family kosmos-2."
+          f"{_SEEING}."
         )
     return [None] * len(rows)
   found = []
@@ -262,29 +265,45 @@ def _stream(generator, texts, options, arguments) -> None:
 
 
 def _score(arguments) -> None:
+  from lmops_jax.decoding import image_prompts
   from lmops_jax.decoding.scoring import OptionScorer
-  from lmops_jax.evaluation import in_context
+  from lmops_jax.evaluation import in_context, seeing
 
   if arguments.batch_tokens < 1:
     raise ValueError(f"--batch-tokens {arguments.batch_tokens} must be at least 1.")
-  task, train = _task(arguments)
+  task, train = scored_tasks.chosen(arguments)
   how = dict(
     shots=arguments.shots, seed=arguments.seed, train=train, balanced=arguments.balanced,
     normalisation=arguments.normalise)
-  in_context.rows_and_front(task, **how)  # what is wrong with them is told before a model is read
+  # What is wrong with them is told before a model is read.
+  rows, front = in_context.rows_and_front(task, **how, sees=True)
   if arguments.output:
     _check_output(arguments.output)
   if task.skipped:
     print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
           "empty or repeated one, or no answer.", file=sys.stderr)
   source, tokenizer, partitioner = _load(arguments)
+  paths = [*front.images, *(path for row in rows for path in (*row.images, *row.option_images))]
+  settings, encoder = source.image_settings(), None
+  if paths and settings is None:
+    raise ValueError(
+      f"the task {task.name} has pictures, and {source.path} is a language model of the family "
+      f"{source.family}, which reads texts only; {_SEEING}."
+    )
+  if paths:
+    ids = image_prompts.image_tokens(tokenizer, source.config.vectors_per_image)
+    image_prompts.check_pictures(map(seeing.picture_at, paths), settings)
+  params = source.params(partitioner)
   scorer = OptionScorer(
-    source.decoder, source.of_decoder(source.params(partitioner)), partitioner,
-    batch_tokens=arguments.batch_tokens,
+    source.decoder, source.of_decoder(params), partitioner, batch_tokens=arguments.batch_tokens
   )
-  num_prompts = sum(len(row.prompts) or 1 for row in task.rows)
+  if paths:
+    pictures = image_prompts.PictureEncoder(source.model, params, settings, partitioner)
+    encoder = seeing.SeeingEncoder(tokenizer, ids, pictures, source.decoder.config.max_length)
+  num_prompts = sum(len(row.prompts) or len(row.option_images) or 1 for row in rows)
   with progress.Progress(num_prompts, "prompts", "scoring") as bar:
-    result = in_context.evaluate(scorer, tokenizer, task, **how, progress=bar.update)
+    result = in_context.evaluate(
+      scorer, tokenizer, task, **how, progress=bar.update, encoder=encoder)
   if arguments.output:
     with Path(arguments.output).expanduser().open("w", encoding="utf-8") as file:
       for i in range(len(result.labels)):
@@ -309,36 +328,6 @@ def _check_output(path: str) -> None:
     file.open("a").close()
   except OSError as error:
     raise ValueError(f"--output {path} cannot be written ({error.strerror}).") from error
-
-
-def _task(arguments):
-  """The task to score, and rows to draw demonstrations from where --train gives them."""
-  from lmops_jax.data import tasks
-
-  labels = [word.strip() for word in arguments.labels.split(",")] if arguments.labels else None
-  if arguments.template is None and not Path(arguments.task).suffix:
-    if arguments.train:
-      raise ValueError(
-        f"--train is for a --task that is a file; {arguments.task} draws from its own train split, "
-        "or from FOLDER/train.jsonl with --data FOLDER."
-      )
-    return tasks.named_task(
-      arguments.task, flavour=arguments.flavour, template=arguments.template_index,
-      data=arguments.data, limit=arguments.limit, labels=labels,
-    ), None
-  if arguments.template is None or labels is None:
-    raise ValueError(
-      f"--task {arguments.task} is a file, so it needs --template and --labels; see lmops score "
-      "--help."
-    )
-  if arguments.data or arguments.flavour or arguments.template_index:
-    raise ValueError(
-      "--data, --flavour and --template-index are for named tasks; leave them out for a file."
-    )
-  template = arguments.template.replace("\\n", "\n")
-  task = tasks.jsonl_task(arguments.task, template, labels, arguments.limit)
-  train = arguments.train and tasks.jsonl_task(arguments.train, template, labels).rows
-  return task, train
 
 
 def _convert(arguments) -> None:

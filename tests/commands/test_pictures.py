@@ -248,3 +248,124 @@ def test_a_tokenizer_without_the_words_of_pictures_is_refused(
   error = lmops(
     "generate", "--model", changed, "--image", pictures[0], "--prompt", "a", fails=True)
   assert "has no token <image>, which texts with pictures need" in error
+
+
+@pytest.fixture(scope="module")
+def likelihood(folder):
+  """`(parts, option) -> nats` of a full pass, as `greedy` reads pictures."""
+  source = model_lib.load(folder)
+  params, tokenizer = source.params(), source.tokenizer()
+  slots, model = source.config.vectors_per_image, source.model
+
+  @jax.jit
+  def log_probs(tokens, index, pixels):
+    bound = model.bind({"params": params})
+    logits = bound.logits(tokens, vectors=bound.row_vectors(pixels), vector_index=index)
+    return jax.nn.log_softmax(logits[0])
+
+  def run(parts, option):
+    tokens, index = np.zeros((1, 64), np.int32), np.full((1, 64), -1, np.int32)
+    pixels, seen, end = np.zeros((1, 2, 8, 8, 3), np.uint8), 0, 1
+    for part in parts:
+      if part.endswith((".png", ".jpg", ".webp")):
+        pixels[0, seen] = Image.open(part).convert("RGB").resize((8, 8), Image.Resampling.BICUBIC)
+        tokens[0, end] = tokenizer.token_id("<image>")
+        index[0, end + 1 : end + 1 + slots] = np.arange(slots) + seen * slots
+        tokens[0, end + 1 + slots] = tokenizer.token_id("</image>")
+        seen, end = seen + 1, end + slots + 2
+      else:
+        own = tokenizer.encode(part, False)
+        tokens[0, end : end + len(own)] = own
+        end += len(own)
+    own = tokenizer.encode(option, False)
+    tokens[0, end : end + len(own)] = own
+    rows = np.asarray(log_probs(tokens, index, pixels))
+    return sum(float(rows[end - 1 + i, token]) for i, token in enumerate(own))
+
+  return run
+
+
+def _rows(path, *rows):
+  path.write_text("\n".join(json.dumps(row) for row in rows))
+  return path
+
+
+def _scored(capsys, folder, task, output, *options):
+  code = cli.main(["score", "--model", folder, "--task", str(task), "--output", str(output),
+                   *map(str, options)])
+  out, err = capsys.readouterr()
+  assert code == 0, err
+  return [json.loads(line) for line in output.read_text().splitlines()], out
+
+
+def test_options_behind_pictures_score_as_full_passes(
+  capsys, folder, pictures, likelihood, tmp_path, monkeypatch
+):
+  """No demonstration and one, shared and own pictures; each picture is encoded once."""
+  made = []
+  encode = image_prompts.PictureEncoder._encode
+
+  def counted(self, pixels):
+    made.append(len(pixels))
+    return encode(self, pixels)
+
+  monkeypatch.setattr(image_prompts.PictureEncoder, "_encode", counted)
+  a, b, c = pictures
+  task = _rows(
+    tmp_path / "vqa.jsonl",
+    {"images": a, "prompt": "Is it", "options": ["a cat", "dogs"], "label": 0},
+    {"images": [a], "prompt": "one<image> it", "options": ["x", "y", "zz"], "label": "zz"},
+    {"images": [b], "prompt": "two<image>", "options": ["x", "y"], "label": 1},
+    {"images": [], "prompt": "none", "options": ["x", "y"], "label": 1})
+  layouts = [[a, "Is it"], ["one", a, "it"], ["two", b], ["none"]]
+  options = [["a cat", "dogs"], ["x", "y", "zz"], ["x", "y"], ["x", "y"]]
+  got, out = _scored(capsys, folder, task, tmp_path / "scores.jsonl")
+  assert made == [2] and "4 rows, 0 shots" in out
+  for row, parts, words in zip(got, layouts, options, strict=True):
+    want = [likelihood(parts, f" {word}") for word in words]
+    np.testing.assert_allclose(row["scores"], want, rtol=1e-4, atol=1e-4)
+    assert row["prediction"] == int(np.argmax(want))
+
+  train = _rows(
+    tmp_path / "train.jsonl", {"images": c, "prompt": "It", "options": ["q", "r"], "label": 1})
+  got, out = _scored(
+    capsys, folder, task, tmp_path / "scores.jsonl", "--shots", 1, "--train", train)
+  assert made == [2, 3] and "4 rows, 1 shots" in out
+  fronts = [[c, "It r", a, "Is it"], [c, "It r\n\none", a, "it"], [c, "It r\n\ntwo", b],
+            [c, "It r\n\nnone"]]
+  for row, parts, words in zip(got, fronts, options, strict=True):
+    want = [likelihood(parts, f" {word}") for word in words]
+    np.testing.assert_allclose(row["scores"], want, rtol=1e-4, atol=1e-4)
+
+
+_ROW = {"images": "A", "prompt": "Is it", "options": ["x", "y"], "label": 0}
+
+
+@pytest.mark.parametrize("change, arguments, message", [
+  ({"images": ["A", "A"]}, (), "vqa.jsonl:1 has 0 <image> in its prompt and 2 images"),
+  ({"images": "absent.png"}, (), "absent.png, which is not there"),
+  ({"images": "BAD"}, (), "is not a picture in a format that Pillow"),
+  ({"label": 5}, (), "vqa.jsonl:1 has the label 5"),
+  ({}, ("--template", "{prompt}: {label}", "--labels", "x,y"), "leave --template and --labels out"),
+  ({}, ("--normalise", "null"), "needs a prompt without content"),
+  ({}, ("--shots", 3), "3 demonstrations are asked for and there are 1 rows"),
+])
+def test_what_cannot_be_scored_is_refused_before_a_model_is_read(
+  lmops, folder, pictures, unread, tmp_path, change, arguments, message
+):
+  (tmp_path / "bad.png").write_bytes(b"no picture")
+  row = json.dumps({**_ROW, **change}).replace('"A"', json.dumps(pictures[0]))
+  (tmp_path / "vqa.jsonl").write_text(row.replace("BAD", "bad.png"))
+  error = lmops(
+    "score", "--model", folder, "--task", tmp_path / "vqa.jsonl", *arguments, fails=True)
+  assert error.startswith("lmops: error: ") and error.count("\n") == 1 and message in error, error
+
+
+def test_rows_with_pictures_and_a_model_of_texts_are_refused(
+  lmops, pictures, tmp_path, monkeypatch
+):
+  folder = model_folders.write(tmp_path / "texts")
+  monkeypatch.setattr(model_lib.PretrainedModel, "params", None)
+  task = _rows(tmp_path / "vqa.jsonl", {**_ROW, "images": pictures[0]})
+  error = lmops("score", "--model", folder, "--task", task, fails=True)
+  assert "the task vqa has pictures, and" in error and "which reads texts only; take a" in error
