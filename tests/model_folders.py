@@ -64,16 +64,16 @@ def write(folder: Path, *, seed: int = 0, spread: float = 20.0, **changes) -> Pa
   return folder
 
 
-def write_docked(folder: Path, *, seed: int = 0, num_latents: int = 4) -> Path:
+def write_docked(folder: Path, *, seed: int = 0, max_length: int = 64) -> Path:
   """A model of the type of Kosmos of random weights that sees; returns the folder."""
   tokenizer = byte_tokenizer()
   tokenizer.add_special_tokens(["<pad>", "<image>", "</image>", "</line>"])
   fields = {
-    "model_type": "kosmos-2", "latent_query_num": num_latents, "bos_token_id": 0,
+    "model_type": "kosmos-2", "latent_query_num": 4, "bos_token_id": 0,
     "eos_token_id": 1, "architectures": ["Kosmos2ForConditionalGeneration"],
     "text_config": dict(
       vocab_size=tokenizer.get_vocab_size(), embed_dim=16, layers=2, ffn_dim=24,
-      attention_heads=4, max_position_embeddings=64, eos_token_id=1),
+      attention_heads=4, max_position_embeddings=max_length, eos_token_id=1),
     "vision_config": dict(
       hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
       image_size=8, patch_size=4),

@@ -110,7 +110,7 @@ def _score_parser(parser) -> None:
   add("--labels", help="label words in the order of the label ids, by commas; of a named task only "
       "where the numbers in --data have another order")
   add("--data", metavar="FOLDER", help="rows of a named task, train.jsonl and test.jsonl; default: "
-      "tfds")
+      "tfds; of a task with pictures the folder that its data set comes in")
   add("--flavour", help="of a named task's templates: fs, hf, paper or plain")
   add("--template-index", type=int, default=0, help="within the flavour (default 0)")
   add("--shots", type=int, default=0, help="demonstrations in front of each row (default 0)")

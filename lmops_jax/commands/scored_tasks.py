@@ -23,6 +23,8 @@ def chosen(arguments):
         f"--train is for a --task that is a file; {arguments.task} draws from its own train split, "
         "or from FOLDER/train.jsonl with --data FOLDER."
       )
+    if arguments.task in tasks.PICTURE_ENTRIES:
+      return _with_pictures(arguments), None
     return tasks.named_task(
       arguments.task, flavour=arguments.flavour, template=arguments.template_index,
       data=arguments.data, limit=arguments.limit, labels=labels,
@@ -48,6 +50,23 @@ def chosen(arguments):
   task = tasks.jsonl_task(arguments.task, template, labels, arguments.limit)
   train = arguments.train and tasks.jsonl_task(arguments.train, template, labels).rows
   return task, train
+
+
+def _with_pictures(arguments):
+  """A named task with pictures, from the folder that its data come in."""
+  from lmops_jax.data import tasks
+
+  if arguments.data is None:
+    raise ValueError(
+      f"--task {arguments.task} reads its data set's own folder; give it with --data FOLDER."
+    )
+  if arguments.flavour or arguments.labels:
+    raise ValueError(
+      f"--task {arguments.task} has pictures, and prompts and labels of its own; leave --flavour "
+      "and --labels out."
+    )
+  return tasks.picture_task(
+    arguments.task, arguments.data, template=arguments.template_index, limit=arguments.limit)
 
 
 def _names_pictures(path: str) -> bool:

@@ -361,6 +361,35 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_read(
   assert error.startswith("lmops: error: ") and error.count("\n") == 1 and message in error, error
 
 
+def test_ravens_matrices_are_a_named_task_and_permuted_candidates_permute_scores(
+  capsys, pictures, tmp_path
+):
+  a, b, c = pictures
+  folder = str(model_folders.write_docked(tmp_path / "long", max_length=256))
+  found = []
+  for candidates in ([b, c], [c, b]):
+    _rows(tmp_path / "test.jsonl", {"context": [a, b, a], "candidates": candidates, "answer": 1})
+    (row,), out = _scored(
+      capsys, folder, "raven", tmp_path / "scores.jsonl", "--data", tmp_path)
+    found.append(row["scores"])
+    assert "1 rows, 0 shots" in out
+  np.testing.assert_allclose(found[0], found[1][::-1], rtol=1e-5, atol=1e-5)
+  assert abs(found[0][0] - found[0][1]) > 1e-3  # else the test could not tell
+
+
+@pytest.mark.parametrize("arguments, message", [
+  ((), "reads its data set's own folder; give it with --data"),
+  (("--data", "."), "raven"), (("--data", ".", "--template-index", 3), "has no template 3"),
+  (("--data", ".", "--labels", "x,y"), "leave --flavour and --labels out"),
+])
+def test_a_named_task_with_pictures_needs_its_folder(
+  lmops, folder, unread, tmp_path, monkeypatch, arguments, message
+):
+  monkeypatch.chdir(tmp_path)
+  error = lmops("score", "--model", folder, "--task", "raven", *arguments, fails=True)
+  assert error.startswith("lmops: error: ") and error.count("\n") == 1 and message in error, error
+
+
 def test_rows_with_pictures_and_a_model_of_texts_are_refused(
   lmops, pictures, tmp_path, monkeypatch
 ):
