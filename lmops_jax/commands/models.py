@@ -37,7 +37,7 @@ MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what
 one of a model that reads pictures.
 """
 _SEEING = "take a model with an image encoder, such as one of the family kosmos-2"
-_NORMALISATIONS = ("sum", "token", "char", "null", "auto")
+_NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
 
 
 def add_parsers(commands, options: dict) -> None:
@@ -207,11 +207,13 @@ def _generate(arguments) -> None:
   pictures = [picture for row in rows for picture in row.pictures]
   image_prompts.check_pictures(pictures, settings)
   params = source.params(partitioner)
-  generator = Generator(source.decoder, source.of_decoder(params), tokenizer, partitioner)
   if pictures:
     encoder = image_prompts.PictureEncoder(source.model, params, settings, partitioner)
     seen = iter(encoder.prompts([row for row in laid_out if row is not None]))
     texts = [text if row is None else next(seen) for text, row in zip(texts, laid_out)]
+    del encoder
+  generator = Generator(source.decoder, source.of_decoder(params), tokenizer, partitioner)
+  del params  # the generator has its own copy of the layers
   if len(texts) == 1 and options.num_beams == options.num_return_sequences == 1 and not (
     arguments.json
   ):
@@ -300,6 +302,7 @@ def _score(arguments) -> None:
   if paths:
     pictures = image_prompts.PictureEncoder(source.model, params, settings, partitioner)
     encoder = seeing.SeeingEncoder(tokenizer, ids, pictures, source.decoder.config.max_length)
+  del params  # the scorer has its own copy of the layers
   num_prompts = sum(len(row.prompts) or len(row.option_images) or 1 for row in rows)
   with progress.Progress(num_prompts, "prompts", "scoring") as bar:
     result = in_context.evaluate(
