@@ -129,7 +129,7 @@ def _files(arguments: argparse.Namespace, systems: Sequence[str]) -> list[str]:
 
 
 def _required_options(options: Sequence[str], file: str) -> list[str]:
-  """Bindings from `--name VALUE` for the macros that a gin file requires; no other option."""
+  """Bindings from `--name VALUE` for the macros that a gin file requires; refuses other options."""
   names = {f"--{name.lower().replace('_', '-')}": name
            for name in gin_files.required(gin_files.find(file))}
   bindings, rest = [], iter(options)
@@ -157,7 +157,7 @@ def _default_workdir(file: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns its exit code.
 
-  0, 2 for an error, 75 where another process of the job has gone, 130 or 143 if stopped.
+  It is 0, or 2 for an error, 75 if another process of the job has gone, 130 or 143 if stopped.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   show_traceback = "--traceback" in argv
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_one_of_several(argv: Sequence[str]) -> bool:
-  """Whether this is a run of a job of several processes, which this one has not joined."""
+  """Whether this run belongs to a job of several processes, which this one has not joined."""
   command = next((argument for argument in argv if not argument.startswith("-")), None)
   if processes.is_joined() or command not in ("run", *gin_files.systems()):
     return False
@@ -204,7 +204,7 @@ def _stopped(how: str, code: int) -> int:
 
 
 def _one_line(error: Exception) -> str:
-  """The message, the stage that it came from, and the error's type where it is no plain one."""
+  """An error's stage, its type if that is not a plain one, and its message."""
   text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error)
                   .split()) or "no message"
   stage = "".join(f"{note.removeprefix('in ')}: " for note in getattr(error, "__notes__", ())
@@ -295,12 +295,12 @@ def _print_config(resolved) -> None:
 
 
 def cache_folder() -> Path:
-  """Where this user's compiled programs and other copies of what can be made again lie."""
+  """The folder of this user's compiled programs and other files that can be made again."""
   return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmops_jax"
 
 
 def _set_environment() -> None:
-  """Defaults that have to stand before jax and TensorFlow are imported; the user's own win."""
+  """Sets defaults that jax and TensorFlow read when they are imported; the user's own win."""
   for name, value in {
     "JAX_COMPILATION_CACHE_DIR": str(cache_folder() / "xla"),
     "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorFlow only reads and writes data here
@@ -344,7 +344,7 @@ def _run(resolved, workdir: Path) -> int:
 
 
 def _join_group():
-  """Joins the other processes of this job, where the environment says that there are some."""
+  """Joins the other processes of this job, if the environment says that there are some."""
   from lmops_jax.mesh import agreement, meshes
   from lmops_jax.stages import pipeline
   if not meshes.initialize_distributed():
@@ -356,7 +356,7 @@ def _join_group():
 
 
 def _record_table(records, progress) -> str:
-  """One line a stage: what was done, and its time and FLOPs over all attempts."""
+  """A line for each stage: whether it ran, and its time and FLOPs over all attempts."""
   rows = [("stage", "", "time", "FLOPs")]
   totals = sum(record.seconds for record in records), sum(record.flops for record in records)
   for name, status, seconds, flops in [*((r.name, r.status, r.seconds, r.flops) for r in records),

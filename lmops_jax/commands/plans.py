@@ -1,8 +1,8 @@
-"""`lmops plan` and `lmops aot`: what a run takes, before anything runs.
+"""`lmops plan` and `lmops aot`: the memory and operations of a run, before anything runs.
 
 `plan` is arithmetic on the shapes that gin files name; `aot` compiles the same programs for a TPU
-topology, on a machine without TPUs. The parsers stand here without anything heavy. Tables go to
-standard output; what does not fit ends with exit code 2 and a sentence on what would help.
+topology, on a machine without TPUs. The parsers import nothing heavy. Tables go to standard output;
+a phase or program that does not fit ends with exit code 2 and a sentence on what would help.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ and others) may stay unset, since nothing is read.
 
 @runtime_checkable
 class Planned(Protocol):
-  """A system that says what it takes."""
+  """A system that tells what its phases take."""
 
   def phases(self, partitioner: Any, memory: Any, *, num_target: int, num_corpus: int,
              platform: str) -> Sequence[Any]:
@@ -46,7 +46,7 @@ class Compiled(Protocol):
   """A system whose programs can be compiled ahead of time."""
 
   def programs(self, partitioner: Any, memory: Any, *, num_target: int) -> Sequence[Any]:
-    """Those that its devices run, as `sizing.aot.compile_program` takes them."""
+    """The programs that its devices run, as `sizing.aot.compile_program` takes them."""
 
 
 def add_parsers(commands, options: dict, add_gin) -> None:
@@ -77,11 +77,11 @@ def _positive(text: str) -> int:
 
 
 def set_environment(arguments: argparse.Namespace) -> None:
-  """Before jax is imported: what concerns other devices leaves this machine's alone."""
+  """Keeps jax, not imported yet, off this machine's devices if the command names a topology."""
   if arguments.topology is not None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in {
-      # What libtpu would ask the metadata server of a TPU machine for.
+      # Answers that libtpu would otherwise ask a TPU machine's metadata server for.
       "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is taken, so several compilations may run
     }.items():
@@ -89,7 +89,7 @@ def set_environment(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace, resolved) -> int:
-  """Runs one of the commands on a resolved configuration; 2 where something does not fit."""
+  """Runs one of the commands on a resolved configuration; raises if something does not fit."""
   from lmops_jax.sizing import chips
   topology = None if arguments.topology is None else chips.topology(arguments.topology)
   job = resolved.run()
@@ -225,7 +225,7 @@ def _heading(where: str, partitioner, memory_bytes: float | None) -> str:
 
 
 def _verdict(results, memory_bytes: float | None) -> int:
-  """Says what fits; raises for what does not.
+  """Prints that all fits, or raises for the first that does not.
 
   Args:
     results: (name, bytes needed, remedies, and perhaps whether the compiler refused).

@@ -30,7 +30,7 @@ def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
   """Whole batches in an epoch.
 
   Raises:
-    ValueError: a batch size below 1, or fewer examples than one batch needs.
+    ValueError: for a batch size below 1, or fewer examples than one batch needs.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size} is not positive; set it to 1 or more.")
@@ -66,10 +66,10 @@ def host_rows(
   """The rows of a global batch that one process reads.
 
   Args:
-    name: of the setting, for errors.
+    name: the setting's name, for errors.
 
   Raises:
-    ValueError: the batch does not divide by the number of processes, or no such process.
+    ValueError: if the number of processes does not divide the batch, or there is no such process.
   """
   if not 0 <= process_index < process_count:
     raise ValueError(f"process {process_index} is not one of {process_count} processes.")

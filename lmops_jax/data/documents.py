@@ -28,9 +28,9 @@ class Document(NamedTuple):
 
   Attributes:
     id: 0 <= id < 2^63, stable: from the source, or given by the data itself.
-    text: never empty, no surrogates.
+    text: never empty, without surrogates.
     kind: a label such as "code" or "licence"; for reports, no method may look at it.
-    source: where it was found: a path relative to the corpus, with a row or part where there are
+    source: where it was found: a path relative to the corpus, with a row or part if there are
       several ("numpy/linalg/linalg.py#docstrings", "part-0.jsonl:17").
   """
 
@@ -45,8 +45,8 @@ class Corpus:
   """Base of the corpora: a subclass reads, this class checks, counts and orders.
 
   Reasons in `counts`: "empty" (white space only, or missing), "duplicate" and "near_duplicate"
-  (where a corpus removes them), "undecodable" (not UTF-8), "too_large", "too_short", "unreadable",
-  "over_budget"; of files and folders those of `matching.Found`.
+  (if a corpus removes them), "undecodable" (not UTF-8), "too_large", "too_short", "unreadable",
+  "over_budget"; for files and folders those of `matching.Found`.
   """
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:
@@ -77,7 +77,7 @@ class Corpus:
         iterator is exhausted.
 
     Raises:
-      ValueError: no usable document, or two documents with one id.
+      ValueError: for no usable document, or two documents with one id.
     """
     counts = Counter() if counts is None else counts
     number = 0
@@ -108,14 +108,14 @@ def distinct(documents: Iterable[Document], corpus: Corpus) -> Iterator[Document
 
 
 def check_not_empty(num_documents: int, corpus: Corpus, counts: Counter[str]) -> None:
-  """Refuses a corpus of which no document is usable, and says what was left out."""
+  """Refuses a corpus without a usable document, and says what was left out."""
   if not num_documents:
     dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "none found"
     raise ValueError(f"the corpus {corpus} is empty: it has no usable document ({dropped}).")
 
 
 def document_id(source: str | bytes) -> int:
-  """A 63-bit id from a name, the same on every machine; of bytes that of the text they encode."""
+  """A 63-bit id from a name, the same on every machine; bytes give that of the text they encode."""
   if isinstance(source, str):
     source = source.encode("utf-8", "surrogatepass")
   digest = hashlib.blake2b(source, digest_size=8).digest()
@@ -123,10 +123,10 @@ def document_id(source: str | bytes) -> int:
 
 
 def given_id(value: object, where: str, field: str) -> int:
-  """An id that the data gives: an integer in range as it is; texts, bytes and UUIDs hashed.
+  """An id from the data: an integer in range as it is; texts, bytes and UUIDs hashed.
 
   Raises:
-    ValueError: a number out of range, or anything else.
+    ValueError: for a number out of range, or anything else.
   """
   if isinstance(value, uuid.UUID):
     value = value.bytes
@@ -141,10 +141,10 @@ def given_id(value: object, where: str, field: str) -> int:
 
 
 def kind_label(value: object) -> str:
-  """A kind that the data gives, as a text.
+  """A kind from the data, as a text.
 
   Raises:
-    UnicodeDecodeError: bytes that are not UTF-8.
+    UnicodeDecodeError: for bytes that are not UTF-8.
   """
   return value.decode() if isinstance(value, bytes) else str(value)
 
@@ -204,7 +204,7 @@ def split_documents(
     fraction: share of the documents, rounded, that go to the first list; 0 < fraction < 1.
 
   Raises:
-    ValueError: a fraction out of range, or one that leaves a part without a document.
+    ValueError: for a fraction out of range, or one that leaves a part without a document.
   """
   if not 0 < fraction < 1:
     raise ValueError(f"fraction={fraction} is not between 0 and 1.")

@@ -35,8 +35,8 @@ def export_selection(
     format holds no ids; its sequences are in the order of "ids".
 
   Raises:
-    ValueError: an unknown format, no ids, an id twice or one that no instance has, text without a
-      vocabulary or with another one than the instances were made with.
+    ValueError: for an unknown format, no ids, an id twice or one that no instance has, or text
+      without a vocabulary or with another one than the instances were made with.
   """
   if format not in FORMATS:
     raise ValueError(f"format={format!r} is unknown; the formats are {', '.join(FORMATS)}.")
@@ -98,7 +98,7 @@ def instance_texts(tokens: np.ndarray, vocabulary: Vocabulary) -> list[str]:
 
 
 def rows(instances: Instances, indices: np.ndarray, vocabulary: Vocabulary) -> Iterator[dict]:
-  """What the text formats hold of each instance."""
+  """The row of each instance in the text formats."""
   for index in indices:
     instance = instances.instance(index)
     yield {
@@ -109,7 +109,7 @@ def rows(instances: Instances, indices: np.ndarray, vocabulary: Vocabulary) -> I
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-  """One row a line."""
+  """Writes one row a line."""
   with path.open("w", encoding="utf-8") as file:
     for row in rows:
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -135,7 +135,7 @@ def tables(rows: Iterable[dict]) -> Iterator:
 
 
 def write_parquet(path: Path, tables: Iterable) -> None:
-  """One row group a table."""
+  """Writes one row group a table."""
   import pyarrow.parquet
 
   with pyarrow.parquet.ParquetWriter(path, parquet_schema()) as writer:

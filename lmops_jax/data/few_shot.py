@@ -1,8 +1,8 @@
-"""Prompts with whole examples in front of the question (kosmos1 sections 7.1 and 7.2).
+"""Prompts with whole examples in front of the question (Kosmos-1, arXiv:2302.14045, section 4).
 
 Demonstrations are records with their answers, pictures and all; `tasks.demonstrations` draws them.
-What stands between them is not published, so it is a setting. A prompt that is too long loses its
-oldest demonstrations, counted, and never anything of the question.
+The separator between them is not published, so it is a setting. A prompt that is too long loses its
+oldest demonstrations, counted, and never any part of the question.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Prompt(NamedTuple):
 
   Attributes:
     encoded: `<s>`, demonstrations, question; no `</s>`, and nothing is learned.
-    num_shots: demonstrations that stand in it.
-    num_dropped: demonstrations that had no room.
+    num_shots: number of demonstrations in it.
+    num_dropped: number of demonstrations that had no room.
   """
 
   encoded: Encoded
@@ -36,15 +36,15 @@ def few_shot(
   """A question with demonstrations in front, as tokens.
 
   Args:
-    query: of whose parts the given ones are the question, or all if none is.
-    shots: the demonstrations, the oldest first; all of their parts.
-    vocabulary: of the texts. ids: of what is not text.
-    length: tokens that a prompt may have; what a model adds comes on top.
-    num_pictures: pictures that it may have.
+    query: a record; its given parts are the question, or all parts if none is given.
+    shots: the demonstrations, the oldest first; all of their parts are used.
+    vocabulary: the texts' vocabulary. ids: the ids of what is not text.
+    length: the most tokens of a prompt; what a model adds comes on top.
+    num_pictures: the most pictures of a prompt.
     separator: text behind each demonstration; "" is none.
 
   Raises:
-    ValueError: the question alone is too long, has too many pictures, or is empty.
+    ValueError: if the question alone is too long, has too many pictures, or is empty.
   """
   asked = query.parts[: query.num_given] if query.num_given else query.parts
   if not asked:

@@ -19,7 +19,7 @@ from lmops_jax.host import manifests
 from lmops_jax.host.foreign_files import printable
 
 _HASHED_BYTES = 2**28  # a copy of a corpus up to this size is the same corpus
-_MAX_PIECES = 4096  # that a corpus is read in
+_MAX_PIECES = 4096  # the most pieces that a corpus is read in
 
 
 def _limit(num_bytes: int) -> int:
@@ -31,7 +31,7 @@ def _limit(num_bytes: int) -> int:
 class _Files(Corpus):
   """Corpora whose `path` is a file, a folder or a pattern."""
 
-  counts_unreadable = False  # whether files that cannot be opened are left out, else refused
+  counts_unreadable = False  # whether files that cannot be opened are left out, not refused
 
   def found(self) -> matching.Found:
     """The files, by name relative to the fixed part of the pattern, and what is not read."""
@@ -51,7 +51,7 @@ class _Files(Corpus):
       yield from self.read_file(name, path, counts)
 
   def pieces(self):
-    """One a file; of very many files, several."""
+    """A piece for each file; if there are very many, each piece has several."""
     found = self.found()
     files = [(name, path.absolute()) for name, path in found.files]
     size = -(-len(files) // _MAX_PIECES)
@@ -68,11 +68,11 @@ def fingerprint(
 ) -> str:
   """A hash of a corpus's settings, its files' names and what they hold.
 
-  Of more than 256 MiB together, sizes and modification times stand for the contents.
+  If they are more than 256 MiB together, sizes and modification times stand for the contents.
 
   Args:
-    files: as `matching.Found` has them.
-    counts_unreadable: whether a file that cannot be opened counts as such, else it is refused.
+    files: (name, path) pairs as in `matching.Found`.
+    counts_unreadable: whether a file that cannot be opened counts as such; False refuses it.
   """
   state = hashlib.blake2b(settings.encode(), digest_size=16)
   is_small = sum(path.stat().st_size for _, path in files if path.is_file()) <= _HASHED_BYTES
@@ -91,7 +91,7 @@ def fingerprint(
 
 @dataclasses.dataclass(frozen=True)
 class _Part(Corpus):
-  """Some files of a corpus of files; `beside` counts what is read with none of them."""
+  """Some files of a corpus of files; `beside` counts what stands beside the files of the corpus."""
 
   corpus: _Files
   files: tuple[tuple[str, Path], ...]
@@ -171,7 +171,7 @@ class Jsonl(_Files):
 
 
 def _value_type(arrow_type):
-  """What a column's values are: of categories the categories, of an extension what it stores."""
+  """The type of a column's values: that of the categories, or of what an extension stores."""
   import pyarrow
 
   if pyarrow.types.is_dictionary(arrow_type):
@@ -227,7 +227,7 @@ class Parquet(_Files):
 
     shown, source_file = printable(path), printable(name)
     try:
-      # Opened here: Arrow takes no name that is not UTF-8.
+      # Opened here, since Arrow takes no name that is not UTF-8.
       with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
         self._check_columns(file.schema_arrow, shown)
         number = 0
@@ -268,7 +268,7 @@ class Parquet(_Files):
       )
 
   def _check_sizes(self, texts, shown: str, num_before: int) -> None:
-    """Refuses long texts before they become Python's."""
+    """Refuses long texts before they become Python strings."""
     import pyarrow.compute
 
     if pyarrow.types.is_null(texts.type):
@@ -289,7 +289,7 @@ class Parquet(_Files):
       )
 
   def _fields(self, batch, row: int, source: str, where: str) -> tuple[int, str, str] | None:
-    """A row's id, text and kind, None without a text; not UTF-8 raises UnicodeDecodeError."""
+    """A row's id, text and kind, or None without a text; UnicodeDecodeError if not UTF-8."""
     def value(column):
       try:
         return batch.column(column)[row].as_py()

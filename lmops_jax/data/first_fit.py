@@ -16,7 +16,7 @@ def first_fit(
 
   Args:
     items: each with its size in every measure, such as tokens and pictures; none exceeds `room`.
-    room: of a bin, in the same measures.
+    room: that of a bin, in the same measures.
     share: False puts each item into a bin of its own.
   """
   bins: list[tuple[list[Item], list[int]]] = []

@@ -1,4 +1,4 @@
-"""Array files that grow as they are written, so that what they hold need not fit into memory."""
+"""Array files that grow as they are written, so that their contents need not fit into memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +11,13 @@ import numpy as np
 def growing(
   path: Path, dtype: str = "<i8", shape: Sequence[int] = ()
 ) -> Iterator[Callable[[np.ndarray], None]]:
-  """An `.npy` file of rows whose count is known only at its end.
+  """An `.npy` file of rows whose number is known only at the end.
 
   Yields the function that appends an array `[n, *shape]`. The file can be read once the block has
   ended.
 
   Args:
-    dtype: of the numbers, with its order of bytes. shape: of a row.
+    dtype: the type of the numbers, with its order of bytes. shape: that of a row.
   """
   count = 0
   with path.open("wb") as file:

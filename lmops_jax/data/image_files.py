@@ -18,7 +18,7 @@ from lmops_jax.data.lines import jsonl_rows
 from lmops_jax.data.multimodal import ImageCorpus, LeftOut, Record, parse_row, picture_beside
 from lmops_jax.host.foreign_files import printable
 
-_ROWS = 64  # of a table at a time, which may hold their pictures
+_ROWS = 64  # read together from a table, which may hold their pictures
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Rows of fixed shape with pictures, on disk: tokens in arrays, pictures where they were found.
 
 Short examples share a row (first fit in order, by tokens and by pictures): attention stays within
-an example (`segment_ids`) and positions start anew. The pictures of a batch are decoded when it is
-asked for, in threads, or once and for all if all of them fit into the memory given to them. Texts
-longer than a row are for `packing.pack`, which cuts them into several.
+an example (`segment_ids`) and positions start anew. The pictures of a batch are decoded in threads
+when it is asked for, or once and for all if the pictures of all rows fit into the memory given to
+them. Texts longer than a row are for `packing.pack`, which cuts them into several.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ def write_rows(
 
   Args:
     directory: made if needed; rows of an earlier attempt are replaced.
-    examples: in order, with something learned in each.
-    ids: that they were encoded with.
+    examples: the examples in order, with something learned in each.
+    ids: the ids that they were encoded with.
     length: S, predicted positions of a row.
-    pictures_per_row: I. pictures_per_example: of one document, at most I (Kosmos-1 takes 5).
-    share: several examples to a row; else one each.
-    too_long: "drop" an example with more tokens or pictures, "cut" it in front of what is too
-      much, counted both, or make it an "error". No picture is cut.
+    pictures_per_row: I. pictures_per_example: the most of an example, <= I (Kosmos-1 takes 5).
+    share: put several examples into a row; False gives each its own.
+    too_long: "drop" an example with more tokens or pictures or "cut" it in front of what is too
+      much, both counted, or make it an "error". No picture is cut.
 
   Returns:
     Counts: `examples`, `rows`, `tokens`, `learned_tokens`, `pictures`, and examples "dropped" or
     "cut".
 
   Raises:
-    ValueError: an example is too long (with "error"), none is left, or a picture has no room.
+    ValueError: if an example is too long (with "error"), none is left, or a picture has no room.
   """
   _check_settings(length, pictures_per_row, pictures_per_example, too_long, ids)
   directory = Path(directory)
@@ -120,7 +120,7 @@ def _fitting(
   examples: Iterable[Encoded], length: int, num_pictures: int, too_long: str, ids: ImageTokens,
   counts: Counter[str],
 ) -> Iterator[Encoded]:
-  """The examples with room in a row; others as `write_rows` says."""
+  """The examples that fit into a row; others are treated as `write_rows` says."""
   for example in examples:
     if len(example.tokens) - 1 > length or len(example.pictures) > num_pictures:
       if too_long == "error":
@@ -141,8 +141,8 @@ def arrays_of(
   """The arrays of one row of examples that fit into it.
 
   Returns:
-    Those of `supervised.place`, and `vector_index [S] int32`: -1 at a word, else the number of the
-    vector among those of the row's pictures, `num_slots` each.
+    The arrays of `supervised.place`, and `vector_index [S] int32`: -1 at a word, else the number of
+    the vector among those of the row's pictures, `num_slots` each.
   """
   examples = list(examples)
   row = supervised.place(examples, length, ids.pad_id)
@@ -193,16 +193,16 @@ class ImageRows:
     length, pictures_per_row: S and I.
     image_tokens: the ids that the rows were made with.
     counts: what `write_rows` returned.
-    ids: of the rows, `[N] int64`, mapped; a row has the id of its first example.
+    ids: the rows' ids, `[N] int64`, mapped; a row has the id of its first example.
 
   Args:
-    directory: that `write_rows` wrote.
+    directory: the folder that `write_rows` wrote.
     settings: how pictures become pixels.
-    num_threads: that decode; no result depends on it.
+    num_threads: number of threads that decode; no result depends on it.
     cache_bytes: pixels up to this size, of all pictures together, stay in memory once decoded.
 
   Raises:
-    ValueError: no finished rows there.
+    ValueError: if the folder holds no finished rows.
   """
 
   def __init__(
@@ -243,8 +243,8 @@ class ImageRows:
 
     Returns:
       `tokens`, `targets`, `positions`, `segment_ids`, `vector_index [B,S] int32`, `loss_mask [B,S]
-      float32`, `images [B,I,height,width,3] uint8` (0 where a row has fewer), and `example_id [B]
-      int64`. Without pictures in the rows (I = 0) there are no images and no vector_index.
+      float32`, `images [B,I,height,width,3] uint8` (0 for those that a row lacks), and `example_id
+      [B] int64`. Without pictures in the rows (I = 0) there are no images and no vector_index.
     """
     indices = np.asarray(indices)
     batch = {name: np.asarray(self._arrays[name][indices]) for name in _FIELDS}
@@ -264,7 +264,7 @@ class ImageRows:
     """Pixels of the pictures of rows, `[n,I,height,width,3] uint8`.
 
     Raises:
-      ValueError: naming a picture that cannot be read.
+      ValueError: if a picture cannot be read; it names the picture.
     """
     numbers = np.asarray(self._arrays["picture_index"][np.asarray(indices)])
     out = np.zeros((*numbers.shape, self.settings.height, self.settings.width, 3), np.uint8)

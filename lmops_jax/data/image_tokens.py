@@ -1,12 +1,12 @@
-"""Records of texts and pictures to token ids: Kosmos's layout (kosmos2 sections 6, 7 and 10).
+"""Records of texts and pictures to token ids: the layout of Kosmos-1 and 2 (arXiv:2306.14824).
 
     <s> <image> slots </image> caption </s>
     <s> text <image> slots </image> text ... </s>
 
 A slot is a place whose word embedding an image vector replaces. The texts between pictures are
-encoded one by one, as a prompt's are in use. Learned is what follows an input other than `<s>`,
-`<image>` and a slot, unless it is part of a prompt. So `</image>` is never a target, the first
-target of a caption is its first word, and `<image>` behind a text is one.
+encoded one by one, as a prompt's are in use. A token is learned if it follows an input other than
+`<s>`, `<image>` and a slot, unless it is part of a prompt. So `</image>` is never a target, the
+first target of a caption is its first word, and `<image>` behind a text is a target.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class ImageTokens:
   """The ids of a vocabulary that a layout with pictures needs. The defaults are Kosmos-1's.
 
   Attributes:
-    vocab_size: ids in all, the added ones included.
-    bos_id, eos_id, pad_id: of the vocabulary.
+    vocab_size: number of ids, the added ones included.
+    bos_id, eos_id, pad_id: the vocabulary's.
     image_id, image_end_id: `<image>` and `</image>`.
     line_end_id: `</line>`, which ends the lines of texts without pictures (`packing.encoded`).
     num_slots: vectors of a picture.
-    first_slot_id: slots hold the ids from this one on, as the published model has them in use (4);
-      None repeats `<image>`, as in its training. Which ids they are changes no result.
+    first_slot_id: slots hold the ids from this one on, as in use of the published model (4); None
+      repeats `<image>`, as in its training. Which ids they are changes no result.
 
   Raises:
-    ValueError: an id outside of the vocabulary, or the pad id in a slot, where it would hide the
-      slot from models that tell padding by its id.
+    ValueError: for an id outside the vocabulary, or the pad id in a slot, which it would hide from
+      models that tell padding by its id.
   """
 
   vocab_size: PositiveInt = 64007
@@ -88,14 +88,14 @@ def appended(
 ) -> ImageTokens:
   """The ids of special words that follow those of a vocabulary, in order.
 
-  Of the published SentencePiece model, whose own ids end at 64,000, it gives the published ids.
+  For the published SentencePiece model, whose own ids end at 64,000, they are the published ids.
 
   Args:
     num_slots: vectors of a picture.
-    words: with `<image>`, `</image>` and `</line>` among them.
+    words: the special words, `<image>`, `</image>` and `</line>` among them.
 
   Raises:
-    ValueError: one of these three is missing, or a word comes twice.
+    ValueError: if one of these three is missing, or a word comes twice.
   """
   if len(set(words)) < len(words) or not {"<image>", "</image>", "</line>"} <= set(words):
     raise ValueError(
@@ -114,12 +114,12 @@ class Encoded(NamedTuple):
   """A record as tokens.
 
   Attributes:
-    id: of the record.
+    id: the record's.
     tokens: `[n] int32`, from `<s>` to `</s>`.
     learned: `[n] bool`, for each token whether its prediction counts.
     vectors: `[n] int32`, -1 at a word, else the number of the image vector in its place: vectors
       `k * num_slots ...` are those of picture k.
-    pictures: in order.
+    pictures: the record's pictures, in order.
   """
 
   id: int
@@ -136,11 +136,11 @@ def lay_out(
   """The tokens of a record.
 
   Args:
-    identifier: of the record.
+    identifier: the record's id.
     parts: see `Record`.
     texts: the ids of each text among the parts, in order.
-    num_given: parts of the prompt at the front, of which nothing is learned.
-    ids: the special ones.
+    num_given: number of parts at the front that are a prompt, of which nothing is learned.
+    ids: the special ids.
     end: whether `</s>` follows; a prompt that a model goes on with has none.
   """
   tokens, given, vectors, pictures = [ids.bos_id], [True], [-1], []
@@ -186,10 +186,10 @@ def encode_texts(
 
 
 def cut(example: Encoded, num_tokens: int, num_pictures: int, ids: ImageTokens) -> Encoded | None:
-  """The beginning of an example, never cut inside of a picture, nor with a picture at its end.
+  """The beginning of an example, cut neither inside a picture nor right behind one.
 
   Args:
-    num_tokens, num_pictures: at most so many are kept.
+    num_tokens, num_pictures: the most that are kept.
 
   Returns:
     None if nothing of it is learned.

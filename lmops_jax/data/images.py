@@ -3,14 +3,14 @@
 How a file becomes RGB of 8 bits:
 
 - EXIF's orientation is applied; colour profiles are not.
-- Of an animation or of several pages the first is taken, and counted ("animated").
+- Of an animation or of several pages the first is taken, and the file counted ("animated").
 - What is transparent (an alpha channel, a transparent colour of a palette) lies on white.
-- 16-bit grey keeps its 8 upper bits, rounded to the nearest; Pillow itself cuts at 255.
+- 16-bit grey keeps its 8 upper bits, rounded to the nearest; Pillow itself would clip it at 255.
 - Palettes, grey, CMYK, YCbCr, Lab and HSV are converted by Pillow. Grey of 32-bit floats has no
   agreed range and is refused.
 
-Pictures are resized on the host: Pillow's bicubic filter on 8-bit numbers is what CLIP was trained
-with (kosmos2 section 15, "Image constants"), and `jax.image.resize` gives other numbers.
+Pictures are resized on the host: CLIP was trained with Pillow's bicubic filter on 8-bit numbers,
+and `jax.image.resize` gives other numbers.
 `models.pixels.normalise` does the rest on the device.
 """
 
@@ -42,14 +42,14 @@ class ImageSettings:
   """How a picture becomes pixels of one size.
 
   Attributes:
-    height, width: in pixels.
+    height, width: the size in pixels.
     fit: "squash" to the size whatever the shape, as Kosmos does at inference; or "crop": the
-      shorter side is resized and the middle cut out, as it and CLIP do in training.
+      shorter side is resized and the middle cut out, as Kosmos and CLIP do in training.
     min_side: a picture with a shorter side is refused (Kosmos-1 leaves out those under 64).
-    max_pixels: a picture with more, before it is resized or after, is refused without decoding it.
+    max_pixels: a picture with more, before or after resizing, is refused without decoding it.
 
   Raises:
-    ValueError: "crop" to a size that is no square.
+    ValueError: for "crop" to a size that is no square.
   """
 
   height: PositiveInt = 224
@@ -66,7 +66,7 @@ class ImageSettings:
       )
 
   def pixels(self, data: bytes, where: str, counts: Counter[str] | None = None) -> np.ndarray:
-    """Pixels of a picture file's contents, `[height,width,3] uint8`; arguments as of `decode`."""
+    """Pixels of a picture file's contents, `[height,width,3] uint8`; arguments as for `decode`."""
     image = decode(
       data, where, max_pixels=self.max_pixels, min_side=self.min_side, counts=counts)
     if self.fit == "squash":
@@ -82,7 +82,7 @@ class ImageSettings:
 
 
 def read(path: Path | str, **options) -> Image.Image:
-  """A picture from a file; options and errors as of `decode`."""
+  """A picture from a file; options and errors as for `decode`."""
   return decode(read_bytes(path), str(path), **options)
 
 
@@ -94,12 +94,12 @@ def decode(
 
   Args:
     where: names the picture in errors.
-    max_pixels: of a picture, from its header, before anything is decoded.
-    min_side: shortest side in pixels.
+    max_pixels: the most pixels, by the header, before anything is decoded.
+    min_side: the least length of the shorter side, in pixels.
     counts: gets "animated".
 
   Raises:
-    ValueError: nothing in it, no picture, cut off or damaged, too large or too small.
+    ValueError: for a file that is empty, no picture, cut off, damaged, too large or too small.
   """
   from PIL import Image, ImageOps
 
@@ -148,7 +148,7 @@ def to_rgb(image: Image.Image, where: str = "the picture") -> Image.Image:
   """A decoded picture as 8-bit RGB by the rules of the module.
 
   Raises:
-    ValueError: grey of floats, or of whole numbers that do not fit into 16 bits.
+    ValueError: for grey of floats, or of whole numbers that do not fit into 16 bits.
   """
   from PIL import Image
 
@@ -185,16 +185,16 @@ def crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def cropped(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-  """What `crop` does to a picture, for boxes that follow it.
+  """The sizes and offsets of `crop`, for boxes that have to follow it.
 
-  The longer side is `size * long / short`, rounded down, and the middle begins at half of what is
-  too much, rounded down, as in transformers.
+  The longer side is `size * long / short`, rounded down, and the middle begins at half of the
+  excess, rounded down, as in transformers.
 
   Args:
-    width, height: of the picture. size: of the square.
+    width, height: the picture's. size: the square's side.
 
   Returns:
-    Width and height after resizing; left and top of the square in them.
+    Width and height after resizing; left and top of the square within the resized picture.
   """
   shorter = min(width, height)
   width, height = (

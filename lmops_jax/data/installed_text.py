@@ -1,16 +1,16 @@
 """The text heap that every installation carries: its own site-packages.
 
-Python code, docstrings, headers, licences, tables, markup and plain text, hundreds of megabytes, as
-a corpus that needs no download. It stands in for a web crawl: mostly useless for any one purpose,
-repetitive, with good prose in between. The result is a function of the installed files' names and
-contents (and of the Python version, whose parser finds the docstrings), not of when or in which
-order they were installed.
+It is Python code, docstrings, headers, licences, tables, markup and plain text, hundreds of
+megabytes, as a corpus that needs no download. It stands in for a web crawl: mostly useless for any
+one purpose, repetitive, with good prose in between. The result is a function of the installed
+files' names and contents (and of the Python version, whose parser finds the docstrings), not of
+when or in which order they were installed.
 
 Files of each kind are taken in the order of a hash of their path, always from the kind that has
 given least so far for its weight, until the budget is used up: a kind that runs out leaves its
-share to the others, and no large package can crowd out the rest. Left aside are compiled and
-volatile files (byte code, install records, this package itself); larger files than `max_file_bytes`
-are counted.
+share to the others, and no large package can crowd out the rest. Compiled and volatile files (byte
+code, install records, this package itself) are left aside; files above `max_file_bytes` are left
+out and counted.
 """
 
 import ast
@@ -56,7 +56,7 @@ _VOLATILE_NAMES = frozenset(
 )
 _VOLATILE_FOLDERS = ("__pycache__", "lmops_jax")
 _VOLATILE_PREFIXES = ("__editable__", "lmops_jax-", "~")
-_WEIGHTS = {"code": 2.0, "header": 2.0, "table": 0.5}  # of the others: 1
+_WEIGHTS = {"code": 2.0, "header": 2.0, "table": 0.5}  # the other kinds have 1
 KINDS = ("code", "docstring", "header", "licence", "markup", "prose", "table")
 
 
@@ -66,10 +66,10 @@ class InstalledText(Corpus):
   """Text of the installed packages; kinds are those of `KINDS`.
 
   Attributes:
-    max_bytes: text (UTF-8) to take at most; None takes all there is.
+    max_bytes: the most text (UTF-8) to take; None takes all there is.
     roots: folders to read; None reads this interpreter's site-packages.
-    weights: relative shares of the kinds where all have enough text; a kind left out has 1, and 0
-      leaves a kind away. None: code and header 2, table 0.5, the rest 1.
+    weights: relative shares of the kinds if all have enough text; a kind that is not named has 1,
+      and 0 leaves a kind out. None: code and header 2, table 0.5, the rest 1.
     min_bytes, max_file_bytes: shorter documents and larger files are left out and counted.
     near_duplicates: the share of known text above which a document is left out (`Deduplicator`).
   """
@@ -228,7 +228,7 @@ def _walk(
 
 
 def _kind(name: str, folder: str) -> str | None:
-  """The kind of a file, or None where it is not text that we read."""
+  """The kind of a file, or None if it is not text that we read."""
   stem, dot, suffix = name.rpartition(".")
   suffix = (dot + suffix).lower() if stem else ""
   in_metadata = ".dist-info/" in folder
@@ -245,7 +245,7 @@ def _kind(name: str, folder: str) -> str | None:
 
 
 def _reads_like_prose(text: str) -> bool:
-  """Tells text from the numbers, names and check sums that plain text files mostly hold."""
+  """Tells prose from the numbers, names and check sums that plain text files mostly hold."""
   words = text.split()
   num_lines = sum(bool(line.strip()) for line in text.split("\n"))
   num_alphabetic = sum(word.strip("\"'()[].,;:!?").isalpha() for word in words)
@@ -253,9 +253,9 @@ def _reads_like_prose(text: str) -> bool:
 
 
 def _split_python(text: str) -> tuple[str, str]:
-  """Docstrings of a module (indentation removed, blank lines between them) and the code without.
+  """A module's docstrings (indentation removed, blank lines between them), and the code without.
 
-  Docstrings without triple quotes stay in the code, which spares parsing every other small file.
+  A text without triple quotes is not parsed, and its docstrings stay in the code.
   """
   if '"""' not in text and "'''" not in text:
     return "", text

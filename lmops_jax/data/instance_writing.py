@@ -1,11 +1,12 @@
 """Writes packed instances: ArrayRecord files that are a tfds dataset, with random access.
 
 `write_instances` stores one `tf.train.Example` a record in the layout of
-`tfds.core.SequentialWriter`, so `tfds.builder_from_directory(directory).as_data_source("train")`
-reads them too, adds `ids.npy` with the ids of all instances by index, and `instances.json` as the
-last file, without which the folder counts as unfinished. `instances` reads them; neither direction
-imports TensorFlow. The same instances give the same bytes in every file: records are serialised
-deterministically (the map in an Example has no order of its own), and nothing holds a date.
+`tfds.core.SequentialWriter`, so that tfds reads them too, by
+`tfds.builder_from_directory(directory).as_data_source("train")`. It adds `ids.npy` with the ids of
+all instances by index, and last `instances.json`, without which the folder counts as unfinished.
+`instances` reads them; neither direction imports TensorFlow. The same instances give the same bytes
+in every file: records are serialised deterministically (the map in an Example has no order of its
+own), and nothing holds a date.
 """
 
 import errno
@@ -25,7 +26,7 @@ from lmops_jax.host.whole_files import write_text
 
 INSTANCES_PER_SHARD = 50_000
 _DATASET, _SPLIT = "instances", "train"
-_IDS_TOGETHER = 1 << 25  # about so many ids are compared with each other at a time, 256 MiB
+_IDS_TOGETHER = 1 << 25  # about so many ids (256 MiB) are compared with each other at a time
 _BLOCK_OF_IDS = 1 << 20
 
 
@@ -51,8 +52,8 @@ def write_instances(
     description: what the data is, for people.
 
   Raises:
-    ValueError: a token outside of the vocabulary, an instance that is too short or too long, two
-      instances with one id.
+    ValueError: for a token outside the vocabulary, an instance that is too short or too long, or
+      two instances with one id.
   """
   if length < 1 or instances_per_shard < 1:
     raise ValueError(
@@ -81,9 +82,9 @@ class ShardInfo(NamedTuple):
   """A shard that is written.
 
   Attributes:
-    ids: of its instances, `[n] int64`.
-    bytes: of the file. record_bytes: of its records.
-    num_tokens: that it stores, BOS included.
+    ids: ids of its instances, `[n] int64`.
+    bytes: size of the file. record_bytes: size of its records.
+    num_tokens: number of tokens in it, BOS included.
   """
 
   ids: np.ndarray
@@ -103,8 +104,8 @@ def write_shard(
   """Writes one shard; a folder of shards becomes readable by `finish`.
 
   Raises:
-    ValueError: a token outside of the vocabulary, an instance that is too short or too long.
-    OSError: the file cannot be written.
+    ValueError: for a token outside the vocabulary, or an instance that is too short or too long.
+    OSError: if the file cannot be written.
   """
   from array_record.python import array_record_module
   from tensorflow_datasets.proto import tf_example_pb2
@@ -149,13 +150,13 @@ def finish(
   description: str = "Packed token ids.",
   vocabulary_fingerprint: str = "",
 ) -> int:
-  """Writes what makes a folder of shards readable; arguments and result as of `write_instances`.
+  """Makes a folder of shards readable; further arguments and result as of `write_instances`.
 
   Args:
-    shards: in order; each is looked at once.
+    shards: the shards in order; each is looked at once.
 
   Raises:
-    ValueError: two instances with one id.
+    ValueError: for two instances with one id.
   """
   directory = Path(directory)
   files, record_bytes, num_tokens = [], 0, 0
@@ -190,7 +191,7 @@ def write_encoded(directory: Path | str, instances: Iterable[Instance], vocabula
 
 
 def encoded_with(vocabulary) -> dict[str, int | str]:
-  """What `write_instances` and `finish` are told about the vocabulary of the tokens."""
+  """The arguments of `write_instances` and `finish` about the vocabulary of the tokens."""
   return {
     "vocab_size": vocabulary.vocab_size, "pad_id": vocabulary.pad_id, "bos_id": vocabulary.bos_id,
     "eos_id": vocabulary.eos_id, "vocabulary_fingerprint": vocabulary.fingerprint,

@@ -24,7 +24,8 @@ def open_instances(directory: Path | str, *, cache_bytes: int = 1 << 30) -> "Ins
       from disk row by row.
 
   Raises:
-    ValueError: no finished instances there, or a shard that is missing or has another size.
+    ValueError: if the folder holds no finished instances, or a shard is missing or has another
+      size.
   """
   return Instances(directory, cache_bytes=cache_bytes)
 
@@ -33,8 +34,8 @@ class Instances:
   """Instances by index, `0 .. len - 1`, in the order they were written.
 
   Attributes:
-    length: `S`, tokens of an input. vocab_size, pad_id, eos_id, bos_id: of the vocabulary.
-    vocabulary_fingerprint: `Vocabulary.fingerprint` of it, "" if unknown.
+    length: `S`, tokens of an input. vocab_size, pad_id, eos_id, bos_id: the vocabulary's.
+    vocabulary_fingerprint: its `Vocabulary.fingerprint`, "" if unknown.
     total_tokens: stored tokens of all instances, BOS included.
   """
 
@@ -91,7 +92,7 @@ class Instances:
     """The ids of all instances by index, `[N] int64`, mapped, not read; see `packing.instance_id`.
 
     Raises:
-      ValueError: the file of the ids is missing or damaged.
+      ValueError: if the file of the ids is missing or damaged.
     """
     path = self.directory / IDS_FILE
     try:
@@ -113,8 +114,8 @@ class Instances:
     Returns:
       tokens `[n,S] int32`: inputs, padded with `pad_id`. targets `[n,S] int32`: the next tokens.
       loss_mask `[n,S] float32`: 1 if the input token is followed by a stored token and is
-      neither pad nor EOS (spec 2.2: what follows EOS cannot be known). example_id `[n] int64`:
-      the stable ids.
+      neither pad nor EOS (what follows EOS cannot be known). example_id `[n] int64`: the stable
+      ids.
     """
     stored, num_tokens = self._rows(indices)
     stored = stored.astype(np.int32)
@@ -129,7 +130,7 @@ class Instances:
     }
 
   def num_learned(self, indices) -> np.ndarray:
-    """Learned tokens of instances, those of `batch`'s mask, `[n] int64`."""
+    """Number of learned tokens of instances, by `batch`'s mask, `[n] int64`."""
     return (self.batch(indices)["loss_mask"] != 0).sum(axis=1, dtype=np.int64)
 
   def documents(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +152,7 @@ class Instances:
     """Indices of instances by id, `[n] int64`.
 
     Raises:
-      ValueError: an id that no instance has.
+      ValueError: for an id that no instance has.
     """
     ids = np.asarray(ids, np.int64)
     own = self.ids

@@ -1,4 +1,4 @@
-"""JSON lines that others wrote, plain or compressed: a line at a time, errors by file and line."""
+"""JSON lines that others wrote, plain or compressed, read line by line; errors name the line."""
 
 import functools
 import gzip
@@ -14,7 +14,7 @@ from lmops_jax.host.foreign_files import parse_json, printable, require_regular
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_LINE_BYTES = 2**28
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_WINDOW_BYTES = 2**31  # the longest that zstd writes
+_WINDOW_BYTES = 2**31  # the longest window that zstd writes
 # A byte of zstd can stand for 32 KiB, so that this many give 128 MiB at most.
 _COMPRESSED_BYTES = 4096
 
@@ -25,13 +25,13 @@ def jsonl_rows(
   """The objects of one file of JSON lines (`.gz`, `.zst` or plain) and their line numbers, from 1.
 
   Args:
-    path: of the file.
-    counts: gets the lines that are not UTF-8 under "undecodable"; without it they are an error, as
-      is half a character (`\\ud800`) anywhere in a row.
+    path: the file.
+    counts: gets the number of lines that are not UTF-8 under "undecodable"; without it they are an
+      error. Half a character (`\\ud800`) anywhere in a row always is.
     max_line_bytes: longer lines, decompressed, are refused before they are held in memory.
 
   Raises:
-    ValueError: naming file and line, for what cannot be read or is not an object.
+    ValueError: for a line that cannot be read or is no object; it names file and line.
   """
   path = Path(path).expanduser()
   name = printable(path)
@@ -87,13 +87,13 @@ def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
           )
         if number == 1 and (0 in line[:2] or line[:2] in (b"\xff\xfe", b"\xfe\xff")):
           raise ValueError(f"{name} is UTF-16 text, or none at all; save it as UTF-8.")
-        line = line.removeprefix(_BYTE_ORDER_MARK)  # of each of several files joined into one
+        line = line.removeprefix(_BYTE_ORDER_MARK)  # each of several files joined may begin with it
         if line.strip():
           yield number, line
   except (OSError, EOFError, zlib.error) as error:
     raise ValueError(f"{name} cannot be read: {printable(error)}.") from error
   except Exception as error:
-    if type(error).__name__ != "ZstdError":  # zstandard is imported only where it is needed
+    if type(error).__name__ != "ZstdError":  # zstandard is imported only if it is needed
       raise
     raise ValueError(f"{name} cannot be read: {error}.") from error
 

@@ -1,9 +1,9 @@
 """Which files a path stands for: itself, those of a folder, or those that fit a pattern.
 
-Every entry that fits is taken, or named as left out, or refused: links that lead nowhere, folders
-that cannot be listed and what is no regular file never vanish in silence. Names that begin with a
-dot (checkpoints of notebooks, caches, copies that other systems make) are left out unless the
-pattern begins with a dot there too. Links to folders are followed.
+Every entry that fits is taken, or named as left out, or refused: broken links, folders that cannot
+be listed and special files never vanish in silence. Names that begin with a dot (checkpoints of
+notebooks, caches, copies that other systems make) are left out unless the pattern begins with a dot
+there too. Links to folders are followed.
 """
 
 import collections
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from lmops_jax.host.foreign_files import printable, require_regular
 
-_MAX_NAMES = 3  # that a line tells
+_MAX_NAMES = 3  # the most names in a line
 
 
 class Found(NamedTuple):
@@ -36,7 +36,7 @@ def matching(path: str, parameter: str, endings: tuple[str, ...]) -> Found:
   """Files that a path or pattern stands for; a folder stands for its files with these endings.
 
   Raises:
-    ValueError: naming `parameter` where nothing fits, else the entry that cannot be read.
+    ValueError: if nothing fits, naming `parameter`, or if an entry cannot be read, naming it.
   """
   place = os.path.expanduser(path)
   found = Found([], {})
@@ -66,13 +66,13 @@ def search(
   """Files below a folder that fit a pattern.
 
   Args:
-    parts: of the pattern, each for one name; `**` stands for any number of folders.
-    endings: of the names; files with others are named as left out.
-    keep_broken: takes links that lead nowhere as files, for the caller to count; else they are
-      refused.
+    parts: the parts of the pattern, each for one name; `**` stands for any number of folders.
+    endings: endings of names; files with others are named as left out.
+    keep_broken: take links that lead nowhere as files, for the caller to count; False refuses them.
 
   Raises:
-    ValueError: a folder cannot be listed or holds itself through a link, or a file is none.
+    ValueError: if a folder cannot be listed or holds itself through a link, or an entry is no
+      regular file.
   """
   parts = (*parts, "*") if parts[-1] == "**" else tuple(parts)
   walk = _Walk(base, parts, endings, keep_broken)
@@ -90,7 +90,7 @@ def left_out_lines(left_out: dict[str, list[str]]) -> list[str]:
 
 
 class _Walk:
-  """Goes through a folder with the places in the pattern that each name has come to."""
+  """Goes through a folder and keeps the places in the pattern that each name has reached."""
 
   def __init__(self, base, parts, endings, keep_broken):
     self.base, self.parts, self.endings, self.keep_broken = base, parts, endings, keep_broken
@@ -151,7 +151,7 @@ class _Walk:
       self.files.append((name, path))
 
   def _onwards(self, fitting: list[int]) -> set[int]:
-    """Places in the pattern of what is inside of a folder whose name fits these."""
+    """Places in the pattern for the entries of a folder whose name fits these places."""
     ends = len(self.parts) - 1
     return {place + (self.parts[place] != "**") for place in fitting if place != ends}
 
@@ -167,7 +167,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _is_broken(entry: os.DirEntry) -> bool:
-  """Whether nothing can be learnt of what is behind a link."""
+  """Whether an entry is a link to something of which nothing can be learnt."""
   if not entry.is_symlink():
     return False
   try:

@@ -38,13 +38,15 @@ class Mixture:
   """Sources drawn from by weight.
 
   Args:
-    sources: by name. The order of a source depends on its name and the seed alone.
-    weights: of each source, in proportion to which its rows come; None: in proportion to their
-      numbers. They are kept to one row in `PERIOD`; a weight above 0 gives one at least.
-    seed: of the order.
+    sources: rows by the source's name. A source's order depends on its name and the seed alone.
+    weights: a weight for each source, to which its share of the rows is proportional; None: the
+      sources' numbers of rows. Shares are exact to one row in `PERIOD`; a weight above 0 gives at
+      least one.
+    seed: seed of the order.
 
   Raises:
-    ValueError: no source, a weight for none, negative or not finite, or above 0 for an empty one.
+    ValueError: for no source, weights for other sources, a weight that is negative or not finite,
+      or one above 0 for an empty source.
   """
 
   def __init__(
@@ -88,7 +90,7 @@ class Mixture:
     """The rows with some numbers, in that order.
 
     Raises:
-      ValueError: two sources give other fields, or rows of other shapes.
+      ValueError: if two sources give different fields, or rows of different shapes.
     """
     source, rows = self.draw(numbers)
     merged: dict[str, np.ndarray] = {}
@@ -118,7 +120,7 @@ class Mixture:
     return merged
 
   def num_learned(self, numbers: np.ndarray) -> np.ndarray:
-    """Learned tokens of the rows with some numbers, `[n] int64`."""
+    """Number of learned tokens of the rows with some numbers, `[n] int64`."""
     source, rows = self.draw(numbers)
     learned = np.zeros(len(rows), np.int64)
     for i in np.unique(source):
@@ -131,8 +133,8 @@ class _Walk:
 
   def __init__(self, num_rows: int, seed: int):
     self._num_rows = num_rows
-    # Of its own, since each source asks for other ones; a step touches two at most, unless it is
-    # longer than an epoch.
+    # A cache of its own, since each source has other orders; a step touches at most two epochs,
+    # unless it is longer than one.
     self._order = functools.lru_cache(maxsize=2)(
       lambda epoch: epoch_permutation.__wrapped__(seed, epoch, num_rows))
 
@@ -149,11 +151,11 @@ class _Walk:
 def schedule(weights: Sequence[float], period: int = PERIOD) -> np.ndarray:
   """Which source each row of a period comes from, `[period] int32`.
 
-  A source with k rows in the period has one in each k-th part of it, as near to the middle as the
-  others let it.
+  A source with k rows in the period has one in each k-th part of it, as near to that part's middle
+  as the others let it.
 
   Args:
-    weights: positive. period: at least as many rows as sources.
+    weights: positive numbers. period: at least as many rows as sources.
   """
   share = np.asarray(weights, np.float64) / np.sum(weights) * period
   counts = np.maximum(np.floor(share).astype(np.int64), 1)

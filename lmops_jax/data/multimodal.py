@@ -2,7 +2,7 @@
 
 A record is a sequence of texts and pictures: a picture with its caption, a document with pictures
 among its text, a text alone, a question about pictures with its answer. Pictures stay where they
-are, in files of their own or inside of shards, until a batch needs them. Nothing is left out in
+are, in files of their own or inside shards, until a batch needs them. Nothing is left out in
 silence: `LeftOut` counts it and names the first of each kind.
 
 A row of JSON lines or of Parquet, or the JSON of a sample in a shard, has one of these forms:
@@ -12,8 +12,8 @@ A row of JSON lines or of Parquet, or the JSON of a sample in a shard, has one o
     {"images": [...], "prompt": "<image>What is it?", "completion": "A dog."}
     {"parts": ["A dog: ", {"image": x}, {"text": "and more"}]}       `<image>` is ordinary text here
 
-where a picture is a path (relative to the file that names it), `{"path": ...}`, or `{"bytes": ...}`
-(base64 in JSON). `images` may be one picture instead of a list, and missing where there is none.
+A picture here is a path (relative to the file that names it), `{"path": ...}`, or `{"bytes": ...}`
+(base64 in JSON). `images` may be one picture instead of a list, and missing if there is none.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lmops_jax.data.images import ImageSettings, as_png
 from lmops_jax.host.foreign_files import printable, read_bytes, require_regular
 from lmops_jax.host.words import shortened
 
-IMAGE = "<image>"  # in a text: here is a picture
+IMAGE = "<image>"  # marks the place of a picture in a text
 _MAX_NAMED = 20
 _BLOCK = 256  # records whose pictures are tried at a time
 
@@ -45,8 +45,8 @@ class Picture(NamedTuple):
 
   Attributes:
     where: names it in errors.
-    path: of the file; "" when `data` holds the contents.
-    offset, num_bytes: of the part of the file; None is all of it.
+    path: the file; "" if `data` holds the contents.
+    offset, num_bytes: the part of the file; None is all of it.
     data: the contents.
   """
 
@@ -60,7 +60,7 @@ class Picture(NamedTuple):
     """The contents.
 
     Raises:
-      ValueError: the file cannot be read, or is shorter than it was.
+      ValueError: if the file cannot be read, or is shorter than it was.
     """
     if not self.path:
       return self.data
@@ -94,9 +94,9 @@ class Record(NamedTuple):
   """Texts and pictures in order.
 
   Attributes:
-    id: 0 <= id < 2^63, stable, as of `documents.Document`.
-    parts: pictures, and texts, never blank nor with blanks beside a picture or at the record's
-      ends.
+    id: 0 <= id < 2^63, stable, as in `documents.Document`.
+    parts: pictures, and texts that are never blank and have no blanks beside a picture or at the
+      record's ends.
     num_given: how many parts at the front are a prompt, of which nothing is learned.
     source: where it was found.
   """
@@ -118,8 +118,8 @@ class LeftOut:
 
   Reasons: "empty" (no text), "undecodable" (not UTF-8), "unreadable" (a picture, a member, or the
   rest of a shard), "incomplete" (a sample without text or without picture), "other_member" and
-  "duplicate_member" (of shards); those of `WebPages`; of files and folders those of
-  `matching.Found`. Counted but not left out are "animated" pictures and records "without_picture".
+  "duplicate_member" (of shards); those of `WebPages`; for files and folders those of
+  `matching.Found`. "animated" pictures and records "without_picture" are counted, not left out.
   """
 
   counts: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -133,7 +133,7 @@ class LeftOut:
       names.append(printable(what))
 
   def add_all(self, names: Mapping[str, Iterable[str]]) -> None:
-    """Counts names by reason, as `matching.Found` has them."""
+    """Counts names by reason, as in `matching.Found`."""
     for reason, of_reason in names.items():
       for name in of_reason:
         self.add(reason, name)
@@ -161,7 +161,7 @@ class ImageCorpus:
       left_out: filled with what was left out; complete once the iterator is exhausted.
 
     Raises:
-      ValueError: no usable record, or a row of another form.
+      ValueError: for no usable record, or a row of another form.
     """
     left_out = LeftOut() if left_out is None else left_out
     number = 0
@@ -180,10 +180,11 @@ class ImageCorpus:
 def sound(
   records: Iterable[Record], settings: ImageSettings, left_out: LeftOut, *, num_threads: int = 8
 ) -> Iterator[Record]:
-  """Passes on the records all of whose pictures can be read, in order; others are "unreadable".
+  """Passes on, in order, the records whose pictures can all be read; others are "unreadable".
 
   Args:
-    settings: that the pictures are tried with. num_threads: that decode; no result depends on it.
+    settings: those that the pictures are tried with.
+    num_threads: number of threads that decode; no result depends on it.
   """
   for record, pixels in tried(records, settings, left_out.counts, num_threads=num_threads):
     fault = next((found for found in pixels if isinstance(found, str)), None)
@@ -197,12 +198,12 @@ def tried(
   records: Iterable[Record], settings: ImageSettings, counts: Counter[str], *,
   num_threads: int = 8,
 ) -> Iterator[tuple[Record, list[np.ndarray | str]]]:
-  """Records with their pictures' pixels, in order; in place of pixels why there are none.
+  """Records with their pictures' pixels, in order; a text in place of pixels says why none exist.
 
   Args:
-    settings: that the pictures are decoded with.
+    settings: those that the pictures are decoded with.
     counts: gets "animated".
-    num_threads: that decode; no result depends on it.
+    num_threads: number of threads that decode; no result depends on it.
   """
   def pixels(picture: Picture) -> tuple[np.ndarray | str, Counter[str]]:
     found = Counter()
@@ -230,12 +231,12 @@ def parse_row(
 
   Args:
     where: file and line, for errors.
-    picture_of: `(entry, where) -> Picture` of an entry for a picture.
+    picture_of: `(entry, where) -> Picture`, for an entry that stands for a picture.
     text_field, images_field: the names that stand for "text" and "images".
 
   Raises:
-    ValueError: a row of another form, or with other than a place for each picture.
-    UnicodeEncodeError: a text with half a character.
+    ValueError: for a row of another form, or without one place for each picture.
+    UnicodeEncodeError: for a text with half a character.
   """
   if row.get("parts") is not None:  # a table has the columns of all forms in every row
     return _listed_parts(row["parts"], where, picture_of), 0
@@ -262,15 +263,15 @@ def parts_of(
   """The parts of a text with a place for each picture, and how many of them are given.
 
   Args:
-    text: with `IMAGE` where each picture goes; a single picture without one stands in front.
-    pictures: in order.
-    where: of the text, for errors.
+    text: a text with `IMAGE` where each picture goes; a single picture without one stands in front.
+    pictures: the pictures, in order.
+    where: names the text in errors.
     completion: what follows a prompt, perhaps with places too; None: the text is no prompt, and
-      none of its parts are given. Its blank in front is kept, which many vocabularies join with the
-      word.
+      none of its parts are given. Its blank in front is kept, since many vocabularies join it with
+      the word.
 
   Raises:
-    ValueError: more or fewer places than pictures.
+    ValueError: for more or fewer places than pictures.
   """
   texts = [text] if completion is None else [text, completion]
   num_places = sum(text.count(IMAGE) for text in texts)
@@ -290,7 +291,7 @@ def parts_of(
 
 
 def _split(text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
-  """The texts between the places of a text, and the next pictures in them."""
+  """The texts between the places of a text, and the next pictures in these places."""
   pieces = text.split(IMAGE)
   for i, piece in enumerate(pieces):
     if i:
@@ -337,7 +338,7 @@ def picture_beside(folder: Path) -> Callable[[Any, str], Picture]:
   """`picture_of` for rows that name files or hold their contents.
 
   Args:
-    folder: that relative paths start from.
+    folder: the folder that relative paths start from.
   """
   def picture_of(entry: Any, where: str) -> Picture:
     fields = entry if isinstance(entry, Mapping) else {

@@ -14,7 +14,7 @@ from lmops_jax.config.setting_types import PositiveInt, Text, component
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id, kind_label
 from lmops_jax.host.hashing import digest
 
-_PIECE = 100_000  # rows that are read together
+_PIECE = 100_000  # rows of a piece
 
 
 @component(module="data")
@@ -51,7 +51,7 @@ class Tfds(Corpus):
     """tfds's own description and reader of the dataset.
 
     Raises:
-      ValueError: tfds does not know it, or it is not prepared.
+      ValueError: if tfds does not know it, or it is not prepared.
     """
     import os
 
@@ -80,7 +80,7 @@ class Tfds(Corpus):
     return self._documents(enumerate(self.examples()), counts)
 
   def pieces(self):
-    """Rows by the hundred thousand, where the dataset's files can be read from anywhere."""
+    """Pieces of a hundred thousand rows, if the dataset's files have random access."""
     examples = self.examples()
     if not hasattr(examples, "__getitem__"):
       return [self]
@@ -115,13 +115,13 @@ class Tfds(Corpus):
       yield Document(identifier, text, kind, where)
 
   def examples(self, decoders: Mapping[str, Any] | None = None):
-    """The examples of the split in storage order; a list where the format has random access.
+    """The examples of the split in storage order; a sequence if the format has random access.
 
     Args:
-      decoders: of features, as tfds takes them.
+      decoders: decoders of features, as tfds takes them.
 
     Raises:
-      ValueError: no such split.
+      ValueError: if there is no such split.
     """
     import tensorflow_datasets as tfds
 
@@ -161,11 +161,11 @@ class SeqioTask(Corpus):
   are read unshuffled and numbered; tasks whose preprocessors draw random numbers do not repeat.
 
   Attributes:
-    name: of the task or mixture.
+    name: name of the task or mixture.
     split: one of its splits.
-    text_feature: the field that holds the text after preprocessing ("targets", "text"), or the
-      token ids of one that the task has tokenised, which its own vocabulary turns into text.
-    sequence_length: what the task's trimming gets for this feature; None does not trim.
+    text_feature: the field that holds the text after preprocessing ("targets", "text"), or its
+      token ids if the task has tokenised it; the task's vocabulary then turns them into text.
+    sequence_length: the length that the task trims this feature to; None does not trim.
   """
 
   name: Text
@@ -244,7 +244,7 @@ def as_text(value: Any, counts: Counter[str]) -> str | None:
   """A text of a dataset; None for one that is not UTF-8, which is counted as "undecodable".
 
   Raises:
-    ValueError: anything else than a text.
+    ValueError: for anything but a text.
   """
   if isinstance(value, str):
     return value

@@ -1,7 +1,7 @@
 """Exact and near-duplicates by sampled shingles.
 
-A text is lower-cased, its white space collapsed, and every window of `WINDOW` bytes hashed with a
-rolling polynomial; the hashes that are 0 modulo `RATE` are its fingerprint (Manber, "Finding
+A text is lower-cased, its white space is collapsed, and every window of `WINDOW` bytes is hashed
+with a rolling polynomial; the hashes that are 0 modulo `RATE` are its fingerprint (Manber, "Finding
 similar files in a large file system", USENIX 1994). Which hashes are kept depends on the content
 alone, so the share of common fingerprints estimates the share of common text, and copies inside a
 longer text are found as well. The work is NumPy over bytes.
@@ -107,7 +107,7 @@ class Deduplicator:
 @component(module="data")
 @dataclasses.dataclass(frozen=True)
 class Deduplicated(Corpus):
-  """Another corpus without its exact and near-duplicates; the first in its order stays.
+  """Another corpus without exact and near-duplicates; of each group the first in its order stays.
 
   Attributes:
     corpus: any corpus of this package.
@@ -160,7 +160,7 @@ class OverlapIndex:
     self._marks = np.array(sorted(self._owners), np.uint64)
 
   def find(self, document: Document) -> Document | None:
-    """The target document that shares most with `document`, or None where none shares enough."""
+    """The target document that shares most with `document`, or None if none shares enough."""
     marks = fingerprints(document.text)
     common = np.intersect1d(marks, self._marks, assume_unique=True)
     if not len(common):
@@ -181,7 +181,7 @@ def overlapping_documents(
 ) -> dict[int, int]:
   """Corpus documents that repeat a target document: corpus id -> target id.
 
-  The corpus is streamed, the target held. See `OverlapIndex` for what counts.
+  The corpus is streamed, the target is held in memory. See `OverlapIndex` for what counts.
   """
   index = OverlapIndex(target_documents, threshold)
   matches = {}

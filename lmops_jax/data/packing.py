@@ -1,4 +1,4 @@
-"""Token ids of documents to training instances (PDS code, spec section 4 "Instance format").
+"""Token ids of documents to training instances, in the format of the PDS code.
 
 Every document's tokens are followed by EOS and all of them are concatenated; an instance is BOS and
 the next `length` tokens. Optionally an instance is cut back to its last sentence end and the rest
@@ -6,10 +6,10 @@ opens the next one. Attention is not reset at document boundaries, as in the pap
 
 An instance is known by the place where it begins (`instance_id`), not by how many come before it.
 A new document therefore changes no id of the instances before it. The instances behind it keep
-their ids as soon as one begins at the same place as before: at once when the document fills whole
-instances, within a few instances when they are cut at sentence ends, and never when they are
-packed without gaps and the document is of another length, for then every later instance holds other
-text than before.
+their ids as soon as one begins at the same place as before: at once if the document fills whole
+instances, within a few instances if they are cut at sentence ends, and never if they are packed
+without gaps and the document has another length, since every later instance then holds other text
+than before.
 """
 
 import dataclasses
@@ -74,13 +74,13 @@ def pack(
     documents: (document id, token ids without BOS and EOS).
     length: tokens after BOS; an instance has at most `length + 1`.
     sentence_end: None packs without gaps. A bool array `[V]` marks tokens after which an instance
-      may end (EOS is one in any case). Anything else is called with the tokens that follow BOS,
-      `[m] int32`, and the token that comes next, and returns how many to keep; 0 keeps all.
+      may end (EOS always is one). Anything else is called with the tokens that follow BOS, `[m]
+      int32`, and the token that comes next, and returns how many to keep; 0 keeps all.
     counts: gets "empty_instances".
-    skip: tokens at the front, EOS tokens counted, that earlier instances hold.
+    skip: number of tokens at the front, EOS included, that earlier instances hold.
 
   Raises:
-    ValueError: length < 1.
+    ValueError: for length < 1.
   """
   if length < 1:
     raise ValueError(f"length={length} is too short to pack; set it to 1 or more.")
@@ -130,11 +130,11 @@ def encoded(
 ) -> Iterator[tuple[int, list[int]]]:
   """(id, token ids) of documents, as `pack` takes them.
 
-  Tokenises a block of documents at a time, so that the tokenizer can use its threads.
+  A block of documents is tokenised at a time, so that the tokenizer can use its threads.
 
   Args:
-    line_end_id: what ends each line that is not blank, as in Kosmos's text (kosmos2 section 10);
-      None takes a document as it is.
+    line_end_id: the id that ends each line that is not blank, as in the text of Kosmos's code; None
+      takes a document as it is.
   """
   waiting = []
 
@@ -181,7 +181,7 @@ def _front(runs: list[_Run], count: int) -> np.ndarray:
 
 
 def _take(runs: list[_Run], count: int) -> tuple[list[int], list[int]]:
-  """Removes `count` tokens from the front; returns whose they were and how many."""
+  """Removes `count` tokens from the front; returns their documents, and how many of each."""
   owners, counts = [], []
   num_finished = 0
   for document, offset, tokens in runs:
@@ -207,9 +207,9 @@ def _cut_rule(sentence_end, eos_id):
 
 
 def end_flags(sentence_end, eos_id) -> Callable[[np.ndarray, int], np.ndarray] | None:
-  """The rule as `(tokens [m], the next one) -> [m] bool`: after which an instance may end.
+  """The rule as `(tokens [m], the next one) -> [m] bool`, True for tokens that may end an instance.
 
-  None if no rule is given, or one that cannot be told token by token.
+  It is None if no rule is given, or one that cannot be told token by token.
   """
   if isinstance(sentence_end, np.ndarray):
     table = np.array(sentence_end, bool)
@@ -227,12 +227,13 @@ def _last_true(flags: np.ndarray) -> int:
 class SentenceEnds:
   """The reference's rule for where an instance may end, as tables over the vocabulary.
 
-  After EOS and after a token with a line break always; after a token with one of `. ! ? ;` that
-  leaves no bracket open inside itself, when a space follows (so that "3.14" and "D.A." stay whole).
+  It may always end after EOS and after a token with a line break. If a space follows (so that
+  "3.14" and "D.A." stay whole), it may also end after a token with one of `. ! ? ;` and no bracket
+  left open inside.
 
   Attributes:
     certain: `[V] bool`, tokens after which an instance may end whatever follows.
-    possible: `[V] bool`, tokens after which it may end when a space follows.
+    possible: `[V] bool`, tokens after which it may end if a space follows.
     trailing_space: `[V] bool`, tokens whose text has white space after its last end mark.
     leading_space: `[V] bool`, tokens whose text begins with white space.
   """
@@ -243,11 +244,11 @@ class SentenceEnds:
   leading_space: np.ndarray
 
   def __call__(self, tokens: np.ndarray, following: int) -> int:
-    """How many of `tokens [m]` to keep when `following` comes next; 0 if no sentence ends."""
+    """How many of `tokens [m]` to keep if `following` comes next; 0 if no sentence ends."""
     return _last_true(self.ends(tokens, following))
 
   def ends(self, tokens: np.ndarray, following: int) -> np.ndarray:
-    """After which of `tokens [m]` an instance may end when `following` comes next, `[m] bool`."""
+    """`[m] bool`: whether an instance may end after each of `tokens [m]`, before `following`."""
     after = np.append(self.leading_space[tokens[1:]], self.leading_space[following])
     confirmed = self.possible[tokens] & (self.trailing_space[tokens] | after)
     return self.certain[tokens] | confirmed
@@ -289,10 +290,10 @@ def one_per_document(
   """One instance a document: BOS, its tokens, EOS, cut to `length + 1`.
 
   Args:
-    counts: gets "cut_documents" and "cut_tokens", what did not fit.
+    counts: gets "cut_documents" and "cut_tokens", which tell what did not fit.
 
   Raises:
-    ValueError: length < 1.
+    ValueError: for length < 1.
   """
   if length < 1:
     raise ValueError(f"length={length} is too short; set it to 1 or more.")

@@ -1,7 +1,7 @@
 """The English of the Python language reference, which every CPython carries (`pydoc_data.topics`).
 
-About 75 texts that explain the language, a third of a megabyte, without download: a small trusted
-text to aim at, as LIMA is in PDS (arXiv 2410.07064).
+About 75 texts, a third of a megabyte, explain the language. They need no download and serve as a
+small trusted text to aim at, as LIMA does in PDS (arXiv 2410.07064).
 
 The topics repeat each other: a chapter holds sections that are topics of their own. A paragraph
 stays only in the shortest topic that has it, so that the parts of a split share no text.
@@ -25,7 +25,7 @@ _MIN_PARAGRAPH_BYTES = 60  # headings and one-line examples may repeat
 class PythonReference(Corpus):
   """One document a topic of `help()`; kind "reference".
 
-  Counts "duplicate" topics, with nothing of their own, and "repeated_paragraphs".
+  It counts "duplicate" topics, which have nothing of their own, and "repeated_paragraphs".
   """
 
   def fingerprint(self) -> str:

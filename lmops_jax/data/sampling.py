@@ -29,7 +29,7 @@ class SamplingWeights:
       them. None: step t reads row t, and steps from T on read the last row.
 
   Raises:
-    ValueError: no such file, no such array, a row that is not on the simplex.
+    ValueError: if there is no such file or array, or a row is not on the simplex.
   """
 
   path: Text
@@ -37,7 +37,7 @@ class SamplingWeights:
 
   @functools.cached_property
   def weights(self) -> np.ndarray:
-    """`[T,N] float32`."""
+    """The policy's weights, `[T,N] float32`."""
     path = Path(self.path).expanduser()
     if not path.is_file():
       raise ValueError(f"data.SamplingWeights.path={self.path!r} is not a file.")
@@ -73,7 +73,7 @@ def draw(weights: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarr
   drawn.
 
   Raises:
-    ValueError: a batch size below 1.
+    ValueError: for a batch size below 1.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size} is not positive; set it to 1 or more.")
@@ -91,7 +91,7 @@ def write(path: Path | str, weights: np.ndarray, **more: np.ndarray) -> None:
   """Writes weights `[T,N]` (and other arrays beside them) as `SamplingWeights` reads them.
 
   Raises:
-    ValueError: a row that is not on the simplex.
+    ValueError: for a row that is not on the simplex.
   """
   weights = np.asarray(weights, np.float32)
   check_rows(weights, "the policy")
@@ -100,7 +100,7 @@ def write(path: Path | str, weights: np.ndarray, **more: np.ndarray) -> None:
 
 
 def check_rows(weights: np.ndarray, name: str) -> None:
-  """Refuses what is not `[T,N]` with rows on the simplex, naming the row."""
+  """Refuses weights that are not `[T,N]` with rows on the simplex; names the row."""
   if weights.ndim != 2 or not weights.size:
     raise ValueError(f"{name} has weights of shape {weights.shape}; expected [T, N].")
   good = np.isfinite(weights).all(axis=1) & (weights >= 0).all(axis=1)

@@ -1,6 +1,6 @@
 """The binary corpus format of the PDS code and of other trainers: `.bin` and `.idx` (MMIDIDX).
 
-`<prefix>.bin` holds the token ids one sequence after another; `<prefix>.idx`, little-endian:
+`<prefix>.bin` holds the token ids one sequence after another; `<prefix>.idx` holds, little-endian,
 9 bytes `MMIDIDX\\0\\0`, u64 version 1, u8 code of the number type, u64 count of sequences, u64
 length of the document index, i32 sizes, i64 byte offsets, i64 document index. The PDS code never
 ends a document, so its document index is the single number 0; others put the first sequence of each
@@ -18,7 +18,7 @@ from lmops_jax.host.whole_files import replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-# Below this size of the vocabulary the PDS code stores 16 bits a token.
+# For vocabularies below this size the PDS code stores 16 bits a token.
 UINT16_VOCAB_SIZE = 65_500
 SEQUENCES_PER_SHARD = 1_000_000
 _TYPES = {
@@ -48,8 +48,8 @@ def write_shard(
     vocab_size: chooses the number type (`token_dtype`) and bounds the ids; or give `dtype`.
 
   Raises:
-    ValueError: both or neither of vocab_size and dtype, a type that has no code, or a token id that
-      the vocabulary or the type cannot hold.
+    ValueError: for both or neither of vocab_size and dtype, a type that has no code, or a token id
+      that the vocabulary or the type cannot hold.
   """
   if (vocab_size is None) == (dtype is None):
     raise ValueError(f"give one of vocab_size ({vocab_size}) and dtype ({dtype}).")
@@ -92,12 +92,12 @@ class Shard:
   """A shard opened for reading: a sequence of token arrays, mapped into memory.
 
   Attributes:
-    sizes: `[N] int32`, tokens of each sequence. dtype: of the stored numbers.
+    sizes: `[N] int32`, tokens of each sequence. dtype: type of the stored numbers.
     document_index: `[k] int64` as stored.
 
   Raises:
-    ValueError: a missing file, another magic number, version or type, or sizes that contradict each
-      other or the files.
+    ValueError: for a missing file, another magic number, version or type, or sizes that contradict
+      each other or the files.
   """
 
   def __init__(self, prefix: Path | str):
@@ -172,7 +172,7 @@ def write_shards(
 ) -> int:
   """Writes `<name>_0`, `<name>_1`, ... as the PDS code names them; at least one shard.
 
-  Returns the number of sequences.
+  It returns the number of sequences.
   """
   if sequences_per_shard < 1:
     raise ValueError(f"sequences_per_shard={sequences_per_shard} must be 1 or more.")

@@ -1,7 +1,7 @@
-"""Rows to learn from, each with the tokens that count: texts, prompts with completions, chats.
+"""Rows to learn from, each with its learned tokens: texts, prompts with completions, chats.
 
 A row is {"text"}, learned whole; {"prompt", "completion"}, of which the completion and the end
-token are learned; or {"messages"}, a conversation through the model's chat template, of which the
+token are learned; or {"messages"}, a conversation in the model's chat template, of which the
 assistant's turns are learned. Prompt and completion are encoded apart, so that a prompt has the
 same tokens in training and in use. Short rows share a sequence: attention stays within a row
 (`segment_ids`) and positions start anew.
@@ -31,8 +31,8 @@ class Example(NamedTuple):
   """One row.
 
   Attributes:
-    id: from file and line.
-    tokens: all of them, with what the model wants in front and an end token.
+    id: a number from file and line.
+    tokens: all of its tokens, with the model's start tokens in front and an end token.
     learned: for each token whether its prediction counts; the first one's never does.
   """
 
@@ -46,7 +46,7 @@ class SupervisedSet(NamedTuple):
 
   Attributes:
     arrays: `tokens`, `targets`, `positions`, `segment_ids [N,S] int32`, `loss_mask [N,S] float32`.
-    ids: of the sequences, `[N] int64`; a sequence has the id of its first row.
+    ids: ids of the sequences, `[N] int64`; a sequence has the id of its first row.
     counts: `rows`, `sequences`, `tokens`, `learned_tokens`, and rows "dropped" or "cut".
   """
 
@@ -71,21 +71,21 @@ class SupervisedSet(NamedTuple):
     }
 
   def num_learned(self, indices: Sequence[int]) -> np.ndarray:
-    """Learned tokens of sequences, `[n] int64`."""
+    """Number of learned tokens of sequences, `[n] int64`."""
     return (self.arrays["loss_mask"][np.asarray(indices)] != 0).sum(axis=1, dtype=np.int64)
 
 
 def front_ids(tokenizer) -> list[int]:
-  """What a tokenizer, with `encode(text, add_special)`, puts in front of every text."""
+  """The ids that a tokenizer, with `encode(text, add_special)`, puts in front of every text."""
   plain, full = tokenizer.encode("a", False), tokenizer.encode("a", True)
   starts = range(len(full) - len(plain) + 1)
   return full[: next((i for i in starts if full[i : i + len(plain)] == plain), 0)]
 
 
 def encode_behind(front: Sequence[int], tokenizer, text: str) -> list[int]:
-  """Ids of a text behind what stands in front of every text (`front_ids`).
+  """Ids of a text behind the ids in front of every text (`front_ids`).
 
-  A text that writes the beginning itself, as chat templates do, does not get it twice.
+  A text that itself begins with them, as chat templates do, does not get them twice.
   """
   ids = tokenizer.encode(text, False)
   return ids if front and ids[:1] == list(front[:1]) else [*front, *ids]
@@ -95,13 +95,13 @@ def encode_row(tokenizer, row: Mapping[str, Any], identifier: int, where: str) -
   """The tokens of a row.
 
   Args:
-    tokenizer: of `lmops_jax.pretrained`.
+    tokenizer: one of `lmops_jax.pretrained`.
     row: see the module.
-    identifier: of the row.
+    identifier: the row's id.
     where: file and line, for errors.
 
   Raises:
-    ValueError: a row of another form, an empty one, or a conversation without a chat template.
+    ValueError: for a row of another form, an empty one, or a conversation without a chat template.
   """
   front = front_ids(tokenizer)
   end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -133,7 +133,7 @@ def _text(row, field, where):
 
 
 def _conversation(tokenizer, messages, identifier, where) -> Example:
-  """The template's text up to each turn shows which of its tokens are the assistant's."""
+  """A conversation; the template's text up to each turn shows which tokens are the assistant's."""
   roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
   if "assistant" not in roles:
     raise ValueError(f"{where} has messages without a turn of the assistant to learn.")
@@ -160,7 +160,7 @@ def read_examples(path: Path | str, tokenizer) -> list[Example]:
   """Encodes a file of JSON lines (`.gz`, `.zst` or plain).
 
   Raises:
-    ValueError: naming the line.
+    ValueError: for a line that holds no such row; it names the line.
   """
   name = Path(path).name
   return [
@@ -176,15 +176,15 @@ def build(
   """Sequences of `length` predicted positions.
 
   Args:
-    examples: in the order of the file.
+    examples: the rows in the order of the file.
     length: S; a row of more than S + 1 tokens is too long.
     pad_id: fills the rest of a sequence.
-    pack: several rows to a sequence, first fit in order; else one each.
+    pack: put several rows into a sequence, first fit in order; False gives each its own.
     too_long: "drop" such rows or "cut" them, counted, or make them an "error".
-    name: of the part, for errors.
+    name: the part's name, for errors.
 
   Raises:
-    ValueError: a row is too long (with "error"), or none is left.
+    ValueError: if a row is too long (with "error"), or none is left.
   """
   if too_long not in TOO_LONG:
     raise ValueError(f"too_long={too_long!r} is not one of {', '.join(TOO_LONG)}.")
@@ -211,7 +211,7 @@ def build(
 
 
 def _fitting(examples, length: int, too_long: str, counts: Counter[str]) -> Iterator[Example]:
-  """The examples of at most `length` predicted positions; others as `build` says."""
+  """The examples of at most `length` predicted positions; others are treated as `build` says."""
   for example in examples:
     size = len(example.tokens) - 1
     if size > length:
@@ -237,8 +237,8 @@ def place(sequence: Sequence[Example], length: int, pad_id: int) -> dict[str, np
   """The arrays of one sequence of examples that fit into it; see `SupervisedSet`.
 
   Returns:
-    `tokens`, `targets`, `positions`, `segment_ids [S] int32` and `loss_mask [S] float32`; an
-    example is a segment, from 1, and what follows the last is of segment 0.
+    `tokens`, `targets`, `positions`, `segment_ids [S] int32` and `loss_mask [S] float32`; each
+    example is a segment, counted from 1, and positions behind the last one are segment 0.
   """
   row = {name: np.zeros(length, np.int32) for name in _FIELDS}
   row["loss_mask"] = row["loss_mask"].astype(np.float32)
@@ -268,7 +268,7 @@ def load(directory: Path) -> SupervisedSet:
   """Opens what `save` wrote; the arrays are mapped, not read.
 
   Raises:
-    ValueError: an array is missing, as in folders that were written before sequences had ids.
+    ValueError: if an array is missing, as in folders that were written before sequences had ids.
   """
   try:
     arrays = {

@@ -1,9 +1,9 @@
 """Records in tar shards as WebDataset lays them out: the files of a sample share a name.
 
-`000/17.jpg`, `000/17.txt` and `000/17.json` one after another are the sample `000/17`: what follows
-the first dot of a file's own name tells its kind (github.com/webdataset/webdataset). Headers and
-texts are read through Python's `tarfile`; of a picture its place in the shard is kept, so that any
-picture can be read alone later, in any order. That is why shards are not compressed.
+`000/17.jpg`, `000/17.txt` and `000/17.json` one after another are the sample `000/17`: the part of
+a file's own name behind the first dot tells its kind (github.com/webdataset/webdataset). Headers
+and texts are read through Python's `tarfile`; for a picture only its place in the shard is kept, so
+that it can be read alone later, in any order. That is why shards are not compressed.
 
 A shard that is cut off or damaged gives what comes before the damage; the rest, and samples that
 cannot be read or name pictures that they do not hold, are counted and named.
@@ -45,11 +45,11 @@ class TarShards(ImageCorpus):
 
   Attributes:
     path: a shard, a folder (all its `.tar` files), or a pattern with `*` and `**`.
-    text_member: the kind of the file with the text, "txt", "caption"; of "json" the row in one of
+    text_member: the kind of the file with the text, "txt", "caption"; or "json", a row in one of
       the forms of `multimodal`, whose `images` name pictures of the sample by kind ("0.jpg") or
-      whole name. Where nothing names pictures, they are all of the sample in their order.
-    picture_members: the kinds of files that are pictures, "jpg", "0.png"; () takes what ends like
-      one.
+      whole name. If nothing names pictures, they are all of the sample in their order.
+    picture_members: the kinds of files that are pictures, "jpg", "0.png"; () takes all files with
+      the ending of one.
     text_field: the name that stands for "text" in a "json".
     max_text_bytes: a longer text is refused.
   """
@@ -97,7 +97,7 @@ class TarShards(ImageCorpus):
     except UnicodeDecodeError:
       left_out.add("undecodable", where)
       return None
-    except ValueError as error:  # of a shard that others made, a bad member is not the end
+    except ValueError as error:  # others made the shard: one bad member is not its end
       left_out.add("unreadable", str(error))
       return None
 
@@ -162,12 +162,12 @@ def _samples(path: Path, left_out: LeftOut) -> Iterator[tuple[str, dict[str, _Me
 
 
 def _members(path: Path, left_out: LeftOut) -> Iterator[_Member]:
-  """The regular files of a shard; where it is damaged, what comes before."""
+  """The regular files of a shard; if it is damaged, those before the damage."""
   size = path.stat().st_size
   try:
     with tarfile.open(path, "r:") as shard:
       while (member := shard.next()) is not None:
-        shard.members = []  # else a list of all members grows
+        shard.members = []  # or a list of all members would grow
         if member.isreg() and not member.issparse():
           if member.offset_data + member.size > size:
             left_out.add("unreadable", f"{path} member {member.name} (the shard is cut off)")
@@ -179,7 +179,7 @@ def _members(path: Path, left_out: LeftOut) -> Iterator[_Member]:
   except (tarfile.TarError, OSError, EOFError) as error:
     left_out.add("unreadable", f"{path} or its rest ({error})")
     return
-  with path.open("rb") as file:  # tarfile takes a damaged header, or none, for the end
+  with path.open("rb") as file:  # tarfile takes a damaged or missing header for the end
     file.seek(end)
     mark = file.read(tarfile.BLOCKSIZE)
   if not mark or any(mark):

@@ -40,7 +40,7 @@ class InstalledTextConfig(tfds.core.BuilderConfig):
 class _Embedded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """A dataset that is made from what is on this machine: no downloads, no checksums beside it."""
 
-  # tfds looks there for checksums, through importlib_resources, which it does not always install.
+  # Here tfds would look for checksums, through importlib_resources, which may not be installed.
   code_path = None
 
   def _split_generators(self, dl_manager):

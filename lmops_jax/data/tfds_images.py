@@ -16,10 +16,10 @@ from lmops_jax.data.named_datasets import Tfds, as_text, feature_at
 @component(module="data")
 @dataclasses.dataclass(frozen=True)
 class TfdsImages(ImageCorpus):
-  """Pairs of a picture and a text; a row with several captions is as many pairs.
+  """Pairs of a picture and a text; a row with several captions gives a pair for each.
 
   Attributes:
-    dataset: which; of it the name, split, folder and download count.
+    dataset: the dataset; only its name, split, folder and download are used.
     image_field: the feature with the picture.
     text_field: the feature with the text, texts, or class, whose name then is the text; `/` leads
       into nested ones ("captions/text").

@@ -1,6 +1,6 @@
-"""Web pages with pictures among their text, chosen as for Kosmos-1 (kosmos1 section 5).
+"""Web pages with pictures among their text, chosen as for Kosmos-1 (arXiv:2302.14045).
 
-Left to whoever makes the corpus: choosing English pages and those without spam.
+Choosing English pages and those without spam is left to whoever makes the corpus.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lmops_jax.host.hashing import order_key
 class WebPages(ImageCorpus):
   """Documents of another corpus, without pictures that show nothing.
 
-  Left out are pictures that cannot be read or are too small ("unreadable"), or of one colour
-  ("one_colour"); then pages without any picture ("no_picture"), and of those with a single one a
-  share ("single_picture"), by (seed, id). `write_rows` limits the pictures of a page.
+  Pictures are left out if they cannot be read, are too small ("unreadable"), or have one colour
+  ("one_colour"); then pages without any picture ("no_picture"), and a share of those with a single
+  one ("single_picture"), chosen by (seed, id). `write_rows` limits the pictures of a page.
 
   Attributes:
     corpus: the pages.
-    images: how pictures are tried; `min_side` is the least that they may have.
-    single_share: of the pages with one picture, how many are kept.
-    seed: of that choice.
-    num_threads: that decode; no result depends on it.
+    images: how pictures are tried; `min_side` is the shortest side that they may have.
+    single_share: share of the pages with one picture that are kept.
+    seed: seed of that choice.
+    num_threads: number of threads that decode; no result depends on it.
   """
 
   corpus: ImageCorpus

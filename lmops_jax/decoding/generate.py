@@ -107,15 +107,15 @@ class Generator:
 
     Args:
       texts: prompts; those with vectors as `Prompt`.
-      options: of the choice.
-      stop: strings that end a text, which is cut before them. Beam search does not end by them,
-        its texts are cut.
+      options: how tokens are chosen.
+      stop: strings that end a text, which is cut before them. Beam search does not end at them;
+        only its texts are cut.
       callback: called as `callback(i, piece)` with the text of result `i` as it comes; the pieces
         together are its text. It returns True to end this result. Beam search has one piece.
       row_ids: see `generate_ids`.
-      add_special: what the tokenizer puts in front of every text, a BOS for instance, stands there
-        once, also where a text begins with it; never behind a prefix. False leaves texts as they
-        are, as what a chat template wrote; a `Prompt` is left as it is in any case.
+      add_special: put in front of every text what the tokenizer puts there, such as a BOS: once,
+        even if the text begins with it, and never behind a prefix. False leaves texts as they are,
+        which suits what a chat template wrote. A `Prompt` is left as it is in any case.
       prefix, constraint: see `generate_ids`.
 
     Returns:
@@ -173,22 +173,22 @@ class Generator:
     Args:
       prompts: of any lengths and numbers of vectors; an empty one becomes the tokenizer's BOS
         token.
-      options: of the choice.
+      options: how tokens are chosen.
       callback: called as `callback(i, ids)` with the new ids of result `i` as they come, some at a
         time; it returns True to end this result. Beam search, which may change all tokens until the
         end, calls it once.
-      row_ids: one for each prompt, from which with the seed its random numbers derive, so that they
-        do not depend on the other prompts; None counts them from 0.
-      prefix: of `prefixes.read_groups`, in front of every prompt. Repetition penalty and n-grams
-        do not look at it.
-      constraint: that all answers keep to, see `constraints`.
+      row_ids: a number for each prompt; its random numbers derive from that and the seed, and not
+        from the other prompts. None counts from 0.
+      prefix: made by `prefixes.read_groups`, in front of every prompt. Repetition penalty and
+        n-grams do not look at it.
+      constraint: what all answers keep to, see `constraints`.
 
     Returns:
       For each prompt in order its `num_return_sequences` results.
 
     Raises:
-      ValueError: see `checked_prompts` and `Constraint.check`; where the constraint leaves fewer
-        answers than are asked for; or where the model's logits are not finite.
+      ValueError: see `checked_prompts` and `Constraint.check`; or if the constraint leaves fewer
+        answers than are asked for, or the model's logits are not finite.
     """
     bos_id = None if self._tokenizer is None else self._tokenizer.bos_id
     prompts = checked_prompts(self._model.config, prompts, options, bos_id, prefix)

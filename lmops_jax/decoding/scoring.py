@@ -91,9 +91,9 @@ class OptionScorer:
       For each request, for each option `[its tokens] float32`.
 
     Raises:
-      ValueError: an empty context or option, an id outside of the vocabulary, vectors that do not
-        fit (`prompts.checked`), or more tokens, the last one of an option not counted, than the
-        model has positions; names the request by its index.
+      ValueError: if a context or option is empty, an id is outside of the vocabulary, vectors do
+        not fit (`prompts.checked`), or there are more tokens (but for an option's last) than the
+        model has positions; the sentence names the request by its index.
     """
     return [[scores for scores, _ in row] for row in self.score_and_rank(
       requests, progress, prefix)]
@@ -310,7 +310,7 @@ def rolling_requests(ids: Sequence[int], first: int, max_length: int) -> list[Re
 
 
 def _common_prefix(requests: Sequence[Request]) -> int:
-  """Tokens and vectors that all contexts begin with; at least one of each one's own is left."""
+  """How many tokens and vectors all contexts begin with; at least one of each context is left."""
   if len(requests) < 2:
     return 0
   first = requests[0].context

@@ -156,15 +156,15 @@ def evaluate(
     seed: the seed of the draw.
     train: rows to draw from; None draws from the task's `train` or, if it has none, from its
       rows, which are then not scored.
-    balanced: as many demonstrations of each label.
-    normalisation: "sum" of an option's token log-probabilities; their mean a "token"; the "first"
-      of them; the sum a "char" of the option, blanks around it not counted; "null", the sum less
-      that after a prompt whose fields are "N/A" (same demonstrations); "auto", as the papers: the
-      sum where all options are one token, else the mean a token.
-    separator: between demonstrations.
-    progress: called with the number of prompts done since the last call: of rows, or where their
-      prompts differ by option, of options.
-    encoder: of contexts, with pictures if it sees; None is an `Encoder` of the tokenizer.
+    balanced: draw as many demonstrations of each label.
+    normalisation: "sum" adds an option's token log-probabilities; "token" takes their mean; "first"
+      the first of them; "char" divides the sum by the option's characters, blanks around it not
+      counted; "null" subtracts the sum after a prompt whose fields are "N/A" (same demonstrations);
+      "auto" does as the papers: the sum if all options are one token, else the mean.
+    separator: text behind each demonstration.
+    progress: called with the number of prompts done since the last call: rows, or options if
+      prompts differ by option.
+    encoder: encodes contexts, with pictures if it sees; None is an `Encoder` of the tokenizer.
 
   Raises:
     ValueError: an unknown normalisation, open answers, too few rows, two labels with the same

@@ -10,7 +10,7 @@
 
 All take `q [B,S,H,E]` and `k, v [B,S,K,E]` with `H` a multiple of `K`, and return `[B,S,H,E]`.
 Query head `h` reads key head `h // (H // K)`. A position sees itself and, within its own segment
-and window, earlier positions, or all of them where attention is not causal. ALiBi adds to a score
+and window, earlier positions, or all positions if attention is not causal. ALiBi adds to a score
 the head's slope times the (negative) distance. Softmax is float32. Only `xla` and `chunked` drop
 probabilities at random. For keys and values of earlier calls see `cached_attention`.
 """
@@ -51,11 +51,11 @@ def supports_forward_mode(kind: str) -> bool:
 
 
 def check_platform(kind: str, platform: str | None = None) -> None:
-  """Raises ValueError when the kind does not exist or does not run on the platform.
+  """Raises ValueError if the kind does not exist or does not run on the platform.
 
   Args:
     kind: one of `ATTENTION_KINDS`.
-    platform: "cpu", "gpu", "cuda" or "tpu"; None is that of the mesh in use, else the default one.
+    platform: "cpu", "gpu", "cuda" or "tpu"; None is that of the mesh in use, or else the default.
   """
   _check_known(kind)
   if kind not in _PLATFORMS:
@@ -69,7 +69,7 @@ def check_platform(kind: str, platform: str | None = None) -> None:
 
 
 def check_dropout(kind: str, rate: float) -> None:
-  """Raises ValueError when attention of this kind cannot drop probabilities, but should."""
+  """Raises ValueError if attention of this kind should drop probabilities and cannot."""
   if rate and kind in _PLATFORMS:
     raise ValueError(
       f"attention={kind!r} has no dropout and models.TransformerConfig.attention_dropout={rate}; "
@@ -100,7 +100,7 @@ def self_attention(
     kind: one of `ATTENTION_KINDS`.
     chunk: queries a block, for `chunked` only.
     dropout: share of probabilities that are dropped, in [0, 1).
-    keys: `[B]` typed keys, one an example, of dropout; None drops nothing.
+    keys: `[B]` typed keys of dropout, one for each example; None drops nothing.
 
   Raises:
     ValueError: for a kind that the platform lacks, or that cannot do the pattern or dropout.

@@ -1,4 +1,4 @@
-"""What all kinds of attention are made of: who sees whom, scores, and their softmax over values."""
+"""The parts of all kinds of attention: who sees whom, scores, and their softmax over values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Pattern(NamedTuple):
 
   Attributes:
     causal: a position sees no later ones.
-    window: latest positions seen, itself included; None for all.
+    window: number of latest positions that a position sees, itself included; None for all.
     slopes: ALiBi's `[H] float32`, or None.
   """
 
@@ -34,7 +34,7 @@ def grouped(q, kv_heads):
 
 
 def masked_scores(q_BKGSE, k_BKME, mask, bias):
-  """`[B,K,G,S,M] float32` at least; `mask` and `bias`, or None, broadcast to it."""
+  """Scores `[B,K,G,S,M]`, at least float32; `mask` and `bias`, or None, broadcast to them."""
   # Query heads of a group are rows of one product: XLA then multiplies without copies.
   q_BKRE = q_BKGSE.reshape(*q_BKGSE.shape[:2], -1, q_BKGSE.shape[-1])
   scores = jnp.einsum(
@@ -48,7 +48,7 @@ def masked_scores(q_BKGSE, k_BKME, mask, bias):
 def softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None, drop=None):
   """Attention of some queries over some keys; `mask`, `bias` broadcast to `[B,K,G,S,M]`.
 
-  `drop` maps the probabilities, of that shape, to what the values are summed with.
+  `drop` maps the probabilities, of that shape, to the weights of the values' sum.
   """
   probabilities = jax.nn.softmax(masked_scores(q_BKGSE, k_BKME, mask, bias), axis=-1)
   if drop is not None:
@@ -71,7 +71,7 @@ def heads_first(q, k, v):
 
 
 def visible(query_index, key_index, query_segments, key_segments, pattern):
-  """`[1 or B, 1, 1, s, M] bool`."""
+  """Which keys each query sees, `[1 or B, 1, 1, s, M] bool`."""
   distance = key_index[None, :] - query_index[:, None]
   mask = jnp.ones((1, *distance.shape), bool)
   if pattern.causal:

@@ -1,8 +1,7 @@
 """Keys and values of earlier positions, so that decoding computes each position once.
 
-A cache has M slots a row, filled in the order in which `Transformer.extend` is called, at the same
-slot for all rows. Rows of unequal prompts are padded, on either side; padded slots are marked and
-never seen.
+A cache has M slots a row. Each call of `Transformer.extend` fills the next ones, the same for all
+rows. Rows of unequal prompts are padded, on either side; padded slots are marked and never seen.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ class KVCache(NamedTuple):
   Attributes:
     keys: for each of the L layers `[B,K,M,E]`, heads first as attention reads them.
     values: like `keys`.
-    positions: `[B,M] int32`, of the token in each slot.
+    positions: `[B,M] int32`, position of the token in each slot.
     valid: `[B,M] bool`, False for padding and for slots not yet written.
     branch: `[B,M] int32`; a slot of branch 0 is seen by all later tokens, others by their own
       branch only.
-    length: `[] int32`, slots written.
+    length: `[] int32`, number of slots written.
   """
 
   keys: tuple[jax.Array, ...]
@@ -46,10 +45,10 @@ class Prefix(NamedTuple):
   """Keys and values that stand in front of every row of a batch, held once.
 
   Attributes:
-    cache: of one row; its slots may hold several texts that have not seen each other.
+    cache: a cache of one row; its slots may hold several texts that have not seen each other.
     end: `[] int32`, the position at which the rows go on.
-    own_weight: `[] float32`, natural logarithm of what a row's own tokens weigh in the softmax
-      against 1 for the prefix's (arXiv 2212.06713, equation 3: the number of texts); 0 is ordinary.
+    own_weight: `[] float32`, natural logarithm of the weight of a row's own tokens in the softmax,
+      the prefix's being 1 (arXiv 2212.06713, equation 3: the number of texts); 0 is ordinary.
   """
 
   cache: KVCache
@@ -58,7 +57,7 @@ class Prefix(NamedTuple):
 
 
 class Readout(NamedTuple):
-  """What attention computed at chosen positions.
+  """Attention's results at chosen positions.
 
   Attributes:
     attention: `[L,B,R,D]`, output of the attention part before the residual sum.
@@ -74,10 +73,10 @@ def empty_cache(config: TransformerConfig, batch_size: int, max_slots: int, dtyp
   """A cache without tokens.
 
   Args:
-    config: of the model.
+    config: the model's.
     batch_size: B.
     max_slots: M, slots for prompt and generated tokens together.
-    dtype: of keys and values; None is `config.dtype`.
+    dtype: type of keys and values; None is `config.dtype`.
   """
   shape = (batch_size, config.key_heads, max_slots, config.head_width)
 
@@ -109,7 +108,7 @@ def with_slots(cache: KVCache, positions, valid, branch) -> KVCache:
 
 
 def visible(cache: KVCache, num_new: int, window: int | None) -> tuple[jax.Array, jax.Array]:
-  """What the newest `num_new` slots see, after `with_slots`.
+  """The slots that the newest `num_new` ones see, after `with_slots`.
 
   Returns:
     mask `[B,S,M] bool` and distance `[B,S,M] int32`, key position minus query position.

@@ -1,4 +1,4 @@
-"""Attention of new positions over keys and values of earlier calls, and over those of all rows.
+"""Attention of new positions over keys and values of earlier calls, and over some for all rows.
 
 Keys that all rows of a batch see are held once (`Shared`); their part of the softmax is joined with
 the part of a row's own keys.
@@ -22,8 +22,8 @@ from lmops_jax.models.attention_scores import (
 )
 from lmops_jax.models.partitioning import platform_in_use
 
-_WHOLE_BYTES = 1 << 25  # of scores over shared keys that one CPU device computes at once
-_BLOCK_QUERIES, _BLOCK_KEYS = 256, 512  # otherwise
+_WHOLE_BYTES = 1 << 25  # most bytes of scores over shared keys that one CPU device makes at once
+_BLOCK_QUERIES, _BLOCK_KEYS = 256, 512  # sizes of the blocks if there are more
 
 
 class Shared(NamedTuple):
@@ -33,10 +33,10 @@ class Shared(NamedTuple):
     keys: `[1,K,P,E]`.
     values: like `keys`.
     valid: `[1,P] bool`, False for keys that nothing sees.
-    positions: `[1,P] int32`, of the keys.
+    positions: `[1,P] int32`, positions of the keys.
     at: `[B,S] int32`, positions of the queries.
     own_weight: `[]`, added to the scores of a row's own keys.
-    window: latest positions that a query sees, itself included; None for all.
+    window: number of latest positions that a query sees, itself included; None for all.
   """
 
   keys: jax.Array
@@ -48,12 +48,12 @@ class Shared(NamedTuple):
   window: int | None = None
 
   def visible(self) -> tuple[jax.Array, jax.Array]:
-    """`visible_shared` of these."""
+    """`visible_shared` for these keys and queries."""
     return visible_shared(self.valid, self.positions, self.at, self.window)
 
 
 def visible_shared(valid, positions, at, window: int | None) -> tuple[jax.Array, jax.Array]:
-  """What queries at the positions `at [B,S]` see of keys of all rows, see `Shared`.
+  """Which shared keys queries at the positions `at [B,S]` see, see `Shared`.
 
   Returns:
     mask `[B,S,P] bool` and distance `[B,S,P] int32`, key position minus query position.
@@ -83,7 +83,7 @@ def cached_attention(
     mask: `[B,S,M] bool`, which slots a query sees.
     distance: `[B,S,M]`, key position minus query position; read for ALiBi only.
     slopes: ALiBi's `[H] float32`, or None.
-    shared: more keys and values, of all rows.
+    shared: more keys and values, which all rows see, or None.
   """
   q_BKGSE = grouped(q, keys.shape[1])
   mask = mask[:, None, None]
@@ -98,13 +98,13 @@ def cached_attention(
 
 
 class _Part(NamedTuple):
-  """Attention over some keys before its division: parts meet in these numbers alone.
+  """Attention over some keys before its division: all that is needed to join it with other parts.
 
   So keys may be read in blocks or lie on several devices, each of which adds up its own, and no row
   of scores is ever put together.
 
   Attributes:
-    largest: `[...,1]`, of the scores.
+    largest: `[...,1]`, the largest score.
     total: `[...,1]`, the sum of `exp(score - largest)`.
     out: `[...,E]`, the values summed with those weights.
   """
@@ -115,7 +115,7 @@ class _Part(NamedTuple):
 
 
 def _part(q_BKGSE, k_BKME, v_BKME, mask, bias):
-  """Of the same arguments as `softmax_attention`; a bias may also be one number."""
+  """The part for the arguments of `softmax_attention`; a bias may also be one number."""
   scores = masked_scores(q_BKGSE, k_BKME, mask, bias)
   largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
   weights = jnp.exp(scores - largest)
@@ -130,10 +130,10 @@ def _joined(a: _Part, b: _Part) -> _Part:
 
 
 def _over_shared(q, shared: Shared, slopes):
-  """`_Part` `[B,K,G,S,...]` of the keys of all rows, whose queries are those of a single row here.
+  """`_Part` `[B,K,G,S,...]` over shared keys, computed with all rows' queries as those of one row.
 
-  One CPU device computes it in blocks whose scores its caches hold. Written and read through
-  memory, those over 31,744 keys take 1.7 times as long on two cores.
+  One CPU device computes it in blocks whose scores its caches hold. Through memory, scores over
+  31,744 keys take 1.7 times as long on two cores.
   """
   b, s, h, e = q.shape
   kv_heads, num_keys = shared.keys.shape[1:3]

@@ -25,9 +25,9 @@ class ClipConfig:
   Attributes:
     text: causal transformer over tokens.
     vision: vision transformer.
-    projection_width: of the common space.
-    eos_id: the token at whose first occurrence a text is read; None takes the largest id of a row
-      (the first checkpoints, whose EOS is the last of the vocabulary).
+    projection_width: width of the common space.
+    eos_id: a text is read at the first occurrence of this token; None takes the largest id of a row
+      (for the first checkpoints, whose EOS is the vocabulary's last id).
   """
 
   text: TransformerConfig
@@ -37,7 +37,7 @@ class ClipConfig:
 
 
 class Clip(nn.Module):
-  """Text and image vectors of one space, each of length 1."""
+  """Text and image vectors in one space, each of length 1."""
 
   config: ClipConfig
 

@@ -1,4 +1,4 @@
-"""What a transformer is made of: one frozen configuration for every family of language model.
+"""The parts of a transformer: one frozen configuration for every family of language model.
 
 The defaults are Mistral's and Llama's parts. `lmops_jax.pretrained` fills the fields from a
 published `config.json`; a gin file sets them one by one.
@@ -25,7 +25,7 @@ from lmops_jax.models import attention as attention_lib
 
 NORMS = ("rms", "layer", "rms_outside")
 INITIALIZATIONS = ("normal", "fan_in", "xavier")
-SCALINGS = ("magneto", "deepnorm")  # of branches, by the number of layers
+SCALINGS = ("magneto", "deepnorm")  # scalings of branches by the number of layers
 NORM_PLACEMENTS = ("pre", "post", "parallel")
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
@@ -48,14 +48,14 @@ class RopeScaling:
       (arXiv:2309.00071); "dynamic" changes nothing up to `original_max_length`, beyond which its
       frequencies would depend on the length, so that no model may be longer; "factors" divides each
       frequency by its own of `factors`.
-    factor: of the stretch.
-    low_freq_factor, high_freq_factor: of "llama3".
-    original_max_length: of "llama3", "yarn" and "dynamic".
-    beta_fast, beta_slow: of "yarn".
+    factor: how far frequencies are stretched.
+    low_freq_factor, high_freq_factor: for "llama3".
+    original_max_length: for "llama3", "yarn" and "dynamic".
+    beta_fast, beta_slow: for "yarn".
     truncate: whether "yarn" rounds the ends of its line outwards to whole numbers.
     attention_factor: cosines and sines are multiplied by it; None is `0.1 ln(factor) + 1` for
       "yarn" and 1 for the others.
-    factors: of "factors", one for each pair of dimensions that turns.
+    factors: for "factors", one for each pair of dimensions that turns.
   """
 
   kind: Literal[ROPE_SCALINGS] = "linear"
@@ -70,7 +70,7 @@ class RopeScaling:
   factors: Sequence[Positive] = ()
 
   def __post_init__(self):
-    object.__setattr__(self, "factors", tuple(self.factors))  # a list where it was read from JSON
+    object.__setattr__(self, "factors", tuple(self.factors))  # JSON gives a list
     name = "models.RopeScaling"
     if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
       raise ValueError(
@@ -87,7 +87,7 @@ class RopeScaling:
 
   @property
   def amplitude(self) -> float:
-    """What cosines and sines are multiplied by."""
+    """The factor of cosines and sines."""
     if self.attention_factor is not None:
       return self.attention_factor
     return 0.1 * math.log(self.factor) + 1 if self.kind == "yarn" else 1.0
@@ -111,61 +111,61 @@ class TransformerConfig:
     rope_base: base of the rotary frequencies.
     norm_eps: added to the mean square (or variance) in a norm.
     norm: "rms" (scale), "layer" (mean removed, scale and bias) or "rms_outside" (scale and bias,
-      `norm_eps` outside of the root).
-    norm_placement: "pre" each part; "post", after each part's residual sum (BERT); "parallel", one
-      norm that feeds attention and MLP, whose outputs are added together (GPT-J).
-    final_norm: a norm after the last block.
+      `norm_eps` outside the root).
+    norm_placement: "pre", before each part; "post", after each part's residual sum (BERT);
+      "parallel", one norm that feeds attention and MLP, whose outputs are added together (GPT-J).
+    final_norm: whether there is a norm after the last block.
     sub_norm: one more norm in each part (Magneto, arXiv:2210.06423), in front of its last product:
-      of the merged heads, and of the hidden MLP after its activation.
-    residual_scale: what the residual stream is multiplied by where a part is added to it;
-      "deepnorm" is `(2L)^(1/4)` (arXiv:2203.00555, decoder or encoder alone).
+      that of the merged heads, and that of the hidden MLP after its activation.
+    residual_scale: factor of the residual stream before a part is added to it; "deepnorm" is
+      `(2L)^(1/4)` (arXiv:2203.00555, decoder or encoder alone).
     positions: "rotary"; "learned" table; "sinusoidal" table, fixed (fairseq's order: all sines,
       then all cosines; a negative position is padding and has the zero vector); "alibi" biases;
       "none".
     xpos: queries and keys turn as with "rotary" positions and also decay with their distance
-      (arXiv:2212.10554), beside a table of `positions` or with "none". Its authors' pairs are
-      `rotary_interleaved`.
+      (arXiv:2212.10554), beside a table of `positions` or with "none". Its authors use
+      `rotary_interleaved` pairs.
     position_offset: rows of a position table in front of position 0 (OPT, XGLM and RoBERTa: 2).
     rotary_dim: leading dimensions of a head that turn; None is all.
     rotary_interleaved: pairs are neighbours `(2i, 2i+1)` (GPT-J) instead of halves `(i, i + E/2)`.
     rope_scaling: `RopeScaling` or None.
-    activation: of the MLP, one of `ACTIVATIONS`; "gelu" is exact, "gelu_tanh" its approximation.
-    gated_mlp: `down(act(gate(x)) * up(x))`, else `down(act(up(x)))`.
+    activation: the MLP's, one of `ACTIVATIONS`; "gelu" is exact, "gelu_tanh" its approximation.
+    gated_mlp: `down(act(gate(x)) * up(x))`; False is `down(act(up(x)))`.
     qkv_bias, out_bias, mlp_bias: biases of the attention's and the MLP's products.
     embedding_norm: a norm right after the embeddings (BLOOM, BERT).
     embedding_scale: factor of token embeddings (XGLM: sqrt(D)).
-    embedding_width: width of the token embeddings where it is not D; products without bias lead to
-      D and back (OPT-350m).
+    embedding_width: width of the token embeddings if it is not D; products without bias lead to D
+      and back (OPT-350m).
     num_token_types: rows of the token-type table (BERT); 0 for none.
     causal: a position sees itself and earlier ones; False sees all.
     sliding_window: a position sees this many latest positions, itself included; None is all.
     momentum: decay in [0, 1) of momentum attention (`models.momentum`), which adds the decayed sum
-      of earlier values to every head; None or 0 is ordinary attention. Needs `causal`, and no
+      of earlier values to every head; None or 0 is ordinary attention. It needs `causal`, and no
       window, since the sum reaches back to the first token.
     unembedding_bias: bias of the logits.
     head_transform: product, activation and norm in front of the output matrix (BERT's masked LM).
     pooler: product and tanh on the first position (BERT), `Transformer.pooled`.
     attention_scale: factor of the products of queries and keys; None is E^-0.5.
     embedding_dropout: share of the embeddings' numbers that are dropped, in [0, 1). Nothing is
-      where the model is called without keys.
-    residual_dropout: the same of each part's output, before it is added to the stream.
-    attention_dropout: the same of attention's probabilities; not of every kind of `attention`.
+      dropped if the model is called without keys.
+    residual_dropout: the same for each part's output, before it is added to the stream.
+    attention_dropout: the same for attention's probabilities; not every kind of `attention` has it.
     initialization: "normal" with deviation 0.02 everywhere; or "fan_in", tables standard normal and
       products uniform up to 1 / sqrt(inputs); or "xavier", tables with deviation width^-0.5 and
       products with sqrt(2 / (inputs + outputs)).
     branch_gain: factor of the initial matrices of the MLP and of attention's value and output;
       "magneto" is `sqrt(ln(2L))`, "deepnorm" `(8L)^(-1/4)` (decoder or encoder alone).
     attention: one of `attention.ATTENTION_KINDS`.
-    attention_chunk: queries a block, for "chunked".
+    attention_chunk: queries in a block, for "chunked".
     scan_layers: run the blocks under `lax.scan` (compiles once) or unrolled (more to compile,
       fewer copies). Parameters and results are the same.
     remat: what the backward pass recomputes in each block: "none", "full" (all of it), "dots" (all
       but the products with weights).
-    dtype: of activations and products. Norms, softmax and logits are float32.
-    param_dtype: of parameters.
+    dtype: type of activations and products. Norms, softmax and logits are float32.
+    param_dtype: type of parameters.
 
   Raises:
-    ValueError: naming the field, for values that do not make a model.
+    ValueError: for values that do not make a model; it names the field.
   """
 
   vocab_size: Size | None = None

@@ -1,4 +1,4 @@
-"""What leads an encoder's vectors into a language model, in place of word embeddings.
+"""Connectors, which lead an encoder's vectors into a language model in place of word embeddings.
 
 - resampler (Kosmos-1 and 2, arXiv:2302.14045, as published with arXiv:2306.14824): the vectors are
   taken to the decoder's width, and latent queries that all images share attend once to them and to
@@ -6,11 +6,11 @@
 - linear, and feed-forward (MetaLM, arXiv:2206.06336, section 2.3): each vector by itself.
 
 Initial values are the connectors' own, whatever those of the language model: uniform up to
-1 / sqrt(inputs) for plain products; for the resampler's attention Xavier's, queries, keys and
+1 / sqrt(inputs) for plain products; Xavier's for the resampler's attention, queries, keys and
 values with gain 1 / sqrt(2); latents with deviation 1. An image whose vectors have length 1 then
 gives numbers of about 0.02 beside those latents, which is right for towers and decoders of the
-published size and training; in short training from scratch images hardly enter. `unit_scale` starts
-with numbers of deviation 1 instead.
+published size and training; in a short training from scratch, images hardly count. `unit_scale`
+starts with numbers of deviation 1 instead.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class ConnectorConfig(Protocol):
 
     Returns:
       A module with `__call__(features [N,P,width], keys [N] or None) -> [N,M,W]`, W being the
-      width of word embeddings; features have the language model's dtype, `keys` are those of
-      dropout.
+      width of word embeddings; features have the language model's dtype, `keys` are for dropout.
 
     Raises:
       ValueError: for settings that do not fit the language model.
@@ -59,9 +58,9 @@ class ResamplerConfig:
 
   Attributes:
     num_latents: M, vectors of an image.
-    num_heads: of its attention; None is the language model's number.
+    num_heads: heads of its attention; None is the language model's number.
     dropout: share of attention's probabilities that are dropped.
-    unit_scale: initial values that take vectors of length 1 to numbers of deviation 1.
+    unit_scale: take initial values that map vectors of length 1 to numbers of deviation 1.
   """
 
   num_latents: Size = 64
@@ -119,7 +118,7 @@ class Resampler(nn.Module):
       return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
     q = of_all(self.query(latents))
-    # What the latents give is the same for all images, and computed once.
+    # The latents' keys, values and queries are the same for all images, and computed once.
     k, v = (
       jnp.concatenate([product(inputs), of_all(product(latents))], axis=1)
       for product in (self.key, self.value))
@@ -136,7 +135,7 @@ class LinearConnectorConfig:
   """Settings of a `LinearConnector`.
 
   Attributes:
-    unit_scale: initial values that take vectors of length 1 to numbers of deviation 1.
+    unit_scale: take initial values that map vectors of length 1 to numbers of deviation 1.
   """
 
   unit_scale: bool = False
@@ -171,9 +170,9 @@ class FeedForwardConnectorConfig:
   """Settings of a `FeedForwardConnector`.
 
   Attributes:
-    num_layers: products.
+    num_layers: number of products.
     hidden: width between them; None is that of word embeddings.
-    activation: between them, one of `config.ACTIVATIONS`.
+    activation: the activation between them, one of `config.ACTIVATIONS`.
   """
 
   num_layers: Annotated[int, Ge(2)] = 3

@@ -1,7 +1,7 @@
-"""A language model that an image encoder is docked to (Kosmos-1, arXiv:2302.14045).
+"""A language model with an image encoder docked to it (Kosmos-1, arXiv:2302.14045).
 
 Images go through a vision tower and a connector and become a few vectors each, which stand among
-the words of a text. The language model is a `Transformer` as any other: generation takes it by
+the words of a text. The language model is a `Transformer` like any other: generation takes it by
 itself, with `params["text"]` and vectors that `image_vectors` has computed once, however many
 beams, candidates or turns read them.
 
@@ -34,7 +34,7 @@ from lmops_jax.models.transformer import Transformer
 from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig, VisionTransformer
 
 _IMAGES = 1 << 30  # folded into keys for images; layers of texts have the small numbers
-_SMALLEST = 1e-12  # length that vectors are divided by, as in the published code
+_SMALLEST = 1e-12  # the least length that vectors are divided by, as in the published code
 
 
 @component(module="models")
@@ -43,10 +43,10 @@ class DockedConfig:
   """Parts of a `DockedLM`.
 
   Attributes:
-    text: of the language model.
-    vision: of the image encoder, all of whose vectors are used, normed.
+    text: the language model's.
+    vision: the image encoder's; all of its vectors are used, normed.
     connector: one of `models.connectors`.
-    unit_features: the encoder's vectors are divided by their lengths (Kosmos).
+    unit_features: divide the encoder's vectors by their lengths (Kosmos).
 
   Raises:
     ValueError: for parts that do not fit each other.
@@ -83,11 +83,11 @@ class DockedLM(nn.Module):
     self.connector = c.connector.module(c.text, c.vision.trunk.width)
 
   def image_vectors(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-    """What stands for each image among the words, `[N,M,W]`.
+    """The vectors that stand for each image among the words, `[N,M,W]`.
 
     Args:
       images: `[N,height,width,3]`, bytes, or floats that are normalised already.
-      keys: `[N]` typed keys of dropout, one an image; None drops nothing.
+      keys: `[N]` typed keys of dropout, one for each image; None drops nothing.
     """
     features = self.vision.features(images, folded(keys, 0))
     if self.config.unit_features:
@@ -100,7 +100,7 @@ class DockedLM(nn.Module):
     Args:
       images: `[B,I,height,width,3]`, as `image_vectors` takes them; one that no `vector_index`
         refers to may hold anything.
-      keys: `[B]` typed keys of dropout, which may be those that the text is given.
+      keys: `[B]` typed keys of dropout, which may be the text's.
     """
     batch, num = images.shape[:2]
     if keys is not None:

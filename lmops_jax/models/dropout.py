@@ -1,8 +1,8 @@
 """Dropout (Srivastava et al. 2014) whose draws belong to examples.
 
 Every example has a key of its own, from which the keys of layers and of places in them are folded.
-What is drawn for an example so depends on its key and its own shape alone: not on the rows beside
-it, on micro-batches, on the mesh, nor on how the layers or the scores are computed.
+An example's draws therefore depend on its key and its own shape alone: not on the rows beside it,
+on micro-batches, on the mesh, or on how the layers or the scores are computed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def folded(keys: jax.Array | None, number) -> jax.Array | None:
-  """Other keys, of the same shape, for each number; None of None."""
+  """Keys of the same shape, others for each number; None for None."""
   return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
@@ -22,7 +22,7 @@ def dropped(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
   Args:
     x: `[B,...]`.
     keys: `[B]` typed keys, or None, which leaves `x` as it is.
-    rate: in [0, 1); 0 leaves `x` as it is.
+    rate: the share, in [0, 1); 0 leaves `x` as it is.
   """
   if keys is None or rate == 0:
     return x
@@ -39,7 +39,7 @@ def dropped_probabilities(
   Args:
     probabilities: `[B,K,G,s,M]` of some queries over the first M positions.
     keys: `[B]`, or None.
-    rate: in [0, 1).
+    rate: the share, in [0, 1).
     query_index: `[s] int32`, positions of the queries.
     num_keys: positions of the whole sequence, at least M.
   """

@@ -15,9 +15,9 @@ from lmops_jax.models.partitioning import free_axes
 
 
 def first_order_only(kernel: Callable, kind: str) -> Callable:
-  """Wraps a kernel without forward rule so that differentiating it twice says what to do.
+  """Wraps a kernel without forward rule, so that the error of differentiating it twice helps.
 
-  Without it the failure comes from deep inside jax, for cudnn only at lowering.
+  Without the wrapper the failure comes from deep inside jax, for cudnn only at lowering.
   """
 
   @jax.custom_jvp
@@ -84,7 +84,7 @@ def _splash(q, k, v, segment_ids, pattern):
 
 
 def splash_sharded(q, k, v, segment_ids, pattern=CAUSAL):
-  """XLA cannot split a Pallas kernel, so each device of the mesh runs its own."""
+  """Splash attention on a mesh: XLA cannot split a Pallas kernel, so each device runs its own."""
   mesh, free = jax.sharding.get_abstract_mesh(), free_axes()
   if math.prod(mesh.shape[axis] for axis in free) == 1:
     return _splash(q, k, v, segment_ids, pattern)

@@ -15,9 +15,9 @@ class SequenceRegressor(nn.Module):
   """Pools the final hidden states over real positions and applies a linear head.
 
   Attributes:
-    config: of the trunk.
-    pooling: "mean" over all real positions (BOS and EOS are real, padding is not), "last" real
-      position, or "first" position.
+    config: the trunk's.
+    pooling: "mean" over all real positions (BOS and EOS are real, padding is not), the "last" real
+      position, or the "first" position.
     bias: whether the head has a bias.
 
   Parameters: `trunk` (a `Transformer` without output matrix), `head/kernel [D]`, `head/bias []`.
@@ -83,7 +83,7 @@ class Head(nn.Module):
 
 
 def pool(hidden: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
-  """`[B,S,D]` and a mask `[B,S]` to `[B,D]`; what stands at masked positions does not matter."""
+  """`[B,S,D]` and a mask `[B,S]` to `[B,D]`; values at masked positions do not matter."""
   real = mask != 0
   if pooling == "first":
     return hidden[:, 0]
@@ -99,14 +99,14 @@ def regressor_params(model: SequenceRegressor, key: jax.Array, lm_params):
 
   Args:
     model: the regressor.
-    key: for the new head.
-    lm_params: of a `Transformer` with the same config; its output matrix is left out.
+    key: key of the new head's values.
+    lm_params: those of a `Transformer` with the same config; its output matrix is left out.
 
   Returns:
     `{"trunk": ..., "head": ...}`, plain arrays.
 
   Raises:
-    ValueError: when the language model has another shape.
+    ValueError: if the language model has another shape.
   """
   tokens = jnp.zeros((1, 1), jnp.int32)
   fresh = nn.unbox(jax.eval_shape(lambda: model.init(key, tokens, tokens))["params"])

@@ -34,7 +34,7 @@ class Sequence(NamedTuple):
   """What attention needs to know besides the hidden states.
 
   Attributes:
-    angles: that turn queries and keys, or None.
+    angles: the angles that turn queries and keys, or None.
     segment_ids: `[B,S] int32`, or None for one segment.
   """
 
@@ -46,13 +46,12 @@ class Slots(NamedTuple):
   """Where cached attention writes and what it sees.
 
   Attributes:
-    angles: that turn queries and keys of the new tokens, or None.
+    angles: the angles that turn queries and keys of the new tokens, or None.
     start: `[] int32`, the first slot to write.
     mask: `[B,S,M] bool`, or None for `fresh` tokens, which see each other only.
     distance: `[B,S,M] int32`, key position minus query position; None with `mask` None.
-    segment_ids: `[B,S] int32` for `fresh` tokens, which keeps padding apart.
-    shared: what `cached_attention.Shared` says of keys that all rows share, without them and the
-      window; or None.
+    segment_ids: `[B,S] int32` for `fresh` tokens, which keep padding apart.
+    shared: the fields of `cached_attention.Shared` except keys, values and window; or None.
     readout: `[B,R] int32`, new tokens to report on, or None.
   """
 
@@ -71,7 +70,7 @@ def activation(name: str):
 
 
 class Norm(nn.Module):
-  """What all norms share: float32 over the last axes, which have the names `axes`."""
+  """Base of all norms: computed in float32 over the last axes, which have the names `axes`."""
 
   config: TransformerConfig
   axes: tuple[str, ...] = ("embed",)
@@ -105,7 +104,7 @@ class RMSNorm(Norm):
 class OutsideRMSNorm(Norm):
   """`x / (sqrt(mean(x^2)) + eps) * scale + bias`.
 
-  The norm of the code of arXiv 2402.17759; finite derivatives where `x` is 0.
+  It is the norm in the code of arXiv 2402.17759; derivatives are finite if `x` is 0.
   """
 
   @nn.compact
@@ -144,7 +143,7 @@ _NORMS = {"rms": RMSNorm, "layer": LayerNorm, "rms_outside": OutsideRMSNorm}
 def unit_length(x: jax.Array, smallest: float = 0.0) -> jax.Array:
   """`x` with each vector of its last axis divided by its length, in float32.
 
-  Shorter ones than `smallest` are divided by that instead: then the derivative at 0 is finite.
+  Vectors shorter than `smallest` are divided by that instead, so the derivative at 0 is finite.
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if not smallest:
@@ -160,7 +159,7 @@ def table_init(config: TransformerConfig, width: int):
 
 
 def product_init(config: TransformerConfig, num_inputs: int, num_outputs: int, gain: float = 1.0):
-  """Initializer of a matrix that takes so many numbers to so many, times `gain`."""
+  """Initializer of a matrix from `num_inputs` to `num_outputs` numbers, times `gain`."""
   if config.initialization == "normal":
     return nn.initializers.normal(INIT_STDDEV * gain)
   if config.initialization == "xavier":
@@ -170,10 +169,10 @@ def product_init(config: TransformerConfig, num_inputs: int, num_outputs: int, g
 
 
 class Projection(nn.Module):
-  """A linear map from the axes `inputs` to the axes `outputs`, `[B,S,*inputs]` first.
+  """A linear map from the axes `inputs` to the axes `outputs` of `[B,S,*inputs]`.
 
-  Written as a product of two matrices: with more axes XLA on a CPU copies an operand of the weight
-  gradient into another order, at twice the cost of the step.
+  It is written as a product of two matrices: with more axes XLA on a CPU copies an operand of the
+  weight gradient into another order, at twice the cost of the step.
   """
 
   config: TransformerConfig
@@ -232,8 +231,8 @@ class Attention(nn.Module):
   def extend(self, x, slots: Slots, keys, values, shared=None):
     """Writes the new keys and values and attends; returns the output, both caches, the readout.
 
-    `shared` are keys and values `[1,K,P,E]` of all rows, or None. The readout is None, or output
-    `[B,R,D]` and queries `[B,R,H,E]`.
+    `shared` are keys and values `[1,K,P,E]` that all rows see, or None. The readout is None, or
+    output `[B,R,D]` and queries `[B,R,H,E]`.
     """
     q, k, v = self._project(x, slots.angles)
     keys, values = (
@@ -276,7 +275,7 @@ class Attention(nn.Module):
   def _attend(self, q, k, v, segment_ids, keys=None):
     c = self.config
     pattern = Pattern(c.causal, c.sliding_window, self._slopes())
-    # Parameters are made from one token, which kernels for whole sequences on a mesh refuse.
+    # Parameters are made with one token, which kernels for whole sequences on a mesh refuse.
     kind = "xla" if self.is_initializing() else c.attention
     out = self_attention(
       q, k, v, segment_ids, pattern=pattern, kind=kind, chunk=c.attention_chunk,
@@ -305,7 +304,7 @@ class Attention(nn.Module):
 
 
 def _added(out, term):
-  """Heads `[B,S,H,E]` with what each group of them gets, `[B,S,K,E]`."""
+  """Heads `[B,S,H,E]` plus a term for each group of them, `[B,S,K,E]`."""
   b, s, kv_heads, e = term.shape
   grouped = out.reshape(b, s, kv_heads, -1, e) + term[:, :, :, None]
   return grouped.reshape(out.shape)
@@ -352,7 +351,7 @@ class Block(nn.Module):
     return x, None
 
   def extend(self, x, slots: Slots, keys, values, shared=None):
-    """The layer on new tokens: `[B,S,D]`, keys and values with them added, and the readout."""
+    """The layer on new tokens: `[B,S,D]`, keys and values with the tokens' added, the readout."""
 
     def attend(y):
       out, *rest = self.attention.extend(y, slots, keys, values, shared)

@@ -1,12 +1,12 @@
 """Momentum attention (arXiv 2212.10559, section 5): a decayed sum of values beside the softmax.
 
-Momentum in gradient descent adds decayed past gradients; where in-context learning is read as
-gradient descent, values are the gradients, so every head adds to its output at position t
+Momentum in gradient descent adds decayed past gradients. If in-context learning is read as gradient
+descent, values are the gradients, so every head adds to its output at position t
 
     s_t = sum over i < t of eta^(t-i) v_i,    s_1 = 0,  s_t = eta (s_{t-1} + v_{t-1})
 
-The sum is not normalised and leaves the token itself out, which the softmax part includes. `eta` is
-not given in the paper and so has no default here. Three forms of one sum:
+The sum is not normalised and leaves out the token itself, which the softmax part includes. `eta` is
+not given in the paper and so has no default here. The sum has three forms:
 
 - dense: a strictly lower triangular matrix of powers times the values, for up to `DENSE_LENGTH`
   positions;
@@ -14,8 +14,8 @@ not given in the paper and so has no default here. Three forms of one sum:
   memory and work grow linearly in the length;
 - recurrence: position by position, as a decoder would.
 
-All are plain jax operations, differentiable to any order, in `eta` as well. Left out: an `eta` for
-each head.
+All are plain jax operations, differentiable to any order, in `eta` as well. An `eta` for each head
+is left out.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def momentum_attention(q, k, v, eta, causal: bool = True, mask=None) -> jax.Arra
     eta: decay in [0, 1), a number or a scalar array; 0 is ordinary attention, bit for bit.
     causal: must be True; the sum has no meaning otherwise.
     mask: `[..., T] bool`, False for padding: its values count as 0 and nobody attends to them. A
-      masked token between others still takes a decay step. What comes out at masked positions
-      means nothing.
+      masked token between others still takes a decay step. Outputs at masked positions mean
+      nothing.
 
   Returns:
     `[..., h, T, dh]`.
@@ -82,8 +82,8 @@ def momentum_term(values, eta, *, mask=None, segment_ids=None, form: str | None 
   Args:
     values: `[..., T, E]`; heads may be an axis in front or part of E.
     eta: as in `momentum_attention`.
-    mask: broadcasts to `[..., T] bool`; values where it is False count as 0.
-    segment_ids: broadcasts to `[..., T] int`; the sum starts anew wherever the id changes.
+    mask: broadcasts to `[..., T] bool`; values with False count as 0.
+    segment_ids: broadcasts to `[..., T] int`; the sum starts anew whenever the id changes.
     form: one of `FORMS`; None is dense up to `DENSE_LENGTH` positions and scan above.
 
   Raises:
@@ -109,15 +109,15 @@ def momentum_term(values, eta, *, mask=None, segment_ids=None, form: str | None 
 
 
 def momentum_step(state, value, eta) -> jax.Array:
-  """`s_{t+1}` from `s_t` and `v_t`, of the same shape."""
+  """`s_{t+1}` from `s_t` and `v_t`, which have the same shape."""
   return jnp.asarray(eta, state.dtype) * (state + value)
 
 
 def momentum_term_cached(values, mask, distance, eta) -> jax.Array:
   """The sum for new positions over slots of a cache, from the values kept there anyway.
 
-  Costs what the product of attention's probabilities with the values costs, and needs no state of
-  its own: reordered beams, branches and contexts that rows share work as they do for attention.
+  It costs as much as the product of attention's probabilities with the values, and needs no state
+  of its own: reordered beams, branches and shared contexts work as they do for attention.
 
   Args:
     values: `[B,K,M,E]`, or `[1,K,M,E]` for slots that all rows share.
@@ -140,7 +140,7 @@ def momentum_term_cached(values, mask, distance, eta) -> jax.Array:
 
 
 def check_eta(eta) -> None:
-  """Raises ValueError for an `eta` that is no scalar in [0, 1); a traced one is not looked into."""
+  """Raises ValueError for an `eta` that is no scalar in [0, 1); a traced value is not checked."""
   if np.shape(eta) != ():
     raise ValueError(f"eta has the shape {np.shape(eta)}; it must be one number.")
   if not isinstance(eta, jax.core.Tracer) and not 0 <= float(eta) < 1:  # also NaN

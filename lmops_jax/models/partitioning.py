@@ -1,4 +1,4 @@
-"""Hints to the compiler where activations live, by logical axis names."""
+"""Hints to the compiler on where activations live, by logical axis names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def unboxed(tree):
 
 
 def platform_in_use() -> str:
-  """Of the mesh in use, also while a program for other devices is traced; else the default one."""
+  """The platform of the mesh in use, also while tracing for other devices; or else the default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
 
@@ -24,8 +24,8 @@ def platform_in_use() -> str:
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   """A hint that `x` is split as the rules say for these logical axes.
 
-  What the mesh axes do not divide is left whole, so a batch of one row and a vocabulary of 50,257
-  run on any mesh; axes that a `shard_map` around the model has split already are left alone.
+  Axes of `x` that the mesh axes do not divide stay whole, so a batch of one row and a vocabulary of
+  50,257 run on any mesh; mesh axes that a `shard_map` around the model has split are left alone.
   """
   mesh, free = jax.sharding.get_abstract_mesh(), free_axes()
   if not free or not nn.get_logical_axis_rules():

@@ -17,7 +17,7 @@ class PerceptronConfig:
   """Sizes of a perceptron.
 
   Attributes:
-    dim: D, inputs of an example.
+    dim: D, the number of an example's inputs.
 
   Raises:
     ValueError: for a dim below 1.

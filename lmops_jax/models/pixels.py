@@ -18,7 +18,7 @@ def normalise(images: jax.Array, mean=CLIP_MEAN, std=CLIP_STD) -> jax.Array:
 
   Args:
     images: `[...,height,width,3] uint8`.
-    mean, std: of each channel, red, green, blue.
+    mean, std: mean and deviation of each channel: red, green, blue.
 
   Returns:
     `[...,height,width,3] float32`.
@@ -35,12 +35,12 @@ def normalise(images: jax.Array, mean=CLIP_MEAN, std=CLIP_STD) -> jax.Array:
   scale = 1 / (255 * np.asarray(std, np.float64))
   shift = np.asarray(mean, np.float64) / np.asarray(std, np.float64)
   x = images.astype(jnp.float32)
-  # x * scale - shift loses up to 5e-7 by rounding. The leading bits of both are exact together.
+  # Plain x * scale - shift loses up to 5e-7 by rounding; with the leading bits of both it is exact.
   (coarse, fine), (shift_coarse, shift_fine) = map(_split, (scale, shift))
   return (x * coarse - shift_coarse) + (x * fine - shift_fine)
 
 
 def _split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """float32 multiples of 2^-16 and what is left of float64 values."""
+  """float64 values as float32 multiples of 2^-16 and the float32 remainders."""
   coarse = np.round(values * 2**16) / 2**16
   return coarse.astype(np.float32), (values - coarse).astype(np.float32)

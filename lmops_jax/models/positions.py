@@ -16,15 +16,15 @@ import numpy as np
 from lmops_jax.models.config import RopeScaling, TransformerConfig
 
 _SINUSOID_BASE = 1e4
-_XPOS_SMOOTHING, _XPOS_BASE = 0.4, 512  # gamma of the paper, and the distance of one whole decay
+_XPOS_SMOOTHING, _XPOS_BASE = 0.4, 512  # the paper's gamma, and the distance of one whole decay
 
 
 class Angles(NamedTuple):
-  """Cosines and sines, each `[B or 1,S,1,R/2] float32`, that queries and keys are turned with.
+  """Cosines and sines, each `[B or 1,S,1,R/2] float32`, that turn queries and keys.
 
   Attributes:
-    queries: of queries, and of keys if these have none of their own.
-    keys: of keys, or None.
+    queries: those for queries, and for keys if these have none of their own.
+    keys: those for keys, or None.
   """
 
   queries: tuple[jax.Array, jax.Array]
@@ -32,7 +32,7 @@ class Angles(NamedTuple):
 
 
 def angles_at(positions, config: TransformerConfig) -> Angles | None:
-  """What a model turns queries and keys with, at `positions [B or 1,S] int32`, or None."""
+  """Angles of a model's queries and keys at `positions [B or 1,S] int32`; None if not turned."""
   c = config
   if not c.turns:
     return None
@@ -66,7 +66,7 @@ def rotary_frequencies(width: int, base: float, scaling: RopeScaling | None = No
 def _yarn_line(width: int, base: float, scaling: RopeScaling) -> np.ndarray:
   """How far each frequency is stretched, `[width/2]`: 0 for the fastest, 1 for the slowest."""
 
-  def number(turns):  # of the frequency that turns so often in the original context
+  def number(turns):  # index of the frequency with so many turns in the original context
     return width * math.log(scaling.original_max_length / (turns * 2 * math.pi)) / (
       2 * math.log(base)
     )
@@ -86,7 +86,7 @@ def rotary_angles(positions, frequencies: np.ndarray, amplitude: float = 1.0):
   Args:
     positions: `[B,S]` or `[1,S]` int32; a NumPy array gives NumPy results.
     frequencies: `[R/2] float32`, see `rotary_frequencies`.
-    amplitude: of a `RopeScaling`.
+    amplitude: that of a `RopeScaling`.
 
   Returns:
     Two `[B or 1,S,1,R/2] float32`.
@@ -102,15 +102,15 @@ def rotary_angles(positions, frequencies: np.ndarray, amplitude: float = 1.0):
 def xpos_angles(positions, angles: tuple[jax.Array, jax.Array], centre: int) -> Angles:
   """Angles whose amplitude grows with a query's position and falls with a key's (xPos).
 
-  A product of a query at n and a key at m is a rotary one whose pair i is multiplied by
+  The product of a query at n and a key at m is a rotary one whose pair i is multiplied by
   `zeta_i^((n - m) / 512)`, `zeta_i = (i / (R/2) + 0.4) / 1.4` (arXiv:2212.10554, section 3.2), so
-  that only the distance counts. The centre cancels in it and keeps the powers small. It is fixed,
-  and not the middle of the keys that are there, so that keys in a cache stay as they were made.
+  that only the distance counts. The centre cancels in the product and keeps the powers small. It is
+  fixed, not the middle of the present keys, so that keys in a cache stay as they were made.
 
   Args:
     positions: `[B,S]` or `[1,S]` int32; a NumPy array gives NumPy results.
-    angles: of `rotary_angles`.
-    centre: position whose amplitude is 1.
+    angles: those of `rotary_angles`.
+    centre: the position whose amplitude is 1.
   """
   xp = np if isinstance(positions, np.ndarray) else jnp
   cos, sin = angles
@@ -126,7 +126,7 @@ def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool 
   """Turns pairs of `[B,S,H,E]` by their angle; products are float32 (arXiv:2104.09864).
 
   The first `R` of the E dimensions turn, R being twice the angles' number. Pairs are
-  `(x[i], x[i + R/2])`, or `(x[2i], x[2i + 1])` when interleaved.
+  `(x[i], x[i + R/2])`, or `(x[2i], x[2i + 1])` if interleaved.
   """
   cos, sin = angles
   half = cos.shape[-1]
@@ -152,8 +152,8 @@ def sinusoids(positions, width: int, offset: int = 0):
 
   Args:
     positions: `[...] int32`; a NumPy array gives NumPy results.
-    width: of a vector.
-    offset: row of the table at which position 0 stands.
+    width: width of a vector.
+    offset: the table's row of position 0.
   """
   xp = np if isinstance(positions, np.ndarray) else jnp
   half = width // 2
@@ -166,10 +166,10 @@ def sinusoids(positions, width: int, offset: int = 0):
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-  """Bias a position of distance for each head, `[H] float32` (arXiv:2108.12409).
+  """Each head's bias for one position of distance, `[H] float32` (arXiv:2108.12409).
 
-  `2 ** (-8h / n)` for h = 1..n with n the largest power of two in H; further heads take every other
-  slope of the series for 2n.
+  Slopes are `2 ** (-8h / n)` for h = 1..n, n being the largest power of two up to H; further heads
+  take every other slope of the series for 2n.
   """
   power = 2 ** math.floor(math.log2(num_heads))
 

@@ -2,11 +2,11 @@
 
 The gradient of the weights is `x^T g`. XLA on a CPU reads the transposed `x` in place, at half the
 speed of a product of row-major matrices (40 against 80 GFLOP/s a core), which makes a gradient four
-forward passes where three are ideal. Turning `x` round first costs a copy of it. jax lets only
+forward passes where three are ideal. Transposing `x` first costs only a copy of it. jax lets only
 primitives choose how they are transposed, and only primitives keep forward-mode rules beside that
 (a `custom_vjp` would end Hessian-vector products), so "turned" products are bilinear primitives,
-differentiable to any order. "plain" ones are a `dot_general`: those of other platforms, and of the
-inside of a `shard_map`.
+differentiable to any order. "plain" ones are a `dot_general`, used on other platforms and inside a
+`shard_map`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from jax.sharding import AxisType
 
 from lmops_jax.models.partitioning import platform_in_use
 
-_KINDS = {"cpu": "turned"}  # of products by platform; "plain" on all others
+_KINDS = {"cpu": "turned"}  # the kind of product by platform; "plain" on all others
 _ROWS = (((1,), (0,)), ((), ()))  # x @ w
 _COLUMNS = (((0,), (0,)), ((), ()))  # x.T @ g
 _OUTPUTS = (((1,), (1,)), ((), ()))  # g @ w.T
 
 
 def kind_in_use() -> str:
-  """"turned" or "plain": the kind of product that is right here, see the module."""
+  """"turned" or "plain": the kind of product for the mesh in use, see the module."""
   axis_types = jax.sharding.get_abstract_mesh().axis_types
-  # If axes are manual (shard_map) or explicit, dot_general's rules also track who holds what.
+  # If axes are manual (shard_map) or explicit, dot_general's rules also track how arrays are split.
   is_plain = any(axis_type != AxisType.Auto for axis_type in axis_types)
   return "plain" if is_plain else _KINDS.get(platform_in_use(), "plain")
 
@@ -44,7 +44,7 @@ def matrix_product(x: jax.Array, w: jax.Array, dtype=None, kind: str | None = No
   dtype = jnp.dtype(jnp.promote_types(x.dtype, w.dtype) if dtype is None else dtype)
   if (kind or kind_in_use()) == "plain":
     return jax.lax.dot_general(x, w, _ROWS, preferred_element_type=dtype)
-  # The precision in force now: rules and lowering run later, perhaps in another context.
+  # The precision is read now: rules and lowering run later, perhaps in another context.
   return _product.bind(x, w, dtype=dtype, precision=jax.config.jax_default_matmul_precision)
 
 
@@ -94,18 +94,18 @@ def _bilinear(name, dimensions, compiled, lhs_rule, rhs_rule):
 
 
 def _dot(dimensions, x, y, *, dtype, precision):
-  # Summed in the wider of the two and what is asked for, as dot_general's own transposes are.
+  # Summed in the widest of the three types, as dot_general's own transposes are.
   wide = functools.reduce(jnp.promote_types, (x.dtype, y.dtype, dtype))
   out = jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=wide)
   return out.astype(dtype)
 
 
 def _turned(x, g, *, dtype, precision):
-  # Behind a barrier: XLA would fold the transpose into the product again.
+  # Behind a barrier, since XLA would fold the transpose into the product again.
   return _dot(_ROWS, jax.lax.optimization_barrier(x.T), g, dtype=dtype, precision=precision)
 
 
-# Each of the three is what the transposes of the other two need: x @ w, x.T @ g and g @ w.T.
+# The transposes of each of the three are the other two: x @ w, x.T @ g and g @ w.T.
 _product = _bilinear(
   "matrix_product", _ROWS, functools.partial(_dot, _ROWS),
   lambda ct, x, w, *, precision, **_: _input_gradient.bind(

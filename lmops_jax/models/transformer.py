@@ -1,13 +1,13 @@
 """The transformer of all language models here: decoders, encoders, and the text tower of CLIP.
 
-One module whose parts `TransformerConfig` chooses. The defaults are those of Mistral and Llama
+One module, whose parts `TransformerConfig` chooses. The defaults are those of Mistral and Llama
 (arXiv:2310.06825, arXiv:2302.13971): RMSNorm before each part, rotary positions (arXiv:2104.09864,
 the half-rotating form of the Hugging Face checkpoints), SwiGLU (arXiv:2002.05202), grouped
 key/value heads (arXiv:2305.13245), no biases. Every parameter and every block input carries logical
 axis names (batch, sequence, embed, mlp, heads, kv_heads, head_dim, vocab, layers).
 
-Parameters, with layers always stacked on a leading axis, whether the blocks run under `scan` or
-unrolled, so that checkpoints do not depend on that choice:
+These are the parameters. Layers are always stacked on a leading axis, whether the blocks run under
+`scan` or unrolled, so that checkpoints do not depend on that choice:
 
     embedding [V,D]
     layers/attention_norm/scale [L,D]    layers/mlp_norm/scale [L,D]
@@ -16,7 +16,7 @@ unrolled, so that checkpoints do not depend on that choice:
     final_norm/scale [D]
     unembedding [D,V]                    (absent when tied)
 
-and, where the configuration asks for them, `bias` beside each `kernel` and each layer norm's
+and, if the configuration asks for them, `bias` beside each `kernel` and each layer norm's
 `scale`, layers/attention/inner_norm/scale [L,H,E] and layers/mlp/inner_norm/scale [L,F],
 position_embedding [max_length + position_offset, D], token_type_embedding [N,D],
 embedding_norm, embedding_in [W,D] and embedding_out [D,W] for embeddings of width W,
@@ -45,7 +45,7 @@ from lmops_jax.models.partitioning import constrain
 from lmops_jax.models.products import project_to_vocabulary, remat_policy
 from lmops_jax.models.vectors import replaced
 
-_CONSTANT_ANGLES = 1 << 20  # rotary numbers that a program may hold as constants
+_CONSTANT_ANGLES = 1 << 20  # the most rotary numbers that a program holds as constants
 
 
 def num_params(config: TransformerConfig) -> int:
@@ -57,10 +57,10 @@ def num_params(config: TransformerConfig) -> int:
 
 
 def unstack_layers(params):
-  """The same parameters with `layers` a tuple of L trees instead of one stacked tree.
+  """The same parameters with `layers` as a tuple of L trees instead of one stacked tree.
 
-  Cached decoding reads every weight at every token; from separate arrays it does so without slicing
-  them out first. `Transformer.extend` takes both forms. The stacked arrays stay as they are.
+  Cached decoding reads every weight for every token; from separate arrays it does so without
+  slicing them out first. `Transformer.extend` takes both forms. Stacked arrays stay as they are.
   """
   stacked = params["layers"]
   if isinstance(stacked, tuple):
@@ -78,10 +78,10 @@ class Transformer(nn.Module):
   """Tokens to hidden states, and hidden states to logits.
 
   Attributes:
-    config: with `vocab_size` set.
+    config: a configuration with `vocab_size` set.
     with_unembedding: False leaves out the head (output matrix of an untied model, its bias, the
       masked-LM transform), for a trunk that feeds another head.
-    with_embedding: False leaves out the token embeddings too, for a trunk that is fed vectors
+    with_embedding: False also leaves out the token embeddings, for a trunk that gets its vectors
       through `encode`.
   """
 
@@ -176,15 +176,15 @@ class Transformer(nn.Module):
       segment_ids: `[B,S] int32`; attention stays within equal ids. None is one segment. Padding of
         an encoder is a segment of its own.
       token_types: `[B,S] int32`, for models that have them; None is 0.
-      vectors: `[B,M,W]` that take the place of word embeddings, see `embed`; None is none.
-      vector_index: `[B,S] int32`, which of them stands where; given with `vectors`.
-      keys: `[B]` typed keys, one an example, of dropout; None drops nothing.
+      vectors: `[B,M,W]`, vectors in place of word embeddings, see `embed`; None is none.
+      vector_index: `[B,S] int32`, the vector at each position; given with `vectors`.
+      keys: `[B]` typed keys of dropout, one for each example; None drops nothing.
 
     Returns:
       `[B,S,D]` in `config.dtype`.
 
     Raises:
-      ValueError: if `S` exceeds `config.max_length`; as `embed`.
+      ValueError: if `S` exceeds `config.max_length`, and as `embed` does.
     """
     if self.is_initializing():
       self._touch_everything(tokens)
@@ -196,18 +196,18 @@ class Transformer(nn.Module):
   def embed(
     self, tokens, positions=None, token_types=None, vectors=None, vector_index=None
   ) -> jax.Array:
-    """Embeddings `[B,S,D]`: words or vectors in their place, times the scale, and positions.
+    """Embeddings `[B,S,D]`: words, or vectors in their place, times the scale, plus positions.
 
     Args:
-      tokens: `[B,S] int32`; what stands in a slot of a vector is never read.
+      tokens: `[B,S] int32`; a token in the place of a vector is never read.
       positions: `[B,S] int32`, as in `__call__`.
       token_types: `[B,S] int32`, as in `__call__`.
       vectors: `[B,M,W]`, W being the width of word embeddings (D unless `embedding_width` says
         otherwise). They are scaled and get positions as words do.
-      vector_index: `[B,S] int32`, the vector of the row that stands there; negative is a word.
+      vector_index: `[B,S] int32`, the row's vector at each position; negative is a word.
 
     Raises:
-      ValueError: as `vectors.replaced`.
+      ValueError: as `vectors.replaced` does.
     """
     c = self.config
     positions = self._positions(tokens, None) if positions is None else positions
@@ -264,13 +264,13 @@ class Transformer(nn.Module):
 
     Args:
       tokens: `[B,S] int32`, written to the next S slots of every row.
-      cache: with S free slots; more tokens than slots overwrite the last ones, which the caller
-        must rule out.
-      positions: `[B,S] int32`; where they end in a table, one beyond it makes the result NaN.
+      cache: a cache with S free slots; more tokens than slots would overwrite the last ones, which
+        the caller must rule out.
+      positions: `[B,S] int32`; one beyond a table of positions makes the result NaN.
       valid: `[B,S] bool`, False for padding, which no token ever sees; None is all True.
       branch: `[B,S] int32`, see `KVCache.branch`; None is 0.
       fresh: promises (statically) an empty cache, so that attention looks at the new tokens only.
-      shared: what stands in front of every row, held once; positions go on from `shared.end`.
+      shared: a prefix in front of every row, held once; positions go on from `shared.end`.
       readout: `[B,R] int32`, indices of new tokens whose attention is to be returned.
       vectors, vector_index: as in `embed`.
 
@@ -278,7 +278,7 @@ class Transformer(nn.Module):
       `[B,S,D]` in `config.dtype`, as `__call__`; the cache; and with `readout` a `Readout`.
 
     Raises:
-      ValueError: for a model that is not causal; as `embed`.
+      ValueError: for a model that is not causal, and as `embed` does.
     """
     c = self.config
     if not c.causal:
@@ -324,7 +324,7 @@ class Transformer(nn.Module):
     )
 
   def readout(self, hidden: jax.Array) -> jax.Array:
-    """What the output matrix multiplies, `[...,W]`; hidden states `[...,D]` themselves for most."""
+    """The factor of the output matrix, `[...,W]`; for most models the hidden states `[...,D]`."""
     c = self.config
     if c.head_transform:
       hidden = layers_lib.activation(c.activation)(self.head_transform(hidden))
@@ -332,19 +332,19 @@ class Transformer(nn.Module):
     return self.embedding_out(hidden) if c.token_width != c.width else hidden
 
   def output_matrix(self) -> jax.Array:
-    """The matrix `[W,V]` in `config.dtype` that takes `readout` to logits, to multiply by often."""
+    """The matrix `[W,V]` in `config.dtype` from `readout` to logits, ready for many products."""
     c = self.config
     if not c.tied_embeddings:
       matrix = self.unembedding.astype(c.dtype)
     else:
-      # Transposed once, behind a barrier: folded into the products, XLA on a CPU computes the
-      # gradient [V,D] from strided operands, 2.3 times slower than [D,V].
+      # Transposed once, behind a barrier: if it were folded into the products, XLA on a CPU would
+      # compute the gradient [V,D] from strided operands, 2.3 times slower than [D,V].
       matrix = jax.lax.optimization_barrier(self.embedding.astype(c.dtype).T)
     # Gathered over embed here and not in every chunk of the loss.
     return constrain(matrix, (None, "vocab"))
 
   def output_bias(self) -> jax.Array | None:
-    """`[V]` to add to the logits, or None."""
+    """The bias `[V]` of the logits, or None."""
     return self.unembedding_bias if self.config.unembedding_bias else None
 
   def logits(self, tokens, *args, **kwargs) -> jax.Array:
@@ -356,7 +356,7 @@ class Transformer(nn.Module):
     return jnp.tanh(self.pooler(hidden[:, 0]))
 
   def _positions(self, x, positions):
-    """Positions as given, or 0..S-1 as a constant where that is small; checks the length."""
+    """Positions as given, or 0..S-1, as a constant if that is small; checks the length."""
     c = self.config
     length = x.shape[1]
     if length > c.max_length:
@@ -373,7 +373,7 @@ class Transformer(nn.Module):
     return positions_lib.angles_at(positions, self.config)
 
   def _touch_everything(self, tokens):
-    """Makes the parameters that `__call__` does not use; Linen makes what it sees used."""
+    """Makes the parameters that `__call__` does not use, since Linen makes only those used."""
     c = self.config
     hidden = jnp.zeros((*tokens.shape, c.width), c.dtype)
     if self.with_unembedding:

@@ -11,13 +11,13 @@ def replaced(
 ) -> jax.Array:
   """Word embeddings `[B,S,W]` with vectors at chosen positions.
 
-  No gradient reaches the words that are replaced, nor does their value matter, were it NaN.
+  No gradient reaches the words that are replaced, and their values do not matter, even if NaN.
 
   Args:
     words: `[B,S,W]`.
-    vectors: `[B,M,W]`, of each row, or None.
-    vector_index: `[B,S] int32`, the vector that stands there; negative keeps the word, and M or
-      more gives NaN. None if `vectors` is.
+    vectors: `[B,M,W]`, each row's vectors, or None.
+    vector_index: `[B,S] int32`, the vector at each position; negative keeps the word, and M or more
+      gives NaN. None if `vectors` is.
 
   Raises:
     ValueError: for one of `vectors` and `vector_index` without the other, or shapes that disagree.

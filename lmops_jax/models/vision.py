@@ -1,21 +1,21 @@
 """Vision transformer: images to a sequence of patch vectors (arXiv:2010.11929, as CLIP wires it).
 
 Patches are embedded by one product without bias, a class vector goes in front, learned positions
-are added, a norm comes before the blocks, and another one after them is applied where vectors are
-used: to the class vector by CLIP, to all of them by Kosmos.
+are added, a norm comes before the blocks, and another one after them is applied to the vectors that
+are used: CLIP uses the class vector, Kosmos all of them.
 
 Images of other sizes than the positions were learned for get positions interpolated over the grid
 of patches: cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, repeated edges and no
 antialiasing, as torch computes it. `jax.image.resize` has a = -0.5.
 
-The last blocks may be a stack of parameters of their own, `top`. Those of one stack are one array
-for all layers, which an optimizer can only train or freeze as a whole. What is frozen is for the
-optimizer to say, in one place: `optim.partition` with, for all but the last blocks,
+The last blocks may be a stack of parameters of their own, `top`, since the parameters of a stack
+are one array for all its layers, which an optimizer can only train or freeze as a whole. Only the
+optimizer decides what is frozen: `optim.partition` with, to freeze all but the last blocks,
 
     {'vision/(?!top/|post_norm/).*': None, '.*': @optim.adamw()}
 
-No gradient is computed of what it freezes, so below the first trained block there is neither a
-backward pass nor an activation that is kept for one.
+No gradient is computed for frozen parameters, so below the first trained block there is neither a
+backward pass nor an activation kept for one.
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ class VisionConfig:
     patch_size: height and width of a patch, a divisor of `image_size`.
     any_size: images may also have other sides, even unequal ones, that are multiples of
       `patch_size`; positions are then interpolated.
-    top_layers: blocks of the trunk, its last ones, whose parameters are a stack of their own.
-    pixel_mean, pixel_std: by which bytes are normalised, red, green and blue, 1 being white.
+    top_layers: number of the trunk's last blocks whose parameters are a stack of their own.
+    pixel_mean, pixel_std: mean and deviation of red, green and blue that bytes are normalised by, 1
+      being white.
 
   Raises:
-    ValueError: naming the field, for values that do not make a model.
+    ValueError: for values that do not make a model; it names the field.
   """
 
   trunk: TransformerConfig
@@ -95,7 +96,7 @@ class VisionConfig:
     return (self.image_size // self.patch_size) ** 2
 
   def stack(self, num_layers: int) -> TransformerConfig:
-    """The trunk with so many of its layers, initialised and scaled as in the whole."""
+    """The trunk with `num_layers` of its layers, initialised and scaled as in the whole."""
     whole = self.trunk
     return dataclasses.replace(
       whole, num_layers=num_layers, branch_gain=whole.branch_factor,
@@ -141,7 +142,7 @@ class VisionTransformer(nn.Module):
 
     Args:
       images: `[B,height,width,3]`, bytes, or floats that are normalised already.
-      keys: `[B]` typed keys of dropout, one an image; None drops nothing.
+      keys: `[B]` typed keys of dropout, one for each image; None drops nothing.
 
     Raises:
       ValueError: for images of a size that the configuration does not allow.
@@ -185,7 +186,7 @@ class VisionTransformer(nn.Module):
       )
 
   def _positions(self, shape):
-    """`[1+patches,D]` for images of that shape."""
+    """Position vectors `[1+patches,D]` for images of that shape."""
     c, table = self.config, self.position_embedding
     old, new = c.image_size // c.patch_size, [side // c.patch_size for side in shape[1:3]]
     if new == [old, old]:
@@ -222,10 +223,10 @@ def cubic_matrix(num_new: int, num_old: int) -> np.ndarray:
 
 
 def with_top(params: Any, top_layers: int) -> Any:
-  """Parameters of a `VisionTransformer` in one stack as those of one with `top_layers`.
+  """Parameters of a `VisionTransformer` in one stack, split into those of one with `top_layers`.
 
   Raises:
-    ValueError: for parameters that have a top already, or no more layers than that.
+    ValueError: for parameters that have a top already, or no more layers than `top_layers`.
   """
   layers = params["trunk"]["layers"]
   num_layers = jax.tree.leaves(layers)[0].shape[0]

@@ -1,4 +1,4 @@
-"""Preparing a corpus, as stages of any system do it: what is left out, vocabulary, instances."""
+"""Preparing a corpus in a stage of any system: files left out, vocabulary, instances."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOCABULARY_FOLDER = "vocabulary"
 
 
 def log_left_out(context: pipeline.StageContext, **corpora: Corpus | None) -> None:
-  """Tells which files and folders lie beside what is read, by the names of the settings."""
+  """Logs which files and folders of each corpus are not read, by the names of the settings."""
   for name, corpus in corpora.items():
     for line in [] if corpus is None else matching.left_out_lines(corpus.left_out()):
       context.log(f"{name}: {line}")
@@ -50,7 +50,7 @@ def write_packed(
   context: pipeline.StageContext, part: str, documents: Iterable[Document],
   vocabulary: vocabularies.Vocabulary, length: int, *, most: int | None = None,
 ) -> int:
-  """Packs documents into the stage's folder `part`; returns how many instances, `most` at most."""
+  """Packs documents into the stage's folder `part`; returns the number of instances, <= `most`."""
   with context.progress(most, "instances", "packing") as bar:
 
     def shown():

@@ -23,14 +23,14 @@ from lmops_jax.training.learner import Learner, supervised
 
 @dataclasses.dataclass(frozen=True)
 class LanguageTraining:
-  """What every such training is told. Settings of systems extend it, under a name of their own.
+  """The settings of every such training. Settings of systems extend it, under a name of their own.
 
   Attributes:
     model: `models.TransformerConfig`; its vocabulary size comes from the vocabulary.
     optimizer: an optax transformation.
     num_steps: optimizer steps.
     batch_size: instances of a global batch.
-    accumulate: micro-batches of a step; fewer if the mesh has more shards than one has rows.
+    accumulate: micro-batches of a step; fewer if the mesh has more shards than a micro-batch rows.
     checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
     loss_chunk: sequence positions whose logits exist at a time; None leaves the default.
 
@@ -61,7 +61,7 @@ class LanguageTraining:
 
 
 def learner(model, example_losses, config: LanguageTraining, partitioner: Partitioner) -> Learner:
-  """What `config` makes of a model: the one that `fit` trains and that plans compile."""
+  """The learner of a model under `config`, which `fit` trains and plans compile."""
   return supervised(
     loop.initializer(model), example_losses, config.optimizer, accumulate=config.accumulate,
     check_batch=example_losses.check_batch, partitioner=partitioner)
@@ -91,8 +91,8 @@ def train(
   """Trains in the stage's folder, keeps `params/<step>`, and counts FLOPs, tokens and epochs.
 
   Args:
-    instances: what is trained on, or, with `indices`, what those rows of it are.
-    seed: of initialisation and order.
+    instances: the instances to train on; with `indices`, only those rows of them.
+    seed: seed of initialisation and order.
     shuffle: order the instances by seed; False keeps their order.
     initial_params: makes the parameters to start from; None draws them.
 
@@ -100,7 +100,7 @@ def train(
     The model's configuration, with its vocabulary.
 
   Raises:
-    ValueError: fewer instances than a batch has.
+    ValueError: for fewer instances than a batch has.
   """
   num = len(instances) if indices is None else len(indices)
   if num < config.batch_size:

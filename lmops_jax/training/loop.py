@@ -1,4 +1,4 @@
-"""The training loop: one for every system, which hand it a learner and a source of batches.
+"""The training loop of every system: it takes a learner and a source of batches.
 
 Everything that the result depends on is a function of the seed and the step, so a run that was
 killed and continues gives the same bits as one that was not. The state is made on the mesh, donated
@@ -39,10 +39,10 @@ class TrainResult(NamedTuple):
   Attributes:
     state: the learner's, after the last step.
     history: records by step: `loss` and `grad_norm` (means since the record before), `num_tokens`
-      (since the start, when the loss is masked), and `<evaluator>/<figure>`; see `Learner.step`.
-    flops: operations of the whole run, also of attempts before; 0 without `flops_per_token`.
-    seconds: of this attempt.
-    step: steps done.
+      (since the start, if the loss is masked), and `<evaluator>/<figure>`; see `Learner.step`.
+    flops: operations of the whole run, earlier attempts included; 0 without `flops_per_token`.
+    seconds: duration of this attempt.
+    step: number of steps done.
   """
 
   state: Any
@@ -65,15 +65,15 @@ def train(
 
   Args:
     learner: made for the same `partitioner`.
-    source: of the batches. `example_id [B]` stays on the host and names examples in errors.
+    source: makes the batches. `example_id [B]` stays on the host and names examples in errors.
     num_steps: steps in all, counted from step 0.
-    seed: of the initial state, and of the keys of the steps.
+    seed: seed of the initial state and of the steps' keys.
     directory: gets `checkpoints/`, `params/<step>/`, `metrics.jsonl`, `speed.jsonl`,
       `tensorboard/`.
     partitioner: mesh and rules; None is one device.
     hooks: called between steps.
     records: what is shown, recorded and kept.
-    initial_params: plain tree that replaces the values of the learner's; it is copied. Or a
+    initial_params: a plain tree that replaces the learner's initial values; it is copied. Or a
       function that returns one, called when a run begins and not when it resumes.
 
   Returns:
@@ -82,8 +82,9 @@ def train(
   Raises:
     ValueError: for arguments out of range, `initial_params` of other shapes, a batch that cannot
       be learned from, or a directory that holds a run with other settings.
-    NonFiniteLossError: naming the step and the examples of its batch.
-    processes.Terminated: after a checkpoint, when this process or another of the job got SIGTERM.
+    NonFiniteLossError: if a loss or gradient is not finite; it names the step and the examples of
+      its batch.
+    processes.Terminated: after a checkpoint, if this process or another of the job got SIGTERM.
   """
   records_lib.check(num_steps, hooks, records)
   directory, began = Path(directory), time.monotonic()
@@ -137,7 +138,7 @@ def train(
 
 
 class _Run:
-  """A run under way: its state, the step in flight, and what is recorded of it."""
+  """A run under way: its state, the step in flight, and its records."""
 
   def __init__(self, learner, source, num_steps, seed, directory, partitioner, hooks, records,
                store, settings, *, step_fn, state, done, resumed, num_positions):
@@ -174,7 +175,7 @@ class _Run:
             or any(p and self.done % p == 0 for p in periods))
 
   def between_steps(self) -> None:
-    """Records and keeps what is due; when a run resumes, it is done already."""
+    """Records and keeps what is due; not called right after a resume, when that is done already."""
     self._settle()
     record = {"step": self.done}
     if self.done > 0 and self._is_due(self._records.log_every):
@@ -200,7 +201,7 @@ class _Run:
       self._rates.record(self.done)
 
   def stop(self) -> None:
-    """Ends the run after a checkpoint to go on from."""
+    """Ends the run after writing a checkpoint to go on from."""
     self._settle()
     if self._store.latest_step() != self.done:
       self._save()
@@ -216,7 +217,7 @@ class _Run:
       "history": list(self.log.history)})
 
   def _settle(self) -> None:
-    """Reads what the step in flight found."""
+    """Reads the sums of the step in flight."""
     if self._in_flight is None:
       return
     step, sums, ids = self._in_flight
@@ -237,15 +238,15 @@ def compiled_step(learner: Learner, partitioner: Partitioner, shardings) -> Call
 
   Args:
     learner: its `step` is traced.
-    partitioner: that it runs on.
-    shardings: of the state.
+    partitioner: the partitioner that it runs on.
+    shardings: the state's.
   """
   return _compiled_step(learner.step, partitioner, *_hashable(shardings))
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled_step(learn, partitioner, leaves, treedef):
-  """The jitted step; runs that share a learner's step and the mesh share what was compiled."""
+  """The jitted step; runs that share a learner's step and the mesh share the compiled program."""
   def step_fn(state, batch, key, step):
     return learn(state, batch, jax.random.fold_in(key, step))
 
@@ -268,7 +269,7 @@ def _first_state(learner, seed, initial_params, abstract, shardings):
 @functools.lru_cache(maxsize=16)
 def _compiled_init(init, leaves, treedef):
   def make(key, params):
-    # Copied, because the step donates its state, and the caller keeps what it gave.
+    # Copied, because the step donates its state, and the caller keeps the given arrays.
     return nn.unbox(init(key, jax.tree.map(jnp.copy, params)))
 
   return jax.jit(make, out_shardings=jax.tree.unflatten(treedef, leaves))
@@ -290,7 +291,7 @@ def load_kept_params(directory: Path, step: int, abstract=None):
     abstract: see `checkpoints.load_params`.
 
   Raises:
-    FileNotFoundError: naming the steps that were kept.
+    FileNotFoundError: if that step was not kept; it names the steps that were.
   """
   path = _kept(directory, step)
   if not path.is_dir():
@@ -311,7 +312,7 @@ def _hashable(tree):
 
 
 def _checked(extra, settings, directory):
-  """What a checkpoint holds besides the state, if it is of a run with these settings."""
+  """A checkpoint's content besides the state; refuses one of a run with other settings."""
   for name, value in settings.items():
     if extra["settings"].get(name) != value:
       raise ValueError(
@@ -322,7 +323,8 @@ def _checked(extra, settings, directory):
 
 
 def _drop_beyond_lost_params(store, directory, kept):
-  """Goes back to before the first step whose kept parameters are not as they were written."""
+  """Drops checkpoints from a step on: the first whose kept parameters are not as they were written.
+  """
   newest = store.latest_step()
   if newest is None:
     return

@@ -20,9 +20,9 @@ from lmops_jax.models.perceptron import Perceptron
 from lmops_jax.models.products import project_to_vocabulary
 from lmops_jax.models.transformer import Transformer
 
-# Logits of a batch up to the first size, in bytes a device, are computed whole: chunks are computed
-# twice. Chunks have the second size: products with too few rows are slow, and each chunk adds to
-# the whole gradient of the output matrix. See tests/benchmarks/results/derivatives.md.
+# A batch's logits up to the first size, in bytes a device, are computed whole, since chunks are
+# computed twice. Chunks have the second size, since products with too few rows are slow and each
+# chunk adds to the whole gradient of the output matrix (tests/benchmarks/results/derivatives.md).
 _CHUNK_BYTES = {"cpu": (64 << 20, 32 << 20)}
 _CHUNK_BYTES_ELSEWHERE = (256 << 20, 256 << 20)
 
@@ -44,7 +44,7 @@ def lm_example_losses(model: Transformer, *, chunk: int | None = None) -> LMExam
 def weighted_example_losses(inner) -> WeightedExampleLosses:
   """`inner` times `batch["weight"] [B] float32`.
 
-  With weights `tokens_n * B / sum(tokens)` the mean over examples is one over tokens.
+  With weights `tokens_n * B / sum(tokens)` the mean over examples is a mean over tokens.
   """
   return WeightedExampleLosses(inner)
 
@@ -59,7 +59,7 @@ class WeightedExampleLosses:
     return self.inner(params, batch) * batch["weight"]
 
   def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
-    """As `inner`'s."""
+    """Refuses what `inner` refuses."""
     self.inner.check_batch(batch)
 
 
@@ -101,7 +101,7 @@ class LMExampleLosses:
     return map_sequence_chunks(chunk_nats, hidden, batch["targets"], chunk)
 
   def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
-    """Refuses on the host what would be silently wrong on the device; see `check_batch`."""
+    """Refuses batches on the host that would be silently wrong on the device; see `check_batch`."""
     check_batch(batch, vocab_size=self.model.config.vocab_size)
 
 
@@ -168,11 +168,11 @@ class BinaryExampleLosses:
 def check_batch(
   batch: Mapping[str, np.ndarray], *, vocab_size: int | None = None, mask: str = "loss_mask"
 ) -> None:
-  """Raises ValueError, naming the example, for a batch that cannot be learned from.
+  """Raises ValueError for a batch that cannot be learned from, and names the example.
 
   Args:
-    batch: of host arrays; `example_id [B]` is used to name examples when it is there.
-    vocab_size: when given, `tokens` and `targets` must be in [0, vocab_size).
+    batch: host arrays; `example_id [B]`, if there, names examples.
+    vocab_size: if given, `tokens` and `targets` must be in [0, vocab_size).
     mask: the field that must not be 0 in a whole row.
   """
 
@@ -230,7 +230,7 @@ def map_sequence_chunks(function, hidden: jax.Array, targets: jax.Array, chunk: 
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """`[...,V]` and `[...]` to nats. A comparison, not a gather: its transpose is no scatter."""
+  """`[...,V]` and `[...]` to nats, by a comparison, since a gather's transpose is a scatter."""
   chosen = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
   target_logit = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
   return jax.nn.logsumexp(logits, axis=-1) - target_logit
@@ -241,10 +241,10 @@ def _default_chunk(batch_size: int, length: int, vocab_size: int) -> int:
 
 
 def default_chunk(rows: float, length: int, vocab_size: int, platform: str) -> int:
-  """Positions whose logits exist at a time when nothing is said.
+  """Positions whose logits exist at a time by default.
 
   Args:
-    rows: of the batch on one device. platform: that it runs on, "cpu", "gpu" or "tpu".
+    rows: rows of the batch on one device. platform: the device's, "cpu", "gpu" or "tpu".
   """
   whole, chunked = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ELSEWHERE)
   position_bytes = math.ceil(4 * rows * vocab_size)

@@ -25,7 +25,7 @@ class MetricsLog:
   `speed.jsonl` and TensorBoard. Only the first process writes.
 
   Args:
-    directory: of the files.
+    directory: the folder of the files.
     history: the records up to the step that a run resumes from.
     tensorboard: write event files too, if clu and its TensorBoard writer are installed.
     resumed: keep the times of earlier attempts.
@@ -80,9 +80,9 @@ class Sums:
   """Sums over the steps since the last record, in JSON values, so that checkpoints are exact.
 
   Args:
-    steps: added so far.
-    sums: by name, see `training.learner.Learner.step`; begun anew with every record.
-    totals: by name, since the start of the run.
+    steps: number of steps added so far.
+    sums: sums by name, see `training.learner.Learner.step`; begun anew with every record.
+    totals: totals by name, since the start of the run.
   """
 
   def __init__(self, steps: int = 0, sums: dict[str, float] | None = None,
@@ -90,11 +90,11 @@ class Sums:
     self._steps, self._sums, self._totals = steps, dict(sums or {}), dict(totals or {})
 
   def as_json(self) -> dict[str, Any]:
-    """The arguments that make it again."""
+    """The arguments that make this object again."""
     return {"steps": self._steps, "sums": dict(self._sums), "totals": dict(self._totals)}
 
   def add(self, found: Mapping[str, Any]) -> None:
-    """Adds what one step found."""
+    """Adds the sums of one step."""
     self._steps += 1
     for name, value in found.items():
       if name.startswith("num_"):
@@ -119,9 +119,9 @@ class Rates:
   """Rates between records. The first interval compiles and is left out.
 
   Args:
-    log: gets them.
+    log: gets the rates.
     num_positions: token positions of a step, 0 if there are none.
-    flops_per_token: operations of each; None is unknown.
+    flops_per_token: operations for each position; None is unknown.
   """
 
   def __init__(self, log: MetricsLog, num_positions: int, flops_per_token: float | None):
@@ -161,10 +161,10 @@ def _summary_writer(directory):
 
 @contextlib.contextmanager
 def _hidden_native_stderr():
-  """Hides what TensorFlow's C++ code says about absent GPUs while it is loaded.
+  """Hides the messages of TensorFlow's C++ code about absent GPUs while it is loaded.
 
-  It writes to the file descriptor, before any of its own settings can stop it; Python errors still
-  come through as exceptions.
+  That code writes to the file descriptor before any of its own settings can stop it; Python errors
+  still come through as exceptions.
   """
   sys.stderr.flush()
   kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -34,7 +34,7 @@ DECAY_MASKS = ("all", "matrices")
 def _gives_a_number(schedule: Callable) -> bool:
   try:
     rate = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
-  except Exception:  # whatever a function that is no schedule raises
+  except Exception:  # a function that is no schedule may raise anything
     return False
   return getattr(rate, "shape", None) == ()
 
@@ -105,14 +105,14 @@ def adamw(
 
   Args:
     learning_rate: number or schedule.
-    b1: decay of the mean.
-    b2: decay of the square.
+    b1: decay of the gradient's running mean.
+    b2: decay of the running mean of its square.
     eps: added outside the root.
     weight_decay: decoupled, multiplied by the learning rate.
     clip_norm: largest global norm of the gradient; None does not clip.
     decay_mask: "all" parameters decay (as in the reference of PDS), or "matrices", which spares
       norm scales and biases.
-    eps_root: added inside the root. Above 0 it makes the update smooth where a gradient is 0.
+    eps_root: added inside the root. Above 0 it makes the update smooth at a gradient of 0.
 
   Raises:
     ValueError: for values outside their range.
@@ -139,7 +139,7 @@ def lion(
 ) -> optax.GradientTransformation:
   """Lion (arXiv:2302.06675): the sign of an interpolated momentum, decoupled decay.
 
-  Its update is piecewise constant: scores through it need a surrogate, see `control.surrogates`.
+  Its update is piecewise constant, so scores through it need a surrogate, see `control.surrogates`.
 
   Raises:
     ValueError: for values outside their range.
@@ -156,18 +156,18 @@ def lion(
 def partition(
   rules: Annotated[Mapping[Text, optax.GradientTransformation | None], NonEmpty],
 ) -> optax.GradientTransformation:
-  """A transformation of its own for every group of parameters, told apart by their paths.
+  """A transformation of its own for each group of parameters; groups are told apart by paths.
 
   Each transformation sees its own group alone, so that it clips by the norm of that group.
 
   Args:
-    rules: by regular expression, which must match a parameter's whole path, such as
-      `layers/attention/query/kernel`; the first that does decides. None freezes: no gradient is
+    rules: transformations by regular expression. The first expression that matches a parameter's
+      whole path, such as `layers/attention/query/kernel`, decides. None freezes: no gradient is
       computed for the parameter, and the optimizer keeps no state for it.
 
   Raises:
-    ValueError: for a pattern that is no regular expression; and, once there are parameters, for one
-      that no pattern matches.
+    ValueError: for a pattern that is no regular expression; and, once there are parameters, for a
+      parameter that no pattern matches.
   """
   patterns = {}
   for text in rules:
@@ -225,7 +225,7 @@ def warmup_linear(
 ) -> Schedule:
   """Linear from 0 at step 0 to `peak`, then linear to `end` at `total_steps`, then `end`.
 
-  The polynomial decay of fairseq with its power of 1.
+  It is the polynomial decay of fairseq with its power of 1.
 
   Raises:
     ValueError: for values outside their range.
@@ -249,9 +249,9 @@ def constant(value: Positive) -> Schedule:
 
 
 def decay_mask_fn(kind: Literal[DECAY_MASKS]) -> Callable | None:
-  """Which parameters decay, as optax takes it: None for "all", a function for "matrices".
+  """The parameters that decay, as an optax mask: None for "all", a function for "matrices".
 
-  Vectors are told by name (`scale`, `bias`) as well as by rank, because the scales of stacked
+  Vectors are recognised by name (`scale`, `bias`) as well as by rank, because the scales of stacked
   layers are `[L,D]`.
   """
   if kind == "all":

@@ -1,4 +1,4 @@
-"""What a run shows, records and keeps, and the figures that it is asked for on its way."""
+"""What a run shows, records and keeps, and the figures that hooks measure on its way."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Records:
   """What a run shows, records and keeps; none of it changes what is learned.
 
   Attributes:
-    checkpoint_every: steps between checkpoints; None writes the last one only, and one when the
-      run is asked to stop.
+    checkpoint_every: steps between checkpoints; None writes only one at the end, and one if the run
+      is asked to stop.
     params_at: steps (0 to num_steps) whose parameters stay in `params/<step>`.
-    log_every: steps between records; the last step always makes one.
+    log_every: steps between records; the last step always makes a record.
     flops_per_token: operations of a training step for each position, for rates and `flops`.
     description: names the run in progress lines and errors.
     progress: makes the progress display from `(total, unit, description, initial=)`; None is

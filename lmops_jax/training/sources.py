@@ -28,7 +28,7 @@ class Source(Protocol):
 
     Args:
       step: counted from 0.
-      params: of the state before that step, placed on the mesh; None unless `reads_params`.
+      params: those of the state before that step, placed on the mesh; None unless `reads_params`.
 
     Returns:
       Host arrays, the rows of this process. `example_id [B]` stays on the host and names examples
@@ -54,12 +54,12 @@ class Epochs:
 
   Attributes:
     rows: `indices [n] int64 -> batch of n rows`.
-    num: rows in all.
-    batch_size: of all processes together.
-    seed: of the order.
+    num: number of rows in all.
+    batch_size: rows of a batch in all processes together.
+    seed: seed of the order.
     shuffle: False keeps the order as it is.
-    whole: `rows` is asked for all rows of a batch and not for those of this process alone, because
-      a row depends on the others.
+    whole: ask `rows` for all rows of a batch, not for those of this process alone, because a row
+      depends on the others.
   """
 
   rows: Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -81,10 +81,10 @@ class Epochs:
 
 
 class Part(NamedTuple):
-  """What a part of every group is drawn from.
+  """The source of a part of every group.
 
   Attributes:
-    mixture: of the sources of one kind of row. rows_per_group: of that kind.
+    mixture: the sources of one kind of row. rows_per_group: number of such rows in a group.
   """
 
   mixture: Mixture
@@ -99,8 +99,8 @@ class Groups:
   of different kinds have arrays of different shapes, and all of them share the axis of the groups.
 
   Attributes:
-    parts: by name, such as "text", "pairs".
-    num_groups: of a batch, of all processes together.
+    parts: the parts by name, such as "text", "pairs".
+    num_groups: groups of a batch in all processes together.
   """
 
   parts: Mapping[str, Part]
@@ -125,9 +125,9 @@ class Groups:
 
     Returns:
       For each part the arrays of its rows under `<part>/<field>`, `[B,rows_per_group,...]`, which
-      `part_of` takes out again. `weight [B] float32` makes the mean over groups of the loss per
-      learned token one over all learned tokens of the batch, so that kinds weigh as their tokens.
-      `example_id [B] int64` is that of a group's first row.
+      `part_of` takes out again. With `weight [B] float32` the mean over groups of the loss per
+      learned token is the mean over all learned tokens of the batch, so that each kind weighs in
+      proportion to its tokens. `example_id [B] int64` is that of a group's first row.
     """
     own = batches_lib.host_rows(
       self.num_groups, jax.process_index(), jax.process_count(), "num_groups")
@@ -139,7 +139,7 @@ class Groups:
       numbers += step * numbers.size
       learned += part.mixture.num_learned(numbers.ravel()).reshape(numbers.shape).sum(axis=1)
       rows = dict(part.mixture.batch(numbers[own].ravel()))
-      rows.pop("weight", None)  # within a batch of one source
+      rows.pop("weight", None)  # it is for a batch of one source
       ids = rows.pop("example_id").reshape(-1, size)[:, 0]
       batch.setdefault("example_id", ids)
       for field, value in rows.items():
@@ -157,16 +157,16 @@ def part_of(batch: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 class Ahead:
-  """The batches of another source, made in a thread while the device works on those before.
+  """The batches of another source, made in a thread while the device works on earlier ones.
 
-  A batch is the same as without it; an error is raised where its batch is asked for.
+  A batch is the same as without this class; an error is raised when its batch is asked for.
 
   Args:
     source: a function of the step alone.
     num_ahead: batches that are made before they are asked for, and are held in memory.
 
   Raises:
-    ValueError: a source that reads parameters, or no batch ahead.
+    ValueError: for a source that reads parameters, or a `num_ahead` below 1.
   """
 
   reads_params = False

@@ -30,7 +30,7 @@ class Buckets:
   """The files of a corpus's buckets.
 
   Attributes:
-    folder: that every worker can read and write; it is made if it is missing.
+    folder: a folder that every worker can read and write; it is made if it is missing.
     count: number of buckets.
   """
 
@@ -41,11 +41,11 @@ class Buckets:
     self.folder.mkdir(parents=True, exist_ok=True)
 
   def path(self, what: str, number: int) -> Path:
-    """The file of a bucket (or, of what is read, of a piece)."""
+    """The file of a bucket, or of a piece for what reading leaves."""
     return self.folder / f"{what}-{number:06d}"
 
   def missing(self, *what: str) -> list[int]:
-    """Buckets of which any of these is not there yet, or not as it was written."""
+    """Buckets that lack one of these files, or have one that is not as it was written."""
     whole = seals.all_whole([self.path(name, n) for name in what] for n in range(self.count))
     return [n for n in range(self.count) if not whole[n]]
 
@@ -58,7 +58,7 @@ class Buckets:
       counts: gets the number of documents left out, by reason.
 
     Raises:
-      ValueError: no usable document, or two documents with one id.
+      ValueError: for no usable document, or two documents with one id.
     """
     pieces = list(enumerate(corpus.pieces()))
     missing = self.missing("documents")
@@ -104,7 +104,7 @@ class Buckets:
   def write_tokens(
     self, bucket: int, encoded: Iterable[tuple[int, list[int]]], *, length: int, eos_id: int
   ) -> None:
-    """Writes a bucket's (document id, token ids); `length` is that of an instance."""
+    """Writes a bucket's (document id, token ids); `length` is an instance's."""
     ids, parts = [], []
     for identifier, tokens in encoded:
       ids.append(identifier)
@@ -117,7 +117,7 @@ class Buckets:
       )
 
   def encoded(self, bucket: int) -> Iterator[tuple[int, np.ndarray]]:
-    """What `write_tokens` got."""
+    """A bucket's (document id, token ids), as `write_tokens` got them."""
     with np.load(self.path("tokens", bucket)) as arrays:
       ids, sizes, stream = arrays["ids"], arrays["sizes"], arrays["stream"]
     stops = np.cumsum(sizes)
@@ -127,10 +127,10 @@ class Buckets:
   # --- instances ---------------------------------------------------------------------------------
 
   def write_chain(self, settings: dict, bucket: int) -> None:
-    """Writes a bucket's map, for which the tokens of all buckets must be there.
+    """Writes a bucket's map (`chains.Chain`); the tokens of all buckets must be there.
 
     Args:
-      settings: of `packing.pack`: length, bos_id, eos_id, sentence_end.
+      settings: those of `packing.pack`: length, bos_id, eos_id, sentence_end.
     """
     with np.load(self.path("tokens", bucket)) as arrays:
       tokens = arrays["stream"]

@@ -1,9 +1,9 @@
 """Where instances begin, found for every part of a corpus on its own.
 
 `packing.pack` cuts one stream of tokens from its first to its last, and where an instance begins
-depends on all before it. But how far an instance that begins at a token reaches depends on the
-tokens that follow it alone. A part of the stream therefore is a map: from the place where its first
-instance begins, which is one of the first `length`, to the place where the first instance after it
+depends on all before it. But how far an instance reaches depends only on the tokens from its
+beginning on. A part of the stream therefore is a map: from the place where its first instance
+begins, which is one of the first `length`, to the place where the next part's first instance
 begins, and the number of instances in between. The maps of all parts are made side by side and
 followed one after another, which then takes one look-up a part.
 """
@@ -46,7 +46,7 @@ def chain(
     length, bos_id, eos_id, sentence_end: as in `packing.pack`.
 
   Raises:
-    ValueError: a `sentence_end` that cannot be told token by token.
+    ValueError: for a `sentence_end` that cannot be told token by token.
   """
   ends = packing.end_flags(sentence_end, eos_id)
   if sentence_end is not None and ends is None:

@@ -16,7 +16,7 @@ from lmops_jax.config.setting_types import PositiveInt, component
 from lmops_jax.config.setting_words import Rule, Words
 from lmops_jax.host.whole_files import replacing_shared
 
-# Beam's DirectRunner first looks for a program of another runner on the network.
+# Not DirectRunner, which first looks for a program of another runner on the network.
 _DEFAULT_RUNNER = "FnApiRunner"
 BeamOption = Annotated[
   str, Rule(lambda text: text.startswith("--")), Words("an option such as '--runner=FlinkRunner'")
@@ -32,13 +32,13 @@ class Engine:
   on several machines both have to be on a file system that all of them mount.
 
   Attributes:
-    options: of Beam, as on its command line, handed on untouched: `["--runner=FlinkRunner",
-      "--flink_master=host:8081", "--parallelism=64"]`. Without `--runner` Beam's own runner in this
-      process, to which `--direct_num_workers` and `--direct_running_mode` apply.
+    options: Beam's options as on its command line, handed on untouched: `["--runner=FlinkRunner",
+      "--flink_master=host:8081", "--parallelism=64"]`. Without `--runner` it is Beam's own runner
+      in this process, to which `--direct_num_workers` and `--direct_running_mode` apply.
     num_buckets: parts that a corpus is sorted into; a worker holds one of them in memory.
 
   Raises:
-    ValueError: Beam is not installed, or a setting is out of range.
+    ValueError: if Beam is not installed, or a setting is out of range.
   """
 
   options: Sequence[BeamOption] = ()
@@ -58,7 +58,7 @@ class Engine:
     """Calls `function(item)` for every item, for what it writes.
 
     Args:
-      function: gives the same files when an item is done again.
+      function: must give the same files when an item is done again.
       setup: called once by every worker; its result is then the function's first argument.
     """
     from lmops_jax.data.distributed import transforms
@@ -72,7 +72,7 @@ class Engine:
 
     Args:
       zero: what a sum begins with; `+` must be associative and commutative, exactly.
-      folder: that workers can write to, for the result on its way here.
+      folder: a folder that workers can write to, for the result on its way here.
     """
     from lmops_jax.data.distributed import transforms
 
@@ -115,7 +115,7 @@ class Engine:
 
 
 def _refusal(text: str) -> str | None:
-  """What a worker's ValueError said, out of the traces that runners wrap it in."""
+  """The sentence of a worker's ValueError, out of the traces that runners wrap it in."""
   found = re.findall(r"^(?:RuntimeError: )*ValueError: (.+?)(?: \[while running .*)?$", text, re.M)
   return found[-1] if found else None
 

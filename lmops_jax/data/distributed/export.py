@@ -35,7 +35,7 @@ def write_instances(
       earlier attempt are kept.
     num: number of instances.
     read: the instances `start .. stop`, called on workers.
-    settings: of `instance_writing.write_instances`.
+    settings: those of `instance_writing.write_instances`.
 
   Returns:
     The number of tokens, BOS included.
@@ -58,7 +58,7 @@ def write_instances(
 
 
 def _missing(numbers: Iterable[int], files: Callable[[int], list[Path]]) -> list[int]:
-  """Numbers whose files are not there as an interrupted attempt has written them."""
+  """Numbers whose files an interrupted attempt has not left whole."""
   numbers = list(numbers)
   whole = seals.all_whole(map(files, numbers))
   return [number for number, is_whole in zip(numbers, whole) if not is_whole]
@@ -175,7 +175,7 @@ def _write_jsonl(partial, path, instances, vocabulary, indices) -> None:
 
 
 def _write_sequences(partial, path, instances, vocabulary, indices) -> None:
-  """Writes two files with endings; the one without tells that they are there."""
+  """Writes two files with endings; the file without one tells that they are there."""
   tokens = (instances.instance(i).tokens for i in indices)
   shards.write_shard(partial, tokens, vocab_size=instances.vocab_size)
   for ending in (".bin", ".idx"):

@@ -1,9 +1,9 @@
-"""Pictures made on the spot, with all that can be said of them known: each by (seed, index) alone.
+"""Pictures made on the spot, of which everything is known: functions of (seed, index) alone.
 
-`Scenes` has pictographs on photographs, with captions, questions, expressions that refer,
-documents of several pictures and episodes with invented names; `Matrices` has Raven's matrices; and
-`RenderedTexts` words and sentences to be read. They stand in for photographs and benchmarks in a
-run without any download. Fonts and photographs are those that installed packages carry, so pixels
+`Scenes` has pictographs on photographs, with captions, questions, referring expressions, documents
+of several pictures and episodes with invented names; `Matrices` has Raven's matrices, and
+`RenderedTexts` has words and sentences to be read. They stand in for photographs and benchmarks in
+a run without any download. Fonts and photographs come from installed packages, so pixels
 may differ if Pillow's JPEG decoder or Matplotlib's fonts do.
 """
 

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 from PIL import Image
 
-_LEAST_CROP = 48  # pixels of a photograph; a scene's own side at least
+_LEAST_CROP = 48  # pixels of a photograph, or a scene's own side if that is larger
 _GREY_SHARE, _CONTRAST, _BRIGHTNESS = 0.5, 0.45, 64  # so that all colours of pictographs stand out
 
 
@@ -16,7 +16,7 @@ def photographs() -> tuple[np.ndarray, ...]:
   """Scikit-learn's two sample images and Matplotlib's portrait, muted, each `[h,w,3] uint8`.
 
   Raises:
-    ValueError: a package was installed without its sample data.
+    ValueError: if a package was installed without its sample data.
   """
   from matplotlib import cbook
   from sklearn.datasets import load_sample_image

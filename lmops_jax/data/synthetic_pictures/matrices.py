@@ -3,8 +3,8 @@
 An item has 3 pictures of context (2x2), 4 (one row of five) or 8 (3x3), and six candidates for the
 last place. Each attribute of the pictures follows a rule along the rows; a candidate is right if
 all rules hold with it. The wrong ones are the right one with a single attribute changed, so each
-breaks one rule. (Who sees all six at once could find the right one without the context, as the
-value of each attribute that most of them have; the protocol shows a candidate at a time.)
+breaks one rule. (Someone who sees all six at once could find the right one without the context, by
+the value of each attribute that most of them have; the protocol shows one candidate at a time.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lmops_jax.data.tasks.picture_prompts import matrix_prompt
 
 LAYOUTS = {3: (2, 2), 4: (1, 5), 8: (3, 3)}  # rows and columns by the pictures of context
 NUM_CANDIDATES = 6
-_RULES = {  # besides "constant", which any attribute can follow; True: only those with an order
+_RULES = {  # beside "constant", which any attribute can follow; True: only attributes with an order
   (2, 2): {"change": False, "progression": True},
   (1, 5): {"alternation": False, "progression": True},
   (3, 3): {"three": False, "progression": True},
@@ -52,8 +52,8 @@ class Matrix(NamedTuple):
   Attributes:
     context: the cells in reading order, without the last.
     candidates: six different cells.
-    label: of the right one.
-    rules: of each attribute; "constant" if it does not vary along the rows.
+    label: index of the right one.
+    rules: the rule of each attribute; "constant" if it does not vary along the rows.
   """
 
   context: tuple[Cell, ...]
@@ -84,13 +84,13 @@ class Matrices:
   """A world of matrices.
 
   Attributes:
-    num_context: how many pictures of context an item may have, each as often.
+    num_context: numbers of pictures of context that an item may have, each equally often.
     least_rules, most_rules: how many attributes vary along the rows.
-    held_out_rules: "attribute:rule", such as "shade:progression", that no item to train on has.
-    side: of a picture, pixels.
+    held_out_rules: rules that no training item has, as "attribute:rule" ("shade:progression").
+    side: side of a picture, in pixels.
 
   Raises:
-    ValueError: unknown rules to hold out, or too few left for some layout.
+    ValueError: for unknown rules to hold out, or too few left for some layout.
   """
 
   num_context: Annotated[Sequence[Literal[3, 4, 8]], NonEmpty, Distinct] = (3, 4, 8)
@@ -124,10 +124,10 @@ class Matrices:
     """The item of a seed and an index.
 
     Args:
-      held_out: whether a held-out rule is among its rules; else none is.
+      held_out: whether a held-out rule is among its rules; if False, none is.
 
     Raises:
-      ValueError: held-out rules are asked for and no layout has any.
+      ValueError: if held-out rules are asked for and no layout has any.
     """
     draws = np.random.default_rng((seed, index, held_out, 5))
     layouts = [LAYOUTS[num] for num in self.num_context]
@@ -149,7 +149,7 @@ class Matrices:
     return Matrix(tuple(cells[:-1]), candidates, label, rules)
 
   def pictures(self, cells: Sequence[Cell]) -> tuple[np.ndarray, ...]:
-    """Of a context or of candidates, each `[side,side,3] uint8`."""
+    """The pictures of a context or of candidates, each `[side,side,3] uint8`."""
     return tuple(draw_cell(cell, self.side) for cell in cells)
 
   def _seen(self, layout) -> list[str]:
@@ -207,14 +207,14 @@ def _grid(draws: np.random.Generator, attribute: str, rule: str, layout: tuple[i
     return tuple(tuple(values[(c + turn * r) % 3] for c in range(3)) for r in range(rows))
   step = int(draws.integers(1, (num - 1) // (columns - 1) + 1))
   starts = draws.integers(num - step * (columns - 1), size=rows)
-  if rows > 1 and starts[0] == starts[1]:  # else "three" could hold too, with another last value
+  if rows > 1 and starts[0] == starts[1]:  # or "three" could hold too, with another last value
     starts[:] = starts[0]
   grid = tuple(tuple(int(start) + step * c for c in range(columns)) for start in starts)
   return tuple(row[::-1] for row in grid) if draws.integers(2) else grid
 
 
 def _of_rows(draws: np.random.Generator, num: int, rows: int) -> np.ndarray:
-  """A value for each row: in half of the cases the same for all."""
+  """A value for each row; in half of the cases all have the same one."""
   if draws.integers(2):
     return draws.integers(num, size=rows)
   return np.repeat(draws.integers(num), rows)

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 
 FRAMES = ("no frame", "circle", "square", "diamond")
 SHAPES = ("triangle", "square", "circle", "star", "cross")
-LEVELS = 5  # of size and of shade
+LEVELS = 5  # values of size and of shade
 _SUPERSAMPLING = 4
-_RADII = (0.10, 0.15, 0.20, 0.25, 0.30)  # of the shape's circumscribed circle, of the side
+_RADII = (0.10, 0.15, 0.20, 0.25, 0.30)  # radius of the shape's circumscribed circle by the side
 _SHADES = (255, 200, 145, 85, 0)
 _FRAME_RADIUS, _LINE = 0.46, 0.035
 _CORNERS = {"triangle": 3, "square": 4, "star": 5}
@@ -23,7 +23,7 @@ class Cell(NamedTuple):
   """What one picture of a matrix shows, each attribute by the number of its value.
 
   Attributes:
-    shape: of `SHAPES`. frame: of `FRAMES`.
+    shape: index into `SHAPES`. frame: index into `FRAMES`.
     size: 0 to 4, small to large. shade: 0 to 4, white to black.
   """
 
@@ -34,7 +34,7 @@ class Cell(NamedTuple):
 
 
 ATTRIBUTES = Cell._fields
-ORDERED = ("size", "shade")  # whose values have an order
+ORDERED = ("size", "shade")  # the attributes whose values have an order
 NUM_VALUES = {"shape": len(SHAPES), "frame": len(FRAMES), "size": LEVELS, "shade": LEVELS}
 
 
@@ -83,8 +83,8 @@ def _around(whole: int, radius: float) -> tuple[float, float, float, float]:
 
 
 def _polygon(corners: int, radius: float, whole: int, turn: float, inner: float | None = None):
-  """Corners of a regular polygon, the first at the top, turned by parts of a circle; of a star, if
-  `inner` tells its inner radius as a share of the outer."""
+  """Corners of a regular polygon, the first at the top, turned by `turn` circles; those of a star
+  if `inner` is given, its inner radius as a share of the outer."""
   radii = ([radius] if inner is None else [radius, inner * radius]) * corners
   angles = [2 * math.pi * (i / len(radii) + turn) for i in range(len(radii))]
   middle = whole / 2

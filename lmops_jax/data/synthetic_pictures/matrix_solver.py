@@ -1,6 +1,6 @@
-"""What the rules of matrices mean, told by their results: which candidates make all rules hold.
+"""A check of matrices: which candidates make each attribute follow some rule.
 
-It shares no code with the making of items, reads no rule from them, and so checks them.
+It shares no code with the making of items and reads no rule from them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from lmops_jax.data.synthetic_pictures.matrix_cells import ORDERED
 
 
 def fitting_candidates(matrix: Matrix) -> tuple[int, ...]:
-  """All candidates with which each attribute follows some rule; of a sound item, the right one."""
+  """All candidates with which each attribute follows some rule; in a sound item, the right one."""
   return tuple(
     i for i in range(len(matrix.candidates))
     if all(rules_that_hold(name, grid) for name, grid in rows_of(matrix, i).items())

@@ -19,14 +19,14 @@ RGB = {
   "white": (252, 252, 252), "black": (8, 8, 8),
 }
 COLORS = tuple(RGB)
-_DRAWN_PIXELS = 160  # of the font, before a mask is made small
+_DRAWN_PIXELS = 160  # size of the font before a mask is made small
 
 
 def font_file(name: str) -> Path:
   """A TrueType font that comes with Matplotlib, such as "DejaVuSans".
 
   Raises:
-    ValueError: there is no such font.
+    ValueError: if there is no such font.
   """
   import matplotlib
 
@@ -42,7 +42,7 @@ def font_file(name: str) -> Path:
 
 @functools.cache
 def mask(shape: str, side: int) -> np.ndarray:
-  """How much of each pixel a shape covers, `[height,width] uint8`, 255 is all of it.
+  """How much of each pixel a shape covers, `[height,width] uint8`; 255 is all of it.
 
   Args:
     shape: one of `SHAPES`.

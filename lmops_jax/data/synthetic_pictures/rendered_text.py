@@ -1,8 +1,9 @@
 """Pictures of words and short sentences with a sentiment, to be read without OCR.
 
-Half of the words have their sentiment told of pictures, half in texts alone: a model that says it
-of pictures with the latter has read the word and used what texts taught it (Kosmos-1,
-arXiv:2302.14045, asks for the sentiment of Rendered SST-2 at once and by a chain of thought).
+The sentiment of half of the words is told about pictures, that of the others in texts alone. A
+model that tells it for pictures of the latter has read the word and used what texts taught it.
+(Kosmos-1, arXiv:2302.14045, asks for the sentiment of Rendered SST-2 at once and by a chain of
+thought.)
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class RenderedText(NamedTuple):
   Attributes:
     picture: `[side,side,3] uint8`.
     text: what it shows, on one line.
-    label: of the text's sentiment, an index into `SENTIMENTS`.
+    label: the text's sentiment, an index into `SENTIMENTS`.
   """
 
   picture: np.ndarray
@@ -62,14 +63,15 @@ class RenderedTexts:
   """A world of rendered texts.
 
   Attributes:
-    side: of a picture, pixels.
-    fonts: of Matplotlib, each as often.
-    least_pixels, most_pixels: of the letters' size; the most only if the text fits.
-    sentence_share: of texts such as "a good film", the others are a word.
-    words_seed: which words' sentiment pictures tell: the same for all seeds of a study.
+    side: side of a picture, in pixels.
+    fonts: fonts of Matplotlib, each used equally often.
+    least_pixels, most_pixels: bounds of the letters' size; larger ones only if the text fits.
+    sentence_share: share of texts such as "a good film"; the others are a word.
+    words_seed: decides which words' sentiment is told about pictures; the same for all seeds of a
+      study.
 
   Raises:
-    ValueError: a font that is not there, or sizes at which the longest text does not fit.
+    ValueError: for a font that is not there, or sizes at which the longest text does not fit.
   """
 
   side: at_least(24) = 48
@@ -93,9 +95,9 @@ class RenderedTexts:
 
   @functools.cached_property
   def words(self) -> dict[bool, tuple[tuple[str, int], ...]]:
-    """(word, label): under True those whose sentiment pictures tell, under False the others.
+    """(word, label) pairs: under True those told about pictures, under False the others.
 
-    Each part has as many positive as negative ones.
+    Each part has as many positive as negative words.
     """
     draws = np.random.default_rng((self.words_seed, 6))
     found: dict[bool, tuple[tuple[str, int], ...]] = {True: (), False: ()}
@@ -109,7 +111,7 @@ class RenderedTexts:
     """The picture of a seed and an index.
 
     Args:
-      told_of_pictures: which half of the words it is of.
+      told_of_pictures: which half of the words it is drawn from.
     """
     draws = np.random.default_rng((seed, index, told_of_pictures, 7))
     text, label = self._text(draws, told_of_pictures)
@@ -128,13 +130,13 @@ class RenderedTexts:
     return f"{with_article(word)} {_THINGS[draws.integers(len(_THINGS))]}", label
 
   def render(self, draws: np.random.Generator, text: str, font: str) -> np.ndarray:
-    """A text in drawn size, place and greys, broken into lines if it must be.
+    """A text in a random size, place and greys, broken into lines if necessary.
 
     Returns:
       `[side,side,3] uint8`.
 
     Raises:
-      ValueError: it does not fit, even with the least letters.
+      ValueError: if it does not fit, even with the smallest letters.
     """
     fitting = self._fitting(text, font)
     lines, size = fitting[draws.integers(len(fitting))]
@@ -149,7 +151,7 @@ class RenderedTexts:
     return np.repeat(np.asarray(image)[..., None], 3, axis=-1)
 
   def _fitting(self, text: str, font: str) -> list[tuple[tuple[str, ...], int]]:
-    """Lines and size of letters, for each size at which a text fits."""
+    """(lines, size of letters) for each size at which a text fits."""
     room = self.side - 2 * _MARGIN
     fitting = [
       (lines, size) for size in range(self.least_pixels, self.most_pixels + 1)

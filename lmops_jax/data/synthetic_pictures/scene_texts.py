@@ -1,7 +1,7 @@
-"""What can be said of a scene: captions, descriptions, referring expressions, questions.
+"""Texts about a scene: captions, descriptions, referring expressions, questions.
 
-All are templates filled from what the scene knows, in several wordings; which one is used is drawn
-by the caller's generator, so that a text is a function of what the caller seeds it with.
+All are templates filled with the scene's facts, in several wordings. The caller's generator draws
+the wording, so that a text is a function of the generator's seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lmops_jax.data.synthetic_pictures.scenes import Box, Pictograph, Scene, Sce
 COUNTS = ("one", "two")
 YES_NO = ("yes", "no")
 # Shares of the picture, between whole pixels of 48, so that rounding decides nothing.
-_CLEARLY = 3.5 / 48  # what is larger, or further left, is so by this much at least
+_CLEARLY = 3.5 / 48  # the least difference at which a thing is called larger, or further left
 _LARGE = 19.5 / 48
 
 _ONE = ("{0}", "a picture of {0}", "there is {0} here", "this is {0}")
@@ -55,7 +55,7 @@ class Question(NamedTuple):
     kind: "color", "shape", "count", "larger" or "is_larger".
     text: ends with a question mark.
     options: all answers that a question of its kind can have, the right one among them.
-    answer: of `options`.
+    answer: one of `options`.
   """
 
   kind: str
@@ -65,13 +65,13 @@ class Question(NamedTuple):
 
 
 def noun_phrase(pictograph: Pictograph, name_color: bool = True) -> str:
-  """Such as "a red star", or "a star"."""
+  """A phrase such as "a red star", or "a star"."""
   shape, color = pictograph.pair
   return with_article(f"{color} {shape}" if name_color else shape)
 
 
 def with_article(words: str) -> str:
-  """With "an" in front of a vowel, else "a"."""
+  """The words with "an" in front of a vowel, otherwise with "a"."""
   return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -79,7 +79,7 @@ def captions(scene: Scene, name_colors: bool = True) -> tuple[Caption, ...]:
   """All captions of a scene: each wording, and each order of two pictographs.
 
   Args:
-    name_colors: whether they name colours; False leaves the colours to be seen only.
+    name_colors: whether they name colours; if not, only the picture shows the colours.
   """
   orders = [scene.pictographs, scene.pictographs[::-1]][: len(scene.pictographs)]
   wordings = _ONE if len(scene.pictographs) == 1 else _TWO
@@ -102,7 +102,7 @@ def _filled(wording: str, pictographs: Sequence[Pictograph], name_colors: bool) 
 
 
 def description(scene: Scene) -> str:
-  """A scene in full sentences: how many shapes, and of each its colour, place and size."""
+  """A scene in full sentences: how many shapes, and each one's colour, place and size."""
   num = len(scene.pictographs)
   first = "There is one shape." if num == 1 else f"There are {COUNTS[num - 1]} shapes."
   return " ".join([first, *(
@@ -121,7 +121,8 @@ def _place(pictograph: Pictograph) -> str:
 def referring_expressions(scene: Scene) -> tuple[tuple[str, Box], ...]:
   """All expressions that fit exactly one pictograph of the scene, each with its box.
 
-  By colour and shape, by either, and of two by size and by place if these clearly differ.
+  They tell colour and shape or either, and for two pictographs size and place if these clearly
+  differ.
   """
   found = []
   for i, one in enumerate(scene.pictographs):
@@ -142,7 +143,7 @@ def _comparisons(one: Pictograph, other: Pictograph) -> list[str]:
 
 
 def is_clearly_larger(one: Pictograph, other: Pictograph) -> bool:
-  """Whether its longer side is so by a fourteenth of the picture, and the area of its box too."""
+  """Whether its side is longer by a fourteenth of the picture, and its box larger in area."""
   def area(pictograph):
     left, top, right, bottom = pictograph.box
     return (right - left) * (bottom - top)
@@ -174,10 +175,10 @@ def questions(draws: np.random.Generator, scene: Scene) -> tuple[Question, ...]:
 
 
 def questions_in_text(scenes: Scenes) -> tuple[Question, ...]:
-  """What is typical in a world, asked without any picture: Kosmos-1's cross-modal transfer.
+  """Questions about a world's typical colours and sizes, without pictures (cross-modal transfer).
 
-  The colour of each shape, and which of a large and a small one is larger, each way round; the
-  answers mean nothing unless `typical_share` is above 0.
+  As Kosmos-1's, they ask for each shape's colour, and whether a large or a small shape is larger
+  than one of the other kind. The answers mean nothing unless `typical_share` is above 0.
   """
   colors = [
     Question("color", f"The color of {with_article(shape)} is?", COLORS,

@@ -2,7 +2,7 @@
 
 A scene is a function of (seed, index) alone. It stands in for a photograph with objects in a run
 without any download: colours, shapes, number, sizes and places can be asked for, and a tenth of the
-(shape, colour) pairs is held out, so that what is said of them was not learnt by heart.
+(shape, colour) pairs is held out, so that answers about these pairs were not learnt by heart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lmops_jax.data.synthetic_pictures import pictographs
 from lmops_jax.data.synthetic_pictures.backgrounds import background
 from lmops_jax.data.synthetic_pictures.pictographs import COLORS, SHAPES
 
-_TRIES = 40  # places for given sizes, before other sizes are drawn
+_TRIES = 40  # places tried for given sizes before other sizes are drawn
 _GAP = 1  # pixel between two pictographs
 
 Box = tuple[float, float, float, float]
@@ -30,8 +30,8 @@ class Pictograph(NamedTuple):
   """A shape in a colour, and its place in the picture.
 
   Attributes:
-    shape, color: of `SHAPES` and `COLORS`.
-    box: left, top, right, bottom as fractions of the picture, 0 is its upper left.
+    shape, color: one of `SHAPES` and one of `COLORS`.
+    box: left, top, right, bottom as fractions of the picture; (0, 0) is its upper left.
   """
 
   shape: str
@@ -50,7 +50,7 @@ class Pictograph(NamedTuple):
 
   @property
   def center(self) -> tuple[float, float]:
-    """Fractions from the left and from the top."""
+    """Its centre, as fractions from the left and from the top."""
     left, top, right, bottom = self.box
     return (left + right) / 2, (top + bottom) / 2
 
@@ -73,17 +73,18 @@ class Scenes:
   """A world of scenes.
 
   Attributes:
-    side: of a picture, pixels.
-    least_side, largest_side: of a pictograph, pixels; the larger of its width and height.
-    two_share: of scenes with two pictographs.
-    held_out_share: of the 64 pairs of shape and colour, kept from the scenes to train on; at most
-      one of a shape and of a colour, so no more than an eighth.
-    typical_share: of pictographs in the colour and size that are typical of their shape; the others
-      take any. Above 0, colours and sizes can be guessed without a picture.
-    pairs_seed: which pairs are held out, and what is typical: the same for all seeds of a study.
+    side: side of a picture, in pixels.
+    least_side, largest_side: bounds of a pictograph's larger side, in pixels.
+    two_share: share of scenes with two pictographs.
+    held_out_share: share of the 64 pairs of shape and colour that training scenes do not show; at
+      most one pair of each shape and of each colour, so no more than an eighth.
+    typical_share: share of pictographs in the colour and size that are typical of their shape; the
+      others take any. Above 0, colours and sizes can be guessed without a picture.
+    pairs_seed: decides which pairs are held out and what is typical; the same for all seeds of a
+      study.
 
   Raises:
-    ValueError: sizes of which two do not fit beside each other, or too large a held-out share.
+    ValueError: for sizes of which two do not fit beside each other, or too large a held-out share.
   """
 
   side: PositiveInt = 48
@@ -105,7 +106,7 @@ class Scenes:
         f"data.Scenes.least_side={self.least_side} must be at least 8, to be recognised, and at "
         f"most {(self.side - _GAP) // 2}, so that two fit into side={self.side}."
       )
-    typical = (self.least_side + self.largest_side) // 2 + 1  # the least of a large shape
+    typical = (self.least_side + self.largest_side) // 2 + 1  # the least side of a large shape
     if self.typical_share and 2 * typical + _GAP > self.side:
       raise ValueError(
         f"data.Scenes.largest_side={self.largest_side} makes shapes that are typically large "
@@ -120,26 +121,26 @@ class Scenes:
 
   @functools.cached_property
   def held_out_pairs(self) -> tuple[Pair, ...]:
-    """(shape, colour) that no scene to train on shows, each shape and each colour once at most."""
+    """(shape, colour) pairs that no training scene shows, each shape and colour once at most."""
     shapes, colors = self._orders
     num = round(self.held_out_share * len(SHAPES) * len(COLORS))
     return tuple(zip(shapes[:num], colors[:num]))
 
   @functools.cached_property
   def seen_pairs(self) -> tuple[Pair, ...]:
-    """All others."""
+    """All other pairs."""
     pairs = ((shape, color) for shape in SHAPES for color in COLORS)
     return tuple(pair for pair in pairs if pair not in self.held_out_pairs)
 
   @functools.cached_property
   def typical_colors(self) -> dict[str, str]:
-    """Of each shape; never a held-out pair."""
+    """Each shape's typical colour; the two are never a held-out pair."""
     shapes, colors = self._orders
     return dict(zip(shapes, colors[1:] + colors[:1]))
 
   @functools.cached_property
   def typically_large(self) -> frozenset[str]:
-    """Shapes that are typically larger than all others: half of them."""
+    """The half of the shapes that is typically larger than the other half."""
     draws = np.random.default_rng((self.pairs_seed, 1))
     return frozenset(_shuffled(draws, SHAPES)[: len(SHAPES) // 2])
 
@@ -153,10 +154,10 @@ class Scenes:
 
     Args:
       seed, index: not negative; they alone decide, together with the settings.
-      held_out: whether each pictograph is a held-out pair; else none is.
+      held_out: whether each pictograph is a held-out pair; if False, none is.
 
     Raises:
-      ValueError: held-out pairs are asked for and there are fewer than two.
+      ValueError: if held-out pairs are asked for and there are fewer than two.
     """
     if held_out and len(self.held_out_pairs) < 2:
       raise ValueError(
@@ -168,7 +169,7 @@ class Scenes:
     return self.compose(draws, self._pairs(draws, num, held_out))
 
   def compose(self, draws: np.random.Generator, pairs: Sequence[Pair]) -> Scene:
-    """A scene of one or two given (shape, colour) pairs, its background and places drawn."""
+    """A scene of one or two given (shape, colour) pairs, its background and places random."""
     picture = background(draws, self.side).copy()
     found: list[Pictograph] = []
     for (shape, color), (top, left, side) in zip(pairs, self._places(draws, pairs)):
@@ -196,7 +197,7 @@ class Scenes:
     return shape, color
 
   def _places(self, draws: np.random.Generator, pairs: Sequence[Pair]) -> list[tuple[int, ...]]:
-    """Top, left and side of each, none over another."""
+    """Top, left and side of each pictograph, none over another."""
     while True:
       sides = [self._side(draws, shape) for shape, _ in pairs]
       shapes = [pictographs.mask(shape, side).shape for (shape, _), side in zip(pairs, sides)]

@@ -32,10 +32,10 @@ class Episode(NamedTuple):
   """A question in context.
 
   Attributes:
-    prompt: with `<image>` for each of `pictures`, the one that is asked about last.
+    prompt: text with `<image>` for each of `pictures`; the last one is asked about.
     pictures: each `[side,side,3] uint8`.
     options: invented names, each with a blank in front.
-    label: of the right one.
+    label: index of the right one.
   """
 
   prompt: str
@@ -60,7 +60,7 @@ def interleaved(scenes: Scenes, seed: int, index: int) -> PicturedText:
 
 
 def introduction(scene: Scene) -> PicturedText:
-  """The first stage of a chain of thought with its answer: a picture in full sentences."""
+  """The first stage of a chain of thought with its answer: a picture told in full sentences."""
   return PicturedText(f"{INTRODUCE} {description(scene)}", (scene.picture,))
 
 
@@ -83,13 +83,13 @@ def episode(
   one thing; things of one name share the attribute.
 
   Args:
-    shots: pictures of each name before the question, in a drawn order; 0 leaves only guessing.
+    shots: pictures of each name before the question, in a random order; 0 leaves only guessing.
     num_names: how many different names.
     attribute: what a name stands for, "shape" or "color".
-    held_out: whether all pictures show held-out pairs; each shape and colour has one such pair.
+    held_out: whether all pictures show held-out pairs; each shape and colour has at most one.
 
   Raises:
-    ValueError: negative shots, an unknown attribute, or more names than values of the attribute.
+    ValueError: for negative shots, an unknown attribute, or more names than values of it.
   """
   _check_attribute(attribute)
   if shots < 0:
@@ -139,7 +139,7 @@ def _check_attribute(attribute: str) -> None:
 
 
 def _values(scenes: Scenes, draws, num: int, place: int, held_out: bool) -> list[str]:
-  """Different values of an attribute, of which there are (held-out) pairs."""
+  """Different values of an attribute, each in some (if asked, held-out) pair."""
   pairs = scenes.held_out_pairs if held_out else scenes.seen_pairs
   there = list(dict.fromkeys(pair[place] for pair in pairs))
   if not 2 <= num <= len(there):
@@ -151,7 +151,7 @@ def _values(scenes: Scenes, draws, num: int, place: int, held_out: bool) -> list
 
 
 def _showing(scenes: Scenes, draws, value: str, place: int, held_out: bool) -> Scene:
-  """One thing with a value of an attribute, the other attribute drawn."""
+  """A scene of one thing with a given value of an attribute, the other attribute drawn."""
   pairs = scenes.held_out_pairs if held_out else scenes.seen_pairs
   fitting = [pair for pair in pairs if pair[place] == value]
   return scenes.compose(draws, [fitting[draws.integers(len(fitting))]])

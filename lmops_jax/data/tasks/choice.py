@@ -1,4 +1,4 @@
-"""A task as a gin file names it, with the rows that are evaluated on chosen by their ids."""
+"""A task as a gin file names it; the rows to evaluate on are chosen by their ids."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class TaskChoice:
     data: folder of a named task's rows; None takes tfds.
     flavour: wording of a named task; None is its first.
     template: index within the flavour, or for a file text such as "Review: {text} Label: {label}".
-    labels: of a file its label words; of a folder the words in the order of its numbers.
-    num_rows: rows to evaluate on at most, chosen by (rows_seed, id); None is all of them. Where
-      there is no other part, those not chosen are drawn from.
-    rows_seed: of that choice, the same for all seeds of a study.
+    labels: a file's label words, or for a folder the words in the order of its numbers.
+    num_rows: the most rows to evaluate on, chosen by (rows_seed, id); None is all of them. If there
+      is no other part, demonstrations are drawn from the rows not chosen.
+    rows_seed: seed of that choice, the same for all seeds of a study.
     data_dir: where tfds keeps datasets.
-    label: in reports; None is the task's name.
+    label: the name in stages and reports; None is the task's name.
 
   Raises:
     ValueError: for a file without template or labels, or values out of range.
@@ -96,12 +96,12 @@ class TaskChoice:
 
   @property
   def name(self) -> str:
-    """In stages and reports."""
+    """The name in stages and reports."""
     of_file = printable(Path(self.task).name.split(".")[0])
     return self.label or (of_file if self.is_file else self.task)
 
   def fingerprint(self) -> str:
-    """What local files hold."""
+    """Names and hashes of the local files; "" if the rows come from elsewhere."""
     place = self.task if self.is_file else self.data
     if place is None:
       return ""
@@ -119,7 +119,7 @@ class TaskChoice:
     """The rows.
 
     Raises:
-      ValueError: see `named_task` and `jsonl_task`.
+      ValueError: as `named_task` and `jsonl_task` do.
     """
     if self.is_file:
       whole = jsonl_task(self.task, self.template, self.labels)
@@ -131,10 +131,10 @@ class TaskChoice:
 
 
 def chosen(whole: Task, name: str, num_rows: int | None, seed: int) -> Task:
-  """A task of another name with at most some of the rows, chosen by (seed, id).
+  """A task under another name with some of the rows, chosen by (seed, id).
 
   Args:
-    num_rows: at most; None is all. Without rows to draw from, those not chosen become these.
+    num_rows: the most rows; None is all. A task without rows to draw from gets those not chosen.
   """
   if num_rows is None or num_rows >= len(whole.rows):
     return dataclasses.replace(whole, name=name)
@@ -158,9 +158,10 @@ def stage_of(name: str, where: str, load: Callable[[], Task]) -> skeleton.Stage:
 def checked(
   stage: skeleton.Stage, check: Callable[[Task], Any], *settings: str
 ) -> skeleton.Stage:
-  """The stage of a task, which ends with what `check` raises of the task that it has read.
+  """The stage of a task, which also runs `check` on the task that it has read.
 
   Args:
+    check: raises ValueError for a task that does not fit.
     settings: dotted names of the settings that `check` reads.
   """
   def run(context: pipeline.StageContext) -> None:
@@ -178,7 +179,7 @@ def write_task(folder: Path, task: Task) -> None:
 
 
 def read_task(folder: Path) -> Task:
-  """What `write_task` wrote, or the stage of a `TaskChoice`."""
+  """The task in a folder that `write_task`, or the stage of a `TaskChoice`, wrote."""
   found = json.loads((Path(folder) / TASK_FILE).read_text(encoding="utf-8"))
   for part in ("rows", "train"):
     found[part] = tuple(

@@ -1,4 +1,4 @@
-"""A classification task without any download: of which kind is an excerpt of the embedded corpus?
+"""A classification task without any download: the kind of an excerpt of the embedded corpus.
 
 The kinds are those of `data.installed_text`: code, documentation, headers, licences, and so on.
 """
@@ -14,7 +14,7 @@ from lmops_jax.data.tasks.task import Example, Task
 from lmops_jax.host.hashing import order_key
 
 NAME = "installed_kind"
-WORDS = {  # of kinds whose name is not the word to say: short ones, one token of most vocabularies
+WORDS = {  # for kinds whose name is not the word: short words, one token in most vocabularies
   "docstring": "text", "header": "C", "licence": "license", "markup": "tag", "table": "data",
 }
 TEMPLATES = {  # by flavour
@@ -37,18 +37,18 @@ def kind_task(
   """Excerpts of documents, to be classified by the document's kind.
 
   Args:
-    documents: with kinds; of each, one excerpt is taken.
-    num_kinds: the most frequent ones that are kept (by documents, then by name), at least 2.
-    num_rows, num_train: rows to evaluate on and to draw demonstrations from, at most; each kind
-      has equally many, the kinds in turn. Both are fewer where the rarest kind has too few.
-    seed: which documents these are, by (seed, id).
-    num_chars: of an excerpt, at most; it starts at a line a third into the document, white space
-      collapsed to blanks, and ends at a blank.
-    template: with `{text}`; the word follows after a blank.
-    words: of kinds, where not the kind's own name; None: `WORDS`.
+    documents: documents with kinds; one excerpt of each is taken.
+    num_kinds: how many of the most frequent kinds are kept (by documents, then by name), >= 2.
+    num_rows, num_train: the most rows to evaluate on and to draw demonstrations from; each kind has
+      equally many, the kinds in turn. Both are fewer if the rarest kind has too few.
+    seed: decides which documents these are, by (seed, id).
+    num_chars: the most characters of an excerpt; it starts at a line a third into the document, has
+      white space collapsed to blanks, and ends at a blank.
+    template: a text with `{text}`; the word follows after a blank.
+    words: the words of kinds that are not said by their own name; None: `WORDS`.
 
   Raises:
-    ValueError: fewer than two kinds, or no row to evaluate on of some kind.
+    ValueError: for fewer than two kinds, or if a kind has no row to evaluate on.
   """
   if num_kinds < 2 or min(num_rows, num_chars) < 1 or num_train < 0:
     raise ValueError(
@@ -95,7 +95,7 @@ def kind_task(
 
 
 def excerpt(text: str, num_chars: int) -> str:
-  """At most `num_chars` on one line, from a line a third into the text on, ended at a blank."""
+  """At most `num_chars` characters in one line, from a third into the text on, up to a blank."""
   start = text.find("\n", len(text) // 3) + 1 if len(text) > num_chars else 0
   if len(text) - start < num_chars:
     start = 0
@@ -110,10 +110,10 @@ def excerpt(text: str, num_chars: int) -> str:
 def installed_kind(
   *, flavour: str | None = None, template: int = 0, limit: int | None = None
 ) -> Task:
-  """`kind_task` of this interpreter's site-packages; reads the whole corpus, 9 to 26 s where seen.
+  """`kind_task` of this interpreter's site-packages; reads the whole corpus, which took 9 to 26 s.
 
   Raises:
-    ValueError: no such flavour or template.
+    ValueError: if there is no such flavour or template.
   """
   from lmops_jax.data.installed_text import InstalledText
 

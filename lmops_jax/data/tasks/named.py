@@ -29,25 +29,25 @@ def named_task(
   """One of the tasks of `registry.ENTRIES`, or "installed_kind".
 
   Args:
-    name: of the task.
-    flavour: one of `registry.FLAVOURS`; None: fs, or the only one that the task has.
+    name: the task's.
+    flavour: one of `registry.FLAVOURS`; None: fs, or the first that the task has.
     template: index within the flavour.
     data: folder with `train.jsonl` and `test.jsonl` (or `validation.jsonl`, `dev.jsonl`), or
       `all.jsonl` alone, plain or `.gz` or `.zst`; rows have the dataset's field names, those of
       text classification also plain "text" and "label". None: tfds, which must have prepared it.
-    split: to evaluate on; None: the papers', or in a folder the first there of the above.
+    split: the split to evaluate on; None: the papers', or the first of the above in the folder.
     limit: rows to take from the beginning of that split.
     data_dir: where tfds keeps datasets; None is its own default.
-    labels: of a folder whose numbers mean others than the task's: the label words (or class names)
-      in the order of the file's numbers, for example of TREC "description entity abbreviation human
-      location number", of Subj "subjective objective".
+    labels: for a folder whose label numbers are not the task's: the label words (or class names) in
+      the order of the file's numbers, for example "description entity abbreviation human location
+      number" for TREC, "subjective objective" for Subj.
 
   Returns:
-    The task. `train` is empty where the data has one split only, or `split` is the train split.
+    The task. `train` is empty if the data has only one split, or `split` is the train split.
 
   Raises:
-    ValueError: no such task, flavour, template or data; a row without a field or with a label
-      outside of the options; `labels` that are not the task's.
+    ValueError: if there is no such task, flavour, template or data, a row lacks a field or has a
+      label outside the options, or `labels` are not the task's.
   """
   if limit is not None and limit < 1:
     raise ValueError(f"limit={limit} must be at least 1, or None for all rows.")
@@ -114,12 +114,12 @@ def _order(labels: Sequence[str], of_name: Entry, how: Wording) -> list[int]:
 
 
 def _folder(name: str, folder: Path, split: str | None):
-  """Rows to evaluate on and rows to draw from, the latter None where there is one file only."""
+  """Rows to evaluate on and rows to draw from; the latter are None if there is only one file."""
   if not folder.is_dir():
     raise ValueError(f"data={str(folder)!r} is no folder; give one with train and test.jsonl.")
 
   def file(stem: str) -> Path | None:
-    # A link that leads nowhere is taken, so that reading it tells of it.
+    # A link that leads nowhere is taken, so that reading it raises an error.
     return next((p for e in ENDINGS if os.path.lexists(p := folder / f"{stem}{e}")), None)
 
   stems = (*_STEMS, "all") if split is None else (split,)
@@ -157,7 +157,7 @@ def tfds_builder(name: str, of_name: Entry, data_dir: str | None):
   """The prepared dataset of a task. Imports tfds.
 
   Raises:
-    ValueError: it is not there.
+    ValueError: if it is not there.
   """
   import tensorflow_datasets as tfds
 
@@ -172,7 +172,7 @@ def tfds_builder(name: str, of_name: Entry, data_dir: str | None):
 
 
 def tfds_rows(builder, of_name: Entry, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-  """The rows of one split as plain Python values, with where they are."""
+  """The rows of one split as plain Python values, each behind the place where it is."""
   import tensorflow_datasets as tfds
 
   dataset = builder.as_dataset(split=split)
@@ -181,7 +181,7 @@ def tfds_rows(builder, of_name: Entry, split: str) -> Iterator[tuple[str, dict[s
 
 
 def _plain(value: Any) -> Any:
-  """Arrays as lists, bytes as text."""
+  """The value with arrays as lists and bytes as text."""
   if isinstance(value, dict):
     return {name: _plain(item) for name, item in value.items()}
   if type(value).__name__ == "RaggedTensorValue":

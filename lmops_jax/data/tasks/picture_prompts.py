@@ -1,6 +1,6 @@
 """Prompts of Kosmos-1's evaluation with pictures, word for word (arXiv:2302.14045, section 4).
 
-`IMAGE` stands where a picture goes. What the paper misspells or leaves unspaced is kept.
+`IMAGE` stands where a picture goes. The paper's misspellings and missing blanks are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WEB_PAGE = (
   "{question} A:"
 )
 INTRODUCE = f"{IMAGE} Introduce this picture in detail:"
-YES = " Yes"  # whose likelihood ranks the candidates of a matrix
+YES = " Yes"  # its likelihood ranks the candidates of a matrix
 
 _NUMBERS = {3: "three", 4: "four", 8: "eight"}
 
@@ -29,7 +29,7 @@ def matrix_prompt(num_context: int) -> str:
   """The prompt of Raven's matrices, with the candidate as the last picture.
 
   Raises:
-    ValueError: not 3, 4 or 8 pictures of context.
+    ValueError: for other than 3, 4 or 8 pictures of context.
   """
   if num_context not in _NUMBERS:
     raise ValueError(
@@ -41,11 +41,11 @@ def matrix_prompt(num_context: int) -> str:
 
 
 def after_rationale(rationale: str, prompt: str = SENTIMENT) -> str:
-  """The second stage of a chain of thought: the picture, what was said of it, then the question.
+  """The second stage of a chain of thought: the picture, its rationale, then the question.
 
   Args:
-    rationale: what followed `INTRODUCE`; an empty one gives `prompt` itself.
-    prompt: starts with a picture.
+    rationale: the model's text behind `INTRODUCE`; an empty one gives `prompt` itself.
+    prompt: a prompt that starts with a picture.
   """
   said = rationale.strip()
   return f"{IMAGE} {said}{prompt.removeprefix(IMAGE)}" if said else prompt
@@ -57,9 +57,9 @@ def described_prompt(
   """Classification with descriptions of the classes, or with their names in the question alone.
 
   Args:
-    category: of all classes, such as "woodpecker".
-    names: of the classes.
-    descriptions: one for each; None: the paper's baseline, which names the options instead.
+    category: the category of all classes, such as "woodpecker".
+    names: names of the classes.
+    descriptions: one for each class; None: the paper's baseline, which names the options instead.
   """
   question = f"{IMAGE} Question:what is the name of the {category} in the picture"
   if descriptions is None:

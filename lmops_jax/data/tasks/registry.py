@@ -4,8 +4,8 @@ Flavours:
   fs: the fairseq script of structured prompting, which the meta-optimizer paper shares.
   hf: the Hugging Face script of structured prompting (used with BLOOM), its blanks kept: "Sentence:
     ... Sentiment: " has one at its end, and the answer one in front.
-  paper: what the papers print where that differs from fs (CB without the full stop, BoolQ and NQ
-    without a second "?", RTE without "Answer:", AGNews with "News: ... Type:"), else as fs.
+  paper: as printed in the papers if that differs from fs (CB without the full stop, BoolQ and NQ
+    without a second "?", RTE without "Answer:", AGNews with "News: ... Type:"), otherwise as fs.
   plain: on several lines, for models of today.
 
 The tasks of sizes and colours are Kosmos-1's cross-modal transfer (arXiv:2302.14045), in its words.
@@ -26,11 +26,11 @@ class Wording(NamedTuple):
   """How a row reads.
 
   Attributes:
-    prompt: with fields of the row in braces.
-    words: of the labels, in their order; (): the row has choices of its own.
+    prompt: text with fields of the row in braces.
+    words: the labels' words, in their order; (): the row has choices of its own.
     option: what follows the prompt, with `{choice}` for the word or the choice.
-    lower: the first letter of a choice in lower case.
-    prompts: the prompt of each choice, where they differ.
+    lower: put the first letter of a choice in lower case.
+    prompts: the prompt of each choice, if they differ.
   """
 
   prompt: str
@@ -45,16 +45,16 @@ class Entry(NamedTuple):
 
   Attributes:
     dataset: what `tfds.builder` takes; None: only JSON lines.
-    train, rows: splits to draw from and to evaluate on; train "": drawn from the others.
+    train, rows: splits to draw from and to evaluate on; train "": draw from the other rows.
     flavours: wordings by index, by flavour.
-    fields: of the wordings, each with the places in a row where it may be: "a|b" tries one after
-      the other, "a.b" leads into nested ones, "a+b" joins with a blank.
-    label: places of the label, with how it is written: ":key" is A to E (or a text 1 to 5), ":one"
-      counts from 1, else from 0.
-    choices: places of a row's own options, "a,b" for single ones.
-    reader: name in `rows.READERS` of what turns a row of the data into rows with these fields.
-    classes: other names of the labels, in the words' order, "/" between them.
-    num_choices: other rows are skipped.
+    fields: the wordings' fields, each with the places in a row where it may be: "a|b" tries one
+      after the other, "a.b" leads into nested ones, "a+b" joins two with a blank.
+    label: places of the label, and how it is written: ":key" is A to E (or a text 1 to 5), ":one"
+      counts from 1, otherwise it counts from 0.
+    choices: places of a row's own options, "a,b" if each has its own place.
+    reader: name in `rows.READERS` of the function from a row of the data to rows with these fields.
+    classes: other names of each label, in the words' order, "/" between names of one label.
+    num_choices: the number of options; rows with another number are skipped.
     metric: see `Task`.
   """
 
@@ -72,7 +72,7 @@ class Entry(NamedTuple):
 
   @property
   def words(self) -> tuple[str, ...]:
-    """Label words of the default wording; () where rows have their own options."""
+    """Label words of the default wording; () if rows have their own options."""
     return next(iter(self.flavours.values()))[0].words
 
 
@@ -85,13 +85,13 @@ def _one(prompt: str, *words: str, **more) -> dict[int, Wording]:
 
 
 def _papers(prompt: str, *words: str, **more) -> dict[str, dict[int, Wording]]:
-  """Both scripts and the paper agree."""
+  """One wording for both scripts and the paper, which agree."""
   same = _one(prompt, *words, **more)
   return {"fs": same, "hf": same, "paper": same}
 
 
 def _script(prompt: str) -> dict[str, dict[int, Wording]]:
-  """Only one script has it, and the paper agrees."""
+  """A wording that only one script has; the paper agrees with it."""
   return {"fs": _one(prompt), "paper": _one(prompt)}
 
 
@@ -380,7 +380,7 @@ def entry(name: str) -> Entry:
   """The named task.
 
   Raises:
-    ValueError: there is none; names the nearest and all.
+    ValueError: if there is none; it names the nearest and all.
   """
   if name not in ENTRIES:
     raise ValueError(
@@ -394,12 +394,12 @@ def wording(name: str, flavour: str | None, template: int) -> Wording:
   """The wording of a named task.
 
   Args:
-    name: of the task.
+    name: the task's.
     flavour: one of `FLAVOURS`; None: the first that the task has, fs if it has that.
     template: index within the flavour.
 
   Raises:
-    ValueError: no such task, flavour or index; names the valid ones.
+    ValueError: if there is no such task, flavour or index; it names the valid ones.
   """
   return worded(name, entry(name).flavours, flavour, template)
 

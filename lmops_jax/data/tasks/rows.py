@@ -21,13 +21,13 @@ def examples(
   """Formats rows; None stands for one that is left out.
 
   Args:
-    rows: where each was found ("test.jsonl:3"), and its fields.
-    entry: what the fields are called.
-    wording: how they read.
-    labels: for each number that the data uses, the label it stands for; None: itself.
+    rows: for each row, where it was found ("test.jsonl:3"), and its fields.
+    entry: tells the fields' names.
+    wording: tells how the rows read.
+    labels: for each number that the data uses, the label it stands for; None: the same number.
 
   Raises:
-    ValueError: naming the row: a missing field, or a label that is none of the task's.
+    ValueError: for a missing field, or a label that is none of the task's; it names the row.
   """
   for where, row in rows:
     for part, fields in enumerate(READERS[entry.reader](row, where)):
@@ -145,10 +145,10 @@ def _label(row, entry, words, count, labels, where) -> int:
 
 
 def label_of_word(text: str, entry: Entry, words: Sequence[str], where: str) -> int:
-  """The number of a label given as a word: of the wording, of any wording, or a class's name.
+  """The number of a label given as a word of the wording, of any wording, or as a class's name.
 
   Raises:
-    ValueError: it is none of them.
+    ValueError: if it is none of them.
   """
   sets = [words, *(w.words for flavour in entry.flavours.values() for w in flavour.values())]
   named = [tuple(names.split("/")) for names in entry.classes]
@@ -166,7 +166,7 @@ def label_of_word(text: str, entry: Entry, words: Sequence[str], where: str) -> 
   )
 
 
-# Readers: what one row of the data holds, as rows with the names that the entry gives.
+# Readers turn one row of the data into rows with the entry's names of fields.
 
 
 def _as_is(row, where):
@@ -198,7 +198,7 @@ def _winograd(row, where):
 
 
 def _race(row, where):
-  """A row a question: tfds stores all questions of an article in one."""
+  """Makes a row of each question: tfds stores all questions of an article in one."""
   if "questions" not in row:
     yield row
     return
@@ -208,7 +208,7 @@ def _race(row, where):
 
 
 def _coqa(row, where):
-  """A row a question: the dataset stores all questions of a story in one."""
+  """Makes a row of each question: the dataset stores all questions of a story in one."""
   if "questions" not in row:
     yield row
     return

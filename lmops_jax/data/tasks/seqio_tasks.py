@@ -1,7 +1,7 @@
 """The tasks as seqio tasks, with the prompt as `inputs` and the right answer as `targets`.
 
-Features are texts; a vocabulary is for the user's mixture to choose, so they pass through. Where
-the answer starts with a blank, the target does. Calling these imports TensorFlow and seqio.
+Features are texts that pass through, since the user's mixture chooses the vocabulary. If the answer
+starts with a blank, so does the target. Calling these functions imports TensorFlow and seqio.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lmops_jax.data.tasks.templates import jsonl_task
 def register_seqio_tasks(data_dir: str | None = None) -> list[str]:
   """Registers each named task that tfds has, in each of its flavours, with seqio.
 
-  Splits are "train" (where the task has one) and "test", the split that the papers evaluate on. A
-  task that is registered already stays.
+  Splits are "train" (if the task has one) and "test", the split that the papers evaluate on. A task
+  that is registered already stays.
 
   Args:
     data_dir: where tfds keeps datasets; None is its own default.
 
   Returns:
-    The names: `lmops_sst2` for the flavour fs, `lmops_hf_sst2` and so on for the others; `-` of a
-    task's name is `_`.
+    The names: `lmops_sst2` for the flavour fs, `lmops_hf_sst2` and so on for the others; `-` in a
+    task's name becomes `_`.
   """
   added = []
   for name, entry in ENTRIES.items():
@@ -52,16 +52,16 @@ def register_jsonl_seqio_task(
   """Registers a task from JSON lines with seqio, as `jsonl_task` reads them.
 
   Args:
-    name: of the seqio task.
-    files: by split.
+    name: the seqio task's.
+    files: a file for each split.
     template, words: see `jsonl_task`.
 
   Returns:
     The name.
 
   Raises:
-    ValueError: no file, seqio has another task of that name, or (while a split is read) what
-      `jsonl_task` refuses.
+    ValueError: if there is no file, if seqio has another task of that name, or, while a split is
+      read, for what `jsonl_task` refuses.
   """
   import seqio
 

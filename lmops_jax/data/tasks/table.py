@@ -1,4 +1,4 @@
-"""What `lmops list tasks` prints."""
+"""The table that `lmops list tasks` prints."""
 
 from __future__ import annotations
 

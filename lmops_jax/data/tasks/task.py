@@ -17,17 +17,17 @@ class Example(NamedTuple):
   """One formatted row.
 
   Attributes:
-    id: stable, from dataset or file and row.
+    id: a stable number, from dataset or file and row.
     prompt: text in front of the answer.
-    options: the answers as they follow the prompt, a leading space included where there is one;
-      () where the answer is open.
-    label: index into `options`; -1 where the answer is open.
+    options: the answers as they follow the prompt, with the leading space if there is one; () if
+      the answer is open.
+    label: index into `options`; -1 if the answer is open.
     answers: gold answers of an open row, without leading space.
-    prompts: one prompt an option, where they differ (Winogrande, Winograd); the options are then
+    prompts: one prompt for each option, if they differ (Winogrande, Winograd); the options are then
       the text that follows each, and `prompt` is what the prompts have in common.
     images: paths of the pictures that stand for the `IMAGE`s in the prompt, in their order.
-    option_images: one picture an option, if they differ in it (Raven's matrices): it stands for
-      the last `IMAGE` of the prompt, which `images` leave to it.
+    option_images: one picture for each option, if they differ in it (Raven's matrices): it stands
+      for the last `IMAGE` of the prompt, which `images` leave to it.
   """
 
   id: int
@@ -41,7 +41,7 @@ class Example(NamedTuple):
 
   @property
   def demonstration(self) -> str:
-    """The whole text with the right answer; of an open row, with the last answer listed."""
+    """The whole text with the right answer; for an open row, with the last answer listed."""
     if not self.options:
       return f"{self.prompt} {self.answers[-1]}"
     prompt = self.prompts[self.label] if self.prompts else self.prompt
@@ -53,21 +53,21 @@ class Task:
   """Rows to evaluate on, and rows to draw demonstrations from.
 
   Attributes:
-    name: for reports.
-    rows: to evaluate on.
-    train: to draw demonstrations from; (): from `rows`, which are then not evaluated on.
-    words: what stands for each label, where all rows share their options, in the labels' order; of
-      open answers all that are possible, if they are names of classes.
-    null_prompt: a prompt whose fields are "N/A", for calibration (arXiv:2102.09690); None where
-      the prompt is the question itself.
-    metric: of options "accuracy" or "roc_auc" (of two, the second as the positive one), of open
-      answers "exact_match", "f1", "vqa" or "cider".
-    skipped: rows left out while reading, `train` included: not as many options as the task has,
-      an empty or repeated option, an empty prompt, no answer.
+    name: the task's name in reports.
+    rows: rows to evaluate on.
+    train: rows to draw demonstrations from; (): draw from `rows`; those drawn are not evaluated on.
+    words: the word of each label, in the labels' order, if all rows share their options; for open
+      answers all that are possible, if they are names of classes.
+    null_prompt: a prompt whose fields are "N/A", for calibration (arXiv:2102.09690); None if the
+      prompt is the question itself.
+    metric: for options "accuracy" or "roc_auc" (two options, the second is the positive one), for
+      open answers "exact_match", "f1", "vqa" or "cider".
+    skipped: number of rows left out while reading, `train` included: another number of options than
+      the task's, an empty or repeated option, an empty prompt, no answer.
 
   Raises:
-    ValueError: no rows, a row without prompt, one option only, an empty or repeated option, a
-      label outside of the options, an open row without answer, equal words.
+    ValueError: for no rows, a row without prompt, a single option, an empty or repeated option, a
+      label outside the options, an open row without answer, or equal words.
   """
 
   name: str
@@ -104,7 +104,7 @@ class Task:
     """Refuses rows with pictures, for models that only read.
 
     Raises:
-      ValueError: a row has one.
+      ValueError: if a row has one.
     """
     for example in (*self.rows, *self.train):
       if example.images or example.option_images:
@@ -161,16 +161,16 @@ def problem_of(example: Example) -> str | None:
 def demonstrations(
   rows: Sequence[Example], count: int, seed: int, balanced: bool = False
 ) -> list[Example]:
-  """`count` rows in an order, both by (seed, row id), so that they do not depend on others.
+  """`count` rows, chosen and ordered by (seed, row id).
 
   Args:
-    rows: to draw from.
-    count: how many.
-    seed: of the draw.
-    balanced: as equal numbers of each label as `count` allows, labels in turn.
+    rows: the rows to draw from.
+    count: how many to draw.
+    seed: seed of the draw.
+    balanced: draw numbers of each label as equal as `count` allows, labels in turn.
 
   Raises:
-    ValueError: there are fewer rows (or, balanced, fewer of a label).
+    ValueError: if there are fewer rows (or, balanced, fewer of a label).
   """
   if count < 0:
     raise ValueError(f"{count} demonstrations are asked for; ask for 0 or more.")

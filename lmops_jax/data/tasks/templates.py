@@ -27,11 +27,11 @@ class Template:
   """How a row reads.
 
   Attributes:
-    text: with fields in braces, `{label}` last; `{{` and `}}` are braces.
+    text: text with fields in braces, `{label}` last; `{{` and `}}` are braces.
 
   Raises:
-    ValueError: without label, with something after it, without any other field, or with a field
-      without a plain name or that asks for formatting.
+    ValueError: for a text without `{label}` at its end or without any other field, or a field that
+      is no plain name or asks for formatting.
   """
 
   text: str
@@ -73,7 +73,7 @@ class Template:
   def prompt_and_options(
     self, fields: Mapping[str, str], words: Sequence[str]
   ) -> tuple[str, tuple[str, ...]]:
-    """The text in front of the label, without blanks at its end, and these with each word."""
+    """The text in front of the label, without the blanks at its end, and these before each word."""
     literal = self.text[: self.text.rindex("{" + LABEL + "}")]
     blanks = literal[len(literal.rstrip(" ")) :]
     prompt = literal[: len(literal) - len(blanks)].format(**fields)
@@ -90,14 +90,14 @@ def jsonl_task(
   """A task from JSON lines with the template's fields and `label`, a number or one of the words.
 
   Args:
-    path: of the file, plain, `.gz` or `.zst`.
+    path: the file, plain, `.gz` or `.zst`.
     template: see `Template`; blanks in front of `{label}` become part of the options.
-    words: of the labels, in the order of their ids.
+    words: the labels' words, in the order of their numbers.
     limit: rows to take from the beginning.
     train: file to draw demonstrations from; None: the rows themselves.
 
   Raises:
-    ValueError: naming file and line, for a row without one of the fields or with another label.
+    ValueError: for a row without one of the fields or with another label; it names file and line.
   """
   if limit is not None and limit < 1:
     raise ValueError(f"limit={limit} must be at least 1, or None for all rows.")

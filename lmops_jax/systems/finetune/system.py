@@ -42,19 +42,19 @@ class Finetune:
 
   Attributes:
     init: the model to start from, `@pretrained.load()`.
-    train: JSON lines, see `data.supervised`.
+    train: a file of JSON lines, see `data.supervised`.
     optimizer: an optax transformation.
     num_steps: optimizer steps.
     batch_size: sequences of a batch.
     length: predicted positions of a sequence.
-    validation: JSON lines; None takes `validation_fraction` of the training rows.
-    validation_fraction: share of rows by (seed, row id); 0 for none.
+    validation: a file of JSON lines; None takes `validation_fraction` of the training rows.
+    validation_fraction: share of rows, drawn by (seed, row id); 0 for no validation.
     eval_every: steps between two validations.
     checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
     accumulate: micro-batches of a step.
-    pack: several short rows to a sequence.
-    too_long: "drop" rows that are longer, "cut" them, or make them an "error".
-    seed: of the validation split and the order.
+    pack: put several short rows into a sequence.
+    too_long: "drop" longer rows, "cut" them, or make them an "error".
+    seed: seed of the validation split and the order.
 
   Raises:
     ValueError: for values out of range, a length beyond the model's, or a file that is not there.
@@ -166,7 +166,7 @@ class Finetune:
       learner.supervised(
         loop.initializer(model), loss, self.optimizer, accumulate=self.accumulate,
         check_batch=loss.check_batch, partitioner=partitioner),
-      # Its rows' weights are those of the whole batch.
+      # The rows' weights are those of the whole batch.
       Epochs(data.batch, len(data), self.batch_size, self.seed, whole=True),
       self.num_steps, self.seed, context.directory, partitioner, hooks=hooks,
       initial_params=lambda: self.init.params(partitioner),
@@ -178,7 +178,7 @@ class Finetune:
     context.group.barrier("trained")
     if not context.writes:
       return
-    shutil.rmtree(context.directory / "checkpoints")  # of resuming; the parameters stay
+    shutil.rmtree(context.directory / "checkpoints")  # only for resuming; the parameters stay
     model_lib.copy_tokenizer(self.init, context.directory / model_lib.TOKENIZER_FOLDER)
     model_lib.describe(
       context.directory, self.init.config, family=self.init.family,

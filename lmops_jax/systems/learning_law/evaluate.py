@@ -2,7 +2,7 @@
 
 All runs of a task and seed share the data, the initialisation, the steps and the optimizer. Besides
 the losses, each run records the contributions to the dev and the test loss (the learning law's
-statistics), the exact adjoint contributions under its weights, and what weight spoilt examples get.
+statistics), the exact adjoint contributions under its weights, and the weight of spoilt examples.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Evaluate:
 
   Attributes:
     other_inits: seeds of further initialisations under which the uniform and the optimised policies
-      are trained too; a policy is made for one.
+      are trained too; a policy is made for a single one.
     adjoint: also run the costates back under uniform and optimised weights, for the exact
       contributions and the Frank-Wolfe gap.
-    sampled_batch_size: also train on batches of so many examples drawn by each optimised policy and
-      uniformly, through the training loop; None: not.
+    sampled_batch_size: also train, through the training loop, on batches of so many examples drawn
+      by each optimised policy and uniformly; None does not.
     sampled_every: steps between two evaluations of these runs.
   """
 
@@ -64,7 +64,7 @@ def run(
   """Writes `results.json`, a record a run, and `series.npz`, their curves.
 
   Args:
-    seed: of the initialisation that all policies share.
+    seed: seed of the initialisation that all policies share.
     optimised: name to weights `[T,N]`.
     practical: settings as in `policies`.
   """
@@ -156,7 +156,7 @@ def _measured(context, inner: InnerRun, name, seed, policy, adjoint, series) -> 
 
 
 def _observed(noise, mask, signals: control.Signals) -> dict[str, Any]:
-  """A step's statistics, of size one: nothing of size T x N is kept."""
+  """A step's statistics as single numbers: nothing of size T x N is kept."""
   weights = signals.weights
   return {
     "similarity": {part: contributions.similarity(weights, values)
@@ -169,7 +169,7 @@ def _observed(noise, mask, signals: control.Signals) -> dict[str, Any]:
 
 
 def _adjoint(context, inner: InnerRun, weights, mine) -> dict[str, Any]:
-  """The exact contributions' similarity and the gap, under `[T,rows]` weights."""
+  """The exact contributions' similarity and the Frank-Wolfe gap, under `[T,rows]` weights."""
   found = control.policy_gradient(inner.control, jax.numpy.asarray(weights))
   context.flops += inner.cost.epoch_flops
   gap, similar = inner_lib.host(_optimality(weights, found.scores, inner.control.mask))

@@ -20,7 +20,7 @@ from lmops_jax.mesh.meshes import BATCH_AXES, Partitioner
 from lmops_jax.sizing import solve_cost
 from lmops_jax.systems.learning_law.tasks import Task
 
-MONITORED = ("select", "test")  # parts whose loss is recorded and steers nothing within a run
+MONITORED = ("select", "test")  # their losses are recorded and steer nothing within a run
 
 
 @component(module="learning_law")
@@ -47,7 +47,7 @@ class Training:
 
   @property
   def options(self) -> control.SolveOptions:
-    """Of the solves, all over the same run."""
+    """Options of the solves, all of the same run."""
     return control.SolveOptions(
       trajectory=self.trajectory, micro_batch_size=self.micro_batch_size, surrogate=self.surrogate)
 
@@ -117,7 +117,7 @@ class InnerRun:
     )
 
   def padded(self, values: np.ndarray) -> jax.Array:
-    """`[N]` values of the training examples as `[rows]`, 0 where there is no example."""
+    """`[N]` values of the training examples as `[rows]`, 0 for rows that are no example."""
     values = np.asarray(values)
     filled = np.zeros(self.num_rows, values.dtype)
     filled[:len(values)] = values
@@ -136,7 +136,7 @@ class InnerRun:
     return np.asarray(weights)[:, :self.task.num_train]
 
   def uniform(self) -> np.ndarray:
-    """Conventional training, `[T,N]`."""
+    """The weights of conventional training, `[T,N]`."""
     num = self.task.num_train
     return np.full((self.training.num_steps, num), 1 / num, np.float32)
 
@@ -152,11 +152,11 @@ class Cost(NamedTuple):
 
   Attributes:
     num_params: P.
-    run_flops: of training once, with the losses that are recorded.
-    epoch_flops: of a forward and a reverse pass, one outer epoch without line search.
-    contribution_flops: of the contributions to one part's loss at all steps.
-    trajectory_bytes: of the states that the reverse pass keeps.
-    policy_bytes: of the weights `[T,N] float32`.
+    run_flops: operations of training once, with the losses that are recorded.
+    epoch_flops: those of a forward and a reverse pass, one outer epoch without line search.
+    contribution_flops: those of the contributions to one part's loss at all steps.
+    trajectory_bytes: bytes of the states that the reverse pass keeps.
+    policy_bytes: bytes of the weights `[T,N] float32`.
   """
 
   num_params: int
@@ -174,8 +174,8 @@ def cost_of(
 
   Args:
     params: arrays or `ShapeDtypeStruct`s.
-    forward_flops: of one example.
-    sizes: examples of each part.
+    forward_flops: operations of a forward pass on one example.
+    sizes: number of examples of each part.
   """
   num_steps = training.num_steps
   passes = solve_cost.solve_passes(training.optimizer, params, num_steps, training.options)
@@ -204,7 +204,7 @@ def losses_at(losses: Mapping[str, Any], params: Any) -> dict[str, jax.Array]:
 
 
 def check_finite(losses: np.ndarray, what: str) -> None:
-  """Refuses a diverged run, naming the first step whose loss is not finite."""
+  """Refuses a diverged run and names the first step whose loss is not finite."""
   losses = np.asarray(losses, np.float64)
   bad = np.flatnonzero(~np.isfinite(losses))
   if bad.size:

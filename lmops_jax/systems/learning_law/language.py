@@ -42,9 +42,9 @@ def paper_transformer(
 ) -> TransformerConfig:
   """The transformer of the paper's code, with its odd parts, at any size.
 
-  Attention is divided by sqrt(width) instead of sqrt(head_dim), norms have a bias and epsilon
-  outside the root, positions are learned, the MLP is 4 times as wide with ReLU, the output matrix
-  is untied. With a vocabulary of 5,000 the defaults have 1,682,688 parameters.
+  Attention scores are divided by sqrt(width) instead of sqrt(head_dim), norms have a bias and
+  their epsilon outside the root, positions are learned, the MLP is 4 times as wide with ReLU, and
+  the output matrix is untied. With a vocabulary of 5,000 the defaults have 1,682,688 parameters.
   """
   return TransformerConfig(
     num_layers=num_layers, width=width, num_heads=num_heads, mlp_width=4 * width,
@@ -60,19 +60,19 @@ class Language:
 
   Attributes:
     corpus: what training examples come from.
-    vocabulary: a vocabulary of module `data`.
+    vocabulary: a vocabulary of gin module `data`.
     model: a `models.TransformerConfig`; its `vocab_size` is set here.
-    name: of the task in stages and reports.
-    desired: what dev, select and test come from; None takes them from documents of the corpus
-      that no training example comes from.
+    name: the task's name in stages and reports.
+    desired: the corpus of dev, select and test; None takes them from documents of `corpus` without
+      training examples.
     length: S, tokens that the model reads; an example has at most S + 1, BOS and EOS included.
-    num_train, num_desired, num_select: examples of train, of dev and of test each, of select.
+    num_train, num_desired, num_select: examples of train, of dev and test (each), of select.
     min_tokens: shorter texts are left out, and counted.
     pieces_per_document: a longer document gives up to so many examples; None: all it holds.
-    num_frequent: reduce the vocabulary to so many ids, the most frequent tokens of the corpus
-      beside unknown, pad, BOS and EOS (the paper: 5,000); None keeps it whole.
+    num_frequent: reduce the vocabulary to so many ids: unknown, pad, BOS, EOS and the most frequent
+      tokens of the corpus (the paper: 5,000); None keeps it whole.
     noise_fraction: share of the training examples that are perturbed.
-    noise_iterations: perturbations of each, see `perturb_tokens`.
+    noise_iterations: perturbations of each one, see `perturb_tokens`.
 
   Raises:
     ValueError: for values out of range.
@@ -102,7 +102,7 @@ class Language:
 
   @property
   def config(self) -> TransformerConfig:
-    """Of the model, before the texts tell its vocabulary."""
+    """The model's configuration, before the texts tell its vocabulary."""
     return dataclasses.replace(self.model, vocab_size=self.num_frequent or EOS + 2)
 
   def texts(self, context: pipeline.StageContext) -> None:
@@ -247,7 +247,7 @@ def frequent_table(
   """`[vocab_size]` old id to new id: the most frequent tokens keep an id, the rest is unknown.
 
   New ids are unknown, pad, BOS, EOS, then tokens by falling frequency (ties by id). Pad is never
-  looked up, rows are padded again by length.
+  looked up: rows are padded again by length.
   """
   counts = np.bincount(tokens, minlength=vocab_size).astype(np.int64)
   counts[[bos_id, eos_id]] = -1
@@ -263,18 +263,18 @@ def perturb_tokens(
   seed: int, tokens: np.ndarray, lengths: np.ndarray, *, fraction: float = 0.5,
   iterations: int = 20, vocab_size: int, special=(), pad_id: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Spoils a share of the rows: `iterations` times one of three edits, each as likely.
+  """Spoils a share of the rows: `iterations` times one of three equally likely edits.
 
   A token is replaced by a random one of the vocabulary (no special one), the last token is deleted
-  (while two are left besides the first), or a token is repeated in place (a row that is full loses
-  its last token). The first token, BOS, stays. (The paper names the edits and not their odds.)
+  (while two are left besides the first), or a token is repeated in place (a full row loses its last
+  token). The first token, BOS, stays. (The paper names the edits but not their odds.)
 
   Args:
     tokens: `[N,M] int32`, padded. lengths: `[N]`, real tokens, at least 2.
     fraction: exactly `round(fraction N)` rows are chosen.
 
   Returns:
-    New tokens and lengths, and `[N] bool`, the rows chosen.
+    New tokens and lengths, and `[N] bool`, True for the rows chosen.
   """
   rng = np.random.default_rng([seed, 1])
   tokens, lengths = np.array(tokens, np.int32), np.array(lengths, np.int32)

@@ -1,6 +1,6 @@
 """Stage `policy`: the outer loop, which improves a policy epoch by epoch.
 
-arXiv 2402.17759, section 3.1 and algorithm in appendix: from uniform weights, each epoch trains
+arXiv 2402.17759, section 3.1 and the appendix's algorithm: from uniform weights, each epoch trains
 under the policy, runs the costate back, and moves and projects all rows at once. Index e of the
 history belongs to the policy after e updates, so a run of E epochs has E + 1 records.
 """
@@ -47,10 +47,10 @@ class PolicyOptimizer:
   """How a policy is improved.
 
   Attributes:
-    step_size: of the first epoch, on the objective that `objective` names.
-    objective: "mean", the desired loss averaged over steps (a step of 0.1 on it is one of 0.1 / T
-      on the sum); or "sum", over the T steps.
-    num_epochs: E, at most.
+    step_size: that of the first epoch, on the objective that `objective` names.
+    objective: "mean", the desired loss averaged over the T steps (a step of 0.1 on it is one of
+      0.1 / T on the sum), or "sum", the loss summed over them.
+    num_epochs: E, the most epochs.
     rule: `@policy.ProjectedGradient()`, `@policy.ExponentiatedGradient()`, or
       `@policy.FrankWolfe()`, whose step sizes are shares between 0 and 1 of the way to the best
       vertex, whatever the objective.
@@ -58,11 +58,11 @@ class PolicyOptimizer:
     line_search: halve the step until the objective falls enough (Armijo).
     frozen_steps: rows before this step stay uniform.
     patience: stop after so many epochs without a lower loss on `select`; None: never.
-    gap_tolerance: stop when the Frank-Wolfe gap, a mean over steps, falls below; None: never.
+    gap_tolerance: stop when the Frank-Wolfe gap, a mean over steps, falls below it; None: never.
     measure_every: epochs between two measurements of the contributions' similarity; None: only at
       both ends.
     checkpoint_every: epochs between two states to resume from.
-    name: in stages and reports.
+    name: the policy's name in stages and reports.
 
   Raises:
     ValueError: for values out of range.
@@ -90,7 +90,7 @@ class PolicyOptimizer:
       )
 
   def rate(self, epoch: int, num_steps: int) -> float:
-    """Step on the sum over steps at an epoch."""
+    """The step size of an epoch, on the loss summed over steps."""
     share = 1 - epoch / self.num_epochs if self.schedule == "linear" else 1.0
     is_share = isinstance(self.rule, control.FrankWolfe)
     scale = num_steps if self.objective == "mean" and not is_share else 1
@@ -98,7 +98,7 @@ class PolicyOptimizer:
 
 
 class _State(NamedTuple):
-  """What the loop carries, `[T,N]` arrays on the host."""
+  """What the loop carries; policies are `[T,N]` arrays on the host."""
 
   epoch: int
   gamma: np.ndarray
@@ -113,12 +113,12 @@ def run(
   """Improves a policy and writes it with the task and what it was made with.
 
   Args:
-    seed: of the initialisation.
+    seed: seed of the initialisation.
     described: resolved settings of the training and the optimizer, kept beside the policy.
 
   Raises:
-    FloatingPointError: a run diverged, naming the inner step and the epoch; the last policy that
-      trained well is in the stage's folder.
+    FloatingPointError: if a run diverged; it names the inner step and the epoch. The last policy
+      that trained well is in the stage's folder.
   """
   optimizer.check_steps(training.num_steps)
   inner = training.on(task, seed, partitioner)
@@ -289,8 +289,8 @@ class SavedPolicy(NamedTuple):
   """A policy with the task that it belongs to.
 
   Attributes:
-    weights: `[T,N]`, the best epoch's. last: after the last update.
-    about: what it was made with: `num_steps`, `best_epoch`, `settings` and more.
+    weights: `[T,N]`, the best epoch's. last: those after the last update.
+    about: what the policy was made with: `num_steps`, `best_epoch`, `settings` and more.
     history: a record an epoch.
   """
 
@@ -301,7 +301,7 @@ class SavedPolicy(NamedTuple):
   task: Task
 
   def fingerprint(self) -> str:
-    """What it was made with."""
+    """What the policy was made with, as text."""
     return json.dumps(self.about, sort_keys=True)
 
 
@@ -309,11 +309,11 @@ def load_policy(folder: Path | str, task: Task | None = None) -> SavedPolicy:
   """Reads a finished `policy` stage.
 
   Args:
-    task: to spare reading the policy's own copy.
+    task: the policy's task, if at hand; None reads the policy's own copy.
 
   Raises:
-    ValueError: no policy there, or one that does not fit its task.
-    StageError: a file is not what the stage wrote.
+    ValueError: if the folder holds no policy, or one that does not fit its task.
+    StageError: if a file is not what the stage wrote.
   """
   folder = Path(folder).expanduser()
   for file in (POLICY_FILE, ABOUT_FILE, HISTORY_FILE):

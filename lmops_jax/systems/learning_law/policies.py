@@ -20,7 +20,7 @@ from lmops_jax.config.setting_types import Name, Share, component
 from lmops_jax.control import ControlledRun, Signals
 from lmops_jax.systems.learning_law.tasks import Task
 
-# The policy optimisers' steps, by gin as well.
+# The policy optimisers' rules, which gin may name too.
 for _rule in (control.ProjectedGradient, control.ExponentiatedGradient, control.FrankWolfe):
   component(module="policy")(_rule)
 
@@ -29,9 +29,9 @@ class Bench(NamedTuple):
   """What a practical policy may use.
 
   Attributes:
-    task: its training part, and `dev`; nothing else.
+    task: the task, of which only `train` and `dev` may be used.
     run: the inner run, with padded rows masked.
-    padded: `[M]` (or any per-example array) filled up to the run's rows.
+    padded: fills an array of the training examples up to the run's rows.
     train_on_dev: `params` after the run's steps on `dev` instead of `train`.
   """
 
@@ -46,14 +46,14 @@ Policy = Callable[[Signals], jax.Array]
 
 @runtime_checkable
 class PracticalPolicy(Protocol):
-  """A setting with a `name` that weights by what a step shows."""
+  """A setting with a `name` that weights examples by what a step shows."""
 
   def choose(self, bench: Bench) -> Policy:
-    """The policy on a task: `Signals` of a step to weights `[N]`."""
+    """The policy on a task: a function from the `Signals` of a step to weights `[N]`."""
 
 
 def _normalised(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """Weights in proportion to `values >= 0`; uniform where all are 0."""
+  """Weights in proportion to `values >= 0`; uniform if all are 0."""
   mask = jnp.ones(values.shape, bool) if mask is None else mask
   values = jnp.where(mask, values, 0)
   total = jnp.sum(values)
@@ -117,7 +117,7 @@ class Curriculum:
 
   Attributes:
     start: share of the examples at step 0.
-    pace: share of the steps after which all are in.
+    pace: share of the steps after which all examples are in.
   """
 
   start: Share = 0.2

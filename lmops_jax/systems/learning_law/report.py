@@ -43,7 +43,7 @@ class Report:
   Attributes:
     fit_from: power laws are fitted to the loss after this step; None chooses a fiftieth, a tenth or
       a fifth of the steps by the fit's correlation.
-    fit_loss: the laws' loss L0 that no training removes; None fits it, one for all policies.
+    fit_loss: the loss L0 of the laws, which no training removes; None fits one for all policies.
     num_bootstrap: refits for the intervals of the laws' constants.
   """
 
@@ -60,19 +60,19 @@ class Report:
       )
 
   def starts(self, num_steps: int) -> list[int]:
-    """The t0 to try, none where there are too few steps."""
+    """The first steps t0 to try; none if the run has too few steps."""
     if self.fit_from is not None:
       return [self.fit_from]
     return sorted({num_steps // n for n in (50, 10, 5)}) if num_steps >= 10 else []
 
 
 class Run(NamedTuple):
-  """Where one task and seed lies.
+  """The stages of one task and seed.
 
   Attributes:
     stage: its `evaluate` stage.
     data: its `data` stage; None for saved policies, which hold their task themselves.
-    policies: optimiser's name to the `policy` stage, or to a folder if `data` is None.
+    policies: the optimiser's name to its `policy` stage, or to a folder if `data` is None.
   """
 
   stage: str
@@ -89,7 +89,7 @@ def run(
 
 
 class _Result(NamedTuple):
-  """One task and seed, loaded."""
+  """The results of one task and seed, loaded."""
 
   seed: int
   records: list[dict[str, Any]]
@@ -413,7 +413,7 @@ def _transfer(result: _Result) -> dict[str, list[dict[str, Any]]]:
 
 
 def _finite(value: Any) -> Any:
-  """Numbers that are not finite as None: a law of a flat or rising curve has no B."""
+  """The value with None for numbers that are not finite: a flat or rising curve's law has no B."""
   if isinstance(value, Mapping):
     return {key: _finite(v) for key, v in value.items()}
   if isinstance(value, list | tuple):

@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 
 def further_sections(summary) -> list[html.Section]:
-  """Tables of other initialisations and of batches, if there are any."""
+  """Tables of other initialisations and of drawn batches, if there are any."""
   sections = []
   rows = [
     [seed, name, row["init_seed"], row["auc_test"], row["auc_change_test"],
@@ -56,14 +56,14 @@ def told(values: Sequence[float | None], spec: str) -> str | None:
 
 
 def note(num_seeds: int) -> str:
-  """What the numbers of a table are."""
+  """A sentence on the numbers of a table: one seed's, or means with intervals."""
   if num_seeds == 1:
     return "One seed, so no intervals."
   return f"Mean of {num_seeds} seeds ± half of the {LEVEL:.0%} interval (t distribution)."
 
 
 def ends(interval) -> str | None:
-  """The two ends of an interval, None if it has not both."""
+  """The two ends of an interval, or None if one is missing."""
   known = interval is not None and None not in interval
   return f"{interval[0]:.4f} to {interval[1]:.4f}" if known else None
 

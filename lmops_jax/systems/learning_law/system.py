@@ -1,4 +1,4 @@
-"""The learning law as stages: texts, data, policy, evaluate, report; and saved policies again."""
+"""The learning law as stages (texts, data, policy, evaluate, report), and saved policies again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Pipeline:
     optimizers: `[@learning_law.PolicyOptimizer(), ...]`, each with a name of its own.
     practical: policies of local signals, such as `[@learning_law.RHO()]`.
     evaluate, report: settings of these stages.
-    seeds: of data and initialisation.
+    seeds: seeds of data and initialisation.
   """
 
   tasks: Annotated[Sequence[LearningTask], NonEmpty]
@@ -123,7 +123,7 @@ class Evaluation:
     policies: folders of finished `policy` stages, of one task and one number of steps.
     training: the inner run; its settings must be those that the policies were made under.
     practical, evaluate, report: as for `Pipeline`.
-    other_training: accept other settings of the inner run than the policies' own.
+    other_training: accept settings of the inner run other than the policies' own.
 
   Raises:
     ValueError: for a folder that holds no policy, or policies that do not go together.

@@ -1,4 +1,4 @@
-"""Controlled training problems: what a policy weights, what it is judged by, and the model.
+"""Controlled training problems: the examples that a policy weights, those that judge it, the model.
 
 A task has four disjoint parts. `train` is weighted; the policy lowers the loss on `dev`; `select`
 chooses among the policies of an optimisation; `test` is read for figures only. The perceptron's
@@ -48,7 +48,7 @@ class TextTask(LearningTask, Protocol):
   """A task that reads its texts once, for all seeds."""
 
   def texts(self, context: pipeline.StageContext) -> None:
-    """The stage that reads and tokenises them."""
+    """The stage that reads and tokenises the texts."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,12 +56,12 @@ class Task:
   """Data and model of one problem.
 
   Attributes:
-    name: as in the configuration.
-    seed: of the data.
+    name: the task's name in the configuration.
+    seed: seed of the data.
     parts: `train`, `dev`, `select`, `test`, each a batch with leaves `[N, ...]`.
     is_noise: `[N] bool`, training examples that were spoilt on purpose.
     difficulty: `[N]`, what a curriculum sorts by: tokens of a text, length of an input vector.
-    config: of the model.
+    config: the model's configuration.
   """
 
   name: str
@@ -96,7 +96,7 @@ class Task:
     return losses.binary_example_losses(self.model)
 
   def boxed_params(self, key: jax.Array) -> Any:
-    """Fresh parameters with the logical axes of a transformer's."""
+    """Fresh parameters, a transformer's with their logical axes."""
     return fresh_params(self.config, key)
 
   @functools.cached_property
@@ -119,7 +119,7 @@ class Task:
     return digest.hexdigest()
 
   def check(self) -> Task:
-    """Itself, or a ValueError that names what no run could use."""
+    """Returns the task; raises ValueError for a part that no run could use."""
     sizes = {part: len(next(iter(batch.values()))) for part, batch in self.parts.items()}
     for part, size in sizes.items():
       if size < 1:
@@ -161,7 +161,7 @@ def load_task(folder: Path) -> Task:
   """What `Task.save` wrote.
 
   Raises:
-    ValueError: no task there, or data that do not fit their description.
+    ValueError: if the folder holds no task, or data that do not fit their description.
   """
   for file in (_TASK_FILE, _DATA_FILE):
     if not (folder / file).is_file():
@@ -182,7 +182,7 @@ def load_task(folder: Path) -> Task:
 
 
 def fresh_params(config: PerceptronConfig | TransformerConfig, key: jax.Array) -> Any:
-  """Parameters of a model, with the logical axes of a transformer's."""
+  """Parameters of a model, a transformer's with their logical axes."""
   if isinstance(config, TransformerConfig):
     return Transformer(config).init(key, np.zeros((1, 1), np.int32))["params"]
   return PerceptronModel(config).init(key, np.zeros((1, config.dim), np.float32))["params"]
@@ -205,13 +205,13 @@ def _config_of(described: dict[str, Any]):
 @component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class Perceptron:
-  """Linearly separable data of the paper, with other inputs at training than desired.
+  """The paper's linearly separable data, whose training inputs differ from the desired ones.
 
   Attributes:
-    name: of the task in stages and reports.
-    dim: D.
-    num_train, num_desired, num_select: examples of train, of dev and of test each, of select.
-    train_variance: of the training inputs `N(0, variance I)` (the paper's 3 read as variance).
+    name: the task's name in stages and reports.
+    dim: D, the width of an input.
+    num_train, num_desired, num_select: examples of train, of dev and test (each), of select.
+    train_variance: that of the training inputs `N(0, variance I)` (the paper's 3 read as variance).
     shift: mean of every desired input `N(shift, I)`.
     label_flip: share of training labels that are wrong.
 
@@ -230,7 +230,7 @@ class Perceptron:
 
   @property
   def config(self) -> PerceptronConfig:
-    """Of the model."""
+    """The model's configuration."""
     return PerceptronConfig(self.dim)
 
   def make(self, seed: int) -> Task:

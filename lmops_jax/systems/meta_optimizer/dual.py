@@ -2,8 +2,8 @@
 
 Arxiv 2212.10559, sections 2 and 3. A linear layer after a step of gradient descent is the layer
 before it plus linear attention over the training inputs; attention without softmax and scale is a
-linear layer plus an update that the demonstrations make. About softmax attention the identity says
-nothing exact.
+linear layer plus an update that the demonstrations make. The identity does not hold for softmax
+attention.
 
 Arrays are row-major: tokens are rows, weights `[outputs, inputs]`. The letters: `d` model width,
 `e` head width, `n` demonstration tokens, `t` query tokens.
@@ -22,7 +22,7 @@ class DualForm(NamedTuple):
 
   Attributes:
     out: `[..., e]`, `(w_zsl + dw_icl) q`.
-    w_zsl: `[e, e]`, what the query's own tokens make: the layer without demonstrations.
+    w_zsl: `[e, e]`, the layer without demonstrations, which the query's own tokens make.
     dw_icl: `[e, e]`, the demonstrations' update, a sum over their tokens of the value (the
       meta-gradient) times the key (the historic input).
   """
@@ -35,7 +35,7 @@ class DualForm(NamedTuple):
 def dual_form(w_v, w_k, x_demo, x_query, q) -> DualForm:
   """Attention without softmax as a linear layer, paper equation 6.
 
-  The update costs `O(n e^2)` once and `O(e^2)` a query, `attention_form` `O(n e)` a query.
+  The update costs `O(n e^2)` once and `O(e^2)` a query; `attention_form` costs `O(n e)` a query.
 
   Args:
     w_v: `[e, d]`, value projection of one head.
@@ -45,7 +45,7 @@ def dual_form(w_v, w_k, x_demo, x_query, q) -> DualForm:
     q: `[..., e]`, queries.
 
   Raises:
-    ValueError: shapes that disagree.
+    ValueError: for shapes that disagree.
   """
   w_v, w_k, x_demo, x_query, q = _checked(w_v, w_k, x_demo, x_query, q)
   w_zsl = _outer_sum(_times(x_query, w_v), _times(x_query, w_k))
@@ -61,10 +61,10 @@ def attention_form(w_v, w_k, x_demo, x_query, q) -> jax.Array:
 
 
 def gd_linear_dual(w0, x_train, errors, x) -> jax.Array:
-  """A linear layer after gradient descent, as itself before plus linear attention.
+  """A linear layer after gradient descent, as the layer before it plus linear attention.
 
-  Exact for one step on a batch; for several steps where each error was taken at its own step's
-  weights.
+  This is exact for one step on a batch, and for several steps if each error was taken at its own
+  step's weights.
 
   Args:
     w0: `[dout, din]`, weights before.
@@ -76,7 +76,7 @@ def gd_linear_dual(w0, x_train, errors, x) -> jax.Array:
     `[..., dout]`, `(w0 + sum_i errors_i x_train_i^T) x`.
 
   Raises:
-    ValueError: shapes that disagree.
+    ValueError: for shapes that disagree.
   """
   w0, x_train, errors, x = (jnp.asarray(a) for a in (w0, x_train, errors, x))
   _check_rank(w0=(w0, 2), x_train=(x_train, 2), errors=(errors, 2))
@@ -92,7 +92,7 @@ def gd_linear_dual(w0, x_train, errors, x) -> jax.Array:
 def finetuned_update(w_v, w_k, dw_v, dw_k, x_query) -> jax.Array:
   """The update `dW_FT [e, e]` that finetuned projections make, paper equation 9.
 
-  `((w_v + dw_v) X^T) ((w_k + dw_k) X^T)^T - w_zsl`, expanded so that it is exactly 0 where both
+  `((w_v + dw_v) X^T) ((w_k + dw_k) X^T)^T - w_zsl`, expanded so that it is exactly 0 if both
   changes are.
 
   Args:

@@ -5,9 +5,9 @@ the demonstrations of the prompt in their order, batches of one, no momentum, de
 loss is the mean cross-entropy of all tokens after BOS. Only the trained leaves are carried from
 step to step and differentiated.
 
-The objective "layer_causal" is that of arXiv 2311.07772, where information flows as it does in
-context: each layer is trained by the loss that its own attention's output would have, right below
-the final norm and the output matrix.
+The objective "layer_causal" is that of arXiv 2311.07772, with which information flows as it does in
+context: each layer is trained by the loss of its own attention's output, as if that stood right
+below the final norm and the output matrix.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Finetuned(NamedTuple):
     params: all parameters; those that are not trained are the same arrays as before.
     losses: `[k] float32`, nats a token of each demonstration before its own step.
     train_q: `[k,n,L,H*E] float32`, scaled queries of each demonstration's tokens, heads
-      concatenated, at the weights of its own forward pass. As attention reads them: rotary ones
+      concatenated, at the weights of its own forward pass, as attention reads them: rotary ones
       turned. Rows of padding and of BOS are there and mean nothing.
   """
 
@@ -56,16 +56,16 @@ def kv_finetune(
     demo_ids: `[k,n] int32`, BOS and the demonstration's tokens, padded on the right; k may be 0.
     demo_mask: `[k,n] bool`, True for tokens, BOS included.
     lr: learning rate, finite and at least 0.
-    num_front: BOS tokens in front of each row, which are not predicted; without any the first token
-      is not predicted either.
-    objective: "lm", or "layer_causal" (see the module), whose loss is the mean over layers, each
-      with the gradient of its own.
+    num_front: BOS tokens in front of each row, which are not predicted; if 0, the row's first token
+      is not predicted.
+    objective: "lm", or "layer_causal" (see the module), whose loss is the mean over layers, while
+      each layer takes the gradient of its own.
 
   Raises:
-    ValueError: an unknown objective, an encoder, arrays of other shapes, a row without a token to
-      predict, padding that is not at the end, or a bad learning rate.
-    FloatingPointError: a loss is not finite; names the step. Not where `lr` is traced: see
-      `check_losses`.
+    ValueError: for an unknown objective, an encoder, arrays of other shapes, a row without a token
+      to predict, padding that is not at the end, or a bad learning rate.
+    FloatingPointError: if a loss is not finite; it names the step. Not raised if `lr` is traced:
+      see `check_losses`.
   """
   if not model.config.causal:
     raise ValueError(
@@ -87,7 +87,7 @@ def kv_finetune(
     model, nn.unbox(params), demo_ids, demo_mask, lr, num_front, objective))
   if not traced and not isinstance(found.losses, jax.core.Tracer):
     check_losses(found.losses, lr)
-    # The last step has no loss after it.
+    # No loss follows the last step, so its weights themselves are looked at.
     finite = all(bool(jnp.isfinite(leaf).all()) for leaf in key_value_leaves(found.params))
     if not finite:
       raise FloatingPointError(
@@ -104,7 +104,7 @@ def check_rate(lr) -> None:
 
 
 def check_losses(losses, lr) -> None:
-  """Raises FloatingPointError that names the first step `[k]` whose loss is not finite."""
+  """Raises FloatingPointError for losses `[k]`; it names the first step with one not finite."""
   bad = np.flatnonzero(~np.isfinite(np.asarray(losses)))
   if bad.size:
     raise FloatingPointError(
@@ -187,9 +187,9 @@ def _steps(model, params, ids, mask, lr, num_front, objective):
 
 
 def _after_attention(model, variables, ids, mask):
-  """For each layer the final norm of its input plus its attention's output, `[1,n,D]`.
+  """For each layer, the final norm of the sum of its input and its attention's output, `[1,n,D]`.
 
-  The inputs are constants, so that no layer's gradient reaches another's, nor the queries.
+  The inputs are constants, so that no layer's gradient reaches another layer or the queries.
   """
   config = model.config
   segments = mask.astype(jnp.int32)

@@ -1,9 +1,9 @@
-"""How alike in-context learning and finetuning are: predictions, updates, attention, its order.
+"""How alike in-context learning and finetuning are: predictions, updates, attention and its order.
 
-Metrics of arXiv 2212.10559, section 4.2, and those that arXiv 2311.07772 asks for beside them.
-Functions named `*_each` give a value for each example and layer; the others their mean over
+The metrics of arXiv 2212.10559, section 4.2, and those that arXiv 2311.07772 asks for beside them.
+Functions named `*_each` give a value for each example and layer; the others give their mean over
 examples, `[L]`. Arrays are `[N, L, ...]`: N examples, L layers, H heads, T a query's own tokens
-(zeros where padded), n training tokens.
+(zeros for padding), n training tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _EPSILON = 1e-20
-_BLOCK = 2000  # rows of pairs at a time
+_BLOCK = 2000  # rows of pairs that are compared at a time
 KENDALL_VARIANTS = ("tau_a", "tau_b")
 
 
@@ -26,16 +26,16 @@ class Undefined(UserWarning):
 
 
 def rec2ftp(gold, zs, ft, icl) -> float:
-  """Of what finetuning sets right, the percentage that in-context learning sets right too.
+  """Percentage of the examples mended by finetuning that in-context learning mends too.
 
   Args:
     gold, zs, ft, icl: `[N] int` labels: true, and predicted zero-shot, finetuned, in context.
 
   Returns:
-    Percent; NaN, with a warning, where finetuning sets nothing right.
+    Percent; NaN, with a warning, if finetuning mends none.
 
   Raises:
-    ValueError: different lengths, or a negative label.
+    ValueError: for different lengths, or a negative label.
   """
   gold, zs, ft, icl = (np.asarray(x) for x in (gold, zs, ft, icl))
   for name, values in (("zs", zs), ("ft", ft), ("icl", icl)):
@@ -71,8 +71,8 @@ def sim_aou_each(icl, zs, ft, normalise: bool = True):
 
   Args:
     icl, zs, ft: outputs of attention in the three settings.
-    normalise: outputs first to length 1 (the paper). Then also unrelated updates of outputs have
-      something in common: see `sim_aou`.
+    normalise: bring outputs to length 1 first (the paper); then even unrelated updates are somewhat
+      alike, see `sim_aou`.
   """
   _check_equal(icl=icl, zs=zs, ft=ft)
   return cosine(_change(icl, zs, normalise), _change(ft, zs, normalise))
@@ -81,20 +81,21 @@ def sim_aou_each(icl, zs, ft, normalise: bool = True):
 def sim_aou(icl, zs, ft, normalise: bool = True):
   """Mean over examples of `sim_aou_each`, `[L]`.
 
-  Where normalised, two updates orthogonal to the output `z`, to each other, of length `rho |z|`
-  score `a^2 / (a^2 + rho^2 / (1 + rho^2))`, `a = 1 / sqrt(1 + rho^2) - 1` instead of 0.
+  If outputs are normalised, two updates of length `rho |z|` that are orthogonal to the output `z`
+  and to each other score `a^2 / (a^2 + rho^2 / (1 + rho^2))` instead of 0, with
+  `a = 1 / sqrt(1 + rho^2) - 1`.
   """
   return jnp.mean(sim_aou_each(icl, zs, ft, normalise), axis=0)
 
 
 def sim_aou_random_each(icl, zs, random):
-  """As `sim_aou_each`, normalised, with a random vector (`uniform`) for the finetuning update."""
+  """`sim_aou_each`, normalised, with a random vector (`uniform`) as the finetuning update."""
   _check_equal(icl=icl, zs=zs, random=random)
   return cosine(_change(icl, zs, True), random)
 
 
 def sim_am_each(icl, other):
-  """Similarity of attention maps `[N,L]`: mean over heads of `cos` of scores `[N,L,H,T]`."""
+  """Similarity of attention maps `[N,L]`: the mean over heads of `cos` of scores `[N,L,H,T]`."""
   _check_equal(icl=icl, other=other)
   return jnp.mean(cosine(icl, other), axis=-1)
 
@@ -120,8 +121,8 @@ class Kendall(NamedTuple):
   """Rank correlation.
 
   Attributes:
-    mean: `[L]`, over the examples where it is defined; NaN where it is for none.
-    num_undefined: `[L] int`, examples left out: constant values, or a single one.
+    mean: `[L]`, over the examples for which it is defined; NaN if there are none.
+    num_undefined: `[L] int`, examples left out: those with constant values, or a single one.
   """
 
   mean: np.ndarray
@@ -129,18 +130,18 @@ class Kendall(NamedTuple):
 
 
 def kendall(a, b, variant: str = "tau_b") -> Kendall:
-  """Mean over examples of Kendall's tau of `[N,L,n]`; warns of undefined ones, which it leaves out.
+  """Mean over examples of Kendall's tau of `[N,L,n]`; leaves out undefined ones, with a warning.
 
   Args:
     a, b: values whose orders are compared.
-    variant: "tau_a" `(Pc - Pd) / (n (n-1) / 2)` (the paper), "tau_b" which discounts ties (the
-      paper's script, and scipy's default); equal without ties.
+    variant: "tau_a", `(Pc - Pd) / (n (n-1) / 2)` (the paper), or "tau_b", which discounts ties (the
+      paper's script, and scipy's default); they are equal without ties.
   """
   return defined_mean(kendall_each(a, b, variant))
 
 
 def defined_mean(each) -> Kendall:
-  """Mean over axis 0 without NaN, warning of what is left out."""
+  """Mean over axis 0 without NaN, with a warning if any is left out."""
   each = np.asarray(each, np.float64)
   undefined = np.isnan(each)
   counts = undefined.sum(axis=0)
@@ -154,12 +155,12 @@ def defined_mean(each) -> Kendall:
 
 
 def kendall_each(a, b, variant: str = "tau_b"):
-  """Kendall's tau of each pair of vectors, `[...,n]` to `[...]`; NaN where it is undefined.
+  """Kendall's tau of each pair of vectors, `[...,n]` to `[...]`; NaN if it is undefined.
 
-  Pairs are compared by their signs, `O(n^2)` a vector, in blocks of rows.
+  Pairs of values are compared by their signs, `O(n^2)` a vector, in blocks of rows.
 
   Raises:
-    ValueError: shapes that disagree or an unknown variant.
+    ValueError: for shapes that disagree, or an unknown variant.
   """
   _check_equal(a=a, b=b)
   if variant not in KENDALL_VARIANTS:
@@ -184,7 +185,7 @@ def _kendall(a, b, variant):
       *rows, real = rows
       x, y = (jnp.sign(r[:, None] - whole[None, :]).astype(jnp.int32) * real[:, None]
               for r, whole in zip(rows, pair))
-      # Whole numbers: float32 would round above 2^24.
+      # Sums of whole numbers are kept as integers: float32 would round above 2^24.
       return total + jnp.stack([jnp.sum(x * y), jnp.sum(x * x), jnp.sum(y * y)]), None
 
     start = jnp.zeros(3, jnp.int32)
@@ -212,7 +213,7 @@ def of_groups(scores, groups, num_groups: int):
   """Softmax over all n tokens, summed over each token's group: `[...,n]` to `[...,groups]`.
 
   Args:
-    scores: before softmax.
+    scores: scores before softmax.
     groups: `[n] int`, the demonstration of each token.
     num_groups: number of demonstrations.
   """
@@ -221,16 +222,16 @@ def of_groups(scores, groups, num_groups: int):
 
 
 def uniform(seed: int, rows, shape):
-  """Random baselines: `[N,*shape]` uniform on [0,1), each row by `(seed, its number)` alone."""
+  """Random baselines: `[N,*shape]` uniform on [0,1), each row a function of (seed, its number)."""
   key = jax.random.key(seed)
   return jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), shape))(
     jnp.asarray(rows, jnp.uint32))
 
 
 def _change(x, start, normalise):
-  """`x - start`, of both at length 1 if to be normalised; exactly 0 where they are equal.
+  """`x - start`, both first at length 1 if `normalise`; exactly 0 if they are equal.
 
-  A difference of two quotients is not: compiled, one of them may be fused into it unrounded.
+  A plain difference of two quotients may not be 0: compiled, one may be fused into it unrounded.
   """
   x, start = jnp.asarray(x), jnp.asarray(start)
   if not normalise:

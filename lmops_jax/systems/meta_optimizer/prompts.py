@@ -1,10 +1,10 @@
 """Demonstrations and queries as tokens: the prompt of in-context learning and the training rows.
 
 A prompt is `BOS, [demonstration's text, label, separator] x k`, then the query's text; a training
-row `BOS, text, label` (arXiv 2212.10559, appendix A, and its script). BOS is what the tokenizer
-puts in front of every text, nothing for models without such a habit (GPT-2, SmolLM2). The separator
-is the tokenizer's EOS, or an empty line for those without one. All tokens but BOS and separators
-are the same in both, in the same order, so that what is recorded of them can be compared.
+row is `BOS, text, label` (arXiv 2212.10559, appendix A, and its script). BOS is what the tokenizer
+puts in front of every text, nothing for some models (GPT-2, SmolLM2). The separator is the
+tokenizer's EOS, or an empty line if it has none. All tokens but BOS and separators are the same in
+both, in the same order, so that their records can be compared.
 
 A task is an object with `name`, `words`, and the examples `rows` and `train`, which have `id`,
 `prompt`, `options` (what follows the prompt, one a label, its blank included) and `label`.
@@ -35,8 +35,8 @@ class Demonstrations(NamedTuple):
     context_kept: `[c] bool`, False for BOS and separators.
     groups: `[n] int32`, the demonstration of each kept token.
     ids: `[k,w] int32`, training rows, padded at the end.
-    mask: `[k,w] bool`.
-    kept: `[k,w] bool`, without BOS and separators inside of a text.
+    mask: `[k,w] bool`, False for padding.
+    kept: `[k,w] bool`, False also for BOS and for separators inside a text.
   """
 
   context_ids: np.ndarray
@@ -52,7 +52,7 @@ class Queries(NamedTuple):
 
   Attributes:
     ids: `[N,t] int32`, padded at the end.
-    mask: `[N,t] bool`.
+    mask: `[N,t] bool`, False for padding.
     gold: `[N] int32`, labels.
   """
 
@@ -69,13 +69,13 @@ def draw(num_rows: int, count: int, seed: int, order: int = 0) -> tuple[np.ndarr
   """The rows to demonstrate, by the script's rule, and the other rows in a random order.
 
   Args:
-    num_rows: of the training split.
-    count: k.
-    seed: of the shuffle, whose first k rows are taken.
+    num_rows: rows of the training split.
+    count: k, the number of demonstrations.
+    seed: seed of the shuffle, whose first k rows are taken.
     order: 0 for the shuffle's own order; 1 to 4 for other orders of the same rows.
 
   Raises:
-    ValueError: fewer rows than k, or another order.
+    ValueError: for fewer rows than k, or another order.
   """
   if not 0 <= count <= num_rows:
     raise ValueError(
@@ -104,14 +104,14 @@ class Prompts:
   def __init__(self, tokenizer, task: Any, newline: str = "space"):
     """
     Args:
-      tokenizer: with `encode(text, add_special)` and `eos_id` (an id or None).
+      tokenizer: one with `encode(text, add_special)` and `eos_id` (an id or None).
       task: see the module.
-      newline: line breaks in a text become a "space"; or each line is encoded on its own and closed
-        with "eos", as the script does.
+      newline: "space" turns line breaks in a text into blanks; "eos" encodes each line on its own
+        and closes it with EOS, as the script does.
 
     Raises:
-      ValueError: an unknown `newline`, or "eos" without EOS; a task without label words, or a word
-        that is not one token.
+      ValueError: for an unknown `newline`, "eos" without an EOS, a task without label words, or a
+        word that is not one token.
     """
     if newline not in NEWLINES:
       raise ValueError(f"newline={newline!r} is not one of {', '.join(NEWLINES)}.")
@@ -128,16 +128,16 @@ class Prompts:
   def demonstrations(
     self, examples: Sequence[Any], max_length: int, longest_query: int
   ) -> Demonstrations:
-    """The context and training rows of examples in their order; there may be none.
+    """The context and training rows of examples, in their order.
 
     Args:
-      examples: of the task.
+      examples: examples of the task; there may be none.
       max_length: positions of the model.
       longest_query: tokens that must fit behind the context.
 
     Raises:
-      ValueError: an empty text, a label out of range, or a context that does not fit; says how many
-        demonstrations do.
+      ValueError: for an empty text, a label out of range, or a context that does not fit; it says
+        how many demonstrations do.
     """
     context, context_kept, groups, rows = list(self.front), [False] * len(self.front), [], []
     for number, example in enumerate(examples):
@@ -172,7 +172,7 @@ class Prompts:
     """Tokens and labels of rows to predict.
 
     Raises:
-      ValueError: an empty text or a label out of range, naming the row; or no rows.
+      ValueError: for no rows, an empty text or a label out of range; it names the row.
     """
     if not examples:
       raise ValueError(f"task {self._task.name} has no rows to predict.")
@@ -207,11 +207,11 @@ class Prompts:
     return self._encoder.split(self._one_line(example.prompt), example.options).options
 
   def _one_line(self, text: str) -> str:
-    """The text without line breaks where they are to be blanks; those at its end stay blanks."""
+    """The text with blanks for line breaks, also at its end, if that is the rule for them."""
     return re.sub(r"\s*[\r\n]+\s*", " ", text) if self._newline == "space" else text
 
   def _text(self, example, what: str) -> tuple[list[int], list[bool]]:
-    """Ids of a prompt without BOS, and which of them are no separators."""
+    """Ids of a prompt without BOS, and for each whether it is no separator."""
     name = f"task {self._task.name}: {what}"
     if not 0 <= example.label < len(self.label_ids):
       raise ValueError(
@@ -228,7 +228,7 @@ class Prompts:
         f"{self._task.words}; all rows must share the label words."
       )
     ids, kept = [], []
-    # Blanks at the end belong to the option's token, as `Encoder.split` has it.
+    # Blanks at the end belong to the option's token, as in `Encoder.split`.
     lines = self._one_line(example.prompt).rstrip(" ")
     lines = lines.splitlines() if self._newline == "eos" else [lines]
     for i, line in enumerate(lines):
@@ -242,7 +242,7 @@ class Prompts:
 
 
 def check_alignment(made: Demonstrations) -> None:
-  """Raises ValueError where training rows and context differ beside BOS and separators."""
+  """Raises ValueError if training rows and context differ in more than BOS and separators."""
   rows = made.ids[made.kept]
   context = made.context_ids[made.context_kept]
   if len(rows) != len(context) or not np.array_equal(rows, context):

@@ -1,8 +1,8 @@
 """What attention computes for queries at one position: output, scores before softmax, queries.
 
-The context, in-context learning's demonstrations or nothing but BOS, is read once
-(`decoding.prefixes.read_text`) and shared by all queries. Scores exist for one row of the attention
-map only, `[H, T]`.
+The context, which is in-context learning's demonstrations or nothing but BOS, is read once
+(`decoding.prefixes.read_text`) and shared by all queries. Scores are computed for only one row of
+the attention map, `[H, T]`.
 """
 
 from __future__ import annotations
@@ -32,27 +32,28 @@ def record(
     model: a causal `Transformer`.
     params: its parameters, layers stacked or not. Other values of the same shapes, such as
       finetuned ones, run the same program.
-    ids: `[Q,t] int32`, a query's own tokens. BOS belongs into `context`, so that what is recorded
-      has the same shape with and without demonstrations.
+    ids: `[Q,t] int32`, a query's own tokens. BOS belongs into `context`, so that the records have
+      the same shape with and without demonstrations.
     mask: `[Q,t] bool`, False for padding, on either side.
     context: what stands in front of every query, read with these `params`; None for nothing.
     readout: "prompt", the last token of `ids` (the paper's text); "first_label", the first label's
       token, which is put behind `ids` (the paper's script).
-    label_ids: `[C] int`, the labels' tokens; None predicts any token, and needs readout "prompt".
+    label_ids: `[C] int`, the labels' tokens; None lets `pred` be any token, and needs readout
+      "prompt".
 
   Returns:
     Arrays, float32 but for `pred`; T is t, or t + 1 with "first_label":
 
-      attn_out `[Q,L,D]`: output of self-attention after its output projection, before the sum.
+      attn_out `[Q,L,D]`: output of self-attention after its output projection, before it is added.
       raw `[Q,L,H,T]`: scores before softmax, scaled and with ALiBi's bias, to the query's own
         tokens; 0 for padding, and beyond a sliding window.
       ctx `[Q,L,P]`: the same to the context's slots, summed over heads; 0 for padding.
-      q `[Q,L,H*E]`: scaled queries, heads concatenated; rotary ones as turned.
+      q `[Q,L,H*E]`: scaled queries, heads concatenated; rotary ones are turned.
       pred `[Q] int32`: the most probable label (or token), the lowest of equal ones.
 
   Raises:
-    ValueError: an encoder, shapes that disagree, an empty query, an unknown readout, or a context
-      of another model or too long for it.
+    ValueError: for an encoder, shapes that disagree, an empty query, an unknown readout, or a
+      context of another model or too long for it.
   """
   if readout not in READOUTS:
     raise ValueError(f"readout={readout!r} is not one of {', '.join(READOUTS)}.")

@@ -36,7 +36,7 @@ class Report:
   """What the report shows.
 
   Attributes:
-    picture_tokens: most tokens in the picture of a query's attention.
+    picture_tokens: the most tokens in the picture of a query's attention.
   """
 
   picture_tokens: PositiveInt = 400
@@ -48,7 +48,7 @@ def run(
   """Writes `summary.json`, the plots and `index.html`.
 
   Args:
-    context: of the stage.
+    context: the stage's.
     config: what to show.
     runs: stages of the studies, by task and seed.
   """
@@ -150,7 +150,7 @@ class _Pictures:
     return self.figure(name, figure, caption)
 
   def attention(self, name: str, result: Results) -> html.Figure | None:
-    """One query's attention over the demonstrations' tokens, layers below each other."""
+    """One query's attention over the demonstrations' tokens, a row a layer."""
     if not result.arrays.get("picture/icl", np.zeros((0, 0))).size:
       return None
     count = min(self.config.picture_tokens, result.arrays["picture/icl"].shape[1])

@@ -1,4 +1,4 @@
-"""What one seed's study is told."""
+"""The settings of one seed's study."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ class Study:
   """What one seed's study does.
 
   Attributes:
-    demonstrations: k.
-    order: of the demonstrations, 0 to 4; 0 is the shuffle's own.
+    demonstrations: k, the number of demonstrations.
+    order: their order, 0 to 4; 0 is the shuffle's own.
     rates: learning rates to choose from.
-    objective: of finetuning, "lm" or "layer_causal" (see `finetune`).
+    objective: that of finetuning, "lm" or "layer_causal" (see `finetune`).
     tune_on: "validation", training rows that are not demonstrated; or "evaluation", the reported
       rows themselves, as in the paper.
-    validation_rows: at most so many.
-    evaluation_rows: at most so many, drawn by a shuffle of seed 1; None for all.
+    validation_rows: the most rows to choose the learning rate on.
+    evaluation_rows: the most rows to report on, drawn by a shuffle of seed 1; None for all.
     readout: "prompt" records at the last token of a prompt, as the paper says; "first_label" at the
       first label's token put behind it, as its script does.
-    newline: line breaks in texts become a "space" or, as in the script, "eos".
+    newline: what line breaks in texts become: a "space", or "eos" as in the script.
     kendall: "tau_b" (the script) or "tau_a" (the paper).
     kendall_rows: rows whose attention to demonstrations is compared.
     batch_rows: queries at a time.
     rates_at_once: learning rates at a time; each holds its own key and value projections.
-    controls: of `CONTROLS`: the same on random weights, all of them or all but embeddings and
-      norms.
+    controls: some of `CONTROLS`: the same on random weights, either all of them or all but
+      embeddings and norms.
 
   Raises:
-    ValueError: naming the field, for values out of range.
+    ValueError: for values out of range; it names the field.
   """
 
   demonstrations: Count = 32

@@ -1,11 +1,11 @@
 """One seed's study: is learning in context like finetuning on the demonstrations?
 
-arXiv 2212.10559, section 4, with the controls of arXiv 2311.07772: measures without normalisation,
-of changes instead of whole maps, and the same on a network that has never been trained. The
-learning rate is chosen on training rows that are not demonstrated; the paper chose it, and the
-seed, on the rows that it reports.
+arXiv 2212.10559, section 4, with the controls of arXiv 2311.07772: metrics without normalisation,
+metrics of changes instead of whole maps, and both on a network that was never trained. The learning
+rate is chosen on training rows that are not demonstrated; the paper chose it, and the seed, on the
+rows that it reports.
 
-Left out: sharding over devices; a study runs on one.
+Sharding over devices is left out; a study runs on one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OF_SOME = (
   "recall_100_tokens", "recall_100_tokens_random",
 )
 METRICS = (*OF_ALL, *OF_SOME)
-_EVALUATION_SEED = 1  # of the script's shuffle of evaluation rows
+_EVALUATION_SEED = 1  # seed of the script's shuffle of evaluation rows
 _TOP_DEMONSTRATIONS, _TOP_TOKENS = 5, 100
 _TABLES = ("embedding", "norm")  # in names of leaves that "untrained_but_tables" keeps
 _ARRAYS, _SUMMARY = "arrays.npz", "study.json"
@@ -57,12 +57,12 @@ class Results(NamedTuple):
   """What a study found.
 
   Attributes:
-    arrays: `NETWORK/METRIC` `[L]` for each network and metric of `METRICS`, NaN where undefined
+    arrays: `NETWORK/METRIC` `[L]` for each network and metric of `METRICS`, NaN if undefined
       (such as `sim_am_delta` in the first layer of a model with relative positions);
       `NETWORK/pred_SETTING` `[N]`; `NETWORK/losses` `[k]` of finetuning; `gold` and `row_ids`
-      `[N]`; `rates`, `rate_accuracy` (NaN where training diverged); and `picture/icl`,
+      `[N]`; `rates`, `rate_accuracy` (NaN if training diverged); and `picture/icl`,
       `picture/ft` `[L,n]`, one query's attention before softmax to the demonstrations' tokens.
-    summary: JSON-able: for each network accuracies and means over layers, None where undefined.
+    summary: JSON-able: for each network accuracies and means over layers, None if undefined.
   """
 
   arrays: dict[str, np.ndarray]
@@ -95,14 +95,14 @@ def run_study(
     tokenizer: the model's, with `encode`, `eos_id` and `decode`.
     task: see `prompts`.
     settings: what to do.
-    seed: of the demonstrations, of the validation rows, and of all baselines.
+    seed: seed of the demonstrations, the validation rows and all baselines.
     log: called with lines of text.
-    progress: called with the number of rows measured since the last call, of
-      `num_rows(task, settings)` rows.
+    progress: called with the number of rows measured since the last call; in all they are
+      `num_rows(task, settings)`.
 
   Raises:
-    ValueError: a task, texts or demonstrations that do not fit the model; see `prompts`.
-    FloatingPointError: training diverges at every rate.
+    ValueError: if the task, its texts or demonstrations do not fit the model; see `prompts`.
+    FloatingPointError: if training diverges at every rate.
   """
   with jax.default_matmul_precision("highest"):
     return _Run(model, params, tokenizer, task, settings, seed, log, progress).results()
@@ -112,7 +112,7 @@ def check_rows(task, settings: Study) -> None:
   """Refuses a task with too few rows to demonstrate, or none left to choose the rate on.
 
   Raises:
-    ValueError: naming the task.
+    ValueError: if so; it names the task.
   """
   num = len(task.train or ())
   if num < settings.demonstrations:
@@ -128,7 +128,7 @@ def check_rows(task, settings: Study) -> None:
 
 
 def num_rows(task, settings: Study) -> int:
-  """Rows that a study measures, each network's counted."""
+  """Rows that a study measures, counted once for each network."""
   limit = settings.evaluation_rows or len(task.rows)
   return min(len(task.rows), limit) * (1 + len(settings.controls))
 
@@ -166,7 +166,7 @@ class _Run:
   def first_layer_is_fixed(self) -> bool:
     """Whether the first layer's scores between a query's tokens do not depend on the context.
 
-    So it is where they depend on distances only: their change is then rounding, and has no
+    They do not if they depend on distances only; their change is then rounding and has no
     direction.
     """
     return self.model.config.positions in ("rotary", "alibi", "none")
@@ -212,7 +212,7 @@ class _Run:
     return Results(arrays, summary)
 
   def choose_rate(self) -> tuple[float, np.ndarray]:
-    """The rate with the best accuracy, the lowest of equal ones; and each rate's accuracy."""
+    """The rate with the best accuracy (the lowest of equals), and each rate's accuracy."""
     rates = np.asarray(self.settings.rates, np.float32)
     if len(rates) == 1:
       return float(self.settings.rates[0]), np.array([np.nan])
@@ -364,7 +364,7 @@ class _Run:
 def _try_rates(
   model, params, demo_ids, demo_mask, ids, mask, label_ids, rates, num_front, objective
 ):
-  """Predictions `[r,batches,rows]` after finetuning at each rate, losses, and if all is finite."""
+  """For each rate, predictions `[r,batches,rows]`, losses, and whether all weights are finite."""
 
   def one(lr):
     tuned = kv_finetune(

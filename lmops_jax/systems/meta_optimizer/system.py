@@ -26,13 +26,13 @@ class Pipeline:
 
   Attributes:
     model: `@pretrained.choose()`.
-    tasks: `[@tasks.choose()]`, each with a name of its own; of label words.
+    tasks: `[@tasks.choose()]`, tasks of label words, each with a name of its own.
     study: settings of the studies.
     report: settings of the report.
-    seeds: of the demonstrations.
+    seeds: seeds of the demonstrations.
 
   Raises:
-    ValueError: no task or seed, a name or seed twice, or an encoder.
+    ValueError: for no task or seed, a name or seed twice, or an encoder.
   """
 
   model: ModelSource
@@ -71,7 +71,7 @@ class Pipeline:
       checked(task.stage(f"tasks[{i}]"), self._check, "study") for i, task in enumerate(self.tasks)]
     of_model = self.model.stages("model", partitioner or one)
     before = tuple(stage.name for stage in of_model)
-    stages = [*readings, *of_model]  # what the tasks are too small for is told first
+    stages = [*readings, *of_model]  # tasks first: if one is too small, that is told before
     runs = {}
     for task, reading in zip(self.tasks, readings, strict=True):
       for seed in self.seeds:

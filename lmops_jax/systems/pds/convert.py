@@ -1,7 +1,7 @@
-"""Instances of one vocabulary as inputs of a scorer with another (spec section 3).
+"""Instances of one vocabulary as inputs of a scorer with another.
 
-Tokens are cut at each EOS, the pieces decoded, encoded again, joined by the scorer's EOS, and a BOS
-put in front. Works on any vocabularies of `lmops_jax.text.vocabularies`.
+Tokens are cut at each EOS; the pieces are decoded, encoded again and joined by the scorer's EOS,
+and a BOS is put in front. Works on any vocabularies of `lmops_jax.text.vocabularies`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ def convert_tokens(tokens: Sequence[int], source, target, length: int) -> np.nda
   """Re-encodes one instance, `[<= length] int32`; what exceeds `length` is cut.
 
   Args:
-    tokens: of an instance, padding removed; BOS, separators and content in `source`'s ids.
+    tokens: an instance without padding: BOS, separators and content in `source`'s ids.
     source: vocabulary of `tokens`.
     target: vocabulary of the result.
-    length: most tokens of the result, BOS included.
+    length: the most tokens of the result, BOS included.
   """
   pieces: list[list[int]] = [[]]
   for token in tokens:
@@ -41,10 +41,10 @@ def check_same_text(ours: Iterable[str], theirs: Iterable[str], *, threshold: fl
   """Compares the first 100 characters of decoded pairs; guards against a mixed-up vocabulary.
 
   Returns:
-    The lowest similarity ratio seen (1 where every pair is the same text).
+    The lowest similarity ratio seen (1 if every pair is the same text).
 
   Raises:
-    ValueError: a pair is not alike (ratio <= `threshold`).
+    ValueError: if a pair is not alike (ratio <= `threshold`).
   """
   lowest = 1.0
   for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):

@@ -96,7 +96,7 @@ def _write_corpus(engine: Engine, context, config: prepare.Prepare, targets) -> 
 
 
 def _tokenizer(vocabulary: Path, targets):
-  """What a worker needs for any bucket."""
+  """What a worker needs for any bucket: the vocabulary and an index of the targets."""
   return vocabularies.load_vocabulary(vocabulary), near_duplicates.OverlapIndex(targets)
 
 
@@ -182,7 +182,7 @@ def run_select(
 
 @dataclasses.dataclass(frozen=True)
 class _Survey:
-  """Of score shards: `(shard, first index, count)` of each, and the moments of all."""
+  """What score shards hold: `(shard, first index, count)` of each, and the moments of all."""
 
   shards: tuple[tuple[int, int, int], ...] = ()
   moments: moments.Moments = moments.Moments()
@@ -242,7 +242,7 @@ def _chosen(scratch: Path, shards: list[int]) -> Path:
 def _write_chosen(
   scratch: Path, shards: list[int], chosen: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-  """Writes rows of these shards and ids, `[2,n] int64`."""
+  """Writes the chosen rows of these shards and their ids, `[2,n] int64`."""
   pairs = np.concatenate([np.zeros((2, 0), np.int64), *map(np.stack, chosen)], axis=1)
   with replacing_shared(_chosen(scratch, shards)) as partial, partial.open("wb") as file:
     np.save(file, pairs)

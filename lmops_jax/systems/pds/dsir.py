@@ -50,7 +50,7 @@ def fit(
     `[num_buckets] float64`, exactly 0 if both frequencies are equal.
 
   Raises:
-    ValueError: no n-gram in the target or in the sample, or a setting out of range.
+    ValueError: if the target or the sample has no n-gram, or a setting is out of range.
   """
   if num_buckets < 1:
     raise ValueError(f"num_buckets={num_buckets} is not positive.")

@@ -28,8 +28,8 @@ class Evaluate:
   """What the final models are measured on.
 
   Attributes:
-    batch_size: of the evaluation.
-    max_held_out: most held-out corpus instances (the corpus loss); None: all.
+    batch_size: instances evaluated at a time.
+    max_held_out: the most held-out corpus instances used for the corpus loss; None: all.
   """
 
   batch_size: PositiveInt = 64

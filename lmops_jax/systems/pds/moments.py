@@ -27,7 +27,7 @@ class Moments:
 
   @classmethod
   def of(cls, values: np.ndarray) -> Moments:
-    """Of an array of finite float32 numbers."""
+    """The moments of an array of finite float32 numbers."""
     result = cls()
     flat = np.asarray(values, np.float32).reshape(-1)
     for start in range(0, len(flat), _BLOCK):

@@ -1,4 +1,4 @@
-"""Selecting the best share of a corpus when many workers each see some of its scores, or one all.
+"""Selecting the best share of a corpus by one worker, or by many that each see some of the scores.
 
 The set is that of `selection.gumbel_top_k`, and memory does not grow with the corpus. A histogram
 over the leading bits of all perturbed scores is a sketch of fixed size that adds up in any order
@@ -65,7 +65,7 @@ class Selection(NamedTuple):
 
 
 class Noise(NamedTuple):
-  """What the scores are perturbed by."""
+  """The scale and the seed of the noise that perturbs the scores."""
 
   tau: float
   seed: int
@@ -91,15 +91,16 @@ def select(
     items: the parts of the corpus, however it is cut.
     read: the `(ids [n], scores [n])` shards of an item, the same in every pass; all ids are
       distinct and >= 0.
-    write: called once an item with `(rows [m], ids [m])` of what is selected from it, a block at a
-      time; a row counts the item's scores from 0, in the order of `read`.
+    write: called once for each item, with the item and an iterator over blocks `(rows [m], ids
+      [m])` of what is selected from it; a row counts the item's scores from 0, in `read`'s order.
     num_examples: how many scores all items hold together.
     ratio, k, tau, seed: as in `selection.gumbel_top_k`.
-    max_candidates: scores that are collected at most, >= 1.
+    max_candidates: the most scores that are collected, >= 1.
 
   Raises:
-    ValueError: arguments as in `gumbel_top_k`; a number of scores that is not `num_examples`, an id
-      that occurs twice at the threshold, or shards that changed between the passes.
+    ValueError: for arguments that `gumbel_top_k` refuses, a number of scores that is not
+      `num_examples`, an id that occurs twice at the threshold, or shards that changed between the
+      passes.
   """
   count = selection.num_selected(num_examples, ratio=ratio, k=k)
   noise = Noise(*selection.checked_noise(tau, seed))
@@ -142,7 +143,7 @@ def select_in_process(
   Args:
     shards: called once a pass, returns the `(ids [n], scores [n])` shards.
     write: called with `(rows [m], ids [m])` of what is selected, block by block, m >= 1.
-    settings: `num_examples`, `tau` and so on, as of `select`.
+    settings: `num_examples`, `tau` and so on, as for `select`.
   """
 
   def total(function, items, zero):
@@ -164,7 +165,7 @@ def _blocks(read, noise: Noise, num_examples: int, item):
 
 
 def _sketch(blocks, around: ranking.Range, item) -> Sketch:
-  """Of an item's perturbed scores."""
+  """The sketch of an item's perturbed scores."""
   count = digest = 0
   histogram = np.zeros(around.num_bins, np.int64)
   for ids, keys in blocks(item):
@@ -186,7 +187,7 @@ def _candidates(blocks, around: ranking.Range, item) -> Candidates:
 
 
 def _write(blocks, write, threshold, item) -> Sketch:
-  """Writes what is selected from an item; the count is of that, the digest of all its scores."""
+  """Writes what is selected from an item; returns its count, and the digest of all the scores."""
   count = digest = num_seen = 0
 
   def chosen():

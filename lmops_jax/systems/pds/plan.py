@@ -21,7 +21,7 @@ from lmops_jax.systems.pds import programs, scorer
 from lmops_jax.systems.pds.programs import Sizes, device_bytes
 from lmops_jax.training import language_models
 
-# As compiled they take up to so much more than estimated (tests/benchmarks/results/aot.md).
+# Compiled, activations take up to this share more than estimated (tests/benchmarks/results/aot.md).
 _ACTIVATIONS_MARGIN = 0.5
 _BATCH_ITEM_BYTES = 12  # tokens, targets and loss_mask, four bytes a position each
 
@@ -32,9 +32,9 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
 
   Args:
     partitioner: a real or planned mesh (`MeshConfig.plan`).
-    memory: of a device, for `trajectory="auto"`.
+    memory: that of a device, for `trajectory="auto"`.
     sizes: what only the data tell.
-    platform: of the devices, "cpu", "gpu" or "tpu".
+    platform: the devices' kind: "cpu", "gpu" or "tpu".
   """
   length = pipeline.prepare.length
   size_of = functools.partial(programs.vocabulary_size, vocabulary=pipeline.prepare.vocabulary)
@@ -93,9 +93,9 @@ class SolveParts(NamedTuple):
   """Bytes that the reverse pass of `methods.PMP` takes, for one device.
 
   Attributes:
-    on_device: by name, all but the trajectory in a segment.
-    state: of one state of that trajectory.
-    on_host: of host memory, whatever the trajectory.
+    on_device: bytes by name, all but the trajectory in a segment.
+    state: one state of that trajectory.
+    on_host: bytes of host memory, whatever the trajectory.
   """
 
   on_device: dict[str, float]
@@ -109,7 +109,7 @@ class SolveParts(NamedTuple):
 
 def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length: int,
                 partitioner: Partitioner, num_target: int, platform: str) -> SolveParts:
-  """The parts by arithmetic."""
+  """The bytes of the solve's parts, by arithmetic."""
   model = language_models.language_model(proxy.model, vocab_size, length)
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner).params
   state = solve_programs.abstract_state(method.optimizer, params)
@@ -142,8 +142,8 @@ def resolve_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | 
   """The policy that `trajectory="auto"` means; any other as it is.
 
   Raises:
-    ValueError: where the memory of a device is not known, or holds no state, or where the starts of
-      the segments do not fit into the host's.
+    ValueError: if the memory of a device is not known or holds no state, or if the starts of the
+      segments do not fit into the host's.
   """
   excess = _host_excess(method, parts, memory)
   if excess:
@@ -152,7 +152,7 @@ def resolve_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | 
 
 
 def _host_excess(method: Any, parts: SolveParts, memory: Memory) -> str:
-  """A sentence where the starts of the segments do not fit into the host's memory."""
+  """A sentence if the starts of the segments do not fit into the host's memory, otherwise ""."""
   if not 0 < memory.host_bytes < parts.on_host:
     return ""
   return (
@@ -171,14 +171,14 @@ def _trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
       "not tell here; set pds.PMP.device_bytes, or a policy such as \"all\".")
   free = memory.device_bytes - parts.device_bytes
   cautious = free - _ACTIVATIONS_MARGIN * parts.on_device["activations"]
-  # Two states at work and on their way are worth some risk, more are not.
+  # Room for two states, one at work and one on its way, is worth some risk; room for more is not.
   return solve_plan.choose_trajectory(
     parts.state, min(method.options.segment_steps, method.num_steps),
     max(cautious, min(free, 2 * parts.state)), max(0, memory.host_bytes - parts.on_host))
 
 
 def planned_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
-  """`resolve_trajectory`, or one state where not even that fits: the plan then shows the excess.
+  """`resolve_trajectory`, or 1 if not even one state fits: the plan then shows the excess.
 
   Whether the host's memory is enough is not asked.
   """

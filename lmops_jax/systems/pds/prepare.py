@@ -44,7 +44,7 @@ class Prepare:
   Attributes:
     corpus: the corpus to select from (`data.InstalledText`, `data.Jsonl`, ...).
     target: the trusted text whose loss is to fall; split by document into dev and test.
-    vocabulary: a vocabulary of module `data`: trained here, or an existing file.
+    vocabulary: one of the vocabularies of gin module `data`: trained here, or an existing file.
     length: tokens of an instance's input, `S`; `S + 1` are stored.
     target_test: text of the test part; None takes `test_fraction` of the target's documents.
     test_fraction: share of the target's documents that become the test part.
@@ -52,8 +52,8 @@ class Prepare:
     pack_target: pack the target like the corpus; False makes one instance of each document, as the
       paper does, so that every document counts once in J; what exceeds the length is cut, counted.
     num_held_out: instances at the corpus's end that are never selected (corpus loss).
-    max_target_instances: most instances of each target part; the rest is counted as unused.
-    seed: of the target's split.
+    max_target_instances: the most instances of each target part; the rest is counted as unused.
+    seed: seed of the target's split.
   """
 
   corpus: documents_lib.Corpus
@@ -200,7 +200,7 @@ def _pack(documents, vocabulary, config: Prepare, totals: Totals) -> Iterator[pa
 
 
 def _hold_back(instances, held_out, num: int, bar) -> Iterator[packing.Instance]:
-  """Passes all but the last `num` instances on and leaves those in `held_out`."""
+  """Passes on all but the last `num` instances, which it leaves in `held_out`."""
   for instance in instances:
     bar.update()
     held_out.append(instance)

@@ -1,4 +1,4 @@
-"""Stages `proxy` and `pretrain/<method>/seed<k>`: the same language-model training, other data.
+"""Stages `proxy` and `pretrain/<method>/seed<k>`: one language-model training on different data.
 
 The proxy is trained on the whole corpus, a final model on a selection; nothing else differs
 (PDS, section 5).

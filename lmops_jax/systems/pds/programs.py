@@ -39,7 +39,7 @@ def vocabulary_size(model_config: Any, vocabulary: Any) -> int:
   """V, before any text is read.
 
   Raises:
-    ConfigError: where it is not known yet.
+    ConfigError: if it is not known yet.
   """
   size = model_config.vocab_size or getattr(vocabulary, "vocab_size", None)
   if size is None:
@@ -54,7 +54,7 @@ def abstract_batch(partitioner: Partitioner, rows: int, length: int, *leading: i
   """A batch of language-model instances `[*leading, rows, length]`, the rows over the mesh.
 
   Raises:
-    ConfigError: when the mesh does not divide the rows.
+    ConfigError: if the mesh does not divide the rows.
   """
   if rows % partitioner.num_batch_shards:
     raise ConfigError(
@@ -109,7 +109,7 @@ def solve_programs(
   """The segments of `methods.PMP`'s solve, forward and reverse.
 
   Args:
-    num_target: instances in J where the method takes all.
+    num_target: instances of the target's dev part.
     trajectory: the policy, `"auto"` resolved.
   """
   model = language_models.language_model(proxy.model, vocab_size, length)
@@ -161,7 +161,7 @@ def solve_programs(
 
 
 def device_bytes(tree: Any) -> int:
-  """Of a tree of placed shapes, on one device."""
+  """Bytes of a tree of placed shapes, on one device."""
   def leaf(x):
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
     return math.prod(shape) * x.dtype.itemsize
@@ -169,7 +169,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def gathered_bytes(params: Any, partitioner: Partitioner) -> int:
-  """Of parameters that every device holds whole for a step; 0 where they are not split."""
+  """Bytes of the parameters that every device holds whole for a step; 0 if they are not split."""
   rows = partitioner.device_rows
   if rows is None or not partitioner.splits_params:
     return 0
@@ -192,7 +192,7 @@ def training_remedies(config: Any, partitioner: Partitioner) -> tuple[str, ...]:
 
 
 def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[str, ...]:
-  """The same of a solve."""
+  """Settings that lower the memory of a solve, the best first."""
   found = _less_gathering(partitioner)
   inner = method.options.micro_batch_size or method.batch_size
   if max(inner, method.micro_batch_size) > partitioner.num_batch_shards:

@@ -1,8 +1,8 @@
 """The order of perturbed scores, and the search for the n-th of very many in bounded memory.
 
-Larger score first, then smaller id. Scores are compared as integers of the same order (`keys`), so
-that a range of them can be cut into equal bins exactly. `Range` and its histograms, which add up
-whatever way a corpus is cut, find the threshold.
+Larger scores come first, then smaller ids. Scores are compared as integers of the same order
+(`keys`), so that a range of them can be cut into equal bins exactly. `Range` and its histograms,
+which add up however a corpus is cut, find the threshold.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def nth_largest(ids, keys, n) -> tuple[int, int]:
 
 
 def digest(ids, keys) -> int:
-  """Sum of a mixing of (id, key): does not depend on order, changes with any one value."""
+  """Sum of a hash of each (id, key): does not depend on order, changes with any one value."""
   mixed = (ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ keys
   mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
   return int(np.sum(mixed ^ (mixed >> np.uint64(29)), dtype=np.uint64))
@@ -76,7 +76,7 @@ class Range(NamedTuple):
     return ((self.high - self.low) >> self._shift) + 1
 
   def inside(self, ids, keys) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs in the range, and what `histogram` counts them by."""
+    """The ids and keys of the pairs in the range, and the digits that `histogram` counts."""
     if self.key is not None:
       inverted = np.uint64(LAST_ID) - ids.view(np.uint64)
       keep = (keys == np.uint64(self.key)) & (inverted >= self.low) & (inverted <= self.high)

@@ -33,7 +33,7 @@ class Report:
 
   Attributes:
     num_examples: best and worst instances shown for each method with scores.
-    excerpt_characters: of a shown instance.
+    excerpt_characters: the most characters of a shown instance.
   """
 
   num_examples: Count = 5
@@ -266,7 +266,7 @@ def _steps_text(step: float | None) -> str:
 
 
 def _compared(summary) -> tuple[str, dict, dict] | None:
-  """The first method that is not random, its results and random's."""
+  """The first method that is not the baseline, its results and the baseline's."""
   results = summary["methods"]
   others = [name for name in results if name != BASELINE]
   if BASELINE not in results or not others:
@@ -333,8 +333,8 @@ def table(summary: Mapping[str, Any]) -> str:
 def method_results(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
   """Curves by method, and the steps each needs to reach the random baseline's final loss.
 
-  `steps_to_match_random` compares runs of the same seed; None where the loss is never reached, and
-  for every method where no method is called "random".
+  `steps_to_match_random` compares runs of the same seed; it is None if the loss is never reached,
+  and for every method if no method is called "random".
   """
   by_method: dict[str, dict[int, list[dict[str, float]]]] = collections.defaultdict(dict)
   for row in evaluations:

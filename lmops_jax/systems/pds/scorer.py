@@ -2,7 +2,7 @@
 
 The scorer is the same transformer with mean pooling and a linear head, fitted to the standardised
 proxy scores by squared error; the parameters with the best validation Spearman are kept (PDS,
-section 3; spec section 3).
+section 3).
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class Scorer:
   Attributes:
     optimizer: an optax transformation.
     num_steps: optimizer steps.
-    batch_size: of the training.
+    batch_size: that of the training.
     eval_every: steps between two validations; the best by Spearman is kept.
     validation_fraction: share of the proxy set, drawn by `seed`, that is never trained on.
     clip: largest absolute standardised score.
     ranks: learn the normal quantiles of the scores' ranks instead of the scores.
     model: `models.TransformerConfig` of the trunk; None takes the proxy's.
-    vocabulary: an existing vocabulary of the scorer's own (`data.SentencePieceFile`, ...), to which
+    vocabulary: an existing vocabulary for the scorer (`data.SentencePieceFile`, ...), to which
       instances are converted; None takes the corpus's.
     from_proxy: start the trunk from the proxy's last parameters.
     init: a published model to start the trunk from, `@pretrained.load()`, instead of `model`; the
       scorer's vocabulary must be its own.
-    pooling: "mean", "last" or "first" position.
-    inference_batch_size: of the annotation.
+    pooling: "mean" over positions, or the "last" or "first" one.
+    inference_batch_size: batch size of the annotation.
     shard_size: instances of a score shard; an interrupted annotation resumes at a shard.
-    seed: of split, initialisation and order.
+    seed: seed of split, initialisation and order.
   """
 
   optimizer: optax.GradientTransformation
@@ -114,10 +114,10 @@ class View:
 
   Args:
     prepared: the finished stage `prepare`.
-    vocabulary: of a scorer with a vocabulary of its own; tokens are then converted.
+    vocabulary: that of a scorer with a vocabulary of its own; tokens are then converted.
 
   Raises:
-    ValueError: converted instances do not read like the originals.
+    ValueError: if converted instances do not read like the originals.
   """
 
   def __init__(self, prepared: prepare.Prepared, vocabulary=None):
@@ -278,9 +278,9 @@ class Annotator:
   """A fitted scorer over the instances of a corpus.
 
   Args:
-    view: of the corpus. fitted: folder of the stage `scorer`.
-    config: of the scorer. proxy: of the proxy.
-    partitioner: of the job.
+    view: the corpus as the scorer sees it. fitted: folder of the stage `scorer`.
+    config: the scorer's settings. proxy: the proxy's settings.
+    partitioner: that of the job.
     alone: score on this process's devices, whatever the job's other processes do.
   """
 
@@ -315,7 +315,7 @@ def annotate(
 ) -> None:
   """Scores every instance of the corpus, shard by shard; finished shards are not done again.
 
-  Of several processes each scores shards of its own on its own devices, and reads only them.
+  Of several processes each reads and scores shards of its own, on its own devices.
   """
   fitted = context.input(scorer_stage)
   view = annotated_view(context.input("prepare"), fitted)
@@ -346,7 +346,7 @@ def write_scores(
   Of several processes all compute the blocks, on their common devices, and the first one writes.
 
   Args:
-    ids: of all instances of the corpus, `[N] int64`.
+    ids: ids of all instances of the corpus, `[N] int64`.
   """
   waiting = np.zeros(0)
   shard = 0

@@ -21,7 +21,7 @@ class ProxyScores(NamedTuple):
   """Scores of the proxy set.
 
   Attributes:
-    indices: rows of the corpus, `[M] int64`, ascending. ids: of these instances, `[M] int64`.
+    indices: rows of the corpus, `[M] int64`, ascending. ids: the instances' ids, `[M] int64`.
     scores: `[C,M]`, a row a checkpoint.
   """
 
@@ -34,7 +34,7 @@ class Shard(NamedTuple):
   """Scores of consecutive instances of the corpus.
 
   Attributes:
-    start: index of the first one. ids: of all, `[n] int64`. scores: `[n] float32`.
+    start: index of the first one. ids: their ids, `[n] int64`. scores: `[n] float32`.
   """
 
   start: int
@@ -45,20 +45,20 @@ class Shard(NamedTuple):
 def standardize(
   scores: np.ndarray, *, clip: float | None = 3.0, ranks: bool = False
 ) -> np.ndarray:
-  """z-scores of the mean of each checkpoint's z-scores, clipped (PDS, section 3; spec 3).
+  """z-scores of the mean of each checkpoint's z-scores, clipped (PDS, section 3).
 
   Args:
     scores: `[C,M]` or `[M]`; a row a checkpoint. Rows are standardised before they are averaged
       because the length of the gradient, and so the scale of the scores, differs between them.
     clip: largest absolute value kept; None clips nothing.
-    ranks: put the normal quantile of its rank in place of each mean, so that no score is an
-      outlier and all but the order is forgotten; equal scores share their average rank.
+    ranks: replace each mean by the normal quantile of its rank, so that no score is an outlier and
+      only the order counts; equal scores share their average rank.
 
   Returns:
     `[M] float64` of mean 0 and standard deviation 1 before the clipping.
 
   Raises:
-    ValueError: scores are not finite, or all the same.
+    ValueError: if scores are not finite, or all the same.
   """
   rows = np.atleast_2d(np.asarray(scores, np.float64))
   if not np.isfinite(rows).all():
@@ -102,7 +102,7 @@ def save_shard(directory: Path, number: int, shard: Shard) -> None:
 
 
 def missing_shards(directory: Path, num: int) -> list[int]:
-  """Which of so many shards are not there as an interrupted attempt has written them."""
+  """Which of `num` shards an interrupted attempt has not left whole."""
   whole = seals.all_whole([shard_path(directory, shard)] for shard in range(num))
   return [shard for shard in range(num) if not whole[shard]]
 
@@ -119,7 +119,7 @@ def load_shard(directory: Path, number: int) -> Shard:
   """What `save_shard` wrote.
 
   Raises:
-    ValueError: a score is not finite, or the ids are missing.
+    ValueError: if a score is not finite, or the ids are missing.
   """
   path = shard_path(directory, number)
   with np.load(path) as arrays:
@@ -136,7 +136,8 @@ def read_shards(directory: Path, num_examples: int) -> Iterator[tuple[np.ndarray
   """Yields (ids, scores) shard by shard in corpus order.
 
   Raises:
-    ValueError: a shard is missing, out of order, not finite, or the count is not `num_examples`.
+    ValueError: if a shard is missing, out of order or not finite, or the count is not
+      `num_examples`.
   """
   for shard in in_order(directory, num_examples, functools.partial(load_shard, directory)):
     yield shard.ids, shard.scores
@@ -145,10 +146,10 @@ def read_shards(directory: Path, num_examples: int) -> Iterator[tuple[np.ndarray
 def in_order(
   directory: Path, num_examples: int, load: Callable[[int], Shard]
 ) -> Iterator[Shard]:
-  """Yields what `load(number)` gives of all shards, of which it looks at the start and the length.
+  """Yields `load(number)` of all shards, after a look at each one's start and length.
 
   Raises:
-    ValueError: a shard is missing or out of order, or the count is not `num_examples`.
+    ValueError: if a shard is missing or out of order, or the count is not `num_examples`.
   """
   next_index, number = 0, 0
   while next_index < num_examples:

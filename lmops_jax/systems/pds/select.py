@@ -2,8 +2,8 @@
 
 The shards are read a few times with flat memory, and once before that for their mean and deviation
 when scores are standardised. The noise is a function of (seed, instance id), so the selection
-depends on neither shard sizes nor their order, and the noise of an instance not on what else is in
-the corpus (PDS, section 3; spec 4).
+depends on neither shard sizes nor their order, and an instance's noise does not depend on the rest
+of the corpus (PDS, section 3).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lmops_jax.data.growing_arrays import growing
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import moments, parallel_selection, prepare, scores, selection
 
-# What is selected, a number an instance: its row in the corpus, ascending, and its id.
+# The selected instances: their rows in the corpus, ascending, and their ids, a number each.
 INDICES_FILE, IDS_FILE = "indices.npy", "ids.npy"
 FORMATS = tuple(name for name in export.FORMATS if name != "ids")  # ids are always written
 
@@ -36,11 +36,11 @@ class Select:
   Attributes:
     ratio: share of the corpus that is kept, in (0, 1].
     tau: scale of the Gumbel noise in standard deviations of the scores; 0: plain top-k.
-    seed: of the noise.
+    seed: seed of the noise.
     standardize: bring the corpus's scores to deviation 1 first, so that tau means the same for
       every method and every scorer. False takes a scorer's output as it is, as the paper does; a
       scorer whose best parameters come early predicts small deviations, which tau then drowns.
-    formats: further exports beside the indices and ids: "tfds", "jsonl", "parquet", "mmididx".
+    formats: exports beside the indices and ids: "tfds", "jsonl", "parquet", "mmididx".
   """
 
   ratio: Share = 0.4

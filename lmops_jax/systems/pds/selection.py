@@ -36,7 +36,7 @@ def gumbel_noise(seed: int, ids) -> np.ndarray:
     float64, shape of `ids`; identical bits on every platform.
 
   Raises:
-    ValueError: a seed out of range, ids that are not integers, or a negative id.
+    ValueError: for a seed out of range, ids that are not integers, or a negative id.
   """
   seed = _checked_seed(seed)
   ids = np.asarray(ids)
@@ -63,8 +63,8 @@ def num_selected(num_examples: int, *, ratio: float | None = None, k: int | None
   and 1 of 3 are kept although float products would give 28.999999999999996.
 
   Raises:
-    ValueError: not exactly one of `ratio` and `k`; a ratio outside (0, 1]; a count that is 0 or
-      larger than `num_examples`.
+    ValueError: for not exactly one of `ratio` and `k`, a ratio outside (0, 1], or a count that is 0
+      or larger than `num_examples`.
   """
   if isinstance(num_examples, bool) or not isinstance(num_examples, numbers.Integral):
     raise ValueError(f"num_examples={num_examples!r} is not an integer.")
@@ -107,14 +107,14 @@ def gumbel_top_k(
     ratio: share to keep, in (0, 1]; or
     k: number to keep, in [1, N].
     tau: noise scale in units of the scores, >= 0; 0 means no noise.
-    seed: of the noise, 0 <= seed < 2^64.
+    seed: seed of the noise, 0 <= seed < 2^64.
     ids: `[N]` distinct non-negative integers; 0..N-1 if not given.
 
   Returns:
     `[K] int64`, ascending. Equal perturbed scores go to the smaller id.
 
   Raises:
-    ValueError: any of the above does not hold.
+    ValueError: if any of the above does not hold.
   """
   scores = np.asarray(scores)
   count = num_selected(len(scores), ratio=ratio, k=k)
@@ -179,7 +179,7 @@ def _checked_seed(seed) -> int:
 
 
 def checked_noise(tau, seed) -> tuple[float, int]:
-  """Scale and seed of the noise, or a ValueError."""
+  """Scale and seed of the noise; raises ValueError if one is out of range."""
   tau = float(tau)
   if not 0 <= tau <= 1e300:
     raise ValueError(f"tau={tau} is not a finite noise scale >= 0 (0 means no noise).")

@@ -40,10 +40,10 @@ class Pipeline:
   Attributes:
     prepare, proxy, proxy_set, scorer, select, pretrain, evaluate, report: settings of the stages.
     methods: the ways to score, `[@pds.PMP(), @pds.Random(), ...]`, each with a name of its own.
-    seeds: of the final pre-training runs.
-    proxy_seed: of the proxy's initialisation and data order.
+    seeds: a seed for each of a method's final pre-training runs.
+    proxy_seed: seed of the proxy's initialisation and data order.
     engine: `beam.Engine`, which spreads preparing, annotating, selecting and exporting over
-      workers; None does them in this process. Results are the same, so a finished stage stays
+      workers; None does all in this process. Results are the same, so a finished stage stays
       finished when the engine changes.
   """
 
@@ -221,12 +221,12 @@ class Pipeline:
 
   @property
   def solves(self) -> list[methods.SolvingMethod]:
-    """Its methods that solve the control problem."""
+    """The methods that solve the control problem."""
     return [method for method in self.methods if isinstance(method, methods.SolvingMethod)]
 
   @property
   def proxy_methods(self) -> list[methods.ProxyMethod]:
-    """Its methods that score proxies, from which a scorer learns."""
+    """The methods that score proxies, from which a scorer learns."""
     return [method for method in self.methods if isinstance(method, methods.ProxyMethod)]
 
   def phases(self, partitioner, memory, *, num_target: int, num_corpus: int, platform: str):
@@ -249,7 +249,7 @@ class Pipeline:
       *found, programs.pretrain_program(self.pretrain, size, length, partitioner, "pretrain")]
 
   def _train_proxy(self, context, partitioner, seed: int) -> None:
-    """Trains the proxy, after all that prepared data can be too small for is checked."""
+    """Trains the proxy, once the prepared data are known to be large enough for every stage."""
     prepared = prepare.Prepared(context.input("prepare"))
     num_corpus, num_target = len(prepared.corpus), len(prepared.target_dev)
     told: dict[str, None] = {}

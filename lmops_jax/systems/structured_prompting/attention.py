@@ -1,7 +1,7 @@
 """Rescaled attention as one dense function, and logits of tokens behind groups.
 
 `rescaled_attention` is arXiv 2212.06713, equation 3, written out; models compute it through
-`models.cached_attention`, where a row's own keys get `ln(scale)` on their scores.
+`models.cached_attention`, which adds `ln(scale)` to the scores of a row's own keys.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def rescaled_attention(q, k_demo, v_demo, k_test, v_test, scale, demo_bias=None,
     `[h,t,dh]`; float32 softmax at least.
 
   Raises:
-    ValueError: a scale that is not finite and positive.
+    ValueError: for a scale that is not finite and positive.
   """
   if not (math.isfinite(scale) and scale > 0):
     raise ValueError(f"scale={scale} must be finite and positive.")
@@ -58,11 +58,11 @@ def structured_logits(model, params, prefix: Prefix, test_ids, test_mask=None) -
 
   Args:
     test_ids: `[B,t] int32`, without BOS, which the prefix holds.
-    test_mask: `[B,t] bool`, False for padding on either side, whose rows are meaningless but
+    test_mask: `[B,t] bool`, False for padding on either side, whose logits are meaningless but
       finite; None is all True.
 
   Raises:
-    ValueError: ids outside of the vocabulary, the prefix of another model, or positions beyond
+    ValueError: for ids outside the vocabulary, the prefix of another model, or positions beyond
       the model's tables.
   """
   test_ids = np.asarray(test_ids, np.int32)

@@ -1,9 +1,9 @@
-"""Demonstrations put together to groups: within a budget of tokens, aligned at their ends.
+"""Demonstrations put together into groups: within a budget of tokens, aligned at their ends.
 
-arXiv 2212.06713, section 2.1, and the two published scripts, whose rules differ: with a BOS token
-common to all groups those of the dense models (an open group may overflow by one demonstration and
-is cut on the left), without it those of BLOOM (the demonstration that does not fit ends its group).
-`even` is this library's: no demonstration is cut or left over.
+arXiv 2212.06713, section 2.1, and the two published scripts, whose rules differ. With a BOS token
+common to all groups the rules are those of the dense models (an open group may overflow by one
+demonstration and is cut on the left); without it they are BLOOM's (the demonstration that does not
+fit ends its group). `even` is this library's: no demonstration is cut or left over.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Groups(NamedTuple):
   Attributes:
     ids: `[M,W] int32`, each group at its row's end, 0 in front.
     mask: `[M,W] bool`, False for what is in front.
-    drawn: demonstrations looked at until the last group was complete.
-    used: demonstrations that stand in a group in full.
-    skipped: of those drawn, the ones longer than the budget.
+    drawn: number of demonstrations looked at until the last group was complete.
+    used: number of demonstrations that stand in a group in full.
+    skipped: number of those drawn that are longer than the budget.
   """
 
   ids: np.ndarray
@@ -40,7 +40,7 @@ class Groups(NamedTuple):
 
   @property
   def num_tokens(self) -> int:
-    """Of all groups together."""
+    """Tokens of all groups together."""
     return int(self.mask.sum())
 
 
@@ -57,18 +57,18 @@ def pack(
 
   Args:
     demos: token ids of each, separator included, in the order in which they are taken.
-    max_length: most tokens of a group, a BOS included.
-    strategy: "even", as few groups as hold all demonstrations, of like lengths; "truncate",
-      groups filled to the last token by cutting the oldest ones; "mask", whole demonstrations
-      while they fit; "space", as "mask", and shorter groups are filled in front with `space_id`,
-      which is seen. All but "even" drop the last, unfinished group if there are others.
+    max_length: the most tokens of a group, a BOS included.
+    strategy: "even", as few groups as hold all demonstrations, of similar lengths; "truncate",
+      groups filled to the last token by cutting the oldest demonstrations; "mask", whole
+      demonstrations while they fit; "space", as "mask", with shorter groups filled in front with
+      `space_id`, which is seen. All but "even" drop the last, unfinished group if there are others.
     chunk_num: groups to stop at, for "even" the least number; None takes all demonstrations.
-    bos_id: counted in `max_length`, where not None, and not returned.
+    bos_id: counted in `max_length` if not None, but not returned.
     space_id: token of one blank, for "space".
 
   Raises:
-    ValueError: an unknown strategy, a budget or `chunk_num` below 1, an empty demonstration, one
-      longer than the budget where the strategy cannot skip it, or fewer groups than `chunk_num`.
+    ValueError: for an unknown strategy, a budget or `chunk_num` below 1, an empty demonstration,
+      one longer than the budget if the strategy cannot skip it, or fewer groups than `chunk_num`.
   """
   if strategy not in STRATEGIES:
     raise ValueError(f"the strategy {strategy!r} is not one of {', '.join(STRATEGIES)}.")
@@ -109,9 +109,10 @@ def pack(
   return _arrays(groups, drawn, skipped, space_id if strategy == "space" else None)
 
 
-# Each returns the groups and the demonstration that completed the last of `chunk_num`, or None.
+# Each returns the groups and the index of the demonstration that completed the last of `chunk_num`,
+# or None.
 def _even(demos, budget, chunk_num):
-  """Runs of demonstrations: as few as fit, the longest as short as can be, the others like it."""
+  """Runs of demonstrations: as few as fit, the longest as short as possible, the others similar."""
   lengths = [len(demo) for demo in demos]
   count = min(len(demos), max(_runs_from(lengths, budget)[0], chunk_num or 1))
   low, high = max(lengths, default=0), budget
@@ -123,7 +124,7 @@ def _even(demos, budget, chunk_num):
   for i, demo in enumerate(demos):
     left = count - len(groups)
     full = groups and sum(map(len, groups[-1])) + len(demo) > low
-    # Whichever end is nearer to an equal share's, if the rest still fits.
+    # The run ends at whichever place is nearer to an equal share's end, if the rest still fits.
     ends = runs_from[i] <= left and done + len(demo) / 2 > total / count * len(groups)
     if not groups or full or (left and (ends or len(demos) - i <= left)):
       groups.append([])
@@ -145,7 +146,7 @@ def _runs_from(lengths, limit) -> list[int]:
 
 
 def _whole(demos, budget, chunk_num):
-  """Demonstrations while they fit."""
+  """Whole demonstrations while they fit."""
   groups, tokens, whole = [], [], 0
   for i, demo in enumerate(demos):
     if len(tokens) + len(demo) > budget:
@@ -158,7 +159,7 @@ def _whole(demos, budget, chunk_num):
 
 
 def _cut(demos, budget, chunk_num):
-  """What does not fit is appended, and the group's last tokens stay (the script for BLOOM)."""
+  """Appends the demonstration that does not fit; keeps the last tokens (the script for BLOOM)."""
   groups, tokens, lengths = [], [], []
   for i, demo in enumerate(demos):
     tokens, lengths = tokens + demo, [*lengths, len(demo)]
@@ -171,7 +172,7 @@ def _cut(demos, budget, chunk_num):
 
 
 def _overflowing(demos, budget, chunk_num):
-  """An open group takes one more while it is not above the budget (the dense models' script)."""
+  """An open group takes a further one while it is within the budget (the dense models' script)."""
   groups, tokens, lengths = [], [], []
   for i, demo in enumerate(demos):
     if len(tokens) > budget:

@@ -29,18 +29,18 @@ class Prompting:
   """How demonstrations and rows are put before the model.
 
   Attributes:
-    strategy: of `grouping.STRATEGIES`.
-    group_tokens: most tokens of a group, BOS included; None is what the model's positions leave
+    strategy: one of `grouping.STRATEGIES`.
+    group_tokens: the most tokens of a group, BOS included; None is what the model's positions leave
       beside the longest row, which also bounds a larger number.
-    separator: text behind each demonstration, or "eos" for the end token (the published one where
-      groups have a common BOS).
-    bos: groups and rows have a common BOS; None: where the tokenizer puts one in front of texts.
-    scale: what a row's own tokens weigh; None is the number of groups.
-    balanced: demonstrations with as many of each label.
-    normalisation: of options' scores, see `in_context.evaluate`; "auto" is the papers'.
+    separator: text behind each demonstration, or "eos" for the end token (the published separator
+      if groups have a common BOS).
+    bos: whether groups and rows have a common BOS; None: if the tokenizer puts one before texts.
+    scale: the weight of a row's own tokens; None is the number of groups.
+    balanced: take equally many demonstrations of each label.
+    normalisation: that of options' scores, see `in_context.evaluate`; "auto" is the papers'.
     spread: leave the groups spread over the mesh's data axis.
-    batch_tokens: most token positions of a batch of rows.
-    max_new_tokens, num_beams, length_penalty: of open answers.
+    batch_tokens: the most token positions of a batch of rows.
+    max_new_tokens, num_beams, length_penalty: settings of the search for open answers.
 
   Raises:
     ValueError: for values out of range.
@@ -67,10 +67,10 @@ class Measured(NamedTuple):
   Attributes:
     metric: accuracy, or exact match or F1 of open answers, between 0 and 1.
     predictions: `[N]`, indices of options or texts.
-    num_groups, num_tokens, drawn, used, skipped: of the demonstrations, see `grouping.Groups`.
+    num_groups, num_tokens, drawn, used, skipped: as in `grouping.Groups`.
     window: tokens of the longest group.
-    read_seconds, rows_seconds: for the groups, and for all rows; compilation included.
-    cache_bytes: of the groups' keys and values.
+    read_seconds, rows_seconds: time for the groups and for all rows, compilation included.
+    cache_bytes: bytes of the groups' keys and values.
   """
 
   metric: float
@@ -121,11 +121,11 @@ class Prompter:
 
   @property
   def config(self):
-    """Of the model."""
+    """The model's configuration."""
     return self._model.config
 
   def demonstrations(self, examples: Sequence[Example]) -> list[list[int]]:
-    """Token ids of each, tokenised on its own, with the separator behind."""
+    """Token ids of each example, tokenised on its own, with the separator behind."""
     if self.prompting.separator == EOS:
       end = [self._tokenizer.eos_id]
       return [self._encoder.encode(example.demonstration) + end for example in examples]
@@ -134,10 +134,10 @@ class Prompter:
       for example in examples]
 
   def budget(self, rows: Sequence[Example]) -> int:
-    """Most tokens of a group, BOS included, so that every row fits behind it.
+    """The most tokens of a group, BOS included, with which every row fits behind it.
 
     Raises:
-      ValueError: naming the longest row, where it leaves no room.
+      ValueError: if the longest row leaves no room; it names the row.
     """
     lengths = [self._length(row) for row in rows]
     longest = int(np.argmax(lengths))
@@ -165,7 +165,7 @@ class Prompter:
 
   def read(
     self, groups: grouping.Groups, progress: Callable[[int], None] | None = None) -> Prefix:
-    """The groups as what stands in front of every row; `progress` as in `prefixes.read_groups`."""
+    """The groups as the prefix of every row; `progress` as in `prefixes.read_groups`."""
     prompting = self.prompting
     return prefixes.read_groups(
       self._model, self.scorer.params, groups.ids, groups.mask, bos_id=self.bos_id,
@@ -179,14 +179,14 @@ class Prompter:
     """Reads the demonstrations and answers all rows.
 
     Args:
-      task: what the rows belong to.
-      rows: to answer, at least one.
-      demos: of `demonstrations`; none for zero-shot.
-      budget: of `budget`; None without demonstrations.
+      task: the task that the rows belong to.
+      rows: the rows to answer, at least one.
+      demos: from `demonstrations`; none for zero-shot.
+      budget: from `budget`; None without demonstrations.
       progress: takes a total and its unit ("groups", then "rows"); None shows nothing.
 
     Raises:
-      ValueError: no rows, equal label tokens, or what `grouping.pack` and `prefixes` refuse.
+      ValueError: for no rows, equal label tokens, or what `grouping.pack` and `prefixes` refuse.
     """
     if not rows:
       raise ValueError(f"the task {task.name} has no rows to evaluate on.")
@@ -242,7 +242,7 @@ class Prompter:
     return sum(len(r.context) + sum(map(len, r.options)) for r in requests)
 
   def _length(self, row: Example) -> int:
-    """Positions that a row takes, one to spare with them: its last token is not read."""
+    """Positions that a row takes, and one to spare: its last token is not read."""
     if not row.options:
       return self.num_row_tokens(row)
     requests = in_context.requests_of(self._encoder, row)

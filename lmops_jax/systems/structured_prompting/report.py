@@ -23,7 +23,7 @@ class Report:
   """What the report shows.
 
   Attributes:
-    log_counts: a logarithmic axis of demonstrations, zero-shot drawn at 1.
+    log_counts: make the axis of demonstrations logarithmic, with zero-shot drawn at 1.
   """
 
   log_counts: bool = True
@@ -37,8 +37,8 @@ def run(
 
   Args:
     evaluated: task, seed and stage of each evaluation.
-    stages: all that count as cost.
-    model: what was prompted.
+    stages: all stages that count as cost.
+    model: name of the model that was prompted.
   """
   records: dict[str, dict[int, dict[Any, dict[str, Any]]]] = {}  # task, seed, count
   for task, seed, stage in evaluated:
@@ -66,7 +66,7 @@ def run(
 
 
 def _summary(task: Task, of_seeds) -> dict[str, Any]:
-  """A row for each count; the window's differs by seed."""
+  """A row for each count; that of the window differs by seed."""
   rows = []
   for key in next(iter(of_seeds.values())):
     found = [records[key] for records in of_seeds.values()]

@@ -1,8 +1,8 @@
-"""Demonstrations by their likeness to what is asked, dealt to groups so that each has near ones.
+"""Demonstrations by likeness to the rows asked, dealt to groups so that each has near ones.
 
-Not in the paper, whose demonstrations are random. Likeness is the cosine of TF-IDF vectors of the
-prompts. Rows are put into clusters, each of which shares its demonstrations, so that a prefix is
-read once a cluster.
+This is not in the paper, whose demonstrations are random. Likeness is the cosine of TF-IDF vectors
+of the prompts. The rows of a cluster share their demonstrations, so that a prefix is read once a
+cluster.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Retrieval:
   """Nearest demonstrations instead of random ones.
 
   Attributes:
-    clusters: of rows; None gives every row demonstrations of its own.
+    clusters: number of clusters of rows; None gives every row demonstrations of its own.
 
   Raises:
     ValueError: for less than one cluster.
@@ -44,7 +44,7 @@ class Retrieval:
   clusters: PositiveInt | None = 8
 
   def shares(self, rows: Sequence[Example], pool: Sequence[Example], count: int) -> list[Share]:
-    """Each cluster's rows with the `count` most alike demonstrations; equals by their place."""
+    """Each cluster's rows with their `count` most alike demonstrations; ties go by place."""
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
@@ -66,5 +66,5 @@ class Retrieval:
 
 
 def dealt(ranked: Sequence[int], num_groups: int) -> list[int]:
-  """Ranked demonstrations in an order whose equal parts each hold near ones, the nearest last."""
+  """Ranked demonstrations, ordered so that each of equal parts holds near ones, nearest last."""
   return [index for group in range(num_groups) for index in ranked[group::num_groups][::-1]]

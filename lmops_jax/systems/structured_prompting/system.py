@@ -1,4 +1,4 @@
-"""Structured prompting as stages: the model where none is at hand, task, prompt by seed, report."""
+"""Structured prompting as stages: the model if none is at hand, task, prompt by seed, report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lmops_jax.systems.structured_prompting.prompting import Prompter, Prompting
 from lmops_jax.systems.structured_prompting.retrieval import Retrieval, dealt
 
 WINDOW = "window"
-_WINDOW_POOL = 4096  # demonstrations that no window holds
+_WINDOW_POOL = 4096  # more demonstrations than any window holds
 RECORDS_FILE = "records.json"
 
 
@@ -36,15 +36,15 @@ class Pipeline:
   """Accuracy and cost of a model on a task, against the number of demonstrations.
 
   Attributes:
-    model: `@pretrained.choose()`, what is prompted.
+    model: `@pretrained.choose()`, the model that is prompted.
     tasks: `[@tasks.choose()]`, each with a name of its own.
-    prompting: how.
+    prompting: how demonstrations and rows are put before the model.
     report: settings of that stage.
     retrieval: `@structured_prompting.Retrieval()` for the most alike demonstrations; None takes
       random ones.
     counts: numbers of demonstrations; "window" is as many as fit into the model's positions, which
-      is ordinary prompting's limit. As many as fit are prompted as ordinarily, more in groups.
-    seeds: of the demonstrations and their order.
+      is ordinary prompting's limit. Up to that many are prompted ordinarily, more in groups.
+    seeds: seeds of the demonstrations and their order.
 
   Raises:
     ValueError: for values out of range, or a model that is no decoder.
@@ -87,7 +87,7 @@ class Pipeline:
     readings = [checked(task.stage(f"tasks[{i}]"), check) for i, task in enumerate(self.tasks)]
     of_model = self.model.stages("model", partitioner)
     before = tuple(stage.name for stage in of_model)
-    stages = [*readings, *of_model]  # what the tasks are too small for is told first
+    stages = [*readings, *of_model]  # tasks first: if one is too small, that is told before
     evaluated = []
     for task, read in zip(self.tasks, [stage.name for stage in readings], strict=True):
       for seed in self.seeds:
@@ -124,7 +124,7 @@ class Pipeline:
       budget = prompter.budget(rows)
       some = prompter.demonstrations(draw(min(len(pool), _WINDOW_POOL)))
       limit = prompter.in_one_window(some, budget)
-      # Fewer are the first of these, or, balanced, in an order of their own.
+      # A smaller draw is the first of these, but a balanced one has an order of its own.
       while self.prompting.balanced and limit and prompter.in_one_window(
           prompter.demonstrations(draw(limit)), budget) < limit:
         limit -= 1
@@ -141,7 +141,7 @@ class Pipeline:
   def _measure(
     self, context, prompter, task, rows, pool, draw, count, budget
   ) -> dict[str, Any]:
-    """What one number of demonstrations gives."""
+    """The record of one number of demonstrations."""
     if self.retrieval is None or not count:
       parts = [(rows, prompter.demonstrations(draw(count)))]
     else:
@@ -186,8 +186,8 @@ class Pipeline:
 def _parts(task: Task, counts, seed: int, balanced: bool):
   """Rows to draw from, and rows to evaluate on, the same for all counts.
 
-  Without rows of their own, demonstrations come from those of the task: as many as the largest
-  count, and for a window half of them.
+  If the task has no rows for demonstrations, they come from those to evaluate on: as many as the
+  largest count, and half of the rows for a window.
   """
   task.require_text()
   most = max((count for count in counts if count != WINDOW), default=0)
@@ -213,7 +213,7 @@ def _parts(task: Task, counts, seed: int, balanced: bool):
 
 
 def _balanced_count(rows: Sequence[Example]) -> int:
-  """As many as the rarest label allows."""
+  """As many rows, equally many of each label, as the rarest label allows."""
   labels = collections.Counter(row.label for row in rows)
   return min(labels.values()) * len(labels)
 
@@ -223,7 +223,7 @@ def _unfinished(path: Path) -> list[dict[str, Any]]:
 
 
 def _operations(prompter, measured, rows) -> tuple[float, float, float]:
-  """Of reading the groups, of reading them as one text, and of all rows: products and attention."""
+  """Operations of reading the groups, of reading them as one text, and of all rows."""
   config = prompter.config
   groups = max(measured.num_groups, 1)
   each = measured.num_tokens / groups

@@ -1,4 +1,4 @@
-"""Captions and questions in the JSON files that COCO, Flickr30k, VQAv2 and VizWiz come in."""
+"""Captions and questions in the JSON files of COCO, Flickr30k, VQAv2 and VizWiz."""
 
 from __future__ import annotations
 
@@ -104,6 +104,6 @@ def vizwiz(source: Source) -> Iterator[Example | None]:
 
 
 def _commonest_last(answers: Sequence[str]) -> list[str]:
-  """In an order in which a demonstration, which shows the last, shows what most people said."""
+  """The answers by rising frequency: a demonstration shows the last, which most people gave."""
   counts = collections.Counter(answers)
   return sorted(answers, key=lambda answer: (counts[answer], answer))

@@ -27,11 +27,11 @@ class PictureTaskChoice:
     data: folder of a named task's data.
     pictures: folder that its annotations' paths start from; None is `data`.
     template: index of a named task's prompt.
-    split: to evaluate on; None is the paper's.
-    num_rows: rows to evaluate on at most, chosen by (rows_seed, id); None is all of them. When
-      there is no other part, those not chosen are drawn from.
-    rows_seed: of that choice, the same for all seeds of a study.
-    label: in reports; None is the task's name.
+    split: the split to evaluate on; None is the paper's.
+    num_rows: the most rows to evaluate on, chosen by (rows_seed, id); None is all of them. If there
+      is no other part, demonstrations are drawn from the rows not chosen.
+    rows_seed: seed of that choice, the same for all seeds of a study.
+    label: the name in stages and reports; None is the task's name.
 
   Raises:
     ValueError: for a named task without a folder, a file with one, or values out of range.
@@ -73,12 +73,12 @@ class PictureTaskChoice:
 
   @property
   def name(self) -> str:
-    """In stages and reports."""
+    """The name in stages and reports."""
     of_file = printable(Path(self.task).name.split(".")[0])
     return self.label or (of_file if self.is_file else self.task)
 
   def fingerprint(self) -> str:
-    """What the annotations hold, and which pictures there are if folders tell the classes."""
+    """A hash of the annotations, and of the pictures' names if folders tell the classes."""
     if self.is_file:
       return digest([read_bytes(Path(self.task).expanduser())])
     folder = Path(self.data).expanduser()
@@ -99,7 +99,7 @@ class PictureTaskChoice:
     """The rows.
 
     Raises:
-      ValueError: see `picture_task` and `picture_rows_task`.
+      ValueError: as `picture_task` and `picture_rows_task` do.
     """
     if self.is_file:
       whole = named.picture_rows_task(self.task)

@@ -13,7 +13,7 @@ from lmops_jax.host.foreign_files import is_there, printable, read_text
 SENTIMENTS = ("negative", "positive")
 NO_YES = ("no", "yes")
 _MAPPING = "LOC_synset_mapping.txt"
-# Kosmos-1's three pairs, with what the paper says of each.
+# Kosmos-1's three pairs, with the paper's description of each animal.
 LOOK_ALIKES: dict[str, dict[str, str]] = {
   "woodpecker": {
     "three toed woodpecker":
@@ -72,13 +72,13 @@ def imagenet(source: Source) -> Iterator[Example | None]:
 
 
 def class_names(source: Source) -> dict[str, str]:
-  """The name of each class by its folder's; different classes may have one name ("crane").
+  """The name of each class by its folder's name; classes may share one ("crane").
 
-  It is the first one behind it in `LOC_synset_mapping.txt` ("n01440764 tench, Tinca tinca"), or
-  without that file the folder's own, with blanks for underscores.
+  It is the first name behind the folder's in `LOC_synset_mapping.txt` ("n01440764 tench, Tinca
+  tinca"), or without that file the folder's own, with blanks for underscores.
 
   Raises:
-    ValueError: a line of the mapping without a name.
+    ValueError: for a line of the mapping without a name.
   """
   path = source.folder / _MAPPING
   if not is_there(path):

@@ -1,4 +1,4 @@
-"""Named tasks with pictures, read from the folders that their data come in."""
+"""Named tasks with pictures, read from the folders of their data sets."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def picture_task(
   Pictures stay paths; nothing opens them here, but the first is looked for.
 
   Args:
-    name: of the task.
-    data: folder as its data set comes.
+    name: the task's.
+    data: the folder of its data set, as that is distributed.
     pictures: folder that its annotations' paths start from; None is `data`.
     template: index of the prompt.
-    split: to evaluate on; None: the paper's.
+    split: the split to evaluate on; None: the paper's.
     limit: rows to take from the beginning of that split.
 
   Returns:
-    The task. `train` is empty when there is one split only, when `split` is the train split, or
-    when the data has none.
+    The task. `train` is empty if there is only one split, if `split` is the train split, or if the
+    data has none.
 
   Raises:
-    ValueError: no such task, template, folder, file or picture, or a row that is not as the data
-      set's are.
+    ValueError: if there is no such task, template, folder, file or picture, or a row does not have
+      the data set's form.
   """
   check_picture_task(name, data, pictures, template)
   _check_limit(limit)
@@ -61,13 +61,13 @@ def picture_rows_task(
   """A task from JSON lines of the user's own; see `items.own_rows` for their fields.
 
   Args:
-    path: of the file; pictures' paths start from its folder.
-    metric: see `Task`; None: "accuracy" if rows have options, else "exact_match".
+    path: the file; pictures' paths start from its folder.
+    metric: see `Task`; None: "accuracy" if rows have options, otherwise "exact_match".
     limit: rows to take from the beginning.
     train: file to draw demonstrations from; None: the rows themselves.
 
   Raises:
-    ValueError: naming file and line, for a row with other fields or another number of pictures.
+    ValueError: for a row with other fields or another number of pictures; it names file and line.
   """
   _check_limit(limit)
 
@@ -122,7 +122,7 @@ def _kept(
 
 
 def _checked(task: Task) -> Task:
-  """The task, once its first picture is seen to be there."""
+  """The task; raises ValueError if its first picture is not there."""
   rows = itertools.chain(task.rows[:1], task.train[:1])
   for path in (path for row in rows for path in (*row.images, *row.option_images)):
     if not is_there(Path(path)):

@@ -19,14 +19,14 @@ class PictureEntry(NamedTuple):
   """A named task with pictures.
 
   Attributes:
-    read: makes rows of a folder.
+    read: makes the rows from a folder.
     metric: see `Task`.
     source: what the folder holds, for people.
-    files: patterns of all files in the folder that tell the rows; of pictures the names.
+    files: patterns of all files in the folder that decide the rows; of pictures only the names.
     templates: prompts by index, the first one the paper's.
-    rows, train: splits to evaluate on and to draw from; train "": drawn from the others.
-    words: of the labels, if all rows share them.
-    names: of all classes, by anything, if an open answer is one of them.
+    rows, train: splits to evaluate on and to draw from; train "": draw from the other rows.
+    words: the labels' words, if all rows share them.
+    names: makes a mapping whose values name all classes, if an open answer is one of these.
   """
 
   read: Callable[[Source], Iterator[Example | None]]
@@ -67,7 +67,7 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   "websrc": PictureEntry(
     web_pages.websrc, "f1", "CSV by site, HTML, screenshots",
     ("dataset_split*.json", "*/*/dataset.csv"), (
-      f"{IMAGE} {prompts.WEB_PAGE}",  # then: text alone, picture alone
+      f"{IMAGE} {prompts.WEB_PAGE}",  # picture and text; then text alone, picture alone
       prompts.WEB_PAGE, f"{IMAGE} {prompts.WEB_PAGE.replace('Context: {text} ', '')}",
     ), "dev", "train",
   ),
@@ -91,7 +91,7 @@ def picture_entry(name: str) -> PictureEntry:
   """The named task with pictures.
 
   Raises:
-    ValueError: there is none; names the nearest and all.
+    ValueError: if there is none; it names the nearest and all.
   """
   if name not in PICTURE_ENTRIES:
     raise ValueError(

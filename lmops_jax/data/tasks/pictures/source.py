@@ -16,18 +16,18 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 class NotThere(ValueError):
-  """The folder has no such part; rows to draw demonstrations from may be missing."""
+  """The folder has no such part; for rows to draw demonstrations from this is no error."""
 
 
 class Source(NamedTuple):
   """What a reader reads.
 
   Attributes:
-    name: of the task.
-    folder: with the annotations; of some tasks a file.
+    name: the task's.
+    folder: folder with the annotations; for some tasks a file.
     pictures: folder that the annotations' paths of pictures start from.
-    split: which part.
-    prompt: with fields of a row in braces, and `<image>` for its pictures.
+    split: the part to read.
+    prompt: text with fields of a row in braces, and `<image>` for its pictures.
   """
 
   name: str
@@ -43,8 +43,8 @@ class Source(NamedTuple):
     """A row, or None for one that cannot be evaluated on.
 
     Args:
-      key: what the row is called within the data; its id comes from it.
-      pictures, option_pictures: paths from `pictures` of the source.
+      key: the row's name within the data, from which its id comes.
+      pictures, option_pictures: paths relative to `pictures` of the source.
     """
     found = Example(
       document_id(f"{self.name}:{key}"), prompt, tuple(options), label,
@@ -54,11 +54,11 @@ class Source(NamedTuple):
     return None if problem_of(found) else found
 
   def file(self, *patterns: str) -> Path:
-    """The one file of the folder that fits the first of the patterns that any does.
+    """The one file in the folder that fits the first pattern with any fitting file.
 
     Raises:
-      NotThere: none fits any.
-      ValueError: several fit one.
+      NotThere: if no file fits any pattern.
+      ValueError: if several fit that pattern.
     """
     for pattern in patterns:
       fitting = sorted(self.folder.glob(pattern))
@@ -80,7 +80,7 @@ class Source(NamedTuple):
     """The first of some sub-folders that is there.
 
     Raises:
-      NotThere: none is.
+      NotThere: if none is.
     """
     found = next((path for name in names if (path := self.folder / name).is_dir()), None)
     if found is None:

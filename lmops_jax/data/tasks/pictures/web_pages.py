@@ -15,12 +15,12 @@ from lmops_jax.data.tasks.task import Example
 from lmops_jax.host.foreign_files import checked, printable, read_json, read_text
 
 _FIELDS = ("question", "id", "answer")
-_ROW_DIGITS = 5  # of an id, behind domain and page: "bo010000100007"
+_ROW_DIGITS = 5  # digits of the row in an id, behind domain and page: "bo010000100007"
 _UNSEEN = frozenset(["script", "style", "noscript", "head", "template"])
 
 
 def websrc(source: Source) -> Iterator[Example | None]:
-  """Rows of `DOMAIN/SITE/dataset.csv`, with pages in `processed_data`, by `dataset_split.json`."""
+  """Rows of `DOMAIN/SITE/dataset.csv`, pages in `processed_data`, sites by `dataset_split.json`."""
   path = source.file("dataset_split.json", "dataset_split_release.json")
   splits = checked(dict[str, list[str]], read_json(path), path)
   held_out = {site for name, sites in splits.items() if name != "train" for site in sites}
@@ -56,7 +56,7 @@ def page_text(path: Path) -> str:
   """The words of a page in the order of its source, without scripts and styles.
 
   Raises:
-    ValueError: no such page.
+    ValueError: if there is no such page.
   """
   reader = _Words()
   reader.feed(read_text(path))
@@ -65,7 +65,7 @@ def page_text(path: Path) -> str:
 
 
 class _Words(html.parser.HTMLParser):
-  """Collects text outside of what a browser does not show."""
+  """Collects the text that a browser shows."""
 
   def __init__(self):
     super().__init__(convert_charrefs=True)

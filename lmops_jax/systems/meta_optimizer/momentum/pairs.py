@@ -42,12 +42,12 @@ from lmops_jax.training import language_models, losses
 @component(module="momentum")
 @dataclasses.dataclass(frozen=True)
 class Training(LanguageTraining):
-  """What both models of a pair share; `model` has no momentum."""
+  """The training that both models of a pair share; its `model` has no momentum."""
 
   setting: ClassVar[str] = "momentum.Training"
 
   def arm(self, eta: float | None) -> Training:
-    """The training of the model with this decay, None for the one without momentum."""
+    """The training of the model with decay `eta`; None for the one without momentum."""
     return dataclasses.replace(self, model=dataclasses.replace(self.model, momentum=eta))
 
 
@@ -57,12 +57,12 @@ class Evaluate:
   """What the trained models are measured on.
 
   Attributes:
-    batch_size: instances of the training length in a batch; shorter ones in proportion more.
+    batch_size: instances of the training length in a batch; of shorter ones proportionally more.
     num_train: training instances for the perplexity on seen text.
     task: `@tasks.choose()`; None leaves in-context accuracy out.
     shots: numbers of demonstrations.
     draws: seeds of the demonstrations.
-    normalisation: of option scores, see `evaluation.in_context`.
+    normalisation: that of the options' scores, see `evaluation.in_context`.
   """
 
   batch_size: PositiveInt = 32
@@ -81,7 +81,7 @@ class Pairs:
   Attributes:
     eta: decay of the momentum, in (0, 1). The paper gives none.
     texts, training, evaluate: settings of the stages.
-    seeds: of initialisation and data order.
+    seeds: seeds of initialisation and data order, a pair of models for each.
   """
 
   eta: Part
@@ -102,7 +102,7 @@ class Pairs:
     language_models.check_length(self.training.model, self.texts.length)
 
   def arms(self) -> dict[str, float | None]:
-    """Name to decay."""
+    """Each model's name to its decay."""
     return {VANILLA: None, MOMENTUM: self.eta}
 
   def stages(self, partitioner) -> list[skeleton.Stage]:
@@ -202,7 +202,7 @@ class Pairs:
 
 
 def _token_weighted(batch: dict[str, np.ndarray], size: int):
-  """Batches whose rows weigh as many tokens as count in them."""
+  """Batches whose rows have weights in proportion to their counted tokens."""
   counted = batch["loss_mask"].sum(axis=1)
   kept = counted > 0
   batch = {name: value[kept] for name, value in batch.items()}

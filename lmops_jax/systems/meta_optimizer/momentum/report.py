@@ -31,9 +31,9 @@ def run(
   Args:
     runs: (arm, seed) to the names of its stages train and evaluate.
     stages: all stages before this one.
-    eta: of the arm momentum.
-    seeds: in order.
-    lengths: of the validation instances.
+    eta: decay of the arm momentum.
+    seeds: the seeds, in order.
+    lengths: lengths of the validation instances.
   """
   results = {
     key: json.loads((context.input(evaluate) / RESULTS_FILE).read_text())
@@ -90,7 +90,7 @@ def _accuracies(results, seeds) -> dict[str, Any]:
 
 
 def _difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-  """Of paired values: by seed, the mean, and its t interval (None for one seed)."""
+  """Differences of paired values: by seed, their mean, and its t interval (None for one seed)."""
   values = [a - b for a, b in zip(ours, theirs, strict=True)]
   mean, half = mean_and_half_width(values, _LEVEL)
   return {"values": values, "mean": mean,

@@ -1,8 +1,8 @@
 """Stage `texts`: a corpus as packed instances, and unseen text packed at several lengths.
 
 Documents are split by a hash of (seed, id), so the same ones stay unseen in every run. The corpus
-is read twice, for the vocabulary with the validation part and for the instances; memory does not
-grow with it.
+is read twice, first for the vocabulary and the validation part, then for the training instances;
+memory does not grow with it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ class Texts:
   """What text to use and how to cut it.
 
   Attributes:
-    corpus: a corpus of module `data` (`data.InstalledText`, `data.Jsonl`, ...).
-    vocabulary: a vocabulary of module `data`: trained here, or an existing file.
+    corpus: a corpus of gin module `data` (`data.InstalledText`, `data.Jsonl`, ...).
+    vocabulary: a vocabulary of gin module `data`: trained here, or an existing file.
     length: tokens of a training instance, a multiple of 4; validation is packed at a quarter, a
       half and all of it.
     validation_fraction: share of the documents that are never trained on.
-    validation_bytes: most text of the validation part; further documents of it go unused, counted.
-    seed: of the split.
+    validation_bytes: the most text of the validation part; its other documents are counted and not
+      used.
+    seed: seed of the split.
   """
 
   corpus: Corpus
@@ -49,13 +50,13 @@ class Texts:
   seed: Seed = 0
 
   def lengths(self) -> tuple[int, ...]:
-    """Of the validation instances, ascending."""
+    """Lengths of the validation instances, ascending."""
     return self.length // 4, self.length // 2, self.length
 
 
 def is_unseen(document: Document, fraction: float, seed: int) -> bool:
   """Whether a document belongs to the share that is never trained on."""
-  # Hashed twice: a corpus that takes a part of its documents takes those with the smallest key.
+  # Hashed twice, since a corpus cut to a part of its documents keeps those with the smallest keys.
   return order_key(order_key(document.id, seed), seed) < fraction * 2.0**64
 
 

@@ -1,4 +1,4 @@
-"""The ways to score data: PDS and what it is compared with (PDS, section 3; spec section 7).
+"""The ways to score data: PDS and what it is compared with (PDS, section 3).
 
 Two kinds of method. A *proxy method* scores a small random proxy set by gradients; a scorer then
 learns those scores and annotates the corpus. A *corpus method* scores every instance directly. All

@@ -64,8 +64,8 @@ class Bench:
     """Places any number of rows, filled up with repeats of the first so that the mesh divides them.
 
     Args:
-      rows: the same in every process of the job.
-      micro_batch_size: most rows to work on at a time.
+      rows: the rows, the same in every process of the job.
+      micro_batch_size: the most rows to work on at a time.
 
     Returns:
       The placed rows, whose number is a multiple of the micro-batch size, and that size: at most
@@ -121,7 +121,7 @@ class Bench:
     """Refuses, before anything is placed or compiled, sizes that the data or the mesh cannot give.
 
     Raises:
-      ValueError: naming the macro of the PDS gin files to change.
+      ValueError: if one does not fit; it names the macro of the PDS gin files to change.
     """
     check_sizes(
       method, self.proxy_set, num_corpus=len(self.corpus), num_target=len(self.prepared.target_dev),
@@ -129,19 +129,19 @@ class Bench:
     )
 
   def divided(self, values: np.ndarray, params, divide_by: str | None) -> np.ndarray:
-    """Proxy scores `[M]` over what `divide_by` names, so that size alone does not make a score.
+    """Proxy scores `[M]` divided by what `divide_by` names, so that size alone makes no score.
 
     Args:
       values: scores of the proxies.
-      params: where the gradients are taken.
+      params: the point at which the gradients are taken.
       divide_by: "gradient_norm" (the score becomes a cosine, up to a common factor),
-        "sqrt_length" of the positions that count, or None.
+        "sqrt_length" (the root of the number of positions that count), or None.
     """
     if divide_by is None:
       return values
     if divide_by == "sqrt_length":
       return values / np.sqrt(self.proxies["loss_mask"].sum(axis=1))
-    # One example at a time, which no mesh splits: every device takes all of them.
+    # Norms are taken one example at a time, which no mesh splits: every device takes all examples.
     rows = {k: v for k, v in self.proxies.items() if k not in meshes.HOST_FIELDS}
     norms = processes.fetch(gradient_norms(self.example_losses, params, rows))
     self.add_flops(len(values) * self.corpus.length, 3)

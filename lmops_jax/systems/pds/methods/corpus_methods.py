@@ -70,7 +70,7 @@ class Perplexity:
 @component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class DSIR:
-  """Importance weights of hashed n-grams, target against raw (spec section 7).
+  """Importance weights of hashed n-grams, target against raw (see `dsir`).
 
   Attributes:
     num_raw: corpus instances that estimate the raw distribution, drawn by `seed`.

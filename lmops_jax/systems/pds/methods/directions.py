@@ -42,7 +42,7 @@ class _DirectionMethod(abc.ABC):
   divide_by: Literal[DIVISORS] | None = None
 
   def needs_forward_mode(self) -> bool:
-    """It differentiates the proxy's losses along the direction."""
+    """True: it differentiates the proxy's losses along the direction."""
     return True
 
   @abc.abstractmethod
@@ -93,7 +93,7 @@ class InfluenceScores(_DirectionMethod):
     damping: added to the Hessian's diagonal; None: a hundredth of its mean eigenvalue.
     solver: "lissa" or "cg". The matrix is so ill-conditioned with a small damping that conjugate
       gradients need hundreds of products before they are better than nothing.
-    iterations: Hessian-vector products.
+    iterations: the number of Hessian-vector products.
     num_hessian: corpus instances that estimate the Hessian, a multiple of `micro_batch_size`.
   """
 

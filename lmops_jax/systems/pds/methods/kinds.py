@@ -1,4 +1,4 @@
-"""What a method may be asked for: Protocols, so that one of a user's own is a plain class.
+"""What a method may be asked for: Protocols, so that a user's own method is a plain class.
 
 A `bench` is a `bench.Bench`.
 """
@@ -52,4 +52,4 @@ class SolvingMethod(ProxyMethod, Protocol):
     """Refuses, from shapes alone, an inner optimizer under which every score would be 0."""
 
   def decided(self, bench: Any) -> SolvingMethod:
-    """Itself, with all that the memory of the devices decides; called before `score_proxies`."""
+    """The method with all settled that the devices' memory decides; called before scoring."""

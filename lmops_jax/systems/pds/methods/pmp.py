@@ -32,7 +32,7 @@ from lmops_jax.systems.pds.methods.sizes import Inner
 from lmops_jax.training import language_models, loop
 
 MATMUL_PRECISIONS = ("default", "high", "highest")
-UNFINISHED = "unfinished"  # folder of a solve's states, in its stage until the scores are written
+UNFINISHED = "unfinished"  # a solve's states: a folder in its stage until the scores are written
 
 
 @component(module="pds")
@@ -41,25 +41,25 @@ class PMP:
   """PDS: scores from the costates of Pontryagin's principle, averaged over proxy checkpoints.
 
   Attributes:
-    name: of the method in folders and figures.
-    optimizer: of the inner run; the costates are exact for any optax transformation.
-    options: of each solve. Its `micro_batch_size` is rounded so that each of the mesh's shards has
-      as many rows, and at least one; `trajectory` "auto" takes what recomputes least in the memory
-      of the devices; `segment_steps` lie between two points that an interrupted solve resumes from,
-      and whose states lie in host memory.
+    name: the method's name in folders and figures.
+    optimizer: that of the inner run; the costates are exact for any optax transformation.
+    options: options of each solve. Their `micro_batch_size` is rounded so that each of the mesh's
+      shards has equally many rows, at least one; `trajectory` "auto" takes what recomputes least in
+      the memory of the devices; `segment_steps` lie between two points that an interrupted solve
+      resumes from, and the states of these points lie in host memory.
     num_steps: inner steps, T.
     batch_size: instances of an inner step, drawn from the corpus by `data_seed`.
     checkpoints: proxy steps to start from; None: the proxy's last.
     num_target: random instances of the target's dev part in J; None: all; "auto": `max_target`, or
-      all where there are fewer.
-    max_target: most that "auto" takes.
+      all if there are fewer.
+    max_target: the most that "auto" takes.
     device_bytes: memory of a device, for `trajectory="auto"` if jax does not tell it.
     micro_batch_size: target instances, and proxies unless the options say, that are differentiated
       at a time; rounded like that of the options.
-    matmul_precision: of the solve's products, as jax names it; "highest" is full float32 also on
-      GPUs and TPUs, None their default.
-    inner_data: what inner batches are drawn from, "corpus", or "proxies" as the paper's algorithm
-      has it: then every example that is scored may also have been trained on.
+    matmul_precision: precision of the solve's products, as jax names it; "highest" is full float32
+      also on GPUs and TPUs, None their default.
+    inner_data: what inner batches are drawn from: "corpus", or "proxies" as in the paper's
+      algorithm, by which every scored example may also have been trained on.
     shuffle: draw the inner batches by `data_seed`; False takes the first instances in order, as the
       reference does.
     divide_by: divide each proxy's score by its "gradient_norm" at the checkpoint or by the
@@ -86,16 +86,16 @@ class PMP:
     self.options.check_sizes(self.num_steps, self.batch_size)
 
   def needs_forward_mode(self) -> bool:
-    """It differentiates the proxy's losses along costates."""
+    """True: it differentiates the proxy's losses along costates."""
     return True
 
   def inner(self) -> Inner:
-    """Its inner batch."""
+    """The size of an inner batch, and what it is drawn from."""
     return Inner(
       self.batch_size, "batch_size (INNER_BATCH_SIZE)", self.inner_data == "proxies")
 
   def target_instances(self, num: int) -> int:
-    """Instances in J, of a dev part of that size."""
+    """Instances in J, for a dev part of `num` instances."""
     if self.num_target == AUTO:
       return min(self.max_target, num)
     return self.num_target or num
@@ -110,7 +110,7 @@ class PMP:
     )
 
   def decided(self, bench: Bench) -> PMP:
-    """Itself, with the trajectory decided from the devices' memory if it is "auto"."""
+    """The method, its trajectory decided from the devices' memory if it is "auto"."""
     if self.options.trajectory != AUTO:
       return self
     device = bench.partitioner.mesh.devices.flat[0]

@@ -19,12 +19,12 @@ from lmops_jax.host import hashing
 @component(module="pds")
 @dataclasses.dataclass(frozen=True)
 class ProxySet:
-  """The random part of the corpus that gradient methods score. The same for every method.
+  """The random part of the corpus that gradient methods score, the same for every method.
 
   Attributes:
-    num_proxies: instances, M; "auto" takes `max_proxies`, or all of a smaller corpus.
-    seed: of the draw, uniform without replacement, which is a function of (seed, instance id).
-    max_proxies: most that "auto" takes.
+    num_proxies: its instances, M; "auto" takes `max_proxies`, or all of a smaller corpus.
+    seed: seed of the draw: uniform without replacement, a function of (seed, instance id).
+    max_proxies: the most that "auto" takes.
   """
 
   num_proxies: at_least(4) | Literal[AUTO] = AUTO
@@ -33,14 +33,14 @@ class ProxySet:
 
   @property
   def most(self) -> int:
-    """M, of a corpus that is large enough."""
+    """M, for a corpus that is large enough."""
     return self.max_proxies if self.num_proxies == AUTO else self.num_proxies
 
   def count(self, num_examples: int) -> int:
-    """M, of a corpus of that size.
+    """M, for a corpus of `num_examples` instances.
 
     Raises:
-      ValueError: the corpus has fewer than are asked for, or hardly any.
+      ValueError: if the corpus has fewer than are asked for, or hardly any.
     """
     if self.num_proxies != AUTO and self.num_proxies > num_examples:
       raise ValueError(

@@ -26,10 +26,11 @@ class RhoLoss:
   """RHO-loss: the proxy's loss less the loss after fine-tuning the proxy on the target.
 
   Attributes:
-    optimizer: of the fine-tuning; None: AdamW at the constant `learning_rate`.
-    learning_rate: of that AdamW.
-    epochs: over the target's dev part.
-    batch_size: of the fine-tuning; at most the target's size, in multiples of the mesh's shards.
+    optimizer: that of the fine-tuning; None: AdamW at the constant `learning_rate`.
+    learning_rate: that of this AdamW.
+    epochs: passes of the fine-tuning over the target's dev part.
+    batch_size: that of the fine-tuning; lowered to the target's size, in multiples of the mesh's
+      shards.
   """
 
   name: Name = "rho_loss"

@@ -24,7 +24,7 @@ class Inner(NamedTuple):
 
   Attributes:
     size: how many.
-    setting: what they are called.
+    setting: the setting that says so, by name.
     of_proxies: whether they are drawn from the proxies.
   """
 
@@ -38,7 +38,7 @@ class InnerMethod(Protocol):
   """A method that takes instances of the corpus together."""
 
   def inner(self) -> Inner:
-    """How many, and what they are called."""
+    """How many, and by which setting."""
 
 
 def check_sizes(
@@ -47,8 +47,8 @@ def check_sizes(
   """Refuses a proxy method's sizes that do not fit corpus, target or mesh.
 
   Args:
-    method: any of those here, or one's own.
-    proxy_set: that a proxy method scores.
+    method: any of those here, or a user's own.
+    proxy_set: the set that a proxy method scores.
     num_corpus: instances of the corpus.
     num_target: instances of the target's dev part.
     num_shards: parts that the mesh splits a batch into.
@@ -96,7 +96,7 @@ def check_inner_size(method, num_proxies: int, num_shards: int) -> None:
 def fewer_than_most(
   method, proxy_set: ProxySet, *, num_corpus: int, num_target: int
 ) -> list[str]:
-  """Sentences that tell where "auto" takes less than its bound; arguments as for `check_sizes`."""
+  """A sentence for each "auto" that takes less than its bound; arguments as for `check_sizes`."""
   if not isinstance(method, ProxyMethod):
     return []
   told = []
