@@ -62,3 +62,35 @@ def write(folder: Path, *, seed: int = 0, spread: float = 20.0, **changes) -> Pa
     "chat_template": TEMPLATE,
   }))
   return folder
+
+
+def write_docked(folder: Path, *, seed: int = 0, max_length: int = 64) -> Path:
+  """A model of the type of Kosmos of random weights that sees; returns the folder."""
+  tokenizer = byte_tokenizer()
+  tokenizer.add_special_tokens(["<pad>", "<image>", "</image>", "</line>"])
+  fields = {
+    "model_type": "kosmos-2", "latent_query_num": 4, "bos_token_id": 0,
+    "eos_token_id": 1, "architectures": ["Kosmos2ForConditionalGeneration"],
+    "text_config": dict(
+      vocab_size=tokenizer.get_vocab_size(), embed_dim=16, layers=2, ffn_dim=24,
+      attention_heads=4, max_position_embeddings=max_length, eos_token_id=1),
+    "vision_config": dict(
+      hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+      image_size=8, patch_size=4),
+  }
+  family = families.by_name("kosmos-2")
+  config = family.read_config(families.ConfigReader(fields, "config.json"))
+  model = family.module(config)
+  params = nn.unbox(
+    jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"])
+  params = jax.tree.map(lambda p: p * (10 if 0 < np.std(p) < 0.3 else 1), params)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "config.json").write_text(json.dumps(fields))
+  write_safetensors(
+    folder / "model.safetensors", exporting.tensors(family, config, params, np.dtype("float32")))
+  tokenizer.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps({
+    "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS,
+    "pad_token": "<pad>",
+  }))
+  return folder

@@ -7,12 +7,12 @@ runs. Results go to standard output, everything else to standard error.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from pathlib import Path
 
-from lmops_jax.host import foreign_files, progress
+from lmops_jax.commands import prompts, scored_tasks
+from lmops_jax.host import progress
 
 COMMANDS = {
   "generate": "continue prompts with a published model",
@@ -25,15 +25,19 @@ examples:
   lmops generate --model MODEL --prompt "The capital of France is" --max-new-tokens 16
   lmops generate --model MODEL --prompt "..." --temperature 0.8 --top-p 0.9 --seed 1
   lmops generate --model MODEL --chat --prompt "Name three rivers." --beams 4
+  lmops generate --model KOSMOS --image photo.png --prompt "An image of" --beams 5
   lmops score --model MODEL --task sst2.jsonl --labels negative,positive --shots 8 \\
       --template "Review: {text}\\nSentiment:{label}"
   lmops score --model MODEL --task copa --data COPA_FOLDER --shots 8 --normalise auto
+  lmops score --model KOSMOS --task vqa.jsonl --shots 4
   lmops convert --model MODEL --to CONVERTED
   lmops export --checkpoint WORKDIR/train --to EXPORTED
 
-MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what lmops wrote.
+MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what lmops wrote; KOSMOS
+one of a model that reads pictures.
 """
-_NORMALISATIONS = ("sum", "token", "char", "null", "auto")
+_SEEING = "take a model with an image encoder, such as one of the family kosmos-2"
+_NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
 
 
 def add_parsers(commands, options: dict) -> None:
@@ -72,7 +76,11 @@ def _generate_parser(parser) -> None:
   _running_options(parser)
   add = parser.add_argument
   add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-  add("--prompts", metavar="FILE", help='further prompts: JSON lines with "prompt", or plain lines')
+  add("--image", action="append", default=[], metavar="FILE", help="a picture in each --prompt, "
+      "where it has <image>; a single one without a place stands in front; may be given several "
+      "times")
+  add("--prompts", metavar="FILE", help='further prompts: JSON lines with "prompt" and perhaps '
+      '"images": [paths], or plain lines')
   add("--chat", action="store_true", help="put each prompt into the model's chat template")
   add("--system", metavar="TEXT", help="system message in front of a chat")
   add("--max-new-tokens", type=int, default=64)
@@ -96,12 +104,13 @@ def _score_parser(parser) -> None:
   _running_options(parser)
   add = parser.add_argument
   add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields and "
-      "label, or one of lmops list tasks")
+      "label; or, without a template, with images (paths), prompt, options and label; or one of "
+      "lmops list tasks")
   add("--template", help='such as "Review: {text}\\nSentiment: {label}"; the label comes last')
   add("--labels", help="label words in the order of the label ids, by commas; of a named task only "
       "where the numbers in --data have another order")
   add("--data", metavar="FOLDER", help="rows of a named task, train.jsonl and test.jsonl; default: "
-      "tfds")
+      "tfds; of a task with pictures the folder that its data set comes in")
   add("--flavour", help="of a named task's templates: fs, hf, paper or plain")
   add("--template-index", type=int, default=0, help="within the flavour (default 0)")
   add("--shots", type=int, default=0, help="demonstrations in front of each row (default 0)")
@@ -135,7 +144,7 @@ def _load(arguments):
     arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
     attention=arguments.attention,
   )
-  if not getattr(source.config, "causal", False):
+  if source.decoder is None:
     raise ValueError(
       f"{arguments.model} is a model of the family {source.family} that does not continue a text; "
       f"lmops {arguments.command} needs a decoder."
@@ -161,19 +170,13 @@ def _partitioner(text: str | None):
 
 
 def _generate(arguments) -> None:
-  prompts = _prompts(arguments)
+  rows = prompts.given(arguments.prompt, arguments.image, arguments.prompts)
   if arguments.system is not None and not arguments.chat:
     raise ValueError("--system is a message in front of a chat; add --chat, or leave it out.")
-  for i, text in enumerate(prompts):
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      raise ValueError(
-        f"prompt {i} holds {text[error.start]!r}, half a character or a byte that is no UTF-8; "
-        "write the text in UTF-8."
-      ) from error
+  if arguments.chat and any(row.pictures for row in rows):
+    raise ValueError("--chat formats texts only; leave it out for prompts with pictures.")
   from lmops_jax.data.supervised import encode_behind, front_ids
-  from lmops_jax.decoding import GenerationOptions, Generator
+  from lmops_jax.decoding import GenerationOptions, Generator, image_prompts
   from lmops_jax.decoding.generate import checked_prompts
   from lmops_jax.decoding.text import check_stop
 
@@ -186,18 +189,31 @@ def _generate(arguments) -> None:
   given = {name: getattr(arguments, name) for name in names}
   options = GenerationOptions(**{k: v for k, v in given.items() if v is not None})
   source, tokenizer, partitioner = _load(arguments)
-  texts = prompts
+  texts = [row.text for row in rows]
   if arguments.chat:
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     texts = [
       tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
-      for text in prompts
+      for text in texts
     ]
+  settings = source.image_settings()
+  laid_out = _laid_out(rows, source, tokenizer, settings is not None)
   front = [] if arguments.chat else front_ids(tokenizer)
-  checked_prompts(
-    source.config, [encode_behind(front, tokenizer, text) for text in texts], options,
-    tokenizer.bos_id)
-  generator = Generator(source.model, source.params(partitioner), tokenizer, partitioner)
+  config = source.decoder.config
+  checked_prompts(config, [
+    encode_behind(front, tokenizer, text) if row is None else row.tokens.tolist()
+    for text, row in zip(texts, laid_out)
+  ], options, tokenizer.bos_id)
+  pictures = [picture for row in rows for picture in row.pictures]
+  image_prompts.check_pictures(pictures, settings)
+  params = source.params(partitioner)
+  if pictures:
+    encoder = image_prompts.PictureEncoder(source.model, params, settings, partitioner)
+    seen = iter(encoder.prompts([row for row in laid_out if row is not None]))
+    texts = [text if row is None else next(seen) for text, row in zip(texts, laid_out)]
+    del encoder
+  generator = Generator(source.decoder, source.of_decoder(params), tokenizer, partitioner)
+  del params  # the generator has its own copy of the layers
   if len(texts) == 1 and options.num_beams == options.num_return_sequences == 1 and not (
     arguments.json
   ):
@@ -208,10 +224,35 @@ def _generate(arguments) -> None:
   )
   per_prompt = len(answers) // len(texts)
   for i, answer in enumerate(answers):
+    row = rows[i // per_prompt]
     if arguments.json:
-      print(json.dumps({"prompt": prompts[i // per_prompt], **answer._asdict()}))
+      images = {"images": [picture.where for picture in row.pictures]} if row.pictures else {}
+      print(json.dumps({"prompt": row.text, **images, **answer._asdict()}))
     else:
       print(answer.text if len(answers) == 1 else f"[{i // per_prompt}] {answer.text}")
+
+
+def _laid_out(rows, source, tokenizer, sees: bool) -> list:
+  """The tokens of each prompt with pictures, None of others; all checks that need no pixels."""
+  from lmops_jax.decoding import image_prompts
+
+  if not sees:
+    for i, row in enumerate(rows):
+      if row.pictures:
+        raise ValueError(
+          f"prompt {i} has the picture {row.pictures[0].where}, and {source.path} is a language "
+          f"model of the family {source.family}, which reads texts only; leave the picture out, or "
+          f"{_SEEING}."
+        )
+    return [None] * len(rows)
+  found = []
+  for i, parts in enumerate(prompts.parts(rows)):
+    if parts is not None:
+      ids = image_prompts.image_tokens(tokenizer, source.config.vectors_per_image)
+      parts = image_prompts.laid_out(parts, tokenizer, ids)
+      image_prompts.check_fits(parts, ids, source.decoder.config.max_length, f"prompt {i}")
+    found.append(parts)
+  return found
 
 
 def _stream(generator, texts, options, arguments) -> None:
@@ -226,28 +267,46 @@ def _stream(generator, texts, options, arguments) -> None:
 
 
 def _score(arguments) -> None:
+  from lmops_jax.decoding import image_prompts
   from lmops_jax.decoding.scoring import OptionScorer
-  from lmops_jax.evaluation import in_context
+  from lmops_jax.evaluation import in_context, seeing
 
   if arguments.batch_tokens < 1:
     raise ValueError(f"--batch-tokens {arguments.batch_tokens} must be at least 1.")
-  task, train = _task(arguments)
+  task, train = scored_tasks.chosen(arguments)
   how = dict(
     shots=arguments.shots, seed=arguments.seed, train=train, balanced=arguments.balanced,
     normalisation=arguments.normalise)
-  in_context.rows_and_front(task, **how)  # what is wrong with them is told before a model is read
+  # What is wrong with them is told before a model is read.
+  rows, front = in_context.rows_and_front(task, **how, sees=True)
   if arguments.output:
     _check_output(arguments.output)
   if task.skipped:
     print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
           "empty or repeated one, or no answer.", file=sys.stderr)
   source, tokenizer, partitioner = _load(arguments)
+  paths = [*front.images, *(path for row in rows for path in (*row.images, *row.option_images))]
+  settings, encoder = source.image_settings(), None
+  if paths and settings is None:
+    raise ValueError(
+      f"the task {task.name} has pictures, and {source.path} is a language model of the family "
+      f"{source.family}, which reads texts only; {_SEEING}."
+    )
+  if paths:
+    ids = image_prompts.image_tokens(tokenizer, source.config.vectors_per_image)
+    image_prompts.check_pictures(map(seeing.picture_at, paths), settings)
+  params = source.params(partitioner)
   scorer = OptionScorer(
-    source.model, source.params(partitioner), partitioner, batch_tokens=arguments.batch_tokens
+    source.decoder, source.of_decoder(params), partitioner, batch_tokens=arguments.batch_tokens
   )
-  prompts = sum(len(row.prompts) or 1 for row in task.rows)
-  with progress.Progress(prompts, "prompts", "scoring") as bar:
-    result = in_context.evaluate(scorer, tokenizer, task, **how, progress=bar.update)
+  if paths:
+    pictures = image_prompts.PictureEncoder(source.model, params, settings, partitioner)
+    encoder = seeing.SeeingEncoder(tokenizer, ids, pictures, source.decoder.config.max_length)
+  del params  # the scorer has its own copy of the layers
+  num_prompts = sum(len(row.prompts) or len(row.option_images) or 1 for row in rows)
+  with progress.Progress(num_prompts, "prompts", "scoring") as bar:
+    result = in_context.evaluate(
+      scorer, tokenizer, task, **how, progress=bar.update, encoder=encoder)
   if arguments.output:
     with Path(arguments.output).expanduser().open("w", encoding="utf-8") as file:
       for i in range(len(result.labels)):
@@ -272,64 +331,6 @@ def _check_output(path: str) -> None:
     file.open("a").close()
   except OSError as error:
     raise ValueError(f"--output {path} cannot be written ({error.strerror}).") from error
-
-
-def _task(arguments):
-  """The task to score, and rows to draw demonstrations from where --train gives them."""
-  from lmops_jax.data import tasks
-
-  labels = [word.strip() for word in arguments.labels.split(",")] if arguments.labels else None
-  if arguments.template is None and not Path(arguments.task).suffix:
-    if arguments.train:
-      raise ValueError(
-        f"--train is for a --task that is a file; {arguments.task} draws from its own train split, "
-        "or from FOLDER/train.jsonl with --data FOLDER."
-      )
-    return tasks.named_task(
-      arguments.task, flavour=arguments.flavour, template=arguments.template_index,
-      data=arguments.data, limit=arguments.limit, labels=labels,
-    ), None
-  if arguments.template is None or labels is None:
-    raise ValueError(
-      f"--task {arguments.task} is a file, so it needs --template and --labels; see lmops score "
-      "--help."
-    )
-  if arguments.data or arguments.flavour or arguments.template_index:
-    raise ValueError(
-      "--data, --flavour and --template-index are for named tasks; leave them out for a file."
-    )
-  template = arguments.template.replace("\\n", "\n")
-  task = tasks.jsonl_task(arguments.task, template, labels, arguments.limit)
-  train = arguments.train and tasks.jsonl_task(arguments.train, template, labels).rows
-  return task, train
-
-
-def _prompts(arguments) -> list[str]:
-  prompts = list(arguments.prompt)
-  if arguments.prompts:
-    prompts += _prompts_of(Path(arguments.prompts).expanduser())
-  if not prompts:
-    raise ValueError("there is nothing to continue; give --prompt TEXT or --prompts FILE.")
-  return prompts
-
-
-def _prompts_of(path: Path) -> list[str]:
-  """The lines of a file, or the fields "prompt" of its rows where it is one of JSON lines."""
-  from lmops_jax.data.lines import jsonl_rows
-
-  if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-    prompts = []
-    for number, row in jsonl_rows(path):
-      if not isinstance(row.get("prompt"), str):
-        raise ValueError(
-          f'{path}:{number} should be a JSON object with a text in its field "prompt", such as '
-          '{"prompt": "The capital of"}.'
-        )
-      prompts.append(row["prompt"])
-    return prompts
-  # Not `splitlines`, which also ends a line at separators within a text, such as U+2028.
-  lines = io.StringIO(foreign_files.read_text(path), newline=None)
-  return [line.removesuffix("\n") for line in lines]
 
 
 def _convert(arguments) -> None:

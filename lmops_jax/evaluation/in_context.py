@@ -50,6 +50,21 @@ class Result(NamedTuple):
   num_tokens: int
 
 
+class Front(NamedTuple):
+  """Demonstrations in front of every prompt.
+
+  Attributes:
+    text: of all of them.
+    images: paths of the pictures that stand for each `<image>` of the text.
+  """
+
+  text: str = ""
+  images: tuple[str, ...] = ()
+
+
+NO_FRONT = Front()
+
+
 class Encoder:
   """Contexts and options to token ids, split as the whole text's tokens are.
 
@@ -57,13 +72,20 @@ class Encoder:
   An option's tokens are those that the whole text has beyond the context's; if the boundary
   falls inside a token, the option is encoded by itself.
 
-  Where pictures stand in a context, its ids become a `decoding.prompts.Prompt` once they are split.
+  It has no place for pictures; `seeing.SeeingEncoder` does.
 
   Args:
     tokenizer: with `encode(text, add_special)`; what it puts behind a text is left out.
     start: ids in front of a prompt; None takes what the tokenizer puts there.
     strict: a boundary inside a token is an error, and so are two options of the same tokens.
+
+  Attributes:
+    sees: whether contexts may have pictures.
+    rows_at_once: rows that are encoded and scored together; None is all.
   """
+
+  sees = False
+  rows_at_once: int | None = None
 
   def __init__(self, tokenizer, start: Sequence[int] | None = None, strict: bool = False):
     self._tokenizer, self._strict = tokenizer, strict
@@ -73,8 +95,16 @@ class Encoder:
     """A prompt with what the model wants in front of it, once even if the text has it already."""
     return encode_behind(self.start, self._tokenizer, text)
 
-  def split(self, context: str, options: Sequence[str]) -> Request:
+  def read(self, images: Sequence[str]) -> None:
+    """Prepares the pictures of the rows that come next, of which there are none."""
+
+  def split(self, context: str, options: Sequence[str], images: Sequence[str] = ()) -> Request:
     """The context's and each option's ids.
+
+    Args:
+      context: text in front of every option.
+      options: each as it follows the context.
+      images: none.
 
     Raises:
       ValueError: when strict, an option that does not begin with a token of its own, or has no
@@ -114,6 +144,7 @@ def evaluate(
   normalisation: str = "sum",
   separator: str = SEPARATOR,
   progress: Callable[[int], None] | None = None,
+  encoder: Encoder | None = None,
 ) -> Result:
   """Accuracy of a model on a task.
 
@@ -133,17 +164,19 @@ def evaluate(
     separator: text behind each demonstration.
     progress: called with the number of prompts done since the last call: rows, or options if
       prompts differ by option.
+    encoder: encodes contexts, with pictures if it sees; None is an `Encoder` of the tokenizer.
 
   Raises:
     ValueError: an unknown normalisation, open answers, too few rows, two labels with the same
       tokens, no prompt for "null", or a prompt longer than the model's context.
   """
+  encoder = Encoder(tokenizer) if encoder is None else encoder
   rows, front = rows_and_front(
     task, shots=shots, seed=seed, train=train, balanced=balanced, normalisation=normalisation,
-    separator=separator)
+    separator=separator, sees=encoder.sees)
   try:
     scores, num_tokens = score_rows(
-      scorer, Encoder(tokenizer), task, rows, front=front, normalisation=normalisation,
+      scorer, encoder, task, rows, front=front, normalisation=normalisation,
       progress=progress)
   except ValueError as error:
     raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
@@ -153,16 +186,20 @@ def evaluate(
 def rows_and_front(
   task: Task, *, shots: int = 0, seed: int = 0, train: Sequence[Example] | None = None,
   balanced: bool = False, normalisation: str = "sum", separator: str = SEPARATOR,
-) -> tuple[list[Example], str]:
+  sees: bool = False,
+) -> tuple[list[Example], Front]:
   """The rows to score and the demonstrations in front of each; needs no model.
 
-  Arguments and errors are those of `evaluate`.
+  Args:
+    sees: whether rows may have pictures.
+    For the others, and for errors, see `evaluate`.
   """
   if normalisation not in NORMALISATIONS:
     raise ValueError(
       f"normalisation={normalisation!r} is not one of {', '.join(NORMALISATIONS)}."
     )
-  task.require_text()
+  if not sees:
+    task.require_text()
   if task.metric not in OF_OPTIONS:
     raise ValueError(
       f"the task {task.name} has open answers, to be generated and measured by {task.metric}; "
@@ -182,19 +219,26 @@ def rows_and_front(
       f"the task {task.name} has {len(task.rows)} rows, all of them demonstrations; give others "
       "with --train."
     )
-  return rows, "".join(row.demonstration + separator for row in drawn)
+  text = "".join(row.demonstration + separator for row in drawn)
+  return rows, Front(text, tuple(path for row in drawn for path in images_of(row)))
+
+
+def images_of(row: Example) -> tuple[str, ...]:
+  """The pictures of a row with its right answer."""
+  own = row.option_images[row.label : row.label + 1] if row.option_images else ()
+  return (*row.images, *own)
 
 
 def score_rows(
-  scorer: OptionScorer, encoder: Encoder, task: Task, rows: Sequence[Example], *, front: str = "",
-  normalisation: str = "sum", prefix: Prefix | None = None,
+  scorer: OptionScorer, encoder: Encoder, task: Task, rows: Sequence[Example], *,
+  front: Front = NO_FRONT, normalisation: str = "sum", prefix: Prefix | None = None,
   progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, int]:
   """What the options of each row are compared by, `[N,options] float64`, and the tokens read.
 
   Args:
     rows: rows of the task.
-    front: text in front of every prompt.
+    front: demonstrations in front of every prompt.
     prefix: what stands in front of every row already, see `OptionScorer.score`; the encoder then
       has no start.
     For the others see `evaluate`.
@@ -202,19 +246,17 @@ def score_rows(
   scored = list(rows)
   if normalisation == "null":
     scored.append(rows[0]._replace(prompt=task.null_prompt))
-  requests, counts = [], []
-  for row in scored:
-    of_row = requests_of(encoder, row, front)
-    requests += of_row
-    counts.append(len(of_row))
-  if task.words:
-    _check(requests[0], task.words, "label")
-  found = scorer.score(requests, progress, prefix)
-  token_scores, done = [], 0
-  for count in counts:  # one request with all options, or one a prompt
-    token_scores.append([scores for part in found[done : done + count] for scores in part])
-    done += count
-  num_tokens = sum(len(r.context) + sum(map(len, r.options)) for r in requests)
+  at_once = encoder.rows_at_once or len(scored)
+  token_scores, num_tokens = [], 0
+  for start in range(0, len(scored), at_once):
+    of_rows = _requests(encoder, scored[start : start + at_once], front)
+    requests = [request for of_row in of_rows for request in of_row]
+    if task.words and not start:
+      _check(requests[0], task.words, "label")
+    found = iter(scorer.score(requests, progress, prefix))
+    for of_row in of_rows:  # one request with all options, or one a prompt
+      token_scores.append([scores for _ in of_row for scores in next(found)])
+    num_tokens += sum(len(r.context) + sum(map(len, r.options)) for r in requests)
   return _normalised(normalisation, token_scores, scored), num_tokens
 
 
@@ -234,16 +276,28 @@ def outcome(
   )
 
 
-def requests_of(encoder: Encoder, row: Example, front: str = "") -> list[Request]:
+def _requests(encoder: Encoder, rows: Sequence[Example], front: Front) -> list[list[Request]]:
+  paths = [path for row in rows for path in (*row.images, *row.option_images)]
+  encoder.read(list(dict.fromkeys([*front.images, *paths])))
+  return [requests_of(encoder, row, front) for row in rows]
+
+
+def requests_of(encoder: Encoder, row: Example, front: Front = NO_FRONT) -> list[Request]:
   """One request with all options of a row, or one for each option if their prompts differ.
 
+  Prompts differ by their text, or by the picture that stands for the last `<image>`.
+
   Args:
-    front: text in front of every prompt.
+    front: demonstrations in front of every prompt.
   """
-  if not row.prompts:
-    return [encoder.split(front + row.prompt, row.options)]
+  images = (*front.images, *row.images)
+  if not row.prompts and not row.option_images:
+    return [encoder.split(front.text + row.prompt, row.options, images)]
+  num = len(row.options)
+  own = [(path,) for path in row.option_images] or [()] * num
   return [
-    encoder.split(front + prompt, [option]) for prompt, option in zip(row.prompts, row.options)
+    encoder.split(front.text + prompt, [option], (*images, *more))
+    for prompt, option, more in zip(row.prompts or [row.prompt] * num, row.options, own)
   ]
 
 

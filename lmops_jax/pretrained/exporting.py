@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.host.words import listed
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import families, importing
-from lmops_jax.pretrained.families.family import PLAIN, ConfigReader, Family
+from lmops_jax.pretrained.families.family import ConfigReader, Family
 from lmops_jax.pretrained.model import PretrainedModel, copy_tokenizer, new_folder
 from lmops_jax.pretrained.sources import write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000
+_MAX_LISTED = 6
 
 
 def export(
@@ -50,12 +52,13 @@ def export(
     raise ValueError(f"dtype={dtype!r} is not one of float32, bfloat16, float16.")
   if jax.process_count() > 1:
     raise ValueError("A model is exported by one process; run lmops export outside of the job.")
-  if getattr(source.config, "momentum", None):
-    raise ValueError(
-      f"{source.path} has momentum attention (models.TransformerConfig.momentum="
-      f"{source.config.momentum}), which no model of transformers has; load it with lmops_jax."
-    )
   family = families.by_name(source.family)
+  momentum = family.text(source.config).momentum
+  if momentum:
+    raise ValueError(
+      f"{source.path} has momentum attention (models.TransformerConfig.momentum={momentum}), which "
+      "no model of transformers has; load it with lmops_jax."
+    )
   partial = new_folder(Path(directory).expanduser().absolute())
   try:
     params = source.params() if params is None else params
@@ -85,26 +88,45 @@ def config_json(family: Family, source: PretrainedModel, dtype: str) -> dict[str
     for name in family.schema.superseding():
       fields.pop(name, None)
     fields |= {**family.write_config(source.config), "model_type": family.name}
-    if not _describes(family, fields, source.config):
+    if unsaid := _unsaid(family, fields, source.config):
       raise ValueError(
-        f"{source.path} has parts that no {family.name} model of transformers has; load it with "
-        "lmops_jax."
+        f"{source.path} has parts that no {family.name} model of transformers has "
+        f"({listed(unsaid, _MAX_LISTED)}); load it with lmops_jax."
       )
   fields.pop("torch_dtype", None)
   return {**fields, "architectures": [architecture], "dtype": dtype}
 
 
 def _describes(family: Family, fields: dict[str, Any], config) -> bool:
+  return not _unsaid(family, fields, config)
+
+
+def _unsaid(family: Family, fields: dict[str, Any], config) -> list[str]:
+  """What a model has that its `config.json` does not say, as `field=value`."""
   published = family.read_config(ConfigReader(fields, "config.json"))
-  return _shape(family, published) == _shape(family, config)
+  return _differences(_shape(family, config), _shape(family, published))
 
 
 def _shape(family: Family, config):
-  """A configuration without its execution choices and the head that its checkpoint may hold."""
-  if not isinstance(config, TransformerConfig):
-    return family.with_choices(config, **PLAIN)
-  heads = dict(head_transform=False, unembedding_bias=False, pooler=False, tied_embeddings=True)
-  return dataclasses.replace(families.explicit(config), initialization="normal", **heads)
+  """A configuration without how it runs and which head its checkpoint happens to hold."""
+  config = family.explicit(config)
+  if family.config is not TransformerConfig:
+    return config
+  return dataclasses.replace(
+    config, head_transform=False, unembedding_bias=False, pooler=False, tied_embeddings=True)
+
+
+def _differences(config, other, at: str = "") -> list[str]:
+  """The fields of a configuration that another one has otherwise."""
+  if config == other:
+    return []
+  if not dataclasses.is_dataclass(config) or type(config) is not type(other):
+    return [f"{at}={config!r}"]
+  return [
+    difference for field in dataclasses.fields(config)
+    for difference in _differences(
+      getattr(config, field.name), getattr(other, field.name), f"{at}.{field.name}".lstrip("."))
+  ]
 
 
 def tensors(family: Family, config, params, dtype) -> Iterator[tuple]:

@@ -96,7 +96,7 @@ class NameTable:
 
 def named(source: TensorSource, family: Family, config) -> NameTable:
   """The tensors of a checkpoint of a model; a tied one may have its embedding by either name."""
-  tied = family.tied if getattr(config, "tied_embeddings", False) else {}
+  tied = family.tied if family.text(config).tied_embeddings else {}
   return NameTable(source, family.prefix, {**tied, **family.same})
 
 
@@ -161,7 +161,7 @@ def load_params(
   boxed = abstract_params(family, config)
   ignored = (*family.ignored, *ignore)
   table = check_fit(names, source, family.rules(config), unboxed(boxed), ignored)
-  if getattr(config, "tied_embeddings", False):
+  if family.text(config).tied_embeddings:
     _check_twins(names)
   return place(names, table, boxed, partitioner)
 
@@ -194,11 +194,8 @@ def _read_leaf(names, rule: Rule, which: int, leaf, index) -> np.ndarray:
   """The part `index` of a leaf; the first axis of a leaf that holds layers is the layer."""
   if not rule.of_layers:
     return np.asarray(rule.split(names.read(rule.theirs))[which][index]).astype(leaf.dtype)
-  layers = range(leaf.shape[0])[index[0]]
-  parts = [
-    np.asarray(rule.split(names.read(rule.theirs.format(i=i)))[which][index[1:]])
-    for i in layers
-  ]
+  layers = rule.names(leaf.shape[0])[index[0]]
+  parts = [np.asarray(rule.split(names.read(name))[which][index[1:]]) for name in layers]
   return np.stack(parts).astype(leaf.dtype)
 
 

@@ -16,21 +16,23 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
+import numpy as np
 import pydantic
+from pydantic import Field
 
 from lmops_jax.config.setting_types import ByteCount, Text, component
+from lmops_jax.data.images import ImageSettings
 from lmops_jax.host.foreign_files import checked, read_json, require_regular
 from lmops_jax.host.manifests import verify_read
 from lmops_jax.host.whole_files import replacing, write_text
 from lmops_jax.models.attention import ATTENTION_KINDS
-from lmops_jax.models.clip import ClipConfig
-from lmops_jax.models.config import DTYPES, REMAT_POLICIES, RopeScaling, TransformerConfig
+from lmops_jax.models.config import DTYPES, REMAT_POLICIES, TransformerConfig
 from lmops_jax.models.partitioning import unboxed
-from lmops_jax.models.vision import VisionConfig
-from lmops_jax.pretrained import families, importing
+from lmops_jax.models.transformer import Transformer
+from lmops_jax.pretrained import config_fields, families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
 from lmops_jax.pretrained.sources import MAX_INFLATED_BYTES, open_source
 from lmops_jax.text import tokenizer, tokenizer_folder
@@ -41,11 +43,6 @@ _CONFIG = "config.json"
 _WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM")  # architectures that predict tokens
 _FORMAT = 1
 _IMAGES = "preprocessor_config.json"
-_NESTED = {
-  "rope_scaling": RopeScaling, "text": TransformerConfig, "trunk": TransformerConfig,
-  "vision": VisionConfig,
-}
-_EXECUTION = ("attention", "attention_chunk", "scan_layers", "remat", "dtype", "param_dtype")
 _HASHED_BYTES = 1 << 20  # of each end of a large file
 
 
@@ -60,6 +57,13 @@ class _Described(pydantic.BaseModel):
   original: dict[str, Any]
 
 
+class _Normalisation(pydantic.BaseModel):
+  """What is read of `preprocessor_config.json`."""
+
+  image_mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
+  image_std: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class PretrainedModel:
   """A model on disk whose weights have not been read yet.
@@ -67,7 +71,8 @@ class PretrainedModel:
   Attributes:
     path: as given: a folder or a `.gguf` file.
     family: name of its family ("gpt2", "llama", ...).
-    config: `TransformerConfig` (`ClipConfig` for the family "clip"), execution choices included.
+    config: its family's configuration, execution choices included: a `ClipConfig` for "clip", a
+      `DockedConfig` for "kosmos-2", a `TransformerConfig` for the others.
     original: the `config.json` that it was published with, {} if there is none.
     ignore: patterns of tensor names to leave out.
     max_inflated_bytes: see `load`.
@@ -82,13 +87,47 @@ class PretrainedModel:
 
   @property
   def model(self) -> nn.Module:
-    """The module that the parameters belong to: a `Transformer`, or a `Clip`."""
+    """The module that the parameters belong to: a `Transformer`, a `Clip` or a `DockedLM`."""
     return families.by_name(self.family).module(self.config)
 
   @property
   def vocab_size(self) -> int:
     """V, the number of token ids."""
-    return getattr(self.config, "text", self.config).vocab_size
+    return families.by_name(self.family).text(self.config).vocab_size
+
+  @property
+  def decoder(self) -> Transformer | None:
+    """The module that continues a text, with the parameters `of_decoder`; None for an encoder."""
+    config = families.by_name(self.family).decoder(self.config)
+    return None if config is None else Transformer(config)
+
+  def of_decoder(self, params):
+    """The part of the model's parameters that `decoder` has."""
+    part = families.by_name(self.family).decoder_part
+    return params[part] if part else params
+
+  def image_settings(self) -> ImageSettings | None:
+    """How pictures that stand among the words become pixels; None if no picture can.
+
+    Raises:
+      ValueError: the folder's `preprocessor_config.json` normalises pixels otherwise.
+    """
+    size = families.by_name(self.family).image_size(self.config)
+    if size is None:
+      return None
+    path = self.tokenizer_path / _IMAGES
+    if path.is_file():
+      found = checked(_Normalisation, read_json(path), path)
+      vision = self.config.vision
+      for name, ours in (("image_mean", vision.pixel_mean), ("image_std", vision.pixel_std)):
+        theirs = getattr(found, name)
+        if theirs is not None and not np.allclose(theirs, ours, rtol=0, atol=1e-6):
+          raise ValueError(
+            f"{path}: {name}={theirs} differs from the {list(ours)} that pictures are normalised "
+            f"with here; set it to these, or train the model with models.VisionConfig."
+            f"{name.replace('image', 'pixel')}."
+          )
+    return ImageSettings(height=size, width=size)
 
   def params(self, partitioner=None):
     """Reads the weights, in `config.param_dtype`, straight onto the mesh.
@@ -236,7 +275,7 @@ def _naming(path: Path | str):
 
 def _as_stored(config, family, names, architectures):
   """Drops parts that a checkpoint of the bare body, or of one head only, does not hold."""
-  if not isinstance(config, TransformerConfig):
+  if family.config is not TransformerConfig:
     return config
   changes: dict[str, Any] = {}
   is_body = not any(kind in name for name in architectures for kind in _WITH_HEAD)
@@ -254,35 +293,18 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-  """`model.json`, with its configuration as a `TransformerConfig`."""
+  """`model.json`, with its configuration as its family's class."""
   path = folder / DESCRIPTION
   verify_read(path)
   described = checked(_Described, read_json(path), path).model_dump()
   try:
-    kind = ClipConfig if described["family"] == "clip" else TransformerConfig
-    return {**described, "config": _from_fields(kind, described["config"])}
+    kind = families.by_name(described["family"]).config
+    return {**described, "config": config_fields.from_fields(kind, described["config"])}
   except (TypeError, ValueError) as error:
     raise ValueError(
       f"{path} does not describe a model of this version ({error}); write it again with lmops "
       "convert."
     ) from error
-
-
-def _from_fields(kind, fields: dict[str, Any]):
-  """A configuration from its JSON."""
-  return kind(**{
-    name: _from_fields(_NESTED[name], value) if isinstance(value, dict) else value
-    for name, value in fields.items()
-  })
-
-
-def _fields(config) -> dict[str, Any]:
-  """A configuration without execution choices, as JSON."""
-
-  def kept(pairs):
-    return {name: value for name, value in pairs if name not in _EXECUTION}
-
-  return dataclasses.asdict(config, dict_factory=kept)
 
 
 def _abstract(family, config, partitioner):
@@ -306,8 +328,8 @@ def describe(
     original: the published `config.json`, which an export starts from.
   """
   write_text(directory / DESCRIPTION, json.dumps({
-    "format": _FORMAT, "family": family, "config": _fields(config), "params": params,
-    "tokenizer": tokenizer, "original": original or {},
+    "format": _FORMAT, "family": family, "config": config_fields.to_fields(config),
+    "params": params, "tokenizer": tokenizer, "original": original or {},
   }, indent=1) + "\n")
 
 

@@ -28,6 +28,7 @@ class Rule(NamedTuple):
     split: their array to ours.
     join: ours to their array, the inverse of `split`.
     shape: the shape of their tensor; None is that of the one leaf.
+    first: the number of the layer that comes first in the leaves.
   """
 
   theirs: str
@@ -35,6 +36,7 @@ class Rule(NamedTuple):
   split: Callable[[np.ndarray], list[np.ndarray]]
   join: Callable[[Arrays], np.ndarray]
   shape: tuple[int, ...] | None = None
+  first: int = 0
 
   @property
   def of_layers(self) -> bool:
@@ -45,7 +47,12 @@ class Rule(NamedTuple):
     """The names of its tensors."""
     if not self.of_layers:
       return [self.theirs]
-    return [self.theirs.format(i=i) for i in range(num_layers)]
+    return [self.theirs.format(i=self.first + i) for i in range(num_layers)]
+
+
+def under(part: str, rules: Sequence[Rule]) -> list[Rule]:
+  """The rules of a part of a model, for the whole."""
+  return [rule._replace(ours=tuple(f"{part}/{path}" for path in rule.ours)) for rule in rules]
 
 
 def same(theirs: str, ours: str, shape: Sequence[int] | None = None) -> Rule:

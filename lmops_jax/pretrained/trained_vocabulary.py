@@ -6,12 +6,11 @@ that transformers opens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tokenizers
 
-from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import families
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.text import gguf_tokenizer, vocabularies
@@ -22,16 +21,22 @@ _NAMES = ("bos", "eos", "pad", "unk")
 _BPE = 2  # sentencepiece's trainer_spec.model_type
 
 
-def tokenizer_of(vocabulary: vocabularies.Vocabulary) -> Tokenizer:
+def tokenizer_of(
+  vocabulary: vocabularies.Vocabulary, words: Sequence[str] = ()
+) -> Tokenizer:
   """The tokenizer with the same ids, which puts BOS before a text because instances begin with it.
 
+  Args:
+    words: tokens whose ids follow those of the vocabulary (`data.image_tokens.appended`). As in
+      Kosmos-2 they take the blanks in front of them and stay in decoded text.
+
   Raises:
-    ValueError: for a kind of vocabulary that no `tokenizer.json` can hold: SentencePiece models
-      other than BPE, or with fairseq's ids.
+    ValueError: a word that is in the vocabulary; or for a kind of vocabulary that no
+      `tokenizer.json` can hold: SentencePiece models other than BPE, or with fairseq's ids.
   """
   if isinstance(vocabulary, vocabularies.HuggingFaceVocabulary):
-    backend = FastBackend(
-      tokenizers.Tokenizer.from_file(str(vocabulary.file)), where=vocabulary.file)
+    backend = _backend(
+      tokenizers.Tokenizer.from_file(str(vocabulary.file)), vocabulary, words)
     special = _special(vocabulary, backend.id_to_token)
     surround(backend.tokenizer, [special["bos"]])
     return Tokenizer(vocabulary.file, backend, special)
@@ -41,32 +46,48 @@ def tokenizer_of(vocabulary: vocabularies.Vocabulary) -> Tokenizer:
     )
   metadata = _metadata(vocabulary)
   tokenizer, special, stop_ids, _ = gguf_tokenizer.build(metadata, str(vocabulary.file))
-  return Tokenizer(
-    vocabulary.file, FastBackend(tokenizer, where=vocabulary.file), special, stop_ids)
+  return Tokenizer(vocabulary.file, _backend(tokenizer, vocabulary, words), special, stop_ids)
 
 
-def save(vocabulary: vocabularies.Vocabulary, directory: Path) -> None:
-  """Writes `tokenizer_of(vocabulary)` with its configuration into a folder."""
-  tokenizer_of(vocabulary).save(directory)
+def _backend(tokenizer, vocabulary, words) -> FastBackend:
+  tokenizer.add_tokens([
+    tokenizers.AddedToken(word, lstrip=True, normalized=False) for word in words])
+  for i, word in enumerate(words):
+    found, wanted = tokenizer.token_to_id(word), vocabulary.vocab_size + i
+    if found != wanted:
+      raise ValueError(
+        f"the word {word} has the id {found} in the tokenizer of {vocabulary.directory} and should "
+        f"have {wanted}, behind the vocabulary; take words that the vocabulary does not hold."
+      )
+  return FastBackend(tokenizer, where=vocabulary.file)
+
+
+def save(
+  vocabulary: vocabularies.Vocabulary, directory: Path, words: Sequence[str] = ()
+) -> None:
+  """Writes `tokenizer_of(vocabulary, words)` with its configuration into a folder."""
+  tokenizer_of(vocabulary, words).save(directory)
 
 
 def describe_trained(
-  directory: Path, config: TransformerConfig, vocabulary: vocabularies.Vocabulary, *, params: str,
-  log: Callable[[str], None],
+  directory: Path, config, vocabulary: vocabularies.Vocabulary, *, params: str,
+  log: Callable[[str], None], words: Sequence[str] = (),
 ) -> None:
   """Makes a folder with parameters a model folder, which `pretrained.load` and `lmops export` open.
 
   Args:
+    config: a `TransformerConfig`, or that of a docked language model.
     params: where they lie, relative to `directory`.
     log: told what cannot be written: the description, for parts that no published family has, or
       the tokenizer, for a vocabulary that has no `tokenizer.json`.
+    words: see `tokenizer_of`.
   """
   family = families.matching(config)
   if family is None:
     log("no published family has these parts, so the model stays without model.json")
     return
   try:
-    save(vocabulary, directory / model_lib.TOKENIZER_FOLDER)
+    save(vocabulary, directory / model_lib.TOKENIZER_FOLDER, words)
   except ValueError as error:
     log(f"the model's folder has no tokenizer: {error}")
   model_lib.describe(directory, config, family=family.name, params=params)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lmops_jax import cli
-from lmops_jax.commands import models as model_commands
+from lmops_jax.commands import prompts
 from lmops_jax.pretrained import sources
 from lmops_jax.pretrained.model import PretrainedModel
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
@@ -66,7 +66,10 @@ def test_prompts_as_other_systems_write_them(tmp_path):
   (tmp_path / "a.jsonl").write_bytes(rows)
   (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows))
   (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\u2028three".encode())
-  read = model_commands._prompts_of
+
+  def read(path):
+    return [row.text for row in prompts.rows_of(path)]
+
   assert read(tmp_path / "a.jsonl") == read(tmp_path / "a.jsonl.gz") == ["one\u2028two", "three"]
   assert read(tmp_path / "a.txt") == ["one", "two\u2028three"]
   (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"prompt": 5}\n')

@@ -16,14 +16,7 @@ from lmops_jax.models.connectors import ResamplerConfig
 from lmops_jax.models.docked import DockedConfig, DockedLM
 from lmops_jax.models.transformer import TransformerConfig
 from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig, with_top
-from lmops_jax.pretrained.rules import (
-  Rule,
-  attention_rules,
-  linear,
-  mlp_rules,
-  norm_rules,
-  same,
-)
+from lmops_jax.pretrained import families
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
@@ -44,58 +37,10 @@ PAD, SLOT = 1, 9
 ROWS = ("..II...I..", ".I......", "......")
 
 
-def kosmos2_rules(c: DockedConfig) -> list[Rule]:
-  """The tensors of `Kosmos2ForConditionalGeneration`, the tower in one stack."""
-  text, trunk, p = c.text, c.vision.trunk, c.vision.patch_size
-  t, v, j = "text_model.model", "vision_model.model", "image_to_text_projection"
-  heads, d = (text.num_heads, text.width // text.num_heads), (text.width,)
-  of_text, of_tower = f"{t}.layers.{{i}}", f"{v}.encoder.layers.{{i}}"
-  decoder = [
-    *norm_rules(text, f"{of_text}.self_attn_layer_norm", "layers/attention_norm"),
-    *attention_rules(text, *(f"{of_text}.self_attn.{x}_proj" for x in ("q", "k", "v", "out"))),
-    same(f"{of_text}.self_attn.inner_attn_ln.weight", "layers/attention/inner_norm/scale", heads),
-    same(f"{of_text}.self_attn.inner_attn_ln.bias", "layers/attention/inner_norm/bias", heads),
-    *norm_rules(text, f"{of_text}.final_layer_norm", "layers/mlp_norm"),
-    *mlp_rules(text, f"{of_text}.ffn.fc1", f"{of_text}.ffn.fc2"),
-    *norm_rules(text, f"{of_text}.ffn.ffn_layernorm", "layers/mlp/inner_norm"),
-    *norm_rules(text, f"{t}.layer_norm", "final_norm"),
-    same(f"{t}.embed_tokens.weight", "embedding"),
-  ]
-  tower = [
-    same(f"{v}.embeddings.class_embedding", "class_embedding"),
-    same(f"{v}.embeddings.position_embedding.weight", "position_embedding"),
-    Rule(f"{v}.embeddings.patch_embedding.weight", ("patch_embedding",),
-         lambda x: [x.transpose(2, 3, 1, 0)], lambda y: y[0].transpose(3, 2, 0, 1),
-         (trunk.width, NUM_CHANNELS, p, p)),
-    *norm_rules(trunk, f"{v}.pre_layrnorm", "pre_norm"),
-    *norm_rules(trunk, f"{v}.post_layernorm", "post_norm"),
-    *norm_rules(trunk, f"{of_tower}.layer_norm1", "trunk/layers/attention_norm"),
-    *norm_rules(trunk, f"{of_tower}.layer_norm2", "trunk/layers/mlp_norm"),
-    *_under("trunk", attention_rules(
-      trunk, *(f"{of_tower}.self_attn.{x}_proj" for x in ("q", "k", "v", "out")))),
-    *_under("trunk", mlp_rules(trunk, f"{of_tower}.mlp.fc1", f"{of_tower}.mlp.fc2")),
-  ]
-  connector = [
-    linear(f"{j}.dense.weight", "dense/kernel", (trunk.width,), d),
-    same(f"{j}.dense.bias", "dense/bias"),
-    same(f"{j}.latent_query", "latents"),
-    *(linear(f"{j}.x_attn.{x[0]}_proj.weight", f"{x}/kernel", d, heads)
-      for x in ("query", "key", "value")),
-    *(same(f"{j}.x_attn.{x[0]}_proj.bias", f"{x}/bias", heads) for x in ("query", "key", "value")),
-    linear(f"{j}.x_attn.out_proj.weight", "out/kernel", heads, d),
-    same(f"{j}.x_attn.out_proj.bias", "out/bias"),
-  ]
-  return [*_under("text", decoder), *_under("vision", tower), *_under("connector", connector)]
-
-
-def _under(part, rules):
-  return [rule._replace(ours=tuple(f"{part}/{path}" for path in rule.ours)) for rule in rules]
-
-
 def _params(tensors):
   """The published tensors in this library's tree; every one is used."""
   tensors, tree, used = dict(tensors), {}, set()
-  for rule in kosmos2_rules(CONFIG):
+  for rule in families.by_name("kosmos-2").rules(CONFIG):
     (path,) = rule.ours
     names = rule.names(3)
     used.update(names)

@@ -34,11 +34,16 @@ FILES = {
     "text_config": {**_TOWER, "vocab_size": 24, "max_position_embeddings": 12, "eos_token_id": 5},
     "vision_config": {**_TOWER, "image_size": 8, "patch_size": 4}, "projection_dim": 8,
   },
+  "kosmos-2": {
+    "text_config": dict(embed_dim=16, layers=2, attention_heads=2, ffn_dim=20, vocab_size=24),
+    "vision_config": {**_TOWER, "image_size": 8, "patch_size": 4}, "latent_query_num": 4,
+  },
 }
 SIZES = {
   "vocab_size", "intermediate_size", "hidden_size", "n_embd", "n_inner", "ffn_dim", "d_model",
   "head_dim", "type_vocab_size", "projection_dim", "image_size", "word_embed_proj_dim",
   "num_hidden_layers", "n_layer", "num_layers", "n_positions", "max_position_embeddings",
+  "embed_dim", "layers", "latent_query_num",
 }
 POSITIONS = {  # of which a checkpoint holds a table, by family
   "n_positions": ("gpt2",), "max_position_embeddings": ("opt", "bert", "roberta", "clip"),

@@ -29,7 +29,10 @@ TABLE = {
   "GPTJ": published.GPTJ, "Llama": published.Llama, "Mistral": published.Mistral,
   "Qwen2": published.Qwen2, "Bert": published.Bert, "Roberta": published.Roberta,
   "CLIP": published.Clip, "CLIPText": published.ClipText, "CLIPVision": published.ClipVision,
+  "Kosmos2": published.Kosmos2, "Kosmos2Text": published.Kosmos2Text,
+  "Kosmos2Vision": published.Kosmos2Vision,
 }
+PARTS = ("CLIPText", "CLIPVision", "Kosmos2Text", "Kosmos2Vision")
 # Fields of files that the classes of this version of transformers do not list: of older versions,
 # read by the models without a default, or not modelled here.
 UNLISTED = {
@@ -74,7 +77,7 @@ def test_defaults_are_those_of_transformers(name):
   assert checked > 2
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if name not in ("CLIPText", "CLIPVision")])
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in PARTS])
 def test_an_empty_file_is_the_default_model(name):
   family = _config_class(name).model_type
   whole = _config_class(name)().to_dict()
@@ -156,6 +159,8 @@ def test_null_is_what_transformers_takes_it_for(family):
   ("clip", {"text_config_dict": {}, "text_config": {"eos_token_id": 9, "vocab_size": 99}}),
   ("clip", {"text_config_dict": {"vocab_size": 98}, "text_config": {"vocab_size": 99}}),
   ("clip", {"vision_config_dict": {"image_size": 64}, "vision_config": {"patch_size": 16}}),
+  ("kosmos-2", {"text_config": {"hidden_size": 64, "num_attention_heads": 4, "pad_token_id": 3}}),
+  ("kosmos-2", {"vision_config": {"num_hidden_layers": 2}, "tie_word_embeddings": False}),
 ])
 def test_fields_that_go_before_others_are_those_of_transformers(family, fields):
   assert _read(family, {"model_type": family, **fields}) == _theirs(
@@ -225,9 +230,10 @@ def test_windows_are_those_of_transformers_beyond_them(tmp_path, family, fields,
   ("bert", {"is_decoder": True}, "is_decoder=true is not modelled"),
   ("roberta", {"pad_token_id": 0}, "pad_token_id=0 is not modelled"),
   ("clip", {"vision_config": {"num_channels": 4}}, "num_channels=4 is not modelled"),
+  ("kosmos-2", {"text_config": {"add_cross_attention": True}}, "add_cross_attention=true is not"),
 ])
 def test_what_changes_the_function_and_is_not_modelled_is_refused_by_name(family, fields, sentence):
-  if family != "clip":
+  if family in VARIANTS:
     fields = _tiny(family, **fields)
   with pytest.raises(ValueError) as error:
     _read(family, fields)

@@ -1,8 +1,17 @@
 """A corpus's vocabulary as a tokenizer: the same ids, here and in transformers."""
 
+import numpy as np
 import pytest
 
 from lmops_jax.data import HuggingFaceTokenizer, TrainSentencePiece
+from lmops_jax.data.image_tokens import KOSMOS_WORDS, appended, encode_records
+from lmops_jax.data.multimodal import Record, drawn
+from lmops_jax.decoding.image_prompts import image_tokens, laid_out
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.connectors import ResamplerConfig
+from lmops_jax.models.docked import DockedConfig
+from lmops_jax.models.vision import VisionConfig
+from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained import trained_vocabulary
 from lmops_jax.text.tokenizer import load_tokenizer
 
@@ -71,3 +80,32 @@ def test_a_model_that_no_tokenizer_json_says_is_refused(lines, tmp_path):
   spec = TrainSentencePiece(vocab_size=300, model_type="unigram")
   with pytest.raises(ValueError, match="is no BPE model, and tokenizer.json is written for BPE"):
     trained_vocabulary.save(spec.build(lines, tmp_path / "spm"), tmp_path / "saved")
+
+
+def test_a_docked_model_trained_here_is_a_folder_whose_prompts_are_its_rows(
+  trained, tmp_path
+):
+  """The words behind the vocabulary have the ids that its rows were made with."""
+  ids = appended(trained, 3)
+  config = DockedConfig(
+    TransformerConfig(vocab_size=ids.vocab_size),
+    VisionConfig(
+      TransformerConfig(positions="none", causal=False, final_norm=False), 8, 4),
+    ResamplerConfig(3))
+  trained_vocabulary.describe_trained(
+    tmp_path, config, trained, params="params", log=pytest.fail, words=KOSMOS_WORDS)
+  source = model_lib.load(str(tmp_path))
+  assert source.config == config and source.family == "kosmos-2"
+  tokenizer = source.tokenizer()
+  assert image_tokens(tokenizer, 3) == ids
+  parts = ("The quick", drawn(np.zeros((8, 8, 3), np.uint8), "black"), "brown fox.", "x")
+  row, = encode_records([Record(0, parts, len(parts), "row")], trained, ids)
+  prompt = laid_out(parts, tokenizer, ids)
+  assert prompt.tokens.tolist() == row.tokens.tolist()[:-1]
+  assert prompt.vectors.tolist() == row.vectors.tolist()[:-1]
+  assert tokenizer.decode(prompt.tokens).count("<image>") == 4
+
+
+def test_a_word_that_the_vocabulary_holds_is_refused(trained):
+  with pytest.raises(ValueError, match="the word e has the id .* and should have 40[01], behind"):
+    trained_vocabulary.tokenizer_of(trained, ("<image>", "e"))

@@ -3,20 +3,17 @@
 Import and export look a model up in `FAMILIES`.
 """
 
-import dataclasses
-
 from lmops_jax.host.foreign_files import checked
-from lmops_jax.models.config import TransformerConfig
-from lmops_jax.pretrained.families import bert, bloom, clip, gpt2, gptj, llama, opt, xglm
-from lmops_jax.pretrained.families.family import PLAIN, ConfigReader, Family
+from lmops_jax.pretrained.families import bert, bloom, clip, gpt2, gptj, kosmos2, llama, opt, xglm
+from lmops_jax.pretrained.families.family import ConfigReader, Family
 from lmops_jax.pretrained.families.published import AnyModel
 
 FAMILIES: tuple[Family, ...] = (
   gpt2.FAMILY, opt.FAMILY, xglm.FAMILY, bloom.FAMILY, gptj.FAMILY, llama.LLAMA, llama.MISTRAL,
-  llama.QWEN2, bert.BERT, bert.ROBERTA, clip.FAMILY,
+  llama.QWEN2, bert.BERT, bert.ROBERTA, clip.FAMILY, kosmos2.FAMILY,
 )
 
-__all__ = ["FAMILIES", "ConfigReader", "Family", "by_name", "explicit", "find", "matching"]
+__all__ = ["FAMILIES", "ConfigReader", "Family", "by_name", "find", "matching"]
 
 
 def by_name(name: str) -> Family:
@@ -24,34 +21,24 @@ def by_name(name: str) -> Family:
   return next(family for family in FAMILIES if family.name == name)
 
 
-def matching(config: TransformerConfig) -> Family | None:
+def matching(config) -> Family | None:
   """A family whose `config.json` says all that `config` does; Llama's is tried first.
 
-  Momentum attention is left aside: it has no tensors, and an export refuses it.
+  How the model runs or starts is left aside, and momentum attention (see `explicit`). A
+  configuration of a class that only one family has is that family's, whatever its file can say.
   """
-  wanted = explicit(config)
-  for family in sorted(FAMILIES, key=lambda family: family is not llama.LLAMA):
+  own = [family for family in FAMILIES if family.config is type(config)]
+  if len(own) == 1:
+    return own[0]
+  for family in sorted(own, key=lambda family: family is not llama.LLAMA):
     try:
       written = {**family.write_config(config), "model_type": family.name}
       read = family.read_config(ConfigReader(written, "config.json"))
     except (ValueError, AttributeError):  # parts that it cannot say
       continue
-    if isinstance(read, TransformerConfig) and explicit(read) == wanted:
+    if family.explicit(read) == family.explicit(config):
       return family
   return None
-
-
-def explicit(config: TransformerConfig) -> TransformerConfig:
-  """The same model, with every width written out and no choice of how it runs."""
-  scaling = config.rope_scaling
-  if scaling is not None:
-    scaling = dataclasses.replace(scaling, attention_factor=scaling.amplitude)
-  return dataclasses.replace(
-    config, **PLAIN, attention_chunk=1, num_kv_heads=config.key_heads, head_dim=config.head_width,
-    embedding_width=config.token_width, momentum=None,
-    rotary_dim=config.rotary_width if config.positions == "rotary" else None,
-    rope_scaling=scaling, max_length=llama.stretched_length(config.max_length, config.rope_scaling),
-  )
 
 
 def find(config: dict, where: str) -> Family:

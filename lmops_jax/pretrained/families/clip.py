@@ -12,8 +12,17 @@ from lmops_jax.models.clip import Clip, ClipConfig
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig
 from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.explicit import explicit, explicit_vision
 from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation
-from lmops_jax.pretrained.rules import Rule, attention_rules, linear, mlp_rules, norm_rules, same
+from lmops_jax.pretrained.rules import (
+  Rule,
+  attention_rules,
+  linear,
+  mlp_rules,
+  norm_rules,
+  same,
+  under,
+)
 
 _FIRST_EOS = 2  # what the first checkpoints' config.json says, which is not their EOS
 
@@ -22,19 +31,24 @@ def _read(r: ConfigReader) -> ClipConfig:
   p = r.read(published.Clip)
   text = p.text_config_dict or p.text_config or published.ClipText()
   vision = p.vision_config_dict or p.vision_config or published.ClipVision()
-  trunk = TransformerConfig(
-    **_parts(r, vision), positions="none", causal=False, final_norm=False,
-    max_length=(vision.image_size // vision.patch_size) ** 2 + 1,
-  )
   return ClipConfig(
     text=TransformerConfig(
       **_parts(r, text), vocab_size=text.vocab_size, positions="learned",
       max_length=text.max_position_embeddings, tied_embeddings=True,
     ),
-    vision=VisionConfig(trunk, vision.image_size, vision.patch_size),
+    vision=read_vision(r, vision),
     projection_width=p.projection_dim,
     eos_id=None if text.eos_token_id == _FIRST_EOS else text.eos_token_id,
   )
+
+
+def read_vision(r: ConfigReader, p: published.ClipVision) -> VisionConfig:
+  """The image tower of a `vision_config`."""
+  trunk = TransformerConfig(
+    **_parts(r, p), positions="none", causal=False, final_norm=False,
+    max_length=(p.image_size // p.patch_size) ** 2 + 1,
+  )
+  return VisionConfig(trunk, p.image_size, p.patch_size)
 
 
 def _parts(r: ConfigReader, p: published.ClipText | published.ClipVision) -> dict[str, Any]:
@@ -47,78 +61,100 @@ def _parts(r: ConfigReader, p: published.ClipText | published.ClipVision) -> dic
 
 
 def _sizes(c: ClipConfig) -> tuple[Sizes, ...]:
-  def tower(name: str, part: str, t: TransformerConfig, **axes: int) -> Sizes:
-    axes |= {"hidden_size": t.width, "intermediate_size": t.mlp_width}
-    return Sizes(
-      f"{name}.num_hidden_layers", t.num_layers,
-      {f"{name}.{field}": size for field, size in axes.items()}, part,
-    )
-
-  text = tower(
+  text = _tower_sizes(
     "text_config", "text/", c.text, vocab_size=c.text.vocab_size,
     max_position_embeddings=c.text.max_length,
   )
-  vision = tower(
-    "vision_config", "vision/", c.vision.trunk, patch_size=c.vision.patch_size,
-    **{"(image_size / patch_size)^2": c.vision.num_patches},
+  text.axes["projection_dim"] = c.projection_width
+  return text, vision_sizes(c.vision)
+
+
+def vision_sizes(c: VisionConfig) -> Sizes:
+  """What a `vision_config` declares."""
+  return _tower_sizes(
+    "vision_config", "vision/", c.trunk, patch_size=c.patch_size,
+    **{"(image_size / patch_size)^2": c.num_patches},
   )
-  return text._replace(axes={**text.axes, "projection_dim": c.projection_width}), vision
+
+
+def _tower_sizes(name: str, part: str, t: TransformerConfig, **axes: int) -> Sizes:
+  axes |= {"hidden_size": t.width, "intermediate_size": t.mlp_width}
+  return Sizes(
+    f"{name}.num_hidden_layers", t.num_layers,
+    {f"{name}.{field}": size for field, size in axes.items()}, part,
+  )
 
 
 def _write(c: ClipConfig) -> dict[str, Any]:
-  def tower(t: TransformerConfig, **more):
-    return {
-      "hidden_size": t.width, "intermediate_size": t.mlp_width, "num_hidden_layers": t.num_layers,
-      "num_attention_heads": t.num_heads, "layer_norm_eps": t.norm_eps,
-      "hidden_act": written_activation(t.activation), "projection_dim": c.projection_width, **more,
-    }
-
+  width = {"projection_dim": c.projection_width}
   return {
-    "projection_dim": c.projection_width,
-    "text_config": tower(
-      c.text, vocab_size=c.text.vocab_size, max_position_embeddings=c.text.max_length,
-      eos_token_id=_FIRST_EOS if c.eos_id is None else c.eos_id,
-    ),
-    "vision_config": tower(
-      c.vision.trunk, image_size=c.vision.image_size, patch_size=c.vision.patch_size
-    ),
+    **width,
+    "text_config": _written(c.text) | width | {
+      "vocab_size": c.text.vocab_size, "max_position_embeddings": c.text.max_length,
+      "eos_token_id": _FIRST_EOS if c.eos_id is None else c.eos_id,
+    },
+    "vision_config": write_vision(c.vision) | width,
+  }
+
+
+def write_vision(c: VisionConfig) -> dict[str, Any]:
+  """The `vision_config` of an image tower."""
+  return _written(c.trunk) | {"image_size": c.image_size, "patch_size": c.patch_size}
+
+
+def _written(t: TransformerConfig) -> dict[str, Any]:
+  return {
+    "hidden_size": t.width, "intermediate_size": t.mlp_width, "num_hidden_layers": t.num_layers,
+    "num_attention_heads": t.num_heads, "layer_norm_eps": t.norm_eps,
+    "hidden_act": written_activation(t.activation),
   }
 
 
 def _rules(c: ClipConfig) -> list[Rule]:
-  p, trunk = c.vision.patch_size, c.vision.trunk
-  text, vision, width = "text_model", "vision_model", (c.projection_width,)
-  patch = Rule(
-    f"{vision}.embeddings.patch_embedding.weight", ("vision/patch_embedding",),
-    lambda x: [x.transpose(2, 3, 1, 0)], lambda y: y[0].transpose(3, 2, 0, 1),
-    (trunk.width, NUM_CHANNELS, p, p),
-  )
+  text, width = "text_model", (c.projection_width,)
   return [
     same("logit_scale", "logit_scale"),
     linear("text_projection.weight", "text_projection/kernel", (c.text.width,), width),
-    linear("visual_projection.weight", "visual_projection/kernel", (trunk.width,), width),
+    linear(
+      "visual_projection.weight", "visual_projection/kernel", (c.vision.trunk.width,), width),
     same(f"{text}.embeddings.token_embedding.weight", "text/embedding"),
     same(f"{text}.embeddings.position_embedding.weight", "text/position_embedding"),
-    *_tower(c.text, text, "text"),
+    *under("text", _tower(c.text, text)),
     *norm_rules(c.text, f"{text}.final_layer_norm", "text/final_norm"),
-    same(f"{vision}.embeddings.class_embedding", "vision/class_embedding"),
-    same(f"{vision}.embeddings.position_embedding.weight", "vision/position_embedding"),
-    patch,
-    *norm_rules(trunk, f"{vision}.pre_layrnorm", "vision/pre_norm"),
-    *_tower(trunk, vision, "vision/trunk"),
-    *norm_rules(trunk, f"{vision}.post_layernorm", "vision/post_norm"),
+    *under("vision", vision_rules(c.vision, "vision_model")),
   ]
 
 
-def _tower(c: TransformerConfig, theirs: str, ours: str) -> list[Rule]:
+def vision_rules(c: VisionConfig, theirs: str) -> list[Rule]:
+  """The tensors of an image tower whose names begin with `theirs`."""
+  trunk, p = c.trunk, c.patch_size
+  below = trunk.num_layers - c.top_layers
+  patch = Rule(
+    f"{theirs}.embeddings.patch_embedding.weight", ("patch_embedding",),
+    lambda x: [x.transpose(2, 3, 1, 0)], lambda y: y[0].transpose(3, 2, 0, 1),
+    (trunk.width, NUM_CHANNELS, p, p),
+  )
+  layers = _tower(trunk, theirs)
+  top = [rule._replace(first=below) for rule in layers] if c.top_layers else []
+  return [
+    same(f"{theirs}.embeddings.class_embedding", "class_embedding"),
+    same(f"{theirs}.embeddings.position_embedding.weight", "position_embedding"),
+    patch,
+    *norm_rules(trunk, f"{theirs}.pre_layrnorm", "pre_norm"),
+    *under("trunk", layers),
+    *under("top", top),
+    *norm_rules(trunk, f"{theirs}.post_layernorm", "post_norm"),
+  ]
+
+
+def _tower(c: TransformerConfig, theirs: str) -> list[Rule]:
   layer = theirs + ".encoder.layers.{i}"
-  rules = [
+  return [
     *norm_rules(c, f"{layer}.layer_norm1", "layers/attention_norm"),
     *norm_rules(c, f"{layer}.layer_norm2", "layers/mlp_norm"),
     *attention_rules(c, *(f"{layer}.self_attn.{x}_proj" for x in ("q", "k", "v", "out"))),
     *mlp_rules(c, f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"),
   ]
-  return [rule._replace(ours=tuple(f"{ours}/{path}" for path in rule.ours)) for rule in rules]
 
 
 def _inputs(c: ClipConfig) -> tuple:
@@ -133,9 +169,15 @@ def _with_choices(c: ClipConfig, **choices) -> ClipConfig:
   return dataclasses.replace(c, text=text, vision=vision)
 
 
+def _explicit(c: ClipConfig) -> ClipConfig:
+  """See `Family.explicit`."""
+  return dataclasses.replace(c, text=explicit(c.text), vision=explicit_vision(c.vision))
+
+
 FAMILY = Family(
   name="clip", architecture="CLIPModel", prefix="", schema=published.Clip, read_config=_read,
   write_config=_write, rules=_rules, tied={}, sizes=_sizes,
   ignored=(r".*embeddings\.position_ids",), module=Clip, inputs=_inputs,
-  with_choices=_with_choices,
+  with_choices=_with_choices, config=ClipConfig, text=lambda config: config.text,
+  decoder=lambda config: None, explicit=_explicit,
 )

@@ -11,16 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax.host.foreign_files import checked
+from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.explicit import explicit
 from lmops_jax.pretrained.rules import Rule
 
 Schema = TypeVar("Schema")
 
-# How a model runs, which no `config.json` says.
-PLAIN = dict(
-  attention="xla", scan_layers=True, remat="none", dtype="float32", param_dtype="float32"
-)
 # Names of activations in `config.json` and here.
 ACTIVATIONS = {
   "silu": "silu",
@@ -74,6 +72,12 @@ class Family:
     module: makes the Linen module from the configuration.
     inputs: gives shapes of inputs that a configuration's module can be initialised with.
     with_choices: changes the execution choices (`dtype=`, ...) of a configuration.
+    config: the class of the configuration.
+    text: gives the configuration of the transformer over tokens.
+    decoder: gives the configuration of the transformer that continues a text, or None.
+    decoder_part: the name of that transformer's part of the parameters; "" for all of them.
+    image_size: gives the sides in pixels of pictures that stand among the words; None if none can.
+    explicit: writes every width out, and leaves out how a model runs, starts and is trained.
   """
 
   name: str
@@ -91,6 +95,13 @@ class Family:
   module: Callable[[Any], nn.Module] = Transformer
   inputs: Callable[[Any], tuple] = lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
   with_choices: Callable[..., Any] = dataclasses.replace
+  config: type = TransformerConfig
+  text: Callable[[Any], TransformerConfig] = lambda config: config
+  decoder: Callable[[Any], TransformerConfig | None] = lambda config: (
+    config if config.causal else None)
+  decoder_part: str = ""
+  image_size: Callable[[Any], int | None] = lambda config: None
+  explicit: Callable[[Any], Any] = explicit
 
 
 class ConfigReader:

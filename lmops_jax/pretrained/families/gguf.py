@@ -12,8 +12,9 @@ from pydantic import Field
 
 from lmops_jax.host.foreign_files import checked, shown
 from lmops_jax.models.config import RopeScaling, TransformerConfig
+from lmops_jax.pretrained.families.explicit import stretched_length
 from lmops_jax.pretrained.families.family import Family, Sizes
-from lmops_jax.pretrained.families.llama import LLAMA, QWEN2, stretched_length
+from lmops_jax.pretrained.families.llama import LLAMA, QWEN2
 from lmops_jax.pretrained.families.published import Count, Index, Length, Positive, Share
 from lmops_jax.pretrained.rules import Rule
 

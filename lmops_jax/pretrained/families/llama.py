@@ -7,6 +7,7 @@ from typing import Any
 from lmops_jax.host.foreign_files import shown
 from lmops_jax.models.config import RopeScaling, TransformerConfig
 from lmops_jax.pretrained.families import published
+from lmops_jax.pretrained.families.explicit import stretched_length
 from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, written_activation
 from lmops_jax.pretrained.rules import (
   Rule,
@@ -35,13 +36,6 @@ def _read(r: ConfigReader, schema: type[published.Llama], family: str) -> Transf
     mlp_bias=family == "llama" and p.mlp_bias,
     sliding_window=None if family == "llama" else _window(r, p, max_length),
   )
-
-
-def stretched_length(declared: int, scaling: RopeScaling | None) -> int:
-  """Positions of a model: the declared number, or what YaRN stretches to if that is more."""
-  if scaling is None or scaling.kind != "yarn":
-    return declared
-  return max(declared, int(min(scaling.factor * scaling.original_max_length, published.LONGEST)))
 
 
 def _given_stretch(r: ConfigReader, p: published.Llama) -> tuple[str, published.Stretch]:

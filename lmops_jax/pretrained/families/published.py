@@ -317,3 +317,33 @@ class Clip(AnyModel):
   text_config_dict: ClipText | None = None
   vision_config: ClipVision | None = None
   vision_config_dict: ClipVision | None = None
+
+
+class Kosmos2Text(_Published):
+  multiples = (("embed_dim", "attention_heads"),)
+  vocab_size: Count = 65037
+  max_position_embeddings: Length = 2048
+  embed_dim: Length = _named(2048, "hidden_size", "embed_dim")  # its root is the scale
+  layers: Count = _named(24, "num_hidden_layers", "layers")
+  ffn_dim: Count = 8192
+  attention_heads: Count = _named(32, "num_attention_heads", "attention_heads")
+  activation_function: str = "gelu"
+  layer_norm_eps: Positive = 1e-5
+  scale_embedding: bool = True
+  add_cross_attention: _only(bool, False) = False
+  pad_token_id: Index = 1  # positions begin behind it
+
+
+class Kosmos2Vision(ClipVision):
+  num_hidden_layers: Count = 24
+  hidden_size: Count = 1024
+  intermediate_size: Count = 4096
+  num_attention_heads: Count = 16
+  patch_size: Length = 14
+
+
+class Kosmos2(AnyModel):
+  text_config: Kosmos2Text | None = None
+  vision_config: Kosmos2Vision | None = None
+  latent_query_num: Count = 64
+  tie_word_embeddings: bool = True

@@ -1,0 +1,110 @@
+"""Prompts with pictures are those of Kosmos-2's processor, for each form of its tokenizer's files.
+
+The published vocabulary is not at hand: a small one of the same kind stands in, SentencePiece's
+unigram model with fairseq's ids and the processor's own words behind them.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image
+
+pytestmark = pytest.mark.parity
+transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+
+from lmops_jax.data.images import ImageSettings  # noqa: E402
+from lmops_jax.data.multimodal import drawn, parts_of  # noqa: E402
+from lmops_jax.decoding.image_prompts import image_tokens, laid_out  # noqa: E402
+from lmops_jax.text.tokenizer import load_tokenizer  # noqa: E402
+
+SLOTS = 5
+PIXELS = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+TEXTS = (
+  "An image of", "  An image of ", "<grounding> An image of", "<grounding>An image of",
+  "<phrase> a snowman</phrase>", "<grounding><phrase> a snowman</phrase> warming",
+  "Question: what is it? Answer:", "a <unk> b", "a</phrase><object><patch_index_0044></object>.",
+  "<patch_index_44> fire.", "",
+)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pieces")
+  texts = folder / "texts.txt"
+  texts.write_text(
+    "An image of a snowman warming himself by a fire.\nQuestion: what is it? Answer: a campfire\n"
+    "<patch_index_44>\n" * 20)
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(texts), model_prefix=str(folder / "model"), vocab_size=70, minloglevel=2,
+    hard_vocab_limit=False, normalization_rule_name="identity")
+  return folder / "model.model"
+
+
+@pytest.fixture(scope="module")
+def processor(model_file):
+  pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+  first = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
+  rest = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, pieces.get_piece_size())]
+  # As the published files do, the vocabulary itself ends with the mask.
+  tokenizer = transformers.XLMRobertaTokenizer(vocab=[*first, *rest, ("<mask>", 0.0)])
+  return transformers.Kosmos2Processor(
+    transformers.CLIPImageProcessor(size={"height": 8, "width": 8}, do_center_crop=False),
+    tokenizer, num_patch_index_tokens=1024)
+
+
+@pytest.fixture(scope="module")
+def folders(processor, model_file, tmp_path_factory):
+  """Of each form of the files: tokenizer.json, or a SentencePiece model with the added words."""
+  fast, slow = tmp_path_factory.mktemp("fast"), tmp_path_factory.mktemp("slow")
+  processor.save_pretrained(fast)
+  (slow / "sentencepiece.bpe.model").write_bytes(model_file.read_bytes())
+  added = {
+    str(i): {"content": token.content, "lstrip": token.lstrip, "rstrip": token.rstrip,
+             "normalized": token.normalized, "special": token.special}
+    for i, token in processor.tokenizer.added_tokens_decoder.items()}
+  (slow / "tokenizer_config.json").write_text(json.dumps({
+    "tokenizer_class": "XLMRobertaTokenizer", "added_tokens_decoder": added}))
+  return {"fast": fast, "slow": slow}
+
+
+@pytest.mark.parametrize("form", ["fast", "slow"])
+def test_ids_and_places_are_those_of_the_processor(processor, folders, form):
+  tokenizer = load_tokenizer(folders[form])
+  assert tokenizer.vocab_size == len(processor.tokenizer)
+  ids = image_tokens(tokenizer, SLOTS)
+  size = tokenizer.token_id("<mask>")
+  # As in the published vocabulary: the mask, the tags, the words of places.
+  assert (ids.image_id, ids.image_end_id, ids.line_end_id) == (size + 2, size + 3, size + 5)
+  assert tokenizer.token_id("<patch_index_1023>") == size + 11 + 1024
+  assert (ids.bos_id, ids.pad_id, ids.eos_id) == (0, 1, 2)
+  for text in TEXTS:
+    want = processor(
+      images=Image.fromarray(PIXELS), text=text, num_image_tokens=SLOTS, return_tensors="np")
+    parts, _ = parts_of(text, [drawn(PIXELS, "noise")], "prompt")
+    got = laid_out(parts, tokenizer, ids)
+    places = want["image_embeds_position_mask"][0].astype(bool)
+    np.testing.assert_array_equal(got.vectors >= 0, places, err_msg=text)
+    np.testing.assert_array_equal(
+      got.tokens[~places], want["input_ids"][0][~places], err_msg=text)
+    if text.strip():
+      alone = processor(text=text)["input_ids"]
+      assert [tokenizer.bos_id, *tokenizer.encode(text.strip(), False)] == alone, text
+
+
+def test_pixels_are_those_of_the_processor(processor):
+  want = processor(images=Image.fromarray(PIXELS), text="a", return_tensors="np")["pixel_values"]
+  pixels = ImageSettings(8, 8).pixels(drawn(PIXELS, "noise").read(), "noise")
+  config = transformers.CLIPImageProcessor()
+  got = (pixels / 255 - np.array(config.image_mean)) / np.array(config.image_std)
+  np.testing.assert_allclose(got.transpose(2, 0, 1), want[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["fast", "slow"])
+def test_answers_are_decoded_as_the_processor_does(processor, folders, form):
+  tokenizer = load_tokenizer(folders[form])
+  text = "<grounding> An image of<phrase> a fire</phrase><object><patch_index_0005></object>."
+  ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+  want = processor.tokenizer.decode(ids, skip_special_tokens=True)
+  assert tokenizer.decode(ids) == want
