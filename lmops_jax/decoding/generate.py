@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.data.supervised import encode_behind, front_ids
-from lmops_jax.decoding import beam as beam_lib
 from lmops_jax.decoding import loop as loop_lib
 from lmops_jax.decoding import prefixes
 from lmops_jax.decoding import text as text_lib
 from lmops_jax.decoding.lengths import bucket
 from lmops_jax.decoding.options import GenerationOptions
+from lmops_jax.decoding.prompts import Prompt, checked, padded
+from lmops_jax.decoding.results import Generated, Watched, on_host, read_beams, read_rows
 from lmops_jax.mesh.meshes import Partitioner, activated, shards_of
 from lmops_jax.models.cache import Prefix
 from lmops_jax.models.transformer import unstack_layers
@@ -25,29 +25,13 @@ from lmops_jax.models.transformer import unstack_layers
 GREEDY = GenerationOptions()
 
 
-class Generated(NamedTuple):
-  """The tokens that follow one prompt.
-
-  Attributes:
-    ids: new tokens, with the end token if one ended them.
-    logprobs: log-probability of each id under the model's own distribution, `log_softmax(logits)`
-      in float32 before temperature and filters, in nats.
-    finish_reason: "eos" (an end token), "stop" (the caller ended it) or "length".
-    score: what beam search ranks hypotheses by; None without beam search.
-  """
-
-  ids: list[int]
-  logprobs: list[float]
-  finish_reason: str
-  score: float | None = None
-
-
 class Generator:
   """Generates with one model. Programs are compiled when first needed and kept.
 
   A program serves all prompts of a bucket of lengths and all values of numeric options; a new one
-  is compiled for another number of rows (in powers of two), another bucket, and for other kinds of
-  options (which filters, k of top-k, how many beams, which end tokens).
+  is compiled for another number of rows (in powers of two), another bucket, also of the number of
+  vectors in prompts, and for other kinds of options (which filters, k of top-k, how many beams,
+  which end tokens).
 
   Attributes:
     params: the parameters as the programs take them.
@@ -108,7 +92,7 @@ class Generator:
 
   def generate(
     self,
-    texts: Sequence[str],
+    texts: Sequence[str | Prompt],
     options: GenerationOptions = GREEDY,
     stop: str | Sequence[str] = (),
     callback: Callable[[int, str], bool | None] | None = None,
@@ -120,7 +104,7 @@ class Generator:
     """Continues texts.
 
     Args:
-      texts: prompts.
+      texts: prompts; those with vectors as `Prompt`.
       options: how tokens are chosen.
       stop: strings that end a text, which is cut before them. Beam search does not end at them;
         only its texts are cut.
@@ -129,7 +113,7 @@ class Generator:
       row_ids: see `generate_ids`.
       add_special: put in front of every text what the tokenizer puts there, such as a BOS: once,
         even if the text begins with it, and never behind a prefix. False leaves texts as they are,
-        which suits what a chat template wrote.
+        which suits what a chat template wrote; a `Prompt` is left as it is in any case.
       prefix: see `generate_ids`.
 
     Returns:
@@ -142,9 +126,12 @@ class Generator:
       raise ValueError("Generator has no tokenizer; give it one, or call generate_ids with ids.")
     stop = text_lib.check_stop(stop)
     front = front_ids(self._tokenizer) if add_special and prefix is None else []
-    prompts = [encode_behind(front, self._tokenizer, text) for text in texts]
+    prompts = [
+      text if isinstance(text, Prompt) else Prompt(encode_behind(front, self._tokenizer, text))
+      for text in texts
+    ]
     streams = [
-      text_lib.TextStream(self._tokenizer, stop, prompt)
+      text_lib.TextStream(self._tokenizer, stop, _words_at_the_end(prompt))
       for prompt in prompts for _ in range(options.num_return_sequences)
     ]
 
@@ -170,16 +157,17 @@ class Generator:
 
   def generate_ids(
     self,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt | Sequence[int]],
     options: GenerationOptions = GREEDY,
     callback: Callable[[int, list[int]], bool | None] | None = None,
     row_ids: Sequence[int] | None = None,
     prefix: Prefix | None = None,
   ) -> list[Generated]:
-    """Continues prompts of token ids.
+    """Continues prompts of token ids, and vectors in the place of some.
 
     Args:
-      prompts: of any lengths; an empty one becomes the tokenizer's BOS token.
+      prompts: of any lengths and numbers of vectors; an empty one becomes the tokenizer's BOS
+        token.
       options: how tokens are chosen.
       callback: called as `callback(i, ids)` with the new ids of result `i` as they come, some at a
         time; it returns True to end this result. Beam search, which may change all tokens until the
@@ -220,25 +208,24 @@ class Generator:
 
   def _batch(self, prompts, row_ids, rows, plan, options, callback, prefix):
     """Generates for some of the prompts; yields places among the results, and results."""
-    longest = max(len(prompts[i]) for i in rows)
+    of_rows = [prompts[i] for i in rows]
+    longest = max(map(len, of_rows))
     width = min(bucket(longest), self._model.config.max_length)
     num_new = bucket(options.max_new_tokens)
     size = self._num_rows(len(rows), plan.copies)
-    tokens, valid = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
-    valid[:, -1] = True
-    for row, i in enumerate(rows):
-      n = len(prompts[i])
-      place = slice(width - n, None) if self._padding == "left" else slice(n)
-      valid[row] = False
-      tokens[row, place], valid[row, place] = prompts[i], True
+    batch = padded(of_rows, size, width, self._padding)
+    batch.valid[len(rows) :, -1] = True  # a row has at least one token
     identifiers = np.zeros(size, np.int32)
     identifiers[: len(rows)] = [row_ids[i] for i in rows]
     exists = np.arange(size) < len(rows)
     knobs = loop_lib.knobs_of(options, num_new)
     with activated(self._partitioner):
-      arrays = [self._put(x) for x in (tokens, valid, identifiers, exists)]
-      state = self._prefill(plan, num_new, self.params, knobs, *arrays, prefix)
-      watched = _Watched(callback, rows, plan, options) if callback and not plan.beam else None
+      batch, identifiers, exists = jax.tree.map(self._put, (batch, identifiers, exists))
+      state = self._prefill(
+        plan, num_new, self.params, knobs, batch.tokens, batch.valid, identifiers, exists, prefix,
+        batch.vectors, batch.vector_index,
+      )
+      watched = Watched(callback, rows, plan, options) if callback and not plan.beam else None
       stopped = np.zeros((size, plan.copies), bool)
       step = 1
       if watched:
@@ -252,8 +239,8 @@ class Generator:
         )
         if watched:
           stopped |= watched.look(state)
-    prompt_lengths = [len(prompts[i]) for i in rows]
-    read = _read_beams if plan.beam else _read_rows
+    prompt_lengths = list(map(len, of_rows))
+    read = read_beams if plan.beam else read_rows
     places = []
     for row, answers in enumerate(read(state, prompt_lengths, plan, options, stopped)):
       for j, generated in enumerate(answers):
@@ -276,7 +263,7 @@ class Generator:
     return -(-size // shards) * shards
 
   def _all_done(self, state, stopped):
-    return bool(np.all(_host(state.done) | stopped))
+    return bool(np.all(on_host(state.done) | stopped))
 
   def _put(self, array):
     """The same array, known to every process, with its rows over the mesh's batch axes."""
@@ -286,102 +273,43 @@ class Generator:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-class _Watched:
-  """Hands new tokens of a batch to the callback and remembers which rows it ended."""
-
-  def __init__(self, callback, rows, plan, options):
-    self._callback = callback
-    self._rows = rows
-    self._copies = plan.copies
-    self._per_prompt = options.num_return_sequences
-    self._given = np.zeros((len(rows), plan.copies), int)
-    self._ended = np.zeros((len(rows), plan.copies), bool)
-    self.seen = 0  # steps
-
-  def look(self, state):
-    """Calls back for what is new; returns which rows the callback has ended, `[B,c]`."""
-    chosen = state.chosen
-    size = state.prompt_length.shape[0]
-    num_new = _host(chosen.num_new).reshape(size, self._copies)
-    history = _host(chosen.history).reshape(size, self._copies, -1)
-    lengths = _host(state.prompt_length)
-    self.seen = int(_host(state.step))
-    for row, i in enumerate(self._rows):
-      for j in range(self._copies):
-        given, there = self._given[row, j], num_new[row, j]
-        if given < there and not self._ended[row, j]:
-          ids = history[row, j, lengths[row] + given : lengths[row] + there].tolist()
-          self._given[row, j] = there
-          self._ended[row, j] = bool(self._callback(i * self._per_prompt + j, ids))
-    ended = np.zeros((size, self._copies), bool)
-    ended[: len(self._rows)] = self._ended
-    return ended
-
-
-def _read_rows(state, prompt_lengths, plan, options, stopped):
-  """`Generated` for each prompt and answer, from the final state."""
-  del options
-  rows = jax.tree.map(_host, state.chosen)
-  for b, length in enumerate(prompt_lengths):
-    answers = []
-    for j in range(plan.copies):
-      r = b * plan.copies + j
-      n = int(rows.num_new[r])
-      ids = rows.history[r, length : length + n].tolist()
-      reason = "stop" if stopped[b, j] else "eos" if ids[-1] in plan.eos_ids else "length"
-      answers.append(Generated(ids, rows.log_probs[r, :n].tolist(), reason))
-    yield answers
-
-
-def _read_beams(state, prompt_lengths, plan, options, stopped):
-  """As `_read_rows`: the best of all groups' finished hypotheses."""
-  del stopped
-  beams: beam_lib.Beams = jax.tree.map(_host, state.chosen)
-
-  def flat(x):
-    return x.reshape(x.shape[0], plan.beam.num_beams, *x.shape[3:])
-
-  scores, lengths = flat(beams.finished_scores), flat(beams.finished_length)
-  history, log_probs = flat(beams.finished_history), flat(beams.finished_log_probs)
-  for b, length in enumerate(prompt_lengths):
-    answers = []
-    for k in np.argsort(-scores[b], kind="stable")[: options.num_return_sequences]:
-      n = int(lengths[b, k])
-      ids = history[b, k, length : length + n].tolist()
-      reason = "eos" if ids[-1] in plan.eos_ids else "length"
-      answers.append(Generated(ids, log_probs[b, k, :n].tolist(), reason, float(scores[b, k])))
-    yield answers
+def _words_at_the_end(prompt: Prompt) -> list[int]:
+  """The ids behind the last vector."""
+  slots = np.flatnonzero(prompt.slots)
+  return list(prompt.ids[slots[-1] + 1 if slots.size else 0 :])
 
 
 def checked_prompts(
-  config, prompts: Sequence[Sequence[int]], options: GenerationOptions, bos_id: int | None = None,
-  prefix: Prefix | None = None,
-) -> list[list[int]]:
+  config, prompts: Sequence[Prompt | Sequence[int]], options: GenerationOptions,
+  bos_id: int | None = None, prefix: Prefix | None = None,
+) -> list[Prompt]:
   """The prompts as a model can continue them, an empty one as BOS; needs no parameters.
 
   The last new token is not read, so a prompt with its new tokens may have one token more than the
   model has positions.
 
   Raises:
-    ValueError: for an empty prompt without BOS token, ids that the model does not have, or a prompt
-      that is too long with `max_new_tokens`; names the prompt by its index.
+    ValueError: for an empty prompt without BOS token, ids that the model does not have, vectors
+      that do not fit (`prompts.checked`), or a prompt that is too long with `max_new_tokens`; names
+      the prompt by its index.
   """
   end = 0
   if prefix is not None:
     prefixes.check_model(config, prefix)
     end = int(prefix.end)
-  checked = []
+  ready = []
   for i, prompt in enumerate(prompts):
-    prompt = [int(t) for t in prompt]
-    if not prompt:
+    prompt = checked(prompt, config.token_width, f"prompt {i}")
+    if not len(prompt):
       if bos_id is None or prefix is not None:
         raise ValueError(
           f"prompt {i} is empty and there is no BOS token to begin with; give it some text."
         )
-      prompt = [bos_id]
+      prompt = Prompt([bos_id])
     num_read = len(prompt) + options.max_new_tokens - 1
-    prefixes.check_length(config, end, num_read, f"prompt {i}")
-    if prefix is None and num_read > config.max_length:
+    if prefix is not None:
+      prefixes.check_length(config, end, num_read, f"prompt {i}")
+    elif num_read > config.max_length:
       together = "" if len(prompt) > config.max_length else (
         f" and decoding.GenerationOptions.max_new_tokens={options.max_new_tokens} more"
       )
@@ -389,14 +317,14 @@ def checked_prompts(
         f"prompt {i} has {len(prompt)} tokens{together}, and the model's context is "
         f"{config.max_length} tokens; shorten the prompt or ask for fewer new tokens."
       )
-    worst = max(prompt) if min(prompt) >= 0 else min(prompt)
+    worst = max(prompt.ids) if min(prompt.ids) >= 0 else min(prompt.ids)
     if not 0 <= worst < config.vocab_size:
       raise ValueError(
         f"prompt {i} has token id {worst}, which is not among the model's {config.vocab_size} "
         "ids; use the model's own tokenizer."
       )
-    checked.append(prompt)
-  return checked
+    ready.append(prompt)
+  return ready
 
 
 def _for_decoding(model, params, partitioner):
@@ -415,12 +343,3 @@ def _for_decoding(model, params, partitioner):
     return leaf.astype(dtype) if leaf.ndim > 1 and leaf.dtype != dtype else leaf
 
   return jax.tree.map(cast, params)
-
-
-def _host(array) -> np.ndarray:
-  """A copy on the host, of an array of this or of all processes."""
-  if isinstance(array, jax.Array) and not array.is_fully_addressable:
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(array, tiled=True)
-  return np.array(array)

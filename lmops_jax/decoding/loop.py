@@ -144,7 +144,7 @@ def knobs_of(options: GenerationOptions, num_new: int) -> Knobs:
 
 def prefill(
   model, plan: Plan, num_new: int, params, knobs, tokens, valid, row_id, exists,
-  prefix: Prefix | None = None,
+  prefix: Prefix | None = None, vectors=None, vector_index=None,
 ) -> State:
   """Reads the prompts and chooses the first token.
 
@@ -159,13 +159,14 @@ def prefill(
     row_id: `[B] int32`.
     exists: `[B] bool`, False for a row that only fills the batch.
     prefix: what stands in front of every row.
+    vectors, vector_index: of the prompts, see `prompts.Padded`.
   """
   b, p = tokens.shape
   cache = empty_cache(model.config, b, p + num_new)
   positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
   hidden, cache = model.apply(
     {"params": params}, tokens, cache, positions=positions + _start(prefix), valid=valid,
-    fresh=True, shared=prefix, method="extend",
+    fresh=True, shared=prefix, vectors=vectors, vector_index=vector_index, method="extend",
   )
   length = jnp.sum(valid, axis=1).astype(jnp.int32)
   last = p - 1 - jnp.argmax(valid[:, ::-1], axis=1)
@@ -174,6 +175,8 @@ def prefill(
 
   # Tokens without the padding between them, new ones to follow right behind.
   where = jnp.where(valid, positions, p + num_new)
+  if vector_index is not None:  # no vector is a word, nor are two of them the same
+    tokens = jnp.where(vector_index < 0, tokens, model.config.vocab_size + positions)
   history = jnp.zeros((b, p + num_new), jnp.int32)
   history = jax.vmap(lambda row, i, t: row.at[i].set(t, mode="drop"))(history, where, tokens)
   if plan.beam:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.decoding.lengths import bucket
+from lmops_jax.decoding.prompts import Prompt, checked, padded
 from lmops_jax.mesh.meshes import activated, shards_of
 from lmops_jax.models.cache import KVCache, Prefix, constrain_heads, empty_cache
 from lmops_jax.models.partitioning import constrain
@@ -31,10 +32,13 @@ _WRITTEN_OUT = 512  # tokens; longer groups skip later keys and hold no [W,W] sc
 _TABLES = ("learned", "sinusoidal")  # positions that end
 
 
-def read_text(model, params, ids: Sequence[int], partitioner=None) -> Prefix:
-  """An ordinary context `ids`, with all its special tokens; see `read_groups` for the rest."""
-  row = np.asarray([ids], np.int32)
-  return read_groups(model, params, row, np.ones(row.shape, bool), partitioner=partitioner)
+def read_text(model, params, text: Prompt | Sequence[int], partitioner=None) -> Prefix:
+  """An ordinary context, with all its special tokens; see `read_groups` for the rest."""
+  text = checked(text, model.config.token_width, "the text")
+  row = padded([text], 1, len(text))
+  return read_groups(
+    model, params, row.tokens, row.valid, partitioner=partitioner, vectors=row.vectors,
+    vector_index=row.vector_index)
 
 
 def read_groups(
@@ -49,6 +53,8 @@ def read_groups(
   partitioner=None,
   spread: bool = False,
   progress: Callable[[int], None] | None = None,
+  vectors=None,
+  vector_index=None,
 ) -> Prefix:
   """Reads M groups of demonstrations, each on its own.
 
@@ -68,14 +74,19 @@ def read_groups(
       device; rows are then to be split over other axes (`rows_partitioner`). False puts all on
       every device.
     progress: called with the number of groups read since the last call.
+    vectors: `[M,m,D]` that stand in the place of some of the ids, of images for instance, or None.
+    vector_index: `[M,W] int32`, which of its group's vectors stands where, -1 for a word; None if
+      `vectors` is.
 
   Raises:
     ValueError: for an encoder, ids outside of the vocabulary, an empty group or one that is not at
-      its row's end, a window that is too short or beyond the model's positions, or a scale that is
-      not positive.
+      its row's end, a window that is too short or beyond the model's positions, a scale that is
+      not positive, or vectors that do not fit (`prompts.checked`).
   """
   config = model.config
   ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
+  if vectors is not None or vector_index is not None:
+    ids, vectors, vector_index = _with_vectors(config, ids, mask, vectors, vector_index)
   _check(config, ids, mask, window, bos_id, scale)
   num_groups, width = ids.shape
   if num_groups == 0:
@@ -87,6 +98,9 @@ def read_groups(
   tokens, valid = (np.zeros((len(ids), columns), kind) for kind in (np.int32, bool))
   if width:
     tokens[:, columns - width :], valid[:, columns - width :] = ids, mask
+  if vectors is not None:
+    in_front = ((0, 0), (columns - width, 0))
+    vector_index = np.pad(vector_index, in_front, constant_values=-1)
   if front:
     tokens[:, columns - window - 1], valid[:, columns - window - 1] = bos_id, True
   positions = np.maximum(np.arange(columns) - (columns - window - front), 0).astype(np.int32)
@@ -96,19 +110,25 @@ def read_groups(
   calls = -(-len(ids) // (shards * max(1, _TOKENS_AT_ONCE // columns)))
   size = -(-len(ids) // (calls * shards)) * shards
   missing = calls * size - len(ids)
-  tokens, valid = (np.pad(x, ((0, missing), (0, 0))) for x in (tokens, valid))
+  arrays = {"tokens": tokens, "valid": valid}
+  if vectors is not None:
+    arrays |= {"vectors": vectors, "vector_index": vector_index}
+  arrays = {name: np.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
+            for name, x in arrays.items()}
+  valid = arrays["valid"]
   params = unstack_layers(nn.unbox(params))
   if config.attention == "xla" and columns > _WRITTEN_OUT:
     model = model.clone(config=dataclasses.replace(config, attention="chunked"))
   per_shard = size // shards
   with activated(over_groups):
     held = _nothing(config, shards, calls * per_shard * columns)
-    for first in range(0, len(tokens), size):
-      batch = {"tokens": tokens[first : first + size], "valid": valid[first : first + size]}
+    for first in range(0, len(valid), size):
+      batch = {name: x[first : first + size] for name, x in arrays.items()}
       if over_groups is not None:
         batch = over_groups.place_batch(batch)
-      held = _read(model, params, batch["tokens"], positions, batch["valid"], held,
-                   first // shards * columns)
+      held = _read(
+        model, params, batch["tokens"], positions, batch["valid"], held, first // shards * columns,
+        batch.get("vectors"), batch.get("vector_index"))
       if progress:
         jax.block_until_ready(held)
         progress(min(size, num_groups - first))
@@ -117,10 +137,10 @@ def read_groups(
   seen = valid.copy()  # the programs above may still read `valid` itself
   if front:
     seen[1:, columns - window - 1] = False  # once for all groups
-  order = np.arange(len(tokens)).reshape(calls, shards, per_shard).swapaxes(0, 1).ravel()
+  order = np.arange(len(valid)).reshape(calls, shards, per_shard).swapaxes(0, 1).ravel()
   slots = seen[order].reshape(1, -1)
   cache = KVCache(
-    *held, positions=np.tile(positions, len(tokens))[None], valid=slots,
+    *held, positions=np.tile(positions, len(valid))[None], valid=slots,
     branch=np.zeros(slots.shape, np.int32), length=np.int32(slots.shape[1]),
   )
   weight = max(num_groups, 1) if scale is None else scale
@@ -199,6 +219,24 @@ def _check(config, ids, mask, window, bos_id, scale):
     )
 
 
+def _with_vectors(config, ids, mask, vectors, vector_index):
+  """The groups' ids with 0 in slots, and vectors and index as `prompts.padded` makes them."""
+  shapes = [np.shape(x) for x in (ids, mask, vector_index)]
+  of_vectors = np.shape(vectors)
+  if len(set(shapes)) > 1 or len(of_vectors) != 3 or of_vectors[0] != len(ids):
+    raise ValueError(
+      f"groups have ids {shapes[0]}, mask {shapes[1]}, vector_index {shapes[2]} and vectors "
+      f"{of_vectors}; expected [M,W] and, of vectors, [M,m,{config.token_width}]."
+    )
+  vectors, vector_index = np.asarray(vectors), np.asarray(vector_index)
+  groups = [
+    checked(Prompt(*given), config.token_width, f"group {m}")
+    for m, given in enumerate(zip(ids, vectors, np.where(mask, vector_index, -1)))
+  ]
+  rows = padded(groups, *ids.shape)
+  return rows.tokens, rows.vectors, rows.vector_index
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _nothing(config, num_shards, num_slots):
   """Room for keys and values, `[n,K,slots,E]` for each layer; each of n devices has one row."""
@@ -206,14 +244,17 @@ def _nothing(config, num_shards, num_slots):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _read(model, params, tokens, positions, valid, held, start):
+def _read(
+  model, params, tokens, positions, valid, held, start, vectors=None, vector_index=None
+):
   """`held` with the keys and values of these groups from the slot `start` on.
 
   They are written where they stay, so that they are in memory once.
   """
   cache = model.apply(
     {"params": params}, tokens, empty_cache(model.config, *tokens.shape),
-    positions=jnp.broadcast_to(positions, tokens.shape), valid=valid, fresh=True, method="extend",
+    positions=jnp.broadcast_to(positions, tokens.shape), valid=valid, fresh=True, vectors=vectors,
+    vector_index=vector_index, method="extend",
   )[1]
 
   def put(room, new):  # [n,K,slots,E], [m,K,W,E]

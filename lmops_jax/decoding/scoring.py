@@ -21,6 +21,7 @@ import numpy as np
 
 from lmops_jax.decoding import prefixes, sampling
 from lmops_jax.decoding.lengths import fine_bucket
+from lmops_jax.decoding.prompts import Prompt, checked, common_length, numbered
 from lmops_jax.mesh.meshes import activated, shards_of
 from lmops_jax.models.cache import Prefix, empty_cache
 from lmops_jax.models.cached_attention import shared_in_blocks
@@ -36,11 +37,11 @@ class Request(NamedTuple):
   """A context and what may follow it.
 
   Attributes:
-    context: token ids, at least one.
+    context: token ids, at least one, or a `Prompt` with vectors, in front of all options.
     options: token ids of each continuation, at least one each.
   """
 
-  context: Sequence[int]
+  context: Prompt | Sequence[int]
   options: Sequence[Sequence[int]]
 
 
@@ -87,9 +88,9 @@ class OptionScorer:
       For each request, for each option `[its tokens] float32`.
 
     Raises:
-      ValueError: if a context or option is empty, an id is outside of the vocabulary, or there are
-        more tokens (but for an option's last) than the model has positions; the sentence names the
-        request by its index.
+      ValueError: if a context or option is empty, an id is outside of the vocabulary, vectors do
+        not fit (`prompts.checked`), or there are more tokens (but for an option's last) than the
+        model has positions; the sentence names the request by its index.
     """
     return [[scores for scores, _ in row] for row in self.score_and_rank(
       requests, progress, prefix)]
@@ -99,11 +100,11 @@ class OptionScorer:
     prefix: Prefix | None = None,
   ) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """As `score`, and for each token whether greedy search takes it, `[its tokens] bool`."""
-    self._check(requests, prefix)
+    requests = self._checked(requests, prefix)
     shared = 0 if prefix is not None else _common_prefix(requests)
     if shared:
       prefix = prefixes.read_text(
-        self._model, self.params, requests[0].context[:shared], self._partitioner)
+        self._model, self.params, requests[0].context.part(0, shared), self._partitioner)
     results: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in requests]
     with activated(self._partitioner):
       rows = self._pack([_Row.of(i, request, shared) for i, request in enumerate(requests)])
@@ -141,10 +142,15 @@ class OptionScorer:
       packed.append(row)
     return alone + packed
 
-  def _check(self, requests, prefix):
+  def _checked(self, requests, prefix) -> list[Request]:
+    """The requests, each context a `Prompt`."""
     config = self._model.config
     if prefix is not None:
       prefixes.check_model(config, prefix)
+    requests = [
+      request._replace(context=checked(request.context, config.token_width, f"request {i}"))
+      for i, request in enumerate(requests)
+    ]
     for i, request in enumerate(requests):
       if not len(request.context) or not request.options or not all(map(len, request.options)):
         raise ValueError(
@@ -161,13 +167,14 @@ class OptionScorer:
           f"{config.max_length} positions, for all but the last; give a shorter text or fewer "
           "demonstrations."
         )
-      parts = (request.context, *request.options)
+      parts = (request.context.ids, *request.options)
       lowest, largest = min(map(min, parts)), max(map(max, parts))
       if largest >= config.vocab_size or lowest < 0:
         raise ValueError(
           f"request {i} holds id {lowest if lowest < 0 else largest}, outside of the model's "
           f"vocabulary of {config.vocab_size}; encode it with the model's own tokenizer."
         )
+    return requests
 
   def _batches(self, rows, prefix):
     """Yields `(width, targets, rows)` with few shapes, similar rows together."""
@@ -205,6 +212,12 @@ class OptionScorer:
       batch["valid"][i, :n] = 1
       m = len(row.queries)
       batch["queries"][i, :m], batch["targets"][i, :m] = row.queries, row.answers
+    slots = np.zeros((size, width), bool)
+    for i, row in enumerate(rows):
+      slots[i, : len(row.slots)] = row.slots
+    if slots.any():
+      parts = [row.contexts for row in rows]
+      batch["vectors"], batch["vector_index"] = numbered(slots, parts)
     if self._partitioner is not None:
       batch = self._partitioner.place_batch(batch)
     found = _score(self._model, self.params, prefix, batch)
@@ -220,12 +233,16 @@ class _Row(NamedTuple):
   branch: list[int]
   queries: list[int]  # places whose logits predict an option's token
   answers: list[int]  # the tokens predicted there
+  slots: list[bool]  # whether a vector stands there
+  contexts: list[Prompt]  # one a request, with its vectors
 
   @classmethod
   def of(cls, index: int, request: Request, shared: int) -> _Row:
-    tokens = list(request.context[shared:])
-    context = len(tokens)
-    row = cls([index], tokens, list(range(context)), [0] * context, [], [])
+    own = request.context.part(shared)
+    context = len(own)
+    row = cls(
+      [index], list(own.ids), list(range(context)), [0] * context, [], [], own.slots.tolist(), [own]
+    )
     for number, option in enumerate(request.options, 1):
       row.queries.append(context - 1)
       row.queries.extend(range(len(row.tokens), len(row.tokens) + len(option) - 1))
@@ -233,6 +250,7 @@ class _Row(NamedTuple):
       row.tokens.extend(option[:-1])
       row.positions.extend(range(context, context + len(option) - 1))
       row.branch.extend([number] * (len(option) - 1))
+      row.slots.extend([False] * (len(option) - 1))
     return row
 
   def as_branch(self, start: int, number: int) -> _Row:
@@ -279,15 +297,13 @@ def rolling_requests(ids: Sequence[int], first: int, max_length: int) -> list[Re
 
 
 def _common_prefix(requests: Sequence[Request]) -> int:
-  """How many tokens all contexts begin with; at least one token of each context is left."""
+  """Tokens and vectors that all contexts begin with; at least one of each one's own is left."""
   if len(requests) < 2:
     return 0
   first = requests[0].context
   length = min(len(request.context) for request in requests) - 1
   for request in requests:
-    length = min(length, next(
-      (i for i, (a, b) in enumerate(zip(first, request.context)) if a != b), length
-    ))
+    length = common_length(first, request.context, length)
   return length if length >= _MIN_SHARED else 0
 
 
@@ -298,7 +314,8 @@ def _score(model, params, shared, batch):
   start = 0 if shared is None else shared.end
   hidden, _ = model.apply(
     {"params": params}, batch["tokens"], cache, positions=batch["positions"] + start,
-    valid=batch["valid"] > 0, branch=batch["branch"], shared=shared, method="extend",
+    valid=batch["valid"] > 0, branch=batch["branch"], shared=shared,
+    vectors=batch.get("vectors"), vector_index=batch.get("vector_index"), method="extend",
   )
   hidden = jnp.take_along_axis(hidden, batch["queries"][:, :, None], axis=1)
   logits = model.apply({"params": params}, hidden, method="unembed")

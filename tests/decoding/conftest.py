@@ -81,7 +81,10 @@ class Reciter:
   script: tuple[int, ...]
   config: TransformerConfig
 
-  def apply(self, variables, *args, method, positions=None, fresh=False, valid=None, shared=None):
+  def apply(
+    self, variables, *args, method, positions=None, fresh=False, valid=None, shared=None,
+    vectors=None, vector_index=None,
+  ):
     if method == "unembed":
       ids = jnp.asarray(self.script)[args[0][:, 0].astype(jnp.int32)]
       return 9 * jax.nn.one_hot(ids, self.config.vocab_size)
