@@ -12,7 +12,7 @@ The last blocks may be a stack of parameters of their own, `top`. Those of one s
 for all layers, which an optimizer can only train or freeze as a whole. What is frozen is for the
 optimizer to say, in one place: `optim.partition` with, for all but the last blocks,
 
-    {'(.*/)?vision/(?!top/|post_norm/).*': None, '.*': @optim.adamw()}
+    {'vision/(?!top/|post_norm/).*': None, '.*': @optim.adamw()}
 
 No gradient is computed of what it freezes, so below the first trained block there is neither a
 backward pass nor an activation that is kept for one.

@@ -232,7 +232,9 @@ def _with_layers(num_layers, **changes):
 ACTIVATIONS = 6 * B * I * 17 * 16 * 4  # bytes of six layers, one vector a position
 
 
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": False}, {"remat": "full"}])
+@pytest.mark.parametrize("changes", [
+  {}, pytest.param({"scan_layers": False}, marks=pytest.mark.slow),
+  pytest.param({"remat": "full"}, marks=pytest.mark.slow)])
 def test_nothing_is_kept_of_frozen_layers_for_a_backward_pass(changes):
   def kept_bytes(num_layers, pattern):
     model, params = _with_layers(num_layers, **changes)

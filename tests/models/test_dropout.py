@@ -57,7 +57,8 @@ def test_without_keys_or_rates_nothing_changes():
 
 
 @pytest.mark.parametrize("changes", [
-  {"remat": "full"}, {"scan_layers": False, "remat": "dots"},
+  pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+  {"scan_layers": False, "remat": "dots"},
   {"attention": "chunked", "attention_chunk": 2},
 ])
 def test_execution_choices_draw_the_same(value_and_grad, changes):

@@ -184,7 +184,7 @@ def _tower(model, images):
   return model.vision(images), model.image_vectors(images)
 
 
-@pytest.mark.parametrize("height, width", [(20, 20), (30, 20), (15, 40), (10, 10)])
+@pytest.mark.parametrize("height, width", [(20, 20), (15, 40), (10, 10)])
 def test_image_vectors_of_any_size_equal_torch(peer, params, height, width):
   images = _images(height, width)
   with torch.no_grad():
