@@ -196,7 +196,7 @@ class Partitioner:
     """
     if uneven not in ("refuse", "whole"):
       raise ValueError(f'uneven={uneven!r} is neither "refuse" nor "whole".')
-    specs = nn.get_partition_spec(abstract)
+    specs = nn.get_partition_spec(_without_empty_boxes(abstract))
     shardings = nn.logical_to_mesh_sharding(specs, self.mesh, self.rules)
 
     def even(path, leaf, sharding):
@@ -310,6 +310,13 @@ class Partitioner:
     mesh = jax.make_mesh(
       shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.local_devices())
     return dataclasses.replace(self, mesh=mesh)
+
+
+def _without_empty_boxes(tree):
+  """A tree whose boxes hold an array each: an optimizer that masks parameters leaves others."""
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+  return jax.tree.map(
+    lambda x: x.value if is_box(x) and not jax.tree.leaves(x) else x, tree, is_leaf=is_box)
 
 
 def activated(partitioner: Partitioner | None):

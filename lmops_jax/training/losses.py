@@ -68,9 +68,10 @@ class LMExampleLosses:
   """Masked token-mean cross-entropy of each example (arXiv:2410.07064; token mean, not sum).
 
   The batch holds `tokens`, `targets [B,S] int32` and `loss_mask [B,S] float32`, optionally
-  `positions` and `segment_ids [B,S] int32`, and `key [B]` of dropout (see `learner.supervised`). An
-  example whose mask is 0 everywhere gives 0 here, so that nothing traced can divide by zero;
-  `check_batch` refuses it on the host.
+  `positions` and `segment_ids [B,S] int32`, `key [B]` of dropout (see `learner.supervised`), and
+  `vectors [B,M,D]` with `vector_index [B,S] int32` (see `models.vectors`). An example whose mask
+  is 0 everywhere gives 0 here, so that nothing traced can divide by zero; `check_batch` refuses it
+  on the host.
   """
 
   model: Transformer
@@ -87,9 +88,10 @@ class LMExampleLosses:
 
   def token_losses(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Nats of every target `[B,S] float32`, masked or not."""
+    vectors = {name: batch[name] for name in ("vectors", "vector_index") if name in batch}
     hidden = self.model.apply(
       {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids"),
-      keys=batch.get("key"),
+      keys=batch.get("key"), **vectors,
     )
     hidden, matrix, bias = self.model.apply({"params": params}, hidden, method=_output_parts)
 

@@ -3,11 +3,13 @@
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from lmops_jax.config import resolve
 from lmops_jax.control import dynamics, pmp_scores
@@ -152,3 +154,16 @@ def test_gin_binds_rules():
   state = built.pretrain.optimizer.init({"embedding": jnp.ones((3, 2)), "norm": jnp.ones(5)})
   assert isinstance(built.pretrain.optimizer, optax.GradientTransformation)
   assert {x.size for x in jax.tree.leaves(state) if x.ndim} == {5}
+
+
+def test_what_is_masked_needs_no_place_on_a_mesh():
+  """Linen's boxes around frozen parameters hold no array in an optimizer's state."""
+  boxed = {
+    name: nn.LogicallyPartitioned(jax.ShapeDtypeStruct((8, 4), jnp.float32), ("embed", "mlp"))
+    for name in ("frozen", "trained")
+  }
+  state = jax.eval_shape(partition({"frozen.*": None, ".*": adamw(0.1)}).init, boxed)
+  shardings = MeshConfig(data=2, fsdp=2, tensor=2).build().shardings(state)
+  assert jax.tree.structure(shardings) == jax.tree.structure(nn.unbox(state))
+  split = [s for s in jax.tree.leaves(shardings) if s.spec == PartitionSpec("fsdp", "tensor")]
+  assert len(split) == 2  # both moments of the trained one

@@ -1,0 +1,8 @@
+"""Kosmos-1: a language model that sees (arXiv:2302.14045).
+
+Importing this package registers everything its gin files name.
+"""
+
+from lmops_jax.systems.kosmos.system import Kosmos
+
+__all__ = ["Kosmos"]

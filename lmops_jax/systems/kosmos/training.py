@@ -1,0 +1,259 @@
+"""Stage `train`: groups of rows through the one loop, with the tower frozen, for each arm.
+
+Arms start from the same numbers and the same tower, and read the same rows in the same order:
+
+- full: as Kosmos-1.
+- blind: every picture is black, so that only what texts tell of pictures can be learned.
+- shuffled: each picture is replaced by that of another example of the batch.
+- text: the texts alone, the paper's baseline "LLM".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lmops_jax.config.setting_types import PositiveInt, component
+from lmops_jax.evaluation import lm
+from lmops_jax.models.docked import DockedConfig, DockedLM
+from lmops_jax.sizing import flops
+from lmops_jax.stages import pipeline
+from lmops_jax.systems.kosmos.prepare import Prepared, RowShape
+from lmops_jax.systems.kosmos.world import PARTS, TEXT
+from lmops_jax.training import language_models, loop
+from lmops_jax.training.learner import supervised
+from lmops_jax.training.losses import LMExampleLosses, check_batch
+from lmops_jax.training.sources import Ahead, Source, part_of
+
+VALIDATION = "validation"
+FULL = "full"
+_VALIDATION_ROWS = 32  # of each part
+
+
+@component(module="kosmos")
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """How the docked model is trained.
+
+  Attributes:
+    optimizer: an optax transformation that freezes the tower, such as `@optim.partition()`.
+    text, pairs, interleaved: the rows of each part of a group.
+    num_steps: optimizer steps.
+    num_groups: of a step.
+    accumulate: micro-batches of a step.
+    eval_every: steps between two validations.
+    checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
+
+  Raises:
+    ValueError: a number of groups that `accumulate` does not divide.
+  """
+
+  optimizer: optax.GradientTransformation
+  text: RowShape
+  pairs: RowShape
+  interleaved: RowShape
+  num_steps: PositiveInt
+  num_groups: PositiveInt = 8
+  accumulate: PositiveInt = 1
+  eval_every: PositiveInt = 100
+  checkpoint_every: PositiveInt | None = None
+
+  def __post_init__(self):
+    if self.num_groups % self.accumulate:
+      raise ValueError(
+        f"kosmos.Training.num_groups={self.num_groups} is not a multiple of accumulate="
+        f"{self.accumulate}; choose one that divides it."
+      )
+
+  @property
+  def shapes(self) -> dict[str, RowShape]:
+    """By part."""
+    return {part: getattr(self, part) for part in PARTS}
+
+
+def _as_they_are(images: np.ndarray, used: np.ndarray) -> np.ndarray:
+  return images
+
+
+def _black(images: np.ndarray, used: np.ndarray) -> np.ndarray:
+  return np.zeros_like(images)
+
+
+def _exchanged(images: np.ndarray, used: np.ndarray) -> np.ndarray:
+  """Each used picture in the place of the one before, the last one in that of the first."""
+  found = images.copy()
+  found[used] = np.roll(images[used], 1, axis=0)
+  return found
+
+
+class Arm(NamedTuple):
+  """What a model is given.
+
+  Attributes:
+    parts: of a group.
+    trained_on: `(images [...,I,height,width,3], used [...,I] bool) -> images`.
+    shown: the same when it is evaluated; None leaves pictures out of prompts.
+  """
+
+  parts: tuple[str, ...]
+  trained_on: Callable[[np.ndarray, np.ndarray], np.ndarray]
+  shown: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+
+
+ARMS: Mapping[str, Arm] = {
+  FULL: Arm(PARTS, _as_they_are, _as_they_are),
+  "blind": Arm(PARTS, _black, _black),
+  "shuffled": Arm(PARTS, _exchanged, _as_they_are),
+  "text": Arm((TEXT,), _as_they_are, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WithPictures:
+  """The batches of groups with what an arm makes of their pictures."""
+
+  inner: Source
+  arm: Arm
+  num_slots: int
+  reads_params: ClassVar[bool] = False
+
+  def batch(self, step: int, params=None) -> Mapping[str, np.ndarray]:
+    """See `training.sources.Source`."""
+    return changed(self.inner.batch(step), self.arm, self.num_slots)
+
+
+def changed(batch: Mapping[str, np.ndarray], arm: Arm, num_slots: int) -> dict[str, np.ndarray]:
+  """A batch of groups with the pictures that an arm is trained on."""
+  batch = dict(batch)
+  for part in arm.parts:
+    if f"{part}/images" in batch:
+      images = batch[f"{part}/images"]
+      num_used = 1 + batch[f"{part}/vector_index"].max(axis=-1) // num_slots
+      used = np.arange(images.shape[2]) < num_used[..., None]
+      batch[f"{part}/images"] = arm.trained_on(images, used)
+  return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLosses:
+  """Nats a learned token of each group, times its weight, of batches of `sources.Groups`.
+
+  Attributes:
+    model: a docked language model.
+    parts: of a group.
+  """
+
+  model: DockedLM
+  parts: tuple[str, ...]
+
+  def __call__(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    nats, learned = jnp.float32(0), jnp.float32(0)
+    for number, part in enumerate(self.parts):
+      rows = part_of(batch, part)
+      groups, per_group = rows["tokens"].shape[:2]
+      rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
+      if "key" in batch:
+        keys = jax.vmap(functools.partial(_keys_of_rows, number=number, num=per_group))
+        rows["key"] = keys(batch["key"]).reshape(-1)
+      if "images" in rows:
+        rows["vectors"] = self.model.apply(
+          {"params": params}, rows.pop("images"), rows.get("key"), method="row_vectors")
+      found = LMExampleLosses(self.model).token_losses(params, rows) * rows["loss_mask"]
+      nats += found.reshape(groups, -1).sum(axis=1)
+      learned += rows["loss_mask"].reshape(groups, -1).sum(axis=1)
+    return nats / jnp.maximum(learned, 1) * batch["weight"]
+
+  def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
+    """Refuses ids outside of the vocabulary, and rows of which nothing is learned."""
+    for part in self.parts:
+      rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in part_of(batch, part).items()}
+      check_batch(rows, vocab_size=self.model.config.vocab_size)
+
+
+def _keys_of_rows(key: jax.Array, number: int, num: int) -> jax.Array:
+  return jax.random.split(jax.random.fold_in(key, number), num)
+
+
+def docked_model(config: DockedConfig, vocab_size: int) -> DockedLM:
+  """The model for a vocabulary."""
+  return DockedLM(dataclasses.replace(
+    config, text=dataclasses.replace(config.text, vocab_size=vocab_size)))
+
+
+def learner(model: DockedLM, config: Training, arm: Arm, partitioner):
+  """What `config` makes of a model: the one that the stage trains and that plans compile."""
+  losses = GroupLosses(model, arm.parts)
+  return supervised(
+    loop.initializer(model), losses, config.optimizer, accumulate=config.accumulate,
+    keyed=True, check_batch=losses.check_batch, partitioner=partitioner)
+
+
+def run(
+  context: pipeline.StageContext, *, config: Training, model: DockedConfig, arm: Arm, seed: int,
+  prepared: Prepared, tower: Callable[[], dict], partitioner,
+) -> None:
+  """Trains one arm; keeps `params/<num_steps>`.
+
+  Args:
+    tower: makes the parameters of the taught tower.
+  """
+  docked = docked_model(model, prepared.ids.vocab_size)
+  side, num_slots = model.vision.image_size, model.vectors_per_image
+  shapes = {part: config.shapes[part] for part in arm.parts}
+  source = WithPictures(prepared.groups(shapes, side, config.num_groups, seed), arm, num_slots)
+
+  def initial():
+    drawn = jax.jit(loop.initializer(docked))(jax.random.key(seed))
+    return {**nn.unbox(drawn), "vision": tower()}
+
+  result = loop.train(
+    learner(docked, config, arm, partitioner), Ahead(source), config.num_steps, seed,
+    context.directory, partitioner, initial_params=initial,
+    hooks=[loop.Evaluate(VALIDATION, config.eval_every, _validation(
+      docked, prepared, arm, side, num_slots, partitioner))],
+    records=loop.Records(
+      checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
+      description=context.name, progress=context.progress),
+  )
+  context.flops += result.step * config.num_groups * group_flops(docked.config, shapes)
+
+
+def _validation(docked, prepared, arm, side, num_slots, partitioner):
+  """`params -> {part: nats a learned token}`."""
+  rows = {
+    part: changed(prepared.validation(part, side, _VALIDATION_ROWS), arm, num_slots)
+    for part in arm.parts}
+
+  def evaluate(params):
+    return {
+      part: lm.mean_loss(
+        GroupLosses(docked, (part,)), params, [batch], place=partitioner.place_batch,
+        multiple_of=partitioner.num_batch_shards)
+      for part, batch in rows.items()}
+
+  return evaluate
+
+
+def group_flops(config: DockedConfig, shapes: Mapping[str, RowShape]) -> float:
+  """Operations of a training step for each group, the tower frozen and the connector left out."""
+  num_patches = 1 + config.vision.num_patches
+  total = 0.0
+  for shape in shapes.values():
+    total += 3 * shape.rows * shape.length * flops.forward_flops_per_token(
+      config.text, shape.length)
+    total += shape.rows * shape.pictures * num_patches * flops.forward_flops_per_token(
+      config.vision.trunk, num_patches, unembedding=False)
+  return total
+
+
+def load(folder, config: Training, model: DockedLM, partitioner):
+  """The parameters that the stage kept."""
+  return language_models.load_params(folder, config.num_steps, model, partitioner)
