@@ -10,7 +10,7 @@ from lmops_jax.config.settings import SINGLETON, Settings, settings_in
 class Printer:
   """Writes a tree as gin blocks, one for each different call, scoped if a name has several."""
 
-  def __init__(self, root: Settings, plain_first: bool):
+  def __init__(self, root: Settings):
     self._scopes: dict[str, str] = {}  # identity of a call -> scope written before its selector
     self._identities: dict[int, str] = {}
     self._order: dict[str, Settings] = {}
@@ -21,7 +21,7 @@ class Printer:
     for identity, settings in self._order.items():
       by_selector.setdefault(settings.selector, []).append(identity)
     for selector, identities in by_selector.items():
-      self._name_scopes(selector, identities, paths, plain_first)
+      self._name_scopes(selector, identities, paths)
 
   def identity(self, settings: Settings) -> str:
     """Equal for calls with equal values, whatever their scopes."""
@@ -50,18 +50,15 @@ class Printer:
         step = (name,) if len(found) == 1 else (name, str(i))
         self._collect(below, path + step, paths)
 
-  def _name_scopes(self, selector, identities, paths, plain_first) -> None:
+  def _name_scopes(self, selector, identities, paths) -> None:
     if len(identities) == 1 and selector != SINGLETON:
       self._scopes[identities[0]] = ""
       return
     rest, taken = list(identities), set()
-    if selector == SINGLETON:
-      plain_first = False
-    if plain_first:
-      plain = next((i for i in rest if not self._order[i].scope), None)
-      if plain is not None:
-        self._scopes[plain] = ""
-        rest.remove(plain)
+    plain = next((i for i in rest if self._may_be_plain(i, identities)), None)
+    if plain is not None:
+      self._scopes[plain] = ""
+      rest.remove(plain)
     for identity in list(rest):
       scope = "_".join(self._order[identity].scope)
       if scope and scope not in taken:
@@ -75,6 +72,16 @@ class Printer:
       names += [f"variant_{n}" for n in range(len(identities) + 1)]
       self._scopes[identity] = next(name for name in names if name not in taken)
       taken.add(self._scopes[identity])
+
+  def _may_be_plain(self, identity: str, identities: list[str]) -> bool:
+    """Whether a block without scope says what it is, and nothing of the calls that have scopes.
+
+    Gin hands its parameters on to those that do not bind them themselves.
+    """
+    own = self._order[identity]
+    if own.selector == SINGLETON or own.scope:
+      return False
+    return all(_bound(own) <= _bound(self._order[other]) for other in identities)
 
   def _written(self, settings: Settings) -> str:
     scope = self._scopes[self.identity(settings)]
@@ -98,3 +105,8 @@ class Printer:
         yield "\n".join([*comments, f"{self._written(settings)}:", *bound])
       elif comments:
         yield "\n".join(comments)
+
+
+def _bound(settings: Settings) -> set[str]:
+  """The parameters that a block of these settings binds."""
+  return {name for name, value in settings.params.items() if is_literal(value)}

@@ -242,15 +242,13 @@ class Resolved:
     write stands in a comment.
     """
     imports = "".join(f"import {module}\n" for module in self.imports)
-    for plain_first in (True, False):
-      printer = Printer(self.tree, plain_first)
-      text = "\n".join([imports, *(block + "\n" for block in printer.blocks())]).lstrip("\n")
-      source = Source()
-      source.read_text(text)
-      again = _Resolver(source.bindings).call(Reference((), ROOT, True, "text"), ())
-      if Printer(again, plain_first).whole == printer.whole:
-        return text
-    raise AssertionError("the resolved configuration does not parse back to itself")
+    printer = Printer(self.tree)
+    text = "\n".join([imports, *(block + "\n" for block in printer.blocks())]).lstrip("\n")
+    source = Source()
+    source.read_text(text)
+    again = _Resolver(source.bindings).call(Reference((), ROOT, True, "text"), ())
+    assert Printer(again).whole == printer.whole, "the text does not parse back to itself"
+    return text
 
   def build(self) -> Any:
     """Constructs the system object, and with it everything that it holds."""

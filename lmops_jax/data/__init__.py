@@ -6,12 +6,21 @@ Importing this package registers everything that gin files name in the module `d
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.documents import Corpus, Document, split_documents
 from lmops_jax.data.files import Jsonl, Parquet, TextFolder
+from lmops_jax.data.image_files import ImageJsonl, ImageParquet
+from lmops_jax.data.image_rows import ImageRows, write_rows
+from lmops_jax.data.image_tokens import ImageTokens
+from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.installed_text import InstalledText
-from lmops_jax.data.instances import Instances, open_instances, write_instances
+from lmops_jax.data.instance_writing import write_instances
+from lmops_jax.data.instances import Instances, open_instances
 from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
+from lmops_jax.data.synthetic_pictures import Matrices, RenderedTexts, Scenes
+from lmops_jax.data.tar_shards import TarShards
+from lmops_jax.data.tfds_images import TfdsImages
+from lmops_jax.data.web_pages import WebPages
 from lmops_jax.text.seqio_bridge import as_seqio
 from lmops_jax.text.vocabularies import Vocabulary, load_vocabulary
 from lmops_jax.text.vocabulary_sources import (
@@ -27,20 +36,31 @@ __all__ = [
   "Document",
   "Engine",
   "HuggingFaceTokenizer",
+  "ImageJsonl",
+  "ImageParquet",
+  "ImageRows",
+  "ImageSettings",
+  "ImageTokens",
   "InstalledText",
   "Instance",
   "Instances",
   "Jsonl",
+  "Matrices",
   "ModelTokenizer",
   "OverlapIndex",
   "Parquet",
   "PythonReference",
+  "RenderedTexts",
+  "Scenes",
   "SentencePieceFile",
   "SeqioTask",
+  "TarShards",
   "TextFolder",
   "Tfds",
+  "TfdsImages",
   "TrainSentencePiece",
   "Vocabulary",
+  "WebPages",
   "as_seqio",
   "load_vocabulary",
   "one_per_document",
@@ -49,4 +69,5 @@ __all__ = [
   "pack",
   "split_documents",
   "write_instances",
+  "write_rows",
 ]

@@ -60,8 +60,13 @@ def batch_indices(
   return epoch_permutation(seed, epoch, num_examples)[rows]
 
 
-def host_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+def host_rows(
+  batch_size: int, process_index: int, process_count: int, name: str = "batch_size"
+) -> slice:
   """The rows of a global batch that one process reads.
+
+  Args:
+    name: of the setting, for errors.
 
   Raises:
     ValueError: the batch does not divide by the number of processes, or no such process.
@@ -70,7 +75,7 @@ def host_rows(batch_size: int, process_index: int, process_count: int) -> slice:
     raise ValueError(f"process {process_index} is not one of {process_count} processes.")
   if batch_size % process_count:
     raise ValueError(
-      f"batch_size={batch_size} is not a multiple of the number of processes ({process_count}); "
+      f"{name}={batch_size} is not a multiple of the number of processes ({process_count}); "
       f"set it to a multiple of {process_count}."
     )
   rows = batch_size // process_count

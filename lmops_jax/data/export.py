@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from lmops_jax.data import shards
-from lmops_jax.data.instances import Instances, write_instances
+from lmops_jax.data.instance_writing import write_instances
+from lmops_jax.data.instances import Instances
 from lmops_jax.text.vocabularies import Vocabulary
 
 FORMATS = ("ids", "tfds", "jsonl", "parquet", "mmididx")

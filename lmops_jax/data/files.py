@@ -59,24 +59,34 @@ class _Files(Corpus):
     return [dataclasses.replace(parts[0], beside=_sizes(found.left_out)), *parts[1:]]
 
   def fingerprint(self) -> str:
-    """A hash of the settings, the files' names and what they hold.
+    """See `fingerprint`."""
+    return fingerprint(repr(self), self.found().files, counts_unreadable=self.counts_unreadable)
 
-    Of more than 256 MiB together, sizes and modification times stand for the contents.
-    """
-    state = hashlib.blake2b(repr(self).encode(), digest_size=16)
-    paths = self.found().files
-    is_small = sum(path.stat().st_size for _, path in paths if path.is_file()) <= _HASHED_BYTES
-    for name, path in paths:
-      try:
-        status = path.stat()
-        mark = (manifests.hash_file(path) if is_small
-                else f"{status.st_size} {status.st_mtime_ns}")
-      except OSError as error:
-        if not self.counts_unreadable:
-          raise ValueError(f"{printable(path)} cannot be read: {printable(error)}.") from error
-        mark = "unreadable"
-      state.update(f"{name}\0{mark}\n".encode("utf-8", "surrogateescape"))
-    return state.hexdigest()
+
+def fingerprint(
+  settings: str, files: list[tuple[str, Path]], *, counts_unreadable: bool = False
+) -> str:
+  """A hash of a corpus's settings, its files' names and what they hold.
+
+  Of more than 256 MiB together, sizes and modification times stand for the contents.
+
+  Args:
+    files: as `matching.Found` has them.
+    counts_unreadable: whether a file that cannot be opened counts as such, else it is refused.
+  """
+  state = hashlib.blake2b(settings.encode(), digest_size=16)
+  is_small = sum(path.stat().st_size for _, path in files if path.is_file()) <= _HASHED_BYTES
+  for name, path in files:
+    try:
+      status = path.stat()
+      mark = (manifests.hash_file(path) if is_small
+              else f"{status.st_size} {status.st_mtime_ns}")
+    except OSError as error:
+      if not counts_unreadable:
+        raise ValueError(f"{printable(path)} cannot be read: {printable(error)}.") from error
+      mark = "unreadable"
+    state.update(f"{name}\0{mark}\n".encode("utf-8", "surrogateescape"))
+  return state.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +107,8 @@ def _sizes(left_out: dict[str, list[str]]) -> dict[str, int]:
   return {reason: len(names) for reason, names in left_out.items()}
 
 
-def _check_field(fields, field: str, where: str, parameter: str) -> None:
+def check_field(fields, field: str, where: str, parameter: str) -> None:
+  """Refuses a row or a table without a field that a parameter names."""
   if field not in fields:
     there = printable(", ".join(sorted(map(str, fields))))
     raise ValueError(
@@ -131,7 +142,7 @@ class Jsonl(_Files):
     shown, source_file = printable(path), printable(name)
     for number, row in jsonl_rows(path, counts, self.max_line_bytes):
       where = f"{shown}:{number}"
-      _check_field(row, self.text_field, where, "data.Jsonl.text_field")
+      check_field(row, self.text_field, where, "data.Jsonl.text_field")
       text = row[self.text_field]
       if text is None:
         counts["empty"] += 1
@@ -143,13 +154,13 @@ class Jsonl(_Files):
       is_whole = is_text(text)
       kind = "text"
       if self.kind_field is not None:
-        _check_field(row, self.kind_field, where, "data.Jsonl.kind_field")
+        check_field(row, self.kind_field, where, "data.Jsonl.kind_field")
         kind = kind_label(row[self.kind_field])
         is_whole = is_whole and is_text(kind)
       if self.id_field is None:
         identifier = document_id(f"{name}:{number}")
       else:
-        _check_field(row, self.id_field, where, "data.Jsonl.id_field")
+        check_field(row, self.id_field, where, "data.Jsonl.id_field")
         given = row[self.id_field]
         identifier = given_id(given, where, self.id_field)
         is_whole = is_whole and is_text(str(given))
@@ -243,7 +254,7 @@ class Parquet(_Files):
 
   def _check_columns(self, schema, shown: str) -> None:
     for parameter, column in self._columns().items():
-      _check_field(schema.names, column, shown, f"data.Parquet.{parameter}")
+      check_field(schema.names, column, shown, f"data.Parquet.{parameter}")
     text_type = schema.field(self.text_field).type
     if not _is_text(text_type):
       raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from lmops_jax.host.foreign_files import parse_json, printable, require_regular
 
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_LINE_BYTES = 2**28
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WINDOW_BYTES = 2**31  # the longest that zstd writes

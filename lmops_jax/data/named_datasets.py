@@ -41,13 +41,18 @@ class Tfds(Corpus):
   download: bool = False
 
   def fingerprint(self) -> str:
-    info = self._builder.info
+    info = self.builder.info
     sizes = {name: list(split.shard_lengths) for name, split in sorted(info.splits.items())}
     state = f"{dataclasses.astuple(self)} {info.full_name} {info.dataset_size} {sizes}"
     return digest([state])
 
   @functools.cached_property
-  def _builder(self):
+  def builder(self):
+    """tfds's own description and reader of the dataset.
+
+    Raises:
+      ValueError: tfds does not know it, or it is not prepared.
+    """
     import os
 
     import tensorflow_datasets as tfds
@@ -72,11 +77,11 @@ class Tfds(Corpus):
     return builder
 
   def read(self, counts: Counter[str]) -> Iterator[Document]:
-    return self._documents(enumerate(self._examples()), counts)
+    return self._documents(enumerate(self.examples()), counts)
 
   def pieces(self):
     """Rows by the hundred thousand, where the dataset's files can be read from anywhere."""
-    examples = self._examples()
+    examples = self.examples()
     if not hasattr(examples, "__getitem__"):
       return [self]
     own = dataclasses.replace(self)  # without the builder, which does not travel
@@ -85,42 +90,51 @@ class Tfds(Corpus):
 
   def read_rows(self, rows: range, counts: Counter[str]) -> Iterator[Document]:
     """The documents of some rows of a dataset with random access."""
-    examples = self._examples()
+    examples = self.examples()
     return self._documents(((row, examples[row]) for row in rows), counts)
 
   def _documents(self, examples, counts: Counter[str]) -> Iterator[Document]:
-    name = self._builder.info.full_name
+    name = self.builder.info.full_name
     for row, example in examples:
       where = f"{name}[{self.split}]:{row}"
-      text = _as_text(_feature(example, self.text_field, where, "data.Tfds.text_field"), counts)
+      text = as_text(feature_at(example, self.text_field, where, "data.Tfds.text_field"), counts)
       if text is None:
         continue
-      kind = self._builder.info.name
+      kind = self.builder.info.name
       if self.kind_field is not None:
         try:
-          kind = kind_label(_feature(example, self.kind_field, where, "data.Tfds.kind_field"))
+          kind = kind_label(feature_at(example, self.kind_field, where, "data.Tfds.kind_field"))
         except UnicodeDecodeError:
           counts["undecodable"] += 1
           continue
       identifier = document_id(where)
       if self.id_field is not None:
-        given = _feature(example, self.id_field, where, "data.Tfds.id_field")
+        given = feature_at(example, self.id_field, where, "data.Tfds.id_field")
         given = given.item() if getattr(given, "ndim", None) == 0 else given
         identifier = given_id(given, where, self.id_field)
       yield Document(identifier, text, kind, where)
 
-  def _examples(self):
+  def examples(self, decoders: Mapping[str, Any] | None = None):
+    """The examples of the split in storage order; a list where the format has random access.
+
+    Args:
+      decoders: of features, as tfds takes them.
+
+    Raises:
+      ValueError: no such split.
+    """
     import tensorflow_datasets as tfds
 
     try:
-      if self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-        return self._builder.as_data_source(split=self.split)
+      if self.builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        return self.builder.as_data_source(split=self.split, decoders=decoders)
       config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
       return tfds.as_numpy(
-        self._builder.as_dataset(split=self.split, shuffle_files=False, read_config=config)
+        self.builder.as_dataset(
+          split=self.split, shuffle_files=False, read_config=config, decoders=decoders)
       )
     except (KeyError, ValueError) as error:
-      splits = ", ".join(sorted(self._builder.info.splits)) or "none"
+      splits = ", ".join(sorted(self.builder.info.splits)) or "none"
       raise ValueError(
         f"data.Tfds.split={self.split!r} is no split of {self.name!r}; its splits are {splits}."
       ) from error
@@ -199,19 +213,19 @@ class SeqioTask(Corpus):
     rows = task.get_dataset(lengths, split=self.split, shuffle=False, num_epochs=1)
     for row, example in enumerate(rows.as_numpy_iterator()):
       where = f"{self.name}[{self.split}]:{row}"
-      value = _feature(example, self.text_feature, where, "data.SeqioTask.text_feature")
+      value = feature_at(example, self.text_feature, where, "data.SeqioTask.text_feature")
       if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
         feature = task.output_features.get(self.text_feature)
         if feature is None:
           raise ValueError(f"{where}: field {self.text_feature!r} holds numbers, not a text.")
         text = feature.vocabulary.decode(value.tolist())
       else:
-        text = _as_text(value, counts)
+        text = as_text(value, counts)
       if text is not None:
         yield Document(document_id(where), text, self.name, where)
 
 
-def _feature(example: Mapping[str, Any], path: str, where: str, parameter: str) -> Any:
+def feature_at(example: Mapping[str, Any], path: str, where: str, parameter: str) -> Any:
   """A field of an example; `a/b` is field b of field a, unless a field is called so."""
   if path in example:
     return example[path]
@@ -226,7 +240,12 @@ def _feature(example: Mapping[str, Any], path: str, where: str, parameter: str) 
   return value
 
 
-def _as_text(value: Any, counts: Counter[str]) -> str | None:
+def as_text(value: Any, counts: Counter[str]) -> str | None:
+  """A text of a dataset; None for one that is not UTF-8, which is counted as "undecodable".
+
+  Raises:
+    ValueError: anything else than a text.
+  """
   if isinstance(value, str):
     return value
   if hasattr(value, "item") and getattr(value, "ndim", None) == 0:

@@ -125,16 +125,25 @@ def pack(
     yield from emit()
 
 
-def encoded(documents, vocabulary, block: int = 256) -> Iterator[tuple[int, list[int]]]:
+def encoded(
+  documents, vocabulary, block: int = 256, line_end_id: int | None = None
+) -> Iterator[tuple[int, list[int]]]:
   """(id, token ids) of documents, as `pack` takes them.
 
   Tokenises a block of documents at a time, so that the tokenizer can use its threads.
+
+  Args:
+    line_end_id: what ends each line that is not blank, as in Kosmos's text (kosmos2 section 10);
+      None takes a document as it is.
   """
   waiting = []
 
   def flush():
-    encoded = vocabulary.encode_batch([d.text for d in waiting])
-    yield from zip((d.id for d in waiting), encoded, strict=True)
+    if line_end_id is None:
+      ids = vocabulary.encode_batch([d.text for d in waiting])
+    else:
+      ids = _encoded_lines([d.text for d in waiting], vocabulary, line_end_id)
+    yield from zip((d.id for d in waiting), ids, strict=True)
     waiting.clear()
 
   for document in documents:
@@ -142,6 +151,12 @@ def encoded(documents, vocabulary, block: int = 256) -> Iterator[tuple[int, list
     if len(waiting) == block:
       yield from flush()
   yield from flush()
+
+
+def _encoded_lines(texts, vocabulary, line_end_id: int) -> list[list[int]]:
+  lines = [[line for line in text.splitlines() if line.strip()] for text in texts]
+  ids = iter(vocabulary.encode_batch([line for of_text in lines for line in of_text]))
+  return [[i for _ in of_text for i in (*next(ids), line_end_id)] for of_text in lines]
 
 
 class _Run(NamedTuple):

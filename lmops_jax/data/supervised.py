@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lmops_jax.data.documents import document_id
+from lmops_jax.data.first_fit import first_fit
 from lmops_jax.data.lines import jsonl_rows
 from lmops_jax.host.foreign_files import printable
 
@@ -68,6 +69,10 @@ class SupervisedSet(NamedTuple):
       **batch, "weight": (learned * len(indices) / learned.sum()).astype(np.float32),
       "example_id": np.array(self.ids[indices]),
     }
+
+  def num_learned(self, indices: Sequence[int]) -> np.ndarray:
+    """Learned tokens of sequences, `[n] int64`."""
+    return (self.arrays["loss_mask"][np.asarray(indices)] != 0).sum(axis=1, dtype=np.int64)
 
 
 def front_ids(tokenizer) -> list[int]:
@@ -184,9 +189,29 @@ def build(
   if too_long not in TOO_LONG:
     raise ValueError(f"too_long={too_long!r} is not one of {', '.join(TOO_LONG)}.")
   counts: Counter[str] = Counter(dropped=0, cut=0)
-  sequences: list[list[Example]] = []
-  room: list[int] = []
-  open_from = 0
+  fitting = _fitting(examples, length, too_long, counts)
+  sequences = list(first_fit(
+    ((example, [len(example.tokens) - 1]) for example in fitting), [length], share=pack))
+  if not sequences:
+    raise ValueError(
+      f"no row of the {name} part is left: {counts['dropped']} have more than {length} "
+      "tokens; raise the length, or set too_long to \"cut\"."
+    )
+  counts["rows"] = sum(map(len, sequences))
+  counts["tokens"] = sum(len(e.tokens) - 1 for sequence in sequences for e in sequence)
+  arrays = {name: np.empty((len(sequences), length), np.int32) for name in _FIELDS}
+  arrays["loss_mask"] = arrays["loss_mask"].astype(np.float32)
+  for row, sequence in enumerate(sequences):
+    for field, values in place(sequence, length, pad_id).items():
+      arrays[field][row] = values
+  counts["sequences"] = len(sequences)
+  counts["learned_tokens"] = int(arrays["loss_mask"].sum())
+  ids = np.array([sequence[0].id for sequence in sequences], np.int64)
+  return SupervisedSet(arrays, ids, dict(counts))
+
+
+def _fitting(examples, length: int, too_long: str, counts: Counter[str]) -> Iterator[Example]:
+  """The examples of at most `length` predicted positions; others as `build` says."""
   for example in examples:
     size = len(example.tokens) - 1
     if size > length:
@@ -198,48 +223,37 @@ def build(
       example = Example(
         example.id, example.tokens[: length + 1], example.learned[: length + 1]
       )
-      counts["dropped" if too_long == "drop" or not any(example.learned) else "cut"] += 1
-      if too_long == "drop" or not any(example.learned):
+      is_dropped = too_long == "drop" or not any(example.learned)
+      counts["dropped" if is_dropped else "cut"] += 1
+      if is_dropped:
         continue
-      size = length
-    if size < 1:
+    elif size < 1:
       counts["dropped"] += 1
       continue
-    counts["rows"] += 1
-    place = len(room)
-    if pack:
-      place = next((i for i in range(open_from, len(room)) if room[i] >= size), len(room))
-    if place == len(room):
-      sequences.append([])
-      room.append(length)
-      if len(room) - open_from > 64:  # the oldest open ones are nearly full
-        open_from += 1
-    sequences[place].append(example)
-    room[place] -= size
-  if not sequences:
-    raise ValueError(
-      f"no row of the {name} part is left: {counts['dropped']} have more than {length} "
-      "tokens; raise the length, or set too_long to \"cut\"."
-    )
-  arrays = {name: np.zeros((len(sequences), length), np.int32) for name in _FIELDS}
-  arrays["loss_mask"] = arrays["loss_mask"].astype(np.float32)
-  arrays["tokens"][:], arrays["targets"][:] = pad_id, pad_id
-  for row, sequence in enumerate(sequences):
-    start = 0
-    for segment, example in enumerate(sequence, 1):
-      n = len(example.tokens) - 1
-      place = slice(start, start + n)
-      arrays["tokens"][row, place] = example.tokens[:-1]
-      arrays["targets"][row, place] = example.tokens[1:]
-      arrays["loss_mask"][row, place] = example.learned[1:]
-      arrays["positions"][row, place] = np.arange(n)
-      arrays["segment_ids"][row, place] = segment
-      counts["tokens"] += n
-      start += n
-  counts["sequences"] = len(sequences)
-  counts["learned_tokens"] = int(arrays["loss_mask"].sum())
-  ids = np.array([sequence[0].id for sequence in sequences], np.int64)
-  return SupervisedSet(arrays, ids, dict(counts))
+    yield example
+
+
+def place(sequence: Sequence[Example], length: int, pad_id: int) -> dict[str, np.ndarray]:
+  """The arrays of one sequence of examples that fit into it; see `SupervisedSet`.
+
+  Returns:
+    `tokens`, `targets`, `positions`, `segment_ids [S] int32` and `loss_mask [S] float32`; an
+    example is a segment, from 1, and what follows the last is of segment 0.
+  """
+  row = {name: np.zeros(length, np.int32) for name in _FIELDS}
+  row["loss_mask"] = row["loss_mask"].astype(np.float32)
+  row["tokens"][:], row["targets"][:] = pad_id, pad_id
+  start = 0
+  for segment, example in enumerate(sequence, 1):
+    n = len(example.tokens) - 1
+    part = slice(start, start + n)
+    row["tokens"][part] = example.tokens[:-1]
+    row["targets"][part] = example.tokens[1:]
+    row["loss_mask"][part] = example.learned[1:]
+    row["positions"][part] = np.arange(n)
+    row["segment_ids"][part] = segment
+    start += n
+  return row
 
 
 def save(directory: Path, data: SupervisedSet) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.data.tasks import Example, Task, demonstrations
+from lmops_jax.data.tasks.task import OF_OPTIONS
 from lmops_jax.decoding.scoring import OptionScorer, Request, total
 from lmops_jax.models.cache import Prefix
 
@@ -144,7 +145,8 @@ def rows_and_front(
     raise ValueError(
       f"normalisation={normalisation!r} is not one of {', '.join(NORMALISATIONS)}."
     )
-  if task.metric != "accuracy":
+  task.require_text()
+  if task.metric not in OF_OPTIONS:
     raise ValueError(
       f"the task {task.name} has open answers, to be generated and measured by {task.metric}; "
       "options cannot be scored."

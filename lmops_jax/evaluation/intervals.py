@@ -33,3 +33,25 @@ def mean_and_half_width(
     return mean, None
   upper = stats.t.ppf(quantiles(level)[1], len(values) - 1)
   return mean, float(upper * np.std(values, ddof=1) / len(values)**0.5)
+
+
+def of_proportion(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
+  """Wilson's interval of a proportion, such as an accuracy over rows (Wilson 1927).
+
+  It stays within 0 and 1, and is right for few rows and near the ends, where the standard error is
+  not.
+
+  Args:
+    successes: rows that are right, 0 to `total`.
+    total: all rows, at least 1.
+
+  Raises:
+    ValueError: a level that is not between 0 and 1, or counts that make no proportion.
+  """
+  z = float(stats.norm.ppf(quantiles(level)[1]))
+  if not 0 <= successes <= total or total < 1:
+    raise ValueError(
+      f"{successes} of {total} rows are no proportion; give counts of right rows and of all.")
+  middle = (successes + z**2 / 2) / (total + z**2)
+  half = z * (successes * (total - successes) / total + z**2 / 4) ** 0.5 / (total + z**2)
+  return max(middle - half, 0.0), min(middle + half, 1.0)

@@ -11,8 +11,8 @@
 All take `q [B,S,H,E]` and `k, v [B,S,K,E]` with `H` a multiple of `K`, and return `[B,S,H,E]`.
 Query head `h` reads key head `h // (H // K)`. A position sees itself and, within its own segment
 and window, earlier positions, or all of them where attention is not causal. ALiBi adds to a score
-the head's slope times the (negative) distance. Softmax is float32. For keys and values of earlier
-calls see `cached_attention`. Left out: dropout.
+the head's slope times the (negative) distance. Softmax is float32. Only `xla` and `chunked` drop
+probabilities at random. For keys and values of earlier calls see `cached_attention`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from lmops_jax.models.attention_scores import (
   softmax_attention,
   visible,
 )
+from lmops_jax.models.dropout import dropped_probabilities
 from lmops_jax.models.fused_attention import cudnn, first_order_only, splash_sharded
 from lmops_jax.models.partitioning import platform_in_use
 
@@ -67,6 +68,15 @@ def check_platform(kind: str, platform: str | None = None) -> None:
     )
 
 
+def check_dropout(kind: str, rate: float) -> None:
+  """Raises ValueError when attention of this kind cannot drop probabilities, but should."""
+  if rate and kind in _PLATFORMS:
+    raise ValueError(
+      f"attention={kind!r} has no dropout and models.TransformerConfig.attention_dropout={rate}; "
+      "set the latter to 0, or attention to 'xla' or 'chunked'."
+    )
+
+
 def self_attention(
   q: jax.Array,
   k: jax.Array,
@@ -76,6 +86,8 @@ def self_attention(
   pattern: Pattern = CAUSAL,
   kind: str = "xla",
   chunk: int = 128,
+  dropout: float = 0.0,
+  keys: jax.Array | None = None,
 ) -> jax.Array:
   """Attention `[B,S,H,E]` of a sequence to itself, scores scaled by `E ** -0.5`.
 
@@ -87,15 +99,22 @@ def self_attention(
     pattern: who sees whom; distances are those of the sequence axis.
     kind: one of `ATTENTION_KINDS`.
     chunk: queries a block, for `chunked` only.
+    dropout: share of probabilities that are dropped, in [0, 1).
+    keys: `[B]` typed keys, one an example, of dropout; None drops nothing.
 
   Raises:
-    ValueError: for a kind that the platform lacks, or that cannot do the pattern.
+    ValueError: for a kind that the platform lacks, or that cannot do the pattern or dropout.
   """
   check_platform(kind)
+  check_dropout(kind, dropout)
+
+  def drop(probabilities, query_index):
+    return dropped_probabilities(probabilities, keys, dropout, query_index, q.shape[1])
+
   if kind == "xla":
-    return _xla(q, k, v, segment_ids, pattern)
+    return _xla(q, k, v, segment_ids, pattern, drop)
   if kind == "chunked":
-    return _chunked(q, k, v, segment_ids, pattern, chunk)
+    return _chunked(q, k, v, segment_ids, pattern, chunk, drop)
   if kind == "splash" and pattern.slopes is not None:
     raise ValueError(
       "attention='splash' has no ALiBi positions; set models.TransformerConfig.attention to 'xla' "
@@ -113,15 +132,16 @@ def _check_known(kind: str) -> None:
     )
 
 
-def _xla(q, k, v, segment_ids, pattern):
+def _xla(q, k, v, segment_ids, pattern, drop):
   index = jnp.arange(q.shape[1])
   mask = visible(index, index, segment_ids, segment_ids, pattern)
   bias = distance_bias(index, index, pattern, k.shape[2])
-  out = softmax_attention(*heads_first(q, k, v), mask, bias)
+  drop = functools.partial(drop, query_index=index)
+  out = softmax_attention(*heads_first(q, k, v), mask, bias, drop)
   return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def _chunked(q, k, v, segment_ids, pattern, chunk):
+def _chunked(q, k, v, segment_ids, pattern, chunk, drop):
   shape, length = q.shape, q.shape[1]
   num_chunks = -(-length // chunk)
   q, k, v = heads_first(q, k, v)
@@ -143,7 +163,8 @@ def _chunked(q, k, v, segment_ids, pattern, chunk):
       key_index = jnp.arange(keys.shape[2])
       mask = visible(query_index, key_index, query_segments, key_segments, pattern)
       bias = distance_bias(query_index, key_index, pattern, keys.shape[1])
-      return softmax_attention(q_chunk, keys, values, mask, bias)
+      of_queries = functools.partial(drop, query_index=query_index)
+      return softmax_attention(q_chunk, keys, values, mask, bias, of_queries)
 
     segments = None if segment_chunks is None else segment_chunks[first:last]
     inputs = (jnp.arange(first, last), q_chunks[first:last], segments)

@@ -45,9 +45,14 @@ def masked_scores(q_BKGSE, k_BKME, mask, bias):
   return jnp.where(mask, scores if bias is None else scores + bias, MASKED)
 
 
-def softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None):
-  """Attention of some queries over some keys; `mask`, `bias` broadcast to `[B,K,G,S,M]`."""
+def softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None, drop=None):
+  """Attention of some queries over some keys; `mask`, `bias` broadcast to `[B,K,G,S,M]`.
+
+  `drop` maps the probabilities, of that shape, to what the values are summed with.
+  """
   probabilities = jax.nn.softmax(masked_scores(q_BKGSE, k_BKME, mask, bias), axis=-1)
+  if drop is not None:
+    probabilities = drop(probabilities)
   return summed(probabilities, v_BKME, None).reshape(q_BKGSE.shape)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lmops_jax.config.setting_types import Count, Size, component
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.layers import Projection
+from lmops_jax.models.layers import Projection, unit_length
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.models.vision import VisionConfig, VisionTransformer
 
@@ -67,13 +67,8 @@ class Clip(nn.Module):
     last = jnp.argmax(score, axis=1)
     hidden = self.text(tokens)
     pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return _unit(self.text_projection(pooled))
+    return unit_length(self.text_projection(pooled))
 
   def image_features(self, images: jax.Array) -> jax.Array:
     """Unit vectors `[B,projection_width] float32` of `[B,height,width,3]` normalised images."""
-    return _unit(self.visual_projection(self.vision.pooled(self.vision(images))))
-
-
-def _unit(x):
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return unit_length(self.visual_projection(self.vision.pooled(self.vision(images))))

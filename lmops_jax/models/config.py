@@ -24,7 +24,8 @@ from lmops_jax.config.setting_types import (
 from lmops_jax.models import attention as attention_lib
 
 NORMS = ("rms", "layer", "rms_outside")
-INITIALIZATIONS = ("normal", "fan_in")
+INITIALIZATIONS = ("normal", "fan_in", "xavier")
+SCALINGS = ("magneto", "deepnorm")  # of branches, by the number of layers
 NORM_PLACEMENTS = ("pre", "post", "parallel")
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
@@ -114,8 +115,16 @@ class TransformerConfig:
     norm_placement: "pre" each part; "post", after each part's residual sum (BERT); "parallel", one
       norm that feeds attention and MLP, whose outputs are added together (GPT-J).
     final_norm: a norm after the last block.
+    sub_norm: one more norm in each part (Magneto, arXiv:2210.06423), in front of its last product:
+      of the merged heads, and of the hidden MLP after its activation.
+    residual_scale: what the residual stream is multiplied by where a part is added to it;
+      "deepnorm" is `(2L)^(1/4)` (arXiv:2203.00555, decoder or encoder alone).
     positions: "rotary"; "learned" table; "sinusoidal" table, fixed (fairseq's order: all sines,
-      then all cosines); "alibi" biases; "none".
+      then all cosines; a negative position is padding and has the zero vector); "alibi" biases;
+      "none".
+    xpos: queries and keys turn as with "rotary" positions and also decay with their distance
+      (arXiv:2212.10554), beside a table of `positions` or with "none". Its authors' pairs are
+      `rotary_interleaved`.
     position_offset: rows of a position table in front of position 0 (OPT, XGLM and RoBERTa: 2).
     rotary_dim: leading dimensions of a head that turn; None is all.
     rotary_interleaved: pairs are neighbours `(2i, 2i+1)` (GPT-J) instead of halves `(i, i + E/2)`.
@@ -137,8 +146,15 @@ class TransformerConfig:
     head_transform: product, activation and norm in front of the output matrix (BERT's masked LM).
     pooler: product and tanh on the first position (BERT), `Transformer.pooled`.
     attention_scale: factor of the products of queries and keys; None is E^-0.5.
+    embedding_dropout: share of the embeddings' numbers that are dropped, in [0, 1). Nothing is
+      where the model is called without keys.
+    residual_dropout: the same of each part's output, before it is added to the stream.
+    attention_dropout: the same of attention's probabilities; not of every kind of `attention`.
     initialization: "normal" with deviation 0.02 everywhere; or "fan_in", tables standard normal and
-      products uniform up to 1 / sqrt(inputs).
+      products uniform up to 1 / sqrt(inputs); or "xavier", tables with deviation width^-0.5 and
+      products with sqrt(2 / (inputs + outputs)).
+    branch_gain: factor of the initial matrices of the MLP and of attention's value and output;
+      "magneto" is `sqrt(ln(2L))`, "deepnorm" `(8L)^(-1/4)` (decoder or encoder alone).
     attention: one of `attention.ATTENTION_KINDS`.
     attention_chunk: queries a block, for "chunked".
     scan_layers: run the blocks under `lax.scan` (compiles once) or unrolled (more to compile,
@@ -166,8 +182,11 @@ class TransformerConfig:
   norm: Literal[NORMS] = "rms"
   norm_placement: Literal[NORM_PLACEMENTS] = "pre"
   final_norm: bool = True
+  sub_norm: bool = False
+  residual_scale: Positive | Literal["deepnorm"] = 1.0
   positions: Literal[POSITIONS] = "rotary"
   position_offset: Count = 0
+  xpos: bool = False
   rotary_dim: Size | None = None
   rotary_interleaved: bool = False
   rope_scaling: RopeScaling | None = None
@@ -187,7 +206,11 @@ class TransformerConfig:
   head_transform: bool = False
   pooler: bool = False
   attention_scale: Positive | None = None
+  embedding_dropout: Decay = 0.0
+  residual_dropout: Decay = 0.0
+  attention_dropout: Decay = 0.0
   initialization: Literal[INITIALIZATIONS] = "normal"
+  branch_gain: Positive | Literal[SCALINGS] = 1.0
   attention: Literal[attention_lib.ATTENTION_KINDS] = "xla"
   attention_chunk: Size = 128
   scan_layers: bool = True
@@ -206,7 +229,12 @@ class TransformerConfig:
       raise ValueError(
         f"{name}.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}."
       )
-    if self.positions == "rotary":
+    if self.xpos and self.positions in ("rotary", "alibi"):
+      raise ValueError(
+        f"{name}.xpos=True turns queries and keys itself, beside positions='sinusoidal', 'learned' "
+        f"or 'none', and positions={self.positions!r}; choose one of those."
+      )
+    if self.turns:
       field = "head_dim" if self.rotary_dim is None else "rotary_dim"
       if self.rotary_width % 2:
         raise ValueError(
@@ -218,6 +246,7 @@ class TransformerConfig:
           f"{name}.rotary_dim={self.rotary_dim} must not exceed head_dim={self.head_width}."
         )
       self._check_rope_scaling(name)
+    attention_lib.check_dropout(self.attention, self.attention_dropout)
     if self.momentum is not None:
       if not self.causal:
         raise ValueError(
@@ -261,6 +290,24 @@ class TransformerConfig:
   def rotary_width(self) -> int:
     """Dimensions of a head that turn."""
     return self.rotary_dim or self.head_width
+
+  @property
+  def turns(self) -> bool:
+    """Whether queries and keys are turned by their positions."""
+    return self.positions == "rotary" or self.xpos
+
+  @property
+  def residual_factor(self) -> float:
+    """`residual_scale` as a number."""
+    is_deep = self.residual_scale == "deepnorm"
+    return (2 * self.num_layers) ** 0.25 if is_deep else self.residual_scale
+
+  @property
+  def branch_factor(self) -> float:
+    """`branch_gain` as a number."""
+    if self.branch_gain == "magneto":
+      return math.sqrt(math.log(2 * self.num_layers))
+    return (8 * self.num_layers) ** -0.25 if self.branch_gain == "deepnorm" else self.branch_gain
 
   @property
   def token_width(self) -> int:

@@ -15,7 +15,9 @@ from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.attention import self_attention
 from lmops_jax.models.attention_scores import Pattern
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.dropout import dropped, folded
 from lmops_jax.models.partitioning import constrain
+from lmops_jax.models.positions import Angles
 from lmops_jax.models.products import matrix_product
 
 INIT_STDDEV = 0.02
@@ -32,11 +34,11 @@ class Sequence(NamedTuple):
   """What attention needs to know besides the hidden states.
 
   Attributes:
-    angles: rotary cosines and sines, or None.
+    angles: that turn queries and keys, or None.
     segment_ids: `[B,S] int32`, or None for one segment.
   """
 
-  angles: tuple[jax.Array, jax.Array] | None = None
+  angles: Angles | None = None
   segment_ids: jax.Array | None = None
 
 
@@ -44,7 +46,7 @@ class Slots(NamedTuple):
   """Where cached attention writes and what it sees.
 
   Attributes:
-    angles: rotary cosines and sines of the new tokens, or None.
+    angles: that turn queries and keys of the new tokens, or None.
     start: `[] int32`, the first slot to write.
     mask: `[B,S,M] bool`, or None for `fresh` tokens, which see each other only.
     distance: `[B,S,M] int32`, key position minus query position; None with `mask` None.
@@ -54,7 +56,7 @@ class Slots(NamedTuple):
     readout: `[B,R] int32`, new tokens to report on, or None.
   """
 
-  angles: tuple[jax.Array, jax.Array] | None
+  angles: Angles | None
   start: jax.Array
   mask: jax.Array | None = None
   distance: jax.Array | None = None
@@ -68,80 +70,103 @@ def activation(name: str):
   return _ACTIVATIONS[name]
 
 
-class RMSNorm(nn.Module):
-  """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv:1910.07467)."""
+class Norm(nn.Module):
+  """What all norms share: float32 over the last axes, which have the names `axes`."""
 
   config: TransformerConfig
+  axes: tuple[str, ...] = ("embed",)
+
+  def _mean(self, x):
+    return jnp.mean(x, axis=tuple(range(-len(self.axes), 0)), keepdims=True)
+
+  def _scale(self, x):
+    return self._parameter("scale", nn.initializers.ones_init(), x)
+
+  def _bias(self, x):
+    return self._parameter("bias", nn.initializers.zeros_init(), x)
+
+  def _parameter(self, name, init, x):
+    init = nn.with_logical_partitioning(init, self.axes)
+    return self.param(name, init, x.shape[-len(self.axes) :], jnp.dtype(self.config.param_dtype))
+
+
+class RMSNorm(Norm):
+  """`x / sqrt(mean(x^2) + eps) * scale` (arXiv:1910.07467)."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
-    scale = _vector(self, "scale", nn.initializers.ones_init(), x.shape[-1], c)
+    scale = self._scale(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + c.norm_eps)
+    inverse = jax.lax.rsqrt(self._mean(jnp.square(wide)) + c.norm_eps)
     return (wide * inverse * scale).astype(c.dtype)
 
 
-class OutsideRMSNorm(nn.Module):
-  """`x / (sqrt(mean(x^2)) + eps) * scale + bias` over the last axis, in float32.
+class OutsideRMSNorm(Norm):
+  """`x / (sqrt(mean(x^2)) + eps) * scale + bias`.
 
   The norm of the code of arXiv 2402.17759; finite derivatives where `x` is 0.
   """
 
-  config: TransformerConfig
-
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
-    scale = _vector(self, "scale", nn.initializers.ones_init(), x.shape[-1], c)
-    bias = _vector(self, "bias", nn.initializers.zeros_init(), x.shape[-1], c)
+    scale, bias = self._scale(x), self._bias(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    square = self._mean(jnp.square(wide))
     root = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return (wide / (root + c.norm_eps) * scale + bias).astype(c.dtype)
 
 
-class LayerNorm(nn.Module):
-  """`(x - mean) / sqrt(variance + eps) * scale + bias` over the last axis, in float32."""
-
-  config: TransformerConfig
+class LayerNorm(Norm):
+  """`(x - mean) / sqrt(variance + eps) * scale + bias`."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
-    scale = _vector(self, "scale", nn.initializers.ones_init(), x.shape[-1], c)
-    bias = _vector(self, "bias", nn.initializers.zeros_init(), x.shape[-1], c)
+    scale, bias = self._scale(x), self._bias(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + c.norm_eps)
+    centred = wide - self._mean(wide)
+    inverse = jax.lax.rsqrt(self._mean(jnp.square(centred)) + c.norm_eps)
     return (centred * inverse * scale + bias).astype(c.dtype)
 
 
-def norm(config: TransformerConfig, name: str | None = None) -> nn.Module:
-  """The norm that a configuration names."""
-  return _NORMS[config.norm](config, name=name)
+def norm(
+  config: TransformerConfig, name: str | None = None, axes: tuple[str, ...] = ("embed",)
+) -> Norm:
+  """The norm that a configuration names, over the last axes, given by their logical names."""
+  return _NORMS[config.norm](config, axes, name=name)
 
 
 _NORMS = {"rms": RMSNorm, "layer": LayerNorm, "rms_outside": OutsideRMSNorm}
 
 
-def table_init(config: TransformerConfig):
-  """Initializer of embeddings and other tables."""
-  return nn.initializers.normal(INIT_STDDEV if config.initialization == "normal" else 1.0)
+def unit_length(x: jax.Array, smallest: float = 0.0) -> jax.Array:
+  """`x` with each vector of its last axis divided by its length, in float32.
+
+  Shorter ones than `smallest` are divided by that instead: then the derivative at 0 is finite.
+  """
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  if not smallest:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x / jnp.sqrt(jnp.maximum(square, smallest**2))
 
 
-def product_init(config: TransformerConfig, num_inputs: int):
-  """Initializer of a matrix that `num_inputs` numbers are multiplied with."""
+def table_init(config: TransformerConfig, width: int):
+  """Initializer of embeddings and other tables, whose rows have this width."""
+  deviations = {"normal": INIT_STDDEV, "fan_in": 1.0, "xavier": width**-0.5}
+  return nn.initializers.normal(deviations[config.initialization])
+
+
+def product_init(config: TransformerConfig, num_inputs: int, num_outputs: int, gain: float = 1.0):
+  """Initializer of a matrix that takes so many numbers to so many, times `gain`."""
   if config.initialization == "normal":
-    return nn.initializers.normal(INIT_STDDEV)
-  bound = num_inputs**-0.5
+    return nn.initializers.normal(INIT_STDDEV * gain)
+  if config.initialization == "xavier":
+    return nn.initializers.normal(math.sqrt(2 / (num_inputs + num_outputs)) * gain)
+  bound = num_inputs**-0.5 * gain
   return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def _vector(module, name, init, width, config):
-  return module.param(
-    name, nn.with_logical_partitioning(init, ("embed",)), (width,), jnp.dtype(config.param_dtype)
-  )
 
 
 class Projection(nn.Module):
@@ -156,18 +181,20 @@ class Projection(nn.Module):
   outputs: tuple[int, ...]
   axes: tuple[str, ...]
   use_bias: bool = False
+  gain: float = 1.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
+    width = math.prod(self.inputs)
+    init = product_init(c, width, math.prod(self.outputs), self.gain)
     kernel = self.param(
       "kernel",
-      nn.with_logical_partitioning(product_init(c, math.prod(self.inputs)), self.axes),
+      nn.with_logical_partitioning(init, self.axes),
       (*self.inputs, *self.outputs),
       jnp.dtype(c.param_dtype),
     )
     leading = x.shape[: x.ndim - len(self.inputs)]
-    width = math.prod(self.inputs)
     out = matrix_product(x.reshape(-1, width), kernel.astype(c.dtype).reshape(width, -1))
     out = out.reshape(*leading, *self.outputs)
     if self.use_bias:
@@ -189,14 +216,18 @@ class Attention(nn.Module):
   def setup(self):
     c = self.config
     d, h, k, e = (c.width,), c.num_heads, c.key_heads, c.head_width
+    gain = c.branch_factor
     self.query = Projection(c, d, (h, e), ("embed", "heads", "head_dim"), c.qkv_bias)
     self.key = Projection(c, d, (k, e), ("embed", "kv_heads", "head_dim"), c.qkv_bias)
-    self.value = Projection(c, d, (k, e), ("embed", "kv_heads", "head_dim"), c.qkv_bias)
-    self.out = Projection(c, (h, e), d, ("heads", "head_dim", "embed"), c.out_bias)
+    self.value = Projection(c, d, (k, e), ("embed", "kv_heads", "head_dim"), c.qkv_bias, gain)
+    if c.sub_norm:
+      self.inner_norm = norm(c, axes=("heads", "head_dim"))
+    self.out = Projection(c, (h, e), d, ("heads", "head_dim", "embed"), c.out_bias, gain)
 
-  def __call__(self, x, sequence: Sequence):
+  def __call__(self, x, sequence: Sequence, keys=None):
+    """`keys [B]` are those of dropout, or None."""
     q, k, v = self._project(x, sequence.angles)
-    return self.out(self._attend(q, k, v, sequence.segment_ids))
+    return self._merged(self._attend(q, k, v, sequence.segment_ids, keys))
 
   def extend(self, x, slots: Slots, keys, values, shared=None):
     """Writes the new keys and values and attends; returns the output, both caches, the readout.
@@ -221,7 +252,7 @@ class Attention(nn.Module):
         self._slopes(), shared,
       )
       out = self._with_cached_momentum(out, values.astype(q.dtype), slots, shared)
-    out, found = self.out(out), None
+    out, found = self._merged(out), None
     if slots.readout is not None:
       index = slots.readout[:, :, None]
       found = (jnp.take_along_axis(out, index, axis=1),
@@ -234,17 +265,22 @@ class Attention(nn.Module):
     if c.attention_scale is not None:  # every kind of attention scales by E^-0.5
       q = q * jnp.asarray(c.attention_scale * c.head_width**0.5, q.dtype)
     if angles is not None:
-      interleaved = c.rotary_interleaved
-      q, k = (positions_lib.rotary(y, angles, interleaved) for y in (q, k))
+      of_keys = angles.queries if angles.keys is None else angles.keys
+      q = positions_lib.rotary(q, angles.queries, c.rotary_interleaved)
+      k = positions_lib.rotary(k, of_keys, c.rotary_interleaved)
     return q, k, v
 
-  def _attend(self, q, k, v, segment_ids):
+  def _merged(self, heads):
+    return self.out(self.inner_norm(heads) if self.config.sub_norm else heads)
+
+  def _attend(self, q, k, v, segment_ids, keys=None):
     c = self.config
     pattern = Pattern(c.causal, c.sliding_window, self._slopes())
     # Parameters are made from one token, which kernels for whole sequences on a mesh refuse.
     kind = "xla" if self.is_initializing() else c.attention
     out = self_attention(
-      q, k, v, segment_ids, pattern=pattern, kind=kind, chunk=c.attention_chunk
+      q, k, v, segment_ids, pattern=pattern, kind=kind, chunk=c.attention_chunk,
+      dropout=c.attention_dropout, keys=keys,
     )
     if not c.momentum:
       return out
@@ -284,14 +320,16 @@ class MLP(nn.Module):
   def __call__(self, x):
     c = self.config
     d, f = (c.width,), (c.mlp_width,)
-    act = activation(c.activation)
+    act, options = activation(c.activation), (c.mlp_bias, c.branch_factor)
     if c.gated_mlp:
-      gate = Projection(c, d, f, ("embed", "mlp"), c.mlp_bias, name="gate")(x)
-      up = Projection(c, d, f, ("embed", "mlp"), c.mlp_bias, name="up")(x)
+      gate = Projection(c, d, f, ("embed", "mlp"), *options, name="gate")(x)
+      up = Projection(c, d, f, ("embed", "mlp"), *options, name="up")(x)
       hidden = act(gate) * up
     else:
-      hidden = act(Projection(c, d, f, ("embed", "mlp"), c.mlp_bias, name="up")(x))
-    return Projection(c, f, d, ("mlp", "embed"), c.mlp_bias, name="down")(hidden)
+      hidden = act(Projection(c, d, f, ("embed", "mlp"), *options, name="up")(x))
+    if c.sub_norm:
+      hidden = norm(c, "inner_norm", ("mlp",))(hidden)
+    return Projection(c, f, d, ("mlp", "embed"), *options, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -307,8 +345,10 @@ class Block(nn.Module):
     if c.norm_placement != "parallel":
       self.mlp_norm = norm(c)
 
-  def __call__(self, x, sequence: Sequence):
-    x, _ = self._wired(x, lambda y: (self.attention(y, sequence), None))
+  def __call__(self, x, sequence: Sequence, keys=None):
+    """`keys [B]` are those of this layer's dropout, or None."""
+    of_attention = folded(keys, 0)
+    x, _ = self._wired(x, lambda y: (self.attention(y, sequence, of_attention), None), keys)
     return x, None
 
   def extend(self, x, slots: Slots, keys, values, shared=None):
@@ -321,20 +361,28 @@ class Block(nn.Module):
     x, rest = self._wired(x, attend)
     return x, *rest
 
-  def _wired(self, x, attend):
+  def _wired(self, x, attend, keys=None):
     """The two parts, their norms and residual sums; `attend` also returns what it updates."""
     placement = self.config.norm_placement
+
+    def drop(out, number):
+      return dropped(out, folded(keys, number), self.config.residual_dropout)
+
     x = constrain(x, ("batch", "sequence", "embed"))
     if placement == "post":
       out, updated = attend(x)
-      x = self.attention_norm(x + out)
-      x = self.mlp_norm(x + self.mlp(x))
+      x = self.attention_norm(self._stream(x) + drop(out, 1))
+      x = self.mlp_norm(self._stream(x) + drop(self.mlp(x), 2))
     elif placement == "parallel":
       normed = self.attention_norm(x)
       out, updated = attend(normed)
-      x = x + out + self.mlp(normed)
+      x = self._stream(x) + drop(out, 1) + drop(self.mlp(normed), 2)
     else:
       out, updated = attend(self.attention_norm(x))
-      x = x + out
-      x = x + self.mlp(self.mlp_norm(x))
+      x = self._stream(x) + drop(out, 1)
+      x = self._stream(x) + drop(self.mlp(self.mlp_norm(x)), 2)
     return constrain(x, ("batch", "sequence", "embed")), updated
+
+  def _stream(self, x):
+    factor = self.config.residual_factor
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)

@@ -1,4 +1,4 @@
-"""How a transformer knows where a token stands: rotary, sinusoidal and ALiBi positions.
+"""How a transformer knows where a token stands: rotary, xPos, sinusoidal and ALiBi positions.
 
 Angles, tables and slopes that do not depend on the batch are NumPy arrays, which a traced program
 holds as constants; traced, XLA on a CPU computes them again for every head and layer.
@@ -7,14 +7,39 @@ holds as constants; traced, XLA on a CPU computes them again for every head and 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.models.config import RopeScaling
+from lmops_jax.models.config import RopeScaling, TransformerConfig
 
 _SINUSOID_BASE = 1e4
+_XPOS_SMOOTHING, _XPOS_BASE = 0.4, 512  # gamma of the paper, and the distance of one whole decay
+
+
+class Angles(NamedTuple):
+  """Cosines and sines, each `[B or 1,S,1,R/2] float32`, that queries and keys are turned with.
+
+  Attributes:
+    queries: of queries, and of keys if these have none of their own.
+    keys: of keys, or None.
+  """
+
+  queries: tuple[jax.Array, jax.Array]
+  keys: tuple[jax.Array, jax.Array] | None = None
+
+
+def angles_at(positions, config: TransformerConfig) -> Angles | None:
+  """What a model turns queries and keys with, at `positions [B or 1,S] int32`, or None."""
+  c = config
+  if not c.turns:
+    return None
+  frequencies = rotary_frequencies(c.rotary_width, c.rope_base, c.rope_scaling)
+  amplitude = 1.0 if c.rope_scaling is None else c.rope_scaling.amplitude
+  angles = rotary_angles(positions, frequencies, amplitude)
+  return xpos_angles(positions, angles, c.max_length // 2) if c.xpos else Angles(angles)
 
 
 def rotary_frequencies(width: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
@@ -74,6 +99,29 @@ def rotary_angles(positions, frequencies: np.ndarray, amplitude: float = 1.0):
   return cos * np.float32(amplitude), sin * np.float32(amplitude)
 
 
+def xpos_angles(positions, angles: tuple[jax.Array, jax.Array], centre: int) -> Angles:
+  """Angles whose amplitude grows with a query's position and falls with a key's (xPos).
+
+  A product of a query at n and a key at m is a rotary one whose pair i is multiplied by
+  `zeta_i^((n - m) / 512)`, `zeta_i = (i / (R/2) + 0.4) / 1.4` (arXiv:2212.10554, section 3.2), so
+  that only the distance counts. The centre cancels in it and keeps the powers small. It is fixed,
+  and not the middle of the keys that are there, so that keys in a cache stay as they were made.
+
+  Args:
+    positions: `[B,S]` or `[1,S]` int32; a NumPy array gives NumPy results.
+    angles: of `rotary_angles`.
+    centre: position whose amplitude is 1.
+  """
+  xp = np if isinstance(positions, np.ndarray) else jnp
+  cos, sin = angles
+  half = cos.shape[-1]
+  ratio = np.arange(half, dtype=np.float32) / np.float32(half)
+  decay = np.log((ratio + np.float32(_XPOS_SMOOTHING)) / np.float32(1 + _XPOS_SMOOTHING))
+  steps = (positions - centre)[:, :, None, None].astype(np.float32) / np.float32(_XPOS_BASE)
+  amplitude = xp.exp(steps * decay)
+  return Angles((cos * amplitude, sin * amplitude), (cos / amplitude, sin / amplitude))
+
+
 def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool = False):
   """Turns pairs of `[B,S,H,E]` by their angle; products are float32 (arXiv:2104.09864).
 
@@ -96,17 +144,24 @@ def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool 
   return turned.astype(x.dtype)
 
 
-def sinusoids(positions, width: int):
+def sinusoids(positions, width: int, offset: int = 0):
   """Fixed position vectors `[...,width] float32`: sines, then cosines, of falling frequencies.
 
-  The order and the spacing, `10000 ** (-i / (width/2 - 1))`, are those of fairseq.
+  The order and the spacing, `10000 ** (-i / (width/2 - 1))`, are those of fairseq. So is the zero
+  vector of padding, which has a negative position here (there, the table's row `offset - 1`).
+
+  Args:
+    positions: `[...] int32`; a NumPy array gives NumPy results.
+    width: of a vector.
+    offset: row of the table at which position 0 stands.
   """
   xp = np if isinstance(positions, np.ndarray) else jnp
   half = width // 2
   step = math.log(_SINUSOID_BASE) / max(half - 1, 1)
   frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-step))
-  angles = positions[..., None].astype(np.float32) * frequencies
+  angles = (positions + offset)[..., None].astype(np.float32) * frequencies
   table = xp.concatenate([xp.sin(angles), xp.cos(angles)], axis=-1)
+  table = xp.where(positions[..., None] < 0, np.float32(0), table)
   return table if width % 2 == 0 else xp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, 1)])
 
 

@@ -48,6 +48,27 @@ def matrix_product(x: jax.Array, w: jax.Array, dtype=None, kind: str | None = No
   return _product.bind(x, w, dtype=dtype, precision=jax.config.jax_default_matmul_precision)
 
 
+def project_to_vocabulary(
+  hidden: jax.Array, matrix: jax.Array, bias: jax.Array | None = None, *, transposed: bool = False
+) -> jax.Array:
+  """Logits `[...,V]`, at least float32, of `[...,W]` and a matrix `[W,V]` (`[V,W]` transposed)."""
+  flat = hidden.reshape(-1, hidden.shape[-1])
+  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+  if transposed:
+    by_rows = (((1,), (1,)), ((), ()))
+    logits = jax.lax.dot_general(flat, matrix, by_rows, preferred_element_type=dtype)
+  else:
+    logits = matrix_product(flat, matrix, dtype)
+  if bias is not None:
+    logits = logits + bias.astype(dtype)
+  return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+
+def remat_policy(name: str):
+  """The policy of `jax.checkpoint` for one of `config.REMAT_POLICIES` but "none"."""
+  return jax.checkpoint_policies.nothing_saveable if name == "full" else save_products
+
+
 def save_products(primitive, *args, **params) -> bool:
   """Policy of `jax.checkpoint` that keeps the products with weights, and nothing else."""
   plain = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -17,11 +17,12 @@ unrolled, so that checkpoints do not depend on that choice:
     unembedding [D,V]                    (absent when tied)
 
 and, where the configuration asks for them, `bias` beside each `kernel` and each layer norm's
-`scale`, position_embedding [max_length + position_offset, D], token_type_embedding [N,D],
+`scale`, layers/attention/inner_norm/scale [L,H,E] and layers/mlp/inner_norm/scale [L,F],
+position_embedding [max_length + position_offset, D], token_type_embedding [N,D],
 embedding_norm, embedding_in [W,D] and embedding_out [D,W] for embeddings of width W,
 head_transform, head_norm, unembedding_bias [V], pooler.
 
-Left out: dropout.
+Dropout is that of `models.dropout`; without keys a model is deterministic.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ from lmops_jax.models import cache as cache_lib
 from lmops_jax.models import layers as layers_lib
 from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.dropout import dropped, folded
 from lmops_jax.models.layers import Block, Projection, Sequence, Slots
 from lmops_jax.models.partitioning import constrain
-from lmops_jax.models.products import matrix_product, save_products
+from lmops_jax.models.products import project_to_vocabulary, remat_policy
+from lmops_jax.models.vectors import replaced
 
 _CONSTANT_ANGLES = 1 << 20  # rotary numbers that a program may hold as constants
 
@@ -99,12 +102,12 @@ class Transformer(nn.Module):
         self._setup_head()
     block = Block
     if c.remat != "none":
-      block = nn.remat(Block, prevent_cse=False, policy=_remat_policy(c.remat))
+      block = nn.remat(Block, prevent_cse=False, policy=remat_policy(c.remat))
     self.layers = nn.scan(
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast,
+      in_axes=(nn.broadcast, 0),
       length=c.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c)
@@ -113,8 +116,9 @@ class Transformer(nn.Module):
     if c.pooler:
       self.pooler = Projection(c, (c.width,), (c.width,), ("embed", None), True)
 
-  def _matrix(self, name, shape, axes, init=layers_lib.table_init):
-    init = nn.with_logical_partitioning(init(self.config), axes)
+  def _matrix(self, name, shape, axes, init=None):
+    init = layers_lib.table_init(self.config, shape[-1]) if init is None else init(self.config)
+    init = nn.with_logical_partitioning(init, axes)
     return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
 
   def _setup_embedding(self):
@@ -144,7 +148,7 @@ class Transformer(nn.Module):
       shape = (c.token_width, c.vocab_size)
       self.unembedding = self._matrix(
         "unembedding", shape, ("embed", "vocab"),
-        functools.partial(layers_lib.product_init, num_inputs=c.token_width),
+        functools.partial(layers_lib.product_init, num_inputs=shape[0], num_outputs=shape[1]),
       )
     if c.unembedding_bias:
       self.unembedding_bias = self.param(
@@ -159,6 +163,9 @@ class Transformer(nn.Module):
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     token_types: jax.Array | None = None,
+    vectors: jax.Array | None = None,
+    vector_index: jax.Array | None = None,
+    keys: jax.Array | None = None,
   ) -> jax.Array:
     """Hidden states after the last block and the final norm.
 
@@ -169,32 +176,80 @@ class Transformer(nn.Module):
       segment_ids: `[B,S] int32`; attention stays within equal ids. None is one segment. Padding of
         an encoder is a segment of its own.
       token_types: `[B,S] int32`, for models that have them; None is 0.
+      vectors: `[B,M,W]` that take the place of word embeddings, see `embed`; None is none.
+      vector_index: `[B,S] int32`, which of them stands where; given with `vectors`.
+      keys: `[B]` typed keys, one an example, of dropout; None drops nothing.
 
     Returns:
       `[B,S,D]` in `config.dtype`.
 
     Raises:
-      ValueError: if `S` exceeds `config.max_length`.
+      ValueError: if `S` exceeds `config.max_length`; as `embed`.
     """
     if self.is_initializing():
       self._touch_everything(tokens)
     positions = self._positions(tokens, positions)
-    return self.encode(self._embed(tokens, positions, token_types), positions, segment_ids)
+    x = self.embed(tokens, positions, token_types, vectors, vector_index)
+    x = dropped(x, folded(keys, 0), self.config.embedding_dropout)
+    return self.encode(x, positions, segment_ids, keys)
 
-  def encode(self, x: jax.Array, positions=None, segment_ids=None) -> jax.Array:
+  def embed(
+    self, tokens, positions=None, token_types=None, vectors=None, vector_index=None
+  ) -> jax.Array:
+    """Embeddings `[B,S,D]`: words or vectors in their place, times the scale, and positions.
+
+    Args:
+      tokens: `[B,S] int32`; what stands in a slot of a vector is never read.
+      positions: `[B,S] int32`, as in `__call__`.
+      token_types: `[B,S] int32`, as in `__call__`.
+      vectors: `[B,M,W]`, W being the width of word embeddings (D unless `embedding_width` says
+        otherwise). They are scaled and get positions as words do.
+      vector_index: `[B,S] int32`, the vector of the row that stands there; negative is a word.
+
+    Raises:
+      ValueError: as `vectors.replaced`.
+    """
+    c = self.config
+    positions = self._positions(tokens, None) if positions is None else positions
+    # Gathered over embed before the lookup: XLA would otherwise replicate the activations.
+    table = constrain(self.embedding, ("vocab", None))
+    x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(c.dtype)
+    x = replaced(x, vectors, vector_index)
+    if c.embedding_scale != 1.0:
+      x = x * jnp.asarray(c.embedding_scale, x.dtype)
+    if c.token_width != c.width:
+      x = self.embedding_in(x)
+    if c.num_token_types:
+      types = jnp.zeros(tokens.shape, jnp.int32) if token_types is None else token_types
+      x = x + jnp.take(self.token_type_embedding, types, axis=0, mode="fill").astype(c.dtype)
+    if c.positions == "learned":
+      rows = positions + c.position_offset
+      x = x + jnp.take(self.position_embedding, rows, axis=0, mode="fill").astype(c.dtype)
+    elif c.positions == "sinusoidal":
+      x = x + positions_lib.sinusoids(positions, c.width, c.position_offset).astype(c.dtype)
+    if c.embedding_norm:
+      x = self.embedding_norm(x)
+    return constrain(x, ("batch", "sequence", "embed"))
+
+  def encode(self, x: jax.Array, positions=None, segment_ids=None, keys=None) -> jax.Array:
     """The blocks and the final norm on embeddings `[B,S,D]`; other arguments as in `__call__`."""
     c = self.config
     sequence = Sequence(self._angles(self._positions(x, positions)), segment_ids)
+    if keys is not None:
+      keys = jax.vmap(folded, (None, 0))(keys, jnp.arange(1, 1 + c.num_layers))  # [L,B]
     if c.scan_layers or self.is_initializing():
-      x, _ = self.layers(x, sequence)
+      x, _ = self.layers(x, sequence, keys)
     else:
-      x = self._unrolled(x, sequence)[-1]
+      x = self._unrolled(x, sequence, keys)[-1]
     return self.final_norm(x) if c.final_norm else x
 
-  def all_hidden(self, tokens, positions=None, segment_ids=None, token_types=None) -> jax.Array:
+  def all_hidden(
+    self, tokens, positions=None, segment_ids=None, token_types=None, vectors=None,
+    vector_index=None,
+  ) -> jax.Array:
     """Embeddings and each block's output, `[L+1,B,S,D]`; the last one after the final norm."""
     positions = self._positions(tokens, positions)
-    x = self._embed(tokens, positions, token_types)
+    x = self.embed(tokens, positions, token_types, vectors, vector_index)
     states = self._unrolled(x, Sequence(self._angles(positions), segment_ids))
     if self.config.final_norm:
       states[-1] = self.final_norm(states[-1])
@@ -202,7 +257,7 @@ class Transformer(nn.Module):
 
   def extend(
     self, tokens, cache: cache_lib.KVCache, *, positions, valid=None, branch=None, fresh=False,
-    shared: cache_lib.Prefix | None = None, readout=None,
+    shared: cache_lib.Prefix | None = None, readout=None, vectors=None, vector_index=None,
   ) -> tuple[jax.Array, cache_lib.KVCache] | tuple[
     jax.Array, cache_lib.KVCache, cache_lib.Readout]:
     """Hidden states of new tokens that also see the cache, and the cache with them added.
@@ -217,12 +272,13 @@ class Transformer(nn.Module):
       fresh: promises (statically) an empty cache, so that attention looks at the new tokens only.
       shared: what stands in front of every row, held once; positions go on from `shared.end`.
       readout: `[B,R] int32`, indices of new tokens whose attention is to be returned.
+      vectors, vector_index: as in `embed`.
 
     Returns:
       `[B,S,D]` in `config.dtype`, as `__call__`; the cache; and with `readout` a `Readout`.
 
     Raises:
-      ValueError: for a model that is not causal.
+      ValueError: for a model that is not causal; as `embed`.
     """
     c = self.config
     if not c.causal:
@@ -234,7 +290,7 @@ class Transformer(nn.Module):
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     alone = fresh and branch is None and shared is None
     branch = jnp.zeros(tokens.shape, jnp.int32) if branch is None else branch
-    x = self._embed(tokens, positions, None)
+    x = self.embed(tokens, positions, None, vectors, vector_index)
     cache = cache_lib.with_slots(cache, positions, valid, branch)
     slots = Slots(self._angles(positions), cache.length)
     if alone:
@@ -291,9 +347,9 @@ class Transformer(nn.Module):
     """`[V]` to add to the logits, or None."""
     return self.unembedding_bias if self.config.unembedding_bias else None
 
-  def logits(self, tokens, positions=None, segment_ids=None, token_types=None) -> jax.Array:
+  def logits(self, tokens, *args, **kwargs) -> jax.Array:
     """Next-token (or masked-token) logits `[B,S,V] float32`; arguments as in `__call__`."""
-    return self.unembed(self(tokens, positions, segment_ids, token_types))
+    return self.unembed(self(tokens, *args, **kwargs))
 
   def pooled(self, hidden: jax.Array) -> jax.Array:
     """BERT's sentence vector `[B,D]`: product and tanh on the first position of `[B,S,D]`."""
@@ -314,34 +370,7 @@ class Transformer(nn.Module):
     return positions
 
   def _angles(self, positions):
-    c = self.config
-    if c.positions != "rotary":
-      return None
-    frequencies = positions_lib.rotary_frequencies(c.rotary_width, c.rope_base, c.rope_scaling)
-    amplitude = 1.0 if c.rope_scaling is None else c.rope_scaling.amplitude
-    return positions_lib.rotary_angles(positions, frequencies, amplitude)
-
-  def _embed(self, tokens, positions, token_types):
-    """Embeddings `[B,S,D]`."""
-    c = self.config
-    # Gathered over embed before the lookup: XLA would otherwise replicate the activations.
-    table = constrain(self.embedding, ("vocab", None))
-    x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(c.dtype)
-    if c.embedding_scale != 1.0:
-      x = x * jnp.asarray(c.embedding_scale, x.dtype)
-    if c.token_width != c.width:
-      x = self.embedding_in(x)
-    if c.num_token_types:
-      types = jnp.zeros(tokens.shape, jnp.int32) if token_types is None else token_types
-      x = x + jnp.take(self.token_type_embedding, types, axis=0, mode="fill").astype(c.dtype)
-    if c.positions == "learned":
-      rows = positions + c.position_offset
-      x = x + jnp.take(self.position_embedding, rows, axis=0, mode="fill").astype(c.dtype)
-    elif c.positions == "sinusoidal":
-      x = x + positions_lib.sinusoids(positions + c.position_offset, c.width).astype(c.dtype)
-    if c.embedding_norm:
-      x = self.embedding_norm(x)
-    return constrain(x, ("batch", "sequence", "embed"))
+    return positions_lib.angles_at(positions, self.config)
 
   def _touch_everything(self, tokens):
     """Makes the parameters that `__call__` does not use; Linen makes what it sees used."""
@@ -360,39 +389,17 @@ class Transformer(nn.Module):
       jax.tree.map(lambda p, i=i: p[i], layers) for i in range(self.config.num_layers)
     ]
 
-  def _unrolled(self, x, sequence):
+  def _unrolled(self, x, sequence, keys=None):
     """The blocks one by one; the output of each, `L x [B,S,D]`."""
     c = self.config
 
-    def layer(params, x):
-      return Block(c, parent=None).apply({"params": params}, x, sequence)[0]
+    def layer(params, x, keys):
+      return Block(c, parent=None).apply({"params": params}, x, sequence, keys)[0]
 
     if c.remat != "none":
-      layer = jax.checkpoint(layer, prevent_cse=True, policy=_remat_policy(c.remat))
+      layer = jax.checkpoint(layer, prevent_cse=True, policy=remat_policy(c.remat))
     states = []
-    for params in self._layer_params():
-      x = layer(params, x)
+    for i, params in enumerate(self._layer_params()):
+      x = layer(params, x, None if keys is None else keys[i])
       states.append(x)
     return states
-
-
-def project_to_vocabulary(
-  hidden: jax.Array, matrix: jax.Array, bias: jax.Array | None = None, *, transposed: bool = False
-) -> jax.Array:
-  """Logits `[...,V]`, at least float32, of `[...,W]` and a matrix `[W,V]` (`[V,W]` transposed)."""
-  flat = hidden.reshape(-1, hidden.shape[-1])
-  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-  if transposed:
-    by_rows = (((1,), (1,)), ((), ()))
-    logits = jax.lax.dot_general(flat, matrix, by_rows, preferred_element_type=dtype)
-  else:
-    logits = matrix_product(flat, matrix, dtype)
-  if bias is not None:
-    logits = logits + bias.astype(dtype)
-  return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
-
-
-def _remat_policy(name: str):
-  if name == "full":
-    return jax.checkpoint_policies.nothing_saveable
-  return save_products

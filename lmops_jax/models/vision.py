@@ -2,24 +2,43 @@
 
 Patches are embedded by one product without bias, a class vector goes in front, learned positions
 are added, a norm comes before the blocks, and another one after them is applied where vectors are
-used.
+used: to the class vector by CLIP, to all of them by Kosmos.
+
+Images of other sizes than the positions were learned for get positions interpolated over the grid
+of patches: cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, repeated edges and no
+antialiasing, as torch computes it. `jax.image.resize` has a = -0.5.
+
+The last blocks may be a stack of parameters of their own, `top`. Those of one stack are one array
+for all layers, which an optimizer can only train or freeze as a whole. What is frozen is for the
+optimizer to say, in one place: `optim.partition` with, for all but the last blocks,
+
+    {'vision/(?!top/|post_norm/).*': None, '.*': @optim.adamw()}
+
+No gradient is computed of what it freezes, so below the first trained block there is neither a
+backward pass nor an activation that is kept for one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lmops_jax.config.setting_types import PositiveInt, component
+from lmops_jax.config.setting_types import Count, Positive, PositiveInt, component
 from lmops_jax.models import layers as layers_lib
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.dropout import dropped, folded
 from lmops_jax.models.layers import INIT_STDDEV
 from lmops_jax.models.transformer import Transformer
 
 NUM_CHANNELS = 3
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB, 1 being white
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_CUBIC = -0.75
 
 
 @component(module="models")
@@ -32,6 +51,10 @@ class VisionConfig:
       `final_norm` False.
     image_size: height and width of an image in pixels.
     patch_size: height and width of a patch, a divisor of `image_size`.
+    any_size: images may also have other sides, even unequal ones, that are multiples of
+      `patch_size`; positions are then interpolated.
+    top_layers: blocks of the trunk, its last ones, whose parameters are a stack of their own.
+    pixel_mean, pixel_std: by which bytes are normalised, red, green and blue, 1 being white.
 
   Raises:
     ValueError: naming the field, for values that do not make a model.
@@ -40,6 +63,10 @@ class VisionConfig:
   trunk: TransformerConfig
   image_size: PositiveInt = 224
   patch_size: PositiveInt = 16
+  any_size: bool = False
+  top_layers: Count = 0
+  pixel_mean: tuple[float, float, float] = CLIP_MEAN
+  pixel_std: tuple[Positive, Positive, Positive] = CLIP_STD
 
   def __post_init__(self):
     if self.image_size % self.patch_size:
@@ -50,6 +77,11 @@ class VisionConfig:
     if self.trunk.causal or self.trunk.final_norm or self.trunk.positions != "none":
       raise ValueError(
         "models.VisionConfig.trunk must have causal=False, final_norm=False and positions='none'."
+      )
+    if self.top_layers >= self.trunk.num_layers:
+      raise ValueError(
+        f"models.VisionConfig.top_layers={self.top_layers} must be below the trunk's num_layers="
+        f"{self.trunk.num_layers}; 0 keeps all layers in one stack."
       )
     if self.num_patches >= self.trunk.max_length:
       raise ValueError(
@@ -62,12 +94,19 @@ class VisionConfig:
     """Patches of an image."""
     return (self.image_size // self.patch_size) ** 2
 
+  def stack(self, num_layers: int) -> TransformerConfig:
+    """The trunk with so many of its layers, initialised and scaled as in the whole."""
+    whole = self.trunk
+    return dataclasses.replace(
+      whole, num_layers=num_layers, branch_gain=whole.branch_factor,
+      residual_scale=whole.residual_factor)
+
 
 class VisionTransformer(nn.Module):
   """Images `[B,height,width,3]` to vectors `[B,1+patches,D]`, the class vector first.
 
   Parameters: `class_embedding [D]`, `patch_embedding [P,P,3,D]`, `position_embedding
-  [1+patches,D]`, `pre_norm`, `trunk/layers`, `post_norm`.
+  [1+patches,D]`, `pre_norm`, `trunk/layers`, `top/layers` with `top_layers`, `post_norm`.
   """
 
   config: VisionConfig
@@ -88,33 +127,73 @@ class VisionTransformer(nn.Module):
       "position_embedding", (1 + c.num_patches, d), (None, "embed")
     )
     self.pre_norm = layers_lib.norm(trunk)
-    self.trunk = Transformer(trunk, with_unembedding=False, with_embedding=False)
+    self.trunk = self._stack(trunk.num_layers - c.top_layers)
+    if c.top_layers:
+      self.top = self._stack(c.top_layers)
     self.post_norm = layers_lib.norm(trunk)
 
-  def __call__(self, images: jax.Array) -> jax.Array:
+  def _stack(self, num_layers):
+    return Transformer(
+      self.config.stack(num_layers), with_unembedding=False, with_embedding=False)
+
+  def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     """Vectors after the last block, `[B,1+patches,D]`, not normed.
 
+    Args:
+      images: `[B,height,width,3]`, bytes, or floats that are normalised already.
+      keys: `[B]` typed keys of dropout, one an image; None drops nothing.
+
     Raises:
-      ValueError: for images of another size.
+      ValueError: for images of a size that the configuration does not allow.
     """
     c, dtype = self.config, self.config.trunk.dtype
-    if images.shape[1:] != (c.image_size, c.image_size, NUM_CHANNELS):
-      raise ValueError(
-        f"The images are {list(images.shape[1:])} and models.VisionConfig wants "
-        f"[{c.image_size}, {c.image_size}, {NUM_CHANNELS}]; resize them, channels last."
-      )
+    self._check(images.shape)
+    if images.dtype == jnp.uint8:
+      images = (images / np.float32(255) - np.float32(c.pixel_mean)) / np.float32(c.pixel_std)
     x = patches(images, c.patch_size).astype(dtype)
     x = x @ self.patch_embedding.astype(dtype).reshape(x.shape[-1], -1)
     first = jnp.broadcast_to(self.class_embedding.astype(dtype), (x.shape[0], 1, x.shape[2]))
-    x = jnp.concatenate([first, x], axis=1) + self.position_embedding.astype(dtype)
-    x = self.trunk.encode(self.pre_norm(x))
+    x = jnp.concatenate([first, x], axis=1) + self._positions(images.shape).astype(dtype)
+    x = dropped(self.pre_norm(x), folded(keys, 0), c.trunk.embedding_dropout)
+    x = self.trunk.encode(x, keys=keys)
+    if c.top_layers:
+      x = self.top.encode(x, keys=folded(keys, 1 + c.trunk.num_layers))
     if self.is_initializing():
       self.post_norm(x)
     return x
 
+  def features(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """All of `__call__`'s vectors `[B,1+patches,D]`, normed."""
+    return self.post_norm(self(images, keys))
+
   def pooled(self, vectors: jax.Array) -> jax.Array:
     """The normed class vector `[B,D]` of `__call__`'s result."""
     return self.post_norm(vectors[:, 0])
+
+  def _check(self, shape):
+    c = self.config
+    size, sides = c.image_size, shape[1:3]
+    if len(shape) != 4 or shape[3] != NUM_CHANNELS or not (c.any_size or sides == (size, size)):
+      raise ValueError(
+        f"The images are {list(shape[1:])} and models.VisionConfig wants "
+        f"[{size}, {size}, {NUM_CHANNELS}]; resize them, channels last."
+      )
+    if any(side % c.patch_size or not side for side in sides):
+      raise ValueError(
+        f"The images are {list(shape[1:])} and their sides must be multiples of "
+        f"models.VisionConfig.patch_size={c.patch_size}; resize them."
+      )
+
+  def _positions(self, shape):
+    """`[1+patches,D]` for images of that shape."""
+    c, table = self.config, self.position_embedding
+    old, new = c.image_size // c.patch_size, [side // c.patch_size for side in shape[1:3]]
+    if new == [old, old]:
+      return table
+    grid = table[1:].reshape(old, old, -1)
+    rows, columns = (cubic_matrix(num, old).astype(table.dtype) for num in new)
+    grid = jnp.einsum("hi,wj,ijd->hwd", rows, columns, grid, precision="highest")
+    return jnp.concatenate([table[:1], grid.reshape(-1, grid.shape[-1])])
 
 
 def patches(images: jax.Array, size: int) -> jax.Array:
@@ -122,3 +201,40 @@ def patches(images: jax.Array, size: int) -> jax.Array:
   b, height, width, channels = images.shape
   x = images.reshape(b, height // size, size, width // size, size, channels)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, size * size * channels)
+
+
+def cubic_matrix(num_new: int, num_old: int) -> np.ndarray:
+  """`[new,old] float32`: cubic interpolation of `old` samples at `new` points, see the module."""
+
+  def weight(distance):
+    d, a = np.abs(distance), _CUBIC
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((d - 5) * d + 8) * d * a - 4 * a
+    return np.where(d <= 1, near, np.where(d < 2, far, 0))
+
+  at = (np.arange(num_new) + 0.5) * num_old / num_new - 0.5
+  matrix, point = np.zeros((num_new, num_old)), np.arange(num_new)
+  for tap in range(-1, 3):
+    sample = np.floor(at) + tap
+    np.add.at(
+      matrix, (point, np.clip(sample, 0, num_old - 1).astype(int)), weight(at - sample))
+  return matrix.astype(np.float32)
+
+
+def with_top(params: Any, top_layers: int) -> Any:
+  """Parameters of a `VisionTransformer` in one stack as those of one with `top_layers`.
+
+  Raises:
+    ValueError: for parameters that have a top already, or no more layers than that.
+  """
+  layers = params["trunk"]["layers"]
+  num_layers = jax.tree.leaves(layers)[0].shape[0]
+  if "top" in params or not 0 < top_layers < num_layers:
+    raise ValueError(
+      f"top_layers={top_layers} must be from 1 to {num_layers - 1} of the {num_layers} layers of a "
+      "tower in one stack."
+    )
+  lower, upper = (
+    {"layers": jax.tree.map(lambda x, part=part: x[part], layers)}
+    for part in (slice(-top_layers), slice(-top_layers, None)))
+  return {**params, "trunk": lower, "top": upper}

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
-from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import matching, packing
+from lmops_jax.data import instance_writing, matching, packing
 from lmops_jax.data.documents import Corpus, Document
 from lmops_jax.stages import pipeline
 from lmops_jax.text import vocabularies
@@ -59,4 +58,4 @@ def write_packed(
         bar.update()
         yield instance
 
-    return instances_lib.write_encoded(context.directory / part, shown(), vocabulary, length)
+    return instance_writing.write_encoded(context.directory / part, shown(), vocabulary, length)

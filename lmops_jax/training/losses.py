@@ -17,7 +17,8 @@ import numpy as np
 from lmops_jax.models.heads import SequenceRegressor
 from lmops_jax.models.partitioning import batch_shards, platform_in_use
 from lmops_jax.models.perceptron import Perceptron
-from lmops_jax.models.transformer import Transformer, project_to_vocabulary
+from lmops_jax.models.products import project_to_vocabulary
+from lmops_jax.models.transformer import Transformer
 
 # Logits of a batch up to the first size, in bytes a device, are computed whole: chunks are computed
 # twice. Chunks have the second size: products with too few rows are slow, and each chunk adds to
@@ -67,8 +68,9 @@ class LMExampleLosses:
   """Masked token-mean cross-entropy of each example (arXiv:2410.07064; token mean, not sum).
 
   The batch holds `tokens`, `targets [B,S] int32` and `loss_mask [B,S] float32`, optionally
-  `positions` and `segment_ids [B,S] int32`. An example whose mask is 0 everywhere gives 0 here, so
-  that nothing traced can divide by zero; `check_batch` refuses it on the host.
+  `positions` and `segment_ids [B,S] int32`, and `key [B]` of dropout (see `learner.supervised`). An
+  example whose mask is 0 everywhere gives 0 here, so that nothing traced can divide by zero;
+  `check_batch` refuses it on the host.
   """
 
   model: Transformer
@@ -86,7 +88,8 @@ class LMExampleLosses:
   def token_losses(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Nats of every target `[B,S] float32`, masked or not."""
     hidden = self.model.apply(
-      {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids")
+      {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids"),
+      keys=batch.get("key"),
     )
     hidden, matrix, bias = self.model.apply({"params": params}, hidden, method=_output_parts)
 

@@ -32,8 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import packing
+from lmops_jax.data import instance_writing, packing
 from lmops_jax.evaluation import examples
 from lmops_jax.host import progress
 from lmops_jax.mesh import checkpoints, meshes
@@ -72,7 +71,7 @@ def write_corpus(folder: Path, num: int) -> None:
       row = np.concatenate([[1], tokens[start : start + size]]).astype(np.int32)
       yield packing.Instance(i, row, np.array([i]), np.array([size], np.int32))
 
-  instances_lib.write_instances(
+  instance_writing.write_instances(
     folder / "corpus", rows(), length=LENGTH, vocab_size=SMALL_CPU.vocab_size, pad_id=0, bos_id=1,
     eos_id=2,
   )

@@ -30,12 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models import layers, positions
-from lmops_jax.models.transformer import (
-  Transformer,
-  TransformerConfig,
-  num_params,
-  project_to_vocabulary,
-)
+from lmops_jax.models.products import project_to_vocabulary
+from lmops_jax.models.transformer import Transformer, TransformerConfig, num_params
 from lmops_jax.sizing.flops import forward_flops_per_token
 from lmops_jax.training.losses import _cross_entropy, lm_example_losses
 
@@ -94,7 +90,7 @@ def parts(config: TransformerConfig, batch_size: int):
   matrix = 0.02 * jax.random.normal(keys[2], (width, config.vocab_size))
   return {
     "SwiGLU": (*of_module(layers.MLP(config)), 6 * width * config.mlp_width * tokens),
-    "attention": (*of_module(layers.Attention(config), layers.Sequence(angles)),
+    "attention": (*of_module(layers.Attention(config), layers.Sequence(positions.Angles(angles))),
                   (8 * width**2 + 4 * length * width) * tokens),
     "RMS norm": (*of_module(layers.RMSNorm(config)), 0),
     "head and cross-entropy": (head, (x, matrix), 2 * width * config.vocab_size * tokens),

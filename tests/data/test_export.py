@@ -5,7 +5,8 @@ import pyarrow.parquet
 import pytest
 
 from lmops_jax.data import TrainSentencePiece, export, packing, shards
-from lmops_jax.data.instances import open_instances, write_instances
+from lmops_jax.data.instance_writing import write_instances
+from lmops_jax.data.instances import open_instances
 
 TEXTS = [f"Document number {i} says: value = {i * i};\n    indented line {i}.\n" * (1 + i % 4)
          for i in range(30)]

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import packing
-from lmops_jax.data.instances import open_instances, write_instances
+from lmops_jax.data import instance_writing, packing
+from lmops_jax.data.instance_writing import write_instances
+from lmops_jax.data.instances import open_instances
 from lmops_jax.data.packing import Instance
 
 PAD, EOS, BOS, VOCAB, LENGTH = 0, 1, 3, 300, 12
@@ -57,6 +57,8 @@ def test_round_trip(written, cache_bytes):
     for a, b in zip(got.instance(int(index)), want[index]):
       np.testing.assert_array_equal(a, b)
   np.testing.assert_array_equal(got.num_tokens(order), [len(want[i].tokens) for i in order])
+  learned = got.batch(order)["loss_mask"].sum(axis=1)
+  np.testing.assert_array_equal(got.num_learned(order), learned)
 
 
 @pytest.mark.parametrize("cache_bytes", [1 << 30, 0])
@@ -117,10 +119,10 @@ def test_reading_and_writing_need_no_tensorflow_and_repeat_bytes(written, tmp_pa
   directory, want = written
   program = (
     "import pickle, sys\n"
-    "from lmops_jax.data import instances\n"
+    "from lmops_jax.data import instance_writing, instances\n"
     "source, target = sys.argv[1:]\n"
     "old = instances.open_instances(source)\n"
-    "instances.write_instances(target, (old.instance(i) for i in range(len(old))),\n"
+    "instance_writing.write_instances(target, (old.instance(i) for i in range(len(old))),\n"
     "  length=12, vocab_size=300, pad_id=0, eos_id=1, bos_id=3, instances_per_shard=20,\n"
     "  vocabulary_fingerprint='abc', description='A test.')\n"
     "assert 'tensorflow' not in sys.modules and 'jax' not in sys.modules\n"
@@ -237,8 +239,8 @@ def test_unknown_version(written, tmp_path, version):
 
 @pytest.mark.parametrize("together", [1, 7, 1 << 25])
 def test_two_instances_with_one_id_are_refused(tmp_path, monkeypatch, together):
-  monkeypatch.setattr(instances_lib, "_IDS_TOGETHER", together)
-  monkeypatch.setattr(instances_lib, "_BLOCK_OF_IDS", together)
+  monkeypatch.setattr(instance_writing, "_IDS_TOGETHER", together)
+  monkeypatch.setattr(instance_writing, "_BLOCK_OF_IDS", together)
   instances = make()
   write_instances(tmp_path, instances, **SPECIAL)
   instances[21] = instances[21]._replace(id=instances[4].id)

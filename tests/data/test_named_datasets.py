@@ -103,7 +103,7 @@ def test_errors(prepared, tmp_path):
 def test_ids_and_kinds_of_bytes(prepared, monkeypatch):
   rows = [{"text": b"a", "id": b"\xff", "kind": b"law"}, {"text": b"b", "id": b"\xfe", "kind": "x"},
           {"text": b"c", "id": b"c", "kind": b"\xff"}]
-  monkeypatch.setattr(Tfds, "_examples", lambda self: rows)
+  monkeypatch.setattr(Tfds, "examples", lambda self: rows)
   corpus, counts = Tfds(str(prepared.data_dir), id_field="id", kind_field="kind"), Counter()
   found = {d.text: (d.id, d.kind) for d in corpus.documents(counts)}
   assert found == {"a": (document_id(b"\xff"), "law"), "b": (document_id(b"\xfe"), "x")}

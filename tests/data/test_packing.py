@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lmops_jax.data import packing
+from lmops_jax.data.documents import Document
 
 BOS, EOS = 3, 1
 
@@ -176,3 +177,21 @@ def test_length_must_be_positive():
     next(packing.pack([(0, [1])], length=0, bos_id=0, eos_id=1))
   with pytest.raises(ValueError, match="length=0"):
     next(packing.one_per_document([(0, [1])], length=0, bos_id=0, eos_id=1))
+
+
+class _Words:
+  """A token a word."""
+
+  def encode_batch(self, texts):
+    return [[len(word) for word in text.split()] for text in texts]
+
+
+def test_lines_may_end_with_a_token_of_their_own():
+  documents = [
+    Document(3, "a bb\n\nccc\n", "text", ""), Document(5, "dddd", "text", ""),
+    Document(7, " \n", "text", ""),
+  ]
+  want = [(3, [1, 2, 99, 3, 99]), (5, [4, 99]), (7, [])]
+  for block in (1, 2, 256):
+    assert list(packing.encoded(documents, _Words(), block, line_end_id=99)) == want
+  assert list(packing.encoded(documents, _Words())) == [(3, [1, 2, 3]), (5, [4]), (7, [])]

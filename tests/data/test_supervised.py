@@ -125,6 +125,7 @@ def test_weights_make_the_mean_over_rows_one_over_learned_tokens(tmp_path):
   assert np.mean(per_row * batch["weight"]) == pytest.approx((losses * mask).sum() / mask.sum())
   np.testing.assert_array_equal(batch["tokens"], data.arrays["tokens"][[2, 0, 1]])
   assert again.counts == data.counts
+  np.testing.assert_array_equal(again.num_learned([2, 0, 1]), mask.sum(axis=1))
   np.testing.assert_array_equal(batch["example_id"], data.ids[[2, 0, 1]])
   (tmp_path / "set" / "ids.npy").unlink()
   with pytest.raises(ValueError, match="ids.npy is missing; delete the folder of the stage"):

@@ -23,6 +23,10 @@ CONFIGS = {
     **BASE, **PLAIN, norm_placement="parallel", rotary_dim=2, rotary_interleaved=True
   ),
   "momentum": TransformerConfig(**BASE, num_kv_heads=2, momentum=0.7),
+  "kosmos": TransformerConfig(
+    **BASE, **PLAIN, positions="sinusoidal", position_offset=2, embedding_scale=4.0, sub_norm=True,
+    xpos=True, rotary_interleaved=True, residual_scale=1.5
+  ),
 }
 
 

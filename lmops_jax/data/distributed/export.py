@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmops_jax.data import export, shards
+from lmops_jax.data import export, instance_writing, shards
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.packing import Instance
@@ -25,17 +25,17 @@ def write_instances(
   num: int,
   read: Callable[[int, int], Iterable[Instance]],
   *,
-  instances_per_shard: int = instances_lib.INSTANCES_PER_SHARD,
+  instances_per_shard: int = instance_writing.INSTANCES_PER_SHARD,
   **settings,
 ) -> int:
-  """`instances.write_instances` with a worker for each shard.
+  """`instance_writing.write_instances` with a worker for each shard.
 
   Args:
     scratch: folder on the file system of `directory`, for shards until all are there; those of an
       earlier attempt are kept.
     num: number of instances.
     read: the instances `start .. stop`, called on workers.
-    settings: of `instances.write_instances`.
+    settings: of `instance_writing.write_instances`.
 
   Returns:
     The number of tokens, BOS included.
@@ -47,13 +47,13 @@ def write_instances(
       _write_shard, scratch, read, num, instances_per_shard, settings["length"],
       settings["vocab_size"],
     ),
-    _missing(numbers, lambda n: [_info(scratch, n), scratch / instances_lib.shard_file(n)]),
+    _missing(numbers, lambda n: [_info(scratch, n), scratch / instance_writing.shard_file(n)]),
   )
   _clear(directory)
   for number in numbers:
-    name = instances_lib.shard_file(number)
+    name = instance_writing.shard_file(number)
     os.replace(scratch / name, directory / name)
-  instances_lib.finish(directory, (_read_info(scratch, n) for n in numbers), **settings)
+  instance_writing.finish(directory, (_read_info(scratch, n) for n in numbers), **settings)
   return instances_lib.open_instances(directory).total_tokens
 
 
@@ -65,18 +65,18 @@ def _missing(numbers: Iterable[int], files: Callable[[int], list[Path]]) -> list
 
 
 def _info(scratch: Path, number: int) -> Path:
-  return scratch / f"{instances_lib.shard_file(number)}.npz"
+  return scratch / f"{instance_writing.shard_file(number)}.npz"
 
 
-def _read_info(scratch: Path, number: int) -> instances_lib.ShardInfo:
+def _read_info(scratch: Path, number: int) -> instance_writing.ShardInfo:
   with np.load(_info(scratch, number)) as arrays:
-    return instances_lib.ShardInfo(arrays["ids"], *arrays["sizes"].tolist())
+    return instance_writing.ShardInfo(arrays["ids"], *arrays["sizes"].tolist())
 
 
 def _write_shard(scratch, read, num, per_shard, length, vocab_size, number) -> None:
   start, stop = number * per_shard, min((number + 1) * per_shard, num)
-  with seals.replacing_shared(scratch / instances_lib.shard_file(number)) as partial:
-    info = instances_lib.write_shard(
+  with seals.replacing_shared(scratch / instance_writing.shard_file(number)) as partial:
+    info = instance_writing.write_shard(
       partial, read(start, stop), length=length, vocab_size=vocab_size
     )
   if len(info.ids) != stop - start:
@@ -95,7 +95,7 @@ def _clear(directory: Path) -> None:
 
 def export_selection(
   engine: Engine, scratch: Path, instances: instances_lib.Instances, indices: Path,
-  directory: Path, format: str, vocabulary, *, part: int = instances_lib.INSTANCES_PER_SHARD,
+  directory: Path, format: str, vocabulary, *, part: int = instance_writing.INSTANCES_PER_SHARD,
 ) -> None:
   """`export.export_selection` with workers for parts of the selection.
 

@@ -21,6 +21,7 @@ from lmops_jax.config.setting_types import (
   component,
 )
 from lmops_jax.data.files import Jsonl
+from lmops_jax.data.lines import ENDINGS as LINES
 from lmops_jax.data.tasks.named import check_named, named_task
 from lmops_jax.data.tasks.task import Example, Task, demonstrations
 from lmops_jax.data.tasks.templates import Template, jsonl_task
@@ -28,7 +29,6 @@ from lmops_jax.host.foreign_files import is_there, printable
 from lmops_jax.stages import pipeline, skeleton
 
 TASK_FILE = "task.json"
-_FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 @runtime_checkable
@@ -92,7 +92,7 @@ class TaskChoice:
   @property
   def is_file(self) -> bool:
     """Whether `task` is a path."""
-    return self.task.endswith(_FILES)
+    return self.task.endswith(LINES)
 
   @property
   def name(self) -> str:
@@ -107,19 +107,13 @@ class TaskChoice:
       return ""
     path = Path(place).expanduser()
     files = [path] if self.is_file else sorted(
-      p for p in path.glob("[!.]*") if p.name.endswith(_FILES))
+      p for p in path.glob("[!.]*") if p.name.endswith(LINES))
     return ", ".join(f"{printable(file.name)} {Jsonl(str(file)).fingerprint()}"
                      for file in files if os.path.lexists(file))
 
   def stage(self, where: str) -> skeleton.Stage:
     """The stage `task/NAME`, which `read_task` reads."""
-    return skeleton.Stage(f"task/{self.name}", self._run, reads=(where,))
-
-  def _run(self, context: pipeline.StageContext) -> None:
-    task = self.load()
-    write_task(context.directory, task)
-    skipped = f", {task.skipped} rows left out" if task.skipped else ""
-    context.log(f"{len(task.rows)} rows, {len(task.train)} to draw from{skipped}")
+    return stage_of(self.name, where, self.load)
 
   def load(self) -> Task:
     """The rows.
@@ -133,12 +127,32 @@ class TaskChoice:
       whole = named_task(
         self.task, flavour=self.flavour, template=self.template, data=self.data,
         data_dir=self.data_dir, labels=self.labels)
-    if self.num_rows is None or self.num_rows >= len(whole.rows):
-      return dataclasses.replace(whole, name=self.name)
-    chosen = {row.id for row in demonstrations(whole.rows, self.num_rows, self.rows_seed)}
-    return dataclasses.replace(
-      whole, name=self.name, rows=tuple(row for row in whole.rows if row.id in chosen),
-      train=whole.train or tuple(row for row in whole.rows if row.id not in chosen))
+    return chosen(whole, self.name, self.num_rows, self.rows_seed)
+
+
+def chosen(whole: Task, name: str, num_rows: int | None, seed: int) -> Task:
+  """A task of another name with at most some of the rows, chosen by (seed, id).
+
+  Args:
+    num_rows: at most; None is all. Without rows to draw from, those not chosen become these.
+  """
+  if num_rows is None or num_rows >= len(whole.rows):
+    return dataclasses.replace(whole, name=name)
+  ids = {row.id for row in demonstrations(whole.rows, num_rows, seed)}
+  return dataclasses.replace(
+    whole, name=name, rows=tuple(row for row in whole.rows if row.id in ids),
+    train=whole.train or tuple(row for row in whole.rows if row.id not in ids))
+
+
+def stage_of(name: str, where: str, load: Callable[[], Task]) -> skeleton.Stage:
+  """The stage `task/NAME` of a source whose dotted name in the system is `where`."""
+  def run(context: pipeline.StageContext) -> None:
+    task = load()
+    write_task(context.directory, task)
+    skipped = f", {task.skipped} rows left out" if task.skipped else ""
+    context.log(f"{len(task.rows)} rows, {len(task.train)} to draw from{skipped}")
+
+  return skeleton.Stage(f"task/{name}", run, reads=(where,))
 
 
 def checked(

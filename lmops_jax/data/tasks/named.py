@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmops_jax.data.lines import jsonl_rows
+from lmops_jax.data.lines import ENDINGS, jsonl_rows
 from lmops_jax.data.tasks import installed_kind, rows
 from lmops_jax.data.tasks.registry import Entry, Wording, entry, worded, wording
 from lmops_jax.data.tasks.task import Example, Task
 
-_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _STEMS = ("test", "validation", "dev")
 
 
@@ -121,7 +120,7 @@ def _folder(name: str, folder: Path, split: str | None):
 
   def file(stem: str) -> Path | None:
     # A link that leads nowhere is taken, so that reading it tells of it.
-    return next((p for e in _ENDINGS if os.path.lexists(p := folder / f"{stem}{e}")), None)
+    return next((p for e in ENDINGS if os.path.lexists(p := folder / f"{stem}{e}")), None)
 
   stems = (*_STEMS, "all") if split is None else (split,)
   chosen = next((p for stem in stems if (p := file(stem)) is not None), None)

@@ -8,6 +8,7 @@ Flavours:
     without a second "?", RTE without "Answer:", AGNews with "News: ... Type:"), else as fs.
   plain: on several lines, for models of today.
 
+The tasks of sizes and colours are Kosmos-1's cross-modal transfer (arXiv:2302.14045), in its words.
 Index 0 of a flavour is its default. Template 1 of COPA does not exist in the scripts either.
 """
 
@@ -167,6 +168,14 @@ _RACE = {
   "choices": "options", "reader": "race", "num_choices": 4,
 }
 _TEXT = {"text": "text|sentence"}
+_COLOR = {  # Kosmos-1 and VaLM ask for the 11 basic colours
+  "flavours": {"paper": _one(
+    "The color of {object} is?", "black", "blue", "brown", "green", "grey", "orange", "pink",
+    "purple", "red", "white", "yellow")},
+  "fields": {"object": "object|item|obj"}, "label": "label|color|colour",
+  "classes": ("black", "blue", "brown", "green", "gray", "orange", "pink", "purple", "red", "white",
+              "yellow"),
+}
 
 ENTRIES: dict[str, Entry] = {
   "sst2": Entry(
@@ -353,6 +362,12 @@ ENTRIES: dict[str, Entry] = {
     "yelp_polarity_reviews", "train", "test", {"plain": _one(_REVIEW, "negative", "positive")},
     _TEXT, classes=_POLARITY,
   ),
+  "relative-size": Entry(
+    None, "", "test", {"paper": _one("Is {item1} larger than {item2}?", *_NO_YES)},
+    {"item1": "item1|object1|obj1", "item2": "item2|object2|obj2"}, classes=_FALSE_TRUE,
+  ),
+  "memory-color": Entry(None, "", "test", **_COLOR),
+  "color-terms": Entry(None, "", "test", **_COLOR),
   "cola": Entry(
     "glue/cola", "train", "validation",
     {"plain": _one("Sentence: {text}\nGrammar:", "unacceptable", "acceptable")},

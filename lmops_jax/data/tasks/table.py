@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lmops_jax.data.tasks import installed_kind
+from lmops_jax.data.tasks.pictures.registry import PICTURE_ENTRIES
 from lmops_jax.data.tasks.registry import ENTRIES, Entry
+
+_OF_PICTURES = {"raven": "candidates of each row", "imagenet": "a class's name"}
 
 
 def table() -> str:
@@ -20,6 +23,11 @@ def table() -> str:
     installed_kind.NAME, "accuracy", "kinds of text", "installed packages",
     _templates(installed_kind.TEMPLATES),
   ))
+  for name, of_pictures in PICTURE_ENTRIES.items():
+    lines.append((
+      name, of_pictures.metric, ", ".join(of_pictures.words) or _OF_PICTURES.get(name, "open"),
+      of_pictures.source, f"pictures {_indices(list(range(len(of_pictures.templates))))}",
+    ))
   widths = [max(len(line[i]) for line in lines) for i in range(4)]
   return "\n".join(
     "  ".join(f"{cell:{width}}" for cell, width in zip(line, [*widths, 0])).rstrip()

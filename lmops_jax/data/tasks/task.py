@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lmops_jax.data.multimodal import IMAGE
 from lmops_jax.host.hashing import order_key
 
-METRICS = ("accuracy", "exact_match", "f1")
+OF_OPTIONS = ("accuracy", "roc_auc")
+METRICS = (*OF_OPTIONS, "exact_match", "f1", "vqa", "cider")
 
 
 class Example(NamedTuple):
@@ -23,6 +25,9 @@ class Example(NamedTuple):
     answers: gold answers of an open row, without leading space.
     prompts: one prompt an option, where they differ (Winogrande, Winograd); the options are then
       the text that follows each, and `prompt` is what the prompts have in common.
+    images: paths of the pictures that stand for the `IMAGE`s in the prompt, in their order.
+    option_images: one picture an option, if they differ in it (Raven's matrices): it stands for
+      the last `IMAGE` of the prompt, which `images` leave to it.
   """
 
   id: int
@@ -31,6 +36,8 @@ class Example(NamedTuple):
   label: int
   answers: tuple[str, ...] = ()
   prompts: tuple[str, ...] = ()
+  images: tuple[str, ...] = ()
+  option_images: tuple[str, ...] = ()
 
   @property
   def demonstration(self) -> str:
@@ -49,10 +56,12 @@ class Task:
     name: for reports.
     rows: to evaluate on.
     train: to draw demonstrations from; (): from `rows`, which are then not evaluated on.
-    words: what stands for each label, where all rows share their options, in the labels' order.
+    words: what stands for each label, where all rows share their options, in the labels' order; of
+      open answers all that are possible, if they are names of classes.
     null_prompt: a prompt whose fields are "N/A", for calibration (arXiv:2102.09690); None where
       the prompt is the question itself.
-    metric: "accuracy", or of open answers "exact_match" or "f1".
+    metric: of options "accuracy" or "roc_auc" (of two, the second as the positive one), of open
+      answers "exact_match", "f1", "vqa" or "cider".
     skipped: rows left out while reading, `train` included: not as many options as the task has,
       an empty or repeated option, an empty prompt, no answer.
 
@@ -82,12 +91,27 @@ class Task:
       )
     for example in (*self.rows, *self.train):
       problem = problem_of(example)
-      if problem is None and self.words and len(example.options) != len(self.words):
+      unlike = example.options and self.words and len(example.options) != len(self.words)
+      if problem is None and unlike:
         problem = f"has {len(example.options)} options for {len(self.words)} label words"
-      if problem is None and (self.metric == "accuracy") != bool(example.options):
+      if problem is None and (self.metric in OF_OPTIONS) != bool(example.options):
         problem = f"does not fit metric={self.metric!r}: it has {len(example.options)} options"
       if problem is not None:
         raise ValueError(f"row {example.id} of the task {self.name} {problem}.")
+
+
+  def require_text(self) -> None:
+    """Refuses rows with pictures, for models that only read.
+
+    Raises:
+      ValueError: a row has one.
+    """
+    for example in (*self.rows, *self.train):
+      if example.images or example.option_images:
+        raise ValueError(
+          f"row {example.id} of the task {self.name} has pictures, and the model reads text alone; "
+          "give a model that sees, or a task without pictures."
+        )
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -106,6 +130,12 @@ def problem_of(example: Example) -> str | None:
   """Why a row cannot be evaluated on, as the end of a sentence; None if it can."""
   if not all(prompt.strip() for prompt in (example.prompts or (example.prompt,))):
     return "has an empty prompt"
+  if example.images or example.option_images:
+    places = {prompt.count(IMAGE) for prompt in (example.prompts or (example.prompt,))}
+    num = len(example.images) + bool(example.option_images)
+    if places != {num}:
+      found = " or ".join(map(str, sorted(places)))
+      return f"has {found} {IMAGE} in its prompt and {num} pictures for them"
   if not example.options:
     if not example.answers or not all(answer.strip() for answer in example.answers):
       return "has neither options nor an answer"
@@ -114,9 +144,11 @@ def problem_of(example: Example) -> str | None:
     return f"has one option only, {example.options[0]!r}"
   if not all(option.strip() for option in example.options):
     return "has an empty option"
-  whole = list(zip(example.prompts or [""] * len(example.options), example.options))
-  if len(example.prompts) not in (0, len(example.options)):
-    return f"has {len(example.prompts)} prompts for {len(example.options)} options"
+  for name, each in (("prompts", example.prompts), ("pictures", example.option_images)):
+    if len(each) not in (0, len(example.options)):
+      return f"has {len(each)} {name} for {len(example.options)} options"
+  none = [""] * len(example.options)
+  whole = list(zip(example.prompts or none, example.option_images or none, example.options))
   if len(set(whole)) < len(whole):
     return "has the same option twice"
   if not 0 <= example.label < len(example.options):

@@ -16,8 +16,9 @@ from lmops_jax.evaluation import power_law
 from lmops_jax.evaluation.intervals import mean_and_half_width
 from lmops_jax.reporting import html, plots, run_report
 from lmops_jax.stages import pipeline
-from lmops_jax.systems.learning_law import evaluate, optimise
+from lmops_jax.systems.learning_law import evaluate, optimise, report_text
 from lmops_jax.systems.learning_law.evaluate import UNIFORM
+from lmops_jax.systems.learning_law.report_text import told
 from lmops_jax.systems.learning_law.tasks import load_task
 
 MEASURES = (
@@ -32,7 +33,6 @@ REQUIRED = (
   "stages[].seconds",
 )
 _NUM_FITTED_POINTS = 40
-_LEVEL = 0.95
 
 
 @component(module="learning_law")
@@ -121,8 +121,8 @@ class _Writer:
     }
     self.report.write(summary, required=REQUIRED, page=html.Report(
       title="The learning law: policies and what they do to learning",
-      lead="\n\n".join(_lead(task, found) for task, found in summary["tasks"].items()),
-      key_figures=[*_key_figures(summary), self.report.work_figure()],
+      lead="\n\n".join(report_text.lead(task, found) for task, found in summary["tasks"].items()),
+      key_figures=[*report_text.key_figures(summary), self.report.work_figure()],
       sections=[
         *(self.task_section(task, summary["tasks"][task]) for task in self.results),
         self.report.cost_section(by_kind=True),
@@ -177,7 +177,7 @@ class _Writer:
     laws = {
       name: {
         "B": law.B, "beta": law.beta, "r2": law.r2,
-        "interval": {k: list(v) for k, v in law.interval(_LEVEL).items()}
+        "interval": {k: list(v) for k, v in law.interval(report_text.LEVEL).items()}
         if len(law.samples) else None,
         "predicted_acceleration": {
           str(steps): power_law.predicted_acceleration(base, law, steps)
@@ -201,11 +201,11 @@ class _Writer:
       sections += [
         self.optimisation_section(task, results, styles),
         self.law_section(task, summary, results, [UNIFORM, *optimised], styles),
-        self.weights_section(task, results, _best(summary), names, styles),
+        self.weights_section(task, results, report_text.best(summary), names, styles),
       ]
     if summary["power_laws"][0] is not None:
       sections.append(self.scaling_section(task, summary, results, [UNIFORM, *optimised], styles))
-    sections += _further_sections(summary)
+    sections += report_text.further_sections(summary)
     data = results[0].policies[optimised[0]].task if optimised else None
     text = "" if data is None else (
       f"{data.num_train:,} training examples, {len(next(iter(data.parts['dev'].values()))):,} "
@@ -233,15 +233,15 @@ class _Writer:
       for name in ranked:
         of = summary["policies"][name]
         rows.append([
-          name, _text(of[f"auc_{part}"], ".4f"), _text(of[f"auc_change_{part}"], "+.1%"),
+          name, told(of[f"auc_{part}"], ".4f"), told(of[f"auc_change_{part}"], "+.1%"),
           of["mean"][f"compression_ratio_{part}"],
-          _text(of[f"acceleration_{part}"], ".2f") or "never",
+          told(of[f"acceleration_{part}"], ".2f") or "never",
           of["mean"][f"final_loss_{part}"],
         ])
       tables.append(html.Table(
         ["policy", "AUC", "change", html.Column("compression", ".2f"), "acceleration",
          html.Column("final loss", ".4f")], rows,
-        caption=f"{text} ({part})", note=_note(len(results)),
+        caption=f"{text} ({part})", note=report_text.note(len(results)),
         highlight=[i for i, n in enumerate(ranked) if n in results[0].policies]))
     return html.Section(
       "How fast the desired loss falls",
@@ -285,7 +285,7 @@ class _Writer:
     rows = []
     for name in names:
       of = summary["policies"][name]
-      rows.append([name, *(_text(of[key], ".3f") for key in (
+      rows.append([name, *(told(of[key], ".3f") for key in (
         "similarity_dev", "similarity_test", "adjoint_similarity")),
         *(of["mean"][key] for key in ("gap", "excluded_share_dev", "learned_share_below"))])
     figures = [self.report.figure(
@@ -312,7 +312,7 @@ class _Writer:
       tables=[html.Table(
         ["policy", "SIM dev", "SIM test", "adjoint SIM", html.Column("gap", ".2e"),
          html.Column("excluded", ".1%"), html.Column("learned low", ".1%")], rows,
-        note=_note(len(results)))],
+        note=report_text.note(len(results)))],
     )
 
   def weights_section(self, task, results, name, names, styles) -> html.Section:
@@ -340,11 +340,11 @@ class _Writer:
       figures.append(self.report.figure(
         f"{task}_noise", mass, "Weight on spoilt examples by step."))
       half = max(1, len(x) // 2)
-      rows = [[n, *(_text([float(r.curve(n, "noise_weight")[part].mean()) for r in results], ".4f")
+      rows = [[n, *(told([float(r.curve(n, "noise_weight")[part].mean()) for r in results], ".4f")
                     for part in (slice(None), slice(half), slice(-half, None)))] for n in names]
       tables.append(html.Table(
         ["policy", "weight on spoilt examples", "first half", "second half"], rows,
-        note=f"{noise.mean():.1%} of the examples are spoilt. {_note(len(results))}"))
+        note=f"{noise.mean():.1%} of the examples are spoilt. {report_text.note(len(results))}"))
     return html.Section("Where the weight goes", figures=figures, tables=tables)
 
   def scaling_section(self, task, summary, results, names, styles) -> html.Section:
@@ -366,7 +366,7 @@ class _Writer:
         ends = law["interval"] or {}
         rows.append([
           result.seed, name, found["L0"], found["t0"], law["B"], law["beta"],
-          _range(ends.get("beta")), law["r2"],
+          report_text.ends(ends.get("beta")), law["r2"],
           *(law["predicted_acceleration"].values() if name != UNIFORM else (None, None)),
         ])
     warning = (
@@ -379,7 +379,7 @@ class _Writer:
         f"{task}_laws", figure, f"Seed {results[0].seed}; dashed where extrapolated.")],
       tables=[html.Table(
         [html.Column("seed", "d"), "policy", html.Column("L0", ".4f"), html.Column("t0", ",d"),
-         html.Column("B", ".3g"), html.Column("beta", ".4f"), f"beta, {_LEVEL:.0%}",
+         html.Column("B", ".3g"), html.Column("beta", ".4f"), f"beta, {report_text.LEVEL:.0%}",
          html.Column("r2", ".5f"), html.Column("acceleration at T", ".2f"),
          html.Column("at 10 T", ".2f")], rows,
         note="Intervals by refitting to resampled blocks of residuals; accelerations as the laws "
@@ -412,54 +412,6 @@ def _transfer(result: _Result) -> dict[str, list[dict[str, Any]]]:
   return found
 
 
-def _further_sections(summary) -> list[html.Section]:
-  sections = []
-  rows = [
-    [seed, name, row["init_seed"], row["auc_test"], row["auc_change_test"],
-     row["acceleration_test"]]
-    for seed, found in zip(summary["seeds"], summary["other_inits"])
-    for name, records in found.items() for row in records]
-  if rows:
-    sections.append(html.Section(
-      "Other initialisations", "A policy is made for one initialisation; here it trains others.",
-      tables=[html.Table(
-        [html.Column("seed of the data", "d"), "policy", html.Column("initialisation", "d"),
-         html.Column("AUC test", ".4f"), html.Column("change on test", "+.1%"),
-         html.Column("acceleration test", ".2f")], rows)]))
-  rows = [[seed, r["policy"], r["batch_size"], r["auc_test"], r["auc_change_test"],
-           r["final_loss_test"]]
-          for seed, found in zip(summary["seeds"], summary["batches"]) for r in found]
-  if rows:
-    sections.append(html.Section(
-      "Batches drawn by a policy",
-      "The same training on batches, whose examples are drawn by the step's weights.",
-      tables=[html.Table(
-        [html.Column("seed", "d"), "policy", html.Column("batch size", "d"),
-         html.Column("AUC test", ".4f"), html.Column("change on test", "+.1%"),
-         html.Column("final test loss", ".4f")], rows)]))
-  return sections
-
-
-def _text(values: Sequence[float | None], spec: str) -> str | None:
-  mean, half = mean_and_half_width(values)
-  if mean is None:
-    known = [v for v in values if v is not None]
-    if not known:
-      return None
-    return f"{format(float(np.mean(known)), spec)} (on {len(known)} of {len(values)})"
-  return format(mean, spec) + ("" if half is None else f" ± {format(half, spec.lstrip('+'))}")
-
-
-def _note(num_seeds: int) -> str:
-  if num_seeds == 1:
-    return "One seed, so no intervals."
-  return f"Mean of {num_seeds} seeds ± half of the {_LEVEL:.0%} interval (t distribution)."
-
-
-def _range(ends) -> str | None:
-  return None if ends is None or None in ends else f"{ends[0]:.4f} to {ends[1]:.4f}"
-
-
 def _finite(value: Any) -> Any:
   """Numbers that are not finite as None: a law of a flat or rising curve has no B."""
   if isinstance(value, Mapping):
@@ -472,65 +424,3 @@ def _finite(value: Any) -> Any:
 def _spearman(records) -> float:
   return float(stats.spearmanr([-r["auc_dev"] for r in records],
                                [r["similarity_dev"] for r in records]).statistic)
-
-
-def _best(summary: Mapping[str, Any]) -> str | None:
-  """The optimised policy of a task with the least area under the loss on dev."""
-  return min(summary["optimisation"], default=None,
-             key=lambda name: summary["policies"][name]["mean"]["auc_dev"])
-
-
-def _lead(task: str, summary: Mapping[str, Any]) -> str:
-  name = _best(summary)
-  if name is None:
-    return f"**{task}**: no policy was optimised."
-  of, course = summary["policies"][name], summary["optimisation"][name]
-  practical = [n for n in summary["policies"] if n != UNIFORM and n not in summary["optimisation"]]
-  text = (
-    f"**{task}**: under {name} the area under the test loss is {_text(of['auc_test'], '.4f')} "
-    f"({_text(of['auc_change_test'], '+.1%')} against uniform weights), and uniform weights' final "
-    f"loss comes {_text(of['acceleration_test'], '.2f') or 'never'} times sooner. The gap to "
-    f"first-order optimality fell to {np.mean([c['gap'][-1] / c['gap'][0] for c in course]):.1%} "
-    "of its start."
-  )
-  if of["noise_weight"][0] is not None:
-    text += f" Spoilt examples keep {_text(of['noise_weight'], '.1%')} of the weight."
-  if practical:
-    closest = min(practical, key=lambda n: summary["policies"][n]["mean"]["auc_test"])
-    change = _text(summary["policies"][closest]["auc_change_test"], "+.1%")
-    text += f" The best of the practical policies, {closest}, changes the area by {change}."
-  return text
-
-
-def _key_figures(summary) -> list[html.KeyFigure]:
-  figures = []
-  for task, found in summary["tasks"].items():
-    name = _best(found)
-    if name is None:
-      continue
-    mean = found["policies"][name]["mean"]
-    figures.append(html.KeyFigure(
-      f"{mean['auc_change_test']:+.0%}".replace("-", "\N{MINUS SIGN}"), "area under the test loss",
-      f"{task}, {name} against uniform"))
-    if mean["noise_weight"] is not None:  # uniform weights may learn nothing: no acceleration
-      figures.append(html.KeyFigure(
-        f"{mean['noise_weight']:.1%}", "of the weight on spoilt examples",
-        f"{task}, {found['policies'][UNIFORM]['mean']['noise_weight']:.0%} uniformly"))
-    elif mean["acceleration_test"] is not None:
-      figures.append(html.KeyFigure(
-        f"{mean['acceleration_test']:.1f}\N{MULTIPLICATION SIGN}", "acceleration on test", task))
-  return figures[:4]
-
-
-def table(summary: Mapping[str, Any]) -> str:
-  """Tasks and policies as a plain table, best first."""
-  rows = [("task", "policy", "AUC dev", "AUC test", "change", "acceleration", "SIM test", "noise")]
-  for task, found in summary["tasks"].items():
-    names = sorted(found["policies"], key=lambda n: found["policies"][n]["mean"]["auc_test"])
-    for name in names:
-      of = found["policies"][name]
-      rows.append((
-        task, name, _text(of["auc_dev"], ".4f"), _text(of["auc_test"], ".4f"),
-        _text(of["auc_change_test"], "+.1%"), _text(of["acceleration_test"], ".2f") or "never",
-        _text(of["similarity_test"], ".3f") or "-", _text(of["noise_weight"], ".3f") or "-"))
-  return run_report.text_table(rows)

@@ -12,7 +12,7 @@ import jax
 from lmops_jax.config.setting_types import Distinct, NonEmpty, Seeds, Text, component
 from lmops_jax.mesh import meshes
 from lmops_jax.stages import skeleton
-from lmops_jax.systems.learning_law import evaluate, optimise, report
+from lmops_jax.systems.learning_law import evaluate, optimise, report, report_text
 from lmops_jax.systems.learning_law.inner import Training
 from lmops_jax.systems.learning_law.policies import PracticalPolicy
 from lmops_jax.systems.learning_law.tasks import LearningTask, TextTask, fresh_params, load_task
@@ -111,7 +111,7 @@ class Pipeline:
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The figures of a finished run, for the terminal."""
-    return report.table(summary)
+    return report_text.table(summary)
 
 
 @component(module="learning_law")
@@ -194,7 +194,7 @@ class Evaluation:
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The figures of a finished run, for the terminal."""
-    return report.table(summary)
+    return report_text.table(summary)
 
 
 def _make_data(context, task, seed: int) -> None:

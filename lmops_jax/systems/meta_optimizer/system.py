@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import jax
 
 from lmops_jax.config.setting_types import NonEmpty, Seeds, component
-from lmops_jax.data.tasks import TaskSource, checked, read_task
+from lmops_jax.data.tasks import Task, TaskSource, checked, read_task
 from lmops_jax.mesh import meshes
 from lmops_jax.shared_stages.small_model import ModelSource
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.meta_optimizer import report
-from lmops_jax.systems.meta_optimizer.study import Study, check_rows, num_rows, run_study
+from lmops_jax.systems.meta_optimizer.settings import Study
+from lmops_jax.systems.meta_optimizer.study import check_rows, num_rows, run_study
 
 
 @component(module="meta_optimizer")
@@ -55,6 +56,10 @@ class Pipeline:
         "meta_optimizer.Pipeline.model does not predict the next token; take a decoder."
       )
 
+  def _check(self, task: Task) -> None:
+    task.require_text()
+    check_rows(task, self.study)
+
   def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""
     if jax.process_count() > 1:
@@ -62,9 +67,8 @@ class Pipeline:
         f"this job has {jax.process_count()} processes, and a study runs in one; start it once."
       )
     one = meshes.single_device()  # a study runs on one device
-    check = functools.partial(check_rows, settings=self.study)
     readings = [
-      checked(task.stage(f"tasks[{i}]"), check, "study") for i, task in enumerate(self.tasks)]
+      checked(task.stage(f"tasks[{i}]"), self._check, "study") for i, task in enumerate(self.tasks)]
     of_model = self.model.stages("model", partitioner or one)
     before = tuple(stage.name for stage in of_model)
     stages = [*readings, *of_model]  # what the tasks are too small for is told first

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import optax
 
+from lmops_jax.data import instance_writing, near_duplicates, packing
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import near_duplicates, packing
 from lmops_jax.data.distributed import buckets as buckets_lib
 from lmops_jax.data.distributed import export
 from lmops_jax.data.distributed.engine import Engine
@@ -83,9 +83,9 @@ def _write_corpus(engine: Engine, context, config: prepare.Prepare, targets) -> 
   read = functools.partial(buckets.instances, settings, entries)
   num_tokens = export.write_instances(
     engine, buckets.folder / "shards", out / "corpus", num - num_held_out, read,
-    length=config.length, **instances_lib.encoded_with(vocabulary),
+    length=config.length, **instance_writing.encoded_with(vocabulary),
   )
-  instances_lib.write_encoded(
+  instance_writing.write_encoded(
     out / "held_out", read(num - num_held_out, num), vocabulary, config.length
   )
   totals.num_tokens = num_tokens + instances_lib.open_instances(out / "held_out").total_tokens

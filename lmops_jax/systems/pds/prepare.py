@@ -26,8 +26,8 @@ from lmops_jax.config.setting_types import (
   component,
 )
 from lmops_jax.data import documents as documents_lib
+from lmops_jax.data import instance_writing, near_duplicates, packing
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import near_duplicates, packing
 from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
 from lmops_jax.text.vocabulary_sources import VocabularySource
@@ -106,12 +106,12 @@ def write_corpus(context: pipeline.StageContext, config: Prepare, targets) -> Pa
     kept = without_overlap(config.corpus.documents(left_out), index, totals, labels)
     packed = _pack(kept, vocabulary, config, totals)
     with context.progress(None, "instances", "packing") as bar:
-      num_corpus = instances_lib.write_encoded(
+      num_corpus = instance_writing.write_encoded(
         out / "corpus", _hold_back(packed, held_out, config.num_held_out, bar), vocabulary,
         config.length,
       )
   check_corpus(num_corpus, totals, config)
-  instances_lib.write_encoded(out / "held_out", held_out, vocabulary, config.length)
+  instance_writing.write_encoded(out / "held_out", held_out, vocabulary, config.length)
   return Packed(num_corpus, len(held_out), totals, left_out)
 
 
@@ -219,7 +219,7 @@ def _write_target(directory: Path, documents, vocabulary, config: Prepare) -> di
       bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id))
   order = np.random.default_rng(config.seed).permutation(len(packed))
   kept = np.sort(order[: config.max_target_instances])
-  num = instances_lib.write_encoded(
+  num = instance_writing.write_encoded(
     directory, (packed[i] for i in kept), vocabulary, config.length
   )
   return {

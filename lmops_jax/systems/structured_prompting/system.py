@@ -189,6 +189,7 @@ def _parts(task: Task, counts, seed: int, balanced: bool):
   Without rows of their own, demonstrations come from those of the task: as many as the largest
   count, and for a window half of them.
   """
+  task.require_text()
   most = max((count for count in counts if count != WINDOW), default=0)
   if not task.train and WINDOW in counts:
     most = max(most, (_balanced_count(task.rows) if balanced else len(task.rows)) // 2)

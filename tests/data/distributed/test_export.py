@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from lmops_jax.data import TrainSentencePiece, export, packing, shards
+from lmops_jax.data import TrainSentencePiece, export, instance_writing, packing, shards
 from lmops_jax.data import instances as instances_lib
 from lmops_jax.data.distributed import export as distributed
 
@@ -24,7 +24,7 @@ def corpus(vocabulary, tmp_path_factory):
     bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
   )
   directory = tmp_path_factory.mktemp("corpus")
-  instances_lib.write_encoded(directory, packed, vocabulary, 32)
+  instance_writing.write_encoded(directory, packed, vocabulary, 32)
   return instances_lib.open_instances(directory)
 
 
@@ -42,8 +42,8 @@ def test_parts_make_the_same_files(
   np.save(tmp_path / "indices.npy", indices)
   if format in ("tfds", "mmididx"):  # whose files are the parts
     monkeypatch.setattr(shards, "SEQUENCES_PER_SHARD", part)
-    monkeypatch.setitem(distributed.write_instances.__kwdefaults__, "instances_per_shard", part)
-    monkeypatch.setitem(instances_lib.write_instances.__kwdefaults__, "instances_per_shard", part)
+    for writer in (distributed, instance_writing):
+      monkeypatch.setitem(writer.write_instances.__kwdefaults__, "instances_per_shard", part)
     monkeypatch.setitem(shards.write_shards.__kwdefaults__, "sequences_per_shard", part)
   export.export_selection(corpus, corpus.ids[indices], tmp_path / "want", format, vocabulary)
   distributed.export_selection(

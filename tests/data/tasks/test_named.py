@@ -53,6 +53,9 @@ ROWS = {  # a row of each task, as its dataset has it; the label is not the firs
   "coqa": {"story": "S.", "questions": ["Q?", "R?"], "answers": {"input_text": ["x", "y"]}},
   "yelp": {"text": "fine", "label": 1},
   "cola": {"sentence": "fine", "label": 0},
+  "relative-size": {"item1": "an ant", "item2": "a bird", "label": 0},
+  "memory-color": {"object": "a lemon", "label": "yellow"},
+  "color-terms": {"item": "ash", "color": "gray"},
 }
 CLASSIFY = ("Classify the news articles into the categories of World, Sports, Business, and "
             "Technology.")
@@ -155,6 +158,9 @@ TEXTS = {
   ("nq", "paper", 0): "Question: who Answer: y",
   ("yelp", "plain", 0): "Review: fine\nSentiment: positive",
   ("cola", "plain", 0): "Sentence: fine\nGrammar: unacceptable",
+  ("relative-size", "paper", 0): "Is an ant larger than a bird? No",
+  ("memory-color", "paper", 0): "The color of a lemon is? yellow",
+  ("color-terms", "paper", 0): "The color of ash is? grey",
 }
 
 
@@ -294,7 +300,7 @@ def test_what_there_is_not_is_told_with_what_there_is(arguments, message):
 def test_the_table_has_a_line_for_each_task_and_loads_nothing_heavy():
   lines = table.table().splitlines()
   names = [line.split()[0] for line in lines]
-  assert names == ["task", *tasks.ENTRIES, "installed_kind"]
+  assert names == ["task", *tasks.ENTRIES, "installed_kind", *tasks.PICTURE_ENTRIES]
   assert "fs 0,2,3,4" in lines[names.index("copa")] and "2 options a row" in lines[
     names.index("copa")]
   heavy = {"jax", "tensorflow", "seqio", "tensorflow_datasets"}

@@ -30,6 +30,11 @@ def test_a_demonstration_is_the_text_with_the_right_answer():
   (Example(7, "p", (" a", " a"), 0, prompts=("p", "p")), "has the same option twice"),
   (Example(7, "p", (), -1), "has neither options nor an answer"),
   (Example(7, "p", (), -1, ("a",)), "does not fit metric='accuracy'"),
+  (Example(7, "p", (" a", " b"), 0, images=("x",)), "has 0 <image> in its prompt and 1 pictures"),
+  (Example(7, "<image>", (" a", " b"), 0, images=("x",), option_images=("y", "z")),
+   "has 1 <image> in its prompt and 2 pictures for them"),
+  (Example(7, "<image>", (" a", " b"), 0, option_images=("y",)), "has 1 pictures for 2 options"),
+  (Example(7, "<image>", (" a", " a"), 0, option_images=("y", "y")), "has the same option twice"),
 ])
 def test_rows_that_cannot_be_evaluated_are_named(row, message):
   for rows, train in (((row,), ()), (_rows(2), (row,))):
@@ -68,3 +73,19 @@ def test_balanced_demonstrations_hold_each_label_alike():
   rare = [row for row in _rows() if row.label] + [_rows()[0]]
   with pytest.raises(ValueError, match="more rows of label 0"):
     tasks.demonstrations(rare, 9, seed=0, balanced=True)
+
+
+def test_pictures_stand_for_their_places():
+  differing = Example(0, "<image> or <image>", (" a", " a"), 1, images=("x",),
+                      option_images=("y", "z"))
+  own = Example(1, "", (" a", " a"), 0, prompts=("see <image>", "<image> sees"), images=("x",))
+  task = Task("t", (differing, own))
+  with pytest.raises(ValueError, match="row 0 of the task t has pictures, and the model reads"):
+    task.require_text()
+  plain = Task("t", (Example(0, "what <image> means", (" a", " b"), 0),))  # a word as any other
+  plain.require_text()
+
+
+def test_open_answers_may_have_names_to_be_chosen_from():
+  row = Example(0, "It is", (), -1, ("a",))
+  assert Task("t", (row,), words=("a", "b", "c"), metric="exact_match").words == ("a", "b", "c")

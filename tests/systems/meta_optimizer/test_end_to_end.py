@@ -7,7 +7,7 @@ import pytest
 
 from lmops_jax import cli
 from lmops_jax.config import resolve
-from lmops_jax.systems.meta_optimizer import study
+from lmops_jax.systems.meta_optimizer import settings, study
 from lmops_jax.systems.meta_optimizer.study import Results
 
 SMALL = [
@@ -90,5 +90,5 @@ def test_the_papers_setting_resolves():
   own = ["import tests.systems.meta_optimizer.parts", "CHOSEN_MODEL = @tiny.Model()",
          "TASKS = [@tiny.Task()]"]
   system = resolve.load(["meta_optimizer/paper.gin"], own).build()
-  assert tuple(system.study.rates) == study.GRID and system.study.demonstrations == 32
+  assert tuple(system.study.rates) == settings.GRID and system.study.demonstrations == 32
   assert system.study.readout == "first_label" and system.seeds == [1, 2, 3, 4, 5, 6, 7]

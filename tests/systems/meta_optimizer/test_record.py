@@ -32,7 +32,7 @@ def _naive(model, params, tokens):
   c = model.config
   outputs, queries, scores = [], [], []
   x = model.apply({"params": params}, tokens[None], jnp.arange(len(tokens))[None], None,
-                  method="_embed")
+                  method="embed")
   angles = None
   if c.positions == "rotary":
     angles = positions.rotary_angles(

@@ -6,15 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from lmops_jax.systems.meta_optimizer import metrics, study
+from lmops_jax.systems.meta_optimizer import metrics, settings, study
 from lmops_jax.systems.meta_optimizer.finetune import kv_finetune
 from lmops_jax.systems.meta_optimizer.record import predict
-from lmops_jax.systems.meta_optimizer.study import Results, Study, run_study
+from lmops_jax.systems.meta_optimizer.settings import Study
+from lmops_jax.systems.meta_optimizer.study import Results, run_study
 from tests.systems.meta_optimizer.examples import WordTokenizer, make_task
 
 SETTINGS = Study(
   demonstrations=3, rates=(0.01, 0.1, 1.0), validation_rows=6, evaluation_rows=None,
-  kendall_rows=5, batch_rows=4, rates_at_once=2, controls=study.CONTROLS)
+  kendall_rows=5, batch_rows=4, rates_at_once=2, controls=settings.CONTROLS)
 QUICK = dataclasses.replace(SETTINGS, rates=(0.1,), controls=())
 TASK = make_task()
 
@@ -32,7 +33,7 @@ def found():
 
 def test_a_study_reports_every_metric_of_every_network(found):
   results, lines, rows = found
-  assert set(results.summary["networks"]) == {"trained", *study.CONTROLS}
+  assert set(results.summary["networks"]) == {"trained", *settings.CONTROLS}
   for name, of in results.summary["networks"].items():
     for metric in study.METRICS:
       values = results.arrays[f"{name}/{metric}"]
@@ -127,7 +128,7 @@ def test_variants_run(tiny, changes):
 def test_a_control_keeps_tables_if_told(tiny):
   model, params = tiny("gpt2")
   run = study._Run(model, params, WordTokenizer(), TASK, QUICK, 0, print, print)
-  for name in study.CONTROLS:
+  for name in settings.CONTROLS:
     changed = jax.tree_util.tree_map_with_path(
       lambda path, a, b: not np.array_equal(a, b), run.params, run.control(name))
     moved = {jax.tree_util.keystr(path) for path, of in
@@ -174,5 +175,5 @@ def test_bad_settings_are_refused(changes, match):
 
 
 def test_the_grid_is_the_papers():
-  assert len(study.GRID) == 36 and min(study.GRID) == 1e-4 and max(study.GRID) == 0.9
+  assert len(settings.GRID) == 36 and min(settings.GRID) == 1e-4 and max(settings.GRID) == 0.9
   assert set(metrics.KENDALL_VARIANTS) == {"tau_a", "tau_b"}

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from lmops_jax.data import instances, packing
+from lmops_jax.data import instance_writing, instances, packing
 from lmops_jax.evaluation import correlation, examples
 from lmops_jax.models import heads, transformer
 from lmops_jax.systems.pds import scorer
@@ -29,7 +29,7 @@ def prepared(tmp_path_factory):
     ((i, vocabulary.encode(text)) for i, text in enumerate(_texts(40))), length=48,
     bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
   )
-  instances.write_instances(
+  instance_writing.write_instances(
     folder / "corpus", packed, length=48, vocab_size=vocabulary.vocab_size,
     pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
   )

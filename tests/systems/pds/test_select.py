@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from lmops_jax.data import instances, packing, shards
+from lmops_jax.data import instance_writing, instances, packing, shards
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import parallel_selection, scores, select, selection
 from lmops_jax.text import vocabularies, vocabulary_sources
@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     ((i, vocabulary.encode(text)) for i, text in enumerate(texts)), length=24,
     bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
   )
-  num = instances.write_instances(
+  num = instance_writing.write_instances(
     root / "prepare" / "corpus", packed, length=24, vocab_size=vocabulary.vocab_size,
     pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
     vocabulary_fingerprint=vocabulary.fingerprint,
@@ -130,7 +130,7 @@ def test_a_new_document_changes_neither_noise_nor_choice_of_the_others(folders, 
   new = packing.pack([(777, [9] * 47)], length=24, bos_id=old.bos_id, eos_id=old.eos_id)
   before = [old.instance(i) for i in range(len(old))]
   (tmp_path / "annotate").mkdir()
-  num = instances.write_instances(
+  num = instance_writing.write_instances(
     tmp_path / "prepare" / "corpus", [*new, *before], length=24, vocab_size=old.vocab_size,
     pad_id=old.pad_id, bos_id=old.bos_id, eos_id=old.eos_id,
   )

@@ -17,8 +17,8 @@ from typing import Annotated
 from annotated_types import MultipleOf
 
 from lmops_jax.config.setting_types import ByteCount, Part, Seed, at_least, component
+from lmops_jax.data import instance_writing, near_duplicates
 from lmops_jax.data import instances as instances_lib
-from lmops_jax.data import near_duplicates
 from lmops_jax.data.documents import Corpus, Document
 from lmops_jax.host.hashing import order_key
 from lmops_jax.shared_stages import corpora
@@ -111,7 +111,7 @@ def run(context: pipeline.StageContext, config: Texts) -> None:
     "dropped": dict(sorted(dropped.items())),
   }
   for length in config.lengths():
-    statistics[f"validation_instances_{length}"] = instances_lib.write_encoded(
+    statistics[f"validation_instances_{length}"] = instance_writing.write_encoded(
       out / "validation" / str(length), corpora.pack(unseen, vocabulary, length), vocabulary,
       length,
     )

@@ -1,0 +1,58 @@
+"""Pictures made on the spot, with all that can be said of them known: each by (seed, index) alone.
+
+`Scenes` has pictographs on photographs, with captions, questions, expressions that refer,
+documents of several pictures and episodes with invented names; `Matrices` has Raven's matrices; and
+`RenderedTexts` words and sentences to be read. They stand in for photographs and benchmarks in a
+run without any download. Fonts and photographs are those that installed packages carry, so pixels
+may differ if Pillow's JPEG decoder or Matplotlib's fonts do.
+"""
+
+from lmops_jax.data.synthetic_pictures.matrices import Matrices, Matrix
+from lmops_jax.data.synthetic_pictures.matrix_solver import fitting_candidates
+from lmops_jax.data.synthetic_pictures.rendered_text import RenderedText, RenderedTexts
+from lmops_jax.data.synthetic_pictures.scene_texts import (
+  Caption,
+  Phrase,
+  Question,
+  caption,
+  captions,
+  description,
+  questions,
+  questions_in_text,
+  referring_expressions,
+)
+from lmops_jax.data.synthetic_pictures.scenes import Pictograph, Scene, Scenes
+from lmops_jax.data.synthetic_pictures.sequences import (
+  Episode,
+  PicturedText,
+  described,
+  episode,
+  interleaved,
+  introduction,
+)
+
+__all__ = [
+  "Caption",
+  "Episode",
+  "Matrices",
+  "Matrix",
+  "Phrase",
+  "Pictograph",
+  "PicturedText",
+  "Question",
+  "RenderedText",
+  "RenderedTexts",
+  "Scene",
+  "Scenes",
+  "caption",
+  "captions",
+  "described",
+  "description",
+  "episode",
+  "fitting_candidates",
+  "interleaved",
+  "introduction",
+  "questions",
+  "questions_in_text",
+  "referring_expressions",
+]

@@ -1,0 +1,109 @@
+"""Captions and questions in the JSON files that COCO, Flickr30k, VQAv2 and VizWiz come in."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+
+import pydantic
+
+from lmops_jax.data.tasks.pictures.source import NotThere, Source, fields_of
+from lmops_jax.data.tasks.task import Example
+from lmops_jax.host.foreign_files import checked, printable, read_json
+
+
+class _Sentence(pydantic.BaseModel):
+  raw: str
+
+
+class _Captioned(pydantic.BaseModel):
+  filename: str
+  split: str
+  sentences: list[_Sentence]
+  filepath: str = ""
+
+
+class _Karpathy(pydantic.BaseModel):
+  images: list[_Captioned]
+
+
+class _Question(pydantic.BaseModel):
+  question_id: int
+  image_id: int
+  question: str
+
+
+class _Questions(pydantic.BaseModel):
+  questions: list[_Question]
+
+
+class _Answer(pydantic.BaseModel):
+  answer: str
+
+
+class _Annotation(pydantic.BaseModel):
+  question_id: int
+  answers: list[_Answer]
+
+
+class _Annotations(pydantic.BaseModel):
+  annotations: list[_Annotation]
+
+
+class _VizWiz(pydantic.BaseModel):
+  image: str
+  question: str
+  answers: list[_Answer]
+
+
+def karpathy(source: Source) -> Iterator[Example | None]:
+  """Pictures with their captions, by Karpathy's splits; "train" takes COCO's "restval" along."""
+  path = source.file("dataset_*.json", "dataset.json")
+  splits = ("train", "restval") if source.split == "train" else (source.split,)
+  found = checked(_Karpathy, read_json(path), path)
+  there = {image.split for image in found.images}
+  if not there & set(splits):
+    raise NotThere(
+      f"{printable(path)} has no pictures of the split {source.split!r} (it has "
+      f"{', '.join(sorted(there)) or 'none'})."
+    )
+  for image in found.images:
+    if image.split in splits:
+      answers = [sentence.raw.strip() for sentence in image.sentences]
+      place = f"{image.filepath}/{image.filename}" if image.filepath else image.filename
+      yield source.example(place, source.prompt, [place], answers=answers)
+
+
+def vqav2(source: Source) -> Iterator[Example | None]:
+  """Questions about pictures of COCO, each with ten answers."""
+  path = source.file(f"*OpenEnded_mscoco_{source.split}*_questions.json")
+  questions = checked(_Questions, read_json(path), path).questions
+  path = source.file(f"*mscoco_{source.split}*_annotations.json")
+  annotations = checked(_Annotations, read_json(path), path).annotations
+  answers = {a.question_id: [answer.answer for answer in a.answers] for a in annotations}
+  part = path.name.partition("mscoco_")[2].removesuffix("_annotations.json")
+  for question in questions:
+    if question.question_id not in answers:
+      raise ValueError(
+        f"{printable(path)} has no answers to the question {question.question_id}; give the "
+        "annotations of the same split as the questions."
+      )
+    picture = f"{part}/COCO_{part}_{question.image_id:012d}.jpg"
+    prompt = fields_of(source.prompt, question=question.question)
+    yield source.example(str(question.question_id), prompt, [picture],
+                         answers=_commonest_last(answers[question.question_id]))
+
+
+def vizwiz(source: Source) -> Iterator[Example | None]:
+  """Questions that blind people asked about their pictures, each with ten answers."""
+  path = source.file(f"{source.split}.json", f"Annotations/{source.split}.json")
+  for row in checked(list[_VizWiz], read_json(path), path):
+    prompt = fields_of(source.prompt, question=row.question)
+    answers = _commonest_last([answer.answer for answer in row.answers])
+    yield source.example(row.image, prompt, [f"{source.split}/{row.image}"], answers=answers)
+
+
+def _commonest_last(answers: Sequence[str]) -> list[str]:
+  """In an order in which a demonstration, which shows the last, shows what most people said."""
+  counts = collections.Counter(answers)
+  return sorted(answers, key=lambda answer: (counts[answer], answer))

@@ -1,0 +1,133 @@
+"""Named tasks with pictures, read from the folders that their data come in."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+from lmops_jax.data.tasks.pictures import items
+from lmops_jax.data.tasks.pictures.registry import picture_entry
+from lmops_jax.data.tasks.pictures.source import NotThere, Source
+from lmops_jax.data.tasks.task import Example, Task
+from lmops_jax.host.foreign_files import is_there, printable
+
+
+def picture_task(
+  name: str, data: Path | str, *, pictures: Path | str | None = None, template: int = 0,
+  split: str | None = None, limit: int | None = None,
+) -> Task:
+  """One of the tasks of `registry.PICTURE_ENTRIES`.
+
+  Pictures stay paths; nothing opens them here, but the first is looked for.
+
+  Args:
+    name: of the task.
+    data: folder as its data set comes.
+    pictures: folder that its annotations' paths start from; None is `data`.
+    template: index of the prompt.
+    split: to evaluate on; None: the paper's.
+    limit: rows to take from the beginning of that split.
+
+  Returns:
+    The task. `train` is empty when there is one split only, when `split` is the train split, or
+    when the data has none.
+
+  Raises:
+    ValueError: no such task, template, folder, file or picture, or a row that is not as the data
+      set's are.
+  """
+  check_picture_task(name, data, pictures, template)
+  _check_limit(limit)
+  entry, folder = picture_entry(name), Path(data).expanduser()
+  root = folder if pictures is None else Path(pictures).expanduser()
+  source = Source(name, folder, root, split or entry.rows, entry.templates[template])
+  rows, skipped = _kept(entry.read(source), limit)
+  train, more = (), 0
+  if entry.train and entry.train != source.split:
+    with contextlib.suppress(NotThere):
+      train, more = _kept(entry.read(source._replace(split=entry.train)), None)
+  words = entry.words
+  if entry.names is not None:
+    words = tuple(dict.fromkeys(entry.names(source).values()))
+  return _checked(Task(name, rows, train, words, None, entry.metric, skipped + more))
+
+
+def picture_rows_task(
+  path: Path | str, *, metric: str | None = None, limit: int | None = None,
+  train: Path | str | None = None,
+) -> Task:
+  """A task from JSON lines of the user's own; see `items.own_rows` for their fields.
+
+  Args:
+    path: of the file; pictures' paths start from its folder.
+    metric: see `Task`; None: "accuracy" if rows have options, else "exact_match".
+    limit: rows to take from the beginning.
+    train: file to draw demonstrations from; None: the rows themselves.
+
+  Raises:
+    ValueError: naming file and line, for a row with other fields or another number of pictures.
+  """
+  _check_limit(limit)
+
+  def read(file, num):
+    file = Path(file).expanduser()
+    if not is_there(file):
+      raise ValueError(f"{printable(file)} is not a file; give JSON lines with images.")
+    return _kept(items.own_rows(Source(file.name, file, file.parent, "", "")), num)
+
+  rows, skipped = read(path, limit)
+  drawn, more = read(train, None) if train is not None else ((), 0)
+  if metric is None:
+    metric = "accuracy" if rows and rows[0].options else "exact_match"
+  name = printable(Path(path).name.split(".")[0])
+  return _checked(Task(name, rows, drawn, (), None, metric, skipped + more))
+
+
+def check_picture_task(
+  name: str, data: Path | str, pictures: Path | str | None, template: int
+) -> None:
+  """Refuses, as `picture_task` does, what can be told without reading rows."""
+  entry = picture_entry(name)
+  if not 0 <= template < len(entry.templates):
+    raise ValueError(
+      f"the task {name} has no template {template}; its indices are "
+      f"{', '.join(map(str, range(len(entry.templates))))}."
+    )
+  for label, place in (("data", data), ("pictures", pictures)):
+    if place is not None and not Path(place).expanduser().is_dir():
+      raise ValueError(
+        f"{label}={str(place)!r} is no folder; give the one of the task {name} ({entry.source})."
+      )
+
+
+def _check_limit(limit: int | None) -> None:
+  if limit is not None and limit < 1:
+    raise ValueError(f"limit={limit} must be at least 1, or None for all rows.")
+
+
+def _kept(
+  found: Iterable[Example | None], limit: int | None
+) -> tuple[tuple[Example, ...], int]:
+  kept, skipped = [], 0
+  for example in found:
+    if example is None:
+      skipped += 1
+    else:
+      kept.append(example)
+    if limit is not None and len(kept) == limit:
+      break
+  return tuple(kept), skipped
+
+
+def _checked(task: Task) -> Task:
+  """The task, once its first picture is seen to be there."""
+  rows = itertools.chain(task.rows[:1], task.train[:1])
+  for path in (path for row in rows for path in (*row.images, *row.option_images)):
+    if not is_there(Path(path)):
+      raise ValueError(
+        f"the task {task.name} names the picture {printable(path)}, which is not there; give the "
+        "folder of its pictures with pictures=."
+      )
+  return task

@@ -1,0 +1,101 @@
+"""The tasks with pictures of Kosmos-1's evaluation (arXiv:2302.14045, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from lmops_jax.config.refusals import nearest
+from lmops_jax.data.multimodal import IMAGE
+from lmops_jax.data.tasks import picture_prompts as prompts
+from lmops_jax.data.tasks.pictures import captions_and_questions, items, labelled, web_pages
+from lmops_jax.data.tasks.pictures.source import Source
+from lmops_jax.data.tasks.task import Example
+
+_OF_CLASSES = [f"{{{field}{i}}}" for field in ("name", "text", "short") for i in (1, 2)]
+
+
+class PictureEntry(NamedTuple):
+  """A named task with pictures.
+
+  Attributes:
+    read: makes rows of a folder.
+    metric: see `Task`.
+    source: what the folder holds, for people.
+    files: patterns of all files in the folder that tell the rows; of pictures the names.
+    templates: prompts by index, the first one the paper's.
+    rows, train: splits to evaluate on and to draw from; train "": drawn from the others.
+    words: of the labels, if all rows share them.
+    names: of all classes, by anything, if an open answer is one of them.
+  """
+
+  read: Callable[[Source], Iterator[Example | None]]
+  metric: str
+  source: str
+  files: tuple[str, ...]
+  templates: tuple[str, ...]
+  rows: str = ""
+  train: str = ""
+  words: tuple[str, ...] = ()
+  names: Callable[[Source], dict[str, str]] | None = None
+
+
+_KARPATHY = {
+  "read": captions_and_questions.karpathy, "metric": "cider", "files": ("dataset*.json",),
+  "templates": (prompts.CAPTION,), "rows": "test", "train": "train",
+}
+
+PICTURE_ENTRIES: dict[str, PictureEntry] = {
+  "coco": PictureEntry(source="COCO, Karpathy's JSON", **_KARPATHY),
+  "flickr30k": PictureEntry(source="Flickr30k, Karpathy's JSON", **_KARPATHY),
+  "vqav2": PictureEntry(
+    captions_and_questions.vqav2, "vqa", "VQAv2 JSON, COCO pictures", ("*mscoco*.json",),
+    (prompts.QUESTION,), "val2014", "train2014",
+  ),
+  "vizwiz": PictureEntry(
+    captions_and_questions.vizwiz, "vqa", "VizWiz JSON", ("*.json", "Annotations/*.json"),
+    (prompts.QUESTION,), "val", "train",
+  ),
+  "rendered-sst2": PictureEntry(
+    labelled.rendered_sst2, "accuracy", "folders by class", ("*/*/*",), (prompts.SENTIMENT,),
+    "test", "train", labelled.SENTIMENTS,
+  ),
+  "hateful-memes": PictureEntry(
+    labelled.hateful_memes, "roc_auc", "JSON lines", ("*.jsonl",), (prompts.HATE,), "dev", "train",
+    labelled.NO_YES,
+  ),
+  "websrc": PictureEntry(
+    web_pages.websrc, "f1", "CSV by site, HTML, screenshots",
+    ("dataset_split*.json", "*/*/dataset.csv"), (
+      f"{IMAGE} {prompts.WEB_PAGE}",  # then: text alone, picture alone
+      prompts.WEB_PAGE, f"{IMAGE} {prompts.WEB_PAGE.replace('Context: {text} ', '')}",
+    ), "dev", "train",
+  ),
+  "raven": PictureEntry(
+    items.raven, "accuracy", "JSON lines", ("*.jsonl",), ("",), "test", "train",
+  ),
+  "imagenet": PictureEntry(
+    labelled.imagenet, "exact_match", "folders by class", ("LOC_synset_mapping.txt", "*/*/*"),
+    (prompts.PHOTO,), "val", names=labelled.class_names,
+  ),
+  "look-alikes": PictureEntry(
+    labelled.look_alikes, "exact_match", "folders by animal", ("*/*",), (
+      prompts.described_prompt("{category}", _OF_CLASSES[:2], _OF_CLASSES[2:4]),
+      prompts.described_prompt("{category}", _OF_CLASSES[4:]),
+    ),
+  ),
+}
+
+
+def picture_entry(name: str) -> PictureEntry:
+  """The named task with pictures.
+
+  Raises:
+    ValueError: there is none; names the nearest and all.
+  """
+  if name not in PICTURE_ENTRIES:
+    raise ValueError(
+      f"there is no task with pictures {name!r}{nearest(name, PICTURE_ENTRIES)} It is one of "
+      f"{', '.join(PICTURE_ENTRIES)}, or a file of JSON lines with images."
+    )
+  return PICTURE_ENTRIES[name]

@@ -1,0 +1,43 @@
+"""What generated answers score, by the name of a task's metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lmops_jax.evaluation import answers, captions, vqa
+from lmops_jax.evaluation.captions import Scores
+
+_OF_ONE: dict[str, Callable[[str, Sequence[str]], float]] = {
+  **answers.METRICS, "vqa": vqa.accuracy}
+METRICS = (*_OF_ONE, "cider")
+
+
+def score(metric: str, found: Sequence[str], golds: Sequence[Sequence[str]]) -> Scores:
+  """The score of answers against those that are right.
+
+  Args:
+    metric: "exact_match" and "f1" (SQuAD's), "vqa" (VQAv2's accuracy over people's answers) or
+      "cider" (the whole corpus decides the weights).
+    found: what was generated, one for each row.
+    golds: of each row, the right answers or captions.
+
+  Returns:
+    The corpus' figure, but for CIDEr the mean over rows, and each row's.
+
+  Raises:
+    ValueError: an unknown metric, different numbers of both or none, or what the metric refuses.
+  """
+  if metric not in METRICS:
+    raise ValueError(
+      f"there is no metric {metric!r} of generated answers; give one of {', '.join(METRICS)}.")
+  if len(found) != len(golds) or not found:
+    raise ValueError(
+      f"{len(found)} answers and the right ones of {len(golds)} rows are given; give one answer a "
+      "row, and at least one."
+    )
+  if metric == "cider":
+    return captions.caption_scores(found, golds)["CIDEr"]
+  rows = np.array([_OF_ONE[metric](answer, right) for answer, right in zip(found, golds)])
+  return Scores(float(rows.mean()), rows)
