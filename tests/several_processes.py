@@ -6,6 +6,13 @@ import subprocess
 import sys
 
 
+def environment(devices):
+  """This one with another number of virtual CPU devices; the flags for quick compilation stay."""
+  flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+  flags.append(f"--xla_force_host_platform_device_count={devices}")
+  return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+
+
 def start(command, num_processes, *, devices=1, environ=None, cwd=None, own=None):
   """The running processes, the coordinator first.
 
@@ -19,8 +26,7 @@ def start(command, num_processes, *, devices=1, environ=None, cwd=None, own=None
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
-  base = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | (environ or {})
-  base["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+  base = environment(devices) | (environ or {})
   processes = []
   for index in range(num_processes):
     place = {}

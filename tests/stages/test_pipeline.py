@@ -717,14 +717,18 @@ def test_killed_before_every_change_of_the_disk(tmp_path, undisturbed):
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, undisturbed):
   rng = random.Random(0)
-  script = 'run_stages(stages(4, pause=0.01), sys.argv[1], system="toy")'
+  script = """
+    print("imported", flush=True)
+    run_stages(stages(4, pause=0.01), sys.argv[1], system="toy")
+  """
   resumed = 0
   for trial in range(12):
     workdir = tmp_path / str(trial)
-    for _ in range(50):
+    for _ in range(6):
       process = spawn(script, workdir)
+      process.stdout.readline()  # a kill before would find nothing to spoil
       try:
-        process.communicate(timeout=rng.uniform(0.05, 0.3))
+        process.communicate(timeout=rng.uniform(0, 0.15))
         break
       except subprocess.TimeoutExpired:
         process.kill()
