@@ -87,7 +87,11 @@ def check_pictures(pictures: Iterable[Picture], settings: ImageSettings) -> None
 
 
 class PictureEncoder:
-  """Vectors of pictures, each computed once while the cache has place for it."""
+  """Vectors of pictures, each computed once while the cache has place for it.
+
+  Attributes:
+    num_encoded: pictures that went through the encoder so far.
+  """
 
   def __init__(
     self, model, params, settings: ImageSettings, partitioner: Partitioner | None = None, *,
