@@ -348,7 +348,7 @@ def _for_decoding(model, params, partitioner):
     abstract = jax.eval_shape(
       lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     )
-    params = jax.device_put(params, partitioner.shardings(abstract))
+    params = jax.device_put(params, partitioner.shardings(abstract, uneven="whole"))
   params = unstack_layers(params)
   dtype = jnp.dtype(model.config.dtype)
 

@@ -118,6 +118,16 @@ def test_a_mesh_gives_the_same(tiny, generator, options):
   assert sharded.num_programs == programs
 
 
+def test_a_vocabulary_that_the_mesh_does_not_divide_lies_whole_on_every_device(make_tiny):
+  tiny = make_tiny(vocab_size=33)
+  mesh = MeshConfig(data=4, tensor=2).build()
+  got, want = (
+    Generator(tiny.model, tiny.params, partitioner=on).generate_ids(
+      PROMPTS[:4], GenerationOptions(max_new_tokens=4))
+    for on in (mesh, None))
+  _assert_same(got, want)
+
+
 def test_prompts_of_similar_length_share_programs(tiny):
   generator = Generator(tiny.model, tiny.params)
   sampled = GenerationOptions(max_new_tokens=5, temperature=0.7, top_p=0.9, repetition_penalty=1.2)
