@@ -106,9 +106,13 @@ def test_a_step_is_planned_and_compiled_from_shapes(tiny):
   assert batch["pairs/images"].shape == (2, 2, 1, 28, 28, 3)
   with pytest.raises(Exception, match="2 groups do not split over the mesh's 4 data shards"):
     system.phases(MeshConfig(data=4).plan(4), Memory(), platform="cpu")
-  real = MeshConfig(data=1, fsdp=1, tensor=1)
-  program, = system.programs(real.plan(1), Memory(), num_target=1)
+  real = MeshConfig(data=2, fsdp=1, tensor=4).build()
+  program, = system.programs(real, Memory(), num_target=1)
   assert program.flops == pytest.approx(phase.flops / 3)
+  with real.activate():
+    state, sums = program.lower().out_info
+  sizes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]  # noqa: E731
+  assert sizes(state.params) == sizes(nn.unbox(params)) and sums["loss_sum"].shape == ()
 
 
 def test_the_published_model_has_its_size():
