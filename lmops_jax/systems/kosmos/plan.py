@@ -17,7 +17,7 @@ from lmops_jax.models.docked import DockedConfig
 from lmops_jax.models.vision import NUM_CHANNELS
 from lmops_jax.sizing import activations
 from lmops_jax.sizing.aot import Program
-from lmops_jax.sizing.budget import Phase
+from lmops_jax.sizing.budget import Phase, device_bytes
 from lmops_jax.systems.kosmos import training
 from lmops_jax.training import loop
 
@@ -91,10 +91,10 @@ def phase(
   arm = training.ARMS[training.FULL]
   state = _abstract_state(training.learner(docked, config, arm, partitioner), partitioner)
   batch = abstract_batch(config, arm.parts, model.vision.image_size, partitioner)
-  params = _device_bytes(state.params)
+  params = device_bytes(state.params)
   parts = {
-    "params": params, "opt_state": _device_bytes(state.opt_state),
-    "accumulators": params * (1 + (config.accumulate > 1)), "data": _device_bytes(batch),
+    "params": params, "opt_state": device_bytes(state.opt_state),
+    "accumulators": params * (1 + (config.accumulate > 1)), "data": device_bytes(batch),
     "activations": _activation_bytes(config, docked.config, partitioner, platform),
   }
   return Phase(
@@ -121,14 +121,6 @@ def _activation_bytes(config, model, partitioner, platform) -> float:
         blocks, groups * shape.rows * shape.pictures,
         1 + vision.num_patches, unembedding=False, backward=vision.top_layers > 0, **sizes)
   return total
-
-
-def _device_bytes(tree: Any) -> int:
-  """Of a tree of placed shapes, on one device."""
-  def leaf(x):
-    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    return math.prod(shape) * x.dtype.itemsize
-  return sum(map(leaf, jax.tree.leaves(tree)))
 
 
 def program(

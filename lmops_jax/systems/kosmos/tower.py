@@ -51,7 +51,7 @@ class TowerTraining:
   optimizer: optax.GradientTransformation
   num_steps: PositiveInt = 1000
   batch_size: PositiveInt = 64
-  checkpoint_every: PositiveInt | None = None
+  checkpoint_every: PositiveInt | None = 100
 
 
 class Seen(NamedTuple):

@@ -64,7 +64,7 @@ class Training:
   num_groups: PositiveInt = 8
   accumulate: PositiveInt = 1
   eval_every: PositiveInt = 100
-  checkpoint_every: PositiveInt | None = None
+  checkpoint_every: PositiveInt | None = 100
 
   def __post_init__(self):
     if self.num_groups % self.accumulate:

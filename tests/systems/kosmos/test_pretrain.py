@@ -22,7 +22,7 @@ TINY = [
   "VOCABULARY = @data.TrainSentencePiece()", "data.TrainSentencePiece.vocab_size = 300",
   "STEPS = 3", "kosmos.Training.num_groups = 2",
   "optim.warmup_linear.warmup_steps = 1", "models.ResamplerConfig.num_latents = 4",
-  "text/models.TransformerConfig.vocab_size = None", "kosmos.Training.checkpoint_every = None",
+  "text/models.TransformerConfig.vocab_size = None",
   *(f"text/models.TransformerConfig.{name} = {value}" for name, value in {
     "num_layers": 2, "width": 16, "num_heads": 2, "mlp_width": 32, "max_length": 64,
     "dtype": "'float32'", "embedding_scale": 4.0}.items()),
