@@ -76,7 +76,7 @@ def test_training_leaves_the_tower_as_it_was_taught(workdir, system):
   assert not np.array_equal(trained["connector"]["latents"], other["connector"]["latents"])
 
 
-def test_scores_and_captions_are_those_of_full_passes(workdir, system):
+def test_choices_are_those_of_full_passes(workdir, system):
   """What `evaluate` chose, from the docked model's own logits without cache or shared prefix."""
   prepared = prepare.Prepared(workdir / "scenes")
   model = training.docked_model(system.model, prepared.ids.vocab_size)
