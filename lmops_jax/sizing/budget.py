@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -60,3 +61,11 @@ def memory_of(device: jax.Device, device_bytes: float | None = None) -> Memory:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     host = free / 2 / jax.local_device_count()  # the other half is for everything else
   return Memory(stats.get("bytes_limit", device_bytes), host)
+
+
+def device_bytes(tree: Any) -> int:
+  """Of a tree of placed shapes, on one device."""
+  def leaf(x):
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+  return sum(map(leaf, jax.tree.leaves(tree)))

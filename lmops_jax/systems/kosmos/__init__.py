@@ -3,6 +3,7 @@
 Importing this package registers everything its gin files name.
 """
 
+from lmops_jax.systems.kosmos.pretrain import Pretrain
 from lmops_jax.systems.kosmos.system import Kosmos
 
-__all__ = ["Kosmos"]
+__all__ = ["Kosmos", "Pretrain"]

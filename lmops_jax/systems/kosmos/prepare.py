@@ -132,12 +132,6 @@ class Prepared:
       for source in SOURCES[part]}, dict.fromkeys(SOURCES[part], 1.0), seed=seed)
 
 
-def sizes(shapes: dict[str, RowShape]) -> tuple[int, int]:
-  """The longest row, and the pictures of a group."""
-  return (max(shape.length for shape in shapes.values()),
-          sum(shape.rows * shape.pictures for shape in shapes.values()))
-
-
 def batched(values, size: int):
   """Lists of `size` values, the last one shorter."""
   values = iter(values)

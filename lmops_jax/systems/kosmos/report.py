@@ -22,7 +22,7 @@ from lmops_jax.training.metrics import read_records
 REQUIRED = ("arms", "seeds", "figures.*.*.mean", "losses.*.*[]", "tower.color", "stages[].seconds")
 _LEVEL = 0.95
 _NUM_SHOWN = 8  # scenes of the gallery, half of them of held-out pairs
-_KINDS = {"color": "colour", "shape": "shape", "count": "count"}  # for people
+_KINDS = {"count": "count", "color": "colour", "shape": "shape"}  # for people
 _CHANCE = {"color": 1 / 8, "shape": 1 / 8, "count": 1 / 2}
 _GROUPS = {SEEN: "seen pairs", HELD_OUT: "held-out pairs"}
 
@@ -150,7 +150,8 @@ def _page(report, summary, losses, shown) -> html.Report:
   by_part = plots.curves(
     {part: [plots.Run(*zip(*((r["step"], r[f"{VALIDATION}/{part}"]) for r in losses[FULL, seed])))
             for seed in seeds] for part in parts},
-    x_label="steps", y_label="validation loss (nats a learned token)")
+    x_label="steps", y_label="validation loss (nats a learned token)",
+    focus_from=losses[FULL, seeds[0]][1]["step"])
   header, *rows = _rows(summary)
   loss_rows = [[part, *(float(np.mean(summary["losses"][arm][part]))
                         if part in summary["losses"][arm] else None for arm in arms)]

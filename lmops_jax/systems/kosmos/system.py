@@ -12,7 +12,7 @@ from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
 from lmops_jax.models.docked import DockedConfig
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.systems.kosmos import evaluate, prepare, report, tower, training
+from lmops_jax.systems.kosmos import evaluate, plan, prepare, report, tower, training
 from lmops_jax.systems.kosmos.world import World
 from lmops_jax.text.vocabulary_sources import VocabularySource
 
@@ -120,11 +120,17 @@ class Kosmos:
       partitioner=partitioner)
 
   def _train(self, context: pipeline.StageContext, arm, seed, partitioner) -> None:
+    prepared = prepare.Prepared(context.input(prepare.STAGE))
+    given, config = training.ARMS[arm], self.training
+    docked = training.docked_model(self.model, prepared.ids.vocab_size)
     training.run(
-      context, config=self.training, model=self.model, arm=training.ARMS[arm], seed=seed,
-      prepared=prepare.Prepared(context.input(prepare.STAGE)), partitioner=partitioner,
+      context, config=config, docked=docked, arm=given, seed=seed, partitioner=partitioner,
+      source=prepared.groups(
+        {part: config.shapes[part] for part in given.parts}, self.model.vision.image_size,
+        config.num_groups, seed),
       tower=lambda: tower.load(
-        context.input(tower.STAGE), self.tower.num_steps, self.model.vision, partitioner))
+        context.input(tower.STAGE), self.tower.num_steps, self.model.vision, partitioner),
+      hooks=[training.validation(docked, prepared, given, config.eval_every, partitioner)])
 
   def _evaluate(self, context: pipeline.StageContext, arm, stage, partitioner) -> None:
     prepared = prepare.Prepared(context.input(prepare.STAGE))
@@ -133,6 +139,16 @@ class Kosmos:
     evaluate.run(
       context, config=self.evaluation, model=model, params=params, prepared=prepared,
       arm=training.ARMS[arm], partitioner=partitioner)
+
+  def phases(self, partitioner, memory, *, platform: str, **sizes):
+    """What training the full model takes, from shapes alone; see `plan.phase`."""
+    vocab_size = plan.vocabulary_size(self.model, self.vocabulary)
+    return [plan.phase(self.training, self.model, vocab_size, partitioner, platform)]
+
+  def programs(self, partitioner, memory, **sizes):
+    """The step of the full model, to compile ahead of time."""
+    vocab_size = plan.vocabulary_size(self.model, self.vocabulary)
+    return [plan.program(self.training, self.model, vocab_size, partitioner)]
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The figures of a finished run, for the terminal."""

@@ -32,6 +32,7 @@ from lmops_jax.training.sources import Ahead, Batches
 STAGE = "vision"
 _NONE = len(SHAPES)  # the class of a patch without a shape
 _OUTPUTS = (len(SHAPES) + 1, len(COLORS), 4)
+_AMPLITUDE = 0.1  # of positions in the beginning
 _BOX_WEIGHT = 4.0  # of the error of a box's four fractions beside two cross-entropies
 
 
@@ -50,7 +51,7 @@ class TowerTraining:
   optimizer: optax.GradientTransformation
   num_steps: PositiveInt = 1000
   batch_size: PositiveInt = 64
-  checkpoint_every: PositiveInt | None = None
+  checkpoint_every: PositiveInt | None = 100
 
 
 class Seen(NamedTuple):
@@ -135,6 +136,21 @@ def initializer(model: TaughtTower):
   return lambda key: model.init(key, np.zeros((1, size, size, NUM_CHANNELS), np.uint8))["params"]
 
 
+def waves(per_side: int, width: int) -> np.ndarray:
+  """Sines and cosines of a patch's row and column, `[1+P,width] float32`, row by row.
+
+  Position embeddings start as these: beside patches of these pictures the usual small random ones
+  hardly count, and shapes, which lie over several patches, are learned late.
+  """
+  at = (np.arange(per_side) + 0.5) / per_side
+  angles = at[:, None] * np.pi * 2.0 ** np.linspace(-1, 3, width // 4)
+  of_axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+  found = np.zeros((1 + per_side**2, width), np.float32)
+  found[1:, : width // 4 * 4] = _AMPLITUDE * np.concatenate(
+    [np.repeat(of_axis, per_side, axis=0), np.tile(of_axis, (per_side, 1))], axis=1)
+  return found
+
+
 def run(
   context: pipeline.StageContext, *, config: TowerTraining, vision: VisionConfig, scenes: Scenes,
   seed: int, init_seed: int, num_tested: int, partitioner,
@@ -151,11 +167,16 @@ def run(
   def at(step):
     return batch_of(scenes, per_side, seed, np.arange(step * size, (step + 1) * size))
 
+  def initial():
+    params = nn.unbox(jax.jit(initializer(model))(jax.random.key(init_seed)))
+    params["vision"]["position_embedding"] = waves(per_side, vision.trunk.width)
+    return params
+
   losses = TowerLosses(model)
   state = loop.train(
     supervised(initializer(model), losses, config.optimizer, partitioner=partitioner),
     Ahead(Batches(at)), config.num_steps, init_seed, context.directory, partitioner,
-    records=loop.Records(
+    initial_params=initial, records=loop.Records(
       checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
       description=context.name, progress=context.progress),
   ).state

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -64,7 +64,7 @@ class Training:
   num_groups: PositiveInt = 8
   accumulate: PositiveInt = 1
   eval_every: PositiveInt = 100
-  checkpoint_every: PositiveInt | None = None
+  checkpoint_every: PositiveInt | None = 100
 
   def __post_init__(self):
     if self.num_groups % self.accumulate:
@@ -183,9 +183,13 @@ def _keys_of_rows(key: jax.Array, number: int, num: int) -> jax.Array:
 
 
 def docked_model(config: DockedConfig, vocab_size: int) -> DockedLM:
-  """The model for a vocabulary."""
-  return DockedLM(dataclasses.replace(
-    config, text=dataclasses.replace(config.text, vocab_size=vocab_size)))
+  """The model for a vocabulary; a published one keeps its own, perhaps larger, size.
+
+  Raises:
+    ValueError: the vocabulary has more ids than the model.
+  """
+  text = language_models.language_model(config.text, vocab_size, config.text.max_length).config
+  return DockedLM(dataclasses.replace(config, text=text))
 
 
 def learner(model: DockedLM, config: Training, arm: Arm, partitioner):
@@ -197,49 +201,50 @@ def learner(model: DockedLM, config: Training, arm: Arm, partitioner):
 
 
 def run(
-  context: pipeline.StageContext, *, config: Training, model: DockedConfig, arm: Arm, seed: int,
-  prepared: Prepared, tower: Callable[[], dict], partitioner,
+  context: pipeline.StageContext, *, config: Training, docked: DockedLM, arm: Arm, seed: int,
+  source: Source, tower: Callable[[], Any] | None, partitioner,
+  hooks: Sequence[loop.Evaluate] = (),
 ) -> None:
   """Trains one arm; keeps `params/<num_steps>`.
 
   Args:
-    tower: makes the parameters of the taught tower.
+    source: groups of rows.
+    tower: makes the parameters that the tower starts from; None draws them.
+    hooks: see `loop.train`.
   """
-  docked = docked_model(model, prepared.ids.vocab_size)
-  side, num_slots = model.vision.image_size, model.vectors_per_image
-  shapes = {part: config.shapes[part] for part in arm.parts}
-  source = WithPictures(prepared.groups(shapes, side, config.num_groups, seed), arm, num_slots)
+  shown = WithPictures(source, arm, docked.config.vectors_per_image)
 
   def initial():
     drawn = jax.jit(loop.initializer(docked))(jax.random.key(seed))
     return {**nn.unbox(drawn), "vision": tower()}
 
   result = loop.train(
-    learner(docked, config, arm, partitioner), Ahead(source), config.num_steps, seed,
-    context.directory, partitioner, initial_params=initial,
-    hooks=[loop.Evaluate(VALIDATION, config.eval_every, _validation(
-      docked, prepared, arm, side, num_slots, partitioner))],
+    learner(docked, config, arm, partitioner), Ahead(shown), config.num_steps, seed,
+    context.directory, partitioner, initial_params=None if tower is None else initial, hooks=hooks,
     records=loop.Records(
       checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
       description=context.name, progress=context.progress),
   )
+  shapes = {part: config.shapes[part] for part in arm.parts}
   context.flops += result.step * config.num_groups * group_flops(docked.config, shapes)
 
 
-def _validation(docked, prepared, arm, side, num_slots, partitioner):
-  """`params -> {part: nats a learned token}`."""
+def validation(docked, prepared: Prepared, arm: Arm, every: int, partitioner) -> loop.Evaluate:
+  """A hook: the nats a learned token of each part's rows of validation."""
   rows = {
-    part: changed(prepared.validation(part, side, _VALIDATION_ROWS), arm, num_slots)
+    part: changed(
+      prepared.validation(part, docked.config.vision.image_size, _VALIDATION_ROWS), arm,
+      docked.config.vectors_per_image)
     for part in arm.parts}
 
-  def evaluate(params):
+  def figures(params):
     return {
       part: lm.mean_loss(
         GroupLosses(docked, (part,)), params, [batch], place=partitioner.place_batch,
         multiple_of=partitioner.num_batch_shards)
       for part, batch in rows.items()}
 
-  return evaluate
+  return loop.Evaluate(VALIDATION, every, figures)
 
 
 def group_flops(config: DockedConfig, shapes: Mapping[str, RowShape]) -> float:

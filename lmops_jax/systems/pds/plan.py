@@ -16,9 +16,9 @@ import jax
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models import heads
 from lmops_jax.sizing import activations, flops, solve_cost, solve_plan, solve_programs
-from lmops_jax.sizing.budget import Memory, Phase
+from lmops_jax.sizing.budget import Memory, Phase, device_bytes
 from lmops_jax.systems.pds import programs, scorer
-from lmops_jax.systems.pds.programs import Sizes, device_bytes
+from lmops_jax.systems.pds.programs import Sizes
 from lmops_jax.training import language_models
 
 # Compiled, activations take up to this share more than estimated (tests/benchmarks/results/aot.md).

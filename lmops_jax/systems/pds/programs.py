@@ -22,6 +22,7 @@ from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.shared_stages import language_training
 from lmops_jax.sizing import flops, solve_cost
 from lmops_jax.sizing.aot import Program
+from lmops_jax.sizing.budget import device_bytes
 from lmops_jax.sizing.solve_programs import segment_programs
 from lmops_jax.training import language_models, loop, losses
 
@@ -158,14 +159,6 @@ def solve_programs(
             per_row * sum(p * n for p, n in zip(reverse, sizes)),
             branch_shares={PROXY_SCOPE: num_scored / num_steps}, **common),
   ]
-
-
-def device_bytes(tree: Any) -> int:
-  """Bytes of a tree of placed shapes, on one device."""
-  def leaf(x):
-    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    return math.prod(shape) * x.dtype.itemsize
-  return sum(map(leaf, jax.tree.leaves(tree)))
 
 
 def gathered_bytes(params: Any, partitioner: Partitioner) -> int:
