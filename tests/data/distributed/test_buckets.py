@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lmops_jax.data import documents, instances, packing
+from lmops_jax.data import documents, instance_writing, instances, packing
 from lmops_jax.data.distributed import buckets as buckets_lib
 from lmops_jax.data.distributed import export
 from lmops_jax.host import seals
@@ -80,7 +80,7 @@ def test_shards_are_those_of_one_process(packed, here, tmp_path, per_shard):
   settings = {"length": 12, "vocab_size": V, "pad_id": 0, "bos_id": BOS, "eos_id": EOS,
               "description": "rows", "instances_per_shard": per_shard}
   want = packing.pack(_encoded(corpus.documents()), **SETTINGS)
-  num = instances.write_instances(tmp_path / "want", want, **settings)
+  num = instance_writing.write_instances(tmp_path / "want", want, **settings)
   entries, _ = buckets.follow_chains()
   (tmp_path / "got").mkdir()
   (tmp_path / "got" / "half-written").touch()
