@@ -45,7 +45,7 @@ class Instance(NamedTuple):
 def instance_id(document: int, offset: int) -> int:
   """The id of the instance that begins at a place of a document, the same in every corpus.
 
-  It is a 63-bit hash of both numbers; `instance_writing.finish` refuses a corpus in which two are equal.
+  It is a 63-bit hash of both numbers; `instance_writing` refuses a corpus in which two are equal.
 
   Args:
     document: id of the document that holds the instance's first token behind BOS.
