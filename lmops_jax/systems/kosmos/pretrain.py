@@ -142,7 +142,7 @@ class Pretrain:
                "too_long", "pictures_per_document"), checks=("model",)),
       skeleton.Stage(
         "train", functools.partial(self._train, partitioner=partitioner), inputs=("rows",),
-        reads=("training", "model", "clip", "seed", "images"), result="parameters"),
+        reads=("training", "model", "clip", "seed", "images"), result="model"),
       skeleton.Stage("report", self._report, inputs=("rows", "train"), together=False),
     ]
 
@@ -195,6 +195,7 @@ class Pretrain:
     training.run(
       context, config=self.training, docked=training.docked_model(self.model, ids.vocab_size),
       arm=training.ARMS[training.FULL], seed=self.seed, source=self._groups(folder),
+      vocabulary=corpora.open_vocabulary(folder),
       tower=None if self.clip is None else self._tower, partitioner=partitioner)
 
   def _tower(self) -> Any:

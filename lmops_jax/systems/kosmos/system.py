@@ -128,6 +128,7 @@ class Kosmos:
       source=prepared.groups(
         {part: config.shapes[part] for part in given.parts}, self.model.vision.image_size,
         config.num_groups, seed),
+      vocabulary=prepared.vocabulary,
       tower=lambda: tower.load(
         context.input(tower.STAGE), self.tower.num_steps, self.model.vision, partitioner),
       hooks=[training.validation(docked, prepared, given, config.eval_every, partitioner)])

@@ -22,12 +22,15 @@ import numpy as np
 import optax
 
 from lmops_jax.config.setting_types import PositiveInt, component
+from lmops_jax.data.image_tokens import KOSMOS_WORDS
 from lmops_jax.evaluation import lm
 from lmops_jax.models.docked import DockedConfig, DockedLM
+from lmops_jax.pretrained import trained_vocabulary
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.kosmos.prepare import Prepared, RowShape
 from lmops_jax.systems.kosmos.world import PARTS, TEXT
+from lmops_jax.text.vocabularies import Vocabulary
 from lmops_jax.training import language_models, loop
 from lmops_jax.training.learner import supervised
 from lmops_jax.training.losses import LMExampleLosses, check_batch
@@ -202,13 +205,14 @@ def learner(model: DockedLM, config: Training, arm: Arm, partitioner):
 
 def run(
   context: pipeline.StageContext, *, config: Training, docked: DockedLM, arm: Arm, seed: int,
-  source: Source, tower: Callable[[], Any] | None, partitioner,
+  source: Source, vocabulary: Vocabulary, tower: Callable[[], Any] | None, partitioner,
   hooks: Sequence[loop.Evaluate] = (),
 ) -> None:
-  """Trains one arm; keeps `params/<num_steps>`.
+  """Trains one arm into a model folder, which `pretrained.load` and `lmops generate` open.
 
   Args:
     source: groups of rows.
+    vocabulary: of their texts, without the special tokens.
     tower: makes the parameters that the tower starts from; None draws them.
     hooks: see `loop.train`.
   """
@@ -227,6 +231,10 @@ def run(
   )
   shapes = {part: config.shapes[part] for part in arm.parts}
   context.flops += result.step * config.num_groups * group_flops(docked.config, shapes)
+  if context.writes:
+    trained_vocabulary.describe_trained(
+      context.directory, docked.config, vocabulary, params=f"params/{config.num_steps}",
+      log=context.log, words=KOSMOS_WORDS)
 
 
 def validation(docked, prepared: Prepared, arm: Arm, every: int, partitioner) -> loop.Evaluate:

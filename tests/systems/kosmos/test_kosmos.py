@@ -5,7 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from lmops_jax import cli
 from lmops_jax.config import resolve
 from lmops_jax.data.image_tokens import encode_records
 from lmops_jax.data.synthetic_pictures import Scenes
@@ -107,6 +109,20 @@ def test_choices_are_those_of_full_passes(workdir, system):
     i = kinds[kind]
     options = prepared.vocabulary.encode_batch(asked[i].options)
     assert said[i] == int(np.argmax([total(asked[i], prompts[i], of) for of in options]))
+
+
+def test_a_trained_arm_is_a_model_that_generates(workdir, system, tmp_path, capsys):
+  """`lmops generate` says of a picture what `evaluate` noted."""
+  said = json.loads((workdir / "evaluate/full/seed0/results.json").read_text())["said"]
+  i, item = next((i, item) for i, item in enumerate(items(system.world)) if not item.options)
+  Image.fromarray(item.pictures[0]).save(tmp_path / "scene.png")
+  code = cli.main([
+    "generate", "--model", str(workdir / "train/full/seed0"), "--image",
+    str(tmp_path / "scene.png"), "--prompt", item.prompt.removeprefix("<image>").strip(),
+    "--max-new-tokens", "5", "--json"])
+  assert code == 0
+  found = json.loads(capsys.readouterr().out)["text"].strip()
+  assert found and said[i].startswith(found)  # which may have more tokens
 
 
 def test_prompts_begin_as_the_records_do(system, workdir):
