@@ -97,8 +97,7 @@ class TaskChoice:
   @property
   def name(self) -> str:
     """The name in stages and reports."""
-    of_file = printable(Path(self.task).name.split(".")[0])
-    return self.label or (of_file if self.is_file else self.task)
+    return self.label or shown_name(self.task)
 
   def fingerprint(self) -> str:
     """Names and hashes of the local files; "" if the rows come from elsewhere."""
@@ -128,6 +127,11 @@ class TaskChoice:
         self.task, flavour=self.flavour, template=self.template, data=self.data,
         data_dir=self.data_dir, labels=self.labels)
     return chosen(whole, self.name, self.num_rows, self.rows_seed)
+
+
+def shown_name(task: str) -> str:
+  """The name of a task that is given by its own, or as a file, whose ending is left out."""
+  return printable(Path(task).name.split(".")[0]) if task.endswith(LINES) else task
 
 
 def chosen(whole: Task, name: str, num_rows: int | None, seed: int) -> Task:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lmops_jax.config.setting_types import Count, Name, PositiveInt, Seed, Text, component
 from lmops_jax.data.lines import ENDINGS as LINES
-from lmops_jax.data.tasks.choice import chosen, stage_of
+from lmops_jax.data.tasks.choice import chosen, shown_name, stage_of
 from lmops_jax.data.tasks.pictures import named
 from lmops_jax.data.tasks.pictures.registry import picture_entry
 from lmops_jax.data.tasks.pictures.source import ENDINGS as PICTURES
 from lmops_jax.data.tasks.task import Task
-from lmops_jax.host.foreign_files import is_there, printable, read_bytes
+from lmops_jax.host.foreign_files import is_there, read_bytes
 from lmops_jax.host.hashing import digest
 from lmops_jax.stages import skeleton
 
@@ -74,8 +74,7 @@ class PictureTaskChoice:
   @property
   def name(self) -> str:
     """The name in stages and reports."""
-    of_file = printable(Path(self.task).name.split(".")[0])
-    return self.label or (of_file if self.is_file else self.task)
+    return self.label or shown_name(self.task)
 
   def fingerprint(self) -> str:
     """A hash of the annotations, and of the pictures' names if folders tell the classes."""
