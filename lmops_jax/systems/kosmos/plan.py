@@ -79,7 +79,7 @@ def _abstract_state(learner, partitioner):
 
 
 def phase(
-  config: training.Training, model: DockedConfig, vocab_size: int, partitioner: Partitioner,
+  config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner,
   platform: str,
 ) -> Phase:
   """Training of the full model.
@@ -87,7 +87,7 @@ def phase(
   Activations are the estimate of `sizing.activations` for the decoder, by the largest part of a
   group, and of the tower's blocks that are trained, forward for the others.
   """
-  docked = training.docked_model(model, vocab_size)
+  docked = training.docked_model(model, vocabulary_size(model, vocabulary))
   arm = training.ARMS[training.FULL]
   state = _abstract_state(training.learner(docked, config, arm, partitioner), partitioner)
   batch = abstract_batch(config, arm.parts, model.vision.image_size, partitioner)
@@ -124,10 +124,11 @@ def _activation_bytes(config, model, partitioner, platform) -> float:
 
 
 def program(
-  config: training.Training, model: DockedConfig, vocab_size: int, partitioner: Partitioner
+  config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner
 ) -> Program:
   """The step of the full model's training."""
-  docked, arm = training.docked_model(model, vocab_size), training.ARMS[training.FULL]
+  docked = training.docked_model(model, vocabulary_size(model, vocabulary))
+  arm = training.ARMS[training.FULL]
   learner = training.learner(docked, config, arm, partitioner)
   state = _abstract_state(learner, partitioner)
   batch = abstract_batch(config, arm.parts, model.vision.image_size, partitioner)

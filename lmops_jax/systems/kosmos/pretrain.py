@@ -232,13 +232,11 @@ class Pretrain:
 
   def phases(self, partitioner, memory, *, platform: str, **sizes):
     """What training takes, from shapes alone; see `plan.phase`."""
-    vocab_size = plan.vocabulary_size(self.model, self.vocabulary)
-    return [plan.phase(self.training, self.model, vocab_size, partitioner, platform)]
+    return [plan.phase(self.training, self.model, self.vocabulary, partitioner, platform)]
 
   def programs(self, partitioner, memory, **sizes):
     """The training step, to compile ahead of time."""
-    vocab_size = plan.vocabulary_size(self.model, self.vocabulary)
-    return [plan.program(self.training, self.model, vocab_size, partitioner)]
+    return [plan.program(self.training, self.model, self.vocabulary, partitioner)]
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The loss and the rows of a finished run, for the terminal."""

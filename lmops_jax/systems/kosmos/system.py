@@ -143,13 +143,11 @@ class Kosmos:
 
   def phases(self, partitioner, memory, *, platform: str, **sizes):
     """What training the full model takes, from shapes alone; see `plan.phase`."""
-    vocab_size = plan.vocabulary_size(self.model, self.vocabulary)
-    return [plan.phase(self.training, self.model, vocab_size, partitioner, platform)]
+    return [plan.phase(self.training, self.model, self.vocabulary, partitioner, platform)]
 
   def programs(self, partitioner, memory, **sizes):
     """The step of the full model, to compile ahead of time."""
-    vocab_size = plan.vocabulary_size(self.model, self.vocabulary)
-    return [plan.program(self.training, self.model, vocab_size, partitioner)]
+    return [plan.program(self.training, self.model, self.vocabulary, partitioner)]
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The figures of a finished run, for the terminal."""
