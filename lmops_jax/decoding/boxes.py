@@ -11,29 +11,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.data.boxes import BoxTokens
 from lmops_jax.decoding.options import GenerationOptions
-
-
-class BoxTokens(NamedTuple):
-  """Ids of the tokens that boxes are written with.
-
-  Attributes:
-    phrase, phrase_end, object, object_end, delimiter: the tags.
-    first_location: that of the upper left cell; the others follow in reading order.
-  """
-
-  phrase: int
-  phrase_end: int
-  object: int
-  object_end: int
-  delimiter: int
-  first_location: int
 
 
 class Place(enum.IntEnum):

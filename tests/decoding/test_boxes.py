@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmops_jax.data.boxes import BoxTokens
 from lmops_jax.decoding import GenerationOptions, Generator
-from lmops_jax.decoding.boxes import BoxTokens, Place, box_grammar
+from lmops_jax.decoding.boxes import Place, box_grammar
 
 END, PAD = 2, 1
 
