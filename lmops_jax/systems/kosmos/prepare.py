@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lmops_jax.config.setting_types import Count, PositiveInt, component
+from lmops_jax.data.grounded_text import appended_box_words
 from lmops_jax.data.image_rows import ImageRows, write_rows
-from lmops_jax.data.image_tokens import ImageTokens, appended, encode_records
+from lmops_jax.data.image_tokens import ImageTokens, appended, encode_records, special_words
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.mixture import Mixture
+from lmops_jax.data.multimodal import Record
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
@@ -44,36 +47,57 @@ class RowShape:
   rows: PositiveInt
 
 
+# By part and source: the records to train on, or those to validate if it is told so.
+Sources = Mapping[str, Mapping[str, Callable[[bool], Iterator[Record]]]]
+
+
 def run(
   context: pipeline.StageContext, world: World, vocabulary, shapes: dict[str, RowShape],
   num_slots: int,
 ) -> None:
-  """Writes the vocabulary, `train/<part>/<source>`, `validation/<part>/<source>` and the items."""
-  out = context.directory
-  words = corpora.build_vocabulary(context, vocabulary, _texts(world))
-  ids = appended(words, num_slots)
+  """Writes rows of the world's sources, see `write_sources`, and the items."""
+  sources = {
+    part: {source: functools.partial(records, world, part, source) for source in SOURCES[part]}
+    for part in PARTS}
+  write_sources(context, sources, vocabulary, shapes, num_slots)
+  _write_items(context.directory, items(world))
+
+
+def write_sources(
+  context: pipeline.StageContext, sources: Sources, vocabulary, shapes: Mapping[str, RowShape],
+  num_slots: int, grid: int | None = None,
+) -> None:
+  """Writes the vocabulary, `train/<part>/<source>` and `validation/<part>/<source>`.
+
+  Args:
+    num_slots: vectors of a picture.
+    grid: cells in a row of the words for boxes; None: the vocabulary has none.
+  """
+  out, special = context.directory, special_words(grid)
+  words = corpora.build_vocabulary(context, vocabulary, _texts(sources))
+  ids = appended(words, num_slots, special)
+  box_words = None if grid is None else appended_box_words(words, special)
   write_json(out / _IDS_FILE, dataclasses.asdict(ids))
   counts = {}
-  sources = [(part, source) for part in PARTS for source in SOURCES[part]]
-  with context.progress(len(sources), "sources", "drawing") as bar:
-    for part, source in sources:
+  pairs = [(part, source) for part in sources for source in sources[part]]
+  with context.progress(len(pairs), "sources", "drawing") as bar:
+    for part, source in pairs:
       shape = shapes[part]
       for name in (_TRAIN, _VALIDATION):
-        found = records(world, part, source, validation=name == _VALIDATION)
+        found = sources[part][source](name == _VALIDATION)
         counts[f"{name}/{part}/{source}"] = write_rows(
-          out / name / part / source, encode_records(found, words, ids), ids,
+          out / name / part / source, encode_records(found, words, ids, words=box_words), ids,
           length=shape.length, pictures_per_row=shape.pictures,
           pictures_per_example=shape.pictures, too_long="error")
       bar.update()
   context.extra["counts"] = counts
-  _write_items(out, items(world))
 
 
-def _texts(world: World) -> Iterator[str]:
+def _texts(sources: Sources) -> Iterator[str]:
   """What the vocabulary is made from."""
-  for part in PARTS:
-    for source in SOURCES[part]:
-      for record in itertools.islice(records(world, part, source), _VOCABULARY_RECORDS):
+  for of_part in sources.values():
+    for found in of_part.values():
+      for record in itertools.islice(found(False), _VOCABULARY_RECORDS):
         yield " ".join(part for part in record.parts if isinstance(part, str))
 
 
@@ -114,22 +138,33 @@ class Prepared:
     return [Item(**row) for row in rows], np.load(self._folder / _PICTURES_FILE)
 
   def groups(
-    self, shapes: dict[str, RowShape], side: int, num_groups: int, seed: int
+    self, shapes: Mapping[str, RowShape], side: int, num_groups: int, seed: int,
+    weights: Mapping[str, Mapping[str, float]] | None = None,
   ) -> Groups:
-    """Groups of rows of the parts to train on, in the order of a seed."""
+    """Groups of rows of the parts to train on, in the order of a seed.
+
+    Args:
+      weights: of a part's sources, by part; None, or a part without any: all its sources alike.
+    """
     return Groups({
-      part: Part(self._mixture(_TRAIN, part, side, seed), shape.rows)
+      part: Part(self._mixture(_TRAIN, part, side, seed, weights), shape.rows)
       for part, shape in shapes.items()}, num_groups)
 
-  def validation(self, part: str, side: int, num_groups: int) -> dict[str, np.ndarray]:
+  def validation(
+    self, part: str, side: int, num_groups: int,
+    weights: Mapping[str, Mapping[str, float]] | None = None,
+  ) -> dict[str, np.ndarray]:
     """A batch of groups of one row each."""
-    return Groups({part: Part(self._mixture(_VALIDATION, part, side, 0), 1)}, num_groups).batch(0)
+    mixture = self._mixture(_VALIDATION, part, side, 0, weights)
+    return Groups({part: Part(mixture, 1)}, num_groups).batch(0)
 
-  def _mixture(self, name: str, part: str, side: int, seed: int) -> Mixture:
-    settings = ImageSettings(side, side)
-    return Mixture({
-      source: ImageRows(self._folder / name / part / source, settings)
-      for source in SOURCES[part]}, dict.fromkeys(SOURCES[part], 1.0), seed=seed)
+  def _mixture(self, name: str, part: str, side: int, seed: int, weights) -> Mixture:
+    settings, folder = ImageSettings(side, side), self._folder / name / part
+    of_part = (weights or {}).get(part)
+    if of_part is None:
+      of_part = dict.fromkeys(sorted(path.name for path in folder.iterdir()), 1.0)
+    return Mixture(
+      {source: ImageRows(folder / source, settings) for source in of_part}, of_part, seed=seed)
 
 
 def batched(values, size: int):

@@ -24,7 +24,7 @@ _LEVEL = 0.95
 _NUM_SHOWN = 8  # scenes of the gallery, half of them of held-out pairs
 _KINDS = {"count": "count", "color": "colour", "shape": "shape"}  # for people
 _CHANCE = {"color": 1 / 8, "shape": 1 / 8, "count": 1 / 2}
-_GROUPS = {SEEN: "seen pairs", HELD_OUT: "held-out pairs"}
+GROUPS = {SEEN: "seen pairs", HELD_OUT: "held-out pairs"}
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
   summary = {
     "arms": arms, "seeds": seeds,
     "figures": {arm: _figures([results[arm, seed]["figures"] for seed in seeds]) for arm in arms},
-    "losses": {arm: _last_losses([losses[arm, seed] for seed in seeds]) for arm in arms},
+    "losses": {arm: last_losses([losses[arm, seed] for seed in seeds]) for arm in arms},
     "tower": context.manifest(tower.STAGE)["extra"]["tested"],
     "counts": context.manifest(prepare.STAGE)["extra"]["counts"],
     "stages": report.costs,
@@ -66,18 +66,19 @@ def _figures(by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   for name, of in by_seed[0].items():
     kind, group = name.split("/")
     rows = [figures[name] for figures in by_seed]
-    found[name] = _over_seeds([row["right"] / row["num"] for row in rows]) | {"num": of["num"]}
+    found[name] = over_seeds([row["right"] / row["num"] for row in rows]) | {"num": of["num"]}
     if kind == CAPTION_KIND:
-      found[f"CIDEr/{group}"] = _over_seeds([row["CIDEr"] for row in rows]) | {"num": of["num"]}
+      found[f"CIDEr/{group}"] = over_seeds([row["CIDEr"] for row in rows]) | {"num": of["num"]}
   return found
 
 
-def _over_seeds(values: list[float]) -> dict[str, Any]:
+def over_seeds(values: list[float]) -> dict[str, Any]:
+  """Values of seeds, their mean and half the width of its interval."""
   mean, half = mean_and_half_width(values, _LEVEL)
   return {"values": values, "mean": mean, "half_width": half}
 
 
-def _last_losses(by_seed: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, list[float]]:
+def last_losses(by_seed: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, list[float]]:
   """By part: the last validation loss of each seed, nats a learned token."""
   names = [name for name in by_seed[0][-1] if name.startswith(f"{VALIDATION}/")]
   return {name.split("/")[1]: [records[-1][name] for records in by_seed] for name in names}
@@ -104,7 +105,7 @@ def _line(item: Item, said: Any) -> tuple[str, bool]:
   return f"{_KINDS[item.kind]}: {answer}" + ("" if right else f" (is: {truth})"), right
 
 
-def _spread(of: Mapping[str, Any], spec: str) -> str:
+def spread(of: Mapping[str, Any], spec: str) -> str:
   """Mean and half width of the interval."""
   text = format(of["mean"], spec)
   return text if of["half_width"] is None else f"{text} ± {format(of['half_width'], spec)}"
@@ -120,9 +121,9 @@ def _rows(summary: Mapping[str, Any]) -> list[list[str]]:
   rows = [["", *arms]]
   for name in figures[FULL]:
     kind, group = name.split("/")
-    label = kind if kind.startswith(SHOTS_KIND) else f"{_KINDS.get(kind, kind)}, {_GROUPS[group]}"
+    label = kind if kind.startswith(SHOTS_KIND) else f"{_KINDS.get(kind, kind)}, {GROUPS[group]}"
     rows.append([label, *(
-      _spread(figures[arm][name], ".2f" if kind == "CIDEr" else ".1%") for arm in arms)])
+      spread(figures[arm][name], ".2f" if kind == "CIDEr" else ".1%") for arm in arms)])
   return rows
 
 

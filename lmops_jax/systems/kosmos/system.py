@@ -47,27 +47,13 @@ class Kosmos:
   name = "kosmos"
 
   def __post_init__(self):
-    size, text = self.model.vision.image_size, self.model.text
-    for name in ("scenes", "rendered"):
-      side = getattr(self.world, name).side
-      if side != size:
-        raise ValueError(
-          f"kosmos.World.{name} draws pictures of side={side} and models.VisionConfig.image_size "
-          f"is {size}; give both one size."
-        )
+    training.check_sizes(self.model, self.training, {
+      name: getattr(self.world, name).side for name in ("scenes", "rendered")})
     if training.FULL not in self.arms:
       raise ValueError(
         f"kosmos.Kosmos.arms={tuple(self.arms)} must hold {training.FULL!r}, which the others are "
         "compared with."
       )
-    longest = max(shape.length for shape in self.training.shapes.values())
-    if longest > text.max_length:
-      raise ValueError(
-        f"a row of kosmos.Training has length={longest} and models.TransformerConfig.max_length is "
-        f"{text.max_length}; raise the latter."
-      )
-    if not text.causal:
-      raise ValueError("kosmos.Kosmos.model.text must have causal=True: it predicts next tokens.")
 
   def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""

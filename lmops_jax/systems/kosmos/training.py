@@ -195,6 +195,33 @@ def docked_model(config: DockedConfig, vocab_size: int) -> DockedLM:
   return DockedLM(dataclasses.replace(config, text=text))
 
 
+def check_sizes(model: DockedConfig, config: Training, sides: Mapping[str, int]) -> None:
+  """Holds a model against what it is trained on.
+
+  Args:
+    sides: of the pictures of each setting of `kosmos.World`.
+
+  Raises:
+    ValueError: pictures of another size than the tower's, rows longer than the model's, or a model
+      that sees what it is to predict.
+  """
+  size, text = model.vision.image_size, model.text
+  for name, side in sides.items():
+    if side != size:
+      raise ValueError(
+        f"kosmos.World.{name} draws pictures of side={side} and models.VisionConfig.image_size "
+        f"is {size}; give both one size."
+      )
+  longest = max(shape.length for shape in config.shapes.values())
+  if longest > text.max_length:
+    raise ValueError(
+      f"a row of kosmos.Training has length={longest} and models.TransformerConfig.max_length is "
+      f"{text.max_length}; raise the latter."
+    )
+  if not text.causal:
+    raise ValueError("models.TransformerConfig.causal must be True: it predicts next tokens.")
+
+
 def learner(model: DockedLM, config: Training, arm: Arm, partitioner):
   """What `config` makes of a model: the one that the stage trains and that plans compile."""
   losses = GroupLosses(model, arm.parts)
@@ -206,7 +233,7 @@ def learner(model: DockedLM, config: Training, arm: Arm, partitioner):
 def run(
   context: pipeline.StageContext, *, config: Training, docked: DockedLM, arm: Arm, seed: int,
   source: Source, vocabulary: Vocabulary, tower: Callable[[], Any] | None, partitioner,
-  hooks: Sequence[loop.Evaluate] = (),
+  hooks: Sequence[loop.Evaluate] = (), words: Sequence[str] = KOSMOS_WORDS,
 ) -> None:
   """Trains one arm into a model folder, which `pretrained.load` and `lmops generate` open.
 
@@ -215,6 +242,7 @@ def run(
     vocabulary: of their texts, without the special tokens.
     tower: makes the parameters that the tower starts from; None draws them.
     hooks: see `loop.train`.
+    words: the special tokens, in order.
   """
   shown = WithPictures(source, arm, docked.config.vectors_per_image)
 
@@ -234,14 +262,20 @@ def run(
   if context.writes:
     trained_vocabulary.describe_trained(
       context.directory, docked.config, vocabulary, params=f"params/{config.num_steps}",
-      log=context.log, words=KOSMOS_WORDS)
+      log=context.log, words=words)
 
 
-def validation(docked, prepared: Prepared, arm: Arm, every: int, partitioner) -> loop.Evaluate:
-  """A hook: the nats a learned token of each part's rows of validation."""
+def validation(
+  docked, prepared: Prepared, arm: Arm, every: int, partitioner, weights=None,
+) -> loop.Evaluate:
+  """A hook: the nats a learned token of each part's rows of validation.
+
+  Args:
+    weights: of sources, see `Prepared.groups`.
+  """
   rows = {
     part: changed(
-      prepared.validation(part, docked.config.vision.image_size, _VALIDATION_ROWS), arm,
+      prepared.validation(part, docked.config.vision.image_size, _VALIDATION_ROWS, weights), arm,
       docked.config.vectors_per_image)
     for part in arm.parts}
 
