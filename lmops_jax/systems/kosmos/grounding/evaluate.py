@@ -43,17 +43,24 @@ HIT = 0.5  # least overlap of a box that counts as right
 _NUM_SEEN = 1_000  # training scenes whose boxes the best constant box is chosen from
 
 
-class _Words(NamedTuple):
-  """What turns items to ids and ids to texts."""
+class Words(NamedTuple):
+  """What turns items to ids and ids to texts.
+
+  Attributes:
+    prepared: has the vocabulary.
+    grid: cells in a row of it.
+  """
 
   prepared: Prepared
   grid: int
 
   @property
   def special(self) -> tuple[str, ...]:
+    """The special tokens, which follow those of the vocabulary."""
     return special_words(self.grid)
 
   def prompts(self, asked: Sequence[Item], vectors: np.ndarray) -> list[Prompt]:
+    """The items as prompts, each behind a picture's vectors `[N,M,W]`."""
     vocabulary = self.prepared.vocabulary
     rows = [(Picture(""), item.prompt) for item in asked]
     texts = with_boxes(
@@ -75,7 +82,7 @@ def run(
   pictures = np.stack([item.scene.picture for item in asked if item.kind == CAPTION_KIND])
   with partitioner.activate():
     vectors = image_vectors(model, params, arm.shown(pictures, np.ones(len(pictures), bool)))
-  words = _Words(prepared, grid)
+  words = Words(prepared, grid)
   prompts = words.prompts(asked, np.repeat(vectors, len(asked) // len(pictures), axis=0))
   generator = Generator(
     Transformer(model.config.text), params["text"], partitioner=partitioner,
