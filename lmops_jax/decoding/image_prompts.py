@@ -62,18 +62,22 @@ def laid_out(parts: Sequence[Part], tokenizer, ids: ImageTokens) -> Encoded:
   return lay_out(0, parts, tokenizer.encode_batch(texts, False), len(parts), ids, end=False)
 
 
+def most_pictures(ids: ImageTokens, max_length: int) -> int:
+  """The most pictures of a prompt for a model of `max_length` positions, behind `<s>`."""
+  return (max_length - 1) // len(ids.block)
+
+
 def check_fits(row: Encoded, ids: ImageTokens, max_length: int, name: str) -> None:
   """Holds a prompt's pictures against the model's context.
 
   Raises:
     ValueError: more pictures than it has place for.
   """
-  size = len(ids.block)
-  most = (max_length - 1) // size
+  most = most_pictures(ids, max_length)
   if len(row.pictures) > most:
     raise ValueError(
-      f"{name} has {len(row.pictures)} pictures of {size} tokens each, and the model's context is "
-      f"{max_length} tokens; give at most {most} pictures."
+      f"{name} has {len(row.pictures)} pictures of {len(ids.block)} tokens each, and the model's "
+      f"context is {max_length} tokens; give at most {most} pictures."
     )
 
 
