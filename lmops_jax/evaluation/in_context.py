@@ -2,7 +2,8 @@
 
 Demonstrations stand in front of each row's prompt, and the answer is the option with the highest
 (normalised) log-likelihood. The same demonstrations stand in front of every row, so the model reads
-them once. If the prompts differ by option (Winogrande), each option follows its own.
+them once. If the prompts differ by option (Winogrande), each option follows its own. Where an
+encoder knows the model's length, a row too long for it loses demonstrations, the first ones first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.data.tasks import Example, Task, demonstrations
 from lmops_jax.data.tasks.task import OF_OPTIONS
 from lmops_jax.decoding.scoring import OptionScorer, Request, first, mean, total
+from lmops_jax.evaluation import binary
 from lmops_jax.models.cache import Prefix
 
 NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
@@ -37,6 +39,7 @@ class Result(NamedTuple):
     confusion: `[labels,labels] int`, rows of each label (first axis) by prediction.
     num_shots: demonstrations in front of each row.
     num_tokens: tokens of all prompts with their options, shared ones counted each time.
+    num_dropped: `[N] int`, demonstrations that had no room in front of each row.
   """
 
   accuracy: float
@@ -48,21 +51,52 @@ class Result(NamedTuple):
   confusion: np.ndarray
   num_shots: int
   num_tokens: int
+  num_dropped: np.ndarray
 
 
-class Front(NamedTuple):
-  """Demonstrations in front of every prompt.
+class Shot(NamedTuple):
+  """A demonstration.
 
   Attributes:
-    text: of all of them.
+    text: with its answer and what separates it from the next.
     images: paths of the pictures that stand for each `<image>` of the text.
   """
 
-  text: str = ""
+  text: str
   images: tuple[str, ...] = ()
 
 
+class Front(NamedTuple):
+  """Demonstrations in front of every prompt, the first one farthest from it."""
+
+  shots: tuple[Shot, ...] = ()
+
+  @property
+  def text(self) -> str:
+    """That of all of them."""
+    return "".join(shot.text for shot in self.shots)
+
+  @property
+  def images(self) -> tuple[str, ...]:
+    """The pictures of all of them."""
+    return tuple(path for shot in self.shots for path in shot.images)
+
+
 NO_FRONT = Front()
+
+
+class Scored(NamedTuple):
+  """What `score_rows` found.
+
+  Attributes:
+    values: `[N,options] float64`, what the options of each row are compared by.
+    num_tokens: tokens read.
+    num_dropped: `[N] int`, demonstrations that had no room in front of each row.
+  """
+
+  values: np.ndarray
+  num_tokens: int
+  num_dropped: np.ndarray
 
 
 class Encoder:
@@ -78,17 +112,24 @@ class Encoder:
     tokenizer: with `encode(text, add_special)`; what it puts behind a text is left out.
     start: ids in front of a prompt; None takes what the tokenizer puts there.
     strict: a boundary inside a token is an error, and so are two options of the same tokens.
+    max_length: positions of the model, so that demonstrations without room are left out; None
+      leaves them, and scoring refuses a context that is too long.
 
   Attributes:
     sees: whether contexts may have pictures.
     rows_at_once: rows that are encoded and scored together; None is all.
+    most_images: the most pictures of a context; None is no limit.
   """
 
   sees = False
   rows_at_once: int | None = None
+  most_images: int | None = None
 
-  def __init__(self, tokenizer, start: Sequence[int] | None = None, strict: bool = False):
-    self._tokenizer, self._strict = tokenizer, strict
+  def __init__(
+    self, tokenizer, start: Sequence[int] | None = None, strict: bool = False,
+    max_length: int | None = None,
+  ):
+    self._tokenizer, self._strict, self.max_length = tokenizer, strict, max_length
     self.start = front_ids(tokenizer) if start is None else list(start)
 
   def encode(self, text: str) -> list[int]:
@@ -128,7 +169,7 @@ class Encoder:
       pieces.append(rest)
     request = Request(ids, pieces)
     if self._strict:
-      _check(request, options, "option")
+      check_options(request, options, "option")
     return request
 
 
@@ -175,12 +216,12 @@ def evaluate(
     task, shots=shots, seed=seed, train=train, balanced=balanced, normalisation=normalisation,
     separator=separator, sees=encoder.sees)
   try:
-    scores, num_tokens = score_rows(
+    scored = score_rows(
       scorer, encoder, task, rows, front=front, normalisation=normalisation,
       progress=progress)
   except ValueError as error:
     raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
-  return outcome(rows, scores, shots, num_tokens)
+  return outcome(rows, scored.values, shots, scored.num_tokens, scored.num_dropped)
 
 
 def rows_and_front(
@@ -210,17 +251,32 @@ def rows_and_front(
       f"normalisation='null' needs a prompt without content, and the rows of the task {task.name} "
       "have options of their own; use 'auto' or another one."
     )
+  rows, front = drawn(
+    task, shots=shots, seed=seed, train=train, balanced=balanced, separator=separator)
+  if task.metric == "roc_auc" and len({row.label for row in rows}) < 2:
+    raise ValueError(
+      f"the {len(rows)} rows of the task {task.name} all have the label {rows[0].label}, and a ROC "
+      "curve needs both; take more rows."
+    )
+  return rows, front
+
+
+def drawn(
+  task: Task, *, shots: int = 0, seed: int = 0, train: Sequence[Example] | None = None,
+  balanced: bool = False, separator: str = SEPARATOR,
+) -> tuple[list[Example], Front]:
+  """The rows of any task and the demonstrations in front of each; for arguments see `evaluate`."""
   train = task.train or None if train is None else train
-  drawn = demonstrations(task.rows if train is None else train, shots, seed, balanced)
-  used = {row.id for row in drawn}
+  shown = demonstrations(task.rows if train is None else train, shots, seed, balanced)
+  used = {row.id for row in shown}
   rows = [row for row in task.rows if row.id not in used] if train is None else list(task.rows)
   if not rows:
     raise ValueError(
       f"the task {task.name} has {len(task.rows)} rows, all of them demonstrations; give others "
       "with --train."
     )
-  text = "".join(row.demonstration + separator for row in drawn)
-  return rows, Front(text, tuple(path for row in drawn for path in images_of(row)))
+  return rows, Front(
+    tuple(Shot(row.demonstration + separator, images_of(row)) for row in shown))
 
 
 def images_of(row: Example) -> tuple[str, ...]:
@@ -233,8 +289,8 @@ def score_rows(
   scorer: OptionScorer, encoder: Encoder, task: Task, rows: Sequence[Example], *,
   front: Front = NO_FRONT, normalisation: str = "sum", prefix: Prefix | None = None,
   progress: Callable[[int], None] | None = None,
-) -> tuple[np.ndarray, int]:
-  """What the options of each row are compared by, `[N,options] float64`, and the tokens read.
+) -> Scored:
+  """Scores the options of each row.
 
   Args:
     rows: rows of the task.
@@ -247,21 +303,27 @@ def score_rows(
   if normalisation == "null":
     scored.append(rows[0]._replace(prompt=task.null_prompt))
   at_once = encoder.rows_at_once or len(scored)
-  token_scores, num_tokens = [], 0
+  token_scores, num_tokens, num_dropped = [], 0, []
   for start in range(0, len(scored), at_once):
-    of_rows = _requests(encoder, scored[start : start + at_once], front)
+    block = scored[start : start + at_once]
+    read_pictures(encoder, block, front)
+    of_rows, dropped = zip(*(_that_fit(encoder, row, front) for row in block))
+    num_dropped += dropped
     requests = [request for of_row in of_rows for request in of_row]
     if task.words and not start:
-      _check(requests[0], task.words, "label")
+      check_options(requests[0], task.words, "label")
     found = iter(scorer.score(requests, progress, prefix))
     for of_row in of_rows:  # one request with all options, or one a prompt
       token_scores.append([scores for _ in of_row for scores in next(found)])
     num_tokens += sum(len(r.context) + sum(map(len, r.options)) for r in requests)
-  return _normalised(normalisation, token_scores, scored), num_tokens
+  return Scored(
+    _normalised(normalisation, token_scores, scored), num_tokens,
+    np.array(num_dropped[: len(rows)]))
 
 
 def outcome(
-  rows: Sequence[Example], scores: np.ndarray, num_shots: int, num_tokens: int
+  rows: Sequence[Example], scores: np.ndarray, num_shots: int, num_tokens: int,
+  num_dropped: np.ndarray | None = None,
 ) -> Result:
   """The best option of each row, the first of equals, against its label."""
   predictions = scores.argmax(axis=1)
@@ -272,14 +334,76 @@ def outcome(
   return Result(
     accuracy, math.sqrt(accuracy * (1 - accuracy) / len(rows)),
     np.array([row.id for row in rows]), labels, predictions, scores, confusion, num_shots,
-    num_tokens,
+    num_tokens, np.zeros(len(rows), int) if num_dropped is None else num_dropped,
   )
 
 
-def _requests(encoder: Encoder, rows: Sequence[Example], front: Front) -> list[list[Request]]:
+class Figure(NamedTuple):
+  """A figure of merit over rows.
+
+  Attributes:
+    name: of `data.tasks` metrics.
+    value: the figure.
+    standard_error: that of the figure, over rows; NaN if they are too few.
+  """
+
+  name: str
+  value: float
+  standard_error: float
+
+
+def figures(task: Task, result: Result) -> list[Figure]:
+  """What a task is measured by, and its accuracy if that is something else."""
+  found = [Figure("accuracy", result.accuracy, result.standard_error)]
+  if task.metric == "roc_auc":  # the second option is the positive one
+    shares = binary.share_of(result.scores, 1)
+    found.insert(0, Figure(
+      "roc_auc", binary.roc_auc(shares, result.labels),
+      binary.roc_auc_error(shares, result.labels)))
+  return found
+
+
+def read_pictures(encoder: Encoder, rows: Sequence[Example], front: Front) -> None:
+  """Prepares the pictures of rows and of their demonstrations together."""
   paths = [path for row in rows for path in (*row.images, *row.option_images)]
   encoder.read(list(dict.fromkeys([*front.images, *paths])))
-  return [requests_of(encoder, row, front) for row in rows]
+
+
+def _that_fit(encoder: Encoder, row: Example, front: Front) -> tuple[list[Request], int]:
+  """The requests of a row behind as many demonstrations as fit, and how many do not."""
+  def read(requests):  # an option's last token is predicted and never read
+    return max(len(r.context) + max(map(len, r.options)) - 1 for r in requests)
+
+  num_own = len(row.images) + bool(row.option_images)
+  return fitted(
+    encoder, front, num_own, lambda shown: requests_of(encoder, row, shown), read)
+
+
+def fitted(
+  encoder: Encoder, front: Front, num_images: int, make: Callable[[Front], Any],
+  num_read: Callable[[Any], int],
+) -> tuple[Any, int]:
+  """A context behind as many demonstrations as fit, the first of which go first.
+
+  Args:
+    front: all demonstrations.
+    num_images: pictures of the context itself.
+    make: makes the context behind some of the demonstrations; nothing of the context is dropped, so
+      behind none it may be refused, or still be too long.
+    num_read: tokens that the model reads of what was made.
+
+  Returns:
+    What was made, and how many demonstrations were left out.
+  """
+  for start in range(len(front.shots)):
+    shown = Front(front.shots[start:])
+    total_images = len(shown.images) + num_images
+    if encoder.most_images is not None and total_images > encoder.most_images:
+      continue
+    made = make(shown)
+    if encoder.max_length is None or num_read(made) <= encoder.max_length:
+      return made, start
+  return make(NO_FRONT), len(front.shots)
 
 
 def requests_of(encoder: Encoder, row: Example, front: Front = NO_FRONT) -> list[Request]:
@@ -301,7 +425,13 @@ def requests_of(encoder: Encoder, row: Example, front: Front = NO_FRONT) -> list
   ]
 
 
-def _check(request: Request, words: Sequence[str], what: str) -> None:
+def check_options(request: Request, words: Sequence[str], what: str) -> None:
+  """Refuses a word without tokens, or two words of the same ones.
+
+  Args:
+    request: with an option for each word.
+    words: the words. what: what they are, for errors.
+  """
   seen: dict[tuple[int, ...], str] = {}
   for word, option in zip(words, request.options):
     if not option:

@@ -13,7 +13,12 @@ import numpy as np
 
 from lmops_jax.data.image_tokens import ImageTokens
 from lmops_jax.data.multimodal import IMAGE, Picture, parts_of
-from lmops_jax.decoding.image_prompts import PictureEncoder, check_fits, laid_out
+from lmops_jax.decoding.image_prompts import (
+  PictureEncoder,
+  check_fits,
+  laid_out,
+  most_pictures,
+)
 from lmops_jax.decoding.prompts import Prompt
 from lmops_jax.decoding.scoring import Request
 from lmops_jax.evaluation.in_context import Encoder
@@ -31,7 +36,7 @@ class SeeingEncoder(Encoder):
     tokenizer: the model's.
     ids: of `decoding.image_prompts.image_tokens`.
     pictures: makes the vectors.
-    max_length: positions of the model.
+    max_length: positions of the model; demonstrations without room are left out.
   """
 
   sees = True
@@ -40,8 +45,9 @@ class SeeingEncoder(Encoder):
   def __init__(
     self, tokenizer, ids: ImageTokens, pictures: PictureEncoder, max_length: int
   ):
-    super().__init__(tokenizer)
-    self._ids, self._pictures, self._max_length = ids, pictures, max_length
+    super().__init__(tokenizer, max_length=max_length)
+    self._ids, self._pictures = ids, pictures
+    self.most_images = most_pictures(ids, max_length)
     self._behind = Encoder(tokenizer, start=())
 
   def read(self, images: Sequence[str]) -> None:
@@ -63,7 +69,7 @@ class SeeingEncoder(Encoder):
     front, place, last = context.rpartition(IMAGE)
     parts, _ = parts_of(front + place, [picture_at(path) for path in images], "a context")
     row = laid_out(parts, self._tokenizer, self._ids)
-    check_fits(row, self._ids, self._max_length, "a context")
+    check_fits(row, self._ids, self.max_length, "a context")
     seen, = self._pictures.prompts([row])
     behind = self._behind.split(last.lstrip(), options)
     index = np.concatenate([row.vectors, np.full(len(behind.context), -1, np.int32)])

@@ -74,6 +74,11 @@ def _losses(params, batch, model=MODEL):
   return -jnp.mean(jax.nn.log_softmax(logits)[..., 3], axis=1)
 
 
+def _only(batch, *rows):
+  """A batch of these rows again and again, for the program of whole batches."""
+  return {name: np.asarray(x)[np.resize(rows, B)] for name, x in batch.items()}
+
+
 @pytest.fixture(scope="module")
 def logits():
   return _apply(_params(), **_batch(), method=_whole)
@@ -86,9 +91,8 @@ def test_rows_score_as_alone(logits):
   got = _apply(_params(), **batch, method=_whole)
   assert np.abs(got[0] - got[2])[-1].max() > 1e-3
   for row in (0, 1, 2, 3):
-    alone = _apply(_params(), **{name: x[row : row + 1] for name, x in batch.items()},
-                   method=_whole)
-    np.testing.assert_allclose(got[row], alone[0], rtol=1e-4, atol=1e-5)
+    alone = _apply(_params(), **_only(batch, row), method=_whole)
+    np.testing.assert_allclose(got[row], alone[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_later_images_and_words_do_not_reach_earlier_logits(logits):
@@ -146,9 +150,9 @@ def test_rows_and_images_draw_by_keys_of_their_own():
   batch, keys = _batch(), jax.random.split(jax.random.key(9), B)
   batch["images"][:, 1] = batch["images"][:, 0]
   got = _apply(_params(), **batch, keys=keys, model=model, method=_whole)
-  alone = _apply(_params(), **{name: x[2:4] for name, x in batch.items()}, keys=keys[2:4],
+  alone = _apply(_params(), **_only(batch, 2, 3), keys=keys[np.resize([2, 3], B)],
                  model=model, method=_whole)
-  np.testing.assert_allclose(got[2:4], alone, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got[2:4], alone[-2:], rtol=1e-4, atol=1e-5)
   of_tower = dataclasses.replace(dropping, connector=CONFIG.connector)
   of_connector = dataclasses.replace(dropping, vision=CONFIG.vision)
   for config in (of_tower, of_connector):
