@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -69,10 +70,18 @@ def write(folder: Path, *, seed: int = 0, spread: float = 20.0, **changes) -> Pa
   return folder
 
 
-def write_docked(folder: Path, *, seed: int = 0, max_length: int = 64) -> Path:
-  """A model of the type of Kosmos of random weights that sees; returns the folder."""
+def write_docked(
+  folder: Path, *, seed: int = 0, max_length: int = 64, words: Sequence[str] = ()
+) -> Path:
+  """A model of the type of Kosmos of random weights that sees; returns the folder.
+
+  Args:
+    words: further ones of its vocabulary, which swallow the blanks on their left.
+  """
   tokenizer = byte_tokenizer()
   tokenizer.add_special_tokens(["<pad>", "<image>", "</image>", "</line>"])
+  tokenizer.add_tokens([
+    tokenizers.AddedToken(word, lstrip=True, normalized=False) for word in words])
   fields = {
     "model_type": "kosmos-2", "latent_query_num": 4, "bos_token_id": 0,
     "eos_token_id": 1, "architectures": ["Kosmos2ForConditionalGeneration"],

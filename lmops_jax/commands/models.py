@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
-from lmops_jax.commands import prompts, score
+from lmops_jax.commands import grounding, prompts, score
 from lmops_jax.host import progress
 
 COMMANDS = {
@@ -26,6 +27,8 @@ examples:
   lmops generate --model MODEL --prompt "..." --temperature 0.8 --top-p 0.9 --seed 1
   lmops generate --model MODEL --chat --prompt "Name three rivers." --beams 4
   lmops generate --model KOSMOS --image photo.png --prompt "An image of" --beams 5
+  lmops generate --model KOSMOS --image photo.png --prompt "<grounding> An image of" \\
+      --draw found.png
   lmops score --model MODEL --task sst2.jsonl --labels negative,positive --shots 8 \\
       --template "Review: {text}\\nSentiment:{label}"
   lmops score --model MODEL --task copa --data COPA_FOLDER --shots 8 --normalise auto
@@ -79,7 +82,8 @@ def _generate_parser(parser) -> None:
       "where it has <image>; a single one without a place stands in front; may be given several "
       "times")
   add("--prompts", metavar="FILE", help='further prompts: JSON lines with "prompt" and perhaps '
-      '"images": [paths], or plain lines')
+      '"images": [paths], "boxes" with their "box_unit", or plain lines')
+  grounding.add_options(parser)
   add("--chat", action="store_true", help="put each prompt into the model's chat template")
   add("--system", metavar="TEXT", help="system message in front of a chat")
   add("--max-new-tokens", type=int, default=64)
@@ -151,11 +155,13 @@ def _partitioner(text: str | None):
 
 
 def _generate(arguments) -> None:
-  rows = prompts.given(arguments.prompt, arguments.image, arguments.prompts)
+  rows = prompts.given(
+    arguments.prompt, arguments.image, arguments.prompts, arguments.box, arguments.box_unit)
   if arguments.system is not None and not arguments.chat:
     raise ValueError("--system is a message in front of a chat; add --chat, or leave it out.")
-  if arguments.chat and any(row.pictures for row in rows):
-    raise ValueError("--chat formats texts only; leave it out for prompts with pictures.")
+  if arguments.chat and any(row.pictures or row.boxes for row in rows):
+    raise ValueError("--chat formats texts only; leave it out for prompts with pictures or boxes.")
+  grounding.check(arguments, rows)
   from lmops_jax.data.supervised import encode_behind, front_ids
   from lmops_jax.decoding import GenerationOptions, Generator, image_prompts
   from lmops_jax.decoding.generate import checked_prompts
@@ -170,6 +176,12 @@ def _generate(arguments) -> None:
   given = {name: getattr(arguments, name) for name in names}
   options = GenerationOptions(**{k: v for k, v in given.items() if v is not None})
   source, tokenizer, partitioner = _load(arguments)
+  settings = source.image_settings()
+  words = grounding.find(arguments, rows, tokenizer)
+  sizes = {}
+  if words is not None:
+    sizes = grounding.sizes(picture for row in rows for picture in row.pictures)
+    rows = grounding.inserted(rows, words, sizes)
   texts = [row.text for row in rows]
   if arguments.chat:
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -177,17 +189,17 @@ def _generate(arguments) -> None:
       tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
       for text in texts
     ]
-  settings = source.image_settings()
   laid_out = _laid_out(rows, source, tokenizer, settings is not None)
   front = [] if arguments.chat else front_ids(tokenizer)
-  config = source.decoder.config
-  checked_prompts(config, [
+  ids = [
     encode_behind(front, tokenizer, text) if row is None else row.tokens.tolist()
     for text, row in zip(texts, laid_out)
-  ], options, tokenizer.bos_id)
+  ]
+  checked_prompts(source.decoder.config, ids, options, tokenizer.bos_id)
   pictures = [picture for row in rows for picture in row.pictures]
   image_prompts.check_pictures(pictures, settings)
   params = source.params(partitioner)
+  begun = time.perf_counter()
   if pictures:
     encoder = image_prompts.PictureEncoder(source.model, params, settings, partitioner)
     seen = iter(encoder.prompts([row for row in laid_out if row is not None]))
@@ -195,23 +207,36 @@ def _generate(arguments) -> None:
     del encoder
   generator = Generator(source.decoder, source.of_decoder(params), tokenizer, partitioner)
   del params  # the generator has its own copy of the layers
-  if len(texts) == 1 and options.num_beams == options.num_return_sequences == 1 and not (
-    arguments.json
-  ):
+  single = len(texts) == 1 and options.num_beams == options.num_return_sequences == 1
+  if single and words is None and not arguments.json:
     _stream(generator, texts, options, arguments)
-    return
-  answers = generator.generate(
-    texts, options, stop=arguments.stop, add_special=not arguments.chat
-  )
-  per_prompt = len(answers) // len(texts)
-  for i, answer in enumerate(answers):
-    row = rows[i // per_prompt]
+  else:
+    answers = grounding.generate(arguments, generator, texts, options, words, ids)
+    _show(arguments, rows, answers, grounding.read(words, rows, ids, answers, arguments, sizes))
+  if pictures:
+    seconds = time.perf_counter() - begun
+    print(f"lmops: {len(pictures)} pictures in {seconds:.1f} s, compilation included: "
+          f"{len(pictures) / seconds:.3g} pictures/s", file=sys.stderr)
+
+
+def _show(arguments, rows, answers, read) -> None:
+  """Prints answers, and writes what they locate.
+
+  Args:
+    read: for each answer what it says about boxes, or None.
+  """
+  for i, (answer, grounded) in enumerate(zip(answers, read, strict=True)):
+    row = rows[i // (len(answers) // len(rows))]
     if arguments.json:
       images = {"images": [picture.where for picture in row.pictures]} if row.pictures else {}
-      print(json.dumps({"prompt": row.text, **images, **answer._asdict()}))
-    else:
-      print(answer.text if len(answers) == 1 else f"[{i // per_prompt}] {answer.text}")
-
+      located = {} if grounded is None else grounded.record()
+      print(json.dumps({"prompt": row.text, **images, **answer._asdict(), **located}))
+      continue
+    lines = [answer.text] if grounded is None else grounded.lines()
+    number = f"[{i // (len(answers) // len(rows))}] " if len(answers) > 1 else ""
+    print(number + "\n".join(lines))
+  if arguments.boxes or arguments.draw:
+    grounding.write(arguments, read)
 
 def _laid_out(rows, source, tokenizer, sees: bool) -> list:
   """The tokens of each prompt with pictures, None of others; all checks that need no pixels."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from lmops_jax.commands import scored_tasks
+from lmops_jax.commands.outputs import check_writable
 from lmops_jax.host import progress
 
 SEEING = "take a model with an image encoder, such as one of the family kosmos-2"
@@ -75,7 +76,7 @@ def run(arguments, load) -> None:
     _show_prompts(way.rows[: arguments.show_prompts], way.front)
     return
   if arguments.output:
-    _check_output(arguments.output)
+    check_writable("--output", arguments.output)
   if task.skipped:
     print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
           "empty or repeated one, or no answer.", file=sys.stderr)
@@ -254,14 +255,3 @@ def _refuse_given(arguments, defaults: dict, why: str) -> None:
   for name, default in defaults.items():
     if getattr(arguments, name) != default:
       raise ValueError(f"{why}, so that {_option(name)} changes nothing; leave it out.")
-
-
-def _check_output(path: str) -> None:
-  """Opens the file, which is written at the end, so that hours of scoring are not lost then."""
-  file = Path(path).expanduser()
-  if not file.parent.is_dir():
-    raise ValueError(f"--output {path} lies in a folder that does not exist; make it first.")
-  try:
-    file.open("a").close()
-  except OSError as error:
-    raise ValueError(f"--output {path} cannot be written ({error.strerror}).") from error

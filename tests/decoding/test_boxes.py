@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from lmops_jax.data.boxes import BoxTokens
 from lmops_jax.decoding import GenerationOptions, Generator
-from lmops_jax.decoding.boxes import BoxTokens, Place, box_grammar
+from lmops_jax.decoding.boxes import Place, box_grammar, end_of
 
 END, PAD = 2, 1
 
@@ -64,6 +65,21 @@ def test_the_grammar_is_all_its_texts():
     texts = [texts[r] + alphabet[t] for r, t in zip(row, token)]
     state = advance(tuple(x[row] for x in state), token)
     assert len(set(texts)) == len(texts)
+    # A prompt that ends there is gone on with in the same way.
+    for text, place, corner in zip(texts[::499], *(np.asarray(x)[::499] for x in state)):
+      own = end_of(grammar.tokens, 2, [*map(alphabet.index, text)])
+      assert own == (place, corner if place == Place.CORNER else 0), text
+
+
+@pytest.mark.parametrize("text, end", [
+  ("", (Place.TEXT, 0)), ("w<w>w", (Place.TEXT, 0)), ("w<", (Place.PHRASE, 0)),
+  ("[w", (Place.TEXT, 0)), ("<w>[ab", (Place.BOX, 0)), ("[ab,c", (Place.CORNER, 2)),
+  ("[abc", (Place.TEXT, 0)), ("[ab]ab", (Place.TEXT, 0)), ("w>", (Place.NAMED, 0)),
+])
+def test_where_a_prompt_of_any_kind_ends(text, end):
+  ids = [5 if c == "w" else "<>[],".find(c) + 10 if c in "<>[]," else 16 + "abcd".index(c)
+         for c in text]
+  assert end_of(TOKENS, 4, ids) == end
 
 
 TOKENS = BoxTokens(10, 11, 12, 13, 14, 16)  # and 16 locations
