@@ -70,6 +70,11 @@ def box_words(token_id: Callable[[str], int | None]) -> BoxWords:
   return BoxWords(tags, token_id(boxes.GROUNDING), grid)
 
 
+def appended_box_words(vocabulary: Vocabulary, words: Sequence[str]) -> BoxWords:
+  """Those among the words that follow a vocabulary (`image_tokens.appended`)."""
+  return box_words({word: vocabulary.vocab_size + i for i, word in enumerate(words)}.get)
+
+
 def trimmed(text: str, spans: Iterable[Located]) -> GroundedText:
   """A text without the blanks at its ends, its stretches moved along."""
   start, end = len(text) - len(text.lstrip()), len(text.rstrip())

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmops_jax.config.setting_types import Count, PositiveInt, component
+from lmops_jax.data.boxes import grounding_words
 from lmops_jax.data.grounded_text import BoxWords, with_boxes
 from lmops_jax.data.multimodal import LeftOut, Part, Picture, Record
 from lmops_jax.text.vocabularies import Vocabulary
@@ -109,6 +110,15 @@ def appended(
     pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id, image_id=ids["<image>"],
     image_end_id=ids["</image>"], line_end_id=ids["</line>"], num_slots=num_slots,
   )
+
+
+def special_words(grid: int | None) -> tuple[str, ...]:
+  """The words that follow a vocabulary: Kosmos-1's, and with a grid of cells those of Kosmos-2.
+
+  Args:
+    grid: cells in a row and in a column, 32 in the published model; None: no words for boxes.
+  """
+  return KOSMOS_WORDS if grid is None else (*KOSMOS_WORDS, *grounding_words(grid))
 
 
 class Encoded(NamedTuple):
