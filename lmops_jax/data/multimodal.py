@@ -138,6 +138,13 @@ class LeftOut:
       for name in of_reason:
         self.add(reason, name)
 
+  def merge(self, other: LeftOut) -> None:
+    """Adds what another one has counted and named."""
+    self.counts.update(other.counts)
+    for reason, names in other.named.items():
+      mine = self.named.setdefault(reason, [])
+      mine += names[: _MAX_NAMED - len(mine)]
+
   def __str__(self) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in sorted(self.counts.items())) or "nothing"
 

@@ -24,8 +24,13 @@ from lmops_jax.training import loop
 _WORD_FIELDS = ("tokens", "targets", "positions", "segment_ids")
 
 
-def vocabulary_size(model: DockedConfig, vocabulary: Any) -> int:
+def vocabulary_size(
+  model: DockedConfig, vocabulary: Any, words: Sequence[str] = KOSMOS_WORDS
+) -> int:
   """V, before any text is read.
+
+  Args:
+    words: the special ones, which follow those of the vocabulary.
 
   Raises:
     ConfigError: when it is not known yet.
@@ -38,7 +43,7 @@ def vocabulary_size(model: DockedConfig, vocabulary: Any) -> int:
       "the vocabulary's size is not known before its file is read; set it, for example with "
       "--gin.text/models.TransformerConfig.vocab_size=64007."
     )
-  return own + len(KOSMOS_WORDS)
+  return own + len(words)
 
 
 def abstract_batch(
@@ -80,54 +85,59 @@ def _abstract_state(learner, partitioner):
 
 def phase(
   config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner,
-  platform: str,
+  platform: str, words: Sequence[str] = KOSMOS_WORDS,
 ) -> Phase:
   """Training of the full model.
 
   Activations are the estimate of `sizing.activations` for the decoder, by the largest part of a
   group, and of the tower's blocks that are trained, forward for the others.
   """
-  docked = training.docked_model(model, vocabulary_size(model, vocabulary))
+  docked = training.docked_model(model, vocabulary_size(model, vocabulary, words))
   arm = training.ARMS[training.FULL]
   state = _abstract_state(training.learner(docked, config, arm, partitioner), partitioner)
   batch = abstract_batch(config, arm.parts, model.vision.image_size, partitioner)
   params = device_bytes(state.params)
+  trains_tower = training.tower_is_trained(config.optimizer, state.params)
   parts = {
     "params": params, "opt_state": device_bytes(state.opt_state),
     "accumulators": params * (1 + (config.accumulate > 1)), "data": device_bytes(batch),
-    "activations": _activation_bytes(config, docked.config, partitioner, platform),
+    "activations": _activation_bytes(
+      config, docked.config, partitioner, platform, trains_tower),
   }
   return Phase(
     "train", sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
-    config.num_steps * config.num_groups * training.group_flops(docked.config, config.shapes),
+    config.num_steps * config.num_groups * training.group_flops(
+      docked.config, config.shapes, trains_tower),
     config.num_steps, parts,
     f"{config.num_groups} groups in {config.accumulate} micro-batches",
     (f"a smaller micro-batch (kosmos.Training.accumulate above {config.accumulate})",
      f"more devices on mesh.make.fsdp (now {partitioner.mesh.shape['fsdp']})"))
 
 
-def _activation_bytes(config, model, partitioner, platform) -> float:
+def _activation_bytes(config, model, partitioner, platform, trains_tower: bool) -> float:
   groups = config.num_groups / config.accumulate / partitioner.num_batch_shards
   mesh = partitioner.mesh.shape
   sizes = {"platform": platform, "num_fsdp": mesh["fsdp"], "num_tensor": mesh["tensor"]}
   vision, total = model.vision, 0.0
+  num_trained = vision.trunk.num_layers if trains_tower else vision.top_layers
   for shape in config.shapes.values():
     total += activations.activation_bytes(
       model.text, groups * shape.rows, shape.length, **sizes)
     if shape.pictures:
       blocks = dataclasses.replace(
-        vision.stack(max(vision.top_layers, 1)), vocab_size=1)  # it looks up no word
+        vision.stack(max(num_trained, 1)), vocab_size=1)  # it looks up no word
       total += activations.activation_bytes(
         blocks, groups * shape.rows * shape.pictures,
-        1 + vision.num_patches, unembedding=False, backward=vision.top_layers > 0, **sizes)
+        1 + vision.num_patches, unembedding=False, backward=num_trained > 0, **sizes)
   return total
 
 
 def program(
-  config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner
+  config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner,
+  words: Sequence[str] = KOSMOS_WORDS,
 ) -> Program:
   """The step of the full model's training."""
-  docked = training.docked_model(model, vocabulary_size(model, vocabulary))
+  docked = training.docked_model(model, vocabulary_size(model, vocabulary, words))
   arm = training.ARMS[training.FULL]
   learner = training.learner(docked, config, arm, partitioner)
   state = _abstract_state(learner, partitioner)
@@ -139,4 +149,5 @@ def program(
     return step.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
 
   return Program(
-    "train", lower, config.num_groups * training.group_flops(docked.config, config.shapes))
+    "train", lower, config.num_groups * training.group_flops(
+      docked.config, config.shapes, training.tower_is_trained(config.optimizer, state.params)))

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import annotated_types as at
+
 from lmops_jax.config.setting_types import (
   ExistingPath,
   Name,
@@ -25,8 +27,10 @@ from lmops_jax.config.setting_types import (
 )
 from lmops_jax.data import instance_writing, instances, packing
 from lmops_jax.data.documents import Corpus
+from lmops_jax.data.grounded_crops import fitted
+from lmops_jax.data.grounded_text import appended_box_words
 from lmops_jax.data.image_rows import ImageRows, write_rows
-from lmops_jax.data.image_tokens import ImageTokens, appended, encode_records
+from lmops_jax.data.image_tokens import ImageTokens, appended, encode_records, special_words
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.mixture import Mixture
 from lmops_jax.data.multimodal import ImageCorpus, LeftOut, sound
@@ -84,6 +88,8 @@ class Pretrain:
     clip: a published CLIP model whose vision tower is the first one; None draws it.
     too_long: what becomes of records beyond a row, see `image_rows.write_rows`.
     pictures_per_document: at most.
+    grid: cells in a row of the words for boxes, which follow the special tokens (Kosmos-2: 32);
+      None: a vocabulary without them, as that of Kosmos-1.
     seed: of initialisation and order.
 
   Raises:
@@ -101,6 +107,7 @@ class Pretrain:
   clip: ExistingPath | None = None
   too_long: Literal[TOO_LONG] = "cut"
   pictures_per_document: PositiveInt = 5
+  grid: Annotated[int, at.Ge(1), at.Le(100)] | None = None
   seed: Seed = 0
 
   name = "kosmos_pretrain"
@@ -126,6 +133,11 @@ class Pretrain:
           f"{num} sources of the part {part!r} are called {name!r}; give them different names.")
 
   @property
+  def words(self) -> tuple[str, ...]:
+    """The special tokens, which follow those of the vocabulary."""
+    return special_words(self.grid)
+
+  @property
   def sources(self) -> dict[str, Sequence[Texts] | Sequence[Pictures]]:
     """By part."""
     return {TEXT: self.texts, PAIRS: self.pairs, INTERLEAVED: self.documents}
@@ -139,7 +151,7 @@ class Pretrain:
       skeleton.Stage(
         "rows", self._rows, together=False,
         reads=("texts", "pairs", "documents", "vocabulary", "model.connector", "images", *shapes,
-               "too_long", "pictures_per_document"), checks=("model",)),
+               "too_long", "pictures_per_document", "grid"), checks=("model",)),
       skeleton.Stage(
         "train", functools.partial(self._train, partitioner=partitioner), inputs=("rows",),
         reads=("training", "model", "clip", "seed", "images"), result="model"),
@@ -148,7 +160,8 @@ class Pretrain:
 
   def _rows(self, context: pipeline.StageContext) -> None:
     vocabulary = corpora.build_vocabulary(context, self.vocabulary, self._all_texts())
-    ids = appended(vocabulary, self.model.vectors_per_image)
+    ids = appended(vocabulary, self.model.vectors_per_image, self.words)
+    box_words = None if self.grid is None else appended_box_words(vocabulary, self.words)
     write_json(context.directory / _IDS_FILE, dataclasses.asdict(ids))
     counts: dict[str, Mapping[str, int]] = {}
     for source in self.texts:
@@ -165,8 +178,11 @@ class Pretrain:
       for source in sources:
         left_out = LeftOut()
         found = sound(source.corpus.records(left_out), self.images, left_out)
+        encoded = encode_records(
+          fitted(found, self.images, left_out), vocabulary, ids, words=box_words,
+          left_out=left_out)
         counts[f"{part}/{source.name}"] = write_rows(
-          context.directory / part / source.name, encode_records(found, vocabulary, ids), ids,
+          context.directory / part / source.name, encoded, ids,
           length=shape.length, pictures_per_row=shape.pictures,
           pictures_per_example=min(shape.pictures, self.pictures_per_document),
           too_long=self.too_long) | dict(left_out.counts)
@@ -196,7 +212,7 @@ class Pretrain:
       context, config=self.training, docked=training.docked_model(self.model, ids.vocab_size),
       arm=training.ARMS[training.FULL], seed=self.seed, source=self._groups(folder),
       vocabulary=corpora.open_vocabulary(folder),
-      tower=None if self.clip is None else self._tower, partitioner=partitioner)
+      tower=None if self.clip is None else self._tower, partitioner=partitioner, words=self.words)
 
   def _tower(self) -> Any:
     """The tower of the published model, with the top layers that are trained in a stack apart."""
@@ -232,11 +248,12 @@ class Pretrain:
 
   def phases(self, partitioner, memory, *, platform: str, **sizes):
     """What training takes, from shapes alone; see `plan.phase`."""
-    return [plan.phase(self.training, self.model, self.vocabulary, partitioner, platform)]
+    return [plan.phase(
+      self.training, self.model, self.vocabulary, partitioner, platform, self.words)]
 
   def programs(self, partitioner, memory, **sizes):
     """The training step, to compile ahead of time."""
-    return [plan.program(self.training, self.model, self.vocabulary, partitioner)]
+    return [plan.program(self.training, self.model, self.vocabulary, partitioner, self.words)]
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The loss and the rows of a finished run, for the terminal."""
