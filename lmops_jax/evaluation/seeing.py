@@ -21,7 +21,7 @@ from lmops_jax.decoding.image_prompts import (
 )
 from lmops_jax.decoding.prompts import Prompt
 from lmops_jax.decoding.scoring import Request
-from lmops_jax.evaluation.in_context import Encoder
+from lmops_jax.evaluation.in_context import Encoder, check_options
 
 
 def picture_at(path: str | Picture) -> Picture:
@@ -65,8 +65,8 @@ class SeeingEncoder(Encoder):
       images: the pictures that stand for each `<image>` of the context, or their paths.
 
     Raises:
-      ValueError: another number of pictures than places, more than the model has room for, or one
-        that cannot be read.
+      ValueError: another number of pictures than places, more than the model has room for, one that
+        cannot be read, or options without tokens or of the same ones.
     """
     if not images:
       return super().split(context, options)
@@ -76,6 +76,7 @@ class SeeingEncoder(Encoder):
     check_fits(row, self._ids, self.max_length, "a context")
     seen, = self._pictures.prompts([row])
     behind = self._behind.split(last.lstrip(), options)
+    check_options(behind, options, "option")
     index = np.concatenate([row.vectors, np.full(len(behind.context), -1, np.int32)])
     return behind._replace(
       context=Prompt([*seen.ids, *behind.context], seen.vectors, index))
