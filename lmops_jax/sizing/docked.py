@@ -1,0 +1,145 @@
+"""What a docked language model takes: operations of a training step, and bytes of its pictures.
+
+The tower's and the decoder's arithmetic is analytic, as in `flops`. A connector is any module, so
+its matrix products are counted in its own traced program, and what its backward pass keeps is read
+from the program too. The layers of the tower below `top_layers` are taken to be frozen: they have
+a forward pass alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+
+from lmops_jax.models.docked import DockedConfig
+from lmops_jax.models.partitioning import unboxed
+from lmops_jax.models.vision import NUM_CHANNELS
+from lmops_jax.sizing import activations, flops
+
+
+class Shape(Protocol):
+  """Rows of one part of a group: their length, the pictures of each, and their number."""
+
+  length: int
+  pictures: int
+  rows: int
+
+
+def group_flops(config: DockedConfig, shapes: Iterable[Shape]) -> float:
+  """Operations of a training step for each group of rows.
+
+  What a connector computes once for all pictures, such as its latents' keys, is left out.
+  """
+  of_picture = picture_flops(config)
+  return sum(
+    shape.rows * (
+      3 * shape.length * flops.forward_flops_per_token(config.text, shape.length)
+      + shape.pictures * of_picture)
+    for shape in shapes)
+
+
+def picture_flops(config: DockedConfig) -> float:
+  """Operations of a training step for each picture: tower and connector."""
+  vision = config.vision
+  num = 1 + vision.num_patches
+  embedding = 2 * vision.num_patches * vision.patch_size**2 * NUM_CHANNELS * vision.trunk.width
+  blocks = {
+    part: num * flops.forward_flops_per_token(stack, num, unembedding=False)
+    for part, stack in _stacks(config).items()}
+  return embedding + sum(
+    (1 + 2 * (part == "top")) * cost for part, cost in blocks.items()) + _connector_flops(config)
+
+
+def picture_bytes(config: DockedConfig, images: float, **sizes) -> float:
+  """Bytes on one device of the activations of tower and connector for one micro-batch.
+
+  Args:
+    images: pictures of the micro-batch on this device.
+    sizes: `platform`, `num_fsdp` and `num_tensor` of `activations.activation_bytes`.
+  """
+  num = 1 + config.vision.num_patches
+  towers = [
+    activations.activation_bytes(
+      dataclasses.replace(stack, vocab_size=1), images, num,  # it looks up no word
+      unembedding=False, backward=part == "top", **sizes)
+    for part, stack in _stacks(config).items()]
+  of_input = 4 * NUM_CHANNELS * config.vision.image_size**2
+  return images * of_input + max(towers) + images * _connector_bytes(config)
+
+
+def product_flops(function: Callable, *arguments: Any) -> float:
+  """Operations of the matrix products that a function computes, from its traced program.
+
+  A scanned body counts as often as it runs.
+  """
+  return _products(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _stacks(config: DockedConfig) -> Mapping[str, Any]:
+  vision = config.vision
+  stacks = {"trunk": vision.stack(vision.trunk.num_layers - vision.top_layers)}
+  return stacks | ({"top": vision.stack(vision.top_layers)} if vision.top_layers else {})
+
+
+@functools.lru_cache(maxsize=16)
+def _connector_flops(config: DockedConfig) -> float:
+  one, two = (product_flops(_pull(config), *_connector_inputs(config, num)) for num in (1, 2))
+  return two - one
+
+
+@functools.lru_cache(maxsize=16)
+def _connector_bytes(config: DockedConfig) -> float:
+  """What a backward pass keeps of each picture."""
+  def kept(num):
+    params, features, _ = _connector_inputs(config, num)
+    pull = jax.eval_shape(lambda *given: jax.vjp(_connect(config), *given)[1], params, features)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pull))
+
+  return kept(2) - kept(1)
+
+
+def _connect(config: DockedConfig) -> Callable:
+  module = config.connector.module(config.text, config.vision.trunk.width)
+  return lambda params, features: module.apply({"params": params}, features)
+
+
+def _connector_inputs(config: DockedConfig, num: int) -> tuple[Any, Any, Any]:
+  """Shapes of parameters, features, and the cotangent of the vectors."""
+  width, dtype = config.vision.trunk.width, jnp.dtype(config.text.dtype)
+  features = jax.ShapeDtypeStruct((num, 1 + config.vision.num_patches, width), dtype)
+  module = config.connector.module(config.text, width)
+  params = unboxed(jax.eval_shape(module.init, jax.random.key(0), features)["params"])
+  return params, features, jax.eval_shape(_connect(config), params, features)
+
+
+def _pull(config: DockedConfig) -> Callable:
+  """The connector forwards and backwards, to the features if a layer below them is trained."""
+  connect = _connect(config)
+
+  def pull(params, features, cotangent):
+    if config.vision.top_layers:
+      out, back = jax.vjp(connect, params, features)
+    else:
+      out, back = jax.vjp(lambda params: connect(params, features), params)
+    return out, back(cotangent)
+
+  return pull
+
+
+def _products(jaxpr) -> float:
+  total = 0.0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+    inner = sum(_products(sub) for sub in jaxprs_in_params(equation.params))
+    total += inner * equation.params.get("length", 1)
+  return total
