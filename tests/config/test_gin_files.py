@@ -18,6 +18,11 @@ OWED = {
     "TEXT_PATH = '/data/text'", "PAIRS_PATH = '/data/pairs'", "DOCUMENTS_PATH = '/data/pages'",
     "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'",
   ],
+  "kosmos/kosmos2_instruct.gin": [
+    "START = '/data/kosmos2'", "TEXT_PATH = '/data/text'", "QUESTIONS_PATH = '/data/llava.jsonl'",
+    "INSTRUCTIONS_PATH = '/data/instructions'", "GRIT_PATH = '/data/grit'",
+    "DOCUMENTS_PATH = '/data/pages'", "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'",
+  ],
   "kosmos/kosmos2_paper.gin": [
     "TEXT_PATH = '/data/text'", "PAIRS_PATH = '/data/pairs'", "GRIT_PATH = '/data/grit'",
     "DOCUMENTS_PATH = '/data/pages'", "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'",
@@ -40,7 +45,7 @@ PAPER_SIZES = [f"pds/paper_{size}.gin" for size in ("1.7b", "160m", "1b", "470m"
 OWED |= dict.fromkeys(PAPER_SIZES, OWED["pds/paper.gin"])
 RUNS = [
   "kosmos/default.gin", "kosmos/grit.gin", "kosmos/grit_shards.gin", "kosmos/kosmos1_paper.gin",
-  "kosmos/kosmos2_paper.gin", "kosmos/smoke.gin",
+  "kosmos/kosmos2_instruct.gin", "kosmos/kosmos2_paper.gin", "kosmos/smoke.gin",
   "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
   "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
   "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",

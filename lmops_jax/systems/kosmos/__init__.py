@@ -4,7 +4,8 @@ Importing this package registers everything its gin files name.
 """
 
 from lmops_jax.systems.kosmos.grit import Grit
+from lmops_jax.systems.kosmos.instructions import InstructionJsonl
 from lmops_jax.systems.kosmos.pretrain import Pretrain
 from lmops_jax.systems.kosmos.system import Kosmos
 
-__all__ = ["Grit", "Kosmos", "Pretrain"]
+__all__ = ["Grit", "InstructionJsonl", "Kosmos", "Pretrain"]

@@ -28,7 +28,7 @@ from lmops_jax.config.setting_types import (
   component,
 )
 from lmops_jax.data.grounded_text import appended_box_words
-from lmops_jax.data.image_tokens import ImageTokens, appended, special_words
+from lmops_jax.data.image_tokens import KOSMOS_WORDS, ImageTokens, appended, special_words
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.mixture import Mixture
 from lmops_jax.data.multimodal import LeftOut
@@ -69,7 +69,8 @@ class Pretrain:
     instruction_rows: their shape, without pictures.
     images: how pictures become pixels.
     clip: a published CLIP model whose vision tower is the first one; None draws it.
-    start: the model folder of an earlier run to go on from, with fresh optimizer state.
+    start: the model folder of an earlier run to go on from, with fresh optimizer state; words for
+      boxes that it lacks, as Kosmos-1's does, are drawn.
     too_long: what becomes of records beyond a row, see `image_rows.write_rows`.
     pictures_per_document: at most.
     grid: cells in a row of the words for boxes, which follow the special tokens (Kosmos-2: 32);
@@ -214,7 +215,9 @@ class Pretrain:
 
   def _check_start(self, ids: ImageTokens) -> None:
     if self.start is not None:
-      starts.check_folder(self.start, training.docked_model(self.model, ids.vocab_size).config)
+      starts.check_folder(
+        self.start, training.docked_model(self.model, ids.vocab_size).config,
+        len(self.words) - len(KOSMOS_WORDS))
 
   def _all_texts(self) -> Iterator[str]:
     """The texts that the vocabulary may be made from."""
@@ -270,7 +273,7 @@ class Pretrain:
   def _initial(self, docked):
     """A function that makes the first parameters, or None to draw them."""
     if self.start is not None:
-      return lambda: starts.folder_params(self.start)
+      return lambda: starts.folder_params(self.start, docked, self.seed)
     if self.clip is None:
       return None
 

@@ -9,13 +9,18 @@ from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any
 
-from lmops_jax.models.docked import DockedConfig
+import jax
+import numpy as np
+
+from lmops_jax.models.docked import DockedConfig, DockedLM
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.vision import VisionConfig, with_top
 from lmops_jax.pretrained import importing
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.families import by_name
+from lmops_jax.training import loop
 
+_EMBEDDING = "text/embedding"
 _SHOWN = {
   "trunk": ("num_layers", "width", "num_heads", "mlp_width", "activation", "norm_eps"),
   "vision": ("image_size", "patch_size"),
@@ -49,8 +54,13 @@ def clip_tower(path: str | PathLike, vision: VisionConfig) -> Any:
   return with_top(found, vision.top_layers) if vision.top_layers else found
 
 
-def check_folder(path: str | PathLike, model: DockedConfig) -> None:
-  """Raises ValueError unless the folder holds a docked model with parameters of these shapes."""
+def check_folder(path: str | PathLike, model: DockedConfig, num_added: int = 0) -> None:
+  """Raises ValueError unless the folder holds a docked model with parameters of these shapes.
+
+  Args:
+    num_added: words at the vocabulary's end that the folder's model may lack, all of them, as
+      Kosmos-1 lacks those for boxes.
+  """
   found = model_lib.load(path)
   family = by_name(found.family)
   if family.config is not DockedConfig:
@@ -61,8 +71,10 @@ def check_folder(path: str | PathLike, model: DockedConfig) -> None:
   theirs, ours = (
     dict(_shapes(unboxed(importing.abstract_params(family, config))))
     for config in (found.config, model))
+  num_words, *width = ours[_EMBEDDING]
   for name in sorted({*theirs, *ours}):
-    if theirs.get(name) != ours.get(name):
+    lacks_words = name == _EMBEDDING and theirs.get(name) == (num_words - num_added, *width)
+    if theirs.get(name) != ours.get(name) and not lacks_words:
       there, here = (shapes.get(name, "missing") for shapes in (theirs, ours))
       raise ValueError(
         f"the parameter {name} is {there} in kosmos.Pretrain.start={str(path)!r} and {here} in "
@@ -70,9 +82,20 @@ def check_folder(path: str | PathLike, model: DockedConfig) -> None:
       )
 
 
-def folder_params(path: str | PathLike) -> Any:
-  """All parameters of a model folder."""
-  return model_lib.load(path).params(None)
+def folder_params(path: str | PathLike, model: DockedLM, seed: int) -> Any:
+  """All parameters of a model folder; those of words that it lacks are drawn.
+
+  Args:
+    model: what is trained. seed: of its initialisation.
+  """
+  params = model_lib.load(path).params(None)
+  found = params["text"]["embedding"]
+  if len(found) == model.config.vocab_size:
+    return params
+  initial = loop.initializer(model)
+  drawn = jax.jit(lambda key: unboxed(initial(key))["text"]["embedding"])(jax.random.key(seed))
+  grown = np.concatenate([found, np.asarray(drawn)[len(found):]])
+  return {**params, "text": {**params["text"], "embedding": grown}}
 
 
 def _shapes(tree: Mapping[str, Any], front: str = "") -> Iterator[tuple[str, Any]]:
