@@ -3,7 +3,8 @@
 Importing this package registers everything its gin files name.
 """
 
+from lmops_jax.systems.kosmos.instructions import InstructionJsonl
 from lmops_jax.systems.kosmos.pretrain import Pretrain
 from lmops_jax.systems.kosmos.system import Kosmos
 
-__all__ = ["Kosmos", "Pretrain"]
+__all__ = ["InstructionJsonl", "Kosmos", "Pretrain"]
