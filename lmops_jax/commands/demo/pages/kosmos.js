@@ -26,6 +26,7 @@ function made(tag, className, text) {
 function showError(sentence) {
   byId("error").textContent = sentence;
   byId("error").hidden = !sentence;
+  if (sentence) byId("error").scrollIntoView({block: "nearest"});
 }
 
 async function asked(path, options) {
