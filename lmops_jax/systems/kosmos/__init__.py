@@ -3,8 +3,10 @@
 Importing this package registers everything their gin files name.
 """
 
+from lmops_jax.systems.kosmos.grit import Grit
 from lmops_jax.systems.kosmos.grounding import Grounding
+from lmops_jax.systems.kosmos.instructions import InstructionJsonl
 from lmops_jax.systems.kosmos.pretrain import Pretrain
 from lmops_jax.systems.kosmos.system import Kosmos
 
-__all__ = ["Grounding", "Kosmos", "Pretrain"]
+__all__ = ["Grit", "Grounding", "InstructionJsonl", "Kosmos", "Pretrain"]
