@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from lmops_jax.data.multimodal import Record
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
-from lmops_jax.systems.kosmos.world import PARTS, SOURCES, Item, World, items, records
+from lmops_jax.systems.kosmos.items import Item, items
+from lmops_jax.systems.kosmos.world import CORRECT, Weights, World, records, weights
 from lmops_jax.text.vocabularies import Vocabulary
 from lmops_jax.training.sources import Groups, Part
 
@@ -52,29 +53,33 @@ Sources = Mapping[str, Mapping[str, Callable[[bool], Iterator[Record]]]]
 
 
 def run(
-  context: pipeline.StageContext, world: World, vocabulary, shapes: dict[str, RowShape],
+  context: pipeline.StageContext, world: World, vocabulary, shapes: Mapping[str, RowShape],
   num_slots: int,
 ) -> None:
   """Writes rows of the world's sources, see `write_sources`, and the items."""
   sources = {
-    part: {source: functools.partial(records, world, part, source) for source in SOURCES[part]}
-    for part in PARTS}
-  write_sources(context, sources, vocabulary, shapes, num_slots)
+    part: {source: functools.partial(records, world, part, source) for source in of_part}
+    for part, of_part in weights(world).items()}
+  # "Yes" and "No" are in the vocabulary with matrices to train on or without.
+  answers = [f"Is it correct? {answer}" for answer in CORRECT]
+  write_sources(context, sources, vocabulary, shapes, num_slots, texts=answers)
   _write_items(context.directory, items(world))
 
 
 def write_sources(
   context: pipeline.StageContext, sources: Sources, vocabulary, shapes: Mapping[str, RowShape],
-  num_slots: int, grid: int | None = None,
+  num_slots: int, *, grid: int | None = None, texts: Iterable[str] = (),
 ) -> None:
   """Writes the vocabulary, `train/<part>/<source>` and `validation/<part>/<source>`.
 
   Args:
     num_slots: vectors of a picture.
     grid: cells in a row of the words for boxes; None: the vocabulary has none.
+    texts: that the vocabulary is made from beside those of the sources.
   """
   out, special = context.directory, special_words(grid)
-  words = corpora.build_vocabulary(context, vocabulary, _texts(sources))
+  words = corpora.build_vocabulary(
+    context, vocabulary, itertools.chain(texts, _texts(sources)))
   ids = appended(words, num_slots, special)
   box_words = None if grid is None else appended_box_words(words, special)
   write_json(out / _IDS_FILE, dataclasses.asdict(ids))
@@ -94,7 +99,7 @@ def write_sources(
 
 
 def _texts(sources: Sources) -> Iterator[str]:
-  """What the vocabulary is made from."""
+  """Some of each source."""
   for of_part in sources.values():
     for found in of_part.values():
       for record in itertools.islice(found(False), _VOCABULARY_RECORDS):
@@ -113,7 +118,9 @@ def _write_items(out: Path, found: Iterator[Item]) -> None:
     return numbers[id(picture)]
 
   rows = [
-    {**item._asdict(), "pictures": [number(picture) for picture in item.pictures]}
+    {**item._asdict(), **{
+      name: [number(picture) for picture in getattr(item, name)]
+      for name in ("pictures", "candidates")}}
     for item in found
   ]
   write_json(out / _ITEMS_FILE, rows)
@@ -138,33 +145,32 @@ class Prepared:
     return [Item(**row) for row in rows], np.load(self._folder / _PICTURES_FILE)
 
   def groups(
-    self, shapes: Mapping[str, RowShape], side: int, num_groups: int, seed: int,
-    weights: Mapping[str, Mapping[str, float]] | None = None,
+    self, shapes: Mapping[str, RowShape], weights: Weights, side: int, num_groups: int, seed: int
   ) -> Groups:
     """Groups of rows of the parts to train on, in the order of a seed.
 
     Args:
-      weights: of a part's sources, by part; None, or a part without any: all its sources alike.
+      shapes: of the parts.
+      weights: shares of the sources in each part's rows.
+      side: of pictures.
     """
     return Groups({
-      part: Part(self._mixture(_TRAIN, part, side, seed, weights), shape.rows)
+      part: Part(self._mixture(_TRAIN, part, weights[part], side, seed), shape.rows)
       for part, shape in shapes.items()}, num_groups)
 
   def validation(
-    self, part: str, side: int, num_groups: int,
-    weights: Mapping[str, Mapping[str, float]] | None = None,
+    self, part: str, weights: Weights, side: int, num_groups: int
   ) -> dict[str, np.ndarray]:
     """A batch of groups of one row each."""
-    mixture = self._mixture(_VALIDATION, part, side, 0, weights)
+    mixture = self._mixture(_VALIDATION, part, weights[part], side, 0)
     return Groups({part: Part(mixture, 1)}, num_groups).batch(0)
 
-  def _mixture(self, name: str, part: str, side: int, seed: int, weights) -> Mixture:
+  def _mixture(
+    self, name: str, part: str, weights: Mapping[str, float], side: int, seed: int
+  ) -> Mixture:
     settings, folder = ImageSettings(side, side), self._folder / name / part
-    of_part = (weights or {}).get(part)
-    if of_part is None:
-      of_part = dict.fromkeys(sorted(path.name for path in folder.iterdir()), 1.0)
     return Mixture(
-      {source: ImageRows(folder / source, settings) for source in of_part}, of_part, seed=seed)
+      {source: ImageRows(folder / source, settings) for source in weights}, weights, seed=seed)
 
 
 def batched(values, size: int):

@@ -13,7 +13,7 @@ from lmops_jax.models import attention
 from lmops_jax.models.docked import DockedConfig
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.kosmos import evaluate, plan, prepare, report, tower, training
-from lmops_jax.systems.kosmos.world import World
+from lmops_jax.systems.kosmos.world import World, weights
 from lmops_jax.text.vocabulary_sources import VocabularySource
 
 
@@ -48,7 +48,7 @@ class Kosmos:
 
   def __post_init__(self):
     training.check_sizes(self.model, self.training, {
-      name: getattr(self.world, name).side for name in ("scenes", "rendered")})
+      name: getattr(self.world, name).side for name in ("scenes", "rendered", "matrices")})
     if training.FULL not in self.arms:
       raise ValueError(
         f"kosmos.Kosmos.arms={tuple(self.arms)} must hold {training.FULL!r}, which the others are "
@@ -69,7 +69,8 @@ class Kosmos:
       skeleton.Stage(
         tower.STAGE,
         functools.partial(self._teach, init_seed=self.seeds[0], partitioner=partitioner),
-        reads=("world.scenes", "world.seed", "world.num_items", "tower", "model.vision"),
+        reads=("world.scenes", "world.rendered", "world.seed", "world.num_items", "tower",
+               "model.vision"),
         seed=self.seeds[0],
       ),
     ]
@@ -102,8 +103,8 @@ class Kosmos:
   def _teach(self, context: pipeline.StageContext, init_seed, partitioner) -> None:
     tower.run(
       context, config=self.tower, vision=self.model.vision, scenes=self.world.scenes,
-      seed=self.world.train_seed, init_seed=init_seed, num_tested=self.world.num_items,
-      partitioner=partitioner)
+      rendered=self.world.rendered, seed=self.world.train_seed, init_seed=init_seed,
+      num_tested=self.world.num_items, partitioner=partitioner)
 
   def _train(self, context: pipeline.StageContext, arm, seed, partitioner) -> None:
     prepared = prepare.Prepared(context.input(prepare.STAGE))
@@ -112,12 +113,13 @@ class Kosmos:
     training.run(
       context, config=config, docked=docked, arm=given, seed=seed, partitioner=partitioner,
       source=prepared.groups(
-        {part: config.shapes[part] for part in given.parts}, self.model.vision.image_size,
-        config.num_groups, seed),
+        {part: config.shapes[part] for part in given.parts}, weights(self.world),
+        self.model.vision.image_size, config.num_groups, seed),
       vocabulary=prepared.vocabulary,
       tower=lambda: tower.load(
         context.input(tower.STAGE), self.tower.num_steps, self.model.vision, partitioner),
-      hooks=[training.validation(docked, prepared, given, config.eval_every, partitioner)])
+      hooks=[training.validation(
+        docked, prepared, weights(self.world), given, config.eval_every, partitioner)])
 
   def _evaluate(self, context: pipeline.StageContext, arm, stage, partitioner) -> None:
     prepared = prepare.Prepared(context.input(prepare.STAGE))

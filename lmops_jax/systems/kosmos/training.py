@@ -29,7 +29,7 @@ from lmops_jax.pretrained import trained_vocabulary
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.kosmos.prepare import Prepared, RowShape
-from lmops_jax.systems.kosmos.world import PARTS, TEXT
+from lmops_jax.systems.kosmos.world import PARTS, TEXT, Weights
 from lmops_jax.text.vocabularies import Vocabulary
 from lmops_jax.training import language_models, loop
 from lmops_jax.training.learner import supervised
@@ -109,6 +109,11 @@ class Arm(NamedTuple):
   parts: tuple[str, ...]
   trained_on: Callable[[np.ndarray, np.ndarray], np.ndarray]
   shown: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+
+  @property
+  def sees(self) -> bool:
+    """Whether it is evaluated on pictures as they are."""
+    return self.shown is _as_they_are
 
 
 ARMS: Mapping[str, Arm] = {
@@ -266,16 +271,17 @@ def run(
 
 
 def validation(
-  docked, prepared: Prepared, arm: Arm, every: int, partitioner, weights=None,
+  docked, prepared: Prepared, weights: Weights, arm: Arm, every: int, partitioner
 ) -> loop.Evaluate:
   """A hook: the nats a learned token of each part's rows of validation.
 
   Args:
-    weights: of sources, see `Prepared.groups`.
+    weights: of the parts' sources.
   """
+  side = docked.config.vision.image_size
   rows = {
     part: changed(
-      prepared.validation(part, docked.config.vision.image_size, _VALIDATION_ROWS, weights), arm,
+      prepared.validation(part, weights, side, _VALIDATION_ROWS), arm,
       docked.config.vectors_per_image)
     for part in arm.parts}
 

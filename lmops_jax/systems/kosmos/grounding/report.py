@@ -14,6 +14,7 @@ from lmops_jax.reporting import drawn_boxes, html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.kosmos import prepare, tower
+from lmops_jax.systems.kosmos.figures import GROUPS, spread, spread_of
 from lmops_jax.systems.kosmos.gallery import Shown, gallery
 from lmops_jax.systems.kosmos.grounding.evaluate import (
   BOUND,
@@ -32,13 +33,14 @@ from lmops_jax.systems.kosmos.grounding.world import (
   Item,
   items,
 )
-from lmops_jax.systems.kosmos.report import GROUPS, last_losses, over_seeds, spread
+from lmops_jax.systems.kosmos.items import HELD_OUT, SEEN
+from lmops_jax.systems.kosmos.report import last_losses, told_of_tower
 from lmops_jax.systems.kosmos.training import VALIDATION
-from lmops_jax.systems.kosmos.world import HELD_OUT, SEEN, World
+from lmops_jax.systems.kosmos.world import World
 from lmops_jax.training.metrics import read_records
 
 REQUIRED = ("arms", "seeds", "figures.*.*.mean", "baselines.constant.seen", "losses.*.*[]",
-            "tower.box_overlap", "stages[].seconds")
+            "tower.*.color", "stages[].seconds")
 _LABELS = {
   EXPRESSION: "expression to box", "overlap": "mean overlap of these",
   PHRASE: "phrase of a caption",
@@ -91,7 +93,7 @@ def _figures(by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   for group in groups:
     def share(kind, part="right", whole="num", how=FREE, group=group):
       rows = [of[how][f"{kind}/{group}"] for of in by_seed]
-      return over_seeds([row[part] / max(row[whole], 1) for row in rows])
+      return spread_of([row[part] / max(row[whole], 1) for row in rows])
 
     found |= {f"{name}/{group}": of for name, of in {
       EXPRESSION: share(EXPRESSION), "overlap": share(EXPRESSION, "overlap"),
@@ -197,7 +199,6 @@ def _page(report, summary, shown) -> html.Report:
       report.cost_section(by_kind=True, total=True),
     ],
     facts={"seeds": ", ".join(map(str, seeds)),
-           "tower": ", ".join(f"{name.replace('_', ' ')} {value:.0%}"
-                              for name, value in summary["tower"].items()),
+           "tower": told_of_tower(summary["tower"]),
            "work": report.work, "versions": report.versions},
   )

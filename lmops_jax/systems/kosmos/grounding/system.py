@@ -75,7 +75,8 @@ class Grounding:
   name = "kosmos_grounding"
 
   def __post_init__(self):
-    training.check_sizes(self.model, self.training, {"scenes": self.world.scenes.side})
+    training.check_sizes(self.model, self.training, {
+      name: getattr(self.world, name).side for name in ("scenes", "rendered")})
     if GROUNDED not in self.arms:
       raise ValueError(
         f"kosmos.Grounding.arms={tuple(self.arms)} must hold {GROUNDED!r}, which the others are "
@@ -101,7 +102,8 @@ class Grounding:
       skeleton.Stage(
         tower.STAGE,
         functools.partial(self._teach, init_seed=self.seeds[0], partitioner=partitioner),
-        reads=("world.scenes", "world.seed", "world.num_items", "tower", "model.vision"),
+        reads=("world.scenes", "world.rendered", "world.seed", "world.num_items", "tower",
+               "model.vision"),
         seed=self.seeds[0],
       ),
     ]
@@ -130,13 +132,13 @@ class Grounding:
   def _prepare(self, context: pipeline.StageContext) -> None:
     prepare.write_sources(
       context, sources(self.world), self.vocabulary, self.training.shapes,
-      self.model.vectors_per_image, self.grid)
+      self.model.vectors_per_image, grid=self.grid)
 
   def _teach(self, context: pipeline.StageContext, init_seed, partitioner) -> None:
     tower.run(
       context, config=self.tower, vision=self.model.vision, scenes=self.world.scenes,
-      seed=self.world.train_seed, init_seed=init_seed, num_tested=self.world.num_items,
-      partitioner=partitioner)
+      rendered=self.world.rendered, seed=self.world.train_seed, init_seed=init_seed,
+      num_tested=self.world.num_items, partitioner=partitioner)
 
   def _train(self, context: pipeline.StageContext, arm, seed, partitioner) -> None:
     prepared = prepare.Prepared(context.input(prepare.STAGE))
@@ -146,12 +148,12 @@ class Grounding:
     training.run(
       context, config=config, docked=docked, arm=given.arm, seed=seed, partitioner=partitioner,
       source=prepared.groups(
-        config.shapes, self.model.vision.image_size, config.num_groups, seed, of_sources),
+        config.shapes, of_sources, self.model.vision.image_size, config.num_groups, seed),
       vocabulary=prepared.vocabulary, words=self.words,
       tower=lambda: tower.load(
         context.input(tower.STAGE), self.tower.num_steps, self.model.vision, partitioner),
       hooks=[training.validation(
-        docked, prepared, given.arm, config.eval_every, partitioner, of_sources)])
+        docked, prepared, of_sources, given.arm, config.eval_every, partitioner)])
 
   def _evaluate(self, context: pipeline.StageContext, arm, stage, partitioner) -> None:
     prepared = prepare.Prepared(context.input(prepare.STAGE))

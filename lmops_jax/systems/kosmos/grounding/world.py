@@ -25,16 +25,9 @@ from lmops_jax.data.synthetic_pictures.scene_texts import (
   referring_expressions,
 )
 from lmops_jax.data.synthetic_pictures.scenes import Scene
+from lmops_jax.systems.kosmos.items import HELD_OUT, SEEN
 from lmops_jax.systems.kosmos.prepare import Sources
-from lmops_jax.systems.kosmos.world import (
-  HELD_OUT,
-  INTERLEAVED,
-  PAIRS,
-  SEEN,
-  TEXT,
-  World,
-  records,
-)
+from lmops_jax.systems.kosmos.world import INTERLEAVED, PAIRS, TEXT, Weights, World, records
 
 LOCATED, TOLD = "located", "told"  # with boxes, and without
 KINDS = ("captions", "expressions", "answers")
@@ -64,14 +57,18 @@ class Item(NamedTuple):
   words: str = ""
 
 
-def weights(located: bool) -> dict[str, dict[str, float]]:
-  """Sources by part for an arm: half of the pairs are plain captions, the rest by kind.
+def weights(located: bool) -> Weights:
+  """Of the sources of an arm: half of the pairs are plain captions, the rest by kind.
 
   Args:
     located: whether the rest has its boxes.
   """
   of_kind = LOCATED if located else TOLD
-  return {PAIRS: {"captions": float(len(KINDS)), **{f"{of_kind}_{kind}": 1.0 for kind in KINDS}}}
+  return {
+    TEXT: {"descriptions": 1.0},
+    PAIRS: {"captions": float(len(KINDS)), **{f"{of_kind}_{kind}": 1.0 for kind in KINDS}},
+    INTERLEAVED: {"documents": 1.0},
+  }
 
 
 def sources(world: World) -> Sources:
