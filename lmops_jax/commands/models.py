@@ -62,12 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _model_options(parser) -> None:
-  parser.add_argument("--model", required=True, metavar="PATH", help="folder or .gguf file")
+  parser.add_argument("--model", required=True, metavar="PATH", help="folder, .gguf file, or file "
+                      "of weights beside their config.json")
+  parser.add_argument("--inert-objects", action="store_true", help="pass over what a PyTorch file "
+                      "holds beside tensors, such as fairseq's settings; nothing of it is run")
   parser.add_argument("--dtype", default="float32", help="of activations (default float32)")
   parser.add_argument("--param-dtype", default="float32", help="of parameters (default float32)")
 
 
-def _running_options(parser) -> None:
+def running_options(parser) -> None:
+  """The options of every command that runs a model."""
   _model_options(parser)
   parser.add_argument("--attention", default="xla", help="xla, chunked, cudnn or splash")
   parser.add_argument("--mesh", metavar="AXIS=N,...", help="such as data=2,tensor=4; default: one "
@@ -75,7 +79,7 @@ def _running_options(parser) -> None:
 
 
 def _generate_parser(parser) -> None:
-  _running_options(parser)
+  running_options(parser)
   add = parser.add_argument
   add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
   add("--image", action="append", default=[], metavar="FILE", help="a picture in each --prompt, "
@@ -104,7 +108,7 @@ def _generate_parser(parser) -> None:
 
 
 def _score_parser(parser) -> None:
-  _running_options(parser)
+  running_options(parser)
   score.add_options(parser)
 
 
@@ -120,14 +124,21 @@ def _export_parser(parser) -> None:
   add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
 
 
-def _load(arguments):
-  """The model, its tokenizer, and the mesh: all checks that need no weights."""
+def load(arguments):
+  """The model, its tokenizer, and the mesh: all checks that need no weights.
+
+  Args:
+    arguments: with `running_options` and the command's name.
+
+  Raises:
+    ValueError: a model or a mesh that cannot be used.
+  """
   from lmops_jax.pretrained import model as model_lib
 
   partitioner = _partitioner(arguments.mesh)
   source = model_lib.load(
     arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
-    attention=arguments.attention,
+    attention=arguments.attention, inert_objects=arguments.inert_objects,
   )
   if source.decoder is None:
     raise ValueError(
@@ -175,7 +186,7 @@ def _generate(arguments) -> None:
   )
   given = {name: getattr(arguments, name) for name in names}
   options = GenerationOptions(**{k: v for k, v in given.items() if v is not None})
-  source, tokenizer, partitioner = _load(arguments)
+  source, tokenizer, partitioner = load(arguments)
   settings = source.image_settings()
   words = grounding.find(arguments, rows, tokenizer)
   sizes = {}
@@ -189,7 +200,7 @@ def _generate(arguments) -> None:
       tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
       for text in texts
     ]
-  laid_out = _laid_out(rows, source, tokenizer, settings is not None)
+  laid_out = lay_out(rows, source, tokenizer, settings is not None)
   front = [] if arguments.chat else front_ids(tokenizer)
   ids = [
     encode_behind(front, tokenizer, text) if row is None else row.tokens.tolist()
@@ -238,8 +249,18 @@ def _show(arguments, rows, answers, read) -> None:
   if arguments.boxes or arguments.draw:
     grounding.write(arguments, read)
 
-def _laid_out(rows, source, tokenizer, sees: bool) -> list:
-  """The tokens of each prompt with pictures, None of others; all checks that need no pixels."""
+
+def lay_out(rows, source, tokenizer, sees: bool) -> list:
+  """The tokens of each prompt with pictures, None of others; all checks that need no pixels.
+
+  Args:
+    rows: of `prompts.PromptRow`.
+    source, tokenizer: of `load`.
+    sees: whether the model reads pictures.
+
+  Raises:
+    ValueError: pictures that have no place in the prompt or the model, by the prompt's number.
+  """
   from lmops_jax.decoding import image_prompts
 
   if not sees:
@@ -273,14 +294,15 @@ def _stream(generator, texts, options, arguments) -> None:
 
 
 def _score(arguments) -> None:
-  score.run(arguments, _load)
+  score.run(arguments, load)
 
 
 def _convert(arguments) -> None:
   from lmops_jax.pretrained import model as model_lib
 
   source = model_lib.load(
-    arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype
+    arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
+    inert_objects=arguments.inert_objects,
   )
   model_lib.save_model(Path(arguments.to), source, source.params())
   print(f"{source.family}, {_count(source)} parameters: {arguments.to}")

@@ -46,8 +46,7 @@ def add_options(parser) -> None:
   add("--only-names", action="store_true", help="generate nothing but the task's names of classes, "
       "such as imagenet's")
   add("--beams", type=int, help="for open answers; default: the named task's, or no beam search")
-  add("--max-new-tokens", type=int, help=f"of an open answer (default {_MAX_NEW_TOKENS}; names are "
-      "as long as they are)")
+  add("--max-new-tokens", type=int, help=f"of an open answer (default {_MAX_NEW_TOKENS})")
   add("--length-penalty", type=float, help="of beams (default 1)")
   add("--stop", action="append", metavar="TEXT", help="ends an open answer")
   add("--batch-tokens", type=int, default=4096)
@@ -162,6 +161,9 @@ class _Answers:
     from lmops_jax.evaluation import open_answers
 
     _refuse_given(arguments, _OF_OPTIONS, f"the task {task.name} has no options to score")
+    if arguments.only_names:
+      _refuse_given(
+        arguments, {"max_new_tokens": None, "stop": None}, "--only-names makes whole names")
     self._arguments, self._task = arguments, task
     self._stop = check_stop(arguments.stop)
     beams, penalty = arguments.beams, arguments.length_penalty

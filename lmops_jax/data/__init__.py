@@ -10,6 +10,7 @@ from lmops_jax.data.grit.detection import DetectorFunction, RecordedBoxes
 from lmops_jax.data.grit.files import GritJsonl, GritShards
 from lmops_jax.data.grit.pairs import GroundedPairs
 from lmops_jax.data.grit.phrases import SpacyPhrases
+from lmops_jax.data.grounded_instructions import GroundedInstructions
 from lmops_jax.data.image_files import ImageJsonl, ImageParquet
 from lmops_jax.data.image_rows import ImageRows, write_rows
 from lmops_jax.data.image_tokens import ImageTokens
@@ -42,6 +43,7 @@ __all__ = [
   "Engine",
   "GritJsonl",
   "GritShards",
+  "GroundedInstructions",
   "GroundedPairs",
   "HuggingFaceTokenizer",
   "ImageJsonl",

@@ -95,8 +95,8 @@ class Record(NamedTuple):
 
   Attributes:
     id: 0 <= id < 2^63, stable, as in `documents.Document`.
-    parts: pictures, and texts that are never blank and have no blanks beside a picture or at the
-      record's ends.
+    parts: pictures, and texts that are never blank (but for boxes alone, see `grounded_text`) and
+      have no blanks beside a picture or at the record's ends.
     num_given: how many parts at the front are a prompt, of which nothing is learned.
     source: where it was found.
   """

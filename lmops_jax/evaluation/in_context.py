@@ -15,14 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmops_jax.data.supervised import encode_behind, front_ids
-from lmops_jax.data.tasks import Example, Task, demonstrations
+from lmops_jax.data.tasks import Example, Task
 from lmops_jax.data.tasks.task import OF_OPTIONS
 from lmops_jax.decoding.scoring import OptionScorer, Request, first, mean, total
 from lmops_jax.evaluation import binary
+from lmops_jax.evaluation.demonstrations import (
+  NO_FRONT,
+  SEPARATOR,
+  Front,
+  drawn,
+  fitted,
+  pictures_of,
+)
 from lmops_jax.models.cache import Prefix
 
 NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
-SEPARATOR = "\n\n"
 
 
 class Result(NamedTuple):
@@ -52,37 +59,6 @@ class Result(NamedTuple):
   num_shots: int
   num_tokens: int
   num_dropped: np.ndarray
-
-
-class Shot(NamedTuple):
-  """A demonstration.
-
-  Attributes:
-    text: with its answer and what separates it from the next.
-    images: paths of the pictures that stand for each `<image>` of the text.
-  """
-
-  text: str
-  images: tuple[str, ...] = ()
-
-
-class Front(NamedTuple):
-  """Demonstrations in front of every prompt, the first one farthest from it."""
-
-  shots: tuple[Shot, ...] = ()
-
-  @property
-  def text(self) -> str:
-    """That of all of them."""
-    return "".join(shot.text for shot in self.shots)
-
-  @property
-  def images(self) -> tuple[str, ...]:
-    """The pictures of all of them."""
-    return tuple(path for shot in self.shots for path in shot.images)
-
-
-NO_FRONT = Front()
 
 
 class Scored(NamedTuple):
@@ -261,30 +237,6 @@ def rows_and_front(
   return rows, front
 
 
-def drawn(
-  task: Task, *, shots: int = 0, seed: int = 0, train: Sequence[Example] | None = None,
-  balanced: bool = False, separator: str = SEPARATOR,
-) -> tuple[list[Example], Front]:
-  """The rows of any task and the demonstrations in front of each; for arguments see `evaluate`."""
-  train = task.train or None if train is None else train
-  shown = demonstrations(task.rows if train is None else train, shots, seed, balanced)
-  used = {row.id for row in shown}
-  rows = [row for row in task.rows if row.id not in used] if train is None else list(task.rows)
-  if not rows:
-    raise ValueError(
-      f"the task {task.name} has {len(task.rows)} rows, all of them demonstrations; give others "
-      "with --train."
-    )
-  return rows, Front(
-    tuple(Shot(row.demonstration + separator, images_of(row)) for row in shown))
-
-
-def images_of(row: Example) -> tuple[str, ...]:
-  """The pictures of a row with its right answer."""
-  own = row.option_images[row.label : row.label + 1] if row.option_images else ()
-  return (*row.images, *own)
-
-
 def score_rows(
   scorer: OptionScorer, encoder: Encoder, task: Task, rows: Sequence[Example], *,
   front: Front = NO_FRONT, normalisation: str = "sum", prefix: Prefix | None = None,
@@ -306,7 +258,7 @@ def score_rows(
   token_scores, num_tokens, num_dropped = [], 0, []
   for start in range(0, len(scored), at_once):
     block = scored[start : start + at_once]
-    read_pictures(encoder, block, front)
+    encoder.read(pictures_of(block, front))
     of_rows, dropped = zip(*(_that_fit(encoder, row, front) for row in block))
     num_dropped += dropped
     requests = [request for of_row in of_rows for request in of_row]
@@ -363,12 +315,6 @@ def figures(task: Task, result: Result) -> list[Figure]:
   return found
 
 
-def read_pictures(encoder: Encoder, rows: Sequence[Example], front: Front) -> None:
-  """Prepares the pictures of rows and of their demonstrations together."""
-  paths = [path for row in rows for path in (*row.images, *row.option_images)]
-  encoder.read(list(dict.fromkeys([*front.images, *paths])))
-
-
 def _that_fit(encoder: Encoder, row: Example, front: Front) -> tuple[list[Request], int]:
   """The requests of a row behind as many demonstrations as fit, and how many do not."""
   def read(requests):  # an option's last token is predicted and never read
@@ -376,34 +322,8 @@ def _that_fit(encoder: Encoder, row: Example, front: Front) -> tuple[list[Reques
 
   num_own = len(row.images) + bool(row.option_images)
   return fitted(
-    encoder, front, num_own, lambda shown: requests_of(encoder, row, shown), read)
-
-
-def fitted(
-  encoder: Encoder, front: Front, num_images: int, make: Callable[[Front], Any],
-  num_read: Callable[[Any], int],
-) -> tuple[Any, int]:
-  """A context behind as many demonstrations as fit, the first of which go first.
-
-  Args:
-    front: all demonstrations.
-    num_images: pictures of the context itself.
-    make: makes the context behind some of the demonstrations; nothing of the context is dropped, so
-      behind none it may be refused, or still be too long.
-    num_read: tokens that the model reads of what was made.
-
-  Returns:
-    What was made, and how many demonstrations were left out.
-  """
-  for start in range(len(front.shots)):
-    shown = Front(front.shots[start:])
-    total_images = len(shown.images) + num_images
-    if encoder.most_images is not None and total_images > encoder.most_images:
-      continue
-    made = make(shown)
-    if encoder.max_length is None or num_read(made) <= encoder.max_length:
-      return made, start
-  return make(NO_FRONT), len(front.shots)
+    front, num_own, lambda shown: requests_of(encoder, row, shown), read,
+    max_length=encoder.max_length, most_images=encoder.most_images)
 
 
 def requests_of(encoder: Encoder, row: Example, front: Front = NO_FRONT) -> list[Request]:

@@ -19,7 +19,8 @@ from lmops_jax.decoding import GenerationOptions, Generator
 from lmops_jax.decoding.constraints import PrefixTree, prefix_tree
 from lmops_jax.decoding.prompts import Prompt
 from lmops_jax.evaluation import generated, in_context
-from lmops_jax.evaluation.in_context import SEPARATOR, Encoder, Figure, Front
+from lmops_jax.evaluation.demonstrations import SEPARATOR, Front, drawn, fitted, pictures_of
+from lmops_jax.evaluation.in_context import Encoder, Figure
 from lmops_jax.models.config import TransformerConfig
 
 _AT_ONCE = 256  # rows, if the encoder does not say
@@ -70,7 +71,7 @@ def rows_and_front(
       f"answers to the task {task.name} are free texts, not names of classes to keep to; leave the "
       "restriction out."
     )
-  return in_context.drawn(task, shots=shots, seed=seed, train=train, separator=separator)
+  return drawn(task, shots=shots, seed=seed, train=train, separator=separator)
 
 
 def evaluate(
@@ -118,7 +119,7 @@ def evaluate(
   at_once = encoder.rows_at_once or _AT_ONCE
   for start in range(0, len(rows), at_once):
     block = range(start, min(start + at_once, len(rows)))
-    in_context.read_pictures(encoder, [rows[i] for i in block], front)
+    encoder.read(pictures_of([rows[i] for i in block], front))
     groups: dict[str, list[int]] = {}
     for i in block:
       groups.setdefault(rows[i].prompt if only_names else "", []).append(i)
@@ -159,7 +160,9 @@ def _context(
   def num_read(made: Prompt) -> int:  # the last new token is not read
     return len(made) + how.max_new_tokens - 1
 
-  made, dropped = in_context.fitted(encoder, front, len(row.images), make, num_read)
+  made, dropped = fitted(
+    front, len(row.images), make, num_read, max_length=config.max_length,
+    most_images=encoder.most_images)
   if num_read(made) > config.max_length:
     raise ValueError(
       f"row {row.id} of the task {task.name} has {len(made)} tokens without any demonstration, and "

@@ -21,11 +21,13 @@ from lmops_jax.decoding.image_prompts import (
 )
 from lmops_jax.decoding.prompts import Prompt
 from lmops_jax.decoding.scoring import Request
-from lmops_jax.evaluation.in_context import Encoder
+from lmops_jax.evaluation.in_context import Encoder, check_options
 
 
-def picture_at(path: str) -> Picture:
-  """The picture of a task's row, by its path."""
+def picture_at(path: str | Picture) -> Picture:
+  """The picture of a task's row, by its path; one that is a picture already as it is."""
+  if isinstance(path, Picture):
+    return path
   return Picture(path, os.path.abspath(os.path.expanduser(path)))
 
 
@@ -50,19 +52,21 @@ class SeeingEncoder(Encoder):
     self.most_images = most_pictures(ids, max_length)
     self._behind = Encoder(tokenizer, start=())
 
-  def read(self, images: Sequence[str]) -> None:
+  def read(self, images: Sequence[str | Picture]) -> None:
     """Makes the vectors of pictures together, as far as the cache holds them."""
     self._pictures([picture_at(path) for path in images])
 
-  def split(self, context: str, options: Sequence[str], images: Sequence[str] = ()) -> Request:
+  def split(
+    self, context: str, options: Sequence[str], images: Sequence[str | Picture] = ()
+  ) -> Request:
     """As `Encoder.split`.
 
     Args:
-      images: paths of the pictures that stand for each `<image>` of the context.
+      images: the pictures that stand for each `<image>` of the context, or their paths.
 
     Raises:
-      ValueError: another number of pictures than places, more than the model has room for, or one
-        that cannot be read.
+      ValueError: another number of pictures than places, more than the model has room for, one that
+        cannot be read, or options without tokens or of the same ones.
     """
     if not images:
       return super().split(context, options)
@@ -72,6 +76,7 @@ class SeeingEncoder(Encoder):
     check_fits(row, self._ids, self.max_length, "a context")
     seen, = self._pictures.prompts([row])
     behind = self._behind.split(last.lstrip(), options)
+    check_options(behind, options, "option")
     index = np.concatenate([row.vectors, np.full(len(behind.context), -1, np.int32)])
     return behind._replace(
       context=Prompt([*seen.ids, *behind.context], seen.vectors, index))

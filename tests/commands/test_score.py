@@ -227,6 +227,7 @@ def test_prompts_are_shown_as_a_task_has_them(lmops, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
   (("--normalise", "token"), "has no options to score, so that --normalise changes nothing; leave"),
   (("--balanced",), "so that --balanced changes nothing"),
+  (("--only-names", "--stop", "x"), "--only-names makes whole names, so that --stop changes noth"),
   (("--metric", "f1"), "--metric is for a --task that is a file of rows with images"),
   (("--beams", 0), "num_beams=0 must be"), (("--stop", ""), "the stop string '' must be"),
   (("--show-prompts", 0), "--show-prompts 0 must be at least 1"),

@@ -100,6 +100,17 @@ def test_what_has_no_room_or_place_is_refused(loaded, paths):
     encoder.split("<image>it", [" x"], paths[:2])
 
 
+def test_options_that_tokenise_alike_are_refused(loaded, paths, monkeypatch):
+  tokenizer, scorer, _, new = loaded
+  encoder, _ = new()
+  encode = type(tokenizer).encode
+  monkeypatch.setattr(type(tokenizer), "encode", lambda self, text, add_special=True: encode(
+    self, text.replace("é", "e"), add_special))
+  row = Example(1, "<image>it is", (" cafe", " tea", " café"), 0, images=(paths[0],))
+  with pytest.raises(ValueError, match="the options ' cafe' and ' café' have the same tokens"):
+    in_context.evaluate(scorer, tokenizer, Task("vqa", (row,)), encoder=encoder)
+
+
 def test_demonstrations_without_room_are_dropped_and_never_the_question(loaded, paths):
   """By tokens or by pictures; the rest scores as if it were all that was asked for."""
   tokenizer, scorer, _, new = loaded

@@ -150,9 +150,9 @@ def write_rows(
     num_threads: number of threads that decode; no result depends on it.
 
   Returns:
-    Counts of "rows", "chunks" (noun chunks with boxes), "boxes", "expressions",
-    "expression_words", and of what is left out: that of `grounded_row`, "unreadable" pictures,
-    captions that the detector has not "looked_at", and those "without_box".
+    Counts of "rows", "chunks" (noun chunks with boxes) and "chunk_boxes", "expressions",
+    "expression_boxes" and "expression_words", and of what is left out: that of `grounded_row`,
+    "unreadable" pictures, captions that the detector has "not_looked_at", and those "without_box".
 
   Raises:
     ValueError: for a picture within a shard and "jsonl".
@@ -224,7 +224,8 @@ def _sizes(row: GritRow) -> dict[str, int]:
   expressions = {(region.start, region.end) for region in row.ref_exps}
   return {
     "rows": 1, "chunks": len({(r.start, r.end) for r in row.noun_chunks}),
-    "boxes": len(row.noun_chunks), "expressions": len(expressions),
+    "chunk_boxes": len(row.noun_chunks), "expressions": len(expressions),
+    "expression_boxes": len(row.ref_exps),
     "expression_words": sum(len(row.caption[a:b].split()) for a, b in expressions)}
 
 

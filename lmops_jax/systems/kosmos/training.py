@@ -22,7 +22,6 @@ import numpy as np
 import optax
 
 from lmops_jax.config.setting_types import PositiveInt, component
-from lmops_jax.control import dynamics
 from lmops_jax.data.image_tokens import KOSMOS_WORDS
 from lmops_jax.evaluation import lm
 from lmops_jax.models.docked import DockedConfig, DockedLM
@@ -207,7 +206,7 @@ def learner(model: DockedLM, config: Training, arm: Arm, partitioner):
 def run(
   context: pipeline.StageContext, *, config: Training, docked: DockedLM, arm: Arm, seed: int,
   source: Source, vocabulary: Vocabulary, tower: Callable[[], Any] | None, partitioner,
-  hooks: Sequence[loop.Evaluate] = (), words: Sequence[str] = KOSMOS_WORDS,
+  hooks: Sequence[loop.Evaluate] = (),
 ) -> None:
   """Trains one arm into a model folder, which `pretrained.load` and `lmops generate` open.
 
@@ -216,7 +215,6 @@ def run(
     vocabulary: of their texts, without the special tokens.
     tower: makes the parameters that the tower starts from; None draws them.
     hooks: see `loop.train`.
-    words: the special tokens, in order.
   """
   shown = WithPictures(source, arm, docked.config.vectors_per_image)
 
@@ -232,14 +230,11 @@ def run(
       description=context.name, progress=context.progress),
   )
   shapes = {part: config.shapes[part] for part in arm.parts}
-  trains_tower = tower_is_trained(
-    config.optimizer, jax.eval_shape(loop.initializer(docked), jax.random.key(seed)))
-  context.flops += result.step * config.num_groups * group_flops(
-    docked.config, shapes, trains_tower)
+  context.flops += result.step * config.num_groups * group_flops(docked.config, shapes)
   if context.writes:
     trained_vocabulary.describe_trained(
       context.directory, docked.config, vocabulary, params=f"params/{config.num_steps}",
-      log=context.log, words=words)
+      log=context.log, words=KOSMOS_WORDS)
 
 
 def validation(docked, prepared: Prepared, arm: Arm, every: int, partitioner) -> loop.Evaluate:
@@ -260,34 +255,14 @@ def validation(docked, prepared: Prepared, arm: Arm, every: int, partitioner) ->
   return loop.Evaluate(VALIDATION, every, figures)
 
 
-def tower_is_trained(optimizer: optax.GradientTransformation, params) -> bool:
-  """Whether an optimizer trains the tower from its first layer on.
-
-  Args:
-    params: the docked model's, or their shapes.
-  """
-  params = nn.unbox(params)
-  state = dynamics.State(params, jax.eval_shape(optimizer.init, params))
-  is_read = jax.tree.unflatten(
-    jax.tree.structure(params), dynamics.gradients_read(optimizer.update, state))
-  return any(jax.tree.leaves(is_read["vision"]["trunk"]))
-
-
-def group_flops(
-  config: DockedConfig, shapes: Mapping[str, RowShape], trains_tower: bool = False
-) -> float:
-  """Operations of a training step for each group, the connector left out.
-
-  Args:
-    trains_tower: see `tower_is_trained`; what is trained of a tower's top alone is left out too.
-  """
+def group_flops(config: DockedConfig, shapes: Mapping[str, RowShape]) -> float:
+  """Operations of a training step for each group, the tower frozen and the connector left out."""
   num_patches = 1 + config.vision.num_patches
   total = 0.0
   for shape in shapes.values():
     total += 3 * shape.rows * shape.length * flops.forward_flops_per_token(
       config.text, shape.length)
-    passes = 3 if trains_tower else 1
-    total += passes * shape.rows * shape.pictures * num_patches * flops.forward_flops_per_token(
+    total += shape.rows * shape.pictures * num_patches * flops.forward_flops_per_token(
       config.vision.trunk, num_patches, unembedding=False)
   return total
 

@@ -91,7 +91,8 @@ def test_captions_become_rows(corpus, tmp_path, folder):
   assert phrases.named["without_phrase"] == ["rows.jsonl:3"]
   # "flowers" has the box of "a field", which comes first.
   assert rows.counts == {
-    "rows": 4, "chunks": 8, "boxes": 8, "expressions": 4, "expression_words": 28,
+    "rows": 4, "chunks": 8, "chunk_boxes": 8, "expressions": 4, "expression_boxes": 4,
+    "expression_words": 28,
     "suppressed": 4, "inside": 4, "unreadable": 1}
   assert "broken.png" in rows.named["unreadable"][0]
   left_out = LeftOut()
@@ -146,8 +147,8 @@ def test_boxes_from_elsewhere(corpus, tmp_path, write):
     [{"id": 1, "boxes": boxes}, {"id": 2, "boxes": []}, {"id": 4, "boxes": boxes}], "boxes.jsonl"))
   _, rows = _built(tmp_path, corpus, detector)
   assert rows.counts == {
-    "rows": 2, "chunks": 2, "boxes": 2, "expressions": 2, "expression_words": 14,
-    "unreadable": 1, "not_looked_at": 1, "without_box": 1}
+    "rows": 2, "chunks": 2, "chunk_boxes": 2, "expressions": 2, "expression_boxes": 2,
+    "expression_words": 14, "unreadable": 1, "not_looked_at": 1, "without_box": 1}
   assert rows.named["not_looked_at"] == ["rows.jsonl:5"]
 
 

@@ -128,7 +128,8 @@ def test_a_trained_tower_costs_three_passes():
   phase, frozen = _phase(_published()), _phase(_published(
     "kosmos.Training.optimizer = @optim.partition()",
     "optim.partition.rules = {'vision/.*': None, '.*': @optim.adamw()}"))
-  tower = 2 * (24 * 12 * 1024**2 + 24 * 1024 * 257) * 257  # attention as for a causal model
-  assert (phase.flops - frozen.flops) / phase.steps == pytest.approx(2 * 47 * (48 + 5) * tower)
+  tower = 2 * (24 * 12 * 1024**2 + 2 * 24 * 1024 * 257) * 257
+  more = (phase.flops - frozen.flops) / phase.steps / (2 * 47 * (48 + 5) * tower)
+  assert 1 <= more < 1.01  # the connector's gradient goes on to the tower
   assert frozen.parts["opt_state"] < phase.parts["opt_state"]
   assert frozen.parts["activations"] < phase.parts["activations"]
