@@ -18,7 +18,7 @@ from lmops_jax.decoding.boxes import Place, box_grammar
 from lmops_jax.decoding.generate import Generator
 from lmops_jax.decoding.options import GenerationOptions
 from lmops_jax.decoding.prompts import Prompt
-from lmops_jax.evaluation.grounding import overlaps
+from lmops_jax.evaluation.grounding import THRESHOLD, iou
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.models.docked import DockedLM
 from lmops_jax.models.transformer import Transformer
@@ -39,7 +39,6 @@ from lmops_jax.systems.kosmos.world import World
 
 RESULTS_FILE = "results.json"
 FREE, BOUND = "free", "grammar"
-HIT = 0.5  # least overlap of a box that counts as right
 _NUM_SEEN = 1_000  # training scenes whose boxes the best constant box is chosen from
 
 
@@ -138,15 +137,15 @@ def figures(
     grounded = boxes.extract(text, grid)
     if item.kind in (EXPRESSION, PHRASE):
       box = found_box(item, grounded)
-      of["right"] += box is not None and overlap(box, item.box) >= HIT
-      of["overlap"] = of.get("overlap", 0.0) + (0.0 if box is None else overlap(box, item.box))
+      of["right"] += box is not None and float(iou(box, item.box)) >= THRESHOLD
+      of["overlap"] = of.get("overlap", 0.0) + (0.0 if box is None else float(iou(box, item.box)))
     elif item.kind == ANSWER:
       of["right"] += grounded.text == f"{item.prompt} {item.words}"
     else:
       whole = grounded.text.removeprefix(item.prompt).strip()
       of["right"] += any(whole == one.text for one in captions(item.scene))
       located = sum(
-        any(entity.name == noun_phrase(one) and overlap(entity.boxes[0], one.box) >= HIT
+        any(entity.name == noun_phrase(one) and iou(entity.boxes[0], one.box) >= THRESHOLD
             for entity in grounded.entities)
         for one in item.scene.pictographs)
       num_groups = text.count("<object>")
@@ -154,11 +153,6 @@ def figures(
                         ("malformed", grounded.num_malformed), ("groups", num_groups)):
         of[name] = of.get(name, 0) + num
   return found
-
-
-def overlap(one: Box, other: Box) -> float:
-  """Intersection over union."""
-  return float(overlaps(np.array([one]), np.array([other]))[0, 0])
 
 
 def baselines(world: World, grid: int) -> dict[str, dict[str, float]]:
@@ -169,15 +163,13 @@ def baselines(world: World, grid: int) -> dict[str, dict[str, float]]:
   """
   seen = np.array([
     world.scenes.scene(world.train_seed, index).pictographs[0].box for index in range(_NUM_SEEN)])
-  best = seen[(overlaps(seen, seen) >= HIT).sum(axis=1).argmax()]
+  best = seen[(iou(seen[:, None], seen) >= THRESHOLD).sum(axis=1).argmax()]
   found: dict[str, dict[str, float]] = {"constant": {}, "centre": {}, "ceiling": {}}
   asked = [item for item in items(world) if item.kind == EXPRESSION]
   for group in dict.fromkeys(item.group for item in asked):
     truth = np.array([item.box for item in asked if item.group == group])
     by_cells = boxes.decode(boxes.encode(truth, grid), grid)
-    for name, guess in (("constant", best[None]), ("centre", np.array([[0.25, 0.25, 0.75, 0.75]])),
+    for name, guess in (("constant", best), ("centre", (0.25, 0.25, 0.75, 0.75)),
                         ("ceiling", by_cells)):
-      shared = overlaps(guess, truth)
-      right = shared[0] if len(guess) == 1 else np.diagonal(shared)
-      found[name][group] = float((right >= HIT).mean())
+      found[name][group] = float((iou(guess, truth) >= THRESHOLD).mean())
   return found

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lmops_jax.data import boxes
+from lmops_jax.evaluation.grounding import THRESHOLD, iou
 from lmops_jax.reporting import drawn_boxes, html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
 from lmops_jax.stages import pipeline
@@ -19,11 +20,9 @@ from lmops_jax.systems.kosmos.gallery import Shown, gallery
 from lmops_jax.systems.kosmos.grounding.evaluate import (
   BOUND,
   FREE,
-  HIT,
   RESULTS_FILE,
   baselines,
   found_box,
-  overlap,
 )
 from lmops_jax.systems.kosmos.grounding.world import (
   ANSWER,
@@ -120,7 +119,7 @@ def _shown(asked: Sequence[Item], said: Sequence[str], grid: int) -> list[Shown]
       if item.scene is scene and item.kind == EXPRESSION:
         box = found_box(item, boxes.extract(said[j], grid))
         placed = "nowhere" if box is None else "({:.2f}, {:.2f}) to ({:.2f}, {:.2f})".format(*box)
-        right = box is not None and overlap(box, item.box) >= HIT
+        right = box is not None and iou(box, item.box) >= THRESHOLD
         lines.append((f"{item.prompt}: {placed}", right))
     side = len(scene.picture) * _ENLARGED
     image = Image.fromarray(scene.picture).resize((side, side), Image.Resampling.NEAREST)
