@@ -90,7 +90,7 @@ def test_twins_differ_in_boxes_alone(system, prepared, words):
 def test_arms_read_their_own_sources(system, prepared, words):
   for located in (True, False):
     batch = prepared.groups(
-      system.training.shapes, 48, 4, 0, world.weights(located)).batch(0)
+      system.training.shapes, world.weights(located), 48, 4, 0).batch(0)
     assert (part_of(batch, "pairs")["tokens"] >= words.tags.first_location).any() == located
 
 

@@ -179,7 +179,7 @@ def test_held_out_items_show_held_out_pairs_and_records_none(system):
 def test_arms_change_the_pictures_that_are_used(workdir, system):
   prepared = prepare.Prepared(workdir / "scenes")
   num_slots = prepared.ids.num_slots
-  source = prepared.groups(system.training.shapes, 48, 2, seed=0)
+  source = prepared.groups(system.training.shapes, weights(system.world), 48, 2, seed=0)
   batch = source.batch(1)
   for name, arm in training.ARMS.items():
     found = training.changed(batch, arm, num_slots)
@@ -202,7 +202,7 @@ def test_the_loss_is_that_of_single_rows(workdir, system):
   model = training.docked_model(system.model, prepared.ids.vocab_size)
   params = load_params(workdir / "train/full/seed0/params" / str(system.training.num_steps))
   parts = ("text", "pairs", "interleaved")
-  batch = prepared.groups(system.training.shapes, 48, 2, seed=0).batch(0)
+  batch = prepared.groups(system.training.shapes, weights(system.world), 48, 2, seed=0).batch(0)
   got = jax.jit(training.GroupLosses(model, parts))(
     params, {name: x for name, x in batch.items() if name != "example_id"})
   nats, learned = np.zeros(2), np.zeros(2)
