@@ -22,7 +22,7 @@ from lmops_jax.systems.kosmos.items import (
   Item,
 )
 
-_NOTE = (f"Shares with Wilson's {figures.LEVEL:.0%} interval of the answers of all seeds; these "
+_NOTE = (f"Percent with Wilson's {figures.LEVEL:.0%} interval of the answers of all seeds; these "
          "are of the same items, so that the interval is rather too narrow.")
 
 
@@ -44,7 +44,7 @@ def _table(found, names: Sequence[str], *, chance: Mapping[str, float] | None = 
   arms = [arm for arm in found if any(name in found[arm] for name in names)]
   header = ["", *arms, *(["chance"] if chance else [])]
   rows = [[figures.label(name), *(figures.share(found[arm].get(name)) for arm in arms),
-           *([f"{chance[name]:.1%}"] if chance else [])] for name in names]
+           *([f"{100 * chance[name]:.1f}"] if chance else [])] for name in names]
   return html.Table(header, rows, note=_NOTE)
 
 
@@ -72,7 +72,8 @@ def _raven(report, found, items, pictures, said) -> html.Section:
   names = [name for name in max(found.values(), key=len)
            if name.startswith((MATRIX_KIND, figures.MATRICES_KIND, figures.RULE_KIND))]
   order = (figures.MATRICES_KIND, MATRIX_KIND, figures.RULE_KIND)
-  names.sort(key=lambda name: [name.startswith(kind) for kind in order].index(True))
+  names.sort(key=lambda name: (
+    [name.startswith(kind) for kind in order].index(True), name.endswith(HELD_OUT), name))
   return html.Section(
     "Raven's matrices",
     "Which of six candidates completes a matrix, by the probability of “Yes” behind “Is it "

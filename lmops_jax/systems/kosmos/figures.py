@@ -10,11 +10,14 @@ from lmops_jax.systems.kosmos import items
 
 LEVEL = 0.95
 READING_KIND, MATRICES_KIND, RULE_KIND = "read", "matrices", "rule "
-KINDS = {"count": "count", "color": "colour", "shape": "shape", "is_larger": "size"}
+KINDS = {
+  "count": "count", "color": "colour", "shape": "shape", "is_larger": "size",
+  items.PLAIN_KIND: "sentiment at once", items.THOUGHT_KIND: "sentiment in two stages",
+}
 GROUPS = {
   items.SEEN: "seen pairs", items.HELD_OUT: "held-out pairs",
-  items.TYPICAL: "typical, in text alone",
-  items.OF_PICTURES: "told about pictures", items.OF_TEXTS: "told in texts",
+  items.TYPICAL: "in text alone",
+  items.OF_PICTURES: "told of pictures", items.OF_TEXTS: "told in texts",
 }
 RULE_GROUPS = {items.SEEN: "seen rules", items.HELD_OUT: "with a held-out rule"}
 
@@ -91,8 +94,8 @@ def spread(of: Mapping[str, Any] | None, spec: str) -> str:
 
 
 def share(of: Mapping[str, Any] | None) -> str:
-  """A share with Wilson's interval of all answers; a dash for what was not asked."""
+  """A share with Wilson's interval of all answers, in percent; a dash for what was not asked."""
   if of is None:
     return "–"
-  low, high = of["interval"]
-  return f"{of['mean']:.1%} ({low:.0%} to {high:.0%})"
+  low, high = (100 * end for end in of["interval"])
+  return f"{100 * of['mean']:.1f} ({low:.0f}–{high:.0f})"
