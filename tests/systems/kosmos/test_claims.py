@@ -15,7 +15,7 @@ from lmops_jax.data.tasks.picture_prompts import SENTIMENT
 from lmops_jax.systems.kosmos import evaluate, figures
 from lmops_jax.systems.kosmos.gallery import montage
 from lmops_jax.systems.kosmos.items import Item, items
-from lmops_jax.systems.kosmos.world import records, sources
+from lmops_jax.systems.kosmos.world import records, weights
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ def test_each_half_of_the_words_has_its_labels_in_one_place(world):
 
 
 def test_matrices_to_train_on_have_no_held_out_rule_and_balanced_answers(world):
-  assert ("interleaved", "matrices") in set(sources(world))
+  assert "matrices" in weights(world)["interleaved"]
   without = dataclasses.replace(world, num_matrices=0)
-  assert ("interleaved", "matrices") not in set(sources(without))
+  assert "matrices" not in weights(without)["interleaved"]
   held = set(world.matrices.held_out_rules)
   asked = [item for item in items(world) if item.candidates]
   assert {bool(held & set(item.rules)) for item in asked if item.group == "held_out"} == {True}

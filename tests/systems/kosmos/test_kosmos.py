@@ -18,7 +18,7 @@ from lmops_jax.mesh.checkpoints import load_params
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.kosmos import evaluate, prepare, tower, training
 from lmops_jax.systems.kosmos.items import Item, items
-from lmops_jax.systems.kosmos.world import records, sources
+from lmops_jax.systems.kosmos.world import records, weights
 from lmops_jax.training.sources import part_of
 
 BINDINGS = ["ARMS = ('full', 'text')"]
@@ -157,7 +157,7 @@ def test_prompts_begin_as_the_records_do(system, workdir):
 
 def test_every_source_is_a_function_of_its_index(system):
   world = dataclasses.replace(system.world, num_validation=6)
-  for part, source in sources(world):
+  for part, source in ((part, source) for part, of in weights(world).items() for source in of):
     twice = [list(records(world, part, source, validation=True)) for _ in range(2)]
     assert twice[0] == twice[1] and len(twice[0]) == 6
     trained = next(iter(records(world, part, source)))
