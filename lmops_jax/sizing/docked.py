@@ -1,8 +1,8 @@
 """What a docked language model takes: operations of a training step, and bytes of its pictures.
 
 The tower's and the decoder's arithmetic is analytic, as in `flops`. A connector is any module, so
-its matrix products are counted in its own traced program, and what its backward pass keeps is read
-from the program too. Unless the whole tower is trained, its layers below `top_layers` are taken to
+its matrix products are counted in its own lowered program, and what its backward pass keeps is read
+from its traced one. Unless the whole tower is trained, its layers below `top_layers` are taken to
 be frozen: they have a forward pass alone.
 """
 
@@ -17,13 +17,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import jaxprs_in_params
 
 from lmops_jax.control import dynamics
 from lmops_jax.models.docked import DockedConfig
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.vision import NUM_CHANNELS
-from lmops_jax.sizing import activations, flops
+from lmops_jax.sizing import activations, flops, hlo
 
 
 class Shape(Protocol):
@@ -73,7 +72,7 @@ def picture_flops(config: DockedConfig, whole_tower: bool = False) -> float:
   blocks = {
     part: num * flops.forward_flops_per_token(stack, num, unembedding=False)
     for part, stack in _stacks(config).items()}
-  return embedding + sum(
+  return (1 + whole_tower) * embedding + sum(  # no gradient goes on to the pixels
     (1 + 2 * (whole_tower or part == "top")) * cost for part, cost in blocks.items()
   ) + _connector_flops(config, whole_tower)
 
@@ -99,14 +98,6 @@ def picture_bytes(
   return images * of_input + kept + images * _connector_bytes(config)
 
 
-def product_flops(function: Callable, *arguments: Any) -> float:
-  """Operations of the matrix products that a function computes, from its traced program.
-
-  A scanned body counts as often as it runs.
-  """
-  return _products(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
 def _stacks(config: DockedConfig) -> Mapping[str, Any]:
   vision = config.vision
   stacks = {"trunk": vision.stack(vision.trunk.num_layers - vision.top_layers)}
@@ -116,8 +107,12 @@ def _stacks(config: DockedConfig) -> Mapping[str, Any]:
 @functools.lru_cache(maxsize=16)
 def _connector_flops(config: DockedConfig, whole_tower: bool) -> float:
   pull = _pull(config, whole_tower)
-  one, two = (product_flops(pull, *_connector_inputs(config, num)) for num in (1, 2))
-  return two - one
+
+  def products(num):
+    lowered = jax.jit(pull).lower(*_connector_inputs(config, num))
+    return hlo.count(lowered.as_text("hlo")).product_flops
+
+  return products(2) - products(1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -157,15 +152,3 @@ def _pull(config: DockedConfig, whole_tower: bool) -> Callable:
     return out, back(cotangent)
 
   return pull
-
-
-def _products(jaxpr) -> float:
-  total = 0.0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      (contracted, _), _ = equation.params["dimension_numbers"]
-      shape = equation.invars[0].aval.shape
-      total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
-    inner = sum(_products(sub) for sub in jaxprs_in_params(equation.params))
-    total += inner * equation.params.get("length", 1)
-  return total

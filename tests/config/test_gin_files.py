@@ -42,10 +42,13 @@ OWED = {
   "structured_prompting/paper.gin": ["MODEL = '/data/model'"],
 }
 PAPER_SIZES = [f"pds/paper_{size}.gin" for size in ("1.7b", "160m", "1b", "470m")]
+OWED["kosmos/kosmos1_instruct.gin"] = [
+  *OWED["kosmos/kosmos1_paper.gin"], "START = '<START>'", "INSTRUCTIONS_PATH = '/data/core.jsonl'"]
 OWED |= dict.fromkeys(PAPER_SIZES, OWED["pds/paper.gin"])
 RUNS = [
-  "kosmos/default.gin", "kosmos/grit.gin", "kosmos/grit_shards.gin", "kosmos/kosmos1_paper.gin",
-  "kosmos/kosmos2_instruct.gin", "kosmos/kosmos2_paper.gin", "kosmos/smoke.gin",
+  "kosmos/default.gin", "kosmos/grit.gin", "kosmos/grit_shards.gin", "kosmos/kosmos1_instruct.gin",
+  "kosmos/kosmos1_paper.gin", "kosmos/kosmos2_instruct.gin", "kosmos/kosmos2_paper.gin",
+  "kosmos/smoke.gin",
   "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
   "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
   "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",
