@@ -1,6 +1,8 @@
 """A tiny model folder, made without any other library's models: config, weights, tokenizer."""
 
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -35,6 +37,13 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
   return tokenizer
 
 
+@functools.cache
+def _random(model, seed: int):
+  """Initial parameters, on the host, made once for all folders with the same model."""
+  params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+  return jax.tree.map(np.asarray, nn.unbox(params))
+
+
 def write(folder: Path, *, seed: int = 0, spread: float = 20.0, **changes) -> Path:
   """A Llama-type model of random weights, large enough to have opinions; returns the folder."""
   tokenizer = byte_tokenizer()
@@ -43,10 +52,7 @@ def write(folder: Path, *, seed: int = 0, spread: float = 20.0, **changes) -> Pa
            num_kv_heads=2, mlp_width=24, max_length=256),
     **changes,
   })
-  model = Transformer(config)
-  params = nn.unbox(
-    jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
-  )
+  params = _random(Transformer(config), seed)
   params = jax.tree.map(lambda p: p * (spread if np.std(p) > 0 else 1), params)
   folder.mkdir(parents=True, exist_ok=True)
   family = families.by_name("llama")
@@ -64,10 +70,18 @@ def write(folder: Path, *, seed: int = 0, spread: float = 20.0, **changes) -> Pa
   return folder
 
 
-def write_docked(folder: Path, *, seed: int = 0, max_length: int = 64) -> Path:
-  """A model of the type of Kosmos of random weights that sees; returns the folder."""
+def write_docked(
+  folder: Path, *, seed: int = 0, max_length: int = 64, words: Sequence[str] = ()
+) -> Path:
+  """A model of the type of Kosmos of random weights that sees; returns the folder.
+
+  Args:
+    words: further ones of its vocabulary, which swallow the blanks on their left.
+  """
   tokenizer = byte_tokenizer()
   tokenizer.add_special_tokens(["<pad>", "<image>", "</image>", "</line>"])
+  tokenizer.add_tokens([
+    tokenizers.AddedToken(word, lstrip=True, normalized=False) for word in words])
   fields = {
     "model_type": "kosmos-2", "latent_query_num": 4, "bos_token_id": 0,
     "eos_token_id": 1, "architectures": ["Kosmos2ForConditionalGeneration"],
@@ -80,9 +94,7 @@ def write_docked(folder: Path, *, seed: int = 0, max_length: int = 64) -> Path:
   }
   family = families.by_name("kosmos-2")
   config = family.read_config(families.ConfigReader(fields, "config.json"))
-  model = family.module(config)
-  params = nn.unbox(
-    jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"])
+  params = _random(family.module(config), seed)
   params = jax.tree.map(lambda p: p * (10 if 0 < np.std(p) < 0.3 else 1), params)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.json").write_text(json.dumps(fields))

@@ -43,6 +43,7 @@ class BoxGrammar:
     tokens: of boxes.
     side: cells in a row and in a column of the grid.
     begins: the `Place` of prompts' ends.
+    corner: if that is `Place.CORNER`, the upper left cell in front.
   """
 
   words: jax.Array | np.ndarray
@@ -50,10 +51,11 @@ class BoxGrammar:
   tokens: BoxTokens
   side: int
   begins: int
+  corner: int = 0
 
   def start(self) -> tuple[jax.Array, jax.Array]:
     """The place, and the latest upper left cell."""
-    return jnp.asarray(self.begins, jnp.int32), jnp.zeros((), jnp.int32)
+    return jnp.asarray(self.begins, jnp.int32), jnp.asarray(self.corner, jnp.int32)
 
   def mask(self, state: tuple[jax.Array, jax.Array]) -> jax.Array:
     """What the grammar allows."""
@@ -109,7 +111,7 @@ class BoxGrammar:
 
 def box_grammar(
   tokens: BoxTokens, side: int, vocab_size: int, end_ids: Sequence[int], never: Sequence[int] = (),
-  begins: Place = Place.TEXT,
+  begins: Place = Place.TEXT, corner: int = 0,
 ) -> BoxGrammar:
   """The grammar over a vocabulary.
 
@@ -120,6 +122,7 @@ def box_grammar(
     end_ids: all tokens that end generation.
     never: tokens that no text holds, padding or that of images for instance.
     begins: where the prompts end, all of them; `Place.NAMED` behind a phrase to be located.
+    corner: see `BoxGrammar`.
 
   Raises:
     ValueError: a token outside of the vocabulary, or one that is two things.
@@ -141,4 +144,27 @@ def box_grammar(
   words, ends = np.ones(vocab_size, bool), np.zeros(vocab_size, bool)
   words[special] = False
   ends[list(end_ids)] = True
-  return BoxGrammar(words, ends, tokens, side, int(begins))
+  return BoxGrammar(words, ends, tokens, side, int(begins), corner)
+
+
+def end_of(tokens: BoxTokens, side: int, ids: Sequence[int]) -> tuple[Place, int]:
+  """Where in the grammar a prompt ends, and the upper left cell if that is `Place.CORNER`.
+
+  A phrase without boxes, which only a prompt can have, is a text.
+
+  Args:
+    tokens, side: of the grammar.
+    ids: of the prompt.
+  """
+  tags = tokens[:-1]
+  last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in tags), None)
+  if last is None or ids[last] == tokens.object_end:
+    return Place.TEXT, 0
+  tag, behind = ids[last], [token - tokens.first_location for token in ids[last + 1 :]]
+  if tag == tokens.phrase:
+    return Place.WORDS if behind else Place.PHRASE, 0
+  if tag == tokens.phrase_end:
+    return Place.TEXT if behind else Place.NAMED, 0
+  if len(behind) > 2 or any(not 0 <= cell < side**2 for cell in behind):
+    return Place.TEXT, 0
+  return (Place.OBJECT, Place.CORNER, Place.BOX)[len(behind)], behind[0] if len(behind) == 1 else 0

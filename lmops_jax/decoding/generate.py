@@ -87,6 +87,11 @@ class Generator:
     )
 
   @property
+  def vocab_size(self) -> int:
+    """V of the model."""
+    return self._model.config.vocab_size
+
+  @property
   def num_programs(self) -> int:
     """Programs compiled so far."""
     return self._prefill._cache_size() + self._decode._cache_size()

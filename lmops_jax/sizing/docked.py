@@ -106,10 +106,8 @@ def _stacks(config: DockedConfig) -> Mapping[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def _connector_flops(config: DockedConfig, whole_tower: bool) -> float:
-  pull = _pull(config, whole_tower)
-
   def products(num):
-    lowered = jax.jit(pull).lower(*_connector_inputs(config, num))
+    lowered = jax.jit(_pull(config, whole_tower)).lower(*_connector_inputs(config, num))
     return hlo.count(lowered.as_text("hlo")).product_flops
 
   return products(2) - products(1)

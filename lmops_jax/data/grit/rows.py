@@ -25,7 +25,17 @@ def grounded_row(
   Returns:
     The row with noun chunks, surest first, and with the referring expressions that lie in no other
     one and have the boxes of their chunks; None if no box counts.
+
+  Raises:
+    ValueError: for a detection of a phrase that was not asked for.
   """
+  detections = list(detections)
+  for detection in detections:
+    if not 0 <= detection.phrase < len(phrases):
+      raise ValueError(
+        f"the detector gave {where} a box of phrase {detection.phrase}, and it was asked for "
+        f"{len(phrases)} phrases; a phrase is given by its index, from 0."
+      )
   found = selected(
     detections, min_score=min_score, max_overlap=max_overlap, where=where, left_out=left_out)
   chunks, expressions = [], []

@@ -59,6 +59,12 @@ def test_an_expression_needs_a_box_of_its_chunk():
   assert row is None and left_out.counts == {"low_score": 1}
 
 
+@pytest.mark.parametrize("phrase", [-1, 3])
+def test_boxes_of_phrases_that_were_not_asked_for_are_refused(phrase):
+  with pytest.raises(ValueError, match=f"gave f:1 a box of phrase {phrase}, and it was asked f"):
+    _grounded(Detection(phrase, A, 0.9))
+
+
 @pytest.fixture
 def corpus(folder, row, write):
   rows = [row(i, image=f"{i}.png") for i in (1, 2, 3, 4)]
@@ -207,6 +213,16 @@ def test_files_are_the_same_whoever_does_them(three_files, tmp_path):
   whole = [e.source for e in three_files.examples(LeftOut())]
   assert whole == [
     e.source for piece in three_files.pieces() for e in piece.examples(LeftOut())]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "tar"])
+def test_a_part_of_which_nothing_is_left_is_an_empty_file(corpus, tmp_path, form):
+  _, rows = _built(tmp_path, corpus, DetectorFunction(lambda *_: [([], [])] * 3, "1"), form=form)
+  assert rows.counts == {"without_box": 4, "unreadable": 1}
+  read = GritJsonl if form == "jsonl" else GritShards
+  left_out = LeftOut()
+  assert not list(read(str(tmp_path / "rows")).examples(left_out))
+  assert set(left_out.counts) == {"hidden"}
 
 
 def test_a_damaged_file_is_made_again(three_files, tmp_path):

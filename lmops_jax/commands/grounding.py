@@ -1,0 +1,323 @@
+"""Boxes of `lmops generate`: into the texts of prompts, and out of what a model wrote."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lmops_jax.commands.outputs import check_writable
+from lmops_jax.commands.prompts import BOX_UNITS, PromptRow
+
+if TYPE_CHECKING:
+  from lmops_jax.data.boxes import BoxTokens, Grounded
+  from lmops_jax.data.multimodal import Picture
+
+GROUNDING = "<grounding>"
+_PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def add_options(parser) -> None:
+  """The options of `lmops generate` about boxes."""
+  add = parser.add_argument
+  add("--box", action="append", default=[], metavar="X1,Y1,X2,Y2", help="the boxes of a phrase of "
+      "each --prompt, several with semicolons between them, or none; given once for each "
+      "<phrase>...</phrase>, in order")
+  add("--box-unit", choices=BOX_UNITS, help="what the numbers of --box are; cells are two a box")
+  add("--boxes", metavar="FILE", help="write captions and what they locate as JSON")
+  add("--draw", metavar="FILE", help="draw boxes and names on the picture; of several texts each "
+      "gets a file with its number")
+  add("--grammar", action="store_true", help="let the model write well-formed boxes only")
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxWords:
+  """A tokenizer's words for boxes.
+
+  Attributes:
+    tokenizer: of `lmops_jax.text`.
+    tokens: their ids.
+    grid: the side of the grid.
+  """
+
+  tokenizer: Any
+  tokens: BoxTokens
+  grid: int
+
+
+class Answer(NamedTuple):
+  """What a model wrote, with the picture that its boxes are in.
+
+  Attributes:
+    prompt: as it was given.
+    picture: the last one of the prompt; None if it has none.
+    size: width and height of that picture in pixels.
+    grounded: the caption and what it locates.
+  """
+
+  prompt: str
+  picture: Picture | None
+  size: tuple[int, int] | None
+  grounded: Grounded
+
+  def record(self) -> dict[str, Any]:
+    """What is written as JSON: boxes as fractions, and as pixels of the picture."""
+    found: dict[str, Any] = {"caption": self.grounded.text}
+    if self.picture is not None:
+      found |= {"image": self.picture.where, "width": self.size[0], "height": self.size[1]}
+    found["entities"] = []
+    for entity in self.grounded.entities:
+      fields: dict[str, Any] = {**entity._asdict(), "boxes": [*map(list, entity.boxes)]}
+      if self.size is not None:
+        fields["pixels"] = [
+          [side * value for side, value in zip((*self.size, *self.size), box)]
+          for box in entity.boxes]
+      found["entities"].append(fields)
+    return found | {"num_malformed": self.grounded.num_malformed}
+
+  def lines(self) -> list[str]:
+    """The caption, and a line for each entity with its boxes in fractions."""
+    width = max((len(entity.name) for entity in self.grounded.entities), default=0)
+    return [self.grounded.text, *(
+      f"  {entity.name:{width}}  " + "  ".join(
+        f"({', '.join(f'{value:.3f}' for value in box)})" for box in entity.boxes)
+      for entity in self.grounded.entities)]
+
+
+def check(arguments, rows: Sequence[PromptRow]) -> None:
+  """What can be told before a model is looked at; warns of prompts without `<grounding>`.
+
+  Raises:
+    ValueError: a file that cannot be written, or nothing to draw on.
+  """
+  if arguments.boxes:
+    check_writable("--boxes", arguments.boxes)
+  if arguments.draw:
+    if Path(arguments.draw).suffix.lower() not in _PICTURE_FORMATS:
+      raise ValueError(
+        f"--draw {arguments.draw} names no picture; let it end in one of "
+        f"{', '.join(_PICTURE_FORMATS)}."
+      )
+    if not Path(arguments.draw).expanduser().parent.is_dir():
+      raise ValueError(
+        f"--draw {arguments.draw} lies in a folder that does not exist; make it first.")
+    without = [i for i, row in enumerate(rows) if not row.pictures]
+    if without:
+      raise ValueError(f"--draw needs a picture, and prompt {without[0]} has none; give --image.")
+  used = arguments.boxes or arguments.draw or arguments.grammar
+  for i, row in enumerate(rows):
+    if GROUNDING not in row.text and (used or row.boxes is not None or "<phrase>" in row.text):
+      print(
+        f"lmops: warning: prompt {i} has no {GROUNDING}, without which a model seldom writes "
+        f'boxes; begin it with "{GROUNDING}" if it should.', file=sys.stderr)
+
+
+def find(arguments, rows: Sequence[PromptRow], tokenizer) -> BoxWords | None:
+  """The tokenizer's words for boxes; None where no prompt and no option is about boxes.
+
+  Raises:
+    ValueError: an option or a prompt's boxes need the words, and the tokenizer lacks them.
+  """
+  from lmops_jax.data.boxes import box_tokens
+
+  needed = arguments.boxes or arguments.draw or arguments.grammar or any(
+    row.boxes is not None for row in rows)
+  asked = tokenizer.token_id(GROUNDING) is not None and any(GROUNDING in row.text for row in rows)
+  if not needed and not asked:
+    return None
+  return BoxWords(tokenizer, *box_tokens(tokenizer.token_id))
+
+
+def sizes(pictures: Iterable[Picture]) -> dict[Picture, tuple[int, int]]:
+  """Width and height of pictures, upright.
+
+  Raises:
+    ValueError: one that cannot be read or decoded.
+  """
+  from lmops_jax.data.images import decode
+
+  return {picture: decode(picture.read(), picture.where).size for picture in set(pictures)}
+
+
+def inserted(
+  rows: Sequence[PromptRow], words: BoxWords, of: dict[Picture, tuple[int, int]]
+) -> list[PromptRow]:
+  """Prompts with their boxes behind their phrases.
+
+  Args:
+    of: of `sizes`, for pictures whose boxes are in pixels.
+
+  Raises:
+    ValueError: see `data.boxes.insert`; or pixels of a phrase with no picture in front.
+  """
+  from lmops_jax.data.boxes import insert
+
+  found = []
+  for i, row in enumerate(rows):
+    if row.boxes is not None:
+      where = f"{row.where} of prompt {i}" if row.where.startswith("--") else row.where
+      boxes = _fractions(row, of, where) if row.box_unit == "pixels" else row.boxes
+      _check_width(boxes, row.box_unit, where)
+      row = row._replace(text=insert(row.text, boxes, words.grid, where=where), boxes=None)
+    found.append(row)
+  return found
+
+
+def _check_width(boxes, unit: str, where: str) -> None:
+  """Each box has the numbers that its unit has."""
+  wanted = 2 if unit == "cells" else 4
+  for i, entry in enumerate(boxes):
+    for box in _listed(entry):
+      if isinstance(box, list) and len(box) != wanted:
+        raise ValueError(
+          f"{where}[{i}] has a box of {len(box)} numbers, and in {unit} it has {wanted}; write "
+          f"{'the upper left and lower right cell' if wanted == 2 else 'x1, y1, x2, y2'}."
+        )
+
+
+def _listed(entry) -> list:
+  """The boxes of a phrase."""
+  if entry is None or not isinstance(entry, list):
+    return []
+  return entry if all(isinstance(box, list) for box in entry) else [entry]
+
+
+def _fractions(row: PromptRow, of: dict[Picture, tuple[int, int]], where: str) -> list:
+  """Boxes in pixels as fractions of the picture that was last in front of their phrase."""
+  from lmops_jax.data.boxes import from_pixels
+  from lmops_jax.data.multimodal import IMAGE
+
+  places = [match.start() for match in re.finditer(re.escape(IMAGE), row.text)]
+  phrases = [match.start() for match in re.finditer("<phrase>.+?</phrase>", row.text)]
+  found = []
+  for i, entry in enumerate(row.boxes):
+    boxes = _listed(entry)
+    if not boxes or i >= len(phrases):  # as many as phrases: `insert` says so
+      found.append(None)
+      continue
+    number = sum(place < phrases[i] for place in places) if places else len(row.pictures)
+    if not 0 < number <= len(row.pictures):
+      raise ValueError(
+        f"{where}[{i}] is in pixels, and no picture stands in front of its phrase; put <image> "
+        "there, or give fractions."
+      )
+    _check_width([boxes], "pixels", where)
+    width, height = of[row.pictures[number - 1]]
+    fractions = from_pixels(boxes, width, height)
+    for box, fraction in zip(boxes, fractions):
+      if max(box) <= 1:
+        raise ValueError(
+          f"{where}[{i}] is {box}, less than a pixel, and looks like fractions; say that they are "
+          "fractions."
+        )
+      if (fraction > 1).any():
+        raise ValueError(
+          f"{where}[{i}] is {box}, and its picture has {width} x {height} pixels; give a box that "
+          "is in the picture, or cut it."
+        )
+    found.append(fractions.tolist())
+  return found
+
+
+def generate(
+  arguments, generator, texts: Sequence, options, words: BoxWords | None, ids: Sequence
+) -> list:
+  """The answers to all prompts, of well-formed boxes only if the command line says so.
+
+  Args:
+    generator, texts, options: as in `Generator.generate`.
+    words: of `find`.
+    ids: of each prompt.
+  """
+  from lmops_jax.decoding.boxes import end_of
+
+  how = dict(stop=arguments.stop, add_special=not arguments.chat)
+  if not arguments.grammar:
+    return generator.generate(texts, options, **how)
+  ends = collections.defaultdict(list)  # prompts by the place in the grammar where they end
+  for i, row in enumerate(ids):
+    ends[end_of(words.tokens, words.grid, row)].append(i)
+  found = [()] * len(texts)
+  for end, rows in ends.items():
+    answers = generator.generate(
+      [texts[i] for i in rows], options, row_ids=rows,
+      constraint=_grammar(words, generator.vocab_size, *end), **how)
+    each = len(answers) // len(rows)
+    for k, i in enumerate(rows):
+      found[i] = answers[k * each : (k + 1) * each]
+  return [answer for answers in found for answer in answers]
+
+
+def _grammar(words: BoxWords, vocab_size: int, place, corner: int):
+  """The grammar of boxes over a model's `vocab_size` tokens, behind prompts that end there."""
+  from lmops_jax.data.image_tokens import KOSMOS_WORDS
+  from lmops_jax.decoding.boxes import box_grammar
+
+  tokenizer = words.tokenizer
+  never = {tokenizer.token_id(word) for word in (*KOSMOS_WORDS, GROUNDING)}
+  never |= {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id}
+  never |= set(range(tokenizer.vocab_size, vocab_size))
+  never -= {None, *tokenizer.stop_ids}
+  return box_grammar(
+    words.tokens, words.grid, vocab_size, tokenizer.stop_ids, sorted(never), place, corner)
+
+
+def read(
+  words: BoxWords | None, rows: Sequence[PromptRow], ids: Sequence[Sequence[int]],
+  answers: Sequence, arguments, sizes: dict[Picture, tuple[int, int]],
+) -> list[Answer | None]:
+  """What prompts' texts and their continuations say together, for each answer.
+
+  Args:
+    words: of `find`; None gives None for each.
+    ids: of each prompt.
+    answers: of `generate`.
+    sizes: of `sizes`.
+  """
+  from lmops_jax.data.boxes import extract
+  from lmops_jax.decoding.text import find_stop
+
+  if words is None:
+    return [None] * len(answers)
+  tokenizer = words.tokenizer
+  image_end = tokenizer.token_id("</image>")
+  silent = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id,
+            tokenizer.token_id("<mask>"), *tokenizer.stop_ids}
+
+  def spoken(tokens):  # tags are kept even where the tokenizer calls them special
+    return tokenizer.decode([token for token in tokens if token not in silent], False)
+
+  found, each = [], len(answers) // len(rows)
+  for i, answer in enumerate(answers):
+    row, prompt = rows[i // each], list(ids[i // each])
+    if image_end in prompt:  # slots may have any ids, but this one ends them
+      prompt = prompt[len(prompt) - prompt[::-1].index(image_end) :]
+    front, whole = spoken(prompt), spoken([*prompt, *answer.ids])
+    cut = find_stop(whole[len(front) :], arguments.stop)
+    if cut is not None:
+      whole = whole[: len(front) + cut]
+    picture = row.pictures[-1] if row.pictures else None
+    found.append(Answer(row.text, picture, sizes.get(picture), extract(whole, words.grid)))
+  return found
+
+
+def write(arguments, answers: Sequence[Answer]) -> None:
+  """The files of `--boxes` and `--draw`."""
+  if arguments.boxes:
+    records = [{"prompt": answer.prompt, **answer.record()} for answer in answers]
+    text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+    Path(arguments.boxes).expanduser().write_text(text, encoding="utf-8")
+  if arguments.draw:
+    from lmops_jax.data.images import decode
+    from lmops_jax.reporting.drawn_boxes import draw
+
+    path = Path(arguments.draw).expanduser()
+    for i, answer in enumerate(answers):
+      image = decode(answer.picture.read(), answer.picture.where)
+      file = path if len(answers) == 1 else path.with_stem(f"{path.stem}-{i}")
+      draw(image, [(e.name, e.boxes) for e in answer.grounded.entities]).save(file)
