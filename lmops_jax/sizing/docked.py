@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.docked import DockedConfig
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.vision import NUM_CHANNELS
@@ -46,14 +47,25 @@ def group_flops(config: DockedConfig, shapes: Iterable[Shape]) -> float:
 
 def picture_flops(config: DockedConfig) -> float:
   """Operations of a training step for each picture: tower and connector."""
+  trained = _stacks(config).get("top")
+  backward = 0.0 if trained is None else 2 * _blocks_flops(config, trained)
+  return _tower_flops(config) + backward + _connector_flops(config, backward=True)
+
+
+def encoding_flops(config: DockedConfig) -> float:
+  """Operations of making the vectors of a picture, without a gradient."""
+  return _tower_flops(config) + _connector_flops(config, backward=False)
+
+
+def _tower_flops(config: DockedConfig) -> float:
   vision = config.vision
-  num = 1 + vision.num_patches
-  embedding = 2 * vision.num_patches * vision.patch_size**2 * NUM_CHANNELS * vision.trunk.width
-  blocks = {
-    part: num * flops.forward_flops_per_token(stack, num, unembedding=False)
-    for part, stack in _stacks(config).items()}
-  return embedding + sum(
-    (1 + 2 * (part == "top")) * cost for part, cost in blocks.items()) + _connector_flops(config)
+  patches = 2 * vision.num_patches * vision.patch_size**2 * NUM_CHANNELS * vision.trunk.width
+  return patches + _blocks_flops(config, vision.trunk)
+
+
+def _blocks_flops(config: DockedConfig, stack: TransformerConfig) -> float:
+  num = 1 + config.vision.num_patches
+  return num * flops.forward_flops_per_token(stack, num, unembedding=False)
 
 
 def picture_bytes(config: DockedConfig, images: float, **sizes) -> float:
@@ -80,9 +92,13 @@ def _stacks(config: DockedConfig) -> Mapping[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def _connector_flops(config: DockedConfig) -> float:
+def _connector_flops(config: DockedConfig, backward: bool) -> float:
   def products(num):
-    lowered = jax.jit(_pull(config)).lower(*_connector_inputs(config, num))
+    params, features, cotangent = _connector_inputs(config, num)
+    if backward:
+      lowered = jax.jit(_pull(config)).lower(params, features, cotangent)
+    else:
+      lowered = jax.jit(_connect(config)).lower(params, features)
     return hlo.count(lowered.as_text("hlo")).product_flops
 
   return products(2) - products(1)
