@@ -83,6 +83,7 @@ def test_the_tower_has_clips_features(peer, system):
   np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_keeps_clips_bits(peer, system, tmp_path):
   job = system.run()
   pipeline.run_stages(

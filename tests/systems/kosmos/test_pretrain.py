@@ -147,6 +147,7 @@ def _ids(folder, source):
   return {int(i) for row in range(len(rows)) for i in rows.documents(row)[0]}
 
 
+@pytest.mark.slow
 def test_held_out_records_are_counted_and_none_is_learned_from(tuned):
   summary = json.loads((tuned / "report/summary.json").read_text())
   counts, folder = summary["counts"], tuned / "rows"
@@ -166,6 +167,7 @@ def test_held_out_records_are_counted_and_none_is_learned_from(tuned):
   assert not names[0] & names[1] and len(names[0] | names[1]) == 8
 
 
+@pytest.mark.slow
 def test_tuning_starts_from_the_model_and_follows_each_source(tuned, workdir, tuning):
   """The losses before the first step are those of the model it starts from, row by row."""
   system = resolve.load([tuning], ["START = '<START>'"]).build()
@@ -193,6 +195,7 @@ def test_tuning_starts_from_the_model_and_follows_each_source(tuned, workdir, tu
   assert not np.array_equal(after["text"]["embedding"], start["text"]["embedding"])
 
 
+@pytest.mark.slow
 def test_of_an_instruction_the_output_alone_is_learned(tuned):
   vocabulary = corpora.open_vocabulary(tuned / "rows")
   found = []
