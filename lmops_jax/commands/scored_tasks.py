@@ -20,6 +20,10 @@ def chosen(arguments):
     raise ValueError(
       "--metric is for a --task that is a file of rows with images; other tasks have their own."
     )
+  of_pictures = arguments.template is None and arguments.task in tasks.PICTURE_ENTRIES
+  if (arguments.split or arguments.pictures) and not of_pictures:
+    raise ValueError(
+      "--split and --pictures are for a --task that is a named one with pictures; leave them out.")
   labels = [word.strip() for word in arguments.labels.split(",")] if arguments.labels else None
   if arguments.template is None and not Path(arguments.task).suffix:
     if arguments.train:
@@ -27,7 +31,7 @@ def chosen(arguments):
         f"--train is for a --task that is a file; {arguments.task} draws from its own train split, "
         "or from FOLDER/train.jsonl with --data FOLDER."
       )
-    if arguments.task in tasks.PICTURE_ENTRIES:
+    if of_pictures:
       return _with_pictures(arguments), None
     return tasks.named_task(
       arguments.task, flavour=arguments.flavour, template=arguments.template_index,
@@ -63,6 +67,13 @@ def num_beams(task: str) -> int:
   return tasks.PICTURE_ENTRIES[task].num_beams if task in tasks.PICTURE_ENTRIES else 1
 
 
+def normalisation(task: str) -> str:
+  """What the paper of a named task compares options by; "sum" for other tasks."""
+  from lmops_jax.data import tasks
+
+  return tasks.PICTURE_ENTRIES[task].normalisation if task in tasks.PICTURE_ENTRIES else "sum"
+
+
 def _with_pictures(arguments):
   """A named task with pictures, from the folder that its data come in."""
   from lmops_jax.data import tasks
@@ -77,7 +88,8 @@ def _with_pictures(arguments):
       "and --labels out."
     )
   return tasks.picture_task(
-    arguments.task, arguments.data, template=arguments.template_index, limit=arguments.limit)
+    arguments.task, arguments.data, pictures=arguments.pictures, split=arguments.split,
+    template=arguments.template_index, limit=arguments.limit)
 
 
 def _names_pictures(path: str) -> bool:

@@ -18,6 +18,7 @@ from lmops_jax.data.boxes import checked as checked_boxes
 from lmops_jax.data.tasks import Example
 from lmops_jax.data.tasks.task import OF_BOXES
 from lmops_jax.decoding.text import find_stop
+from lmops_jax.evaluation.captions import Scores
 from lmops_jax.evaluation.estimates import Estimate, estimate, picture_of
 
 FIRST = (1, 5, 10)  # of how many boxes the recall is told
@@ -49,6 +50,19 @@ class Measured(NamedTuple):
   estimates: list[Estimate]
   scores: dict[str, np.ndarray]
   located: list[Located]
+
+  @property
+  def score(self) -> Scores:
+    """The main figure."""
+    main = self.estimates[0]
+    return Scores(main.value, self.scores[main.name])
+
+  def record(self, index: int) -> dict[str, Any]:
+    """What a file of answers says about one row besides the answer."""
+    found = self.located[index]
+    return {
+      "boxes": found.boxes.tolist(), "num_malformed": found.num_malformed,
+      "scores": {name: float(values[index]) for name, values in self.scores.items()}}
 
 
 def iou(one, other) -> np.ndarray:
@@ -204,7 +218,7 @@ def check_words(prompts: Sequence[str], tokenizer) -> int | None:
   Raises:
     ValueError: the vocabulary has no words for boxes, or prompts have boxes on another grid.
   """
-  if not any(GROUNDING in prompt for prompt in prompts):
+  if not any(GROUNDING in prompt or "<phrase>" in prompt for prompt in prompts):
     return None
   _, grid = box_tokens(tokenizer.token_id)
   if grid != GRID and any("<object>" in prompt for prompt in prompts):
