@@ -44,8 +44,8 @@ def add_options(parser) -> None:
   add("--seed", type=int, default=0, help="of the demonstrations")
   add("--normalise", choices=_NORMALISATIONS, help="of an option's log-likelihood; default: the "
       "named task's, or sum")
-  add("--metric", help="of a file of rows with images: exact_match (default), f1, vqa or cider of "
-      "answers, accuracy (default) or roc_auc of options")
+  add("--metric", help="of a file of rows with images: exact_match (default), f1, vqa, cider or "
+      "meteor of answers, accuracy (default) or roc_auc of options")
   add("--only-names", action="store_true", help="generate nothing but the task's names of classes, "
       "such as imagenet's")
   add("--beams", type=int, help="for open answers; default: the named task's, or no beam search")

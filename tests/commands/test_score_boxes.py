@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from lmops_jax import cli
-from lmops_jax.data.boxes import decode, grounding_words, words
+from lmops_jax.data.boxes import decode, encode, grounding_words, words
 from lmops_jax.data.images import as_png
+from lmops_jax.data.tasks.pictures import referring
 from lmops_jax.decoding import Generator, image_prompts
 from lmops_jax.decoding.scoring import OptionScorer, mean
 from lmops_jax.decoding.text import Generation
+from lmops_jax.evaluation import grounding
 from lmops_jax.evaluation.seeing import SeeingEncoder
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.text.tokenizer import load_tokenizer
@@ -144,6 +146,28 @@ def test_captions_are_measured_without_their_boxes(lmops, folder, says, tmp_path
     "a cat on a red mat", "two dogs run"]
   # equal to their references, of which the second has no 4-grams
   assert out.startswith("cider 8.7500 (")
+
+
+def test_expressions_are_measured_by_two_figures_behind_whole_examples(
+  lmops, folder, says, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(grounding, "GRID", SIDE)  # of the tiny model; prompts then have its cells
+  monkeypatch.setattr(referring, "as_words", lambda boxes: words(encode(boxes, SIDE), SIDE))
+  asked, answers = says
+  left, right = [0, 0, 20, 20], [20, 0, 20, 20]
+  _expressions(tmp_path, ("a cat", left), ("two dogs", right), data="refcocog")
+  _expressions(tmp_path, ("a hat", left), data="refcocog", split="train")
+  answers += [f" a<phrase> cat</phrase>{_pair(0, 5)}", " dogs"]
+  base = ("--model", folder, "--task", "refcocog-expressions", "--data", tmp_path)
+  out, _ = lmops(*base, "--shots", 1)
+  shown, row = f"<phrase> It</phrase>{_pair(0, 13)} is", f"<phrase> It</phrase>{_pair(2, 15)} is"
+  assert asked[1] == (
+    f"<s><image></image><grounding>{shown} a hat<image></image><grounding>{row}")
+  # both words in one piece, without their boxes; and one of two words
+  meteor = (1 - 0.5 / 8) / 2 + 0.5 * 0.5 / (0.9 + 0.1 * 0.5) / 2
+  first, second = out.splitlines()
+  assert first.startswith(f"meteor {meteor:.4f} (standard error ") and "1 shots, greedy" in first
+  assert second.startswith("  cider  ") and second.endswith("2 rows")
 
 
 def test_questions_are_compared_by_their_mean_and_told_by_type(lmops, folder, tmp_path):
