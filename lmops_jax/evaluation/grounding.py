@@ -23,6 +23,7 @@ from lmops_jax.evaluation.estimates import Estimate, estimate, picture_of
 
 FIRST = (1, 5, 10)  # of how many boxes the recall is told
 THRESHOLD = 0.5
+_AT_ONCE = 1024  # rows whose boxes are compared together
 _NAMED = re.compile(r"<phrase>([^<]+)</phrase>\s*$")
 
 
@@ -167,7 +168,10 @@ def _best(found: Sequence[np.ndarray], truths: Sequence[Sequence[Box]]) -> np.nd
   for i, of_row in enumerate(truths):
     if not len(checked_boxes(of_row, f"the truth of row {i}")):
       raise ValueError(f"row {i} has no box as its truth; leave it out.")
-  return iou(_padded(found)[:, :, None], _padded(truths)[:, None]).max(axis=2)
+  one, other = _padded(found), _padded(truths)
+  blocks = (slice(start, start + _AT_ONCE) for start in range(0, len(found), _AT_ONCE))
+  return np.concatenate(
+    [iou(one[rows, :, None], other[rows, None]).max(axis=2) for rows in blocks])
 
 
 def _padded(rows: Sequence[Any]) -> np.ndarray:

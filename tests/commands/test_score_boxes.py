@@ -107,6 +107,29 @@ def test_the_first_box_of_an_expression_is_measured(lmops, folder, says, tmp_pat
   assert err.endswith("1 groups of boxes in the answers are malformed and count for nothing.\n")
 
 
+def test_a_models_own_answers_are_measured(lmops, folder, tmp_path, monkeypatch):
+  """Of random weights, without anything in the place of generation."""
+  said = []
+
+  def generate(self, *arguments, **more):
+    said.extend(made := whole(self, *arguments, **more))
+    return made
+
+  whole = Generator.generate
+  monkeypatch.setattr(Generator, "generate", generate)
+  _expressions(tmp_path, ("a", [0, 0, 40, 20]), ("b", [0, 0, 20, 20]))
+  output = tmp_path / "o.jsonl"
+  out, _ = lmops("--model", folder, "--task", "refcoco", "--data", tmp_path, "--max-new-tokens", 5,
+                 "--output", output)
+  tokenizer, rows = load_tokenizer(folder), _read(output)
+  for row, answer in zip(rows, said, strict=True):
+    ids = [i for i in answer.ids if i not in (tokenizer.eos_id, tokenizer.token_id("<pad>"))]
+    assert 0 < len(answer.ids) <= 5
+    assert row["answer"] == tokenizer.decode(ids, False).strip()
+  right = np.mean([row["score"] for row in rows])
+  assert out.startswith(f"P@1 {right:.4f} (standard error ") and len(out.splitlines()) == 6
+
+
 def test_phrases_are_measured_by_their_types(lmops, folder, says, tmp_path):
   _, answers = says
   (tmp_path / "val.txt").write_text("36\n")

@@ -60,10 +60,14 @@ _KARPATHY = {
 }
 
 
+def _expression_files(data: str) -> tuple[str, ...]:
+  return (f"*{data}_*.json", f"{data}/refs(*).p", f"{data}/instances.json")
+
+
 def _refcoco(data: str) -> PictureEntry:
   return PictureEntry(
     functools.partial(referring.comprehension, data=data), "referring",
-    "MDETR's JSON, COCO pictures", (f"*{data}_*.json",), (prompts.EXPRESSION,), "val",
+    "MDETR's JSON or refs, COCO pictures", _expression_files(data), (prompts.EXPRESSION,), "val",
   )
 
 
@@ -115,7 +119,8 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   "refcocog": _refcoco("refcocog"),
   "refcocog-expressions": PictureEntry(
     functools.partial(referring.description, data="refcocog"), "meteor",
-    "MDETR's JSON, COCO pictures", ("*refcocog_*.json",), (prompts.DESCRIBE,), "val", "train",
+    "MDETR's JSON or refs, COCO pictures", _expression_files("refcocog"), (prompts.DESCRIBE,),
+    "val", "train",
   ),
   "seed-bench": PictureEntry(
     seed_bench.seed_bench, "accuracy", "SEED-Bench JSON", ("SEED-Bench.json",),
