@@ -16,7 +16,7 @@ _NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
 # What only tasks with options, or only those with open answers, read; as given by default.
 _OF_OPTIONS = {"normalise": None, "balanced": False}
 _OF_ANSWERS = {"only_names": False, "beams": None, "max_new_tokens": None, "length_penalty": None,
-               "stop": None}
+               "no_repeat_ngram": None, "stop": None}
 _MAX_NEW_TOKENS = 32
 
 
@@ -51,6 +51,8 @@ def add_options(parser) -> None:
   add("--beams", type=int, help="for open answers; default: the named task's, or no beam search")
   add("--max-new-tokens", type=int, help=f"of an open answer (default {_MAX_NEW_TOKENS})")
   add("--length-penalty", type=float, help="of beams (default 1)")
+  add("--no-repeat-ngram", type=int, help="no n-gram of this size twice in an open answer and its "
+      "prompt, 0 for any; default: the named task's, or 0")
   add("--stop", action="append", metavar="TEXT", help="ends an open answer")
   add("--batch-tokens", type=int, default=4096)
   add("--output", metavar="FILE", help="write every row's scores, or its answer, as JSON lines")
@@ -113,7 +115,7 @@ class _Options:
     self._arguments, self._task = arguments, task
     self._how = dict(
       shots=arguments.shots, seed=arguments.seed, train=train, balanced=arguments.balanced,
-      normalisation=arguments.normalise or scored_tasks.normalisation(arguments.task))
+      normalisation=arguments.normalise or scored_tasks.way(arguments.task).normalisation)
     # What is wrong with them is told before a model is read.
     self.rows, self.front = in_context.rows_and_front(task, **self._how, sees=True)
     self.num_steps = sum(len(row.prompts) or len(row.option_images) or 1 for row in self.rows)
@@ -170,11 +172,13 @@ class _Answers:
         arguments, {"max_new_tokens": None, "stop": None}, "--only-names makes whole names")
     self._arguments, self._task = arguments, task
     self._stop = check_stop(arguments.stop)
-    beams, penalty = arguments.beams, arguments.length_penalty
+    beams, penalty, ngram = arguments.beams, arguments.length_penalty, arguments.no_repeat_ngram
+    way = scored_tasks.way(arguments.task)
     self._options = GenerationOptions(
       max_new_tokens=_MAX_NEW_TOKENS if arguments.max_new_tokens is None
       else arguments.max_new_tokens,
-      num_beams=scored_tasks.num_beams(arguments.task) if beams is None else beams,
+      num_beams=way.num_beams if beams is None else beams,
+      no_repeat_ngram=way.no_repeat_ngram if ngram is None else ngram,
       **({} if penalty is None else {"length_penalty": penalty}))
     self._how = dict(
       shots=arguments.shots, seed=arguments.seed, train=train, only_names=arguments.only_names)

@@ -60,18 +60,11 @@ def chosen(arguments):
   return task, train
 
 
-def num_beams(task: str) -> int:
-  """The beams that a named task's paper searches for open answers with; 1 for other tasks."""
-  from lmops_jax.data import tasks
+def way(task: str):
+  """How the paper of a named task with pictures evaluated it; for other tasks the usual `Way`."""
+  from lmops_jax.data.tasks.pictures.registry import PICTURE_ENTRIES, Way
 
-  return tasks.PICTURE_ENTRIES[task].num_beams if task in tasks.PICTURE_ENTRIES else 1
-
-
-def normalisation(task: str) -> str:
-  """What the paper of a named task compares options by; "sum" for other tasks."""
-  from lmops_jax.data import tasks
-
-  return tasks.PICTURE_ENTRIES[task].normalisation if task in tasks.PICTURE_ENTRIES else "sum"
+  return PICTURE_ENTRIES[task].way if task in PICTURE_ENTRIES else Way()
 
 
 def _with_pictures(arguments):

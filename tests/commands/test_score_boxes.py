@@ -111,8 +111,9 @@ def test_a_models_own_answers_are_measured(lmops, folder, tmp_path, monkeypatch)
   """Of random weights, without anything in the place of generation."""
   said = []
 
-  def generate(self, *arguments, **more):
-    said.extend(made := whole(self, *arguments, **more))
+  def generate(self, texts, options, *arguments, **more):
+    assert (options.num_beams, options.no_repeat_ngram) == (1, 3)  # as the authors' scripts
+    said.extend(made := whole(self, texts, options, *arguments, **more))
     return made
 
   whole = Generator.generate
