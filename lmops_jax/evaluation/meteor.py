@@ -2,9 +2,9 @@
 
 It is that of Lavie and Agarwal 2007 (alpha 0.9, beta 3, gamma 0.5) on the words of
 `caption_tokens.tokenised`, with Porter's stemmer (1980). Papers on captions print METEOR 1.5, a
-Java program whose further stages match synonyms and paraphrases from its own tables, and which
-weights stages and function words: its figures are higher by what these find. So figures of this
-module compare models with each other, not with printed ones.
+Java program with other parameters: it punishes broken order far more, weights stages and function
+words, and has two further stages, synonyms and paraphrases, from tables of its own. So figures of
+this module compare models with each other, not with printed ones, which are mostly lower.
 """
 
 from __future__ import annotations

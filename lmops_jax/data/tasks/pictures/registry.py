@@ -38,7 +38,7 @@ class Way(NamedTuple):
   normalisation: str = "sum"
 
 
-_KOSMOS2 = Way(no_repeat_ngram=3)  # of its authors' scripts
+_LOCATE = Way(no_repeat_ngram=3)  # of the scripts that Kosmos-2's authors published
 
 
 class PictureEntry(NamedTuple):
@@ -83,7 +83,7 @@ def _refcoco(data: str) -> PictureEntry:
   return PictureEntry(
     functools.partial(referring.comprehension, data=data), "referring",
     "MDETR's JSON or refs, COCO pictures", _expression_files(data), (prompts.EXPRESSION,), "val",
-    way=_KOSMOS2,
+    way=_LOCATE,
   )
 
 
@@ -129,7 +129,7 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   "flickr30k-entities": PictureEntry(
     entities.phrase_grounding, "phrase_grounding", "Flickr30k Entities XML",
     ("*.txt", "Annotations/*.xml", "Sentences/*.txt"), (prompts.PHRASE,), "test",
-    way=_KOSMOS2,
+    way=_LOCATE,
   ),
   "refcoco": _refcoco("refcoco"),
   "refcoco-plus": _refcoco("refcoco+"),
@@ -137,7 +137,7 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   "refcocog-expressions": PictureEntry(
     functools.partial(referring.description, data="refcocog"), "meteor",
     "MDETR's JSON or refs, COCO pictures", _expression_files("refcocog"), (prompts.DESCRIBE,),
-    "val", "train", way=_KOSMOS2,
+    "val", "train",
   ),
   "seed-bench": PictureEntry(
     seed_bench.seed_bench, "accuracy", "SEED-Bench JSON", ("SEED-Bench.json",),
