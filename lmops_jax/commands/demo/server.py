@@ -51,16 +51,12 @@ class Page(NamedTuple):
   content: bytes
 
 
-def read_pages(files: Mapping[str, str]) -> dict[str, Page]:
-  """Pages by their path.
-
-  Args:
-    files: path to the name of a packaged file, such as {"/": "kosmos.html"}.
-  """
+def read_pages(first: str, *others: str) -> dict[str, Page]:
+  """Packaged files by path: the first at "/", the others at "/" and their name."""
   folder = importlib.resources.files("lmops_jax.commands.demo") / "pages"
   return {
     path: Page(f"{_TYPES[name.rpartition('.')[2]]}; charset=utf-8", (folder / name).read_bytes())
-    for path, name in files.items()}
+    for path, name in {"/": first, **{f"/{name}": name for name in others}}.items()}
 
 
 class Demo(Protocol):
