@@ -64,7 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _model_options(parser) -> None:
-  parser.add_argument("--model", required=True, metavar="PATH", help="folder or .gguf file")
+  parser.add_argument("--model", required=True, metavar="PATH", help="folder, .gguf file, or file "
+                      "of weights beside their config.json")
+  parser.add_argument("--inert-objects", action="store_true", help="pass over what a PyTorch file "
+                      "holds beside tensors, such as fairseq's settings; nothing of it is run")
   parser.add_argument("--dtype", default="float32", help="of activations (default float32)")
   parser.add_argument("--param-dtype", default="float32", help="of parameters (default float32)")
 
@@ -155,7 +158,7 @@ def load(arguments):
   partitioner = _partitioner(arguments.mesh)
   source = model_lib.load(
     arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
-    attention=arguments.attention,
+    attention=arguments.attention, inert_objects=arguments.inert_objects,
   )
   if source.decoder is None:
     raise ValueError(
@@ -370,7 +373,8 @@ def _convert(arguments) -> None:
   from lmops_jax.pretrained import model as model_lib
 
   source = model_lib.load(
-    arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype
+    arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
+    inert_objects=arguments.inert_objects,
   )
   model_lib.save_model(Path(arguments.to), source, source.params())
   print(f"{source.family}, {_count(source)} parameters: {arguments.to}")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,3 +74,20 @@ def sync_folder(folder: Path) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+def new_folder(directory: Path) -> Path:
+  """An empty folder beside `directory`, to write into and then rename to `directory`.
+
+  Raises:
+    ValueError: if `directory` is there and not empty, or cannot be made.
+  """
+  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    raise ValueError(f"{directory} exists already; choose a new folder, or delete it first.")
+  partial = directory.with_name(directory.name + ".partial")
+  try:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+  except OSError as error:
+    raise ValueError(f"{directory} cannot be written ({error.strerror}).") from error
+  return partial

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.host.whole_files import new_folder
 from lmops_jax.host.words import listed
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import families, importing
 from lmops_jax.pretrained.families.family import ConfigReader, Family
-from lmops_jax.pretrained.model import PretrainedModel, copy_tokenizer, new_folder
+from lmops_jax.pretrained.model import PretrainedModel, copy_tokenizer
 from lmops_jax.pretrained.sources import write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000

@@ -41,26 +41,29 @@ def abstract_params(family: Family, config):
 class NameTable:
   """The tensors of a source under the full names of a family's rules.
 
-  A checkpoint of the bare body lacks the prefix; old ones call a norm's tensors gamma and beta; of
-  two names for one tensor it may have either.
+  A checkpoint of the bare body lacks the prefix; old ones call a norm's tensors gamma and beta; the
+  authors' own may have other names; of two names for one tensor it may have either.
 
   Args:
-    prefix: see `Family`.
+    family: see `Family`.
     twins: names, each with another name of the same tensor.
 
   Raises:
     ValueError: if a checkpoint has both the name with prefix and the bare one.
   """
 
-  def __init__(self, source: TensorSource, prefix: str, twins: Mapping[str, str] | None = None):
+  def __init__(
+    self, source: TensorSource, family: Family, twins: Mapping[str, str] | None = None
+  ):
     self._source = source
     self.actual: dict[str, str] = {}  # name without prefix -> name in the source
-    self._prefix = prefix
+    self._prefix = family.prefix
     self.twins = dict(twins or {})
     pairs = [(self.bare(a), self.bare(b)) for a, b in self.twins.items()]
     self._other = dict(pairs) | {b: a for a, b in pairs}
     for name in source.names():
-      bare = self.bare(re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)))
+      published = family.published_name(name)
+      bare = self.bare(re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", published)))
       if bare in self.actual:
         raise ValueError(
           f"{source.where} holds both {self.actual[bare]} and {name}, which name one tensor of the "
@@ -97,7 +100,7 @@ class NameTable:
 def named(source: TensorSource, family: Family, config) -> NameTable:
   """The tensors of a checkpoint of a model; a tied one may have its embedding by either name."""
   tied = family.tied if family.text(config).tied_embeddings else {}
-  return NameTable(source, family.prefix, {**tied, **family.same})
+  return NameTable(source, family, {**tied, **family.same})
 
 
 def check_sizes(names: NameTable, source: TensorSource, family: Family, config, where: str) -> None:

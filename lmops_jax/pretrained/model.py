@@ -1,15 +1,16 @@
-"""A published model as a user names it: a folder, a GGUF file, or a model written here.
+"""A published model as a user names it: a folder, a file, or a model written here.
 
-`load` reads configurations and headers only, so that a bad path is found before any work;
-`PretrainedModel.params` then reads the weights. A model written here is a folder with `model.json`
-(what the model is), a parameter tree, and the tokenizer's files.
+A file is a GGUF, or weights with `config.json` beside them; without it, weights under the names of
+their authors' own file (Kosmos-2's `.pt`) are the published model. `load` reads configurations and
+headers only, so that a bad path is found before any work; `PretrainedModel.params` then reads the
+weights. A model written here is a folder with `model.json` (what the model is), a parameter tree,
+and the tokenizer's files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -27,14 +28,14 @@ from lmops_jax.config.setting_types import ByteCount, Text, component
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.host.foreign_files import checked, read_json, require_regular
 from lmops_jax.host.manifests import verify_read
-from lmops_jax.host.whole_files import replacing, write_text
+from lmops_jax.host.whole_files import new_folder, replacing, write_text
 from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.config import DTYPES, REMAT_POLICIES, TransformerConfig
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.pretrained import config_fields, families, importing
 from lmops_jax.pretrained.families.gguf import read_gguf
-from lmops_jax.pretrained.sources import MAX_INFLATED_BYTES, open_source
+from lmops_jax.pretrained.sources import MAX_INFLATED_BYTES, WEIGHTS, open_source
 from lmops_jax.text import tokenizer, tokenizer_folder
 
 DESCRIPTION = "model.json"
@@ -69,13 +70,13 @@ class PretrainedModel:
   """A model on disk whose weights have not been read yet.
 
   Attributes:
-    path: as given: a folder or a `.gguf` file.
+    path: as given: a folder, or a file of weights.
     family: name of its family ("gpt2", "llama", ...).
     config: its family's configuration, execution choices included: a `ClipConfig` for "clip", a
       `DockedConfig` for "kosmos-2", a `TransformerConfig` for the others.
     original: the `config.json` that it was published with, {} if there is none.
     ignore: patterns of tensor names to leave out.
-    max_inflated_bytes: see `load`.
+    max_inflated_bytes, inert_objects: see `load`.
   """
 
   path: Path
@@ -84,6 +85,7 @@ class PretrainedModel:
   original: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
   ignore: tuple[str, ...] = ()
   max_inflated_bytes: int = dataclasses.field(default=MAX_INFLATED_BYTES, compare=False)
+  inert_objects: bool = dataclasses.field(default=False, compare=False)
 
   @property
   def model(self) -> nn.Module:
@@ -145,7 +147,7 @@ class PretrainedModel:
       verify_read(folder)
       family = families.by_name(self.family)
       return checkpoints.load_params(folder, _abstract(family, self.config, partitioner))
-    with open_source(self.path, self.max_inflated_bytes) as source:
+    with open_source(self.path, self.max_inflated_bytes, self.inert_objects) as source:
       family = families.by_name(self.family)
       if self.path.suffix == ".gguf":
         family, _ = _gguf(source)
@@ -162,6 +164,8 @@ class PretrainedModel:
   @property
   def tokenizer_path(self) -> Path:
     """The folder or file that the tokenizer is read from."""
+    if self.path.is_file() and self.path.suffix in WEIGHTS:
+      return self.path.parent
     if not (self.path / DESCRIPTION).is_file():
       return self.path
     path = self.path / _description(self.path)["tokenizer"]
@@ -195,17 +199,20 @@ def load(
   remat: Literal[REMAT_POLICIES] = "none",
   ignore: Sequence[Text] = (),
   max_inflated_bytes: ByteCount = MAX_INFLATED_BYTES,
+  inert_objects: bool = False,
 ) -> PretrainedModel:
   """Opens a published model; see the module's docstring for what `path` may be.
 
   Args:
-    path: a folder with config.json and weights (safetensors or PyTorch `.bin`), a `.gguf` file, or
-      a model that `lmops convert` or a training run wrote.
+    path: a folder with config.json and weights (safetensors or PyTorch `.bin`), a `.gguf` file, a
+      file of weights (see the module), or a model that `lmops convert` or a training run wrote.
     dtype, param_dtype, attention, scan_layers, remat: execution choices of
       `models.TransformerConfig`.
     ignore: regular expressions for names of tensors to leave out, such as "classifier.*".
     max_inflated_bytes: the most that a PyTorch file's pickle and its compressed entries may hold
       (torch itself compresses nothing); a few megabytes could fill any memory.
+    inert_objects: pass over what a PyTorch file holds beside tensors, such as fairseq's settings,
+      instead of refusing the file; nothing of it is run in either case.
 
   Raises:
     ValueError: if nothing there can be read, or the kind of model is not modelled.
@@ -214,13 +221,19 @@ def load(
   choices = dict(
     dtype=dtype, param_dtype=param_dtype, attention=attention, scan_layers=scan_layers, remat=remat
   )
-  make = functools.partial(_make, folder, choices, tuple(ignore), max_inflated_bytes)
+  reading = dict(max_inflated_bytes=max_inflated_bytes, inert_objects=inert_objects)
+
+  def make(family, config, original) -> PretrainedModel:
+    config = family.with_choices(config, **choices)
+    return PretrainedModel(folder, family.name, config, original, tuple(ignore), **reading)
+
   require_regular(folder)
   if folder.suffix == ".gguf" and folder.is_file():
     with open_source(folder) as source:
       family, config = _gguf(source)
     return make(family, config, {})
-  if not folder.is_dir():
+  is_weights = folder.suffix in WEIGHTS and folder.is_file()
+  if not folder.is_dir() and not is_weights:
     raise ValueError(
       f"pretrained.load.path={str(path)!r} is neither a folder nor a .gguf file; give a folder "
       "with config.json and weights, a GGUF file, or what lmops convert wrote."
@@ -230,28 +243,28 @@ def load(
     return make(
       families.by_name(described["family"]), described["config"], described["original"]
     )
-  path = folder / _CONFIG
-  if not path.exists():
-    raise ValueError(
-      f"{path} cannot be read (it is not there); a model folder holds config.json beside its "
-      "weights."
-    )
-  original = _read_object(path)
+  path = (folder.parent if is_weights else folder) / _CONFIG
+  original = _read_object(path) if path.exists() else _unsaid(folder, path, reading)
   family = families.find(original, str(path))
   with _naming(path):
     config = family.read_config(families.ConfigReader(original, str(path)))
-  with open_source(folder, max_inflated_bytes) as source:
+  with open_source(folder, **reading) as source:
     names = importing.named(source, family, config)
     importing.check_sizes(names, source, family, config, str(path))
     config = _as_stored(config, family, names, original.get("architectures") or ())
   return make(family, config, original)
 
 
-def _make(
-  path, choices, ignore, max_inflated_bytes, family, config, original
-) -> PretrainedModel:
-  config = family.with_choices(config, **choices)
-  return PretrainedModel(path, family.name, config, original, ignore, max_inflated_bytes)
+def _unsaid(weights: Path, path: Path, reading: dict[str, Any]) -> dict[str, Any]:
+  """The `config.json` of a file of its authors, who published one model and no such file."""
+  if weights.is_file():
+    with open_source(weights, **reading) as source:
+      family = families.of_originals(source.names())
+    if family is not None:
+      return {"model_type": family.name, "architectures": [family.architecture]}
+  raise ValueError(
+    f"{path} cannot be read (it is not there); a model folder holds config.json beside its weights."
+  )
 
 
 def _gguf(source) -> tuple[families.Family, TransformerConfig]:
@@ -375,20 +388,3 @@ def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:
     if (folder / name).is_file() and not (directory / name).exists():
       with replacing(directory / name) as partial:
         shutil.copyfile(folder / name, partial)
-
-
-def new_folder(directory: Path) -> Path:
-  """An empty folder beside `directory`, to write into and then rename to `directory`.
-
-  Raises:
-    ValueError: if `directory` is there and not empty, or cannot be made.
-  """
-  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-    raise ValueError(f"{directory} exists already; choose a new folder, or delete it first.")
-  partial = directory.with_name(directory.name + ".partial")
-  try:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-  except OSError as error:
-    raise ValueError(f"{directory} cannot be written ({error.strerror}).") from error
-  return partial

@@ -19,7 +19,9 @@ from lmops_jax.host.words import listed
 from lmops_jax.pretrained.safetensors_files import map_safetensors, write_safetensors
 from lmops_jax.pretrained.torch_pickle import MAX_INFLATED_BYTES, CompressedTensor, map_torch_file
 
-__all__ = ["MAX_INFLATED_BYTES", "GGUFSource", "TensorSource", "open_source", "write_safetensors"]
+__all__ = [
+  "MAX_INFLATED_BYTES", "WEIGHTS", "GGUFSource", "TensorSource", "open_source", "write_safetensors",
+]
 
 _SAFETENSORS, _TORCH, _GGUF = ".safetensors", (".bin", ".pt", ".pth"), ".gguf"
 Tensors = Mapping[str, np.ndarray | QuantizedTensor | CompressedTensor]
@@ -27,7 +29,8 @@ _FOLDER_FILES = (  # the first that is there is read, as transformers does it
   "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
   "pytorch_model.bin.index.json",
 )
-_SUFFIXES = (_SAFETENSORS, *_TORCH, _GGUF)
+WEIGHTS = (_SAFETENSORS, *_TORCH)
+_SUFFIXES = (*WEIGHTS, _GGUF)
 _MAX_LISTED = 8
 
 
@@ -102,7 +105,7 @@ class GGUFSource(TensorSource):
 
 
 def open_source(
-  path: Path | str, max_inflated_bytes: int = MAX_INFLATED_BYTES
+  path: Path | str, max_inflated_bytes: int = MAX_INFLATED_BYTES, inert_objects: bool = False
 ) -> TensorSource:
   """Opens a checkpoint and checks that it is complete.
 
@@ -110,6 +113,7 @@ def open_source(
     path: a folder with `model.safetensors`, `pytorch_model.bin` or the index of a sharded one, or
       one `.safetensors`, `.bin`, `.pt`, `.pth` or `.gguf` file (this gives a `GGUFSource`).
     max_inflated_bytes: the most that a PyTorch file's pickle and compressed entries may hold.
+    inert_objects: see `torch_pickle.map_torch_file`.
 
   Raises:
     ValueError: nothing readable there, or a file that is missing, damaged or truncated.
@@ -119,12 +123,12 @@ def open_source(
     if path.suffix == _GGUF:
       metadata, tensors = mapped(path, map_gguf)
       return GGUFSource(path, tensors, metadata)
-    return TensorSource(path, _map_file(path, max_inflated_bytes))
+    return TensorSource(path, _map_file(path, max_inflated_bytes, inert_objects))
   for name in _FOLDER_FILES:
     if is_there(path / name):
       if name.endswith(".index.json"):
-        return TensorSource(path, _map_shards(path / name, max_inflated_bytes))
-      return TensorSource(path, _map_file(path / name, max_inflated_bytes))
+        return TensorSource(path, _map_shards(path / name, max_inflated_bytes, inert_objects))
+      return TensorSource(path, _map_file(path / name, max_inflated_bytes, inert_objects))
   there = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)
   found = "it has none"
   if there:
@@ -132,18 +136,19 @@ def open_source(
   raise ValueError(f"{path} should hold one of {', '.join(_FOLDER_FILES)}, but {found}.")
 
 
-def _map_file(path: Path, max_inflated_bytes: int) -> Tensors:
+def _map_file(path: Path, max_inflated_bytes: int, inert_objects: bool) -> Tensors:
   if path.suffix == _SAFETENSORS:
     return mapped(path, map_safetensors)
   if path.suffix in _TORCH:
-    return mapped(path, functools.partial(map_torch_file, max_inflated_bytes=max_inflated_bytes))
+    return mapped(path, functools.partial(
+      map_torch_file, max_inflated_bytes=max_inflated_bytes, inert_objects=inert_objects))
   raise ValueError(
     f"{path} is neither a folder nor a file that ends in one of {', '.join(_SUFFIXES)}; name one "
     "of these."
   )
 
 
-def _map_shards(index: Path, max_inflated_bytes: int) -> Tensors:
+def _map_shards(index: Path, max_inflated_bytes: int, inert_objects: bool) -> Tensors:
   """The tensors of all files that an index names."""
   weight_map = _weight_map(index)
   for file in sorted(set(weight_map.values())):
@@ -156,7 +161,9 @@ def _map_shards(index: Path, max_inflated_bytes: int) -> Tensors:
   tensors = {}
   holder: dict[str, str] = {}
   for file in sorted(set(weight_map.values())):
-    for name, tensor in _map_file(index.parent / file, max_inflated_bytes).items():
+    for name, tensor in _map_file(
+      index.parent / file, max_inflated_bytes, inert_objects
+    ).items():
       if name in holder:
         raise ValueError(
           f"{index.parent} holds the tensor {name} twice, in {holder[name]} and in {file}; fetch "

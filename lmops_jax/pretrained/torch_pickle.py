@@ -1,8 +1,9 @@
 """Tensors of a file that `torch.save` wrote, without torch and without running what it asks for.
 
 Such a file is a pickle, and a pickle names functions to call. Here a name is looked up in a short
-table of what plain tensors need, and any other one is refused before anything is called. The table
-makes descriptions, checked after the pickle is read; the numbers stay in the file, mapped.
+table of what plain tensors need, and any other one is refused before anything is called, or, if one
+says so, stands for an object that does nothing: fairseq keeps its settings beside the tensors. The
+table makes descriptions, checked after the pickle is read; the numbers stay in the file, mapped.
 Both layouts are read: the zip archive (torch 1.6 and later) and the plain file before it.
 """
 
@@ -57,7 +58,7 @@ class CompressedTensor:
 
 
 def map_torch_file(
-  path: Path, max_inflated_bytes: int = MAX_INFLATED_BYTES
+  path: Path, max_inflated_bytes: int = MAX_INFLATED_BYTES, inert_objects: bool = False
 ) -> dict[str, np.ndarray | CompressedTensor]:
   """Every tensor of a saved state dict as a read-only view of the mapped file.
 
@@ -68,6 +69,8 @@ def map_torch_file(
 
   Args:
     max_inflated_bytes: the most that the pickle and the compressed entries may hold together.
+    inert_objects: let what plain tensors do not need be objects that do nothing, whatever it is
+      called, instead of refusing it; nothing of it is run or imported.
 
   Raises:
     ValueError: if the file asks for more than plain tensors need, is damaged or truncated, was
@@ -78,9 +81,9 @@ def map_torch_file(
   try:
     if is_archive:
       pickled, storage_of = torch_archive.read(path, data, max_inflated_bytes)
-      content, _ = _load(io.BytesIO(pickled), path)
+      content, _ = _load(io.BytesIO(pickled), path, inert_objects)
     else:
-      content, storage_of = _read_legacy(path, data)
+      content, storage_of = _read_legacy(path, data, inert_objects)
     tensors = _named_tensors(path, content)
     return {
       name: _view(path, name, tensor, storage_of, len(data)) for name, tensor in tensors.items()
@@ -182,30 +185,65 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-def _load(file: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
+class _Inert:
+  """Stands for any class, function or object of another library, and takes what it is given.
+
+  A pickle can make instances and fill them; it keeps nothing and cannot change this class.
+  """
+
+  __slots__ = ()
+
+  def __new__(cls, *args, **kwargs):
+    return super().__new__(cls)
+
+  def __init__(self, *args, **kwargs):
+    pass
+
+  def __setstate__(self, state):
+    pass
+
+  def __setitem__(self, key, value):
+    pass
+
+  def append(self, value):
+    pass
+
+  def extend(self, values):
+    pass
+
+  def add(self, value):
+    pass
+
+
+def _load(
+  file: BinaryIO, path: Path, inert_objects: bool = False
+) -> tuple[Any, dict[str, int]]:
   """One pickled object, and the bytes of an element of each storage that it mentions."""
   start = file.tell()
   pickle_bounds.check(file)
   file.seek(start)
-  unpickler = _Unpickler(file, path)
+  unpickler = _Unpickler(file, path, inert_objects)
   return unpickler.load(), unpickler.widths
 
 
 class _Unpickler(pickle.Unpickler):
   """Finds only the names of `_ALLOWED`. One object is read by one instance."""
 
-  def __init__(self, file: BinaryIO, path: Path):
+  def __init__(self, file: BinaryIO, path: Path, inert_objects: bool):
     super().__init__(file, encoding="utf-8")
-    self._path = path
+    self._path, self._inert_objects = path, inert_objects
     self.widths: dict[str, int] = {}
 
   def find_class(self, module, name):
     try:
       return _ALLOWED[module, name]
     except KeyError:
+      if self._inert_objects:
+        return _Inert
       raise RefusedError(
         f"{self._path} asks for {module}.{name}, which plain tensors do not need, so it was "
-        f"refused and nothing was run; take the model as safetensors, or, {CONVERT}."
+        "refused and nothing was run; take the model as safetensors, or pass such objects over "
+        f"with pretrained.load.inert_objects, or, {CONVERT}."
       ) from None
 
   def persistent_load(self, pid):
@@ -222,7 +260,7 @@ class _Unpickler(pickle.Unpickler):
     return _Storage(key, kind.dtype, num_elements, first, end)
 
 
-def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable]:
+def _read_legacy(path: Path, data: np.ndarray, inert_objects: bool) -> tuple[Any, Callable]:
   """The pickled object, and a function that gives the bytes of a storage.
 
   Such a file holds five pickles, then for each storage its number of elements and its bytes."""
@@ -241,7 +279,7 @@ def _read_legacy(path: Path, data: np.ndarray) -> tuple[Any, Callable]:
     system, _ = _load(file, path)
     if not system.get("little_endian", True):
       raise torch_archive.big_endian(path)
-    content, widths = _load(file, path)
+    content, widths = _load(file, path, inert_objects)
     keys, _ = _load(file, path)
     at = file.tell()
   spans: dict[str, tuple[int, int]] = {}

@@ -135,7 +135,7 @@ def imported(family: str, variant: int = 0):
   table = families.by_name(family)
   config = table.read_config(families.ConfigReader(peer.config.to_dict(), "config.json"))
   source = DictSource(peer)
-  names = importing.NameTable(source, table.prefix)
+  names = importing.NameTable(source, table)
   if config.pooler and not names.has((r"pooler\.",)):
     config = dataclasses.replace(config, pooler=False)
   config = dataclasses.replace(config, scan_layers=variant == 0)

@@ -3,6 +3,8 @@
 Import and export look a model up in `FAMILIES`.
 """
 
+from collections.abc import Iterable
+
 from lmops_jax.host.foreign_files import checked
 from lmops_jax.pretrained.families import bert, bloom, clip, gpt2, gptj, kosmos2, llama, opt, xglm
 from lmops_jax.pretrained.families.family import ConfigReader, Family
@@ -13,7 +15,7 @@ FAMILIES: tuple[Family, ...] = (
   llama.QWEN2, bert.BERT, bert.ROBERTA, clip.FAMILY, kosmos2.FAMILY,
 )
 
-__all__ = ["FAMILIES", "ConfigReader", "Family", "by_name", "find", "matching"]
+__all__ = ["FAMILIES", "ConfigReader", "Family", "by_name", "find", "matching", "of_originals"]
 
 
 def by_name(name: str) -> Family:
@@ -37,6 +39,15 @@ def matching(config) -> Family | None:
     except (ValueError, AttributeError):  # parts that it cannot say
       continue
     if family.explicit(read) == family.explicit(config):
+      return family
+  return None
+
+
+def of_originals(names: Iterable[str]) -> Family | None:
+  """The family whose authors' own names tensors have; None for published names."""
+  names = list(names)
+  for family in FAMILIES:
+    if any(family.published_name(name) != name for name in names):
       return family
   return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -78,6 +79,8 @@ class Family:
     decoder_part: the name of that transformer's part of the parameters; "" for all of them.
     image_size: gives the sides in pixels of pictures that stand among the words; None if none can.
     explicit: writes every width out, and leaves out how a model runs, starts and is trained.
+    originals: patterns of names in its authors' own files, each with what the match becomes in the
+      published names; the first that matches a name's beginning counts.
   """
 
   name: str
@@ -102,6 +105,14 @@ class Family:
   decoder_part: str = ""
   image_size: Callable[[Any], int | None] = lambda config: None
   explicit: Callable[[Any], Any] = explicit
+  originals: tuple[tuple[str, str], ...] = ()
+
+  def published_name(self, name: str) -> str:
+    """The published name of a tensor of its authors' own file; another name stays."""
+    for pattern, replacement in self.originals:
+      if match := re.match(pattern, name):
+        return match.expand(replacement) + name[match.end() :]
+    return name
 
 
 class ConfigReader:

@@ -31,6 +31,22 @@ from lmops_jax.pretrained.rules import (
 )
 
 _TEXT, _VISION, _CONNECTOR = "text_model", "vision_model.model", "image_to_text_projection"
+_TOWER, _BLOCK = r"img_model\.visual\.", r"img_model\.visual\.transformer\.resblocks\.(\d+)\."
+_LAYER = rf"{_VISION}.encoder.layers.\1."
+_ORIGINALS = (  # names of fairseq's file, which the authors published first
+  (r"gpt_model\.decoder\.output_projection\.", f"{_TEXT}.lm_head."),
+  (r"gpt_model\.decoder\.", f"{_TEXT}.model."),
+  (r"img_connector\.", f"{_CONNECTOR}."),
+  (_TOWER + r"class_embedding$", f"{_VISION}.embeddings.class_embedding"),
+  (_TOWER + r"positional_embedding$", f"{_VISION}.embeddings.position_embedding.weight"),
+  (_TOWER + r"conv1\.", f"{_VISION}.embeddings.patch_embedding."),
+  (_TOWER + r"ln_pre\.", f"{_VISION}.pre_layrnorm."),
+  (_TOWER + r"ln_post\.", f"{_VISION}.post_layernorm."),
+  (_BLOCK + r"ts_attn\.", _LAYER + "self_attn."),
+  (_BLOCK + r"ln_([12])\.", _LAYER + r"layer_norm\2."),
+  (_BLOCK + r"mlp\.c_fc\.", _LAYER + "mlp.fc1."),
+  (_BLOCK + r"mlp\.c_proj\.", _LAYER + "mlp.fc2."),
+)
 
 
 def _read(r: ConfigReader) -> DockedConfig:
@@ -140,9 +156,12 @@ FAMILY = Family(
   name="kosmos-2", architecture="Kosmos2ForConditionalGeneration", prefix="",
   schema=published.Kosmos2, read_config=_read, write_config=_write, rules=_rules,
   tied={f"{_TEXT}.lm_head.weight": f"{_TEXT}.model.embed_tokens.weight"}, sizes=_sizes,
-  ignored=(rf"{_TEXT}\.model\.embed_positions\.weights", r".*embeddings\.position_ids"),
+  ignored=(
+    rf"{_TEXT}\.model\.embed_positions\.(weights|_float_tensor)", r".*embeddings\.position_ids",
+    rf"{_TEXT}\.model\.self_attn_sope\.scale"),
   module=DockedLM, inputs=lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),),
   with_choices=_with_choices, config=DockedConfig, text=lambda config: config.text,
   decoder=lambda config: config.text, decoder_part="text",
   image_size=lambda config: config.vision.image_size, explicit=_explicit,
+  originals=_ORIGINALS,
 )
