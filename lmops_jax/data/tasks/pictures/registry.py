@@ -27,6 +27,7 @@ class PictureEntry(NamedTuple):
     rows, train: splits to evaluate on and to draw from; train "": draw from the other rows.
     words: the labels' words, if all rows share them.
     names: makes a mapping whose values name all classes, if an open answer is one of these.
+    num_beams: the paper's, for open answers.
   """
 
   read: Callable[[Source], Iterator[Example | None]]
@@ -38,11 +39,12 @@ class PictureEntry(NamedTuple):
   train: str = ""
   words: tuple[str, ...] = ()
   names: Callable[[Source], dict[str, str]] | None = None
+  num_beams: int = 1
 
 
 _KARPATHY = {
   "read": captions_and_questions.karpathy, "metric": "cider", "files": ("dataset*.json",),
-  "templates": (prompts.CAPTION,), "rows": "test", "train": "train",
+  "templates": (prompts.CAPTION,), "rows": "test", "train": "train", "num_beams": 5,
 }
 
 PICTURE_ENTRIES: dict[str, PictureEntry] = {
@@ -76,7 +78,7 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   ),
   "imagenet": PictureEntry(
     labelled.imagenet, "exact_match", "folders by class", ("LOC_synset_mapping.txt", "*/*/*"),
-    (prompts.PHOTO,), "val", names=labelled.class_names,
+    (prompts.PHOTO,), "val", names=labelled.class_names, num_beams=2,
   ),
   "look-alikes": PictureEntry(
     labelled.look_alikes, "exact_match", "folders by animal", ("*/*",), (
