@@ -8,7 +8,7 @@ port's filter of n-grams and not to ours; their ids count up, as in its processo
 repeats them.
 """
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -63,15 +63,20 @@ def _theirs(peer, ids, index, **options):  # noqa: F811
   return answers
 
 
+@pytest.fixture(scope="module")
+def table(params):  # noqa: F811
+  """The vectors of all images, one behind the other."""
+  vectors = jax.jit(lambda images: DockedLM(CONFIG).apply(
+    {"params": params}, images, method="image_vectors"))(IMAGES)
+  return vectors.reshape(-1, vectors.shape[-1])
+
+
 @pytest.mark.parametrize("options", [
   {}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.7},
   *(pytest.param(options, marks=pytest.mark.slow) for options in (
     {"num_beams": 3, "no_repeat_ngram": 3, "early_stopping": True}, {"no_repeat_ngram": 2})),
 ])
-def test_ids_are_equal(peer, params, options):  # noqa: F811
-  vectors = DockedLM(CONFIG).apply(
-    {"params": params}, jnp.asarray(IMAGES), method="image_vectors")
-  table = vectors.reshape(-1, vectors.shape[-1])
+def test_ids_are_equal(peer, params, table, options):  # noqa: F811
   want = []
   theirs = {k.replace("ngram", "ngram_size"): v for k, v in options.items()}
   for ids, index in _rows():
