@@ -95,6 +95,11 @@ def check(arguments, rows: Sequence[PromptRow]) -> None:
   Raises:
     ValueError: a file that cannot be written, or nothing to draw on.
   """
+  if arguments.grammar and arguments.count_padding:
+    raise ValueError(
+      "--count-padding repeats what the port writes for a whole batch, and --grammar lets prompts "
+      "that end differently run apart; leave one of them out."
+    )
   if arguments.boxes:
     check_writable("--boxes", arguments.boxes)
   if arguments.draw:

@@ -104,6 +104,8 @@ def _generate_parser(parser) -> None:
   add("--length-penalty", type=float)
   add("--num-return", type=int, dest="num_return_sequences", help="answers a prompt")
   add("--seed", type=int)
+  add("--count-padding", action="store_true", help="count padding into positions, as the port of "
+      "Kosmos-2 in transformers does with a batch padded on the left")
   add("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
   add("--json", action="store_true", help="a JSON object a text, with tokens and log-probabilities")
 
@@ -228,7 +230,9 @@ def _generate(arguments) -> None:
     seen = iter(encoder.prompts([row for row in laid_out if row is not None]))
     texts = [text if row is None else next(seen) for text, row in zip(texts, laid_out)]
     del encoder
-  generator = Generator(source.decoder, source.of_decoder(params), tokenizer, partitioner)
+  generator = Generator(
+    source.decoder, source.of_decoder(params), tokenizer, partitioner,
+    count_padding=arguments.count_padding)
   del params  # the generator has its own copy of the layers
   single = len(texts) == 1 and options.num_beams == options.num_return_sequences == 1
   if single and words is None and not arguments.json:
