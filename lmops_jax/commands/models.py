@@ -265,6 +265,7 @@ def _show(arguments, rows, answers, read) -> None:
   if arguments.boxes or arguments.draw:
     grounding.write(arguments, read)
 
+
 def _laid_out(rows, source, tokenizer, sees: bool) -> list:
   """The tokens of each prompt with pictures, None of others; all checks that need no pixels."""
   from lmops_jax.decoding import image_prompts
