@@ -15,6 +15,7 @@ from pathlib import Path
 import lmops_jax
 from lmops_jax.commands import models as model_commands
 from lmops_jax.commands import plans as plan_commands
+from lmops_jax.commands.demo import command as demo_commands
 from lmops_jax.config import gin_files, refusals
 from lmops_jax.mesh import processes
 
@@ -113,6 +114,7 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
   options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
   plan_commands.add_parsers(commands, options, add_gin)
   model_commands.add_parsers(commands, options)
+  demo_commands.add_parsers(commands, options)
   return parser
 
 
@@ -217,7 +219,8 @@ def _one_line(error: Exception) -> str:
 def _dispatch(argv: list[str]) -> int:
   rest, bindings = _split_bindings(argv)
   systems = gin_files.systems()
-  names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS]
+  names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS,
+           *demo_commands.COMMANDS]
   command = next((argument for argument in rest if not argument.startswith("-")), None)
   if command is not None and command not in names:
     if command.endswith(".gin"):
@@ -241,12 +244,14 @@ def _dispatch(argv: list[str]) -> int:
     else:
       print(_listing(systems))
     return 0
-  if arguments.command in model_commands.COMMANDS:
+  for own in (model_commands, demo_commands):
+    if arguments.command not in own.COMMANDS:
+      continue
     if bindings:
       raise _UsageError(f"lmops {arguments.command} takes no bindings; it has options of its own, "
                         f"see lmops {arguments.command} --help.")
     _set_environment()
-    return model_commands.run(arguments)
+    return own.run(arguments)
   files = _files(arguments, systems)
   for file in files:
     gin_files.find(file)

@@ -1,5 +1,6 @@
 """A tiny model folder, made without any other library's models: config, weights, tokenizer."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,13 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
   return tokenizer
 
 
+@functools.cache
+def _random(model, seed: int):
+  """Initial parameters, on the host, made once for all folders with the same model."""
+  params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+  return jax.tree.map(np.asarray, nn.unbox(params))
+
+
 def write(folder: Path, *, seed: int = 0, spread: float = 20.0, **changes) -> Path:
   """A Llama-type model of random weights, large enough to have opinions; returns the folder."""
   tokenizer = byte_tokenizer()
@@ -44,10 +52,7 @@ def write(folder: Path, *, seed: int = 0, spread: float = 20.0, **changes) -> Pa
            num_kv_heads=2, mlp_width=24, max_length=256),
     **changes,
   })
-  model = Transformer(config)
-  params = nn.unbox(
-    jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
-  )
+  params = _random(Transformer(config), seed)
   params = jax.tree.map(lambda p: p * (spread if np.std(p) > 0 else 1), params)
   folder.mkdir(parents=True, exist_ok=True)
   family = families.by_name("llama")
@@ -89,9 +94,7 @@ def write_docked(
   }
   family = families.by_name("kosmos-2")
   config = family.read_config(families.ConfigReader(fields, "config.json"))
-  model = family.module(config)
-  params = nn.unbox(
-    jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"])
+  params = _random(family.module(config), seed)
   params = jax.tree.map(lambda p: p * (10 if 0 < np.std(p) < 0.3 else 1), params)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.json").write_text(json.dumps(fields))

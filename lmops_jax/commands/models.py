@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from lmops_jax.commands import grounding, prompts, scored_tasks
-from lmops_jax.commands.outputs import check_writable
+from lmops_jax.commands import grounding, prompts, score
 from lmops_jax.host import progress
 
 COMMANDS = {
@@ -34,14 +33,13 @@ examples:
       --template "Review: {text}\\nSentiment:{label}"
   lmops score --model MODEL --task copa --data COPA_FOLDER --shots 8 --normalise auto
   lmops score --model KOSMOS --task vqa.jsonl --shots 4
+  lmops score --model KOSMOS --task imagenet --data IMAGENET --only-names
   lmops convert --model MODEL --to CONVERTED
   lmops export --checkpoint WORKDIR/train --to EXPORTED
 
 MODEL is a folder with config.json, weights and tokenizer, a .gguf file, or what lmops wrote; KOSMOS
 one of a model that reads pictures.
 """
-_SEEING = "take a model with an image encoder, such as one of the family kosmos-2"
-_NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
 
 
 def add_parsers(commands, options: dict) -> None:
@@ -72,7 +70,8 @@ def _model_options(parser) -> None:
   parser.add_argument("--param-dtype", default="float32", help="of parameters (default float32)")
 
 
-def _running_options(parser) -> None:
+def running_options(parser) -> None:
+  """The options of every command that runs a model."""
   _model_options(parser)
   parser.add_argument("--attention", default="xla", help="xla, chunked, cudnn or splash")
   parser.add_argument("--mesh", metavar="AXIS=N,...", help="such as data=2,tensor=4; default: one "
@@ -80,7 +79,7 @@ def _running_options(parser) -> None:
 
 
 def _generate_parser(parser) -> None:
-  _running_options(parser)
+  running_options(parser)
   add = parser.add_argument
   add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
   add("--image", action="append", default=[], metavar="FILE", help="a picture in each --prompt, "
@@ -111,26 +110,8 @@ def _generate_parser(parser) -> None:
 
 
 def _score_parser(parser) -> None:
-  _running_options(parser)
-  add = parser.add_argument
-  add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields and "
-      "label; or, without a template, with images (paths), prompt, options and label; or one of "
-      "lmops list tasks")
-  add("--template", help='such as "Review: {text}\\nSentiment: {label}"; the label comes last')
-  add("--labels", help="label words in the order of the label ids, by commas; of a named task only "
-      "where the numbers in --data have another order")
-  add("--data", metavar="FOLDER", help="rows of a named task, train.jsonl and test.jsonl; default: "
-      "tfds; of a task with pictures the folder that its data set comes in")
-  add("--flavour", help="of a named task's templates: fs, hf, paper or plain")
-  add("--template-index", type=int, default=0, help="within the flavour (default 0)")
-  add("--shots", type=int, default=0, help="demonstrations in front of each row (default 0)")
-  add("--train", metavar="FILE", help="rows to draw demonstrations from; default: the task's own")
-  add("--balanced", action="store_true", help="as many demonstrations of each label")
-  add("--limit", type=int, help="read the first rows only")
-  add("--seed", type=int, default=0, help="of the demonstrations")
-  add("--normalise", default="sum", choices=_NORMALISATIONS, help="of an option's log-likelihood")
-  add("--batch-tokens", type=int, default=4096)
-  add("--output", metavar="FILE", help="write every row's scores as JSON lines")
+  running_options(parser)
+  score.add_options(parser)
 
 
 def _convert_parser(parser) -> None:
@@ -145,8 +126,15 @@ def _export_parser(parser) -> None:
   add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
 
 
-def _load(arguments):
-  """The model, its tokenizer, and the mesh: all checks that need no weights."""
+def load(arguments):
+  """The model, its tokenizer, and the mesh: all checks that need no weights.
+
+  Args:
+    arguments: with `running_options` and the command's name.
+
+  Raises:
+    ValueError: a model or a mesh that cannot be used.
+  """
   from lmops_jax.pretrained import model as model_lib
 
   partitioner = _partitioner(arguments.mesh)
@@ -200,7 +188,7 @@ def _generate(arguments) -> None:
   )
   given = {name: getattr(arguments, name) for name in names}
   options = GenerationOptions(**{k: v for k, v in given.items() if v is not None})
-  source, tokenizer, partitioner = _load(arguments)
+  source, tokenizer, partitioner = load(arguments)
   settings = source.image_settings()
   words = grounding.find(arguments, rows, tokenizer)
   sizes = {}
@@ -214,7 +202,7 @@ def _generate(arguments) -> None:
       tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
       for text in texts
     ]
-  laid_out = _laid_out(rows, source, tokenizer, settings is not None)
+  laid_out = lay_out(rows, source, tokenizer, settings is not None)
   front = [] if arguments.chat else front_ids(tokenizer)
   ids = [
     encode_behind(front, tokenizer, text) if row is None else row.tokens.tolist()
@@ -266,8 +254,17 @@ def _show(arguments, rows, answers, read) -> None:
     grounding.write(arguments, read)
 
 
-def _laid_out(rows, source, tokenizer, sees: bool) -> list:
-  """The tokens of each prompt with pictures, None of others; all checks that need no pixels."""
+def lay_out(rows, source, tokenizer, sees: bool) -> list:
+  """The tokens of each prompt with pictures, None of others; all checks that need no pixels.
+
+  Args:
+    rows: of `prompts.PromptRow`.
+    source, tokenizer: of `load`.
+    sees: whether the model reads pictures.
+
+  Raises:
+    ValueError: pictures that have no place in the prompt or the model, by the prompt's number.
+  """
   from lmops_jax.decoding import image_prompts
 
   if not sees:
@@ -276,7 +273,7 @@ def _laid_out(rows, source, tokenizer, sees: bool) -> list:
         raise ValueError(
           f"prompt {i} has the picture {row.pictures[0].where}, and {source.path} is a language "
           f"model of the family {source.family}, which reads texts only; leave the picture out, or "
-          f"{_SEEING}."
+          f"{score.SEEING}."
         )
     return [None] * len(rows)
   found = []
@@ -301,59 +298,7 @@ def _stream(generator, texts, options, arguments) -> None:
 
 
 def _score(arguments) -> None:
-  from lmops_jax.decoding import image_prompts
-  from lmops_jax.decoding.scoring import OptionScorer
-  from lmops_jax.evaluation import in_context, seeing
-
-  if arguments.batch_tokens < 1:
-    raise ValueError(f"--batch-tokens {arguments.batch_tokens} must be at least 1.")
-  task, train = scored_tasks.chosen(arguments)
-  how = dict(
-    shots=arguments.shots, seed=arguments.seed, train=train, balanced=arguments.balanced,
-    normalisation=arguments.normalise)
-  # What is wrong with them is told before a model is read.
-  rows, front = in_context.rows_and_front(task, **how, sees=True)
-  if arguments.output:
-    check_writable("--output", arguments.output)
-  if task.skipped:
-    print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
-          "empty or repeated one, or no answer.", file=sys.stderr)
-  source, tokenizer, partitioner = _load(arguments)
-  paths = [*front.images, *(path for row in rows for path in (*row.images, *row.option_images))]
-  settings, encoder = source.image_settings(), None
-  if paths and settings is None:
-    raise ValueError(
-      f"the task {task.name} has pictures, and {source.path} is a language model of the family "
-      f"{source.family}, which reads texts only; {_SEEING}."
-    )
-  if paths:
-    ids = image_prompts.image_tokens(tokenizer, source.config.vectors_per_image)
-    image_prompts.check_pictures(map(seeing.picture_at, paths), settings)
-  params = source.params(partitioner)
-  scorer = OptionScorer(
-    source.decoder, source.of_decoder(params), partitioner, batch_tokens=arguments.batch_tokens
-  )
-  if paths:
-    pictures = image_prompts.PictureEncoder(source.model, params, settings, partitioner)
-    encoder = seeing.SeeingEncoder(tokenizer, ids, pictures, source.decoder.config.max_length)
-  del params  # the scorer has its own copy of the layers
-  num_prompts = sum(len(row.prompts) or len(row.option_images) or 1 for row in rows)
-  with progress.Progress(num_prompts, "prompts", "scoring") as bar:
-    result = in_context.evaluate(
-      scorer, tokenizer, task, **how, progress=bar.update, encoder=encoder)
-  if arguments.output:
-    with Path(arguments.output).expanduser().open("w", encoding="utf-8") as file:
-      for i in range(len(result.labels)):
-        file.write(json.dumps(in_context.record(task, result, i)) + "\n")
-  print(f"accuracy {result.accuracy:.4f} (standard error {result.standard_error:.4f}), "
-        f"{len(result.labels)} rows, {result.num_shots} shots, by {arguments.normalise}")
-  if not task.words:
-    return
-  width = max(map(len, task.words))
-  print(f"  {'label':{width}}  rows  predicted  right")
-  for i, word in enumerate(task.words):
-    print(f"  {word:{width}}  {result.confusion[i].sum():4}  {result.confusion[:, i].sum():9}  "
-          f"{result.confusion[i, i]:5}")
+  score.run(arguments, load)
 
 
 def _convert(arguments) -> None:

@@ -16,6 +16,10 @@ def chosen(arguments):
   """
   from lmops_jax.data import tasks
 
+  if arguments.metric and (not Path(arguments.task).suffix or arguments.template is not None):
+    raise ValueError(
+      "--metric is for a --task that is a file of rows with images; other tasks have their own."
+    )
   labels = [word.strip() for word in arguments.labels.split(",")] if arguments.labels else None
   if arguments.template is None and not Path(arguments.task).suffix:
     if arguments.train:
@@ -40,7 +44,7 @@ def chosen(arguments):
         "leave --template and --labels out."
       )
     return tasks.picture_rows_task(
-      arguments.task, limit=arguments.limit, train=arguments.train), None
+      arguments.task, metric=arguments.metric, limit=arguments.limit, train=arguments.train), None
   if arguments.template is None or labels is None:
     raise ValueError(
       f"--task {arguments.task} is a file, so it needs --template and --labels; see lmops score "
@@ -50,6 +54,13 @@ def chosen(arguments):
   task = tasks.jsonl_task(arguments.task, template, labels, arguments.limit)
   train = arguments.train and tasks.jsonl_task(arguments.train, template, labels).rows
   return task, train
+
+
+def num_beams(task: str) -> int:
+  """The beams that a named task's paper searches for open answers with; 1 for other tasks."""
+  from lmops_jax.data import tasks
+
+  return tasks.PICTURE_ENTRIES[task].num_beams if task in tasks.PICTURE_ENTRIES else 1
 
 
 def _with_pictures(arguments):

@@ -6,6 +6,11 @@ Importing this package registers everything that gin files name in the module `d
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.documents import Corpus, Document, split_documents
 from lmops_jax.data.files import Jsonl, Parquet, TextFolder
+from lmops_jax.data.grit.detection import DetectorFunction, RecordedBoxes
+from lmops_jax.data.grit.files import GritJsonl, GritShards
+from lmops_jax.data.grit.pairs import GroundedPairs
+from lmops_jax.data.grit.phrases import SpacyPhrases
+from lmops_jax.data.grounded_instructions import GroundedInstructions
 from lmops_jax.data.image_files import ImageJsonl, ImageParquet
 from lmops_jax.data.image_rows import ImageRows, write_rows
 from lmops_jax.data.image_tokens import ImageTokens
@@ -33,8 +38,13 @@ from lmops_jax.text.vocabulary_sources import (
 __all__ = [
   "Corpus",
   "Deduplicated",
+  "DetectorFunction",
   "Document",
   "Engine",
+  "GritJsonl",
+  "GritShards",
+  "GroundedInstructions",
+  "GroundedPairs",
   "HuggingFaceTokenizer",
   "ImageJsonl",
   "ImageParquet",
@@ -50,10 +60,12 @@ __all__ = [
   "OverlapIndex",
   "Parquet",
   "PythonReference",
+  "RecordedBoxes",
   "RenderedTexts",
   "Scenes",
   "SentencePieceFile",
   "SeqioTask",
+  "SpacyPhrases",
   "TarShards",
   "TextFolder",
   "Tfds",

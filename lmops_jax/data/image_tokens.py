@@ -20,7 +20,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lmops_jax.config.setting_types import Count, PositiveInt, component
-from lmops_jax.data.multimodal import Part, Picture, Record
+from lmops_jax.data.boxes import grounding_words
+from lmops_jax.data.grounded_text import BoxWords, with_boxes
+from lmops_jax.data.multimodal import LeftOut, Part, Picture, Record
 from lmops_jax.text.vocabularies import Vocabulary
 
 KOSMOS_WORDS = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "</line>")
@@ -110,6 +112,15 @@ def appended(
   )
 
 
+def special_words(grid: int | None) -> tuple[str, ...]:
+  """The words that follow a vocabulary: Kosmos-1's, and with a grid of cells those of Kosmos-2.
+
+  Args:
+    grid: cells in a row and in a column, 32 in the published model; None: no words for boxes.
+  """
+  return KOSMOS_WORDS if grid is None else (*KOSMOS_WORDS, *grounding_words(grid))
+
+
 class Encoded(NamedTuple):
   """A record as tokens.
 
@@ -167,19 +178,34 @@ def lay_out(
 
 
 def encode_records(
-  records: Iterable[Record], vocabulary: Vocabulary, ids: ImageTokens
+  records: Iterable[Record], vocabulary: Vocabulary, ids: ImageTokens, *,
+  words: BoxWords | None = None, left_out: LeftOut | None = None,
 ) -> Iterator[Encoded]:
-  """Records as tokens, in order; a block at a time, so that the tokenizer can use its threads."""
+  """Records as tokens, in order; a block at a time, so that the tokenizer can use its threads.
+
+  Args:
+    words: those of boxes, for texts that have some (`grounded_text.GroundedText`).
+    left_out: gets records with boxes that stand inside of tokens ("split_token").
+
+  Raises:
+    ValueError: for boxes without `words`.
+  """
+  left_out = LeftOut() if left_out is None else left_out
   records = iter(records)
   while block := list(itertools.islice(records, _BLOCK)):
-    for record, texts in zip(block, encode_texts([r.parts for r in block], vocabulary)):
-      yield lay_out(record.id, record.parts, texts, record.num_given, ids)
+    rows = [record.parts for record in block]
+    found = with_boxes(rows, encode_texts(rows, vocabulary), vocabulary, words)
+    for record, texts in zip(block, found):
+      if texts is None:
+        left_out.add("split_token", record.source)
+      else:
+        yield lay_out(record.id, record.parts, texts, record.num_given, ids)
 
 
 def encode_texts(
   rows: Sequence[Sequence[Part]], vocabulary: Vocabulary
 ) -> list[list[list[int]]]:
-  """The ids of each text of each row, all encoded together."""
+  """The ids of each text of each row, all encoded together, without boxes."""
   texts = [part for parts in rows for part in parts if isinstance(part, str)]
   ids = iter(vocabulary.encode_batch(texts))
   return [[next(ids) for part in parts if isinstance(part, str)] for parts in rows]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FITS = ("squash", "crop")
 LARGEST_PICTURE = 89_478_485  # pixels; beyond it Pillow takes a file for a decompression bomb
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's field, and its values for a quarter turn
 _OF_16_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -200,6 +201,25 @@ def cropped(width: int, height: int, size: int) -> tuple[int, int, int, int]:
   width, height = (
     size if side == shorter else int(size * side / shorter) for side in (width, height))
   return width, height, (width - size) // 2, (height - size) // 2
+
+
+def upright_size(data: bytes, where: str) -> tuple[int, int]:
+  """Width and height of the picture that `decode` would make, from the file's header alone.
+
+  Raises:
+    ValueError: for a file that is no picture, or whose header is damaged.
+  """
+  from PIL import Image
+
+  try:
+    image = Image.open(io.BytesIO(data))
+    is_turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
+  except Exception as error:  # a damaged header: each of Pillow's readers has errors of its own
+    raise ValueError(
+      f"{printable(where)} is no picture, or a damaged one ({_first_line(error)}); fetch it again "
+      "or leave it out."
+    ) from error
+  return image.size[::-1] if is_turned else image.size
 
 
 def as_png(pixels: np.ndarray) -> bytes:

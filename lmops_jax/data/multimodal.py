@@ -95,8 +95,8 @@ class Record(NamedTuple):
 
   Attributes:
     id: 0 <= id < 2^63, stable, as in `documents.Document`.
-    parts: pictures, and texts that are never blank and have no blanks beside a picture or at the
-      record's ends.
+    parts: pictures, and texts that are never blank (but for boxes alone, see `grounded_text`) and
+      have no blanks beside a picture or at the record's ends.
     num_given: how many parts at the front are a prompt, of which nothing is learned.
     source: where it was found.
   """
@@ -137,6 +137,13 @@ class LeftOut:
     for reason, of_reason in names.items():
       for name in of_reason:
         self.add(reason, name)
+
+  def merge(self, other: LeftOut) -> None:
+    """Adds what another one has counted and named."""
+    self.counts.update(other.counts)
+    for reason, names in other.named.items():
+      mine = self.named.setdefault(reason, [])
+      mine += names[: _MAX_NAMED - len(mine)]
 
   def __str__(self) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in sorted(self.counts.items())) or "nothing"

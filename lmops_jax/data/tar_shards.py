@@ -38,6 +38,23 @@ class _Member(NamedTuple):
   num_bytes: int
 
 
+class Sample(NamedTuple):
+  """A sample of a shard.
+
+  Attributes:
+    source: shard and sample. where: the same, for errors.
+    row: the fields of its "json", or its text under the name that stands for "text".
+    pictures: its pictures by kind, in their order.
+    members: all its files by whole name.
+  """
+
+  source: str
+  where: str
+  row: Mapping[str, Any]
+  pictures: Mapping[str, Picture]
+  members: Mapping[str, Picture]
+
+
 @component(module="data")
 @dataclasses.dataclass(frozen=True)
 class TarShards(ImageCorpus):
@@ -68,18 +85,28 @@ class TarShards(ImageCorpus):
     return files.fingerprint(repr(self), self.found().files)
 
   def read(self, left_out: LeftOut) -> Iterator[Record]:
+    for sample in self.samples(left_out):
+      if record := self._record(sample, left_out):
+        yield record
+
+  def samples(self, left_out: LeftOut) -> Iterator[Sample]:
+    """The samples with a text, and a picture unless the text is "json", in order."""
     found = self.found()
     left_out.add_all(found.left_out)
     for name, path in found.files:
       require_regular(path)
       with path.open("rb") as contents:
         for key, members in _samples(path, left_out):
-          if record := self._record(f"{name}:{key}", path, contents, members, left_out):
-            yield record
+          if sample := self._sample(f"{name}:{key}", path, contents, members, left_out):
+            yield sample
 
-  def _record(self, source, path, contents, members, left_out) -> Record | None:
-    where = f"{printable(path)} sample {printable(source.split(':', 1)[1])}"
-    pictures = {kind: m for kind, m in members.items() if self._is_picture(kind)}
+  def _sample(self, source, path, contents, members, left_out) -> Sample | None:
+    shown, whole = printable(path), str(path.absolute())
+    where = f"{shown} sample {printable(source.split(':', 1)[1])}"
+    places = {
+      kind: Picture(f"{shown} member {printable(m.name)}", whole, m.offset, m.num_bytes)
+      for kind, m in members.items()}
+    pictures = {kind: place for kind, place in places.items() if self._is_picture(kind)}
     text = members.get(self.text_member)
     if text is None or not (pictures or self.text_member == "json"):
       missing = "picture" if text else f"file of the kind {self.text_member!r}"
@@ -93,50 +120,54 @@ class TarShards(ImageCorpus):
     contents.seek(text.offset)
     data = contents.read(text.num_bytes)
     try:
-      row = self._row(data, where, pictures)
+      row = self._row(data, where)
     except UnicodeDecodeError:
       left_out.add("undecodable", where)
       return None
     except ValueError as error:  # others made the shard: one bad member is not its end
       left_out.add("unreadable", str(error))
       return None
+    by_name = {members[kind].name: place for kind, place in places.items()}
+    return Sample(source, where, row, pictures, by_name)
 
-    by_name = {m.name: m for m in members.values()} | pictures
+  def _record(self, sample: Sample, left_out: LeftOut) -> Record | None:
+    by_name = {**sample.members, **sample.pictures}
 
     def picture_of(entry: Any, place: str) -> Picture:
-      member = by_name.get(entry) if isinstance(entry, str) else None
-      if member is None:
+      picture = by_name.get(entry) if isinstance(entry, str) else None
+      if picture is None:
         raise _NotThere(
           f"{place} names the picture {printable(repr(entry))}, and the sample has "
-          f"{printable(', '.join(pictures)) or 'none'}"
+          f"{printable(', '.join(sample.pictures)) or 'none'}"
         )
-      return Picture(
-        f"{printable(path)} member {printable(member.name)}", str(path.absolute()),
-        member.offset, member.num_bytes)
+      return picture
 
+    row = sample.row
+    if "images" not in row and "parts" not in row:
+      row = {**row, "images": list(sample.pictures)}
     try:
-      parts, num_given = parse_row(row, where, picture_of, self.text_field)
+      parts, num_given = parse_row(row, sample.where, picture_of, self.text_field)
     except UnicodeEncodeError:
-      left_out.add("undecodable", where)
+      left_out.add("undecodable", sample.where)
       return None
     except _NotThere as error:
       left_out.add("unreadable", str(error))
       return None
-    return Record(document_id(source), parts, num_given, printable(source))
+    return Record(document_id(sample.source), parts, num_given, printable(sample.source))
 
   def _is_picture(self, kind: str) -> bool:
     if self.picture_members:
       return kind in self.picture_members
     return kind.rsplit(".", 1)[-1] in _PICTURES
 
-  def _row(self, data: bytes, where: str, pictures: Mapping[str, _Member]) -> Mapping[str, Any]:
-    """A sample as a row."""
+  def _row(self, data: bytes, where: str) -> Mapping[str, Any]:
+    """A sample's text as a row."""
     if self.text_member != "json":
-      return {self.text_field: data.decode("utf-8-sig"), "images": list(pictures)}
+      return {self.text_field: data.decode("utf-8-sig")}
     row = parse_json(data, where)
     if not isinstance(row, dict):
       raise ValueError(f"{where} holds a {type(row).__name__}, not an object with fields.")
-    return row if "images" in row or "parts" in row else {**row, "images": list(pictures)}
+    return row
 
 
 def _samples(path: Path, left_out: LeftOut) -> Iterator[tuple[str, dict[str, _Member]]]:

@@ -10,6 +10,7 @@ as many prompts, beams, options and demonstrations as want them. Layout and ids 
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 
@@ -61,18 +62,22 @@ def laid_out(parts: Sequence[Part], tokenizer, ids: ImageTokens) -> Encoded:
   return lay_out(0, parts, tokenizer.encode_batch(texts, False), len(parts), ids, end=False)
 
 
+def most_pictures(ids: ImageTokens, max_length: int) -> int:
+  """The most pictures of a prompt for a model of `max_length` positions, behind `<s>`."""
+  return (max_length - 1) // len(ids.block)
+
+
 def check_fits(row: Encoded, ids: ImageTokens, max_length: int, name: str) -> None:
   """Holds a prompt's pictures against the model's context.
 
   Raises:
     ValueError: more pictures than it has place for.
   """
-  size = len(ids.block)
-  most = (max_length - 1) // size
+  most = most_pictures(ids, max_length)
   if len(row.pictures) > most:
     raise ValueError(
-      f"{name} has {len(row.pictures)} pictures of {size} tokens each, and the model's context is "
-      f"{max_length} tokens; give at most {most} pictures."
+      f"{name} has {len(row.pictures)} pictures of {len(ids.block)} tokens each, and the model's "
+      f"context is {max_length} tokens; give at most {most} pictures."
     )
 
 
@@ -106,10 +111,8 @@ class PictureEncoder:
       batch_size: pictures at a time; the vectors do not depend on it.
       cache_bytes: of vectors that are kept; the longest unused go first.
     """
+    self._model, self._settings, self._partitioner = model, settings, partitioner
     self._params = {name: params[name] for name in ("vision", "connector")}
-    self._run = jax.jit(
-      lambda params, images: model.apply({"params": params}, images, method="image_vectors"))
-    self._settings, self._partitioner = settings, partitioner
     self._batch_size = batch_size
     self._cache: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
     self._cache_bytes, self._held_bytes = cache_bytes, 0
@@ -154,7 +157,7 @@ class PictureEncoder:
     with activated(self._partitioner):
       if self._partitioner is not None:
         images = self._partitioner.place_rows({"images": images})["images"]
-      vectors = np.asarray(self._run(self._params, images), np.float32)
+      vectors = np.asarray(_vectors(self._model, self._params, images), np.float32)
     made = {key: vector.copy() for key, vector in zip(pixels, vectors)}  # views would hold them all
     self.num_encoded += len(made)
     for key, vector in made.items():
@@ -173,6 +176,12 @@ class PictureEncoder:
     """
     vectors = iter(self([picture for row in rows for picture in row.pictures]))
     return [_with_vectors(row, [next(vectors) for _ in row.pictures]) for row in rows]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _vectors(model, params, images):
+  """`[B,slots,W]`; encoders of equal models share the program."""
+  return model.apply({"params": params}, images, method="image_vectors")
 
 
 def _with_vectors(row: Encoded, vectors: list[np.ndarray]) -> Prompt:

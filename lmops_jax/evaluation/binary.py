@@ -38,6 +38,24 @@ def roc_auc(scores: Sequence[float], labels: Sequence[int]) -> float:
   return float(roc_auc_score(labels, scores))
 
 
+def roc_auc_error(scores: Sequence[float], labels: Sequence[int]) -> float:
+  """The standard error of `roc_auc` over rows (DeLong et al. 1988); arguments as there.
+
+  Returns:
+    NaN if one of the labels has a single row.
+  """
+  from scipy.stats import rankdata
+
+  scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+  ranks, variance = rankdata(scores), 0.0
+  for label in (0, 1):
+    own = labels == label
+    # Of each row, how many of the other label lie below it, ties half.
+    below = (ranks[own] - rankdata(scores[own])) / (~own).sum()
+    variance += below.var(ddof=1) / own.sum() if own.sum() > 1 else np.nan
+  return float(np.sqrt(variance))
+
+
 def share_of(log_likelihoods: np.ndarray, option: int) -> np.ndarray:
   """How likely an option is among all: p(yes) / (p(yes) + p(no)), for `roc_auc`.
 

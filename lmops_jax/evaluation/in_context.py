@@ -2,7 +2,8 @@
 
 Demonstrations stand in front of each row's prompt, and the answer is the option with the highest
 (normalised) log-likelihood. The same demonstrations stand in front of every row, so the model reads
-them once. If the prompts differ by option (Winogrande), each option follows its own.
+them once. If the prompts differ by option (Winogrande), each option follows its own. Where an
+encoder knows the model's length, a row too long for it loses demonstrations, the first ones first.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmops_jax.data.supervised import encode_behind, front_ids
-from lmops_jax.data.tasks import Example, Task, demonstrations
+from lmops_jax.data.tasks import Example, Task
 from lmops_jax.data.tasks.task import OF_OPTIONS
 from lmops_jax.decoding.scoring import OptionScorer, Request, first, mean, total
+from lmops_jax.evaluation import binary
+from lmops_jax.evaluation.demonstrations import (
+  NO_FRONT,
+  SEPARATOR,
+  Front,
+  drawn,
+  fitted,
+  pictures_of,
+)
 from lmops_jax.models.cache import Prefix
 
 NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
-SEPARATOR = "\n\n"
 
 
 class Result(NamedTuple):
@@ -37,6 +46,7 @@ class Result(NamedTuple):
     confusion: `[labels,labels] int`, rows of each label (first axis) by prediction.
     num_shots: demonstrations in front of each row.
     num_tokens: tokens of all prompts with their options, shared ones counted each time.
+    num_dropped: `[N] int`, demonstrations that had no room in front of each row.
   """
 
   accuracy: float
@@ -48,21 +58,21 @@ class Result(NamedTuple):
   confusion: np.ndarray
   num_shots: int
   num_tokens: int
+  num_dropped: np.ndarray
 
 
-class Front(NamedTuple):
-  """Demonstrations in front of every prompt.
+class Scored(NamedTuple):
+  """What `score_rows` found.
 
   Attributes:
-    text: of all of them.
-    images: paths of the pictures that stand for each `<image>` of the text.
+    values: `[N,options] float64`, what the options of each row are compared by.
+    num_tokens: tokens read.
+    num_dropped: `[N] int`, demonstrations that had no room in front of each row.
   """
 
-  text: str = ""
-  images: tuple[str, ...] = ()
-
-
-NO_FRONT = Front()
+  values: np.ndarray
+  num_tokens: int
+  num_dropped: np.ndarray
 
 
 class Encoder:
@@ -78,17 +88,24 @@ class Encoder:
     tokenizer: with `encode(text, add_special)`; what it puts behind a text is left out.
     start: ids in front of a prompt; None takes what the tokenizer puts there.
     strict: a boundary inside a token is an error, and so are two options of the same tokens.
+    max_length: positions of the model, so that demonstrations without room are left out; None
+      leaves them, and scoring refuses a context that is too long.
 
   Attributes:
     sees: whether contexts may have pictures.
     rows_at_once: rows that are encoded and scored together; None is all.
+    most_images: the most pictures of a context; None is no limit.
   """
 
   sees = False
   rows_at_once: int | None = None
+  most_images: int | None = None
 
-  def __init__(self, tokenizer, start: Sequence[int] | None = None, strict: bool = False):
-    self._tokenizer, self._strict = tokenizer, strict
+  def __init__(
+    self, tokenizer, start: Sequence[int] | None = None, strict: bool = False,
+    max_length: int | None = None,
+  ):
+    self._tokenizer, self._strict, self.max_length = tokenizer, strict, max_length
     self.start = front_ids(tokenizer) if start is None else list(start)
 
   def encode(self, text: str) -> list[int]:
@@ -128,7 +145,7 @@ class Encoder:
       pieces.append(rest)
     request = Request(ids, pieces)
     if self._strict:
-      _check(request, options, "option")
+      check_options(request, options, "option")
     return request
 
 
@@ -175,12 +192,12 @@ def evaluate(
     task, shots=shots, seed=seed, train=train, balanced=balanced, normalisation=normalisation,
     separator=separator, sees=encoder.sees)
   try:
-    scores, num_tokens = score_rows(
+    scored = score_rows(
       scorer, encoder, task, rows, front=front, normalisation=normalisation,
       progress=progress)
   except ValueError as error:
     raise ValueError(f"task {task.name} with {shots} demonstrations: {error}") from error
-  return outcome(rows, scores, shots, num_tokens)
+  return outcome(rows, scored.values, shots, scored.num_tokens, scored.num_dropped)
 
 
 def rows_and_front(
@@ -210,31 +227,22 @@ def rows_and_front(
       f"normalisation='null' needs a prompt without content, and the rows of the task {task.name} "
       "have options of their own; use 'auto' or another one."
     )
-  train = task.train or None if train is None else train
-  drawn = demonstrations(task.rows if train is None else train, shots, seed, balanced)
-  used = {row.id for row in drawn}
-  rows = [row for row in task.rows if row.id not in used] if train is None else list(task.rows)
-  if not rows:
+  rows, front = drawn(
+    task, shots=shots, seed=seed, train=train, balanced=balanced, separator=separator)
+  if task.metric == "roc_auc" and len({row.label for row in rows}) < 2:
     raise ValueError(
-      f"the task {task.name} has {len(task.rows)} rows, all of them demonstrations; give others "
-      "with --train."
+      f"the {len(rows)} rows of the task {task.name} all have the label {rows[0].label}, and a ROC "
+      "curve needs both; take more rows."
     )
-  text = "".join(row.demonstration + separator for row in drawn)
-  return rows, Front(text, tuple(path for row in drawn for path in images_of(row)))
-
-
-def images_of(row: Example) -> tuple[str, ...]:
-  """The pictures of a row with its right answer."""
-  own = row.option_images[row.label : row.label + 1] if row.option_images else ()
-  return (*row.images, *own)
+  return rows, front
 
 
 def score_rows(
   scorer: OptionScorer, encoder: Encoder, task: Task, rows: Sequence[Example], *,
   front: Front = NO_FRONT, normalisation: str = "sum", prefix: Prefix | None = None,
   progress: Callable[[int], None] | None = None,
-) -> tuple[np.ndarray, int]:
-  """What the options of each row are compared by, `[N,options] float64`, and the tokens read.
+) -> Scored:
+  """Scores the options of each row.
 
   Args:
     rows: rows of the task.
@@ -247,21 +255,27 @@ def score_rows(
   if normalisation == "null":
     scored.append(rows[0]._replace(prompt=task.null_prompt))
   at_once = encoder.rows_at_once or len(scored)
-  token_scores, num_tokens = [], 0
+  token_scores, num_tokens, num_dropped = [], 0, []
   for start in range(0, len(scored), at_once):
-    of_rows = _requests(encoder, scored[start : start + at_once], front)
+    block = scored[start : start + at_once]
+    encoder.read(pictures_of(block, front))
+    of_rows, dropped = zip(*(_that_fit(encoder, row, front) for row in block))
+    num_dropped += dropped
     requests = [request for of_row in of_rows for request in of_row]
     if task.words and not start:
-      _check(requests[0], task.words, "label")
+      check_options(requests[0], task.words, "label")
     found = iter(scorer.score(requests, progress, prefix))
     for of_row in of_rows:  # one request with all options, or one a prompt
       token_scores.append([scores for _ in of_row for scores in next(found)])
     num_tokens += sum(len(r.context) + sum(map(len, r.options)) for r in requests)
-  return _normalised(normalisation, token_scores, scored), num_tokens
+  return Scored(
+    _normalised(normalisation, token_scores, scored), num_tokens,
+    np.array(num_dropped[: len(rows)]))
 
 
 def outcome(
-  rows: Sequence[Example], scores: np.ndarray, num_shots: int, num_tokens: int
+  rows: Sequence[Example], scores: np.ndarray, num_shots: int, num_tokens: int,
+  num_dropped: np.ndarray | None = None,
 ) -> Result:
   """The best option of each row, the first of equals, against its label."""
   predictions = scores.argmax(axis=1)
@@ -272,14 +286,44 @@ def outcome(
   return Result(
     accuracy, math.sqrt(accuracy * (1 - accuracy) / len(rows)),
     np.array([row.id for row in rows]), labels, predictions, scores, confusion, num_shots,
-    num_tokens,
+    num_tokens, np.zeros(len(rows), int) if num_dropped is None else num_dropped,
   )
 
 
-def _requests(encoder: Encoder, rows: Sequence[Example], front: Front) -> list[list[Request]]:
-  paths = [path for row in rows for path in (*row.images, *row.option_images)]
-  encoder.read(list(dict.fromkeys([*front.images, *paths])))
-  return [requests_of(encoder, row, front) for row in rows]
+class Figure(NamedTuple):
+  """A figure of merit over rows.
+
+  Attributes:
+    name: of `data.tasks` metrics.
+    value: the figure.
+    standard_error: that of the figure, over rows; NaN if they are too few.
+  """
+
+  name: str
+  value: float
+  standard_error: float
+
+
+def figures(task: Task, result: Result) -> list[Figure]:
+  """What a task is measured by, and its accuracy if that is something else."""
+  found = [Figure("accuracy", result.accuracy, result.standard_error)]
+  if task.metric == "roc_auc":  # the second option is the positive one
+    shares = binary.share_of(result.scores, 1)
+    found.insert(0, Figure(
+      "roc_auc", binary.roc_auc(shares, result.labels),
+      binary.roc_auc_error(shares, result.labels)))
+  return found
+
+
+def _that_fit(encoder: Encoder, row: Example, front: Front) -> tuple[list[Request], int]:
+  """The requests of a row behind as many demonstrations as fit, and how many do not."""
+  def read(requests):  # an option's last token is predicted and never read
+    return max(len(r.context) + max(map(len, r.options)) - 1 for r in requests)
+
+  num_own = len(row.images) + bool(row.option_images)
+  return fitted(
+    front, num_own, lambda shown: requests_of(encoder, row, shown), read,
+    max_length=encoder.max_length, most_images=encoder.most_images)
 
 
 def requests_of(encoder: Encoder, row: Example, front: Front = NO_FRONT) -> list[Request]:
@@ -301,7 +345,13 @@ def requests_of(encoder: Encoder, row: Example, front: Front = NO_FRONT) -> list
   ]
 
 
-def _check(request: Request, words: Sequence[str], what: str) -> None:
+def check_options(request: Request, words: Sequence[str], what: str) -> None:
+  """Refuses a word without tokens, or two words of the same ones.
+
+  Args:
+    request: with an option for each word.
+    words: the words. what: what they are, for errors.
+  """
   seen: dict[tuple[int, ...], str] = {}
   for word, option in zip(words, request.options):
     if not option:

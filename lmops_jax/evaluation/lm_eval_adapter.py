@@ -21,6 +21,10 @@ Some things differ from there on purpose:
   - A context that is too long to generate from keeps its BOS and loses what follows: models that
     were trained with it continue badly without.
   - Options that are not known are refused by name instead of being handed on or left out.
+
+A model that sees answers texts as the language model that it has within, and requests with pictures
+as `hf-multimodal` has them: one `<image>` in the context for each picture, laid out and encoded as
+in `lmops score` (`seeing.SeeingEncoder`). A context with pictures that is too long is refused.
 """
 
 from __future__ import annotations
@@ -28,11 +32,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lmops_jax import pretrained as pretrained_lib
-from lmops_jax.decoding import GenerationOptions, Generator
+from lmops_jax.data import images as images_lib
+from lmops_jax.data.multimodal import Picture, drawn
+from lmops_jax.decoding import GenerationOptions, Generator, image_prompts
 from lmops_jax.decoding.scoring import OptionScorer, Request, rolling_requests, total
 from lmops_jax.decoding.text import check_stop, find_stop
 from lmops_jax.evaluation.in_context import Encoder
+from lmops_jax.evaluation.seeing import SeeingEncoder
 from lmops_jax.host import progress
 
 try:
@@ -56,7 +65,11 @@ _SEARCH = {
 
 @register_model("lmops")
 class LmopsLM(LM):
-  """A model that `pretrained.load` opens, as the harness wants one."""
+  """A model that `pretrained.load` opens, as the harness wants one.
+
+  Attributes:
+    MULTIMODAL: whether requests may have pictures; the harness asks.
+  """
 
   def __init__(
     self, pretrained: str, *, dtype: str = "float32", param_dtype: str = "float32",
@@ -75,7 +88,8 @@ class LmopsLM(LM):
         `partitioner` and JAX decide here.
 
     Raises:
-      ValueError: for other arguments, which would change nothing, or `max_length` out of range.
+      ValueError: for other arguments, which would change nothing, `max_length` out of range, or a
+        model that does not continue texts.
     """
     super().__init__()
     if unknown:
@@ -83,21 +97,32 @@ class LmopsLM(LM):
         f"the model lmops has no argument {', '.join(sorted(unknown))}; leave it out of model_args."
       )
     source = pretrained_lib.load(pretrained, dtype=dtype, param_dtype=param_dtype)
-    positions = source.config.max_length
+    if source.decoder is None:
+      raise ValueError(
+        f"{pretrained} is a model of the family {source.family} that does not continue a text; the "
+        "harness needs a decoder."
+      )
+    positions = source.decoder.config.max_length
     self._max_length = positions if max_length is None else int(max_length)
     if not 1 <= self._max_length <= positions:
       raise ValueError(
         f"max_length={max_length} is not between 1 and the {positions} positions of {pretrained}."
       )
     self._tokenizer = source.tokenizer()
-    self._model, self._max_new_tokens = source.model, int(max_new_tokens)
+    self._model, self._max_new_tokens = source.decoder, int(max_new_tokens)
+    settings, params = source.image_settings(), source.params(partitioner)
     self._scorer = OptionScorer(
-      source.model, source.params(partitioner), partitioner, batch_tokens=int(batch_tokens)
+      self._model, source.of_decoder(params), partitioner, batch_tokens=int(batch_tokens)
     )
     self._generator = Generator(
-      source.model, self._scorer.params, self._tokenizer, partitioner
+      self._model, self._scorer.params, self._tokenizer, partitioner
     )
     self._encoder = Encoder(self._tokenizer)
+    self.MULTIMODAL = settings is not None
+    if self.MULTIMODAL:
+      ids = image_prompts.image_tokens(self._tokenizer, source.config.vectors_per_image)
+      pictures = image_prompts.PictureEncoder(source.model, params, settings, partitioner)
+      self._seeing = SeeingEncoder(self._tokenizer, ids, pictures, self._max_length)
     self._cut = 0
 
   @property
@@ -151,7 +176,9 @@ class LmopsLM(LM):
 
   def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """For each (context, continuation) its log-likelihood and whether it is the greedy answer."""
-    pairs = [self._fit(self._split(i, *request.args)) for i, request in enumerate(requests)]
+    pairs = [
+      self._seen(i, request, 1) if len(request.args) > 2
+      else self._fit(self._split(i, *request.args)) for i, request in enumerate(requests)]
     found = self._score(pairs, "loglikelihood", disable_tqdm)
     return [(float(total([scores])[0]), bool(best.all())) for ((scores, best),) in found]
 
@@ -181,7 +208,10 @@ class LmopsLM(LM):
       len(requests), "requests", "generate_until", quiet=disable_tqdm
     ) as bar:
       for (options, stop), indices in groups.items():
-        prompts = [self._prompt(requests[i].args[0], options) for i in indices]
+        prompts = [
+          self._seen(i, requests[i], options.max_new_tokens).context
+          if len(requests[i].args) > 2 else self._prompt(requests[i].args[0], options)
+          for i in indices]
         for i, answer in zip(indices, self._generate(prompts, options, stop), strict=True):
           answers[i] = answer
         bar.update(len(indices))
@@ -255,6 +285,30 @@ class LmopsLM(LM):
     front = len(self._encoder.start)
     return ids[:front] + ids[len(ids) - (room - front) :]
 
+  def _seen(self, number: int, request, num_new: int) -> Request:
+    """The request of a context with pictures, and its continuation if it has one.
+
+    Args:
+      num_new: tokens behind the context that are to be generated, or 1.
+    """
+    context, asked, others = request.args
+    if not self.MULTIMODAL or others.keys() != {"visual"}:
+      raise ValueError(
+        f"request {number} has {', '.join(others)} beside its text, and this model reads "
+        f"{'texts and pictures' if self.MULTIMODAL else 'texts'} alone; take another task."
+      )
+    options = [asked] if isinstance(asked, str) else []
+    pictures = _pictures(others["visual"], f"request {number}")
+    found = self._seeing.split(context, options, pictures)
+    num_read = len(found.context) + max([num_new, *map(len, found.options)]) - 1
+    if num_read > self.max_length:
+      raise ValueError(
+        f"request {number} has {len(found.context)} tokens with its {len(pictures)} pictures, and "
+        f"with what follows they exceed the {self.max_length} positions; pictures are not cut, so "
+        "take a task with shorter contexts."
+      )
+    return found
+
   def _split(self, number: int, context: str, continuation: str) -> Request:
     """Tokens of a context and its continuation, see the module."""
     bare = context.rstrip()
@@ -297,3 +351,11 @@ class LmopsLM(LM):
         "beginning."
       )
       self._cut = 0
+
+
+def _pictures(visual: Any, where: str) -> list[Picture]:
+  """The harness's pictures, one or a list of Pillow's, as files without loss."""
+  listed = visual if isinstance(visual, (list, tuple)) else [visual]
+  return [
+    drawn(np.asarray(images_lib.to_rgb(image, where)), f"picture {i} of {where}")
+    for i, image in enumerate(listed)]

@@ -1,4 +1,8 @@
-"""Parameters to a folder that transformers loads unchanged: config.json, safetensors, tokenizer."""
+"""Parameters to a folder that transformers loads unchanged.
+
+It holds config.json, safetensors, the tokenizer, and, of a model that sees, how pictures become
+pixels.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from lmops_jax.host.words import listed
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import families, importing
 from lmops_jax.pretrained.families.family import ConfigReader, Family
-from lmops_jax.pretrained.model import PretrainedModel, copy_tokenizer
+from lmops_jax.pretrained.model import IMAGES, PretrainedModel, copy_tokenizer
 from lmops_jax.pretrained.sources import write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -67,6 +71,9 @@ def export(
     config = config_json(family, source, str(stored))
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(source, partial)
+    pictures = preprocessor_json(source)
+    if pictures and not (partial / IMAGES).exists():
+      (partial / IMAGES).write_text(json.dumps(pictures, indent=2) + "\n", encoding="utf-8")
     write_safetensors(
       partial / "model.safetensors", tensors(family, source.config, params, stored),
       max_shard_bytes=max_shard_bytes,
@@ -78,6 +85,21 @@ def export(
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
+
+
+def preprocessor_json(source: PretrainedModel) -> dict[str, Any] | None:
+  """What transformers' image processor needs to make a model's pixels; None if it does not see."""
+  settings = source.image_settings()
+  if settings is None:
+    return None
+  vision = source.config.vision
+  return {
+    "image_processor_type": "CLIPImageProcessor", "processor_class": "Kosmos2Processor",
+    "do_convert_rgb": True, "do_resize": True, "resample": 3,  # Pillow's bicubic
+    "size": {"height": settings.height, "width": settings.width}, "do_center_crop": False,
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": list(vision.pixel_mean), "image_std": list(vision.pixel_std),
+  }
 
 
 def config_json(family: Family, source: PretrainedModel, dtype: str) -> dict[str, Any]:

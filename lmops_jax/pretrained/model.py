@@ -43,7 +43,8 @@ PARAMS_FOLDER, TOKENIZER_FOLDER = "params", tokenizer.NESTED
 _CONFIG = "config.json"
 _WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM")  # architectures that predict tokens
 _FORMAT = 1
-_IMAGES = "preprocessor_config.json"
+IMAGES = "preprocessor_config.json"
+_PROCESSOR = "processor_config.json"  # where transformers 5 keeps the same
 _HASHED_BYTES = 1 << 20  # of each end of a large file
 
 
@@ -61,6 +62,7 @@ class _Described(pydantic.BaseModel):
 class _Normalisation(pydantic.BaseModel):
   """What is read of `preprocessor_config.json`."""
 
+  image_processor: _Normalisation | None = None  # of `processor_config.json`
   image_mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
   image_std: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
 
@@ -112,14 +114,17 @@ class PretrainedModel:
     """How pictures that stand among the words become pixels; None if no picture can.
 
     Raises:
-      ValueError: the folder's `preprocessor_config.json` normalises pixels otherwise.
+      ValueError: the folder's `preprocessor_config.json` or `processor_config.json` normalises
+        pixels otherwise.
     """
     size = families.by_name(self.family).image_size(self.config)
     if size is None:
       return None
-    path = self.tokenizer_path / _IMAGES
-    if path.is_file():
+    for path in (self.tokenizer_path / name for name in (_PROCESSOR, IMAGES)):
+      if not path.is_file():
+        continue
       found = checked(_Normalisation, read_json(path), path)
+      found = found.image_processor or found
       vision = self.config.vision
       for name, ours in (("image_mean", vision.pixel_mean), ("image_std", vision.pixel_std)):
         theirs = getattr(found, name)
@@ -384,7 +389,7 @@ def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:
   if folder.is_file():
     tokenizer.load_tokenizer(folder).save(directory)
     return
-  for name in (*tokenizer_folder.FILES, _IMAGES):
+  for name in (*tokenizer_folder.FILES, IMAGES):
     if (folder / name).is_file() and not (directory / name).exists():
       with replacing(directory / name) as partial:
         shutil.copyfile(folder / name, partial)

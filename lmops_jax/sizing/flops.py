@@ -1,7 +1,8 @@
 """Analytic arithmetic of a transformer, for cost accounting and MFU.
 
 Counts as MaxText and Chinchilla do: two operations a matmul parameter and token, and causal
-attention once, that is half of the full score matrix. Rematerialisation is not counted. XLA's own
+attention once, that is half of the full score matrix, which attention in both directions has whole.
+Rematerialisation is not counted. XLA's own
 count is not used because it counts the body of a scan once.
 """
 
@@ -22,5 +23,6 @@ def forward_flops_per_token(
   config: TransformerConfig, length: int, *, unembedding: bool = True
 ) -> float:
   """Operations of a forward pass for each token of a sequence; a gradient takes 3 times as many."""
-  attention = 2 * config.num_layers * length * config.num_heads * config.head_width
+  attention = (4 - 2 * config.causal) * (
+    config.num_layers * length * config.num_heads * config.head_width)
   return 2.0 * matmul_params(config, unembedding=unembedding) + attention

@@ -1,5 +1,7 @@
 """What a compiled program does, read from the text of its optimised HLO.
 
+A lowered program's text can be read too, `lowered.as_text("hlo")`.
+
 XLA's own cost analysis counts the body of a loop once, and a scanned model is nearly all loop. Here
 every computation is counted as often as it runs: loops by the trip count that the HLO states or
 that follows from a counter compared with a constant; conditionals by the branch with the most
@@ -25,7 +27,7 @@ _ITEM_BYTES = {
 }
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")  # lowered text has no signature
 
 
 @dataclasses.dataclass
@@ -94,10 +96,13 @@ def _instruction(name: str, text: str) -> _Instruction | None:
   if match is None:
     return None
   close = _closing(text, match.end() - 1)
-  operands = tuple(re.findall(r"%([\w.-]+)", text[match.end():close]))
   inside = text[match.end():close]
-  rest = f"({inside})" if match[1] in ("constant", "parameter") else ""
-  return _Instruction(name, text[:end], match[1], operands, rest + text[close + 1:])
+  has_operands = match[1] not in ("constant", "parameter")
+  operands = re.findall(r"%([\w.-]+)", inside)
+  if has_operands and not operands:  # lowered text names them without a sign
+    operands = re.findall(r"[\w.-]+", inside)
+  rest = "" if has_operands else f"({inside})"
+  return _Instruction(name, text[:end], match[1], tuple(operands), rest + text[close + 1:])
 
 
 def _closing(text: str, start: int) -> int:

@@ -12,9 +12,20 @@ from lmops_jax.config import gin_files, resolve
 
 GOLDEN = Path(__file__).parent / "golden"
 OWED = {
+  "kosmos/grit.gin": ["CAPTIONS = '/data/captions.jsonl'", "SPACY_MODEL = '/data/spacy'"],
+  "kosmos/grit_shards.gin": ["CAPTIONS = '/data/shards'", "SPACY_MODEL = '/data/spacy'"],
   "kosmos/kosmos1_paper.gin": [
     "TEXT_PATH = '/data/text'", "PAIRS_PATH = '/data/pairs'", "DOCUMENTS_PATH = '/data/pages'",
     "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'",
+  ],
+  "kosmos/kosmos2_instruct.gin": [
+    "START = '/data/kosmos2'", "TEXT_PATH = '/data/text'", "QUESTIONS_PATH = '/data/llava.jsonl'",
+    "INSTRUCTIONS_PATH = '/data/instructions'", "GRIT_PATH = '/data/grit'",
+    "DOCUMENTS_PATH = '/data/pages'", "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'",
+  ],
+  "kosmos/kosmos2_paper.gin": [
+    "TEXT_PATH = '/data/text'", "PAIRS_PATH = '/data/pairs'", "GRIT_PATH = '/data/grit'",
+    "DOCUMENTS_PATH = '/data/pages'", "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'",
   ],
   "learning_law/evaluate.gin": ["POLICY = '/data/policy'"],
   "learning_law/transformer_paper.gin": [
@@ -31,9 +42,13 @@ OWED = {
   "structured_prompting/paper.gin": ["MODEL = '/data/model'"],
 }
 PAPER_SIZES = [f"pds/paper_{size}.gin" for size in ("1.7b", "160m", "1b", "470m")]
+OWED["kosmos/kosmos1_instruct.gin"] = [
+  *OWED["kosmos/kosmos1_paper.gin"], "START = '<START>'", "INSTRUCTIONS_PATH = '/data/core.jsonl'"]
 OWED |= dict.fromkeys(PAPER_SIZES, OWED["pds/paper.gin"])
 RUNS = [
-  "kosmos/default.gin", "kosmos/kosmos1_paper.gin", "kosmos/smoke.gin",
+  "kosmos/default.gin", "kosmos/grit.gin", "kosmos/grit_shards.gin", "kosmos/kosmos1_instruct.gin",
+  "kosmos/kosmos1_paper.gin", "kosmos/kosmos2_instruct.gin", "kosmos/kosmos2_paper.gin",
+  "kosmos/smoke.gin",
   "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
   "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
   "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",

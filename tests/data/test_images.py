@@ -43,6 +43,9 @@ def _photographs():
   (1, lambda a: a),
   (2, lambda a: a[:, ::-1]),
   (3, lambda a: a[::-1, ::-1]),
+  (4, lambda a: a[::-1]),
+  (5, lambda a: a.transpose(1, 0, 2)),
+  (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
   (6, lambda a: np.rot90(a, -1)),
   (8, lambda a: np.rot90(a)),
 ])
@@ -86,6 +89,8 @@ def test_what_is_transparent_lies_on_white():
   palette.putpalette([200, 0, 0, 0, 0, 200])
   palette.putdata([0, 1])
   assert _decoded(palette, transparency=0).tolist() == [[[255, 255, 255], [0, 0, 200]]]
+  half = _decoded(palette, transparency=bytes([255, 51])).tolist()  # an alpha of each colour
+  assert half == [[[200, 0, 0], [204, 204, 244]]]
   grey = Image.merge("LA", [Image.new("L", (1, 1), 40), Image.new("L", (1, 1), 0)])
   assert _decoded(grey).tolist() == [[[255, 255, 255]]]
 
@@ -113,7 +118,7 @@ def test_cmyk_becomes_rgb():
 
 def test_of_an_animation_the_first_frame_is_taken_and_counted():
   frames = [Image.fromarray(np.full((4, 4, 3), 60 * i, np.uint8)) for i in range(3)]
-  for kind in ("GIF", "PNG", "TIFF"):
+  for kind in ("GIF", "PNG", "TIFF", "WEBP"):
     counts = Counter()
     data = _encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     assert not np.asarray(images.decode(data, "moving", counts=counts)).any()

@@ -308,6 +308,20 @@ def test_of_a_damaged_shard_the_rest_is_named(tmp_path):
       list(TarShards(str(path)).records())
 
 
+def test_a_member_that_is_no_picture_is_counted_and_named(tmp_path):
+  bad = {"1": png(1, 40)[:90], "2": b"", "4": b"<html>not found</html>"}
+  path = _shard(tmp_path / "a.tar", [
+    member for i in "01234" for member in (
+      (f"{i}.png", bad.get(i, png(int(i), 40))), (f"{i}.txt", b"caption " + i.encode()))])
+  left_out = LeftOut()
+  kept = list(sound(TarShards(path).records(), ImageSettings(4, 4), left_out))
+  assert [record.parts[1] for record in kept] == ["caption 0", "caption 3"]
+  assert left_out.counts == {"unreadable": 3}
+  for named, i, why in zip(left_out.named["unreadable"], "124", (
+    "is cut off or damaged", "is empty, not a picture", "is not a picture in a format")):
+    assert f"a.tar member {i}.png {why}" in named
+
+
 def test_a_shard_that_shrank_is_named(tmp_path):
   path = _shard(tmp_path / "a.tar", [("0.png", png(0)), ("0.txt", b"zero")])
   record, = TarShards(path).records()

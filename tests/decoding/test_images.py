@@ -81,12 +81,16 @@ def test_greedy_equals_a_loop_without_cache(generator, log_probs):
       got.logprobs, [rows[n, t] for n, t in enumerate(got.ids)], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-  "options", [FILTERED, SAMPLED, BEAMS], ids=["filtered", "sampled", "beams"])
-def test_batches_padding_and_placeholders_do_not_matter_and_pictures_do(tiny, generator, options):
+@pytest.mark.parametrize("options", [
+  FILTERED, pytest.param(SAMPLED, marks=pytest.mark.slow), BEAMS],
+  ids=["filtered", "sampled", "beams"])
+def test_batches_padding_and_placeholders_do_not_matter_and_pictures_do(
+  generator, options, monkeypatch
+):
   want = generator.generate_ids(PROMPTS, options)
-  right = Generator(tiny.model, tiny.params, padding="right")
-  _assert_same(right.generate_ids(PROMPTS, options), want)
+  with monkeypatch.context() as patch:
+    patch.setattr(generator, "_padding", "right")  # by the same programs
+    _assert_same(generator.generate_ids(PROMPTS, options), want)
   per_prompt = options.num_return_sequences
   for i, parts in enumerate(LAYOUT):
     alone = generator.generate_ids([_prompt(*parts, placeholder=-7 - i)], options, row_ids=[i])
@@ -105,8 +109,8 @@ def test_beams_equal_the_log_probabilities_of_full_passes(generator, log_probs):
       assert answer.score == pytest.approx(np.sum(direct) / len(direct), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-  "options", [pytest.param(SAMPLED, marks=pytest.mark.slow), BEAMS], ids=["sampled", "beams"])
+@pytest.mark.slow  # the beams of test_constraints are on a mesh and see
+@pytest.mark.parametrize("options", [SAMPLED, BEAMS], ids=["sampled", "beams"])
 def test_a_mesh_gives_the_same(tiny, generator, options):
   mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
   sharded = Generator(tiny.model, tiny.params, partitioner=mesh)
@@ -170,7 +174,7 @@ def _direct(log_probs, requests):
   ]
 
 
-@pytest.mark.parametrize("on_mesh", [False, True])
+@pytest.mark.parametrize("on_mesh", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_scores_equal_full_passes(tiny, log_probs, on_mesh):
   mesh = MeshConfig(data=2, fsdp=2, tensor=2).build() if on_mesh else None
   scorer = OptionScorer(tiny.model, tiny.params, mesh)

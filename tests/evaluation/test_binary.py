@@ -30,3 +30,19 @@ def test_the_share_of_an_option():
 def test_bad_input(scores, labels, message):
   with pytest.raises(ValueError, match=message):
     binary.roc_auc(scores, labels)
+
+
+def test_the_error_of_an_area_is_that_of_leaving_rows_out():
+  """DeLong's variance is the jackknife's over the rows of each label apart."""
+  rng = np.random.default_rng(4)
+  labels = np.array([0] * 9 + [1] * 6)
+  scores = np.round(rng.normal(size=15) + labels, 1)  # with ties
+  assert len(set(scores)) < 15
+  variance = 0
+  for label in (0, 1):
+    rows, num = np.flatnonzero(labels == label), (labels == label).sum()
+    left = [binary.roc_auc(np.delete(scores, i), np.delete(labels, i)) for i in rows]
+    pseudo = num * binary.roc_auc(scores, labels) - (num - 1) * np.array(left)
+    variance += pseudo.var(ddof=1) / num
+  assert binary.roc_auc_error(scores, labels) == pytest.approx(variance**0.5)
+  assert np.isnan(binary.roc_auc_error([0.1, 0.2, 0.3], [0, 1, 0]))

@@ -192,3 +192,16 @@ def test_open_answers_are_not_scored(loaded):
   task = tasks.Task("nq", (tasks.Example(1, "Q", (), -1, ("a",)),), metric="exact_match")
   with pytest.raises(ValueError, match="nq has open answers"):
     in_context.evaluate(OptionScorer(source.model, params), tokenizer, task)
+
+
+def test_a_scorer_without_opinion_solves_matrices_by_chance(loaded):
+  """The right candidate in each of six places: one of the six is the first."""
+  class Indifferent:
+    def score(self, requests, progress=None, prefix=None):
+      return [[np.zeros(len(option)) for option in request.options] for request in requests]
+
+  rows = tuple(
+    tasks.Example(i, "Is it correct?", (" Yes",) * 6, i % 6,
+                  prompts=tuple(f"{c} Is it correct?" for c in "abcdef")) for i in range(12))
+  result = in_context.evaluate(Indifferent(), loaded[2], tasks.Task("raven", rows))
+  assert result.accuracy == pytest.approx(1 / 6) and set(result.predictions) == {0}

@@ -3,12 +3,14 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs pip install -e '.[lm-eval]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 
+from lmops_jax import pretrained  # noqa: E402
 from lmops_jax.evaluation.lm_eval_adapter import LmopsLM  # noqa: E402
 from tests import model_folders  # noqa: E402
 
@@ -146,3 +148,75 @@ def test_the_harness_runs_a_task_with_it(lm, tmp_path):
   results = lm_eval.simple_evaluate(lm, tasks=[task], bootstrap_iters=0)
   assert 0 <= results["results"]["toy"]["acc,none"] <= 1
   assert get_model("lmops") is LmopsLM
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+  return LmopsLM(str(model_folders.write_docked(tmp_path_factory.mktemp("docked"))))
+
+
+def test_a_model_that_sees_reads_texts_as_its_language_model(seeing):
+  pairs = [("abc", " def"), ("", "x")]
+  found = seeing.loglikelihood(_requests("loglikelihood", *pairs))
+  for (context, continuation), (value, _) in zip(pairs, found):
+    ids = seeing._tokenizer.encode(context + continuation)
+    rows = _log_probs(seeing, ids[:-1])
+    count = len(seeing._tokenizer.encode(continuation, False))
+    want = sum(rows[i - 1, ids[i]] for i in range(len(ids) - count, len(ids)))
+    assert value == pytest.approx(want, abs=1e-3)
+
+
+def test_pictures_of_requests_are_those_of_the_model(seeing, lm, tmp_path):
+  """Scores and answers behind pictures as a full pass over the whole model has them."""
+  rng = np.random.default_rng(0)
+  pictures = [Image.fromarray(rng.integers(0, 256, (9, 13, 3), np.uint8)) for _ in range(2)]
+  context = "<image>ab<image>c"
+  source = pretrained.load(str(model_folders.write_docked(tmp_path / "docked")))
+  params, tokenizer = source.params(), source.tokenizer()
+  pixels = np.stack([
+    np.asarray(p.resize((8, 8), Image.Resampling.BICUBIC)) for p in pictures])[None]
+  image, end = (tokenizer.token_id(word) for word in ("<image>", "</image>"))
+  ids, index = [0], [-1]
+  for i, text in enumerate(("ab", "c")):
+    words = tokenizer.encode(text, False)
+    ids += [image] * 5 + [end, *words]
+    index += [-1, *range(4 * i, 4 * i + 4), -1, *[-1] * len(words)]
+
+  @jax.jit
+  def log_probs(tokens, index):
+    bound = source.model.bind({"params": params})
+    return jax.nn.log_softmax(
+      bound.logits(tokens, vectors=bound.row_vectors(pixels), vector_index=index)[0])
+
+  def rows(more):
+    tokens, places = np.zeros((1, 32), np.int32), np.full((1, 32), -1, np.int32)
+    tokens[0, : len(ids) + len(more)], places[0, : len(index)] = [*ids, *more], index
+    return np.asarray(log_probs(tokens, places))[len(ids) - 1 :]
+
+  seen = {"visual": pictures}
+  (value, _), = seeing.loglikelihood(_requests("loglikelihood", (context, " de", seen)))
+  more = tokenizer.encode(" de", False)
+  assert value == pytest.approx(sum(rows(more)[i, t] for i, t in enumerate(more)), abs=1e-3)
+  options = {"max_gen_toks": 3, "until": []}
+  answer, = seeing.generate_until(_requests("generate_until", (context, options, seen)))
+  made = []
+  while len(made) < 3 and made[-1:] != [tokenizer.eos_id]:
+    made.append(int(rows(made)[len(made)].argmax()))
+  assert answer == tokenizer.decode(made)
+
+  assert seeing.MULTIMODAL and not lm.MULTIMODAL  # else the harness refuses the task
+  for model, arguments, message in [
+    (seeing, ("<image>", options, seen), "has 2 pictures and its text 1 places"),
+    (seeing, ("<image>" * 2 + "x" * 60, options, seen), "request 0 has 73 tokens with its 2 pict"),
+    (seeing, ("<image>", options, seen | {"audio": []}), "has visual, audio beside its text"),
+    (lm, ("<image>", options, seen), "has visual beside its text, and this model reads texts alo"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      model.generate_until(_requests("generate_until", arguments))
+
+
+def test_a_model_that_does_not_continue_texts_is_refused(tmp_path, monkeypatch):
+  folder = str(model_folders.write(tmp_path / "model"))
+  monkeypatch.setattr(pretrained.PretrainedModel, "decoder", None)
+  with pytest.raises(ValueError, match="family llama that does not continue a text; the harness"):
+    LmopsLM(folder)

@@ -98,3 +98,38 @@ def test_what_has_no_room_or_place_is_refused(loaded, paths):
     encoder.split("<image><image>it", [" x"], paths[:2])
   with pytest.raises(ValueError, match="has 2 pictures and its text 1 places"):
     encoder.split("<image>it", [" x"], paths[:2])
+
+
+def test_options_that_tokenise_alike_are_refused(loaded, paths, monkeypatch):
+  tokenizer, scorer, _, new = loaded
+  encoder, _ = new()
+  encode = type(tokenizer).encode
+  monkeypatch.setattr(type(tokenizer), "encode", lambda self, text, add_special=True: encode(
+    self, text.replace("é", "e"), add_special))
+  row = Example(1, "<image>it is", (" cafe", " tea", " café"), 0, images=(paths[0],))
+  with pytest.raises(ValueError, match="the options ' cafe' and ' café' have the same tokens"):
+    in_context.evaluate(scorer, tokenizer, Task("vqa", (row,)), encoder=encoder)
+
+
+def test_demonstrations_without_room_are_dropped_and_never_the_question(loaded, paths):
+  """By tokens or by pictures; the rest scores as if it were all that was asked for."""
+  tokenizer, scorer, _, new = loaded
+  train = tuple(
+    Example(i, f"<image>q{i}", (" x", " yy"), 1, images=(paths[i % 4],)) for i in range(9))
+  row = Example(50, "<image>and now is", (" x", " yy"), 0, images=(paths[0],))
+  task = Task("vqa", (row, row._replace(id=51, prompt="<image>" + "n" * 53)), train)
+  encoder, _ = new()
+  result = in_context.evaluate(scorer, tokenizer, task, encoder=encoder, shots=6)
+  # <s>, then blocks of 6 tokens, "qN", " yy" and two line ends each, of which pictures swallow two
+  assert result.num_shots == 6 and result.num_dropped.tolist() == [2, 6]
+  _, front = in_context.rows_and_front(task, shots=6, sees=True)
+  kept = front.shots[2:]
+  text, images = "".join(shot.text for shot in kept), [path for s in kept for path in s.images]
+  for i, (prompt, pictures) in enumerate([(text + row.prompt, images), (task.rows[1].prompt, [])]):
+    request = encoder.split(prompt, row.options, [*pictures, paths[0]])
+    assert len(request.context) + 2 <= 64
+    want = [scores.sum() for scores in scorer.score([request])[0]]
+    np.testing.assert_allclose(result.scores[i], want, rtol=1e-5, atol=1e-5)
+  long = dataclasses.replace(task, rows=(row._replace(prompt="<image>" + "n" * 60),))
+  with pytest.raises(ValueError, match="request 0 has .* tokens with its longest option"):
+    in_context.evaluate(scorer, tokenizer, long, encoder=encoder, shots=6)

@@ -74,6 +74,11 @@ def _losses(params, batch, model=MODEL):
   return -jnp.mean(jax.nn.log_softmax(logits)[..., 3], axis=1)
 
 
+def _only(batch, *rows):
+  """A batch of these rows again and again, for the program of whole batches."""
+  return {name: np.asarray(x)[np.resize(rows, B)] for name, x in batch.items()}
+
+
 @pytest.fixture(scope="module")
 def logits():
   return _apply(_params(), **_batch(), method=_whole)
@@ -86,9 +91,8 @@ def test_rows_score_as_alone(logits):
   got = _apply(_params(), **batch, method=_whole)
   assert np.abs(got[0] - got[2])[-1].max() > 1e-3
   for row in (0, 1, 2, 3):
-    alone = _apply(_params(), **{name: x[row : row + 1] for name, x in batch.items()},
-                   method=_whole)
-    np.testing.assert_allclose(got[row], alone[0], rtol=1e-4, atol=1e-5)
+    alone = _apply(_params(), **_only(batch, row), method=_whole)
+    np.testing.assert_allclose(got[row], alone[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_later_images_and_words_do_not_reach_earlier_logits(logits):
@@ -135,27 +139,34 @@ def test_the_docked_model_has_the_methods_of_its_text_model(logits):
     np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_and_images_draw_by_keys_of_their_own():
-  """Every part drops; a row draws as alone, and equal images of a row draw apart."""
-  rates = dict(embedding_dropout=0.2, residual_dropout=0.2, attention_dropout=0.2)
-  dropping = DockedConfig(
-    dataclasses.replace(TEXT, **rates),
-    dataclasses.replace(CONFIG.vision, trunk=dataclasses.replace(TRUNK, **rates)),
-    dataclasses.replace(CONFIG.connector, dropout=0.2))
-  model = DockedLM(dropping)
+RATES = dict(embedding_dropout=0.2, residual_dropout=0.2, attention_dropout=0.2)
+DROPPING = DockedConfig(
+  dataclasses.replace(TEXT, **RATES),
+  dataclasses.replace(CONFIG.vision, trunk=dataclasses.replace(TRUNK, **RATES)),
+  dataclasses.replace(CONFIG.connector, dropout=0.2))
+
+
+def test_rows_draw_by_keys_of_their_own():
+  """Every part drops; a row draws as alone."""
+  model = DockedLM(DROPPING)
   batch, keys = _batch(), jax.random.split(jax.random.key(9), B)
-  batch["images"][:, 1] = batch["images"][:, 0]
   got = _apply(_params(), **batch, keys=keys, model=model, method=_whole)
-  alone = _apply(_params(), **{name: x[2:4] for name, x in batch.items()}, keys=keys[2:4],
+  alone = _apply(_params(), **_only(batch, 2, 3), keys=keys[np.resize([2, 3], B)],
                  model=model, method=_whole)
-  np.testing.assert_allclose(got[2:4], alone, rtol=1e-4, atol=1e-5)
-  of_tower = dataclasses.replace(dropping, connector=CONFIG.connector)
-  of_connector = dataclasses.replace(dropping, vision=CONFIG.vision)
-  for config in (of_tower, of_connector):
-    vectors = _apply(
-      _params(), batch["images"], keys, model=DockedLM(config), method="row_vectors")
-    first, second = vectors.reshape(B, I, M, 16).swapaxes(0, 1)
-    assert np.abs(first - second).max() > 1e-2
+  np.testing.assert_allclose(got[2:4], alone[-2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("plain", [
+  pytest.param({"connector": CONFIG.connector}, marks=pytest.mark.slow),
+  {"vision": CONFIG.vision}], ids=["tower", "connector"])
+def test_equal_images_of_a_row_draw_apart(plain):
+  """By a dropping tower alone, and by a dropping connector alone."""
+  images, keys = _batch()["images"], jax.random.split(jax.random.key(9), B)
+  images[:, 1] = images[:, 0]
+  model = DockedLM(dataclasses.replace(DROPPING, **plain))
+  vectors = _apply(_params(), images, keys, model=model, method="row_vectors")
+  first, second = vectors.reshape(B, I, M, 16).swapaxes(0, 1)
+  assert np.abs(first - second).max() > 1e-2
 
 
 def test_features_have_length_one_unless_told_otherwise():
@@ -181,18 +192,20 @@ def test_images_matter_from_the_start(logits):
   assert np.abs(got - logits)[0, 9:].max() > 0.02 * np.std(logits)
 
 
-def test_sharded_equals_single():
-  batch = _batch()
+def _summed(params, batch):
+  return jnp.mean(_losses(params, batch))
 
-  def loss(params, batch):
-    return jnp.mean(_losses(params, batch))
 
-  params = _params()
-  want = jax.jit(jax.value_and_grad(loss))(params, batch)
+@pytest.mark.parametrize("function", [
+  _losses, pytest.param(jax.value_and_grad(_summed), marks=pytest.mark.slow)],
+  ids=["losses", "gradients"])
+def test_sharded_equals_single(function):
+  batch, params = _batch(), _params()
+  want = jax.jit(function)(params, batch)
   partitioner = MeshConfig(2, 2, 2).build()
   with partitioner.activate():
     placed = jax.device_put(params, partitioner.shardings(_boxed(), uneven="whole"))
-    got = jax.jit(jax.value_and_grad(loss))(placed, partitioner.place_batch(batch))
+    got = jax.jit(function)(placed, partitioner.place_batch(batch))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
 
 

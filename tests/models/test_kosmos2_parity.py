@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmops_jax.models.connectors import ResamplerConfig
-from lmops_jax.models.docked import DockedConfig, DockedLM
-from lmops_jax.models.transformer import TransformerConfig
-from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig, with_top
-from lmops_jax.pretrained import families
-
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
-transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
+torch.set_num_threads(1)  # more of them get into the way of XLA's
+
+from lmops_jax.models.connectors import ResamplerConfig  # noqa: E402
+from lmops_jax.models.docked import DockedConfig, DockedLM  # noqa: E402
+from lmops_jax.models.transformer import TransformerConfig  # noqa: E402
+from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig, with_top  # noqa: E402
+from lmops_jax.pretrained import families  # noqa: E402
+from tests.pretrained import tiny_models  # noqa: E402
 
 PARTS = dict(norm="layer", gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True)
 TEXT = TransformerConfig(
@@ -54,25 +56,7 @@ def _params(tensors):
 
 @pytest.fixture(scope="module")
 def peer():
-  torch.manual_seed(0)
-  config = transformers.Kosmos2Config(
-    text_config=dict(
-      vocab_size=71, embed_dim=32, layers=3, ffn_dim=48, attention_heads=4,
-      max_position_embeddings=64),
-    vision_config=dict(
-      hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
-      image_size=20, patch_size=5),
-    latent_query_num=4, attn_implementation="eager")
-  model = transformers.Kosmos2ForConditionalGeneration(config).float().eval()
-  with torch.no_grad():  # larger than at initialisation, and no norm or bias that does nothing
-    for name, parameter in model.named_parameters():
-      if "norm" in name or "_ln" in name:
-        parameter.add_(0.2 * torch.randn_like(parameter))
-      elif parameter.ndim > 1:
-        parameter.copy_(parameter.shape[-1] ** -0.5 * torch.randn_like(parameter))
-      else:
-        parameter.copy_(0.1 * torch.randn_like(parameter))
-  return model
+  return tiny_models.kosmos2()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +113,8 @@ def _tower(model, images):
   return model.vision(images), model.image_vectors(images)
 
 
-@pytest.mark.parametrize("height, width", [(20, 20), (15, 40), (10, 10)])
+@pytest.mark.parametrize("height, width", [
+  (20, 20), (15, 40), pytest.param(10, 10, marks=pytest.mark.slow)])
 def test_image_vectors_of_any_size_equal_torch(peer, params, height, width):
   images = _images(height, width)
   with torch.no_grad():
@@ -179,7 +164,7 @@ def test_every_layer_of_a_text_without_images_equals_torch(peer, params):
   np.testing.assert_allclose(logits, out.logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("top_layers", [0, 1])
+@pytest.mark.parametrize("top_layers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_loss_and_gradients_equal_torch(peer, params, top_layers):
   """Of the whole model, also where the tower's last layer is a stack of its own."""
   tokens, slots, real = _batch()

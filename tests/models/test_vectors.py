@@ -100,7 +100,7 @@ def test_no_gradient_reaches_words_that_are_replaced(params, row):
   assert (np.abs(of_vectors).max(axis=2) > 0).all()
 
 
-@pytest.mark.parametrize("cuts", [(3, 6), (1,) * 9])
+@pytest.mark.parametrize("cuts", [(3, 6), pytest.param((1,) * 9, marks=pytest.mark.slow)])
 def test_a_prefill_with_vectors_equals_the_whole_row(params, row, cuts):
   """Also cut within an image: each piece has the index of its own tokens."""
   tokens, vectors = row

@@ -115,7 +115,7 @@ def test_features_are_all_vectors_normed():
   np.testing.assert_allclose(features, want + norm["bias"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("top_layers", [1, 2])
+@pytest.mark.parametrize("top_layers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_stack_of_the_last_layers_changes_nothing_but_the_tree(top_layers):
   config = dataclasses.replace(CONFIG, top_layers=top_layers)
   params = with_top(_params(), top_layers)

@@ -1,6 +1,7 @@
 """Kosmos-2's family: the published shapes, descriptions of models trained here, and refusals."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,6 @@ from lmops_jax.models.connectors import (
   LinearConnectorConfig,
   ResamplerConfig,
 )
-from lmops_jax.models.docked import DockedLM
 from lmops_jax.models.vision import with_top
 from lmops_jax.pretrained import exporting, families, importing, sources
 from lmops_jax.pretrained import model as model_lib
@@ -40,9 +40,13 @@ def _read(fields):
 CONFIG = _read(FIELDS)
 
 
-def _params(config, seed=0):
-  init = DockedLM(config).init
-  return nn.unbox(jax.jit(init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"])
+@functools.cache
+def _params(config):
+  """Any numbers of the right shapes."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(np.float32),
+    nn.unbox(importing.abstract_params(FAMILY, config)))
 
 
 def _source(config, folder="trained"):

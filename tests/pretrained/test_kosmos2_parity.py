@@ -13,25 +13,16 @@ torch.set_num_threads(1)  # more of them get into the way of XLA's
 
 from lmops_jax.pretrained import exporting, sources  # noqa: E402
 from lmops_jax.pretrained import model as model_lib  # noqa: E402
-from tests.pretrained.tiny_models import randomise  # noqa: E402
+from tests.pretrained import tiny_models  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(10, 71, (2, 11))
 INDEX = np.array([[-1, -1, 0, 1, 2, 3, -1, -1, -1, -1, -1], [-1] * 6 + [0, 1, 2, 3, -1]])
-IMAGES = np.random.default_rng(1).normal(size=(2, 10, 10, 3)).astype(np.float32)
+IMAGES = np.random.default_rng(1).normal(size=(2, 20, 20, 3)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def peer():
-  torch.manual_seed(0)
-  config = transformers.Kosmos2Config(
-    text_config=dict(
-      vocab_size=71, embed_dim=32, layers=2, ffn_dim=48, attention_heads=4,
-      max_position_embeddings=64),
-    vision_config=dict(
-      hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
-      image_size=10, patch_size=5),
-    latent_query_num=4, attn_implementation="eager")
-  return randomise(transformers.Kosmos2ForConditionalGeneration(config))
+  return tiny_models.kosmos2()
 
 
 @pytest.fixture(scope="module")

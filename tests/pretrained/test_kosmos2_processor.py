@@ -7,6 +7,8 @@ unigram model with fairseq's ids and the processor's own words behind them.
 import json
 from types import SimpleNamespace
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 import sentencepiece
@@ -22,6 +24,9 @@ from lmops_jax.data.images import ImageSettings  # noqa: E402
 from lmops_jax.data.multimodal import drawn, parts_of  # noqa: E402
 from lmops_jax.decoding.image_prompts import image_tokens, laid_out  # noqa: E402
 from lmops_jax.decoding.text import Generation  # noqa: E402
+from lmops_jax.models.pixels import normalise  # noqa: E402
+from lmops_jax.pretrained import exporting, families, importing  # noqa: E402
+from lmops_jax.pretrained import model as model_lib  # noqa: E402
 from lmops_jax.text.tokenizer import load_tokenizer  # noqa: E402
 
 SLOTS = 5
@@ -166,6 +171,44 @@ def test_pixels_are_those_of_the_processor(processor):
   config = transformers.CLIPImageProcessor()
   got = (pixels / 255 - np.array(config.image_mean)) / np.array(config.image_std)
   np.testing.assert_allclose(got.transpose(2, 0, 1), want[0], atol=1e-6)
+
+
+def test_an_exported_model_brings_its_processor(processor, folders, tmp_path):
+  """Of a model whose folder has no `preprocessor_config.json`, as those trained here."""
+  source = model_lib.PretrainedModel(folders["fast"], "kosmos-2", families.by_name(
+    "kosmos-2").read_config(families.ConfigReader({
+      "text_config": dict(
+        vocab_size=len(processor.tokenizer), embed_dim=8, layers=1, ffn_dim=8, attention_heads=2),
+      "vision_config": dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        image_size=18, patch_size=6),
+    }, "config.json")))
+  params = jax.tree.map(
+    lambda x: np.zeros(x.shape, np.float32),
+    nn.unbox(importing.abstract_params(families.by_name("kosmos-2"), source.config)))
+  exporting.export(tmp_path / "out", source, params)
+  again = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+  assert type(again) is transformers.Kosmos2Processor
+  picture = Image.fromarray(PIXELS)
+  want = again(images=picture, text="<grounding> An image of", return_tensors="np")
+  loaded = model_lib.load(str(tmp_path / "out"))
+  pixels = loaded.image_settings().pixels(drawn(PIXELS, "noise").read(), "noise")
+  assert pixels.shape == (18, 18, 3)
+  np.testing.assert_allclose(
+    np.asarray(normalise(pixels)).transpose(2, 0, 1), want["pixel_values"][0], atol=3e-7, rtol=0)
+  assert len(again.tokenizer) == loaded.vocab_size
+  asked = processor(images=picture, text="<grounding> An image of", return_tensors="np")
+  np.testing.assert_array_equal(want["input_ids"], asked["input_ids"])
+
+
+def test_another_normalisation_is_found_where_transformers_5_keeps_it(folders, tmp_path):
+  fields = json.loads((folders["fast"] / "processor_config.json").read_text())
+  fields["image_processor"]["image_std"] = [0.5, 0.5, 0.5]
+  (tmp_path / "processor_config.json").write_text(json.dumps(fields))
+  config = families.by_name("kosmos-2").read_config(families.ConfigReader({}, "config.json"))
+  source = model_lib.PretrainedModel(tmp_path, "kosmos-2", config)
+  with pytest.raises(ValueError, match=r"processor_config.json: image_std=\[0.5, 0.5, 0.5\] diff"):
+    source.image_settings()
 
 
 @pytest.mark.parametrize("form", ["fast", "slow"])

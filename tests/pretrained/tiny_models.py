@@ -94,6 +94,21 @@ def make(family: str, variant: int = 0):
   return randomise(getattr(transformers, f"{name}{head}")(config))
 
 
+@functools.cache
+def kosmos2():
+  """A model of the type of Kosmos-2 in eval mode, whose weights are far from their initial ones."""
+  config = transformers.Kosmos2Config(
+    text_config=dict(
+      vocab_size=71, embed_dim=32, layers=3, ffn_dim=48, attention_heads=4,
+      max_position_embeddings=64),
+    vision_config=dict(
+      hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
+      image_size=20, patch_size=5),
+    latent_query_num=4, attn_implementation="eager")
+  torch.manual_seed(0)
+  return randomise(transformers.Kosmos2ForConditionalGeneration(config))
+
+
 def randomise(model):
   """A scale of one or a bias of zero would hide one in the wrong place."""
   with torch.no_grad():

@@ -187,6 +187,10 @@ def read_task(folder: Path) -> Task:
   found = json.loads((Path(folder) / TASK_FILE).read_text(encoding="utf-8"))
   for part in ("rows", "train"):
     found[part] = tuple(
-      Example(*(tuple(value) if isinstance(value, list) else value for value in row))
+      Example(*map(_in_tuples, row))
       for row in found[part])
   return Task(**{**found, "words": tuple(found["words"])})
+
+
+def _in_tuples(value):
+  return tuple(map(_in_tuples, value)) if isinstance(value, list) else value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lmops_jax.data.boxes import GROUNDING
 from lmops_jax.data.multimodal import IMAGE
 
 CAPTION = f"{IMAGE} An image of"
@@ -20,6 +21,12 @@ WEB_PAGE = (
   "{question} A:"
 )
 INTRODUCE = f"{IMAGE} Introduce this picture in detail:"
+# Of Kosmos-2's evaluation (arXiv:2306.14824, section 4) and its model card.
+GROUNDED_CAPTION = f"{IMAGE}{GROUNDING} An image of"
+GROUNDED_QUESTION = f"{IMAGE}{GROUNDING} Question: {{question}} Answer:"
+PHRASE = f"{IMAGE}{GROUNDING}{{before}}<phrase> {{phrase}}</phrase>"
+EXPRESSION = f"{IMAGE}{GROUNDING}<phrase> {{phrase}}</phrase>"
+DESCRIBE = f"{IMAGE}{GROUNDING}<phrase> It</phrase>{{boxes}} is"
 YES = " Yes"  # its likelihood ranks the candidates of a matrix
 
 _NUMBERS = {3: "three", 4: "four", 8: "eight"}

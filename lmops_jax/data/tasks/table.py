@@ -8,7 +8,10 @@ from lmops_jax.data.tasks import installed_kind
 from lmops_jax.data.tasks.pictures.registry import PICTURE_ENTRIES
 from lmops_jax.data.tasks.registry import ENTRIES, Entry
 
-_OF_PICTURES = {"raven": "candidates of each row", "imagenet": "a class's name"}
+_OF_PICTURES = {
+  "raven": "candidates of each row", "imagenet": "a class's name", "seed-bench": "4 options a row",
+  "flickr30k-entities": "boxes", "refcoco": "boxes", "refcoco-plus": "boxes", "refcocog": "boxes",
+}
 
 
 def table() -> str:

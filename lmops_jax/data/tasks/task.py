@@ -10,7 +10,8 @@ from lmops_jax.data.multimodal import IMAGE
 from lmops_jax.host.hashing import order_key
 
 OF_OPTIONS = ("accuracy", "roc_auc")
-METRICS = (*OF_OPTIONS, "exact_match", "f1", "vqa", "cider")
+OF_BOXES = ("phrase_grounding", "referring")
+METRICS = (*OF_OPTIONS, *OF_BOXES, "exact_match", "f1", "vqa", "cider", "meteor")
 
 
 class Example(NamedTuple):
@@ -28,6 +29,9 @@ class Example(NamedTuple):
     images: paths of the pictures that stand for the `IMAGE`s in the prompt, in their order.
     option_images: one picture for each option, if they differ in it (Raven's matrices): it stands
       for the last `IMAGE` of the prompt, which `images` leave to it.
+    boxes: where what the prompt ends with is in its last picture, any of them: (x1, y1, x2, y2),
+      fractions of the picture.
+    categories: what the row's score counts for besides the whole task; perhaps several.
   """
 
   id: int
@@ -38,6 +42,8 @@ class Example(NamedTuple):
   prompts: tuple[str, ...] = ()
   images: tuple[str, ...] = ()
   option_images: tuple[str, ...] = ()
+  boxes: tuple[tuple[float, float, float, float], ...] = ()
+  categories: tuple[str, ...] = ()
 
   @property
   def demonstration(self) -> str:
@@ -61,9 +67,10 @@ class Task:
     null_prompt: a prompt whose fields are "N/A", for calibration (arXiv:2102.09690); None if the
       prompt is the question itself.
     metric: for options "accuracy" or "roc_auc" (two options, the second is the positive one), for
-      open answers "exact_match", "f1", "vqa" or "cider".
+      open answers "exact_match", "f1", "vqa", "cider" or "meteor", for boxes "phrase_grounding"
+      (any of a phrase's boxes, of the first 1, 5 and 10) or "referring" (the first box).
     skipped: number of rows left out while reading, `train` included: another number of options than
-      the task's, an empty or repeated option, an empty prompt, no answer.
+      the task's, an empty or repeated option, an empty prompt, no answer, no box.
 
   Raises:
     ValueError: for no rows, a row without prompt, a single option, an empty or repeated option, a
@@ -96,6 +103,8 @@ class Task:
         problem = f"has {len(example.options)} options for {len(self.words)} label words"
       if problem is None and (self.metric in OF_OPTIONS) != bool(example.options):
         problem = f"does not fit metric={self.metric!r}: it has {len(example.options)} options"
+      if problem is None and self.metric in OF_BOXES and not example.boxes:
+        problem = f"does not fit metric={self.metric!r}: it has no box"
       if problem is not None:
         raise ValueError(f"row {example.id} of the task {self.name} {problem}.")
 

@@ -3,7 +3,9 @@
 Importing this package registers everything its gin files name.
 """
 
+from lmops_jax.systems.kosmos.grit import Grit
+from lmops_jax.systems.kosmos.instructions import InstructionJsonl
 from lmops_jax.systems.kosmos.pretrain import Pretrain
 from lmops_jax.systems.kosmos.system import Kosmos
 
-__all__ = ["Kosmos", "Pretrain"]
+__all__ = ["Grit", "InstructionJsonl", "Kosmos", "Pretrain"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,16 +15,23 @@ from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models.docked import DockedConfig
 from lmops_jax.models.vision import NUM_CHANNELS
 from lmops_jax.sizing import activations
+from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.budget import Phase, device_bytes
 from lmops_jax.systems.kosmos import training
+from lmops_jax.systems.kosmos.prepare import RowShape
 from lmops_jax.training import loop
 
 _WORD_FIELDS = ("tokens", "targets", "positions", "segment_ids")
 
 
-def vocabulary_size(model: DockedConfig, vocabulary: Any) -> int:
+def vocabulary_size(
+  model: DockedConfig, vocabulary: Any, words: Sequence[str] = KOSMOS_WORDS
+) -> int:
   """V, before any text is read.
+
+  Args:
+    words: the special ones, which follow those of the vocabulary.
 
   Raises:
     ConfigError: when it is not known yet.
@@ -38,13 +44,14 @@ def vocabulary_size(model: DockedConfig, vocabulary: Any) -> int:
       "the vocabulary's size is not known before its file is read; set it, for example with "
       "--gin.text/models.TransformerConfig.vocab_size=64007."
     )
-  return own + len(KOSMOS_WORDS)
+  return own + len(words)
 
 
 def abstract_batch(
-  config: training.Training, parts: Sequence[str], image_size: int, partitioner: Partitioner
+  config: training.Training, shapes: Mapping[str, RowShape], image_size: int,
+  partitioner: Partitioner,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """A placed batch of groups.
+  """A placed batch of groups of rows of these shapes, by part.
 
   Raises:
     ConfigError: when the mesh does not divide the groups.
@@ -62,8 +69,7 @@ def abstract_batch(
       (groups, *shape), dtype, sharding=partitioner.batch_sharding(1 + len(shape)))
 
   batch = {"weight": array(jnp.float32)}
-  for part in parts:
-    shape = config.shapes[part]
+  for part, shape in shapes.items():
     row = shape.rows, shape.length
     batch |= {f"{part}/{name}": array(jnp.int32, *row) for name in _WORD_FIELDS}
     batch[f"{part}/loss_mask"] = array(jnp.float32, *row)
@@ -74,64 +80,78 @@ def abstract_batch(
   return batch
 
 
-def _abstract_state(learner, partitioner):
-  return partitioner.placed_shapes(loop.abstract_state(learner), uneven="whole")
-
-
 def phase(
   config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner,
-  platform: str,
+  platform: str, shapes: Mapping[str, RowShape] | None = None,
+  words: Sequence[str] = KOSMOS_WORDS,
 ) -> Phase:
   """Training of the full model.
 
   Activations are the estimate of `sizing.activations` for the decoder, by the largest part of a
-  group, and of the tower's blocks that are trained, forward for the others.
+  group, and of `sizing.docked` for pictures.
+
+  Args:
+    shapes: of the rows of each part; None: those of `config`.
+    words: the special ones of the vocabulary.
   """
-  docked = training.docked_model(model, vocabulary_size(model, vocabulary))
-  arm = training.ARMS[training.FULL]
-  state = _abstract_state(training.learner(docked, config, arm, partitioner), partitioner)
-  batch = abstract_batch(config, arm.parts, model.vision.image_size, partitioner)
+  shapes = config.shapes if shapes is None else shapes
+  docked, learner, state, batch = _abstract(
+    config, model, vocabulary, partitioner, shapes, words)
   params = device_bytes(state.params)
+  whole_tower = docked_sizes.trains_whole_tower(config.optimizer, state.params)
   parts = {
     "params": params, "opt_state": device_bytes(state.opt_state),
     "accumulators": params * (1 + (config.accumulate > 1)), "data": device_bytes(batch),
-    "activations": _activation_bytes(config, docked.config, partitioner, platform),
+    "activations": _activation_bytes(
+      config, docked.config, shapes, partitioner, platform, whole_tower),
   }
   return Phase(
     "train", sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
-    config.num_steps * config.num_groups * training.group_flops(docked.config, config.shapes),
+    config.num_steps * config.num_groups * docked_sizes.group_flops(
+      docked.config, shapes.values(), whole_tower),
     config.num_steps, parts,
     f"{config.num_groups} groups in {config.accumulate} micro-batches",
-    (f"a smaller micro-batch (kosmos.Training.accumulate above {config.accumulate})",
-     f"more devices on mesh.make.fsdp (now {partitioner.mesh.shape['fsdp']})"))
+    _remedies(config, partitioner))
 
 
-def _activation_bytes(config, model, partitioner, platform) -> float:
+def _remedies(config, partitioner) -> tuple[str, ...]:
+  return (
+    f"a smaller micro-batch (kosmos.Training.accumulate above {config.accumulate})",
+    f"more devices on mesh.make.fsdp (now {partitioner.mesh.shape['fsdp']})")
+
+
+def _activation_bytes(config, model, shapes, partitioner, platform, whole_tower) -> float:
   groups = config.num_groups / config.accumulate / partitioner.num_batch_shards
   mesh = partitioner.mesh.shape
   sizes = {"platform": platform, "num_fsdp": mesh["fsdp"], "num_tensor": mesh["tensor"]}
-  vision, total = model.vision, 0.0
-  for shape in config.shapes.values():
+  total = 0.0
+  for shape in shapes.values():
     total += activations.activation_bytes(
       model.text, groups * shape.rows, shape.length, **sizes)
     if shape.pictures:
-      blocks = dataclasses.replace(
-        vision.stack(max(vision.top_layers, 1)), vocab_size=1)  # it looks up no word
-      total += activations.activation_bytes(
-        blocks, groups * shape.rows * shape.pictures,
-        1 + vision.num_patches, unembedding=False, backward=vision.top_layers > 0, **sizes)
+      total += docked_sizes.picture_bytes(
+        model, groups * shape.rows * shape.pictures, whole_tower, **sizes)
   return total
 
 
-def program(
-  config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner
-) -> Program:
-  """The step of the full model's training."""
-  docked = training.docked_model(model, vocabulary_size(model, vocabulary))
-  arm = training.ARMS[training.FULL]
+def _abstract(config, model, vocabulary, partitioner, shapes, words):
+  """The model, its learner, and its placed state and batch as shapes."""
+  docked = training.docked_model(model, vocabulary_size(model, vocabulary, words))
+  arm = training.ARMS[training.FULL]._replace(parts=tuple(shapes))
   learner = training.learner(docked, config, arm, partitioner)
-  state = _abstract_state(learner, partitioner)
-  batch = abstract_batch(config, arm.parts, model.vision.image_size, partitioner)
+  state = partitioner.placed_shapes(loop.abstract_state(learner), uneven="whole")
+  return docked, learner, state, abstract_batch(
+    config, shapes, model.vision.image_size, partitioner)
+
+
+def program(
+  config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner,
+  shapes: Mapping[str, RowShape] | None = None, words: Sequence[str] = KOSMOS_WORDS,
+) -> Program:
+  """The step of the full model's training; arguments as for `phase`."""
+  shapes = config.shapes if shapes is None else shapes
+  docked, learner, state, batch = _abstract(
+    config, model, vocabulary, partitioner, shapes, words)
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def lower():
@@ -139,4 +159,6 @@ def program(
     return step.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
 
   return Program(
-    "train", lower, config.num_groups * training.group_flops(docked.config, config.shapes))
+    "train", lower,
+    config.num_groups * docked_sizes.group_flops(docked.config, shapes.values()),
+    remedies=_remedies(config, partitioner))

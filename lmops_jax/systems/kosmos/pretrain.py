@@ -1,7 +1,9 @@
 """Kosmos-1 trained on data of one's own, at any size, as stages: rows, train, report.
 
 Each part of a group has sources with weights: corpora of texts; pairs of a picture and its caption;
-documents with pictures among their text. The stage `train` keeps the parameters.
+documents with pictures among their text; instructions, which tune a trained model (section 3.3 of
+arXiv:2302.14045) while the others go on. A part without a source is left out: with texts alone it
+is the paper's baseline "LLM". The stage `train` is a model folder.
 """
 
 from __future__ import annotations
@@ -14,60 +16,43 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import annotated_types as at
+import flax.linen as nn
+import jax
+
 from lmops_jax.config.setting_types import (
+  Decay,
   ExistingPath,
-  Name,
-  NonEmpty,
-  Positive,
   PositiveInt,
   Seed,
   component,
 )
-from lmops_jax.data import instance_writing, instances, packing
-from lmops_jax.data.documents import Corpus
-from lmops_jax.data.image_rows import ImageRows, write_rows
-from lmops_jax.data.image_tokens import ImageTokens, appended, encode_records
+from lmops_jax.data.grounded_text import appended_box_words
+from lmops_jax.data.image_tokens import KOSMOS_WORDS, ImageTokens, appended, special_words
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.mixture import Mixture
-from lmops_jax.data.multimodal import ImageCorpus, LeftOut, sound
+from lmops_jax.data.multimodal import LeftOut
 from lmops_jax.data.supervised import TOO_LONG
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
 from lmops_jax.models.docked import DockedConfig
-from lmops_jax.models.vision import with_top
-from lmops_jax.pretrained import model as model_lib
-from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.run_report import RunReport, text_table
+from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.reporting.run_report import text_table
 from lmops_jax.shared_stages import corpora
+from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.systems.kosmos import plan, training
+from lmops_jax.systems.kosmos import held_out, plan, pretrain_report, starts, training
+from lmops_jax.systems.kosmos.prepare import RowShape
+from lmops_jax.systems.kosmos.sources import Form, Instructions, Pictures, RowSource, Side, Texts
+from lmops_jax.systems.kosmos.training import VALIDATION
 from lmops_jax.systems.kosmos.world import INTERLEAVED, PAIRS, PARTS, TEXT
 from lmops_jax.text.vocabulary_sources import VocabularySource
-from lmops_jax.training.metrics import read_records
-from lmops_jax.training.sources import Groups, Part
+from lmops_jax.training import loop
+from lmops_jax.training.sources import Ahead, Groups, Part
 
+INSTRUCTIONS = "instructions"
 _IDS_FILE = "ids.json"
-
-
-@component(module="kosmos")
-@dataclasses.dataclass(frozen=True)
-class Texts:
-  """A source of texts: a corpus of module `data`, and how often its rows come."""
-
-  name: Name
-  corpus: Corpus
-  weight: Positive = 1.0
-
-
-@component(module="kosmos")
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-  """A source of records with pictures, and how often its rows come."""
-
-  name: Name
-  corpus: ImageCorpus
-  weight: Positive = 1.0
 
 
 @component(module="kosmos")
@@ -76,37 +61,69 @@ class Pretrain:
   """Trains a docked language model.
 
   Attributes:
-    texts, pairs, documents: the sources of each part of a group.
+    texts, pairs, documents: the sources of each part of a group; a part without one is left out.
     vocabulary: to which the special tokens are added.
     model: of the docked language model.
     training: of which `text`, `pairs` and `interleaved` shape the rows.
+    instructions: sources of a fourth part; rows of `instruction_rows`.
+    instruction_rows: their shape, without pictures.
     images: how pictures become pixels.
     clip: a published CLIP model whose vision tower is the first one; None draws it.
+    start: the model folder of an earlier run to go on from, with fresh optimizer state; words for
+      boxes that it lacks, as Kosmos-1's does, are drawn.
     too_long: what becomes of records beyond a row, see `image_rows.write_rows`.
     pictures_per_document: at most.
+    grid: cells in a row of the words for boxes, which follow the special tokens (Kosmos-2: 32);
+      None: a vocabulary without them, as that of Kosmos-1.
+    held_out: share of each source's records that nothing is learned from; their loss is measured
+      every `kosmos.Training.eval_every` steps. See `kosmos.sources`.
+    held_out_rows: of each source, the most that are measured.
     seed: of initialisation and order.
 
   Raises:
-    ValueError: rows longer than the model's positions, pictures of another size than the tower's,
-      or two sources of one part with one name.
+    ValueError: no source, rows longer than the model's positions, pictures of another size than the
+      tower's, two sources of one part with one name, instructions without the shape of their rows
+      or with pictures, or two models to start from.
   """
 
-  texts: Annotated[Sequence[Texts], NonEmpty]
-  pairs: Annotated[Sequence[Pictures], NonEmpty]
-  documents: Annotated[Sequence[Pictures], NonEmpty]
+  texts: Sequence[Texts]
+  pairs: Sequence[Pictures]
+  documents: Sequence[Pictures]
   vocabulary: VocabularySource
   model: DockedConfig
   training: training.Training
+  instructions: Sequence[Instructions] = ()
+  instruction_rows: RowShape | None = None
   images: ImageSettings = ImageSettings(fit="crop")
   clip: ExistingPath | None = None
+  start: ExistingPath | None = None
   too_long: Literal[TOO_LONG] = "cut"
   pictures_per_document: PositiveInt = 5
+  grid: Annotated[int, at.Ge(1), at.Le(100)] | None = None
+  held_out: Decay = 0.0
+  held_out_rows: PositiveInt = 256
   seed: Seed = 0
 
   name = "kosmos_pretrain"
 
   def __post_init__(self):
-    longest = max(shape.length for shape in self.training.shapes.values())
+    if not self.sources:
+      raise ValueError(
+        "kosmos.Pretrain has no source; give it texts, pairs, documents or instructions.")
+    if bool(self.instructions) != (self.instruction_rows is not None):
+      raise ValueError(
+        f"kosmos.Pretrain has {len(self.instructions)} instructions and instruction_rows="
+        f"{self.instruction_rows}; give both or neither."
+      )
+    if self.instruction_rows is not None and self.instruction_rows.pictures:
+      raise ValueError(
+        f"kosmos.Pretrain.instruction_rows has pictures={self.instruction_rows.pictures}; set it "
+        "to 0, since instructions have none."
+      )
+    if self.clip is not None and self.start is not None:
+      raise ValueError(
+        "kosmos.Pretrain has both clip and start; leave clip out, since start brings a tower.")
+    longest = max(shape.length for shape in self.shapes.values())
     if longest > self.model.text.max_length:
       raise ValueError(
         f"a row of kosmos.Training has length={longest} and models.TransformerConfig.max_length is "
@@ -126,119 +143,160 @@ class Pretrain:
           f"{num} sources of the part {part!r} are called {name!r}; give them different names.")
 
   @property
-  def sources(self) -> dict[str, Sequence[Texts] | Sequence[Pictures]]:
-    """By part."""
-    return {TEXT: self.texts, PAIRS: self.pairs, INTERLEAVED: self.documents}
+  def words(self) -> tuple[str, ...]:
+    """The special tokens, which follow those of the vocabulary."""
+    return special_words(self.grid)
+
+  @property
+  def sources(self) -> dict[str, Sequence[RowSource]]:
+    """By part, of the parts that have any."""
+    parts = {TEXT: self.texts, PAIRS: self.pairs, INTERLEAVED: self.documents,
+             INSTRUCTIONS: self.instructions}
+    return {part: sources for part, sources in parts.items() if sources}
+
+  @property
+  def shapes(self) -> dict[str, RowShape]:
+    """Of the rows of each part that has sources."""
+    shapes = {**self.training.shapes, INSTRUCTIONS: self.instruction_rows}
+    return {part: shapes[part] for part in self.sources}
 
   def stages(self, partitioner) -> list[skeleton.Stage]:
-    """The run as stages; arguments as for every system."""
+    """The run as stages; arguments as for every system.
+
+    Raises:
+      ValueError: for a model to start from that does not fit.
+    """
     partitioner = partitioner or meshes.single_device()
     attention.check_platform(self.model.text.attention, partitioner.platform)
-    shapes = tuple(f"training.{part}" for part in PARTS)
+    if self.clip is not None:
+      starts.check_clip(self.clip, self.model.vision)
     return [
       skeleton.Stage(
         "rows", self._rows, together=False,
-        reads=("texts", "pairs", "documents", "vocabulary", "model.connector", "images", *shapes,
-               "too_long", "pictures_per_document"), checks=("model",)),
+        reads=("texts", "pairs", "documents", "instructions", "vocabulary", "model.connector",
+               "images", *(f"training.{part}" for part in PARTS), "instruction_rows", "too_long",
+               "pictures_per_document", "grid", "held_out"), checks=("model", "start")),
       skeleton.Stage(
         "train", functools.partial(self._train, partitioner=partitioner), inputs=("rows",),
-        reads=("training", "model", "clip", "seed", "images"), result="model"),
-      skeleton.Stage("report", self._report, inputs=("rows", "train"), together=False),
+        reads=("training", "model", "clip", "start", "seed", "images", "held_out_rows"),
+        result="model"),
+      skeleton.Stage("report", pretrain_report.run, inputs=("rows", "train"), together=False),
     ]
 
   def _rows(self, context: pipeline.StageContext) -> None:
     vocabulary = corpora.build_vocabulary(context, self.vocabulary, self._all_texts())
-    ids = appended(vocabulary, self.model.vectors_per_image)
+    ids = appended(vocabulary, self.model.vectors_per_image, self.words)
+    box_words = None if self.grid is None else appended_box_words(vocabulary, self.words)
+    self._check_start(ids)
     write_json(context.directory / _IDS_FILE, dataclasses.asdict(ids))
     counts: dict[str, Mapping[str, int]] = {}
-    for source in self.texts:
-      documents = packing.encoded(
-        source.corpus.documents(), vocabulary, line_end_id=ids.line_end_id)
-      length = self.training.text.length
-      packed = packing.pack(documents, length=length, bos_id=ids.bos_id, eos_id=ids.eos_id)
-      folder = context.directory / TEXT / source.name
-      instance_writing.write_instances(folder, packed, length=length, **{
-        **instance_writing.encoded_with(vocabulary), "vocab_size": ids.vocab_size})
-      counts[f"{TEXT}/{source.name}"] = {"rows": len(instances.open_instances(folder))}
-    for part, sources in ((PAIRS, self.pairs), (INTERLEAVED, self.documents)):
-      shape = getattr(self.training, part)
+    for part, sources in self.sources.items():
+      form = Form(self.shapes[part], vocabulary, ids, self.images, self.too_long,
+                  self.pictures_per_document, box_words)
       for source in sources:
-        left_out = LeftOut()
-        found = sound(source.corpus.records(left_out), self.images, left_out)
-        counts[f"{part}/{source.name}"] = write_rows(
-          context.directory / part / source.name, encode_records(found, vocabulary, ids), ids,
-          length=shape.length, pictures_per_row=shape.pictures,
-          pictures_per_example=min(shape.pictures, self.pictures_per_document),
-          too_long=self.too_long) | dict(left_out.counts)
-        for reason, names in left_out.named.items():
-          context.log(f"{part}/{source.name}: {left_out.counts[reason]} {reason}, {names[0]} first")
+        name = f"{part}/{source.name}"
+        counts[name] = self._write(context, name, source, form, held=False)
+        if self.held_out:
+          counts[f"{VALIDATION}/{name}"] = self._write(context, name, source, form, held=True)
     context.extra["counts"] = counts
 
+  def _write(self, context, name: str, source: RowSource, form: Form, held: bool):
+    """Writes one side of a source; returns counts of what became of it."""
+    left_out, records = LeftOut(), Counter()
+    folder = context.directory / VALIDATION if held else context.directory
+    counts = source.write(
+      folder / name, form, Side(name, self.held_out, held, records), left_out)
+    if self.held_out and not held:
+      counts["held_out"] = records["others"]
+    if not held:
+      for reason, names in left_out.named.items():
+        context.log(f"{name}: {left_out.counts[reason]} {reason}, {names[0]} first")
+    return counts | dict(left_out.counts)
+
+  def _check_start(self, ids: ImageTokens) -> None:
+    if self.start is not None:
+      starts.check_folder(
+        self.start, training.docked_model(self.model, ids.vocab_size).config,
+        len(self.words) - len(KOSMOS_WORDS))
+
   def _all_texts(self) -> Iterator[str]:
+    """The texts that the vocabulary may be made from."""
     for source in self.texts:
-      yield from (document.text for document in source.corpus.documents())
+      side = Side(f"{TEXT}/{source.name}", self.held_out, False, Counter())
+      yield from (document.text for document in source.documents(side))
+
+  def _opened(self, folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows by part and name of the source."""
+    return {
+      part: {source.name: source.open(folder / part / source.name, self.images)
+             for source in sources}
+      for part, sources in self.sources.items()}
 
   def _groups(self, folder: Path) -> Groups:
     parts = {}
-    for part, sources in self.sources.items():
-      opened = {
-        source.name: instances.open_instances(folder / part / source.name) if part == TEXT
-        else ImageRows(folder / part / source.name, self.images) for source in sources}
-      weights = {source.name: source.weight for source in sources}
-      parts[part] = Part(
-        Mixture(opened, weights, seed=self.seed), getattr(self.training, part).rows)
+    for part, opened in self._opened(folder).items():
+      weights = {source.name: source.weight for source in self.sources[part]}
+      parts[part] = Part(Mixture(opened, weights, seed=self.seed), self.shapes[part].rows)
     return Groups(parts, self.training.num_groups)
 
   def _train(self, context: pipeline.StageContext, partitioner) -> None:
-    folder = context.input("rows")
+    folder, config = context.input("rows"), self.training
     ids = ImageTokens(**json.loads((folder / _IDS_FILE).read_text()))
-    training.run(
-      context, config=self.training, docked=training.docked_model(self.model, ids.vocab_size),
-      arm=training.ARMS[training.FULL], seed=self.seed, source=self._groups(folder),
-      vocabulary=corpora.open_vocabulary(folder),
-      tower=None if self.clip is None else self._tower, partitioner=partitioner)
+    self._check_start(ids)
+    docked = training.docked_model(self.model, ids.vocab_size)
+    hooks = []
+    if self.held_out:
+      rows = {(part, name): rows for part, opened in self._opened(folder / VALIDATION).items()
+              for name, rows in opened.items()}
+      hooks.append(held_out.validation(
+        docked, rows, self.held_out_rows, config.eval_every, partitioner))
+    result = loop.train(
+      training.learner(docked, config, self._arm, partitioner), Ahead(self._groups(folder)),
+      config.num_steps, self.seed, context.directory, partitioner, hooks=hooks,
+      initial_params=self._initial(docked),
+      records=loop.Records(
+        checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
+        description=context.name, progress=context.progress))
+    context.flops += result.step * config.num_groups * docked_sizes.group_flops(
+      docked.config, self.shapes.values(),
+      docked_sizes.trains_whole_tower(
+        config.optimizer, jax.eval_shape(loop.initializer(docked), jax.random.key(0))))
+    if context.writes:
+      trained_vocabulary.describe_trained(
+        context.directory, docked.config, corpora.open_vocabulary(folder),
+        params=f"params/{config.num_steps}", log=context.log, words=self.words)
 
-  def _tower(self) -> Any:
-    """The tower of the published model, with the top layers that are trained in a stack apart."""
-    found = model_lib.load(self.clip).params(None)["vision"]
-    top = self.model.vision.top_layers
-    return with_top(found, top) if top else found
+  @property
+  def _arm(self) -> training.Arm:
+    return training.ARMS[training.FULL]._replace(parts=tuple(self.sources))
 
-  def _report(self, context: pipeline.StageContext) -> None:
-    report = RunReport(context, ("rows", "train"))
-    records = [r for r in read_records(context.input("train") / "metrics.jsonl") if "loss" in r]
-    counts = context.manifest("rows")["extra"]["counts"]
-    last = records[-1]["loss"]
-    figure = plots.curves(
-      {"training": [plots.Run([r["step"] for r in records], [r["loss"] for r in records])]},
-      x_label="optimizer steps", y_label="loss (nats a learned token)")
-    rows = [[source, name, num] for source, of in counts.items() for name, num in of.items()]
-    report.write(
-      {"train_loss": last, "num_steps": records[-1]["step"], "counts": counts,
-       "stages": report.costs},
-      html.Report(
-        title="Kosmos-1: training on texts, pairs and documents with pictures",
-        lead=f"The training loss is {last:.3f} nats a learned token after {records[-1]['step']} "
-             "steps.",
-        key_figures=[html.KeyFigure(f"{last:.3f}", "training loss", "nats a learned token"),
-                     report.work_figure()],
-        sections=[
-          html.Section("Loss", figures=[report.figure("loss", figure, "Training loss by step.")]),
-          html.Section("Data", "What became of each source, and what was left out.", tables=[
-            html.Table(["source", "what", html.Column("number", ",d")], rows)]),
-          report.cost_section()],
-        facts={"work": report.work, "versions": report.versions}),
-      required=["train_loss", "counts.*.rows"])
+  def _initial(self, docked):
+    """A function that makes the first parameters, or None to draw them."""
+    if self.start is not None:
+      return lambda: starts.folder_params(self.start, docked, self.seed)
+    if self.clip is None:
+      return None
+
+    def with_clip():
+      drawn = nn.unbox(jax.jit(loop.initializer(docked))(jax.random.key(self.seed)))
+      return {**drawn, "vision": starts.clip_tower(self.clip, self.model.vision)}
+
+    return with_clip
 
   def phases(self, partitioner, memory, *, platform: str, **sizes):
     """What training takes, from shapes alone; see `plan.phase`."""
-    return [plan.phase(self.training, self.model, self.vocabulary, partitioner, platform)]
+    return [plan.phase(
+      self.training, self.model, self.vocabulary, partitioner, platform, self.shapes, self.words)]
 
   def programs(self, partitioner, memory, **sizes):
     """The training step, to compile ahead of time."""
-    return [plan.program(self.training, self.model, self.vocabulary, partitioner)]
+    return [plan.program(
+      self.training, self.model, self.vocabulary, partitioner, self.shapes, self.words)]
 
   def table(self, summary: Mapping[str, Any]) -> str:
-    """The loss and the rows of a finished run, for the terminal."""
+    """The losses and the rows of a finished run, for the terminal."""
     rows = [("", "rows"), *((name, f"{of['rows']:,}") for name, of in summary["counts"].items())]
-    return f"training loss at the end: {summary['train_loss']:.4f}\n{text_table(rows)}"
+    lines = [f"training loss at the end: {summary['train_loss']:.4f}"]
+    lines += [f"validation loss of {name}: {loss:.4f}"
+              for name, loss in summary["validation_loss"].items()]
+    return "\n".join([*lines, text_table(rows)])

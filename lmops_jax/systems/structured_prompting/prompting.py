@@ -213,10 +213,10 @@ class Prompter:
 
   def _predictions(self, task, rows, prefix, num_demos, progress):
     if task.metric == "accuracy":
-      scores, _ = in_context.score_rows(
+      scored = in_context.score_rows(
         self.scorer, self._encoder, task, rows, normalisation=self.prompting.normalisation,
         prefix=prefix, progress=progress)
-      result = in_context.outcome(rows, scores, num_demos, 0)
+      result = in_context.outcome(rows, scored.values, num_demos, 0)
       return result.accuracy, result.predictions.tolist()
     texts, of_one = self._answers(rows, prefix), answers.METRICS[task.metric]
     progress(len(rows))

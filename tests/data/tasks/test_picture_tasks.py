@@ -192,6 +192,8 @@ def test_matrices_from_a_file(tmp_path):
 @pytest.mark.parametrize("change,message", [
   ({"answer": 6}, "test.jsonl:1 has the answer 6; expected the number of one of its 6 candidates"),
   ({"answer": True}, "has the answer True"),
+  ({"candidates": []}, "has the answer 0; expected the number of one of its 0 candidates"),
+  ({"candidates": ["a", ""]}, r"has \['a', ''\] in its field candidates; expected paths"),
   ({"context": ["a"] * 5}, "test.jsonl:1: a matrix has 5 pictures of context"),
   ({"context": "a", "candidates": [1]}, r"has \[1\] in its field candidates; expected paths"),
 ])
@@ -277,6 +279,8 @@ def test_rows_of_ones_own(tmp_path):
   ({"images": ["a.png"], "prompt": " ", "answer": "x"}, "has the prompt ' '; expected a text"),
   ({"images": ["a.png"], "prompt": "x"}, "has None in its field answer; expected texts"),
   ({"images": ["a.png"], "prompt": "x", "options": ["r", "b"], "label": 2}, "has the label 2; exp"),
+  ({"images": ["a.png"], "prompt": "x", "options": [], "label": 0}, r"has \[\] in its field opt"),
+  ({"images": ["a.png"], "prompt": "x", "options": ["r", " "], "label": 0}, "no rows .1 were left"),
   ({"images": ["c.png"], "prompt": "x", "answer": "x"}, "names the picture .*c.png, which is not"),
 ])
 def test_bad_rows_of_ones_own(tmp_path, row, message):
@@ -286,7 +290,7 @@ def test_bad_rows_of_ones_own(tmp_path, row, message):
 
 @pytest.mark.parametrize("arguments,message", [
   ({"name": "coc"}, "no task with pictures 'coc'; the nearest valid name is 'coco'. It"),
-  ({"template": 1}, "the task coco has no template 1; its indices are 0"),
+  ({"template": 2}, "the task coco has no template 2; its indices are 0, 1"),
   ({"data": "nowhere"}, "data='nowhere' is no folder; give the one of the task coco"),
   ({"pictures": "nowhere"}, "pictures='nowhere' is no folder"),
   ({"limit": 0}, "limit=0 must be at least 1"),

@@ -1,14 +1,23 @@
-"""The tasks with pictures of Kosmos-1's evaluation (arXiv:2302.14045, section 4)."""
+"""Tasks with pictures: of Kosmos-1's evaluation (arXiv:2302.14045), and Kosmos-2's (2306.14824)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from lmops_jax.config.refusals import nearest
 from lmops_jax.data.multimodal import IMAGE
 from lmops_jax.data.tasks import picture_prompts as prompts
-from lmops_jax.data.tasks.pictures import captions_and_questions, items, labelled, web_pages
+from lmops_jax.data.tasks.pictures import (
+  captions_and_questions,
+  entities,
+  items,
+  labelled,
+  referring,
+  seed_bench,
+  web_pages,
+)
 from lmops_jax.data.tasks.pictures.source import Source
 from lmops_jax.data.tasks.task import Example
 
@@ -27,6 +36,8 @@ class PictureEntry(NamedTuple):
     rows, train: splits to evaluate on and to draw from; train "": draw from the other rows.
     words: the labels' words, if all rows share them.
     names: makes a mapping whose values name all classes, if an open answer is one of these.
+    num_beams: the paper's, for open answers.
+    normalisation: the paper's, of options, see `evaluation.in_context.evaluate`.
   """
 
   read: Callable[[Source], Iterator[Example | None]]
@@ -38,23 +49,34 @@ class PictureEntry(NamedTuple):
   train: str = ""
   words: tuple[str, ...] = ()
   names: Callable[[Source], dict[str, str]] | None = None
+  num_beams: int = 1
+  normalisation: str = "sum"
 
 
 _KARPATHY = {
   "read": captions_and_questions.karpathy, "metric": "cider", "files": ("dataset*.json",),
-  "templates": (prompts.CAPTION,), "rows": "test", "train": "train",
+  "templates": (prompts.CAPTION, prompts.GROUNDED_CAPTION), "rows": "test", "train": "train",
+  "num_beams": 5,
 }
+
+
+def _refcoco(data: str) -> PictureEntry:
+  return PictureEntry(
+    functools.partial(referring.comprehension, data=data), "referring",
+    "MDETR's JSON, COCO pictures", (f"*{data}_*.json",), (prompts.EXPRESSION,), "val",
+  )
+
 
 PICTURE_ENTRIES: dict[str, PictureEntry] = {
   "coco": PictureEntry(source="COCO, Karpathy's JSON", **_KARPATHY),
   "flickr30k": PictureEntry(source="Flickr30k, Karpathy's JSON", **_KARPATHY),
   "vqav2": PictureEntry(
     captions_and_questions.vqav2, "vqa", "VQAv2 JSON, COCO pictures", ("*mscoco*.json",),
-    (prompts.QUESTION,), "val2014", "train2014",
+    (prompts.QUESTION, prompts.GROUNDED_QUESTION), "val2014", "train2014",
   ),
   "vizwiz": PictureEntry(
     captions_and_questions.vizwiz, "vqa", "VizWiz JSON", ("*.json", "Annotations/*.json"),
-    (prompts.QUESTION,), "val", "train",
+    (prompts.QUESTION, prompts.GROUNDED_QUESTION), "val", "train",
   ),
   "rendered-sst2": PictureEntry(
     labelled.rendered_sst2, "accuracy", "folders by class", ("*/*/*",), (prompts.SENTIMENT,),
@@ -76,13 +98,28 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   ),
   "imagenet": PictureEntry(
     labelled.imagenet, "exact_match", "folders by class", ("LOC_synset_mapping.txt", "*/*/*"),
-    (prompts.PHOTO,), "val", names=labelled.class_names,
+    (prompts.PHOTO,), "val", names=labelled.class_names, num_beams=2,
   ),
   "look-alikes": PictureEntry(
     labelled.look_alikes, "exact_match", "folders by animal", ("*/*",), (
       prompts.described_prompt("{category}", _OF_CLASSES[:2], _OF_CLASSES[2:4]),
       prompts.described_prompt("{category}", _OF_CLASSES[4:]),
     ),
+  ),
+  "flickr30k-entities": PictureEntry(
+    entities.phrase_grounding, "phrase_grounding", "Flickr30k Entities XML",
+    ("*.txt", "Annotations/*.xml", "Sentences/*.txt"), (prompts.PHRASE,), "test",
+  ),
+  "refcoco": _refcoco("refcoco"),
+  "refcoco-plus": _refcoco("refcoco+"),
+  "refcocog": _refcoco("refcocog"),
+  "refcocog-expressions": PictureEntry(
+    functools.partial(referring.description, data="refcocog"), "meteor",
+    "MDETR's JSON, COCO pictures", ("*refcocog_*.json",), (prompts.DESCRIBE,), "val", "train",
+  ),
+  "seed-bench": PictureEntry(
+    seed_bench.seed_bench, "accuracy", "SEED-Bench JSON", ("SEED-Bench.json",),
+    (prompts.QUESTION,), normalisation="token",
   ),
 }
 

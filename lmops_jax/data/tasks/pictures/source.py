@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lmops_jax.data.boxes import Box
 from lmops_jax.data.documents import document_id
 from lmops_jax.data.tasks.task import Example, problem_of
 from lmops_jax.host.foreign_files import printable, require_regular
@@ -39,17 +40,20 @@ class Source(NamedTuple):
   def example(
     self, key: str, prompt: str, pictures: Sequence[Path | str], *, options: Sequence[str] = (),
     label: int = -1, answers: Sequence[str] = (), option_pictures: Sequence[Path | str] = (),
+    boxes: Sequence[Box] = (), categories: Sequence[str] = (),
   ) -> Example | None:
     """A row, or None for one that cannot be evaluated on.
 
     Args:
       key: the row's name within the data, from which its id comes.
       pictures, option_pictures: paths relative to `pictures` of the source.
+      boxes, categories: see `Example`.
     """
     found = Example(
       document_id(f"{self.name}:{key}"), prompt, tuple(options), label,
       tuple(answer for answer in answers if answer.strip()), (),
       *(tuple(str(self.pictures / path) for path in of) for of in (pictures, option_pictures)),
+      boxes=tuple(boxes), categories=tuple(categories),
     )
     return None if problem_of(found) else found
 

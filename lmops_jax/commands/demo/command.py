@@ -1,0 +1,62 @@
+"""The command `lmops demo NAME`. The parser stands here without anything heavy."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import sys
+
+from lmops_jax.commands import models
+
+COMMANDS = {"demo": "try a published model on a page in the browser"}
+EPILOG = """\
+examples:
+  lmops demo kosmos --model KOSMOS
+  lmops demo kosmos --model KOSMOS --port 8000 --dtype bfloat16
+
+KOSMOS is a folder of a model that reads pictures; with one such as Kosmos-2's the page shows
+phrases with their boxes. The page is served to this machine only, and asks no other machine for
+anything. From another machine, forward the port: ssh -L 7860:127.0.0.1:7860 MACHINE. Ctrl-C ends
+it.
+"""
+_DEMOS = ("kosmos",)
+
+
+def add_parsers(commands, options: dict) -> None:
+  """Adds the command to argparse's subparsers."""
+  for name, text in COMMANDS.items():
+    parser = commands.add_parser(
+      name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG, **options)
+    add = parser.add_argument
+    add("--traceback", action="store_true", help="show where an error came from")
+    add("demo", choices=_DEMOS, metavar="NAME", help=f"one of {', '.join(_DEMOS)}")
+    models.running_options(parser)
+    add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1, this machine "
+        "only; 0.0.0.0 lets everybody in who reaches the machine)")
+    add("--port", type=int, default=7860, help="default 7860; 0 takes a free one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+  """Reads the model and answers until Ctrl-C; returns the exit code."""
+  from lmops_jax.commands.demo.kosmos import KosmosDemo
+  from lmops_jax.commands.demo.server import DemoServer
+
+  with DemoServer(arguments.host, arguments.port) as server:  # a taken port is told at once
+    demo = KosmosDemo.load(arguments)
+    if not _is_local(arguments.host):
+      print(f"lmops: warning: everybody who reaches {arguments.host} can use this model; there is "
+            "no password.", file=sys.stderr)
+    print(f"lmops: {server.address} shows {arguments.model}; Ctrl-C ends it.", file=sys.stderr,
+          flush=True)
+    try:
+      server.serve(demo)
+    except KeyboardInterrupt:
+      print("lmops: the demo has ended.", file=sys.stderr)
+  return 0
+
+
+def _is_local(host: str) -> bool:
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == "localhost"

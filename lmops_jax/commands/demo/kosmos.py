@@ -1,0 +1,191 @@
+"""The demo of Kosmos: a picture and a prompt in, a text with its boxes out.
+
+Everything about the model is what `lmops generate --image` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import annotated_types as at
+import jax
+import pydantic
+
+from lmops_jax.commands import grounding, models
+from lmops_jax.commands.demo.server import read_pages
+from lmops_jax.commands.prompts import PromptRow
+from lmops_jax.data.boxes import Grounded
+from lmops_jax.data.multimodal import Picture
+from lmops_jax.data.supervised import encode_behind, front_ids
+from lmops_jax.decoding import GenerationOptions, Generator, image_prompts
+from lmops_jax.decoding.generate import checked_prompts
+from lmops_jax.host import progress
+from lmops_jax.host.foreign_files import checked, printable
+from lmops_jax.host.words import shortened
+
+MAX_PICTURE_BYTES = 24 << 20
+_MAX_CHARACTERS = 20_000  # of a prompt, more than any context has
+_VECTOR_BYTES = 1 << 26  # of pictures whose vectors are kept for further prompts
+
+
+class Upload(pydantic.BaseModel, extra="forbid"):
+  """A picture file: its name, and its contents in base64."""
+
+  name: Annotated[str, at.MaxLen(1000)]
+  base64: str
+
+
+class Request(pydantic.BaseModel, extra="forbid"):
+  """What the page asks.
+
+  Attributes:
+    prompt: a picture stands in front of it, or where it has `<image>`.
+    picture: None for none.
+    search: "beams" and "sampling" take the numbers that are named so; see `GenerationOptions`.
+    grammar: allow well-formed boxes only.
+  """
+
+  prompt: Annotated[str, at.MaxLen(_MAX_CHARACTERS)]
+  picture: Upload | None = None
+  search: Literal["greedy", "beams", "sampling"] = "beams"
+  num_beams: Annotated[int, at.Ge(2), at.Le(10)] = 5
+  temperature: Annotated[float, at.Ge(0.05), at.Le(5)] = 0.7
+  top_p: Annotated[float, at.Ge(0.01), at.Le(1)] = 0.9
+  seed: Annotated[int, at.Ge(0), at.Le(2**32 - 1)] = 0
+  max_new_tokens: Annotated[int, at.Ge(1), at.Le(2**16)] = 128
+  no_repeat_ngram: Annotated[int, at.Ge(0), at.Le(20)] = 3
+  grammar: bool = False
+
+  def options(self) -> GenerationOptions:
+    """How tokens are chosen."""
+    chosen: dict[str, Any] = {
+      "greedy": {},
+      "beams": {"num_beams": self.num_beams},
+      "sampling": {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed},
+    }[self.search]
+    return GenerationOptions(
+      max_new_tokens=self.max_new_tokens, no_repeat_ngram=self.no_repeat_ngram, **chosen)
+
+  def row(self) -> PromptRow:
+    """The prompt as `lmops generate` has it.
+
+    Raises:
+      ValueError: the picture's contents are no base64.
+    """
+    if self.picture is None:
+      return PromptRow(self.prompt)
+    name = shortened(printable(self.picture.name), 60) or "the picture"
+    try:
+      data = base64.b64decode(self.picture.base64, validate=True)
+    except (binascii.Error, ValueError) as error:
+      raise ValueError(f"{name} did not arrive as base64 ({error}); send it again.") from error
+    if len(data) > MAX_PICTURE_BYTES:
+      raise ValueError(
+        f"{name} has {len(data):,} bytes, more than the {MAX_PICTURE_BYTES:,} of this demo; make "
+        "it smaller.")
+    return PromptRow(self.prompt, (Picture(name, data=data),))
+
+
+class KosmosDemo:
+  """A model that is loaded once and answers what the page asks; see `server.Demo`."""
+
+  max_request_bytes = MAX_PICTURE_BYTES * 4 // 3 + (1 << 18)
+
+  def __init__(self, source, tokenizer, partitioner=None):
+    """
+    Args:
+      source: a `PretrainedModel` with a decoder.
+      tokenizer: its tokenizer.
+      partitioner: the mesh; None is the default device.
+    """
+    self.pages = read_pages(
+      {"/": "kosmos.html", "/kosmos.js": "kosmos.js", "/demo.css": "demo.css"})
+    self._source, self._tokenizer = source, tokenizer
+    self._settings = source.image_settings()
+    params = source.params(partitioner)
+    self._num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    self._encoder = None if self._settings is None else image_prompts.PictureEncoder(
+      source.model, params, self._settings, partitioner, cache_bytes=_VECTOR_BYTES)
+    self._generator = Generator(source.decoder, source.of_decoder(params), tokenizer, partitioner)
+
+  @classmethod
+  def load(cls, arguments: argparse.Namespace) -> KosmosDemo:
+    """Reads the model that the command line names.
+
+    Raises:
+      ValueError: what `lmops generate` refuses about a model.
+    """
+    return cls(*models.load(arguments))
+
+  def facts(self) -> dict[str, Any]:
+    """What the page says about the model, and what it offers."""
+    return {
+      "model": Path(self._source.path).name, "family": self._source.family,
+      "parameters": progress.format_count(self._num_params),
+      "device": jax.devices()[0].device_kind, "sees": self._settings is not None,
+      "grounds": self._tokenizer.token_id(grounding.GROUNDING) is not None,
+      "max_length": self._source.decoder.config.max_length,
+      "max_picture_bytes": MAX_PICTURE_BYTES,
+      "defaults": {
+        name: field.default for name, field in Request.model_fields.items()
+        if name not in ("prompt", "picture")},
+    }
+
+  def answer(self, request: Any) -> dict[str, Any]:
+    """The text to a request of the form of `Request`, with what it locates.
+
+    Raises:
+      ValueError: what is wrong with the request, the picture or the prompt.
+    """
+    asked = checked(Request, request, "the request")
+    try:
+      return self._answer(asked)
+    except ValueError as error:  # here is only one prompt, which the page does not number
+      raise ValueError(str(error).replace("prompt 0", "the prompt")) from error
+
+  def _answer(self, asked: Request) -> dict[str, Any]:
+    begun = time.perf_counter()
+    row, options, tokenizer = asked.row(), asked.options(), self._tokenizer
+    how = argparse.Namespace(grammar=asked.grammar, boxes=None, draw=None, stop=(), chat=False)
+    words = grounding.find(how, [row], tokenizer)
+    seen, = models.lay_out([row], self._source, tokenizer, self._settings is not None)
+    front = front_ids(tokenizer)
+    ids = encode_behind(front, tokenizer, row.text) if seen is None else seen.tokens.tolist()
+    checked_prompts(self._source.decoder.config, [ids], options, tokenizer.bos_id)
+    sizes = grounding.sizes(row.pictures)
+    prompts = [row.text] if seen is None else self._encoder.prompts([seen])
+    found, = grounding.generate(how, self._generator, prompts, options, words, [ids])
+    located, = grounding.read(words, [row], [ids], [found], how, sizes)
+    grounded = Grounded(found.text, ()) if located is None else located.grounded
+    width, height = sizes[row.pictures[0]] if row.pictures else (None, None)
+    return {
+      "pieces": pieces(grounded),
+      "entities": [
+        {"name": entity.name, "boxes": [*map(list, entity.boxes)]} for entity in grounded.entities],
+      "num_malformed": grounded.num_malformed, "width": width, "height": height,
+      "prompt": row.text, "written": tokenizer.decode(found.ids, False),
+      "num_tokens": len(found.ids), "is_whole": found.finish_reason != "length",
+      "seconds": time.perf_counter() - begun,
+    }
+
+
+def pieces(grounded: Grounded) -> list[dict[str, Any]]:
+  """A clean text cut where its entities begin and end: `text`, and `entity`, its number or None.
+
+  The texts together are the clean text. An entity without phrase has an empty piece.
+  """
+  found, at_character = [], 0
+  for number, entity in enumerate(grounded.entities):
+    start = max(entity.start, at_character)
+    end = max(entity.end, start)
+    found += [
+      {"text": grounded.text[at_character:start], "entity": None},
+      {"text": grounded.text[start:end], "entity": number}]
+    at_character = end
+  found.append({"text": grounded.text[at_character:], "entity": None})
+  return [piece for piece in found if piece["text"] or piece["entity"] is not None]

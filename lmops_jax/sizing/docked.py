@@ -1,0 +1,152 @@
+"""What a docked language model takes: operations of a training step, and bytes of its pictures.
+
+The tower's and the decoder's arithmetic is analytic, as in `flops`. A connector is any module, so
+its matrix products are counted in its own lowered program, and what its backward pass keeps is read
+from its traced one. Unless the whole tower is trained, its layers below `top_layers` are taken to
+be frozen: they have a forward pass alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmops_jax.control import dynamics
+from lmops_jax.models.docked import DockedConfig
+from lmops_jax.models.partitioning import unboxed
+from lmops_jax.models.vision import NUM_CHANNELS
+from lmops_jax.sizing import activations, flops, hlo
+
+
+class Shape(Protocol):
+  """Rows of one part of a group: their length, the pictures of each, and their number."""
+
+  length: int
+  pictures: int
+  rows: int
+
+
+def trains_whole_tower(optimizer: optax.GradientTransformation, params: Any) -> bool:
+  """Whether an optimizer trains the tower from its first layer on.
+
+  Args:
+    params: those of the docked model, or their shapes.
+  """
+  params = unboxed(params)
+  state = dynamics.State(params, jax.eval_shape(optimizer.init, params))
+  is_read = jax.tree.unflatten(
+    jax.tree.structure(params), dynamics.gradients_read(optimizer.update, state))
+  return any(jax.tree.leaves(is_read["vision"]["trunk"]))
+
+
+def group_flops(
+  config: DockedConfig, shapes: Iterable[Shape], whole_tower: bool = False
+) -> float:
+  """Operations of a training step for each group of rows.
+
+  What a connector computes once for all pictures, such as its latents' keys, is left out.
+
+  Args:
+    whole_tower: whether all layers of the tower are trained.
+  """
+  of_picture = picture_flops(config, whole_tower)
+  return sum(
+    shape.rows * (
+      3 * shape.length * flops.forward_flops_per_token(config.text, shape.length)
+      + shape.pictures * of_picture)
+    for shape in shapes)
+
+
+def picture_flops(config: DockedConfig, whole_tower: bool = False) -> float:
+  """Operations of a training step for each picture: tower and connector."""
+  vision = config.vision
+  num = 1 + vision.num_patches
+  embedding = 2 * vision.num_patches * vision.patch_size**2 * NUM_CHANNELS * vision.trunk.width
+  blocks = {
+    part: num * flops.forward_flops_per_token(stack, num, unembedding=False)
+    for part, stack in _stacks(config).items()}
+  return embedding + sum(
+    (1 + 2 * (whole_tower or part == "top")) * cost for part, cost in blocks.items()
+  ) + _connector_flops(config, whole_tower)
+
+
+def picture_bytes(
+  config: DockedConfig, images: float, whole_tower: bool = False, **sizes
+) -> float:
+  """Bytes on one device of the activations of tower and connector for one micro-batch.
+
+  Args:
+    images: pictures of the micro-batch on this device.
+    whole_tower: whether all layers of the tower are trained.
+    sizes: `platform`, `num_fsdp` and `num_tensor` of `activations.activation_bytes`.
+  """
+  num = 1 + config.vision.num_patches
+  towers = [
+    activations.activation_bytes(
+      dataclasses.replace(stack, vocab_size=1), images, num,  # it looks up no word
+      unembedding=False, backward=whole_tower or part == "top", **sizes)
+    for part, stack in _stacks(config).items()]
+  of_input = 4 * NUM_CHANNELS * config.vision.image_size**2
+  kept = sum(towers) if whole_tower else max(towers)
+  return images * of_input + kept + images * _connector_bytes(config)
+
+
+def _stacks(config: DockedConfig) -> Mapping[str, Any]:
+  vision = config.vision
+  stacks = {"trunk": vision.stack(vision.trunk.num_layers - vision.top_layers)}
+  return stacks | ({"top": vision.stack(vision.top_layers)} if vision.top_layers else {})
+
+
+@functools.lru_cache(maxsize=16)
+def _connector_flops(config: DockedConfig, whole_tower: bool) -> float:
+  def products(num):
+    lowered = jax.jit(_pull(config, whole_tower)).lower(*_connector_inputs(config, num))
+    return hlo.count(lowered.as_text("hlo")).product_flops
+
+  return products(2) - products(1)
+
+
+@functools.lru_cache(maxsize=16)
+def _connector_bytes(config: DockedConfig) -> float:
+  """What a backward pass keeps of each picture."""
+  def kept(num):
+    params, features, _ = _connector_inputs(config, num)
+    pull = jax.eval_shape(lambda *given: jax.vjp(_connect(config), *given)[1], params, features)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pull))
+
+  return kept(2) - kept(1)
+
+
+def _connect(config: DockedConfig) -> Callable:
+  module = config.connector.module(config.text, config.vision.trunk.width)
+  return lambda params, features: module.apply({"params": params}, features)
+
+
+def _connector_inputs(config: DockedConfig, num: int) -> tuple[Any, Any, Any]:
+  """Shapes of parameters, features, and the cotangent of the vectors."""
+  width, dtype = config.vision.trunk.width, jnp.dtype(config.text.dtype)
+  features = jax.ShapeDtypeStruct((num, 1 + config.vision.num_patches, width), dtype)
+  module = config.connector.module(config.text, width)
+  params = unboxed(jax.eval_shape(module.init, jax.random.key(0), features)["params"])
+  return params, features, jax.eval_shape(_connect(config), params, features)
+
+
+def _pull(config: DockedConfig, whole_tower: bool) -> Callable:
+  """The connector forwards and backwards, to the features if a layer below them is trained."""
+  connect = _connect(config)
+
+  def pull(params, features, cotangent):
+    if whole_tower or config.vision.top_layers:
+      out, back = jax.vjp(connect, params, features)
+    else:
+      out, back = jax.vjp(lambda params: connect(params, features), params)
+    return out, back(cotangent)
+
+  return pull

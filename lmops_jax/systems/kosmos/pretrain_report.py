@@ -1,0 +1,54 @@
+"""The report of a training on one's own data: losses by step, and what became of each source."""
+
+from __future__ import annotations
+
+from lmops_jax.reporting import html, plots
+from lmops_jax.reporting.run_report import RunReport
+from lmops_jax.stages import pipeline
+from lmops_jax.systems.kosmos.training import VALIDATION
+from lmops_jax.training.metrics import read_records
+
+
+def run(context: pipeline.StageContext) -> None:
+  """Writes the report of the stages `rows` and `train`."""
+  report = RunReport(context, ("rows", "train"))
+  records = read_records(context.input("train") / "metrics.jsonl")
+  counts = context.manifest("rows")["extra"]["counts"]
+  trained = [r for r in records if "loss" in r]
+  measured = [r for r in records if any(key.startswith(f"{VALIDATION}/") for key in r)]
+  sources = [key.removeprefix(f"{VALIDATION}/") for key in (measured[-1] if measured else ())
+             if key.startswith(f"{VALIDATION}/")]
+  last = trained[-1]["loss"]
+  validation = {source: measured[-1][f"{VALIDATION}/{source}"] for source in sources}
+  curves = {"training": [_curve(trained, "loss")]} | {
+    source: [_curve(measured, f"{VALIDATION}/{source}")] for source in sources}
+  figure = plots.curves(
+    curves, x_label="optimizer steps", y_label="loss (nats a learned token)")
+  rows = [[source, name, num] for source, of in counts.items() for name, num in of.items()]
+  sections = [html.Section(
+    "Loss", "Sources are rows that nothing was learned from." if sources else "",
+    figures=[report.figure("loss", figure, "Loss by step; lower is better.")],
+    tables=[html.Table(
+      ["held out", html.Column("first loss", ".3f"), html.Column("last loss", ".3f")],
+      [[source, measured[0][f"{VALIDATION}/{source}"], validation[source]]
+       for source in sources])] if sources else [])]
+  report.write(
+    {"train_loss": last, "validation_loss": validation, "num_steps": trained[-1]["step"],
+     "counts": counts, "stages": report.costs},
+    html.Report(
+      title="Kosmos-1: training on texts, pairs and documents with pictures",
+      lead=f"The training loss is {last:.3f} nats a learned token after {trained[-1]['step']} "
+           "steps.",
+      key_figures=[html.KeyFigure(f"{last:.3f}", "training loss", "nats a learned token"),
+                   report.work_figure()],
+      sections=[
+        *sections,
+        html.Section("Data", "What became of each source, and what was left out.", tables=[
+          html.Table(["source", "what", html.Column("number", ",d")], rows)]),
+        report.cost_section()],
+      facts={"work": report.work, "versions": report.versions}),
+    required=["train_loss", "counts.*.rows"])
+
+
+def _curve(records, name: str) -> plots.Run:
+  return plots.Run([r["step"] for r in records], [r[name] for r in records])
