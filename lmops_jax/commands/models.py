@@ -64,10 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _model_options(parser) -> None:
   parser.add_argument("--model", required=True, metavar="PATH", help="folder, .gguf file, or file "
                       "of weights beside their config.json")
-  parser.add_argument("--inert-objects", action="store_true", help="pass over what a PyTorch file "
-                      "holds beside tensors, such as fairseq's settings; nothing of it is run")
+  _inert_option(parser)
   parser.add_argument("--dtype", default="float32", help="of activations (default float32)")
   parser.add_argument("--param-dtype", default="float32", help="of parameters (default float32)")
+
+
+def _inert_option(parser) -> None:
+  parser.add_argument("--inert-objects", action="store_true", help="pass over what a PyTorch file "
+                      "holds beside tensors, such as fairseq's settings; nothing of it is run")
 
 
 def running_options(parser) -> None:
@@ -122,6 +126,7 @@ def _convert_parser(parser) -> None:
 def _export_parser(parser) -> None:
   add = parser.add_argument
   add("--checkpoint", required=True, metavar="PATH", help="a model that lmops wrote, or any other")
+  _inert_option(parser)
   add("--to", required=True, metavar="DIR", help="a new folder")
   add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
 
@@ -316,7 +321,7 @@ def _export(arguments) -> None:
   from lmops_jax.pretrained import exporting
   from lmops_jax.pretrained import model as model_lib
 
-  source = model_lib.load(arguments.checkpoint)
+  source = model_lib.load(arguments.checkpoint, inert_objects=arguments.inert_objects)
   exporting.export(arguments.to, source, dtype=arguments.dtype)
   print(f"{source.family}, {_count(source)} parameters: {arguments.to}")
 
