@@ -29,8 +29,8 @@ def add_options(parser) -> None:
       "<phrase>...</phrase>, in order")
   add("--box-unit", choices=BOX_UNITS, help="what the numbers of --box are; cells are two a box")
   add("--boxes", metavar="FILE", help="write captions and what they locate as JSON")
-  add("--draw", metavar="FILE", help="draw boxes and names on the picture; of several texts each "
-      "gets a file with its number")
+  add("--draw", metavar="FILE", help="draw boxes and names on a prompt's last picture; of several "
+      "texts each gets a file with its number")
   add("--grammar", action="store_true", help="let the model write well-formed boxes only")
 
 
