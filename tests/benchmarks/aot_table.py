@@ -15,8 +15,8 @@ With `--planned` nothing is compiled and the table is that of the arithmetic.
 Needs libtpu (`pip install 'lmops_jax[tpu]'`) and minutes of processor time for each compilation.
 Kosmos-1 has three kinds of rows, two stacks and dropout, so its step holds many times the programs
 of a language model's and compiles for as much longer; `--effort -1` asks the compiler for its
-quickest work (a fifth of the time for the tower's forward pass, with 12 % more memory), which makes
-"fits" a statement on the safe side.
+quickest work. The tower's forward pass then compiled in a fifth of the time and took 12 % more
+memory; whether it is always more is not established.
 """
 
 import argparse
