@@ -79,7 +79,9 @@ def _raven(report, found, items, pictures, said) -> html.Section:
   return html.Section(
     "Raven's matrices",
     "Which of six candidates completes a matrix, by the probability of “Yes” behind “Is it "
-    f"correct?”; chance is {1 / 6:.1%}. Only arms that see pictures are asked.",
+    f"correct?”; chance is {1 / 6:.1%}. The wrong ones are the right one with one attribute "
+    "changed: a model that likes some pictures more than others, whatever the context, takes the "
+    "right one less often than by chance. Only arms that see pictures are asked.",
     figures=[report.figure(
       "matrices", puzzles(_shown(items, pictures, said)),
       "Matrices with their candidates and the probability of “Yes”: green for the right one, bold "
