@@ -18,7 +18,6 @@ if TYPE_CHECKING:
   from lmops_jax.data.boxes import BoxTokens, Grounded
   from lmops_jax.data.multimodal import Picture
 
-GROUNDING = "<grounding>"
 _PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -30,8 +29,8 @@ def add_options(parser) -> None:
       "<phrase>...</phrase>, in order")
   add("--box-unit", choices=BOX_UNITS, help="what the numbers of --box are; cells are two a box")
   add("--boxes", metavar="FILE", help="write captions and what they locate as JSON")
-  add("--draw", metavar="FILE", help="draw boxes and names on the picture; of several texts each "
-      "gets a file with its number")
+  add("--draw", metavar="FILE", help="draw boxes and names on a prompt's last picture; of several "
+      "texts each gets a file with its number")
   add("--grammar", action="store_true", help="let the model write well-formed boxes only")
 
 
@@ -93,8 +92,16 @@ def check(arguments, rows: Sequence[PromptRow]) -> None:
   """What can be told before a model is looked at; warns of prompts without `<grounding>`.
 
   Raises:
-    ValueError: a file that cannot be written, or nothing to draw on.
+    ValueError: a file that cannot be written, nothing to draw on, or options that do not go
+      together.
   """
+  from lmops_jax.data.boxes import GROUNDING
+
+  if arguments.grammar and arguments.count_padding:
+    raise ValueError(
+      "--count-padding repeats what the port writes for a whole batch, and --grammar lets prompts "
+      "that end differently run apart; leave one of them out."
+    )
   if arguments.boxes:
     check_writable("--boxes", arguments.boxes)
   if arguments.draw:
@@ -109,12 +116,22 @@ def check(arguments, rows: Sequence[PromptRow]) -> None:
     without = [i for i, row in enumerate(rows) if not row.pictures]
     if without:
       raise ValueError(f"--draw needs a picture, and prompt {without[0]} has none; give --image.")
-  used = arguments.boxes or arguments.draw or arguments.grammar
   for i, row in enumerate(rows):
-    if GROUNDING not in row.text and (used or row.boxes is not None or "<phrase>" in row.text):
+    if GROUNDING not in row.text and (row.boxes is not None or _is_located(arguments, row)):
       print(
         f"lmops: warning: prompt {i} has no {GROUNDING}, without which a model seldom writes "
         f'boxes; begin it with "{GROUNDING}" if it should.', file=sys.stderr)
+
+
+def _asks_for_boxes(arguments) -> bool:
+  return bool(arguments.boxes or arguments.draw or arguments.grammar)
+
+
+def _is_located(arguments, row: PromptRow) -> bool:
+  """Whether a prompt or an option is about boxes."""
+  from lmops_jax.data.boxes import GROUNDING
+
+  return _asks_for_boxes(arguments) or GROUNDING in row.text or "<phrase>" in row.text
 
 
 def find(arguments, rows: Sequence[PromptRow], tokenizer) -> BoxWords | None:
@@ -123,10 +140,9 @@ def find(arguments, rows: Sequence[PromptRow], tokenizer) -> BoxWords | None:
   Raises:
     ValueError: an option or a prompt's boxes need the words, and the tokenizer lacks them.
   """
-  from lmops_jax.data.boxes import box_tokens
+  from lmops_jax.data.boxes import GROUNDING, box_tokens
 
-  needed = arguments.boxes or arguments.draw or arguments.grammar or any(
-    row.boxes is not None for row in rows)
+  needed = _asks_for_boxes(arguments) or any(row.boxes is not None for row in rows)
   asked = tokenizer.token_id(GROUNDING) is not None and any(GROUNDING in row.text for row in rows)
   if not needed and not asked:
     return None
@@ -181,8 +197,8 @@ def _check_width(boxes, unit: str, where: str) -> None:
 
 
 def _listed(entry) -> list:
-  """The boxes of a phrase."""
-  if entry is None or not isinstance(entry, list):
+  """The boxes of a phrase; none for what is no list, which `insert` refuses unless it is None."""
+  if not isinstance(entry, list):
     return []
   return entry if all(isinstance(box, list) for box in entry) else [entry]
 
@@ -197,8 +213,8 @@ def _fractions(row: PromptRow, of: dict[Picture, tuple[int, int]], where: str) -
   found = []
   for i, entry in enumerate(row.boxes):
     boxes = _listed(entry)
-    if not boxes or i >= len(phrases):  # as many as phrases: `insert` says so
-      found.append(None)
+    if not boxes or i >= len(phrases):  # `insert` tells what is wrong with it
+      found.append(entry)
       continue
     number = sum(place < phrases[i] for place in places) if places else len(row.pictures)
     if not 0 < number <= len(row.pictures):
@@ -255,6 +271,7 @@ def generate(
 
 def _grammar(words: BoxWords, vocab_size: int, place, corner: int):
   """The grammar of boxes over a model's `vocab_size` tokens, behind prompts that end there."""
+  from lmops_jax.data.boxes import GROUNDING
   from lmops_jax.data.image_tokens import KOSMOS_WORDS
   from lmops_jax.decoding.boxes import box_grammar
 
@@ -271,36 +288,27 @@ def read(
   words: BoxWords | None, rows: Sequence[PromptRow], ids: Sequence[Sequence[int]],
   answers: Sequence, arguments, sizes: dict[Picture, tuple[int, int]],
 ) -> list[Answer | None]:
-  """What prompts' texts and their continuations say together, for each answer.
+  """What a prompt's text and its continuation say together, for each answer; None for one that is
+  not about boxes.
 
   Args:
-    words: of `find`; None gives None for each.
+    words: of `find`.
     ids: of each prompt.
     answers: of `generate`.
     sizes: of `sizes`.
   """
   from lmops_jax.data.boxes import extract
-  from lmops_jax.decoding.text import find_stop
+  from lmops_jax.evaluation.grounding import with_tags
 
   if words is None:
     return [None] * len(answers)
-  tokenizer = words.tokenizer
-  image_end = tokenizer.token_id("</image>")
-  silent = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id,
-            tokenizer.token_id("<mask>"), *tokenizer.stop_ids}
-
-  def spoken(tokens):  # tags are kept even where the tokenizer calls them special
-    return tokenizer.decode([token for token in tokens if token not in silent], False)
-
   found, each = [], len(answers) // len(rows)
   for i, answer in enumerate(answers):
-    row, prompt = rows[i // each], list(ids[i // each])
-    if image_end in prompt:  # slots may have any ids, but this one ends them
-      prompt = prompt[len(prompt) - prompt[::-1].index(image_end) :]
-    front, whole = spoken(prompt), spoken([*prompt, *answer.ids])
-    cut = find_stop(whole[len(front) :], arguments.stop)
-    if cut is not None:
-      whole = whole[: len(front) + cut]
+    row = rows[i // each]
+    if not _is_located(arguments, row):
+      found.append(None)
+      continue
+    whole = "".join(with_tags(words.tokenizer, ids[i // each], answer.ids, arguments.stop))
     picture = row.pictures[-1] if row.pictures else None
     found.append(Answer(row.text, picture, sizes.get(picture), extract(whole, words.grid)))
   return found

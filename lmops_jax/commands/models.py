@@ -64,10 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _model_options(parser) -> None:
   parser.add_argument("--model", required=True, metavar="PATH", help="folder, .gguf file, or file "
                       "of weights beside their config.json")
-  parser.add_argument("--inert-objects", action="store_true", help="pass over what a PyTorch file "
-                      "holds beside tensors, such as fairseq's settings; nothing of it is run")
+  _inert_option(parser)
   parser.add_argument("--dtype", default="float32", help="of activations (default float32)")
   parser.add_argument("--param-dtype", default="float32", help="of parameters (default float32)")
+
+
+def _inert_option(parser) -> None:
+  parser.add_argument("--inert-objects", action="store_true", help="pass over what a PyTorch file "
+                      "holds beside tensors, such as fairseq's settings; nothing of it is run")
 
 
 def running_options(parser) -> None:
@@ -103,6 +107,8 @@ def _generate_parser(parser) -> None:
   add("--length-penalty", type=float)
   add("--num-return", type=int, dest="num_return_sequences", help="answers a prompt")
   add("--seed", type=int)
+  add("--count-padding", action="store_true", help="count padding into positions, as the port of "
+      "Kosmos-2 in transformers does with a batch padded on the left")
   add("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
   add("--json", action="store_true", help="a JSON object a text, with tokens and log-probabilities")
 
@@ -120,6 +126,7 @@ def _convert_parser(parser) -> None:
 def _export_parser(parser) -> None:
   add = parser.add_argument
   add("--checkpoint", required=True, metavar="PATH", help="a model that lmops wrote, or any other")
+  _inert_option(parser)
   add("--to", required=True, metavar="DIR", help="a new folder")
   add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
 
@@ -216,7 +223,9 @@ def _generate(arguments) -> None:
     seen = iter(encoder.prompts([row for row in laid_out if row is not None]))
     texts = [text if row is None else next(seen) for text, row in zip(texts, laid_out)]
     del encoder
-  generator = Generator(source.decoder, source.of_decoder(params), tokenizer, partitioner)
+  generator = Generator(
+    source.decoder, source.of_decoder(params), tokenizer, partitioner,
+    count_padding=arguments.count_padding)
   del params  # the generator has its own copy of the layers
   single = len(texts) == 1 and options.num_beams == options.num_return_sequences == 1
   if single and words is None and not arguments.json:
@@ -312,7 +321,7 @@ def _export(arguments) -> None:
   from lmops_jax.pretrained import exporting
   from lmops_jax.pretrained import model as model_lib
 
-  source = model_lib.load(arguments.checkpoint)
+  source = model_lib.load(arguments.checkpoint, inert_objects=arguments.inert_objects)
   exporting.export(arguments.to, source, dtype=arguments.dtype)
   print(f"{source.family}, {_count(source)} parameters: {arguments.to}")
 

@@ -48,6 +48,7 @@ class Generator:
     batch_size: int = 64,
     padding: str = "left",
     chunk: int = 8,
+    count_padding: bool = False,
   ):
     """
     Args:
@@ -58,6 +59,10 @@ class Generator:
       batch_size: most rows at a time, beams and sampled answers included.
       padding: side on which shorter prompts are padded; the results are the same.
       chunk: tokens between two looks at the text, when streaming or with stop strings.
+      count_padding: let positions of new tokens count the padding that stood in front of a prompt
+        if all prompts of a call were one batch padded on the left, as Hugging Face's port of
+        Kosmos-2 does with a cache. A short prompt then gets other answers than alone; the default
+        counts real tokens.
 
     Raises:
       ValueError: for arguments that make no sense.
@@ -78,6 +83,7 @@ class Generator:
     self._batch_size = batch_size
     self._padding = padding
     self._chunk = chunk
+    self._count_padding = count_padding
     self.params = _for_decoding(model, nn.unbox(params), partitioner)
     self._prefill = jax.jit(
       functools.partial(loop_lib.prefill, model), static_argnums=(0, 1)
@@ -223,8 +229,7 @@ class Generator:
   def _batch(self, prompts, row_ids, rows, plan, options, callback, prefix, constraint):
     """Generates for some of the prompts; yields places among the results, and results."""
     of_rows = [prompts[i] for i in rows]
-    longest = max(map(len, of_rows))
-    width = min(bucket(longest), self._model.config.max_length)
+    width = min(bucket(max(map(len, of_rows))), self._model.config.max_length)
     num_new = bucket(options.max_new_tokens)
     size = self._num_rows(len(rows), plan.copies)
     batch = padded(of_rows, size, width, self._padding)
@@ -232,12 +237,17 @@ class Generator:
     identifiers = np.zeros(size, np.int32)
     identifiers[: len(rows)] = [row_ids[i] for i in rows]
     exists = np.arange(size) < len(rows)
+    padding = None
+    if self._count_padding:
+      padding = np.zeros(size, np.int32)
+      padding[: len(rows)] = max(map(len, prompts)) - np.array([len(prompt) for prompt in of_rows])
     knobs = loop_lib.knobs_of(options, num_new)
     with activated(self._partitioner):
-      batch, identifiers, exists = jax.tree.map(self._put, (batch, identifiers, exists))
+      batch, identifiers, exists, padding = jax.tree.map(
+        self._put, (batch, identifiers, exists, padding))
       state = self._prefill(
         plan, num_new, self.params, knobs, batch.tokens, batch.valid, identifiers, exists, prefix,
-        batch.vectors, batch.vector_index, constraint,
+        batch.vectors, batch.vector_index, constraint, padding,
       )
       watched = Watched(callback, rows, plan, options) if callback and not plan.beam else None
       stopped = np.zeros((size, plan.copies), bool)

@@ -90,6 +90,8 @@ class State(NamedTuple):
     step: `[] int32`, tokens chosen.
     chosen: `Rows` or `beam.Beams`.
     machine: of a constraint, its states, leaves `[R,...]`; None without one.
+    padding: `[B] int32`, columns of padding that count into the positions of new tokens; None if
+      none do.
   """
 
   cache: KVCache
@@ -99,6 +101,7 @@ class State(NamedTuple):
   step: jax.Array
   chosen: Rows | beam_lib.Beams
   machine: Any = None
+  padding: jax.Array | None = None
 
   @property
   def done(self) -> jax.Array:
@@ -148,7 +151,7 @@ def knobs_of(options: GenerationOptions, num_new: int) -> Knobs:
 def prefill(
   model, plan: Plan, num_new: int, params, knobs, tokens, valid, row_id, exists,
   prefix: Prefix | None = None, vectors=None, vector_index=None,
-  constraint: Constraint | None = None,
+  constraint: Constraint | None = None, padding=None,
 ) -> State:
   """Reads the prompts and chooses the first token.
 
@@ -165,6 +168,7 @@ def prefill(
     prefix: what stands in front of every row.
     vectors, vector_index: of the prompts, see `prompts.Padded`.
     constraint: that new tokens keep to.
+    padding: see `State`.
   """
   b, p = tokens.shape
   cache = empty_cache(model.config, b, p + num_new)
@@ -200,7 +204,7 @@ def prefill(
   )
   state = State(
     cache, jnp.zeros(b * plan.copies, jnp.int32), length, row_id, jnp.zeros((), jnp.int32), chosen,
-    machine,
+    machine, padding,
   )
   logits = _repeat(logits, plan.copies)
   return _placed(_choose(plan, knobs, state, logits, constraint, reorder=False))
@@ -224,7 +228,8 @@ def decode(
     state = state._replace(chosen=state.chosen._replace(done=done))
 
   def body(state):
-    position = _repeat(state.prompt_length, plan.copies) + state.step - 1 + _start(prefix)
+    length = state.prompt_length if state.padding is None else state.prompt_length + state.padding
+    position = _repeat(length, plan.copies) + state.step - 1 + _start(prefix)
     # A row that is done goes on without effect; its positions stay within the tables.
     hidden, cache = model.apply(
       {"params": params}, state.token[:, None], state.cache, positions=position[:, None],

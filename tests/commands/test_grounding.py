@@ -137,7 +137,7 @@ def test_without_options_the_caption_and_a_line_for_each_entity_are_printed(
 
 
 def test_a_prompt_without_grounding_is_warned_of(capsys, tmp_path):
-  arguments = types.SimpleNamespace(boxes=None, draw=None, grammar=False)
+  arguments = types.SimpleNamespace(boxes=None, draw=None, grammar=False, count_padding=False)
   rows = [prompts.PromptRow("An image of"), prompts.PromptRow("<phrase> It</phrase> is")]
   grounding.check(arguments, rows)
   (line,) = capsys.readouterr().err.splitlines()
@@ -196,6 +196,8 @@ _ONE = ("--prompt", "<grounding><phrase>a</phrase>")
    "--box of prompt 0 has 2 entries and the text 1 phrases"),
   (("--prompts", "ROW", "--box", "0,15", "--box-unit", "cells"), "--box belongs to --prompt TEXT"),
   (("--prompts", "ROW"), 'row.jsonl:1 has "boxes" [[0, 1, 2, 3]] and "box_unit" None'),
+  (("--prompts", "BAD"), "bad.jsonl:1: boxes[0] is 'x'; a box is four fractions"),
+  ((*_ONE, "--grammar", "--count-padding"), "--count-padding repeats what the port writes"),
   ((*_ONE, "--draw", "x.txt"), "--draw x.txt names no picture"),
   ((*_ONE, "--draw", "absent/x.png"), "lies in a folder that does not exist"),
   ((*_ONE, "--boxes", "absent/x.json"), "--boxes absent/x.json lies in a folder"),
@@ -206,7 +208,9 @@ def test_what_cannot_be_is_refused_before_a_model_is_read(
   lmops, folder, pictures, unread, tmp_path, arguments, message
 ):
   row = _rows(tmp_path / "row.jsonl", {"prompt": "<phrase>a</phrase>", "boxes": [[0, 1, 2, 3]]})
-  arguments = [row if argument == "ROW" else argument for argument in arguments]
+  bad = _rows(tmp_path / "bad.jsonl", {
+    "prompt": "<phrase>a</phrase>", "images": pictures[0], "boxes": ["x"], "box_unit": "pixels"})
+  arguments = [{"ROW": row, "BAD": bad}.get(argument, argument) for argument in arguments]
   images = ("--image", pictures[0]) if "--prompt" in arguments else ()
   error = lmops("generate", "--model", folder, *images, *arguments, fails=True)
   last = error.splitlines()[-1]

@@ -1,14 +1,14 @@
 """Greedy and beam search behind pictures choose the tokens that the port of Kosmos-2 chooses.
 
-Row by row without padding: with padding on the left and a cache the port counts it into the
-positions of new tokens, and its versions differ in how. A generated token with the padding's id
+First row by row without padding: with padding on the left and a cache the port counts it into the
+positions of new tokens, which the last test repeats. A generated token with the padding's id
 would get another position, too, so the test makes sure that there is none. The port repeats
 pictures for beams one by one, so those of a row are given to it as one. Slots are words to the
 port's filter of n-grams and not to ours; their ids count up, as in its processor, so that no answer
 repeats them.
 """
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -63,15 +63,20 @@ def _theirs(peer, ids, index, **options):  # noqa: F811
   return answers
 
 
+@pytest.fixture(scope="module")
+def table(params):  # noqa: F811
+  """The vectors of all images, one behind the other."""
+  vectors = jax.jit(lambda images: DockedLM(CONFIG).apply(
+    {"params": params}, images, method="image_vectors"))(IMAGES)
+  return vectors.reshape(-1, vectors.shape[-1])
+
+
 @pytest.mark.parametrize("options", [
   {}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.7},
   *(pytest.param(options, marks=pytest.mark.slow) for options in (
     {"num_beams": 3, "no_repeat_ngram": 3, "early_stopping": True}, {"no_repeat_ngram": 2})),
 ])
-def test_ids_are_equal(peer, params, options):  # noqa: F811
-  vectors = DockedLM(CONFIG).apply(
-    {"params": params}, jnp.asarray(IMAGES), method="image_vectors")
-  table = vectors.reshape(-1, vectors.shape[-1])
+def test_ids_are_equal(peer, params, table, options):  # noqa: F811
   want = []
   theirs = {k.replace("ngram", "ngram_size"): v for k, v in options.items()}
   for ids, index in _rows():
@@ -79,5 +84,45 @@ def test_ids_are_equal(peer, params, options):  # noqa: F811
   generator = Generator(Transformer(CONFIG.text), params["text"])
   got = generator.generate_ids(
     [Prompt(ids, table, index) for ids, index in _rows()],
+    GenerationOptions(max_new_tokens=NUM_NEW, eos_ids=(EOS,), **options))
+  assert [g.ids for g in got] == want
+
+
+@pytest.mark.parametrize("options", [
+  {}, pytest.param({"num_beams": 3}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count_padding", [True, False])
+def test_batches_padded_on_the_left_are_equal_by_either_rule(
+  peer, params, table, options, count_padding  # noqa: F811
+):
+  """With a cache the port counts padding; without one it sees it, and counts real tokens.
+
+  For beams the port mixes up the pictures of several rows, so that there are only texts.
+  """
+  rows = [*_rows()]
+  if options:
+    rows = [(ids[own < 0], own[own < 0]) for ids, own in rows]
+  width = max(len(ids) for ids, _ in rows)
+  tokens, index = np.full((len(rows), width), PAD), np.full((len(rows), width), -1)
+  for i, (ids, own) in enumerate(rows):
+    tokens[i, width - len(ids) :], index[i, width - len(ids) :] = ids, own
+  images = {} if options else {
+    "image_embeds": torch.tensor(np.asarray(table)[index[index >= 0]]),
+    "image_embeds_position_mask": torch.tensor(index >= 0)}
+
+  def theirs(use_cache):
+    out = peer.text_model.generate(
+      input_ids=torch.tensor(tokens), attention_mask=torch.tensor((tokens != PAD).astype(int)),
+      max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=PAD, eos_token_id=EOS,
+      use_cache=use_cache, **images, **options)
+    made = out[:, width:].tolist()
+    return [ids[: ids.index(EOS) + 1] if EOS in ids else ids for ids in made]
+
+  want = theirs(use_cache=count_padding)
+  assert not any(PAD in made for made in want)
+  assert want != theirs(use_cache=not count_padding)  # else the test could not tell
+  generator = Generator(
+    Transformer(CONFIG.text), params["text"], batch_size=2, count_padding=count_padding)
+  got = generator.generate_ids(
+    [Prompt(ids, table, own) for ids, own in rows],
     GenerationOptions(max_new_tokens=NUM_NEW, eos_ids=(EOS,), **options))
   assert [g.ids for g in got] == want

@@ -151,16 +151,20 @@ def test_a_file_of_fairseq_is_the_published_model_and_runs_nothing(
   assert not fairseq and not os.path.exists(tmp_path / "trace")
 
 
-def test_a_converted_file_is_a_folder_of_its_own(folder, tensors, tmp_path, capsys):
+def test_a_file_is_converted_and_exported(folder, tensors, tmp_path, capsys):
   for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
     (tmp_path / name).write_bytes((folder / name).read_bytes())
   path = _write(tmp_path / "kosmos-2.pt", tensors)
-  arguments = ["convert", "--model", str(path), "--to", str(tmp_path / "ours"), "--inert-objects"]
-  assert cli.main(arguments) == 0
-  assert capsys.readouterr().out.startswith("kosmos-2, ")
-  found, want = model_lib.load(str(tmp_path / "ours")), model_lib.load(str(folder))
-  jax.tree.map(np.testing.assert_array_equal, found.params(), want.params())
-  assert found.tokenizer().encode("a dog") == want.tokenizer().encode("a dog")
+  want = model_lib.load(str(folder))
+  for command, option in (("convert", "--model"), ("export", "--checkpoint")):
+    to = tmp_path / command
+    assert cli.main([command, option, str(path), "--to", str(to), "--inert-objects"]) == 0
+    assert capsys.readouterr().out.startswith("kosmos-2, ")
+    found = model_lib.load(str(to))
+    jax.tree.map(np.testing.assert_array_equal, found.params(), want.params())
+    assert found.tokenizer().encode("a dog") == want.tokenizer().encode("a dog")
+  with sources.open_source(tmp_path / "export") as got, sources.open_source(folder) as published:
+    assert set(got.names()) == set(published.names())
 
 
 @pytest.mark.parametrize("change, message", [

@@ -63,6 +63,23 @@ def test_image_vectors_and_logits_of_a_folder_equal_torch(peer, folder):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_in_bfloat16_logits_are_those_of_torch_within_its_precision(peer, folder):
+  """8 bits a product and rounding errors of five layers: a hundredth of the logits' deviation."""
+  _, want = _outputs(peer)
+  source = model_lib.load(str(folder), dtype="bfloat16")
+
+  @jax.jit
+  def run(params):
+    model = source.model.bind({"params": params})
+    return model.logits(
+      TOKENS.astype(np.int32), vectors=model.image_vectors(IMAGES),
+      vector_index=INDEX.astype(np.int32))
+
+  error = np.asarray(run(source.params())) - want
+  assert 0 < np.sqrt(np.mean(error**2)) < 0.01 * want.std()
+
+
 @pytest.mark.parametrize("form", ["published", "converted"])
 def test_import_and_export_give_the_same_bits_and_a_model_for_transformers(
   peer, folder, form, tmp_path

@@ -143,6 +143,7 @@ def test_what_a_model_wrote_is_read_as_the_processor_does(processor, folders):
   tokens, grid = box_tokens(tokenizer.token_id)
   words = [*tokenizer.encode("a fire.</line> it", False), tokenizer.unk_id, tokenizer.eos_id]
   rng, num_entities = np.random.default_rng(0), 0
+  arguments = SimpleNamespace(stop=(), boxes=None, draw=None, grammar=False)
   parts, _ = parts_of("<grounding> An image of", [drawn(PIXELS, "noise")], "prompt")
   prompt = laid_out(parts, tokenizer, image_tokens(tokenizer, SLOTS)).tokens.tolist()
   for _ in range(200):
@@ -154,8 +155,8 @@ def test_what_a_model_wrote_is_read_as_the_processor_does(processor, folders):
       if rng.random() < 0.3:
         del ids[rng.integers(len(ids))]
     (answer,) = grounding.read(
-      grounding.BoxWords(tokenizer, tokens, grid), [PromptRow("x")], [prompt],
-      [Generation("", ids, [], "eos")], SimpleNamespace(stop=()), {})
+      grounding.BoxWords(tokenizer, tokens, grid), [PromptRow("<grounding>")], [prompt],
+      [Generation("", ids, [], "eos")], arguments, {})
     text = processor.batch_decode([prompt + ids], skip_special_tokens=True)[0]
     caption, entities = processor.post_process_generation(text)
     assert answer.grounded.text == caption

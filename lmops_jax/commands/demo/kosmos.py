@@ -19,7 +19,7 @@ import pydantic
 from lmops_jax.commands import grounding, models
 from lmops_jax.commands.demo.server import read_pages
 from lmops_jax.commands.prompts import PromptRow
-from lmops_jax.data.boxes import Grounded
+from lmops_jax.data.boxes import GROUNDING, Grounded
 from lmops_jax.data.multimodal import Picture
 from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.decoding import GenerationOptions, Generator, image_prompts
@@ -103,8 +103,7 @@ class KosmosDemo:
       tokenizer: its tokenizer.
       partitioner: the mesh; None is the default device.
     """
-    self.pages = read_pages(
-      {"/": "kosmos.html", "/kosmos.js": "kosmos.js", "/demo.css": "demo.css"})
+    self.pages = read_pages("kosmos.html", "kosmos.js", "demo.js", "demo.css")
     self._source, self._tokenizer = source, tokenizer
     self._settings = source.image_settings()
     params = source.params(partitioner)
@@ -128,7 +127,7 @@ class KosmosDemo:
       "model": Path(self._source.path).name, "family": self._source.family,
       "parameters": progress.format_count(self._num_params),
       "device": jax.devices()[0].device_kind, "sees": self._settings is not None,
-      "grounds": self._tokenizer.token_id(grounding.GROUNDING) is not None,
+      "grounds": self._tokenizer.token_id(GROUNDING) is not None,
       "max_length": self._source.decoder.config.max_length,
       "max_picture_bytes": MAX_PICTURE_BYTES,
       "defaults": {

@@ -17,6 +17,7 @@ from lmops_jax.systems.kosmos.items import (
   OF_PICTURES,
   OF_TEXTS,
   PLAIN_KIND,
+  TEXT_KIND,
   THOUGHT_KIND,
   TYPICAL,
   Item,
@@ -59,13 +60,14 @@ def _transfer(found) -> html.Section:
 
 
 def _thought(found) -> html.Section:
-  names = [f"{kind}/{group}" for kind in (figures.READING_KIND, PLAIN_KIND, THOUGHT_KIND)
-           for group in (OF_PICTURES, OF_TEXTS)]
+  names = [f"{kind}/{group}" for kind in (
+    figures.READING_KIND, PLAIN_KIND, THOUGHT_KIND, TEXT_KIND) for group in (OF_PICTURES, OF_TEXTS)]
   return html.Section(
     "Thinking in two stages",
     "Pictures of words. Of half of the words the sentiment was told about pictures, of the others "
-    "in texts alone; reading was taught of both. The sentiment is asked at once, and behind what "
-    "the model itself read in the picture.", tables=[_table(found, names)])
+    "in texts alone; reading was taught of both. The sentiment is asked of the picture at once, "
+    "of the picture with what the model itself read in it, and of the text alone.",
+    tables=[_table(found, names)])
 
 
 def _raven(report, found, items, pictures, said) -> html.Section:
@@ -77,7 +79,9 @@ def _raven(report, found, items, pictures, said) -> html.Section:
   return html.Section(
     "Raven's matrices",
     "Which of six candidates completes a matrix, by the probability of “Yes” behind “Is it "
-    f"correct?”; chance is {1 / 6:.1%}. Only arms that see pictures are asked.",
+    f"correct?”; chance is {1 / 6:.1%}. The wrong ones are the right one with one attribute "
+    "changed: a model that likes some pictures more than others, whatever the context, takes the "
+    "right one less often than by chance. Only arms that see pictures are asked.",
     figures=[report.figure(
       "matrices", puzzles(_shown(items, pictures, said)),
       "Matrices with their candidates and the probability of “Yes”: green for the right one, bold "

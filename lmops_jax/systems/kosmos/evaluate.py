@@ -34,7 +34,6 @@ from lmops_jax.text.vocabularies import Vocabulary
 
 RESULTS_FILE = "results.json"
 _AT_ONCE = 64  # pictures that go through the tower together
-_GENERATED = 64  # texts between two notes of progress
 
 
 @component(module="kosmos")
@@ -70,7 +69,7 @@ def run(
     Generator(text, of_text, partitioner=partitioner, batch_size=config.batch_size),
     OptionScorer(text, of_text, partitioner), prepared, vectors,
     GenerationOptions(
-      max_new_tokens=config.max_new_tokens, eos_ids=(prepared.ids.eos_id,)))
+      max_new_tokens=config.max_new_tokens, eos_ids=(prepared.ids.eos_id,)), config.batch_size)
   said: list[Any] = [None] * len(items)
   with context.progress(len(items), "items") as bar:
     captions = [i for i, item in enumerate(items) if not item.options and not item.candidates]
@@ -100,6 +99,7 @@ class Asking:
     prepared: vocabulary and ids.
     vectors: of all pictures, by their numbers; None for an arm that is shown none.
     options: of captions and rationales.
+    batch_size: of these, how many are generated at a time.
   """
 
   generator: Generator
@@ -107,13 +107,14 @@ class Asking:
   prepared: Prepared
   vectors: np.ndarray | None
   options: GenerationOptions
+  batch_size: int
 
   def told(
     self, items: Sequence[Item], progress: Callable[[int], None] = lambda num: None
   ) -> list[str]:
     """The text that follows each prompt."""
     found: list[str] = []
-    for some in batched(self.prompts(items), _GENERATED):
+    for some in batched(self.prompts(items), self.batch_size):
       for one in self.generator.generate_ids(some, self.options):
         words = text_of(one.ids, self.prepared.vocabulary)
         found.append(" ".join(words.replace(IMAGE, " ").split()))  # it may spell out the mark

@@ -13,6 +13,7 @@ READING_KIND, MATRICES_KIND, RULE_KIND = "read", "matrices", "rule "
 KINDS = {
   "count": "count", "color": "colour", "shape": "shape", "is_larger": "size",
   items.PLAIN_KIND: "sentiment at once", items.THOUGHT_KIND: "sentiment in two stages",
+  items.TEXT_KIND: "sentiment of the text alone",
 }
 GROUPS = {
   items.SEEN: "seen pairs", items.HELD_OUT: "held-out pairs",

@@ -10,13 +10,18 @@ import numpy as np
 from lmops_jax.data.synthetic_pictures import episode, questions, questions_in_text
 from lmops_jax.data.synthetic_pictures.rendered_text import SENTIMENTS
 from lmops_jax.data.tasks.picture_prompts import CAPTION, INTRODUCE, QUESTION, SENTIMENT
-from lmops_jax.systems.kosmos.world import World, attribute_of, plain_captions
+from lmops_jax.systems.kosmos.world import (
+  World,
+  attribute_of,
+  plain_captions,
+  without_picture,
+)
 
 SEEN, HELD_OUT = "seen", "held_out"  # pairs of shape and colour, or rules of matrices
 TYPICAL = "typical"
 OF_PICTURES, OF_TEXTS = "of_pictures", "of_texts"  # where a word's sentiment was told
 CAPTION_KIND, SHOTS_KIND, MATRIX_KIND = "caption", "shots ", "matrix "
-PLAIN_KIND, THOUGHT_KIND = "sentiment", "sentiment, thought"
+PLAIN_KIND, THOUGHT_KIND, TEXT_KIND = "sentiment", "sentiment, thought", "sentiment, text"
 _ASKED = ("color", "shape", "count")  # what every scene can be asked
 
 
@@ -84,7 +89,10 @@ def _options(question) -> tuple[tuple[str, ...], int]:
 
 
 def _of_words(world: World, group: str) -> Iterator[Item]:
-  """Each word's sentiment, asked at once and after the word was read."""
+  """Each word's sentiment, asked of its picture at once and after it was read, and of its text.
+
+  The latter tells apart what is not known from what a picture in front keeps from being used.
+  """
   options = tuple(f" {name}" for name in SENTIMENTS)
   for index in range(world.num_items):
     found = world.rendered.item(world.test_seed, index, told_of_pictures=group == OF_PICTURES)
@@ -92,6 +100,8 @@ def _of_words(world: World, group: str) -> Iterator[Item]:
     yield Item(PLAIN_KIND, group, SENTIMENT, shown, options, found.label)
     yield Item(THOUGHT_KIND, group, SENTIMENT, shown, options, found.label, (found.text,),
                thought=INTRODUCE)
+    yield Item(TEXT_KIND, group, f"{found.text} {without_picture(SENTIMENT)}", (), options,
+               found.label)
 
 
 def _matrices(world: World, group: str) -> Iterator[Item]:

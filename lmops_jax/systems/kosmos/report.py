@@ -94,8 +94,9 @@ def _line(item: Item, said: Any) -> tuple[str, bool]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-  """A line for each figure, a column for each arm."""
-  return text_table(_rows(summary, summary["figures"][FULL]))
+  """A line for each figure but those of single rules, a column for each arm."""
+  return text_table(_rows(summary, (
+    name for name in summary["figures"][FULL] if not name.startswith(figures.RULE_KIND))))
 
 
 def _rows(summary: Mapping[str, Any], names: Iterable[str]) -> list[list[str]]:

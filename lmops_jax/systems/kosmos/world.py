@@ -125,6 +125,11 @@ def plain_captions(scene: Scene) -> tuple[str, ...]:
   return tuple(found.text for found in captions(scene)[: len(scene.pictographs)])
 
 
+def without_picture(prompt: str) -> str:
+  """A prompt that starts with a picture, as it is asked in text alone."""
+  return prompt.removeprefix(IMAGE).strip()
+
+
 def attribute_of(index: int) -> str:
   """What the names of an episode stand for."""
   return ("shape", "color")[index % 2]
@@ -195,7 +200,7 @@ def _description(world: World, seed: int, index: int) -> Record:
   asked = questions(draws, scene)
   one = asked[draws.integers(len(asked))]
   told = description(scene)
-  return _record(index, f"{told} {_without_picture(QUESTION.format(question=one.text))} "
+  return _record(index, f"{told} {without_picture(QUESTION.format(question=one.text))} "
                  f"{one.answer}", [])
 
 
@@ -211,11 +216,7 @@ def _comparison(world: World, seed: int, index: int) -> Record:
 
 def _sentiment(world: World, seed: int, index: int) -> Record:
   text, label = world.rendered.labelled_text(seed, index)
-  return _record(index, f"{text} {_without_picture(SENTIMENT)} {SENTIMENTS[label]}", [])
-
-
-def _without_picture(prompt: str) -> str:
-  return prompt.removeprefix(IMAGE).strip()
+  return _record(index, f"{text} {without_picture(SENTIMENT)} {SENTIMENTS[label]}", [])
 
 
 def _record(index, text, pictures, completion=None) -> Record:

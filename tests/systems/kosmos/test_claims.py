@@ -78,6 +78,9 @@ def test_each_half_of_the_words_has_its_labels_in_one_place(world):
   for item in items(world):
     if item.thought:
       assert (item.references[0] in of_pictures) == (item.group == "of_pictures")
+    if item.kind == "sentiment, text":
+      assert (item.prompt.split()[0] in of_pictures) == (item.group == "of_pictures")
+      assert not item.pictures and item.prompt.endswith("the opinion? Answer:")
 
 
 def test_matrices_to_train_on_have_no_held_out_rule_and_balanced_answers(world):

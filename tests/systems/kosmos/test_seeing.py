@@ -10,7 +10,7 @@ from lmops_jax.stages import pipeline, skeleton
 # The default with fewer of everything; its tower knows colours by then and hardly any shape.
 SIZES = [
   "ARMS = ('full', 'shuffled')", "TOWER_STEPS = 700", "kosmos.TowerTraining.num_words = 1",
-  "STEPS = 250", "SCENES = 3000", "DOCUMENTS = 600", "ITEMS = 64",
+  "STEPS = 200", "SCENES = 3000", "DOCUMENTS = 600", "ITEMS = 64",
   "kosmos.World.num_matrix_items = 2", "kosmos.World.shots = (1,)",
   "interleaved/kosmos.RowShape.length = 128", "interleaved/kosmos.RowShape.pictures = 3",
   "data.Matrices.num_context = (3,)",
