@@ -46,7 +46,8 @@ OWED["kosmos/kosmos1_instruct.gin"] = [
   *OWED["kosmos/kosmos1_paper.gin"], "START = '<START>'", "INSTRUCTIONS_PATH = '/data/core.jsonl'"]
 OWED |= dict.fromkeys(PAPER_SIZES, OWED["pds/paper.gin"])
 RUNS = [
-  "kosmos/default.gin", "kosmos/grit.gin", "kosmos/grit_shards.gin", "kosmos/kosmos1_instruct.gin",
+  "kosmos/default.gin", "kosmos/grit.gin", "kosmos/grit_shards.gin", "kosmos/grounding.gin",
+  "kosmos/grounding_smoke.gin", "kosmos/kosmos1_instruct.gin",
   "kosmos/kosmos1_paper.gin", "kosmos/kosmos2_instruct.gin", "kosmos/kosmos2_paper.gin",
   "kosmos/smoke.gin",
   "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
