@@ -37,16 +37,21 @@ def sections(
     found: by arm, the figures of `figures.over_seeds`.
     items, pictures, said: those of a seeing arm, for examples.
   """
-  return [_transfer(found), _thought(found), _raven(report, found, items, pictures, said)]
+  return [_transfer(found), _thought(found, items), _raven(report, found, items, pictures, said)]
 
 
-def _table(found, names: Sequence[str], *, chance: Mapping[str, float] | None = None) -> html.Table:
-  """A line for each name, a column for each arm that was asked any of them."""
+def _table(
+  found, names: Sequence[str], baseline: str = "", of_baseline: Mapping[str, float] | None = None
+) -> html.Table:
+  """A line for each name, a column for each arm that was asked any, and one for a baseline."""
   arms = [arm for arm in found if any(name in found[arm] for name in names)]
-  header = ["", *arms, *(["chance"] if chance else [])]
-  rows = [[figures.label(name), *(figures.share(found[arm].get(name)) for arm in arms),
-           *([f"{100 * chance[name]:.1f}"] if chance else [])] for name in names]
-  return html.Table(header, rows, note=_NOTE)
+  rows = []
+  for name in names:
+    row = [figures.label(name), *(figures.share(found[arm].get(name)) for arm in arms)]
+    if of_baseline:
+      row.append(f"{100 * of_baseline[name]:.1f}" if name in of_baseline else "–")
+    rows.append(row)
+  return html.Table(["", *arms, *([baseline] if of_baseline else [])], rows, note=_NOTE)
 
 
 def _transfer(found) -> html.Section:
@@ -56,18 +61,27 @@ def _transfer(found) -> html.Section:
     "Each shape has a typical colour and size, which pictures of one source show and no text "
     "tells: its captions name shapes alone. After training, “The color of a star is?” and “Is a "
     "star larger than a heart?” are asked without any picture. Arms that see no picture can "
-    "only guess.", tables=[_table(found, list(chance), chance=chance)])
+    "only guess.", tables=[_table(found, list(chance), "chance", chance)])
 
 
-def _thought(found) -> html.Section:
-  names = [f"{kind}/{group}" for kind in (
-    figures.READING_KIND, PLAIN_KIND, THOUGHT_KIND, TEXT_KIND) for group in (OF_PICTURES, OF_TEXTS)]
+def _thought(found, items: Sequence[Item]) -> html.Section:
+  asked = [(kind, group) for kind in (PLAIN_KIND, THOUGHT_KIND, TEXT_KIND)
+           for group in (OF_PICTURES, OF_TEXTS)]
+  constant = {f"{kind}/{group}": one_answer(items, kind, group) for kind, group in asked}
+  names = [*(f"{figures.READING_KIND}/{group}" for group in (OF_PICTURES, OF_TEXTS)), *constant]
   return html.Section(
     "Thinking in two stages",
     "Pictures of words. Of half of the words the sentiment was told about pictures, of the others "
     "in texts alone; reading was taught of both. The sentiment is asked of the picture at once, "
-    "of the picture with what the model itself read in it, and of the text alone.",
-    tables=[_table(found, names)])
+    "of the picture with what the model itself read in it, and of the text alone. The last column "
+    "is what always giving the more frequent answer would reach.",
+    tables=[_table(found, names, "one answer", constant)])
+
+
+def one_answer(items: Sequence[Item], kind: str, group: str) -> float:
+  """The share of the most frequent right option among items of a kind and a group."""
+  labels = [item.label for item in items if (item.kind, item.group) == (kind, group)]
+  return max(map(labels.count, labels)) / len(labels)
 
 
 def _raven(report, found, items, pictures, said) -> html.Section:

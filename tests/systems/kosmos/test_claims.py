@@ -12,7 +12,7 @@ from lmops_jax.config import resolve
 from lmops_jax.data.synthetic_pictures.pictographs import COLORS, SHAPES
 from lmops_jax.data.synthetic_pictures.rendered_text import SENTIMENTS
 from lmops_jax.data.tasks.picture_prompts import SENTIMENT
-from lmops_jax.systems.kosmos import evaluate, figures
+from lmops_jax.systems.kosmos import claims, evaluate, figures
 from lmops_jax.systems.kosmos.gallery import montage
 from lmops_jax.systems.kosmos.items import Item, items
 from lmops_jax.systems.kosmos.world import records, weights
@@ -138,6 +138,12 @@ def test_figures_of_matrices_and_rationales():
   assert low == pytest.approx(0.0456, abs=1e-3) and high == pytest.approx(0.6994, abs=1e-3)
   assert evaluate.figures(asked[:1], [None], {}) == {}
   assert figures.label("rule shape:change/held_out") == "shape: change, with a held-out rule"
+
+
+def test_one_answer_is_the_share_of_the_most_frequent_label():
+  asked = [Item("a", "x", "", (), (" n", " p"), label) for label in (0, 1, 1, 1)]
+  asked.append(Item("a", "y", "", (), (" n", " p"), 0))
+  assert claims.one_answer(asked, "a", "x") == 0.75 and claims.one_answer(asked, "a", "y") == 1
 
 
 def test_a_montage_leaves_the_last_place_empty():
