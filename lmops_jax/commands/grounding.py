@@ -298,30 +298,17 @@ def read(
     sizes: of `sizes`.
   """
   from lmops_jax.data.boxes import extract
-  from lmops_jax.decoding.text import find_stop
+  from lmops_jax.evaluation.grounding import with_tags
 
   if words is None:
     return [None] * len(answers)
-  tokenizer = words.tokenizer
-  image_end = tokenizer.token_id("</image>")
-  silent = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id,
-            tokenizer.token_id("<mask>"), *tokenizer.stop_ids}
-
-  def spoken(tokens):  # tags are kept even where the tokenizer calls them special
-    return tokenizer.decode([token for token in tokens if token not in silent], False)
-
   found, each = [], len(answers) // len(rows)
   for i, answer in enumerate(answers):
-    row, prompt = rows[i // each], list(ids[i // each])
+    row = rows[i // each]
     if not _is_located(arguments, row):
       found.append(None)
       continue
-    if image_end in prompt:  # slots may have any ids, but this one ends them
-      prompt = prompt[len(prompt) - prompt[::-1].index(image_end) :]
-    front, whole = spoken(prompt), spoken([*prompt, *answer.ids])
-    cut = find_stop(whole[len(front) :], arguments.stop)
-    if cut is not None:
-      whole = whole[: len(front) + cut]
+    whole = "".join(with_tags(words.tokenizer, ids[i // each], answer.ids, arguments.stop))
     picture = row.pictures[-1] if row.pictures else None
     found.append(Answer(row.text, picture, sizes.get(picture), extract(whole, words.grid)))
   return found

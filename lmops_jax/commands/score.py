@@ -14,9 +14,9 @@ from lmops_jax.host import progress
 SEEING = "take a model with an image encoder, such as one of the family kosmos-2"
 _NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
 # What only tasks with options, or only those with open answers, read; as given by default.
-_OF_OPTIONS = {"normalise": "sum", "balanced": False}
+_OF_OPTIONS = {"normalise": None, "balanced": False}
 _OF_ANSWERS = {"only_names": False, "beams": None, "max_new_tokens": None, "length_penalty": None,
-               "stop": None}
+               "no_repeat_ngram": None, "stop": None}
 _MAX_NEW_TOKENS = 32
 
 
@@ -31,6 +31,9 @@ def add_options(parser) -> None:
       "where the numbers in --data have another order")
   add("--data", metavar="FOLDER", help="rows of a named task, train.jsonl and test.jsonl; default: "
       "tfds; of a task with pictures the folder that its data set comes in")
+  add("--pictures", metavar="FOLDER", help="where paths of a named task's pictures start; default: "
+      "--data")
+  add("--split", help="of a named task with pictures; default: the paper's")
   add("--flavour", help="of a named task's templates: fs, hf, paper or plain")
   add("--template-index", type=int, default=0, help="within the flavour (default 0)")
   add("--shots", type=int, default=0, help="demonstrations in front of each row (default 0); those "
@@ -39,15 +42,17 @@ def add_options(parser) -> None:
   add("--balanced", action="store_true", help="as many demonstrations of each label")
   add("--limit", type=int, help="read the first rows only")
   add("--seed", type=int, default=0, help="of the demonstrations")
-  add("--normalise", default=_OF_OPTIONS["normalise"], choices=_NORMALISATIONS,
-      help="of an option's log-likelihood")
-  add("--metric", help="of a file of rows with images: exact_match (default), f1, vqa or cider of "
-      "answers, accuracy (default) or roc_auc of options")
+  add("--normalise", choices=_NORMALISATIONS, help="of an option's log-likelihood; default: the "
+      "named task's, or sum")
+  add("--metric", help="of a file of rows with images: exact_match (default), f1, vqa, cider or "
+      "meteor of answers, accuracy (default) or roc_auc of options")
   add("--only-names", action="store_true", help="generate nothing but the task's names of classes, "
       "such as imagenet's")
   add("--beams", type=int, help="for open answers; default: the named task's, or no beam search")
   add("--max-new-tokens", type=int, help=f"of an open answer (default {_MAX_NEW_TOKENS})")
   add("--length-penalty", type=float, help="of beams (default 1)")
+  add("--no-repeat-ngram", type=int, help="no n-gram of this size twice in an open answer and its "
+      "prompt, 0 for any; default: the named task's, or 0")
   add("--stop", action="append", metavar="TEXT", help="ends an open answer")
   add("--batch-tokens", type=int, default=4096)
   add("--output", metavar="FILE", help="write every row's scores, or its answer, as JSON lines")
@@ -78,7 +83,7 @@ def run(arguments, load) -> None:
     check_writable("--output", arguments.output)
   if task.skipped:
     print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
-          "empty or repeated one, or no answer.", file=sys.stderr)
+          "empty or repeated one, or no answer or box.", file=sys.stderr)
   source, tokenizer, partitioner = load(arguments)
   new_encoder = _encoding(way, task, source, tokenizer, partitioner)
   params = source.params(partitioner)
@@ -110,7 +115,7 @@ class _Options:
     self._arguments, self._task = arguments, task
     self._how = dict(
       shots=arguments.shots, seed=arguments.seed, train=train, balanced=arguments.balanced,
-      normalisation=arguments.normalise)
+      normalisation=arguments.normalise or scored_tasks.way(arguments.task).normalisation)
     # What is wrong with them is told before a model is read.
     self.rows, self.front = in_context.rows_and_front(task, **self._how, sees=True)
     self.num_steps = sum(len(row.prompts) or len(row.option_images) or 1 for row in self.rows)
@@ -135,11 +140,12 @@ class _Options:
     return in_context.record(self._task, found, index)
 
   def tell(self, found) -> None:
-    from lmops_jax.evaluation import in_context
+    from lmops_jax.evaluation import estimates, in_context
 
     figures = ", ".join(map(_shown, in_context.figures(self._task, found)))
     print(f"{figures}, {len(found.labels)} rows, {found.num_shots} shots, by "
-          f"{self._arguments.normalise}")
+          f"{self._how['normalisation']}")
+    _tell(estimates.by_category(self.rows, found.labels == found.predictions))
     words = self._task.words
     if not words:
       return
@@ -166,11 +172,13 @@ class _Answers:
         arguments, {"max_new_tokens": None, "stop": None}, "--only-names makes whole names")
     self._arguments, self._task = arguments, task
     self._stop = check_stop(arguments.stop)
-    beams, penalty = arguments.beams, arguments.length_penalty
+    beams, penalty, ngram = arguments.beams, arguments.length_penalty, arguments.no_repeat_ngram
+    way = scored_tasks.way(arguments.task)
     self._options = GenerationOptions(
       max_new_tokens=_MAX_NEW_TOKENS if arguments.max_new_tokens is None
       else arguments.max_new_tokens,
-      num_beams=scored_tasks.num_beams(arguments.task) if beams is None else beams,
+      num_beams=way.num_beams if beams is None else beams,
+      no_repeat_ngram=way.no_repeat_ngram if ngram is None else ngram,
       **({} if penalty is None else {"length_penalty": penalty}))
     self._how = dict(
       shots=arguments.shots, seed=arguments.seed, train=train, only_names=arguments.only_names)
@@ -200,13 +208,20 @@ class _Answers:
     names = f", of {len(self._task.words)} names alone" if self._arguments.only_names else ""
     print(f"{_shown(found.figure)}, {len(found.answers)} rows, {found.num_shots} shots, "
           f"{how}{names}")
+    _tell(found.estimates)
+    if found.located is not None:
+      malformed = sum(of.num_malformed for of in found.located.located)
+      if malformed:
+        print(f"{malformed} groups of boxes in the answers are malformed and count for nothing.",
+              file=sys.stderr)
 
 
 def _encoding(way, task, source, tokenizer, partitioner):
   """`params -> encoder` of the rows' prompts; what needs no weights is checked at once."""
   from lmops_jax.decoding import image_prompts
-  from lmops_jax.evaluation import in_context, seeing
+  from lmops_jax.evaluation import grounding, in_context, seeing
 
+  grounding.check_words([row.prompt for row in way.rows] + [way.front.text], tokenizer)
   length = source.decoder.config.max_length
   paths = [
     *way.front.images,
@@ -227,6 +242,15 @@ def _encoding(way, task, source, tokenizer, partitioner):
     return seeing.SeeingEncoder(tokenizer, ids, pictures, length)
 
   return new
+
+
+def _tell(found) -> None:
+  """A line for each estimate."""
+  from lmops_jax.evaluation.estimates import line
+
+  width = max((len(of.name) for of in found), default=0)
+  for of in found:
+    print(line(of, width))
 
 
 def _shown(figure) -> str:

@@ -20,6 +20,10 @@ def chosen(arguments):
     raise ValueError(
       "--metric is for a --task that is a file of rows with images; other tasks have their own."
     )
+  of_pictures = arguments.template is None and arguments.task in tasks.PICTURE_ENTRIES
+  if (arguments.split or arguments.pictures) and not of_pictures:
+    raise ValueError(
+      "--split and --pictures are for a --task that is a named one with pictures; leave them out.")
   labels = [word.strip() for word in arguments.labels.split(",")] if arguments.labels else None
   if arguments.template is None and not Path(arguments.task).suffix:
     if arguments.train:
@@ -27,7 +31,7 @@ def chosen(arguments):
         f"--train is for a --task that is a file; {arguments.task} draws from its own train split, "
         "or from FOLDER/train.jsonl with --data FOLDER."
       )
-    if arguments.task in tasks.PICTURE_ENTRIES:
+    if of_pictures:
       return _with_pictures(arguments), None
     return tasks.named_task(
       arguments.task, flavour=arguments.flavour, template=arguments.template_index,
@@ -56,11 +60,11 @@ def chosen(arguments):
   return task, train
 
 
-def num_beams(task: str) -> int:
-  """The beams that a named task's paper searches for open answers with; 1 for other tasks."""
-  from lmops_jax.data import tasks
+def way(task: str):
+  """How the paper of a named task with pictures evaluated it; for other tasks the usual `Way`."""
+  from lmops_jax.data.tasks.pictures.registry import PICTURE_ENTRIES, Way
 
-  return tasks.PICTURE_ENTRIES[task].num_beams if task in tasks.PICTURE_ENTRIES else 1
+  return PICTURE_ENTRIES[task].way if task in PICTURE_ENTRIES else Way()
 
 
 def _with_pictures(arguments):
@@ -77,7 +81,8 @@ def _with_pictures(arguments):
       "and --labels out."
     )
   return tasks.picture_task(
-    arguments.task, arguments.data, template=arguments.template_index, limit=arguments.limit)
+    arguments.task, arguments.data, pictures=arguments.pictures, split=arguments.split,
+    template=arguments.template_index, limit=arguments.limit)
 
 
 def _names_pictures(path: str) -> bool:

@@ -118,8 +118,9 @@ class LeftOut:
 
   Reasons: "empty" (no text), "undecodable" (not UTF-8), "unreadable" (a picture, a member, or the
   rest of a shard), "incomplete" (a sample without text or without picture), "other_member" and
-  "duplicate_member" (of shards); those of `WebPages`; for files and folders those of
-  `matching.Found`. "animated" pictures and records "without_picture" are counted, not left out.
+  "duplicate_member" (of shards); those of `WebPages`, of `grit` and of boxes (`grounded_crops`,
+  `image_tokens`); for files and folders those of `matching.Found`. "animated" pictures and records
+  "without_picture" are counted, not left out.
   """
 
   counts: Counter[str] = dataclasses.field(default_factory=Counter)

@@ -85,20 +85,20 @@ class TarShards(ImageCorpus):
     return files.fingerprint(repr(self), self.found().files)
 
   def read(self, left_out: LeftOut) -> Iterator[Record]:
-    for sample in self.samples(left_out):
-      if record := self._record(sample, left_out):
-        yield record
-
-  def samples(self, left_out: LeftOut) -> Iterator[Sample]:
-    """The samples with a text, and a picture unless the text is "json", in order."""
     found = self.found()
     left_out.add_all(found.left_out)
     for name, path in found.files:
-      require_regular(path)
-      with path.open("rb") as contents:
-        for key, members in _samples(path, left_out):
-          if sample := self._sample(f"{name}:{key}", path, contents, members, left_out):
-            yield sample
+      for sample in self.samples(name, path, left_out):
+        if record := self._record(sample, left_out):
+          yield record
+
+  def samples(self, name: str, path: Path, left_out: LeftOut) -> Iterator[Sample]:
+    """The samples of a shard with a text, and a picture unless the text is "json", in order."""
+    require_regular(path)
+    with path.open("rb") as contents:
+      for key, members in _samples(path, left_out):
+        if sample := self._sample(f"{name}:{key}", path, contents, members, left_out):
+          yield sample
 
   def _sample(self, source, path, contents, members, left_out) -> Sample | None:
     shown, whole = printable(path), str(path.absolute())

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lmops_jax.evaluation import answers, captions, vqa
+from lmops_jax.evaluation import answers, captions, meteor, vqa
 from lmops_jax.evaluation.captions import Scores
 
 _OF_ONE: dict[str, Callable[[str, Sequence[str]], float]] = {
-  **answers.METRICS, "vqa": vqa.accuracy}
+  **answers.METRICS, "vqa": vqa.accuracy, "meteor": meteor.meteor}
 METRICS = (*_OF_ONE, "cider")
 
 
@@ -18,8 +18,8 @@ def score(metric: str, found: Sequence[str], golds: Sequence[Sequence[str]]) -> 
   """The score of answers against those that are right.
 
   Args:
-    metric: "exact_match" and "f1" (SQuAD's), "vqa" (VQAv2's accuracy over people's answers) or
-      "cider" (the whole corpus decides the weights).
+    metric: "exact_match" and "f1" (SQuAD's), "vqa" (VQAv2's accuracy over people's answers),
+      "meteor" (its first two stages) or "cider" (the whole corpus decides the weights).
     found: what was generated, one for each row.
     golds: of each row, the right answers or captions.
 

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmops_jax.data.box_overlap import iou
 from lmops_jax.data.boxes import GRID, GROUNDING, Box, box_tokens, decode, encode, extract
 from lmops_jax.data.boxes import checked as checked_boxes
 from lmops_jax.data.tasks import Example
 from lmops_jax.data.tasks.task import OF_BOXES
 from lmops_jax.decoding.text import find_stop
+from lmops_jax.evaluation.captions import Scores
 from lmops_jax.evaluation.estimates import Estimate, estimate, picture_of
 
 FIRST = (1, 5, 10)  # of how many boxes the recall is told
 THRESHOLD = 0.5
+_AT_ONCE = 1024  # rows whose boxes are compared together
 _NAMED = re.compile(r"<phrase>([^<]+)</phrase>\s*$")
 
 
@@ -50,26 +53,18 @@ class Measured(NamedTuple):
   scores: dict[str, np.ndarray]
   located: list[Located]
 
+  @property
+  def score(self) -> Scores:
+    """The main figure."""
+    main = self.estimates[0]
+    return Scores(main.value, self.scores[main.name])
 
-def iou(one, other) -> np.ndarray:
-  """Intersection over union of boxes (x1, y1, x2, y2).
-
-  A box without area, or with x2 < x1 or y2 < y1, meets nothing.
-
-  Args:
-    one, other: `[...,4]` of shapes that broadcast.
-
-  Returns:
-    `[...] float64`, 0 to 1.
-  """
-  one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-
-  def area(first, last):
-    return np.maximum(last - first, 0).prod(axis=-1)
-
-  shared = area(np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:]))
-  union = area(one[..., :2], one[..., 2:]) + area(other[..., :2], other[..., 2:]) - shared
-  return np.divide(shared, union, out=np.zeros(np.shape(union)), where=union > 0)
+  def record(self, index: int) -> dict[str, Any]:
+    """What a file of answers says about one row besides the answer."""
+    found = self.located[index]
+    return {
+      "boxes": found.boxes.tolist(), "num_malformed": found.num_malformed,
+      "scores": {name: float(values[index]) for name, values in self.scores.items()}}
 
 
 def located(prompt: str, answer: str, grid: int = GRID) -> Located:
@@ -153,7 +148,10 @@ def _best(found: Sequence[np.ndarray], truths: Sequence[Sequence[Box]]) -> np.nd
   for i, of_row in enumerate(truths):
     if not len(checked_boxes(of_row, f"the truth of row {i}")):
       raise ValueError(f"row {i} has no box as its truth; leave it out.")
-  return iou(_padded(found)[:, :, None], _padded(truths)[:, None]).max(axis=2)
+  one, other = _padded(found), _padded(truths)
+  blocks = (slice(start, start + _AT_ONCE) for start in range(0, len(found), _AT_ONCE))
+  return np.concatenate(
+    [iou(one[rows, :, None], other[rows, None]).max(axis=2) for rows in blocks])
 
 
 def _padded(rows: Sequence[Any]) -> np.ndarray:
@@ -204,7 +202,7 @@ def check_words(prompts: Sequence[str], tokenizer) -> int | None:
   Raises:
     ValueError: the vocabulary has no words for boxes, or prompts have boxes on another grid.
   """
-  if not any(GROUNDING in prompt for prompt in prompts):
+  if not any(GROUNDING in prompt or "<phrase>" in prompt for prompt in prompts):
     return None
   _, grid = box_tokens(tokenizer.token_id)
   if grid != GRID and any("<object>" in prompt for prompt in prompts):

@@ -3,6 +3,9 @@
 Where a task's answers are names of classes, generation may be kept to these (Kosmos-1,
 arXiv:2302.14045, section 4.4): a prefix tree of their tokens, each with the end token, so that a
 name that begins another one can be an answer.
+
+Behind prompts about boxes answers keep their tags where boxes are measured; texts are measured
+without tags and boxes.
 """
 
 from __future__ import annotations
@@ -13,16 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmops_jax.data.boxes import extract
 from lmops_jax.data.tasks import Example, Task
-from lmops_jax.data.tasks.task import OF_OPTIONS
+from lmops_jax.data.tasks.task import OF_BOXES, OF_OPTIONS
 from lmops_jax.decoding import GenerationOptions, Generator
 from lmops_jax.decoding.constraints import PrefixTree, prefix_tree
 from lmops_jax.decoding.prompts import Prompt
-from lmops_jax.evaluation import generated, in_context
+from lmops_jax.evaluation import generated, grounding, in_context
 from lmops_jax.evaluation.demonstrations import SEPARATOR, Front, drawn, fitted, pictures_of
+from lmops_jax.evaluation.estimates import Estimate, by_category, estimate, picture_of
 from lmops_jax.evaluation.in_context import Encoder, Figure
 from lmops_jax.models.config import TransformerConfig
 
+_COMPANIONS = {"meteor": ("cider",)}  # what papers tell beside a metric
 _AT_ONCE = 256  # rows, if the encoder does not say
 
 
@@ -37,6 +43,8 @@ class Answered(NamedTuple):
     scores: `[N] float64`, each row's.
     num_shots: demonstrations in front of each row.
     num_dropped: `[N] int`, those that had no room.
+    estimates: further figures, and the task's by category, with intervals.
+    located: what answers of a task about boxes locate.
   """
 
   figure: Figure
@@ -46,6 +54,8 @@ class Answered(NamedTuple):
   scores: np.ndarray
   num_shots: int
   num_dropped: np.ndarray
+  estimates: list[Estimate]
+  located: grounding.Measured | None = None
 
 
 def rows_and_front(
@@ -107,12 +117,14 @@ def evaluate(
 
   Raises:
     ValueError: as `rows_and_front`; names with the same tokens; a tokenizer without end token; or a
-      prompt that is too long without any demonstration.
+      prompt that is too long without any demonstration; or prompts about boxes and a tokenizer
+      without words for them.
   """
   encoder = Encoder(tokenizer, max_length=config.max_length) if encoder is None else encoder
   rows, front = rows_and_front(
     task, shots=shots, seed=seed, train=train, separator=separator, sees=encoder.sees,
     only_names=only_names)
+  grid = grounding.check_words([row.prompt for row in rows] + [front.text], tokenizer)
   trees: dict[str, tuple[PrefixTree, GenerationOptions]] = {}
   answers: list[str] = [""] * len(rows)
   num_dropped = np.zeros(len(rows), int)
@@ -135,16 +147,28 @@ def evaluate(
         contexts.append(context)
       how = dataclasses.replace(how, num_return_sequences=1)
       found = generator.generate(contexts, how, stop, constraint=tree)
-      for i, answer in zip(members, found, strict=True):
+      for i, context, answer in zip(members, contexts, found, strict=True):
         answers[i] = answer.text.strip()
+        if grid is not None:
+          _, tagged = grounding.with_tags(tokenizer, context.ids, answer.ids, stop)
+          of_boxes = task.metric in OF_BOXES
+          answers[i] = tagged.strip() if of_boxes else extract(tagged, grid).text
       if progress:
         progress(len(members))
   golds = [row.answers for row in rows]
-  score = generated.score(task.metric, answers, golds)
+  name, located = task.metric, None
+  if name in OF_BOXES:
+    located = grounding.measure(name, rows, answers, grid)
+    name, score, more = located.estimates[0].name, located.score, located.estimates
+  else:
+    score = generated.score(name, answers, golds)
+    more = [
+      estimate(other, generated.score(other, answers, golds).rows, list(map(picture_of, rows)))
+      for other in _COMPANIONS.get(name, ())]
   error = score.rows.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
   return Answered(
-    Figure(task.metric, score.corpus, float(error)), np.array([row.id for row in rows]), answers,
-    golds, score.rows, shots, num_dropped)
+    Figure(name, score.corpus, float(error)), np.array([row.id for row in rows]), answers, golds,
+    score.rows, shots, num_dropped, [*more, *by_category(rows, score.rows)], located)
 
 
 def _context(
@@ -191,7 +215,8 @@ def _of_names(
 
 def record(result: Answered, index: int) -> dict[str, Any]:
   """What a file of answers says about one row."""
-  return {
+  found = {
     "id": int(result.row_ids[index]), "answer": result.answers[index],
     "answers": list(result.golds[index]), "score": float(result.scores[index]),
   }
+  return found if result.located is None else found | result.located.record(index)

@@ -9,6 +9,7 @@ be frozen: they have a forward pass alone.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from lmops_jax.control import dynamics
+from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.docked import DockedConfig
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.vision import NUM_CHANNELS
@@ -66,15 +68,31 @@ def group_flops(
 
 def picture_flops(config: DockedConfig, whole_tower: bool = False) -> float:
   """Operations of a training step for each picture: tower and connector."""
+  trained = config.vision.trunk if whole_tower else _stacks(config).get("top")
+  backward = 0.0 if trained is None else 2 * _blocks_flops(config, trained)
+  if whole_tower:
+    backward += _patch_flops(config)  # of the weights; no gradient goes on to the pixels
+  connector = _connector_flops(config, _Passes.TO_FEATURES if trained else _Passes.TO_WEIGHTS)
+  return _tower_flops(config) + backward + connector
+
+
+def encoding_flops(config: DockedConfig) -> float:
+  """Operations of making the vectors of a picture, without a gradient."""
+  return _tower_flops(config) + _connector_flops(config, _Passes.FORWARD)
+
+
+def _tower_flops(config: DockedConfig) -> float:
+  return _patch_flops(config) + _blocks_flops(config, config.vision.trunk)
+
+
+def _patch_flops(config: DockedConfig) -> float:
   vision = config.vision
-  num = 1 + vision.num_patches
-  embedding = 2 * vision.num_patches * vision.patch_size**2 * NUM_CHANNELS * vision.trunk.width
-  blocks = {
-    part: num * flops.forward_flops_per_token(stack, num, unembedding=False)
-    for part, stack in _stacks(config).items()}
-  return embedding + sum(
-    (1 + 2 * (whole_tower or part == "top")) * cost for part, cost in blocks.items()
-  ) + _connector_flops(config, whole_tower)
+  return 2 * vision.num_patches * vision.patch_size**2 * NUM_CHANNELS * vision.trunk.width
+
+
+def _blocks_flops(config: DockedConfig, stack: TransformerConfig) -> float:
+  num = 1 + config.vision.num_patches
+  return num * flops.forward_flops_per_token(stack, num, unembedding=False)
 
 
 def picture_bytes(
@@ -104,10 +122,23 @@ def _stacks(config: DockedConfig) -> Mapping[str, Any]:
   return stacks | ({"top": vision.stack(vision.top_layers)} if vision.top_layers else {})
 
 
+class _Passes(enum.Enum):
+  """What is computed of a connector: its vectors, gradients of its weights, or of its input too."""
+
+  FORWARD = enum.auto()
+  TO_WEIGHTS = enum.auto()
+  TO_FEATURES = enum.auto()
+
+
 @functools.lru_cache(maxsize=16)
-def _connector_flops(config: DockedConfig, whole_tower: bool) -> float:
+def _connector_flops(config: DockedConfig, passes: _Passes) -> float:
   def products(num):
-    lowered = jax.jit(_pull(config, whole_tower)).lower(*_connector_inputs(config, num))
+    params, features, cotangent = _connector_inputs(config, num)
+    if passes is _Passes.FORWARD:
+      lowered = jax.jit(_connect(config)).lower(params, features)
+    else:
+      pull = _pull(config, to_features=passes is _Passes.TO_FEATURES)
+      lowered = jax.jit(pull).lower(params, features, cotangent)
     return hlo.count(lowered.as_text("hlo")).product_flops
 
   return products(2) - products(1)
@@ -138,12 +169,12 @@ def _connector_inputs(config: DockedConfig, num: int) -> tuple[Any, Any, Any]:
   return params, features, jax.eval_shape(_connect(config), params, features)
 
 
-def _pull(config: DockedConfig, whole_tower: bool) -> Callable:
+def _pull(config: DockedConfig, to_features: bool) -> Callable:
   """The connector forwards and backwards, to the features if a layer below them is trained."""
   connect = _connect(config)
 
   def pull(params, features, cotangent):
-    if whole_tower or config.vision.top_layers:
+    if to_features:
       out, back = jax.vjp(connect, params, features)
     else:
       out, back = jax.vjp(lambda params: connect(params, features), params)

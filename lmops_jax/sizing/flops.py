@@ -2,8 +2,8 @@
 
 Counts as MaxText and Chinchilla do: two operations a matmul parameter and token, and causal
 attention once, that is half of the full score matrix, which attention in both directions has whole.
-Rematerialisation is not counted. XLA's own
-count is not used because it counts the body of a scan once.
+Rematerialisation is not counted. XLA's own count is not used because it counts the body of a scan
+once.
 """
 
 from __future__ import annotations

@@ -17,15 +17,22 @@ median. What is timed:
   whole prompts in one batch; a second row encodes 54 images, as its processor hands them over.
 
 PyTorch runs with its SDPA attention and key/value cache.
+
+What bounds a row: the operations that its side computes over the machine's speed in a large float32
+product, or the bytes of weights and of cached keys and values that it reads over the speed of a
+copy, whichever takes longer; both speeds are measured at the start. "of it" is that time over the
+time taken. Weights count once for each call of the tower and for each pass of the decoder.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from lmops_jax.sizing.memory import keep_freed_memory
@@ -33,6 +40,7 @@ from lmops_jax.sizing.memory import keep_freed_memory
 keep_freed_memory()  # before jax
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -43,6 +51,7 @@ from lmops_jax.decoding.prompts import Prompt
 from lmops_jax.decoding.scoring import OptionScorer, Request
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.pretrained import model as model_lib
+from lmops_jax.sizing import docked, flops
 
 NEW, SIZE, SLOTS, VOCAB = 32, 224, 64, 65_037
 BOS, IMAGE, IMAGE_END, FIRST_SLOT = 0, 64_003, 64_004, 4
@@ -120,8 +129,7 @@ def item(candidate):
 class Ours:
   """This library's side; pixels are normalised floats, as the port takes them."""
 
-  def __init__(self, source):
-    params = source.params()
+  def __init__(self, source, params):
     text = Transformer(source.config.text)
     self.generator = Generator(text, params["text"])
     self.scorer = OptionScorer(text, params["text"])
@@ -145,6 +153,63 @@ class Ours:
     return [float(scores[0][0]) for scores in self.scorer.score(requests)]
 
 
+class Costs:
+  """Operations and bytes of each row, counted from shapes."""
+
+  def __init__(self, config, params):
+    def size(tree):
+      return sum(4 * math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+    self._config, self._of_picture = config, docked.encoding_flops(config)
+    self._tower, self._decoder = size([params["vision"], params["connector"]]), size(params["text"])
+
+  def encode(self, pictures):
+    return pictures * self._of_picture, self._tower
+
+  def read(self, rows, length, before=0):
+    """A pass of the decoder over `length` new tokens of each row, behind `before` others."""
+    text = self._config.text
+    # A prompt has logits at its last position alone; attention is that of the middle position.
+    head = 2 * text.token_width * text.vocab_size
+    each = flops.forward_flops_per_token(text, 2 * before + length, unembedding=False)
+    cached = 2 * 4 * rows * before * text.num_layers * text.key_heads * text.head_width
+    return rows * (length * each + head), self._decoder + cached
+
+  def caption(self, pictures, beams):
+    start = len(row([0, CAPTION])[0])
+    steps = [self.read(pictures * beams, 1, start + i) for i in range(NEW - 1)]
+    return added(self.encode(pictures), self.read(pictures, start), *steps)
+
+  def candidates(self, pictures, shared):
+    length = len(row(item(0))[0])
+    alone = len(row([NUM_CONTEXT, QUESTION])[0]) - 1
+    if not shared:
+      return added(self.encode(pictures), self.read(NUM_CANDIDATES, length))
+    return added(self.encode(pictures), self.read(1, length - alone),
+                 self.read(NUM_CANDIDATES, alone, length - alone))
+
+
+def added(*costs):
+  return tuple(map(sum, zip(*costs)))
+
+
+def machine_speeds() -> tuple[float, float]:
+  """Operations a second of a float32 product, and bytes a second read and written by a copy."""
+  def best(function, *inputs):
+    function(*inputs).block_until_ready()
+    times = []
+    for _ in range(5):
+      began = time.perf_counter()
+      function(*inputs).block_until_ready()
+      times.append(time.perf_counter() - began)
+    return min(times)
+
+  size, length = 2048, 1 << 26
+  square, vector = jnp.ones((size, size)), jnp.ones((length,))
+  return (2 * size**3 / best(jax.jit(jnp.matmul), square, square),
+          2 * 4 * length / best(jax.jit(lambda x: x + 1), vector))
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,46 +222,62 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     source = model_lib.load(folder)
-    ours = Ours(source)
+    params = source.params()
+    ours, costs = Ours(source, params), Costs(source.config, params)
+  peak, bandwidth = machine_speeds()
   peer = Peer(model)
   pixels = np.random.default_rng(0).normal(
     size=(NUM_CONTEXT + NUM_CANDIDATES, SIZE, SIZE, 3)).astype(np.float32)
   rows = []
 
-  def time_row(name, unit, amount, of_ours, of_peers):
+  def time_row(name, unit, amount, of_ours, of_peers, cost):
     found = {}
     functions = {"JAX": lambda: found.update({"JAX": of_ours()})}
     for label, function in of_peers.items():
       functions[label] = lambda label=label, function=function: found.update({label: function()})
     for label, (wall, processor, first) in take_turns(functions, args.repeats).items():
+      num_flops, num_bytes = cost[label]
+      times = {"FLOPs": num_flops / peak, "bytes": num_bytes / bandwidth}
+      bound = max(times, key=times.get)
       rows.append((name, label, unit, amount / wall, wall, processor, first,
-                   agreement(found[label], found["JAX"])))
+                   agreement(found[label], found["JAX"]),
+                   (num_flops / 1e9, num_bytes / 1e9, bound, times[bound] / wall)))
       print(rows[-1], file=sys.stderr, flush=True)
 
   for batch in (1, 8):
     time_row(f"encode, batch {batch}", "images/s", batch,
              lambda b=batch: ours.encode(pixels[:b]),
-             {"PyTorch": lambda b=batch: peer.encode(pixels[:b]).numpy()})
+             {"PyTorch": lambda b=batch: peer.encode(pixels[:b]).numpy()},
+             dict.fromkeys(("JAX", "PyTorch"), costs.encode(batch)))
   for batch, beams in ((1, 1), (8, 1), (1, 5)):
     name = f"caption, batch {batch}" if beams == 1 else f"caption, {beams} beams"
     time_row(name, "tokens/s", batch * NEW,
              lambda b=batch, n=beams: ours.caption(pixels[:b], NEW, n),
-             {"PyTorch": lambda b=batch, n=beams: peer.caption(pixels[:b], NEW, n)})
+             {"PyTorch": lambda b=batch, n=beams: peer.caption(pixels[:b], NEW, n)},
+             dict.fromkeys(("JAX", "PyTorch"), costs.caption(batch, beams)))
   time_row(f"{NUM_CANDIDATES} candidates", "items/s", 1, lambda: ours.candidates(pixels),
            {"PyTorch": lambda: peer.candidates(pixels, False),
-            "PyTorch, 54 images": lambda: peer.candidates(pixels, True)})
+            "PyTorch, 54 images": lambda: peer.candidates(pixels, True)},
+           {"JAX": costs.candidates(len(pixels), True),
+            "PyTorch": costs.candidates(len(pixels), False),
+            "PyTorch, 54 images": costs.candidates(54, False)})
   lines = [
     f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, jax "
     f"{jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, load "
-    f"{load:.1f} at the start. {args.layers} of 24 layers, float32; median of {args.repeats}.",
+    f"{load:.1f} at the start. {args.layers} of 24 layers, float32; median of {args.repeats}. A "
+    f"product of 2048 x 2048 ran at {peak / 1e9:,.0f} GFLOP/s, a copy at {bandwidth / 1e9:.1f} "
+    "GB/s.",
     "",
-    "| row | side | speed | against PyTorch | wall s | processor s | first call s | agreement |",
-    "|---|---|---|---|---|---|---|---|",
+    "| row | side | speed | against PyTorch | wall s | processor s | first call s | agreement | "
+    "GFLOP | GB | bound by | of it |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
   ]
-  for name, label, unit, speed, wall, processor, first, same in rows:
+  for name, label, unit, speed, wall, processor, first, same, bounds in rows:
+    num_gflops, num_gbytes, bound, share = bounds
     of_peer = next(r[3] for r in rows if r[0] == name and r[1] == "PyTorch")
     lines.append(f"| {name} | {label} | {speed:.2f} {unit} | {speed / of_peer:.2f} | {wall:.2f} | "
-                 f"{processor:.2f} | {first:.1f} | {same} |")
+                 f"{processor:.2f} | {first:.1f} | {same} | {num_gflops:,.0f} | {num_gbytes:.1f} | "
+                 f"{bound} | {share:.0%} |")
   table = "\n".join(lines) + "\n"
   print(table)
   if args.output:

@@ -232,14 +232,18 @@ def test_the_page_asks_no_other_machine_and_has_all_it_needs(kosmos):
   page = get(kosmos, "/")[2].decode()
   parts = re.findall(r'(?:src|href)="(/[^"]+)"', page)
   assert parts == ["/demo.css", "/kosmos.js"]
-  kinds = [get(kosmos, path)[1]["Content-Type"] for path in ("/", *parts)]
-  assert [kind.partition(";")[0] for kind in kinds] == ["text/html", "text/css", "text/javascript"]
   script = get(kosmos, "/kosmos.js")[2].decode()
-  for text in (page, script, get(kosmos, "/demo.css")[2].decode()):
+  names, path = re.search(r'import {(.*)} from "(.*)";', script).groups()
+  shared = get(kosmos, path)[2].decode()
+  assert set(names.split(", ")) == set(re.findall(r"export (?:async )?function (\w+)", shared))
+  kinds = [get(kosmos, path)[1]["Content-Type"] for path in ("/", *parts, path)]
+  assert [kind.partition(";")[0] for kind in kinds] == [
+    "text/html", "text/css", "text/javascript", "text/javascript"]
+  for text in (page, script, shared, get(kosmos, "/demo.css")[2].decode()):
     assert not re.search(r"https?:|url\(|@import|[\"'`]//", text)
   ids = re.findall(r'\bid="([\w-]+)"', page)
   assert len(ids) == len(set(ids))
-  assert set(re.findall(r'byId\("([\w-]+)"\)', script)) <= set(ids)
+  assert set(re.findall(r'byId\("([\w-]+)"\)', script + shared)) <= set(ids)
   fields = set(re.findall(r'<input type="(?:number|radio|checkbox)" name="(\w+)"', page))
   assert fields == json.loads(get(kosmos, "/facts")[2])["defaults"].keys()
 
@@ -359,9 +363,13 @@ def test_the_command_serves_until_it_is_interrupted(folder):
   connection = http.client.HTTPConnection("127.0.0.1", port)
   connection.request("GET", "/facts")
   assert json.loads(connection.getresponse().read())["family"] == "kosmos-2"
+  connection = http.client.HTTPConnection("127.0.0.1", port)
+  connection.request("POST", "/answer", json.dumps(WHERE), {"Content-Type": "application/json"})
+  assert "is being answered" in process.stderr.readline()
   process.send_signal(signal.SIGINT)
-  assert process.stderr.read().endswith("lmops: the demo has ended.\n")
-  assert process.wait() == 0
+  assert "lmops: the demo ends, once" in process.stderr.read()
+  assert process.wait() == 0  # jax's work was not torn apart
+  connection.close()
 
 
 @pytest.fixture(scope="module")
@@ -401,6 +409,10 @@ def test_a_browser_shows_phrases_and_boxes_in_the_same_colours(kosmos, picture, 
   page.keyboard.press("Control+Enter")
   page.wait_for_selector("#answer:not([hidden])", timeout=120_000)
   assert page.is_hidden("#error")
+  for image in ("#preview", "#shown"):
+    assert page.evaluate("i => document.querySelector(i).naturalWidth", image) == 40
+  page.click("#remove")
+  assert page.is_hidden("#preview") and page.is_visible("#shown") and page.is_visible("#hint")
   want = answers[-1].json()
   boxes = want["entities"][0]["boxes"]
   assert page.text_content("#caption") == "".join(piece["text"] for piece in want["pieces"])

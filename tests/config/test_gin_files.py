@@ -12,8 +12,8 @@ from lmops_jax.config import gin_files, resolve
 
 GOLDEN = Path(__file__).parent / "golden"
 OWED = {
-  "kosmos/grit.gin": ["CAPTIONS = '/data/captions.jsonl'", "SPACY_MODEL = '/data/spacy'"],
-  "kosmos/grit_shards.gin": ["CAPTIONS = '/data/shards'", "SPACY_MODEL = '/data/spacy'"],
+  "kosmos/grit.gin": ["CAPTIONS = '/data/captions.jsonl'", "PARSER = '/data/spacy'"],
+  "kosmos/grit_shards.gin": ["CAPTIONS = '/data/shards'", "PARSER = '/data/spacy'"],
   "kosmos/kosmos1_paper.gin": [
     "TEXT_PATH = '/data/text'", "PAIRS_PATH = '/data/pairs'", "DOCUMENTS_PATH = '/data/pages'",
     "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'",

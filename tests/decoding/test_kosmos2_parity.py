@@ -10,7 +10,7 @@ repeats them.
 
 import copy
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -75,15 +75,20 @@ def _theirs(peer, ids, index, **options):
   return answers
 
 
+@pytest.fixture(scope="module")
+def table(params):  # noqa: F811
+  """The vectors of all images, one behind the other."""
+  vectors = jax.jit(lambda images: DockedLM(CONFIG).apply(
+    {"params": params}, images, method="image_vectors"))(IMAGES)
+  return vectors.reshape(-1, vectors.shape[-1])
+
+
 @pytest.mark.parametrize("options", [
   {}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.7},
   *(pytest.param(options, marks=pytest.mark.slow) for options in (
     {"num_beams": 3, "no_repeat_ngram": 3, "early_stopping": True}, {"no_repeat_ngram": 2})),
 ])
-def test_ids_are_equal(peer, params, options):  # noqa: F811
-  vectors = DockedLM(CONFIG).apply(
-    {"params": params}, jnp.asarray(IMAGES), method="image_vectors")
-  table = vectors.reshape(-1, vectors.shape[-1])
+def test_ids_are_equal(peer, params, table, options):  # noqa: F811
   want = []
   theirs = {k.replace("ngram", "ngram_size"): v for k, v in options.items()}
   for ids, index in _rows():
@@ -98,12 +103,10 @@ def test_ids_are_equal(peer, params, options):  # noqa: F811
 
 @pytest.mark.parametrize("count_padding", [True, False])
 def test_batches_padded_on_the_left_are_equal_by_either_rule(
-  peer, params, count_padding  # noqa: F811
+  peer, params, table, count_padding  # noqa: F811
 ):
   """With a cache the port counts padding; without one it sees it, and counts real tokens."""
-  vectors = DockedLM(CONFIG).apply(
-    {"params": params}, jnp.asarray(IMAGES), method="image_vectors")
-  table, rows = vectors.reshape(-1, vectors.shape[-1]), [*_rows()]
+  rows = [*_rows()]
   width = max(len(ids) for ids, _ in rows)
   tokens, index = np.full((len(rows), width), PAD), np.full((len(rows), width), -1)
   for i, (ids, own) in enumerate(rows):

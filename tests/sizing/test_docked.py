@@ -17,6 +17,7 @@ from lmops_jax.models.connectors import (
 from lmops_jax.models.docked import DockedConfig, DockedLM
 from lmops_jax.models.vision import VisionConfig
 from lmops_jax.sizing import docked, hlo
+from lmops_jax.training import optimizers
 from lmops_jax.training.losses import LMExampleLosses
 
 TEXT = TransformerConfig(
@@ -28,12 +29,13 @@ SHAPE = SimpleNamespace(length=24, pictures=2, rows=3)
 FROZEN = ("class_embedding", "patch_embedding", "position_embedding", "pre_norm", "trunk")
 
 
-def _step_flops(config, num_groups):
-  """Products of a gradient of everything but the frozen part of the tower."""
+def _step_flops(config, num_groups, whole_tower):
+  """Products of a gradient of everything, or of all but the frozen part of the tower."""
   model, rows = DockedLM(config), num_groups * SHAPE.rows
   ids = jnp.zeros((rows, SHAPE.length), jnp.int32)
   params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
   frozen = FROZEN if config.vision.top_layers else (*FROZEN, "post_norm")
+  frozen = () if whole_tower else frozen
   still = {name: params["vision"].pop(name) for name in frozen}
   size = config.vision.image_size
 
@@ -49,17 +51,18 @@ def _step_flops(config, num_groups):
     jax.jit(jax.grad(loss)).lower(params, still, images).compile().as_text()).product_flops
 
 
-@pytest.mark.parametrize("connector, top_layers", [
-  (ResamplerConfig(num_latents=4), 1), (LinearConnectorConfig(), 0),
-  pytest.param(FeedForwardConnectorConfig(), 1, marks=pytest.mark.slow)])
-def test_a_group_takes_what_xla_compiles(connector, top_layers):
+@pytest.mark.parametrize("connector, top_layers, whole_tower", [
+  (ResamplerConfig(num_latents=4), 1, False), (LinearConnectorConfig(), 0, False),
+  pytest.param(ResamplerConfig(num_latents=4), 0, True, marks=pytest.mark.slow),
+  pytest.param(FeedForwardConnectorConfig(), 1, False, marks=pytest.mark.slow)])
+def test_a_group_takes_what_xla_compiles(connector, top_layers, whole_tower):
   """The difference of two sizes, since latents are computed once for all pictures."""
   vision = VisionConfig(TRUNK, image_size=8, patch_size=4, top_layers=top_layers)
   config = DockedConfig(TEXT, vision, connector)
-  found = _step_flops(config, 2) - _step_flops(config, 1)
+  found = _step_flops(config, 2, whole_tower) - _step_flops(config, 1, whole_tower)
   # XLA computes the scores that causal attention masks, forwards and twice backwards.
   masked = 3 * SHAPE.rows * 2 * TEXT.num_layers * SHAPE.length**2 * TEXT.width
-  assert docked.group_flops(config, [SHAPE]) + masked == found
+  assert docked.group_flops(config, [SHAPE], whole_tower) + masked == found
 
 
 def test_pictures_take_memory_by_their_number_and_by_what_is_trained():
@@ -69,3 +72,14 @@ def test_pictures_take_memory_by_their_number_and_by_what_is_trained():
   assert many == pytest.approx(64 * one)
   top = dataclasses.replace(base, vision=dataclasses.replace(base.vision, top_layers=2))
   assert docked.picture_bytes(top, 64, **sizes) > many
+  assert docked.picture_bytes(base, 64, True, **sizes) > docked.picture_bytes(top, 64, **sizes)
+
+
+def test_an_optimizer_tells_whether_the_whole_tower_is_trained():
+  config = DockedConfig(TEXT, VisionConfig(TRUNK, 8, 4, top_layers=1), LinearConnectorConfig())
+  ids = jnp.zeros((1, 2), jnp.int32)
+  params = jax.eval_shape(DockedLM(config).init, jax.random.key(0), ids)["params"]
+  assert docked.trains_whole_tower(optimizers.sgd(0.1), params)
+  for pattern in ("vision/(?!top/).*", "vision/trunk/.*"):
+    frozen = optimizers.partition({pattern: None, ".*": optimizers.sgd(0.1)})
+    assert not docked.trains_whole_tower(frozen, params)

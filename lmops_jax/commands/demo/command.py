@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
       server.serve(demo)
     except KeyboardInterrupt:
-      print("lmops: the demo has ended.", file=sys.stderr)
+      print("lmops: the demo ends, once the answer that is under way, if any, is made.",
+            file=sys.stderr, flush=True)
   return 0
 
 

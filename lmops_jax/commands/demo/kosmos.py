@@ -103,8 +103,7 @@ class KosmosDemo:
       tokenizer: its tokenizer.
       partitioner: the mesh; None is the default device.
     """
-    self.pages = read_pages(
-      {"/": "kosmos.html", "/kosmos.js": "kosmos.js", "/demo.css": "demo.css"})
+    self.pages = read_pages("kosmos.html", "kosmos.js", "demo.js", "demo.css")
     self._source, self._tokenizer = source, tokenizer
     self._settings = source.image_settings()
     params = source.params(partitioner)

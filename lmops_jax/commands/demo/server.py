@@ -51,16 +51,12 @@ class Page(NamedTuple):
   content: bytes
 
 
-def read_pages(files: Mapping[str, str]) -> dict[str, Page]:
-  """Pages by their path.
-
-  Args:
-    files: path to the name of a packaged file, such as {"/": "kosmos.html"}.
-  """
+def read_pages(first: str, *others: str) -> dict[str, Page]:
+  """Packaged files by path: the first at "/", the others at "/" and their name."""
   folder = importlib.resources.files("lmops_jax.commands.demo") / "pages"
   return {
     path: Page(f"{_TYPES[name.rpartition('.')[2]]}; charset=utf-8", (folder / name).read_bytes())
-    for path, name in files.items()}
+    for path, name in {"/": first, **{f"/{name}": name for name in others}}.items()}
 
 
 class Demo(Protocol):
@@ -106,6 +102,8 @@ class DemoServer(socketserver.ThreadingTCPServer):
     Raises:
       ValueError: there is no such address, or it is taken.
     """
+    self.turn = threading.Lock()
+    self.places = threading.BoundedSemaphore(MAX_WAITING)
     self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
       super().__init__((host, port), _Handler)
@@ -117,13 +115,19 @@ class DemoServer(socketserver.ThreadingTCPServer):
     shown = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
     self.address = f"http://{shown}:{self.server_address[1]}"
     self.names = {"localhost", host.lower(), socket.gethostname().lower()}
-    self.turn = threading.Lock()
-    self.places = threading.BoundedSemaphore(MAX_WAITING)
 
   def serve(self, demo: Demo) -> None:
     """Answers until `shutdown` is called from another thread."""
     self.demo = demo
     self.serve_forever()
+
+  def server_close(self) -> None:
+    """Ends, once the answer that is under way is made: a process that ends amid jax's work aborts.
+
+    No further answer is begun.
+    """
+    super().server_close()
+    self.turn.acquire()
 
   def handle_error(self, request, client_address) -> None:
     """Tells what went wrong in a connection, unless the other side went away."""
@@ -178,9 +182,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     except _Refused as refused:
       status, answer = refused.status, {"error": str(refused)}
     self._send_json(status, answer)
-    print(f"lmops: {self.client_address[0]} got {'an answer' if status == 200 else status} after "
-          f"{time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+    got = "an answer" if status == 200 else f"status {status}"
+    self._tell(f"got {got} after {time.perf_counter() - begun:.1f} s")
     self._drop(num_unread)
+
+  def _tell(self, what: str) -> None:
+    print(f"lmops: {self.client_address[0]} {what}", file=sys.stderr, flush=True)
 
   def _length(self) -> int:
     length = self.headers.get("Content-Length", "")
@@ -218,6 +225,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     try:
       request = parse_json(body, "the request")
       with self.server.turn:
+        self._tell("is being answered")
         return self.server.demo.answer(request)
     except ValueError as error:
       raise _Refused(400, " ".join(str(error).split())) from error
@@ -246,4 +254,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.write(content)
 
   def log_message(self, format: str, *args: Any) -> None:
-    """Keeps quiet: answers have a line of their own, which holds nothing that a client sent."""
+    """Keeps quiet: answers have lines of their own, which hold nothing that a client sent."""

@@ -4,32 +4,37 @@
    runs elsewhere.
 2. Rows: the detector's boxes for the phrases, those that count, and the referring expressions.
 
-Both work through their input in parts of a fixed number of rows, each with a file of its own.
+Both work through the files of their input one by one, here or on many machines (`Spread`), each in
+parts of a fixed number of rows with a file of their own. No result depends on who does them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from lmops_jax.data.grit.detection import Detection, Detector, Question, selected
-from lmops_jax.data.grit.files import GritExample, write_jsonl, write_shard
+from lmops_jax.data.grit.detection import Detector, Question
+from lmops_jax.data.grit.files import GritCorpus, GritExample, Piece, write_jsonl, write_shard
 from lmops_jax.data.grit.phrases import Phrase, PhraseFinder
-from lmops_jax.data.grit.records import GritRow, Region
-from lmops_jax.data.grit.spans import outermost
+from lmops_jax.data.grit.records import GritRow
+from lmops_jax.data.grit.rows import grounded_row, sizes
 from lmops_jax.data.images import decode
 from lmops_jax.data.multimodal import LeftOut
-from lmops_jax.host.whole_files import replacing, write_json
+from lmops_jax.host import seals
+from lmops_jax.host.whole_files import json_text
 
 FORMATS = ("jsonl", "tar")
-_PHRASES, _ROWS, _COUNTS = "phrases", "rows", "counts"
+_PHRASES, _ROWS = "phrases", "rows"
 
 
 class Asked(NamedTuple):
@@ -39,54 +44,152 @@ class Asked(NamedTuple):
   phrases: tuple[Phrase, ...]
 
 
-def grounded_row(
-  row: GritRow, phrases: Sequence[Phrase], detections: Iterable[Detection], *, min_score: float,
-  max_overlap: float, where: str, left_out: LeftOut,
-) -> GritRow | None:
-  """A caption with the boxes that count.
+class Spread(Protocol):
+  """Calls functions for items, here or on other machines; `beam.Engine` is one."""
 
-  Args:
-    row: the caption. phrases: what was asked. detections: what was found.
-    min_score, max_overlap, where, left_out: see `detection.selected`; expressions that lie in
-      another one are counted as "inside".
-
-  Returns:
-    The row with noun chunks, surest first, and with the referring expressions that lie in no other
-    one and have the boxes of their chunks; None if no box counts.
-  """
-  found = selected(
-    detections, min_score=min_score, max_overlap=max_overlap, where=where, left_out=left_out)
-  chunks, expressions = [], []
-  for detection in found:
-    phrase = phrases[detection.phrase]
-    chunks.append(Region(phrase.start, phrase.end, detection.box, detection.score))
-    expressions.append(Region(
-      phrase.expression_start, phrase.expression_end, detection.box, detection.score))
-  outer = outermost(expressions)
-  if len(outer) < len(expressions):
-    left_out.counts["inside"] += len(expressions) - len(outer)
-  return row._replace(noun_chunks=tuple(chunks), ref_exps=tuple(outer)) if chunks else None
+  def each(
+    self, function: Callable[..., None], items: Iterable[Any], *, setup: Callable[[], Any]
+  ) -> None:
+    """Calls `function(setup(), item)` for every item, for what it writes."""
 
 
-# --------------------------------------------------------------------------------------- in parts
+@dataclasses.dataclass(frozen=True)
+class Here:
+  """One item after another in this process; `told` is called after each."""
+
+  told: Callable[[], Any] = lambda: None
+
+  def each(self, function, items, *, setup):
+    """See `Spread`."""
+    made = setup()
+    for item in items:
+      function(made, item)
+      self.told()
+
+
+_HERE = Here()
 
 
 def write_phrases(
-  directory: Path, examples: Iterable[GritExample], finder: PhraseFinder, *, rows_per_file: int
+  directory: Path, corpus: GritCorpus, finder: PhraseFinder, *, rows_per_file: int,
+  spread: Spread = _HERE,
 ) -> LeftOut:
-  """Writes the phrases of captions, as JSON lines.
+  """Writes the phrases of captions, as JSON lines in `phrases/`.
 
   Args:
     directory: of the files; those that a killed run has finished are kept.
+    corpus: the captions; its files are done one by one.
+    finder: finds the phrases.
     rows_per_file: captions that are parsed for a file.
+    spread: what does the files.
 
   Returns:
-    Counts of "captions", "phrases", and of what is left out: "abstract" phrases, captions
-    "without_phrase".
+    Counts of "captions", "phrases", and of what is left out: that of reading, "abstract" phrases,
+    captions "without_phrase".
   """
+  work = functools.partial(_phrases_of_piece, directory / _PHRASES, rows_per_file)
+  return _each_piece(directory / _PHRASES, work, corpus, finder, spread)
+
+
+def read_phrases(directory: Path, number: int, examples: Iterable[GritExample]) -> Iterator[Asked]:
+  """The examples of a piece with phrases, in order.
+
+  Args:
+    directory: that of `write_phrases`.
+    number: the piece's.
+    examples: those of the piece.
+
+  Raises:
+    ValueError: if the examples are others.
+  """
+  examples = iter(examples)
+  for path in sorted((directory / _PHRASES).glob(f"{number:06d}-*.jsonl")):
+    with path.open(encoding="utf-8") as file:
+      for line in file:
+        asked = json.loads(line)
+        example = next((e for e in examples if e.source == asked["source"]), None)
+        if example is None or example.row.caption != asked["caption"]:
+          raise ValueError(
+            f"the caption of {asked['source']} is not the one whose phrases are in {path}: the "
+            "captions changed meanwhile; run the stage of the phrases again."
+          )
+        yield Asked(example, tuple(Phrase(*place) for place in asked["places"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """How rows are made.
+
+  Attributes:
+    min_score, max_overlap: see `detection.selected`.
+    form: "jsonl" names each picture by its path; "tar" holds it.
+    rows_per_file: captions that are looked at for a file.
+    batch_size: questions that the detector gets together.
+    num_threads: number of threads that decode; no result depends on it.
+  """
+
+  min_score: float
+  max_overlap: float
+  form: Literal[FORMATS]
+  rows_per_file: int
+  batch_size: int
+  num_threads: int = 8
+
+
+def write_rows(
+  directory: Path, corpus: GritCorpus, phrases: Path, detector: Detector, rules: Rules, *,
+  spread: Spread = _HERE,
+) -> LeftOut:
+  """Writes rows of GrIT in `rows/`, as JSON lines or as tar shards with their pictures.
+
+  Args:
+    directory: of the files; those that a killed run has finished are kept.
+    corpus: the captions; its files are done one by one.
+    phrases: the folder that `write_phrases` wrote to.
+    detector: finds the phrases.
+    rules: how rows are made.
+    spread: what does the files.
+
+  Returns:
+    Counts of "rows", "chunks" (noun chunks with boxes) and "chunk_boxes", "expressions",
+    "expression_boxes" and "expression_words", and of what is left out: that of `rows.grounded_row`,
+    "unreadable" pictures, captions that the detector has "not_looked_at", and those "without_box".
+
+  Raises:
+    ValueError: for a picture within a shard and "jsonl".
+  """
+  work = functools.partial(_rows_of_piece, directory / _ROWS, phrases, rules)
+  return _each_piece(directory / _ROWS, work, corpus, detector, spread)
+
+
+def _each_piece(
+  directory: Path, work: Callable[..., None], corpus: GritCorpus, tool: Any,
+  spread: Spread,
+) -> LeftOut:
+  """Calls `work(tool, (number, piece))` for each file of a corpus; the sum of what they counted."""
+  counts, scratch = _counts_of(directory), _scratch_of(directory)
+  for made in (directory, counts, scratch):
+    made.mkdir(parents=True, exist_ok=True)
+  spread.each(work, list(enumerate(corpus.pieces())), setup=functools.partial(_given, tool))
+  shutil.rmtree(scratch)
+  total = LeftOut()
+  total.add_all(corpus.found().left_out)
+  for path in sorted(counts.glob("*.json")):
+    read = json.loads(path.read_text(encoding="utf-8"))
+    total.merge(LeftOut(Counter(read["counts"]), read["named"]))
+  return total
+
+
+def _given(value: Any) -> Any:
+  return value
+
+
+def _phrases_of_piece(
+  directory: Path, rows_per_file: int, finder: PhraseFinder, item: tuple[int, Piece]
+) -> None:
   def write(path: Path, part: Sequence[GritExample], left_out: LeftOut) -> None:
     captions = [example.row.caption for example in part]
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
       for example, (phrases, num_abstract) in zip(part, finder.phrases(captions)):
         left_out.counts.update({"captions": 1, "phrases": len(phrases)})
         if num_abstract:
@@ -96,7 +199,10 @@ def write_phrases(
         else:
           left_out.add("without_phrase", example.source)
 
-  return _in_parts(directory / _PHRASES, "jsonl", examples, rows_per_file, write)
+  number, piece = item
+  reading = LeftOut()
+  _in_parts(directory, "jsonl", number, piece.examples(reading), rows_per_file, write)
+  _write_counts(directory, f"{number:06d}", reading)
 
 
 def _question(example: GritExample, phrases: Sequence[Phrase]) -> dict[str, Any]:
@@ -110,90 +216,54 @@ def _question(example: GritExample, phrases: Sequence[Phrase]) -> dict[str, Any]
   }
 
 
-def read_phrases(directory: Path, examples: Iterable[GritExample]) -> Iterator[Asked]:
-  """The examples with phrases, in order.
-
-  Args:
-    directory: that of `write_phrases`.
-    examples: those that it was given, in the same order.
-
-  Raises:
-    ValueError: if the examples are others.
-  """
-  examples = iter(examples)
-  for path in sorted((directory / _PHRASES).glob("*.jsonl")):
-    with path.open(encoding="utf-8") as file:
-      for line in file:
-        asked = json.loads(line)
-        example = next((e for e in examples if e.source == asked["source"]), None)
-        if example is None or example.row.caption != asked["caption"]:
-          raise ValueError(
-            f"the caption of {asked['source']} is not the one whose phrases are in {path}: the "
-            "captions changed meanwhile; run the stage of the phrases again."
-          )
-        yield Asked(example, tuple(Phrase(*place) for place in asked["places"]))
-
-
-def write_rows(
-  directory: Path, asked: Iterable[Asked], detector: Detector, *, min_score: float,
-  max_overlap: float, form: Literal[FORMATS], rows_per_file: int, batch_size: int,
-  num_threads: int = 8,
-) -> LeftOut:
-  """Writes rows of GrIT, as JSON lines or as tar shards with their pictures.
-
-  Args:
-    directory: of the files; those that a killed run has finished are kept.
-    min_score, max_overlap: see `detection.selected`.
-    form: "jsonl" names each picture by its path; "tar" holds it.
-    rows_per_file: captions that are looked at for a file.
-    batch_size: questions that the detector gets together.
-    num_threads: number of threads that decode; no result depends on it.
-
-  Returns:
-    Counts of "rows", "chunks" (noun chunks with boxes) and "chunk_boxes", "expressions",
-    "expression_boxes" and "expression_words", and of what is left out: that of `grounded_row`,
-    "unreadable" pictures, captions that the detector has "not_looked_at", and those "without_box".
-
-  Raises:
-    ValueError: for a picture within a shard and "jsonl".
-  """
+def _rows_of_piece(
+  directory: Path, phrases: Path, rules: Rules, detector: Detector, item: tuple[int, Piece]
+) -> None:
   def write(path: Path, part: Sequence[Asked], left_out: LeftOut) -> None:
-    with ThreadPoolExecutor(num_threads, "pictures") as pool:
+    with ThreadPoolExecutor(rules.num_threads, "pictures") as pool:
       found = list(itertools.chain.from_iterable(
-        rows_of(batch, pool, left_out) for batch in batches(part, batch_size)))
+        _rows_of(batch, detector, rules, pool, left_out)
+        for batch in batches(part, rules.batch_size)))
     for example in found:
-      left_out.counts.update(_sizes(example.row))
-    if form == "tar":
+      left_out.counts.update(sizes(example.row))
+    if rules.form == "tar":
       write_shard(path, found)
     else:
       write_jsonl(path, map(_with_path, found))
 
-  def rows_of(batch: Sequence[Asked], pool, left_out: LeftOut) -> Iterator[GritExample]:
-    readable = list(_readable(batch, pool, left_out))
-    questions = [
-      Question(example.id, example.row.caption,
-               tuple(example.row.caption[p.start : p.end] for p in phrases), pixels)
-      for (example, phrases), pixels in readable]
-    answers = detector.detect(questions)
-    if len(answers) != len(questions):
-      raise ValueError(
-        f"the detector gave {len(answers)} answers to {len(questions)} questions; it should give "
-        "one to each."
-      )
-    for ((example, phrases), pixels), detections in zip(readable, answers):
-      if detections is None:
-        left_out.add("not_looked_at", example.source)
-        continue
-      row = grounded_row(
-        example.row, phrases, detections, min_score=min_score, max_overlap=max_overlap,
-        where=example.source, left_out=left_out)
-      if row is None:
-        left_out.add("without_box", example.source)
-      else:
-        size = {"width": pixels.shape[1], "height": pixels.shape[0]}
-        yield example._replace(row=row._replace(others={**row.others, **size}))
+  number, piece = item
+  asked = read_phrases(phrases, number, piece.examples(LeftOut()))
+  _in_parts(directory, rules.form, number, asked, rules.rows_per_file, write)
 
-  return _in_parts(directory / _ROWS, form, asked, rows_per_file, write)
+
+def _rows_of(
+  batch: Sequence[Asked], detector: Detector, rules: Rules, pool: ThreadPoolExecutor,
+  left_out: LeftOut,
+) -> Iterator[GritExample]:
+  """The examples of a batch of which boxes are left, with these."""
+  readable = list(_readable(batch, pool, left_out))
+  questions = [
+    Question(example.id, example.row.caption,
+             tuple(example.row.caption[p.start : p.end] for p in phrases), pixels)
+    for (example, phrases), pixels in readable]
+  answers = detector.detect(questions)
+  if len(answers) != len(questions):
+    raise ValueError(
+      f"the detector gave {len(answers)} answers to {len(questions)} questions; it should give one "
+      "to each."
+    )
+  for ((example, phrases), pixels), detections in zip(readable, answers):
+    if detections is None:
+      left_out.add("not_looked_at", example.source)
+      continue
+    row = grounded_row(
+      example.row, phrases, detections, min_score=rules.min_score, max_overlap=rules.max_overlap,
+      where=example.source, left_out=left_out)
+    if row is None:
+      left_out.add("without_box", example.source)
+    else:
+      size = {"width": pixels.shape[1], "height": pixels.shape[0]}
+      yield example._replace(row=row._replace(others={**row.others, **size}))
 
 
 def batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -220,15 +290,6 @@ def _readable(
       yield asked, found
 
 
-def _sizes(row: GritRow) -> dict[str, int]:
-  expressions = {(region.start, region.end) for region in row.ref_exps}
-  return {
-    "rows": 1, "chunks": len({(r.start, r.end) for r in row.noun_chunks}),
-    "chunk_boxes": len(row.noun_chunks), "expressions": len(expressions),
-    "expression_boxes": len(row.ref_exps),
-    "expression_words": sum(len(row.caption[a:b].split()) for a, b in expressions)}
-
-
 def _with_path(example: GritExample) -> GritRow:
   """The row with the path of its picture."""
   picture = example.picture
@@ -241,20 +302,32 @@ def _with_path(example: GritExample) -> GritRow:
 
 
 def _in_parts(
-  directory: Path, ending: str, items: Iterable[Any], size: int,
+  directory: Path, ending: str, piece: int, items: Iterable[Any], size: int,
   write: Callable[[Path, Sequence[Any], LeftOut], None],
-) -> LeftOut:
-  """Calls `write(path, items, left_out)` for each part that lacks its counts; sums all counts."""
-  folder = directory.with_name(f"{directory.name}_{_COUNTS}")
-  for made in (directory, folder):
-    made.mkdir(parents=True, exist_ok=True)
-  total = LeftOut()
+) -> None:
+  """Calls `write(path, items, left_out)` for each part of a piece that is not there as a whole."""
   for number, part in enumerate(batches(items, size)):
-    counts = folder / f"{number:06d}.json"
-    if not counts.exists():
-      found = LeftOut()
-      write(directory / f"{number:06d}.{ending}", part, found)
-      write_json(counts, {"counts": found.counts, "named": found.named})
-    read = json.loads(counts.read_text(encoding="utf-8"))
-    total.merge(LeftOut(Counter(read["counts"]), read["named"]))
-  return total
+    name = f"{piece:06d}-{number:06d}"
+    path, counts = directory / f"{name}.{ending}", _counts_of(directory) / f"{name}.json"
+    if not seals.all_whole([[path, counts]])[0]:
+      left_out = LeftOut()
+      with seals.replacing_shared(path, _scratch_of(directory)) as partial:
+        write(partial, part, left_out)
+      _write_counts(directory, name, left_out)
+
+
+def _counts_of(directory: Path) -> Path:
+  """The folder of what was counted beside the folder of files."""
+  return directory.with_name(f"{directory.name}_counts")
+
+
+def _scratch_of(directory: Path) -> Path:
+  """The folder of files while they are written; what a killed run leaves there is not read."""
+  return directory.with_name(f"{directory.name}_scratch")
+
+
+def _write_counts(directory: Path, name: str, found: LeftOut) -> None:
+  path = _counts_of(directory) / f"{name}.json"
+  with seals.replacing_shared(path, _scratch_of(directory)) as partial:
+    partial.write_text(
+      json_text({"counts": found.counts, "named": found.named}), encoding="utf-8")

@@ -17,6 +17,7 @@ import numpy as np
 
 from lmops_jax.config.setting_types import Text, component
 from lmops_jax.data import files, matching
+from lmops_jax.data.box_overlap import suppressed
 from lmops_jax.data.boxes import Box
 from lmops_jax.data.documents import given_id
 from lmops_jax.data.grit.records import clamped, is_box, is_number
@@ -212,29 +213,3 @@ def selected(
   if len(kept) < len(sure):
     left_out.counts["suppressed"] += len(sure) - len(kept)
   return [sure[i] for i in kept]
-
-
-def suppressed(boxes: np.ndarray, max_overlap: float) -> list[int]:
-  """Non-maximum suppression.
-
-  Args:
-    boxes: `[n,4]`, x1, y1, x2, y2, best first.
-    max_overlap: a box goes if its intersection over union with a better one that stays is above.
-
-  Returns:
-    The indices of the boxes that stay, ascending.
-  """
-  kept: list[int] = []
-  for i, overlaps in enumerate(overlap(boxes, boxes)):
-    if not (overlaps[kept] > max_overlap).any():
-      kept.append(i)
-  return kept
-
-
-def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-  """Intersection over union of each box with each, `[n,4], [m,4] -> [n,m]`."""
-  corner = np.maximum(first[:, None, :2], second[None, :, :2])
-  other = np.minimum(first[:, None, 2:], second[None, :, 2:])
-  shared = np.prod(np.maximum(other - corner, 0), axis=-1)
-  areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1) for boxes in (first, second)]
-  return shared / (areas[0][:, None] + areas[1][None] - shared)

@@ -43,6 +43,14 @@ class GritExample(NamedTuple):
 class GritCorpus:
   """Base of the corpora of GrIT's rows, with boxes or to find boxes for."""
 
+  def found(self) -> matching.Found:
+    """The files, by name relative to the fixed part of the pattern, and what is not read."""
+    raise NotImplementedError
+
+  def read_file(self, name: str, path: Path, left_out: LeftOut) -> Iterator[GritExample]:
+    """The rows of one of the files with a picture, in order."""
+    raise NotImplementedError
+
   def examples(self, left_out: LeftOut) -> Iterator[GritExample]:
     """The rows with a picture, in the order of the files.
 
@@ -50,12 +58,31 @@ class GritCorpus:
       left_out: gets what is left out, see `records.parse`; rows "without_file" name a picture that
         is not there, as pages on the web go.
     """
-    raise NotImplementedError
+    found = self.found()
+    left_out.add_all(found.left_out)
+    for name, path in found.files:
+      yield from self.read_file(name, path, left_out)
+
+  def pieces(self) -> list[Piece]:
+    """A piece for each file, for readers side by side."""
+    return [Piece(self, name, path.absolute()) for name, path in self.found().files]
 
   def fingerprint(self) -> str:
     """Changes when the settings or the files change; pictures in files of their own are not looked
     at."""
-    raise NotImplementedError
+    return files.fingerprint(repr(self), self.found().files)
+
+
+class Piece(NamedTuple):
+  """A file of a corpus, whose examples have the ids and sources that they have in the whole."""
+
+  corpus: GritCorpus
+  name: str
+  path: Path
+
+  def examples(self, left_out: LeftOut) -> Iterator[GritExample]:
+    """See `GritCorpus.read_file`."""
+    return self.corpus.read_file(self.name, self.path, left_out)
 
 
 @component(module="data")
@@ -71,14 +98,11 @@ class GritShards(GritCorpus):
 
   path: Text
 
-  def _shards(self) -> TarShards:
-    return TarShards(self.path, text_member="json")
+  def found(self):
+    return matching.matching(self.path, "data.GritShards.path", (".tar",))
 
-  def fingerprint(self) -> str:
-    return files.fingerprint(repr(self), self._shards().found().files)
-
-  def examples(self, left_out: LeftOut) -> Iterator[GritExample]:
-    for sample in self._shards().samples(left_out):
+  def read_file(self, name, path, left_out):
+    for sample in TarShards(self.path, text_member="json").samples(name, path, left_out):
       if not sample.pictures:
         left_out.add("without_file", f"{sample.where} has no picture")
         continue
@@ -109,29 +133,23 @@ class GritJsonl(GritCorpus):
   path: Text
   pictures: Text | None = None
 
-  def _found(self) -> matching.Found:
+  def found(self):
     return matching.matching(self.path, "data.GritJsonl.path", ENDINGS)
 
-  def fingerprint(self) -> str:
-    return files.fingerprint(repr(self), self._found().files)
-
-  def examples(self, left_out: LeftOut) -> Iterator[GritExample]:
-    found = self._found()
-    left_out.add_all(found.left_out)
-    for name, path in found.files:
-      folder = Path(os.path.expanduser(self.pictures)) if self.pictures else path.parent
-      for number, fields in jsonl_rows(path, left_out.counts):
-        where, source = f"{printable(path)}:{number}", f"{name}:{number}"
-        try:
-          row = parse(fields, where, left_out)
-        except UnicodeEncodeError:
-          left_out.add("undecodable", where)
-          continue
-        picture = _picture(row, folder, where)
-        if picture is None:
-          left_out.add("without_file", where)
-        else:
-          yield GritExample(_identifier(row, source, where), row, picture, printable(source))
+  def read_file(self, name, path, left_out):
+    folder = Path(os.path.expanduser(self.pictures)) if self.pictures else path.parent
+    for number, fields in jsonl_rows(path, left_out.counts):
+      where, source = f"{printable(path)}:{number}", f"{name}:{number}"
+      try:
+        row = parse(fields, where, left_out)
+      except UnicodeEncodeError:
+        left_out.add("undecodable", where)
+        continue
+      picture = _picture(row, folder, where)
+      if picture is None:
+        left_out.add("without_file", where)
+      else:
+        yield GritExample(_identifier(row, source, where), row, picture, printable(source))
 
 
 def _identifier(row: GritRow, source: str, where: str) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lmops_jax.config.setting_types import (
+  Count,
   Distinct,
   NonEmpty,
   PositiveInt,
@@ -38,6 +39,7 @@ _WORDS = (
    "happy", "joyful", "kind", "lively", "lovely", "neat", "nice", "noble", "superb", "sweet",
    "tender", "warm", "witty", "wise"),
 )
+WORDS = tuple(word for words in _WORDS for word in words)  # that have a sentiment
 _THINGS = ("film", "book", "song", "play", "meal", "day")
 _MARGIN = 1  # pixel
 _PAPER, _INK = (225, 256), (0, 70)  # grey levels
@@ -67,6 +69,8 @@ class RenderedTexts:
     fonts: fonts of Matplotlib, each used equally often.
     least_pixels, most_pixels: bounds of the letters' size; larger ones only if the text fits.
     sentence_share: share of texts such as "a good film"; the others are a word.
+    most_shift: pixels that a text lies away from the middle at most, in each direction; None puts
+      it anywhere.
     words_seed: decides which words' sentiment is told about pictures; the same for all seeds of a
       study.
 
@@ -80,6 +84,7 @@ class RenderedTexts:
   least_pixels: PositiveInt = 10
   most_pixels: PositiveInt = 15
   sentence_share: Probability = 0.5
+  most_shift: Count | None = None
   words_seed: Seed = 0
 
   def __post_init__(self):
@@ -143,12 +148,19 @@ class RenderedTexts:
     paper, ink = int(draws.integers(*_PAPER)), int(draws.integers(*_INK))
     image = Image.new("L", (self.side, self.side), paper)
     room, extents = self.side - 2 * _MARGIN, _extent(lines, font, size)
-    left, top = (_MARGIN + int(draws.integers(room - extent + 1)) for extent in extents)
+    left, top = (_MARGIN + self._start(draws, room - extent) for extent in extents)
     canvas = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
       place = (left, top + i * _line_height(font, size))
       canvas.text(place, line, font=_font(font, size), fill=ink, anchor="la")
     return np.repeat(np.asarray(image)[..., None], 3, axis=-1)
+
+  def _start(self, draws: np.random.Generator, free: int) -> int:
+    """Where a text starts that leaves some pixels free in a direction."""
+    if self.most_shift is None:
+      return int(draws.integers(free + 1))
+    low, high = (free // 2 + shift for shift in (-self.most_shift, self.most_shift))
+    return int(draws.integers(max(low, 0), min(high, free) + 1))
 
   def _fitting(self, text: str, font: str) -> list[tuple[tuple[str, ...], int]]:
     """(lines, size of letters) for each size at which a text fits."""

@@ -31,6 +31,7 @@ _COUNT = ("How many shapes are there?", "How many shapes are in the picture?",
           "What is the number of shapes?")
 _LARGER = ("Which is larger, the {0} or the {1}?", "Of the {0} and the {1}, which is larger?")
 _IS_LARGER = ("Is the {0} larger than the {1}?",)
+_COLOR_IN_TEXT, _LARGER_IN_TEXT = "The color of {0} is?", "Is {0} larger than {1}?"
 
 
 class Phrase(NamedTuple):
@@ -181,16 +182,31 @@ def questions_in_text(scenes: Scenes) -> tuple[Question, ...]:
   than one of the other kind. The answers mean nothing unless `typical_share` is above 0.
   """
   colors = [
-    Question("color", f"The color of {with_article(shape)} is?", COLORS,
+    Question("color", _COLOR_IN_TEXT.format(with_article(shape)), COLORS,
              scenes.typical_colors[shape]) for shape in SHAPES
   ]
   large = scenes.typically_large
   sizes = [
-    Question("is_larger", f"Is {with_article(one)} larger than {with_article(other)}?", YES_NO,
+    Question("is_larger", _LARGER_IN_TEXT.format(with_article(one), with_article(other)), YES_NO,
              YES_NO[one not in large])
     for one in SHAPES for other in SHAPES if (one in large) != (other in large)
   ]
   return (*colors, *sizes)
+
+
+def question_of_text(draws: np.random.Generator, scene: Scene) -> Question:
+  """A question in the words of `questions_in_text`, which the scene's `description` answers.
+
+  It asks for a colour or, if one of two shapes is large and one small, for a colour or a size.
+  """
+  found = [
+    Question("color", _COLOR_IN_TEXT.format(with_article(one.shape)), COLORS, one.color)
+    for one in scene.pictographs]
+  if len({_size(one) for one in scene.pictographs}) == 2:
+    order = [scene.pictographs[i] for i in draws.permutation(2)]
+    words = _LARGER_IN_TEXT.format(*(with_article(one.shape) for one in order))
+    found.append(Question("is_larger", words, YES_NO, YES_NO[_size(order[0]) != "large"]))
+  return _one_of(draws, found)
 
 
 def _one_of(draws: np.random.Generator, choices: Sequence):

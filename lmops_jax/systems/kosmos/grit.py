@@ -9,15 +9,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from lmops_jax.config.setting_types import PositiveInt, Probability, component
+from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.grit import building
 from lmops_jax.data.grit.detection import Detector
-from lmops_jax.data.grit.files import GritCorpus, GritExample
+from lmops_jax.data.grit.files import GritCorpus
 from lmops_jax.data.grit.phrases import PhraseFinder
 from lmops_jax.data.multimodal import LeftOut
 from lmops_jax.reporting import html
@@ -46,6 +48,8 @@ class Grit:
     form: "jsonl" names each picture by its path, "tar" holds it.
     rows_per_file: captions of a file, the most that a killed run does again.
     batch_size: pictures that the detector gets together.
+    engine: spreads the files of captions over workers, which all need the parser, the detector and
+      the workdir; None: this process does them one by one.
   """
 
   captions: GritCorpus
@@ -56,40 +60,50 @@ class Grit:
   form: Literal[building.FORMATS] = "jsonl"
   rows_per_file: PositiveInt = 4096
   batch_size: PositiveInt = 16
+  engine: Engine | None = None
 
   name = "kosmos_grit"
 
   def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""
     phrases = skeleton.Stage(
-      _PHRASES, self._phrases, reads=("captions", "finder", "rows_per_file"), together=False,
-      result=_PHRASES)
+      _PHRASES, functools.partial(self._phrases, engine=self.engine), together=False,
+      reads=("captions", "finder", "rows_per_file"), result=_PHRASES)
     rows = skeleton.Stage(
-      _ROWS, self._rows, inputs=(_PHRASES,), together=False, result=_ROWS,
+      _ROWS, functools.partial(self._rows, engine=self.engine), inputs=(_PHRASES,), together=False,
       reads=("captions", "detector", "min_score", "max_overlap", "form", "rows_per_file",
-             "batch_size"))
+             "batch_size"), result=_ROWS)
     work = [phrases] if self.detector is None else [phrases, rows]
     names = tuple(stage.name for stage in work)
     return [*work, skeleton.Stage(
       "report", functools.partial(self._report, names=names), inputs=names, together=False)]
 
-  def _phrases(self, context: pipeline.StageContext) -> None:
-    left_out = LeftOut()
-    with context.progress(None, "captions", "parsing") as bar:
-      examples = _told(self.captions.examples(left_out), bar)
+  def _phrases(self, context: pipeline.StageContext, engine: Engine | None) -> None:
+    with self._spread(context, engine, "parsing") as spread:
       found = building.write_phrases(
-        context.directory, examples, self.finder, rows_per_file=self.rows_per_file)
-    left_out.merge(found)
-    _note(context, left_out, needed="phrases")
+        context.directory, self.captions, self.finder, rows_per_file=self.rows_per_file,
+        spread=spread)
+    _note(context, found, needed="phrases")
 
-  def _rows(self, context: pipeline.StageContext) -> None:
-    asked = building.read_phrases(context.input(_PHRASES), self.captions.examples(LeftOut()))
-    with context.progress(None, "captions", "looking") as bar:
+  def _rows(self, context: pipeline.StageContext, engine: Engine | None) -> None:
+    rules = building.Rules(
+      self.min_score, self.max_overlap, self.form, self.rows_per_file, self.batch_size)
+    with self._spread(context, engine, "looking") as spread:
       found = building.write_rows(
-        context.directory, _told(asked, bar), self.detector, min_score=self.min_score,
-        max_overlap=self.max_overlap, form=self.form, rows_per_file=self.rows_per_file,
-        batch_size=self.batch_size)
+        context.directory, self.captions, context.input(_PHRASES), self.detector, rules,
+        spread=spread)
     _note(context, found, needed="rows")
+
+  @contextlib.contextmanager
+  def _spread(
+    self, context: pipeline.StageContext, engine: Engine | None, doing: str
+  ) -> Iterator[building.Spread]:
+    """What does the files of captions: the engine, or this process with a bar."""
+    if engine is not None:
+      yield engine
+      return
+    with context.progress(len(self.captions.pieces()), "files", doing) as bar:
+      yield building.Here(bar.update)
 
   def _report(self, context: pipeline.StageContext, names: Sequence[str]) -> None:
     report = RunReport(context, names)
@@ -121,13 +135,6 @@ class Grit:
       ("stage", "what", "number"),
       *((stage, what, f"{number:,}") for stage, of in summary["counts"].items()
         for what, number in of.items())])
-
-
-def _told(items: Iterator[GritExample | building.Asked], bar) -> Iterator[Any]:
-  """The items, a step of the bar each."""
-  for item in items:
-    yield item
-    bar.update()
 
 
 def _note(context: pipeline.StageContext, found: LeftOut, needed: str) -> None:

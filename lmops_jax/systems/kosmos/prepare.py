@@ -18,7 +18,8 @@ from lmops_jax.data.mixture import Mixture
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
-from lmops_jax.systems.kosmos.world import PARTS, SOURCES, Item, World, items, records
+from lmops_jax.systems.kosmos.items import Item, items
+from lmops_jax.systems.kosmos.world import CORRECT, SOURCES, World, records, sources
 from lmops_jax.text.vocabularies import Vocabulary
 from lmops_jax.training.sources import Groups, Part
 
@@ -54,9 +55,9 @@ def run(
   ids = appended(words, num_slots)
   write_json(out / _IDS_FILE, dataclasses.asdict(ids))
   counts = {}
-  sources = [(part, source) for part in PARTS for source in SOURCES[part]]
-  with context.progress(len(sources), "sources", "drawing") as bar:
-    for part, source in sources:
+  drawn = list(sources(world))
+  with context.progress(len(drawn), "sources", "drawing") as bar:
+    for part, source in drawn:
       shape = shapes[part]
       for name in (_TRAIN, _VALIDATION):
         found = records(world, part, source, validation=name == _VALIDATION)
@@ -70,11 +71,11 @@ def run(
 
 
 def _texts(world: World) -> Iterator[str]:
-  """What the vocabulary is made from."""
-  for part in PARTS:
-    for source in SOURCES[part]:
-      for record in itertools.islice(records(world, part, source), _VOCABULARY_RECORDS):
-        yield " ".join(part for part in record.parts if isinstance(part, str))
+  """What the vocabulary is made from; "Yes" and "No" are among it, with matrices or without."""
+  yield from (f"Is it correct? {answer}" for answer in CORRECT)
+  for part, source in sources(world):
+    for record in itertools.islice(records(world, part, source), _VOCABULARY_RECORDS):
+      yield " ".join(part for part in record.parts if isinstance(part, str))
 
 
 def _write_items(out: Path, found: Iterator[Item]) -> None:
@@ -89,7 +90,9 @@ def _write_items(out: Path, found: Iterator[Item]) -> None:
     return numbers[id(picture)]
 
   rows = [
-    {**item._asdict(), "pictures": [number(picture) for picture in item.pictures]}
+    {**item._asdict(), **{
+      name: [number(picture) for picture in getattr(item, name)]
+      for name in ("pictures", "candidates")}}
     for item in found
   ]
   write_json(out / _ITEMS_FILE, rows)
@@ -126,10 +129,11 @@ class Prepared:
     return Groups({part: Part(self._mixture(_VALIDATION, part, side, 0), 1)}, num_groups).batch(0)
 
   def _mixture(self, name: str, part: str, side: int, seed: int) -> Mixture:
-    settings = ImageSettings(side, side)
-    return Mixture({
-      source: ImageRows(self._folder / name / part / source, settings)
-      for source in SOURCES[part]}, dict.fromkeys(SOURCES[part], 1.0), seed=seed)
+    settings, folder = ImageSettings(side, side), self._folder / name / part
+    there = {source: of for source, of in SOURCES[part].items() if (folder / source).is_dir()}
+    return Mixture(
+      {source: ImageRows(folder / source, settings) for source in there},
+      {source: of.weight for source, of in there.items()}, seed=seed)
 
 
 def batched(values, size: int):

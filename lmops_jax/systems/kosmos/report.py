@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lmops_jax.evaluation.intervals import mean_and_half_width
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
 from lmops_jax.stages import pipeline
-from lmops_jax.systems.kosmos import prepare, tower
+from lmops_jax.systems.kosmos import claims, figures, prepare, tower
 from lmops_jax.systems.kosmos.evaluate import RESULTS_FILE
 from lmops_jax.systems.kosmos.gallery import Shown, gallery
+from lmops_jax.systems.kosmos.items import (
+  CAPTION_KIND,
+  HELD_OUT,
+  SEEN,
+  SHOTS_KIND,
+  TYPICAL,
+  Item,
+)
 from lmops_jax.systems.kosmos.training import FULL, VALIDATION
-from lmops_jax.systems.kosmos.world import CAPTION_KIND, HELD_OUT, SEEN, SHOTS_KIND, Item
 from lmops_jax.training.metrics import read_records
 
-REQUIRED = ("arms", "seeds", "figures.*.*.mean", "losses.*.*[]", "tower.color", "stages[].seconds")
-_LEVEL = 0.95
+REQUIRED = (
+  "arms", "seeds", "figures.*.*.mean", "losses.*.*[]", "tower.*.color", "stages[].seconds")
 _NUM_SHOWN = 8  # scenes of the gallery, half of them of held-out pairs
-_KINDS = {"count": "count", "color": "colour", "shape": "shape"}  # for people
-_CHANCE = {"color": 1 / 8, "shape": 1 / 8, "count": 1 / 2}
-_GROUPS = {SEEN: "seen pairs", HELD_OUT: "held-out pairs"}
+_KINDS = (CAPTION_KIND, "CIDEr", "color", "shape", "count", SHOTS_KIND)  # of the main table
+_CHANCE = {"count": 1 / 2, "color": 1 / 8, "shape": 1 / 8}
 
 
 def run(
@@ -48,7 +53,8 @@ def run(
   report = RunReport(context, stages)
   summary = {
     "arms": arms, "seeds": seeds,
-    "figures": {arm: _figures([results[arm, seed]["figures"] for seed in seeds]) for arm in arms},
+    "figures": {
+      arm: figures.over_seeds([results[arm, seed]["figures"] for seed in seeds]) for arm in arms},
     "losses": {arm: _last_losses([losses[arm, seed] for seed in seeds]) for arm in arms},
     "tower": context.manifest(tower.STAGE)["extra"]["tested"],
     "counts": context.manifest(prepare.STAGE)["extra"]["counts"],
@@ -56,25 +62,8 @@ def run(
   }
   items, pictures = prepare.Prepared(context.input(prepare.STAGE)).items()
   said = results[FULL, seeds[0]]["said"]
-  report.write(summary, _page(report, summary, losses, _shown(items, pictures, said)),
-               required=REQUIRED)
-
-
-def _figures(by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """By "kind/group", and of captions also "CIDEr/group": shares by seed, mean, half width."""
-  found = {}
-  for name, of in by_seed[0].items():
-    kind, group = name.split("/")
-    rows = [figures[name] for figures in by_seed]
-    found[name] = _over_seeds([row["right"] / row["num"] for row in rows]) | {"num": of["num"]}
-    if kind == CAPTION_KIND:
-      found[f"CIDEr/{group}"] = _over_seeds([row["CIDEr"] for row in rows]) | {"num": of["num"]}
-  return found
-
-
-def _over_seeds(values: list[float]) -> dict[str, Any]:
-  mean, half = mean_and_half_width(values, _LEVEL)
-  return {"values": values, "mean": mean, "half_width": half}
+  report.write(
+    summary, _page(report, summary, losses, items, pictures, said), required=REQUIRED)
 
 
 def _last_losses(by_seed: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, list[float]]:
@@ -87,7 +76,7 @@ def _shown(items: Sequence[Item], pictures: np.ndarray, said: Sequence[Any]) -> 
   """Scenes with the caption and the answers of a model, beside the truth where they are wrong."""
   by_picture: dict[int, list[int]] = {}
   for i, item in enumerate(items):
-    if len(item.pictures) == 1 and not item.kind.startswith(SHOTS_KIND):
+    if item.kind == CAPTION_KIND or item.kind in _CHANCE and item.pictures:
       by_picture.setdefault(item.pictures[0], []).append(i)
   groups = [[p for p, rows in by_picture.items() if items[rows[0]].group == group]
             for group in (SEEN, HELD_OUT)]
@@ -101,48 +90,43 @@ def _line(item: Item, said: Any) -> tuple[str, bool]:
     return said if right else f"{said or 'nothing'} (is: {item.references[0]})", right
   right = said == item.label
   answer, truth = (item.options[i].strip() for i in (said, item.label))
-  return f"{_KINDS[item.kind]}: {answer}" + ("" if right else f" (is: {truth})"), right
-
-
-def _spread(of: Mapping[str, Any], spec: str) -> str:
-  """Mean and half width of the interval."""
-  text = format(of["mean"], spec)
-  return text if of["half_width"] is None else f"{text} ± {format(of['half_width'], spec)}"
+  return f"{figures.KINDS[item.kind]}: {answer}" + ("" if right else f" (is: {truth})"), right
 
 
 def table(summary: Mapping[str, Any]) -> str:
-  """A line for each figure, a column for each arm."""
-  return text_table(_rows(summary))
+  """A line for each figure but those of single rules, a column for each arm."""
+  return text_table(_rows(summary, (
+    name for name in summary["figures"][FULL] if not name.startswith(figures.RULE_KIND))))
 
 
-def _rows(summary: Mapping[str, Any]) -> list[list[str]]:
-  figures, arms = summary["figures"], summary["arms"]
+def _rows(summary: Mapping[str, Any], names: Iterable[str]) -> list[list[str]]:
+  found, arms = summary["figures"], summary["arms"]
   rows = [["", *arms]]
-  for name in figures[FULL]:
-    kind, group = name.split("/")
-    label = kind if kind.startswith(SHOTS_KIND) else f"{_KINDS.get(kind, kind)}, {_GROUPS[group]}"
-    rows.append([label, *(
-      _spread(figures[arm][name], ".2f" if kind == "CIDEr" else ".1%") for arm in arms)])
+  for name in names:
+    spec = ".2f" if name.startswith("CIDEr/") else ".1%"
+    rows.append([
+      figures.label(name), *(figures.spread(found[arm].get(name), spec) for arm in arms)])
   return rows
 
 
-def _page(report, summary, losses, shown) -> html.Report:
-  arms, seeds, figures = summary["arms"], summary["seeds"], summary["figures"]
+def _page(report, summary, losses, items, pictures, said) -> html.Report:
+  arms, seeds, found = summary["arms"], summary["seeds"], summary["figures"]
   styles = plots.looks(arms, emphasis=[FULL])
   note = ("One seed, so no intervals." if len(seeds) == 1 else
-          f"Means of {len(seeds)} seeds with half the width of their {_LEVEL:.0%} interval (t "
-          "distribution).")
+          f"Means of {len(seeds)} seeds with half the width of their {figures.LEVEL:.0%} interval "
+          "(t distribution).")
 
   def share(arm, kind):
-    return figures[arm][f"{kind}/{SEEN}"]["mean"]
+    return found[arm][f"{kind}/{SEEN}"]["mean"]
 
   answers = plots.grouped_bars(
-    {arm: {_KINDS[kind]: share(arm, kind) for kind in _KINDS} for arm in arms},
-    x_label="questions answered right, seen pairs", styles=styles, order=list(_KINDS.values()))
-  shots = [name for name in figures[FULL] if name.startswith(SHOTS_KIND)]
+    {arm: {figures.KINDS[kind]: share(arm, kind) for kind in _CHANCE} for arm in arms},
+    x_label="questions answered right, seen pairs", styles=styles,
+    order=[figures.KINDS[kind] for kind in _CHANCE])
+  shots = [name for name in found[FULL] if name.startswith(SHOTS_KIND)]
   numbers = [int(name.split("/")[0].removeprefix(SHOTS_KIND)) for name in shots]
   few_shot = plots.curves(
-    {arm: [plots.Run(numbers, [figures[arm][name]["values"][i] for name in shots])
+    {arm: [plots.Run(numbers, [found[arm][name]["values"][i] for name in shots])
            for i in range(len(seeds))] for arm in arms},
     x_label="pictures of each of two invented names", y_label="accuracy", styles=styles,
     reference=(0.5, "chance"))
@@ -152,7 +136,8 @@ def _page(report, summary, losses, shown) -> html.Report:
             for seed in seeds] for part in parts},
     x_label="steps", y_label="validation loss (nats a learned token)",
     focus_from=losses[FULL, seeds[0]][1]["step"])
-  header, *rows = _rows(summary)
+  header, *rows = _rows(summary, (
+    name for name in found[FULL] if name.startswith(_KINDS) and not name.endswith(TYPICAL)))
   loss_rows = [[part, *(float(np.mean(summary["losses"][arm][part]))
                         if part in summary["losses"][arm] else None for arm in arms)]
                for part in parts]
@@ -166,9 +151,10 @@ def _page(report, summary, losses, shown) -> html.Report:
          "All arms share one tower, which was taught what stands where on scenes of this world and "
          "then frozen.",
     key_figures=[
-      *(html.KeyFigure(f"{share(FULL, kind):.0%}", f"{label} right", f"chance {_CHANCE[kind]:.0%}")
-        for kind, label in _KINDS.items()),
-      html.KeyFigure(f"{figures[FULL][f'CIDEr/{SEEN}']['mean']:.2f}", "CIDEr", "seen pairs"),
+      *(html.KeyFigure(
+          f"{share(FULL, kind):.0%}", f"{figures.KINDS[kind]} right", f"chance {chance:.0%}")
+        for kind, chance in _CHANCE.items()),
+      html.KeyFigure(f"{found[FULL][f'CIDEr/{SEEN}']['mean']:.2f}", "CIDEr", "seen pairs"),
       report.work_figure()],
     sections=[
       html.Section(
@@ -177,8 +163,9 @@ def _page(report, summary, losses, shown) -> html.Report:
         "none has seen together. Captions are greedy and right if they name the same things; "
         "answers are the most likely option.",
         figures=[report.figure(
-          "gallery", gallery(shown), f"The full model, seed {seeds[0]}: right in green, wrong in "
-          "red with the truth behind it.")]),
+          "gallery", gallery(_shown(items, pictures, said)),
+          f"The full model, seed {seeds[0]}: right in green, wrong in red with the truth behind "
+          "it.")]),
       html.Section(
         "Questions and captions",
         "Blind arms see black pictures, shuffled ones were trained on pictures of other examples, "
@@ -191,6 +178,7 @@ def _page(report, summary, losses, shown) -> html.Report:
         "last picture's name is asked for. Such episodes are among the training documents.",
         figures=[report.figure(
           "shots", few_shot, "Accuracy by number of examples, mean and span of seeds.")]),
+      *claims.sections(report, found, items, pictures, said),
       html.Section(
         "Losses by source", figures=[report.figure(
           "losses", by_part, "The full model, mean and span of seeds.")],
@@ -201,7 +189,13 @@ def _page(report, summary, losses, shown) -> html.Report:
       report.cost_section(by_kind=True, total=True),
     ],
     facts={"seeds": ", ".join(map(str, seeds)),
-           "tower": ", ".join(f"{name.replace('_', ' ')} {value:.0%}"
-                              for name, value in summary["tower"].items()),
+           "tower": _told_of_tower(summary["tower"]),
            "work": report.work, "versions": report.versions},
   )
+
+
+def _told_of_tower(of: Mapping[str, Mapping[str, float]]) -> str:
+  """What the taught tower tells right."""
+  told = [f"{name.replace('_', ' ')} {value:.0%}" for name, value in of[SEEN].items()]
+  held = of[HELD_OUT]["shape_where_there"]
+  return f"{', '.join(told)}; shape where there, held-out pairs {held:.0%}"

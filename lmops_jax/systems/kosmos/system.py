@@ -48,7 +48,7 @@ class Kosmos:
 
   def __post_init__(self):
     size, text = self.model.vision.image_size, self.model.text
-    for name in ("scenes", "rendered"):
+    for name in ("scenes", "rendered", "matrices"):
       side = getattr(self.world, name).side
       if side != size:
         raise ValueError(
@@ -83,7 +83,8 @@ class Kosmos:
       skeleton.Stage(
         tower.STAGE,
         functools.partial(self._teach, init_seed=self.seeds[0], partitioner=partitioner),
-        reads=("world.scenes", "world.seed", "world.num_items", "tower", "model.vision"),
+        reads=("world.scenes", "world.rendered", "world.seed", "world.num_items", "tower",
+               "model.vision"),
         seed=self.seeds[0],
       ),
     ]
@@ -116,8 +117,8 @@ class Kosmos:
   def _teach(self, context: pipeline.StageContext, init_seed, partitioner) -> None:
     tower.run(
       context, config=self.tower, vision=self.model.vision, scenes=self.world.scenes,
-      seed=self.world.train_seed, init_seed=init_seed, num_tested=self.world.num_items,
-      partitioner=partitioner)
+      rendered=self.world.rendered, seed=self.world.train_seed, init_seed=init_seed,
+      num_tested=self.world.num_items, partitioner=partitioner)
 
   def _train(self, context: pipeline.StageContext, arm, seed, partitioner) -> None:
     prepared = prepare.Prepared(context.input(prepare.STAGE))

@@ -2,14 +2,16 @@
 
 It takes the place of CLIP, which Kosmos-1 freezes but for its last layer. A linear head tells, of
 each patch's vector, the shape over the patch's middle or that there is none, its colour, and its
-box. A tower that is trained with the decoder from the start learns neither at this size, and one
-that has learned names alone leads no places past the resampler.
+box; another one tells, of each patch with ink of a word, which word it is part of, but not its
+sentiment. A tower that is trained with the decoder from the start learns neither at this size, and
+one that has learned names alone leads no places past the resampler.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmops_jax.config.setting_types import PositiveInt, component
-from lmops_jax.data.synthetic_pictures import Scene, Scenes
+from lmops_jax.config.setting_types import Count, PositiveInt, component
+from lmops_jax.data.synthetic_pictures import RenderedText, RenderedTexts, Scene, Scenes
 from lmops_jax.data.synthetic_pictures.pictographs import COLORS, SHAPES
+from lmops_jax.data.synthetic_pictures.rendered_text import WORDS
 from lmops_jax.models.layers import Projection
 from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig, VisionTransformer
 from lmops_jax.sizing import flops
@@ -31,6 +34,8 @@ from lmops_jax.training.sources import Ahead, Batches
 
 STAGE = "vision"
 _NONE = len(SHAPES)  # the class of a patch without a shape
+_NO_WORD = -1  # the word of a scene
+_DARK = 128  # grey levels of ink are below
 _OUTPUTS = (len(SHAPES) + 1, len(COLORS), 4)
 _AMPLITUDE = 0.1  # of positions in the beginning
 _BOX_WEIGHT = 4.0  # of the error of a box's four fractions beside two cross-entropies
@@ -45,25 +50,28 @@ class TowerTraining:
     optimizer: an optax transformation.
     num_steps: optimizer steps.
     batch_size: scenes of a step, each of them seen once.
+    num_words: pictures of words of a step, likewise.
     checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
   """
 
   optimizer: optax.GradientTransformation
   num_steps: PositiveInt = 1000
   batch_size: PositiveInt = 64
+  num_words: Count = 32
   checkpoint_every: PositiveInt | None = 100
 
 
 class Seen(NamedTuple):
-  """What a head tells of each patch: logits of shapes and colours, and boxes, `[B,P,...]`."""
+  """What heads tell of each patch: logits of shapes, colours and words, and boxes, `[B,P,...]`."""
 
   shapes: jax.Array
   colors: jax.Array
   boxes: jax.Array
+  words: jax.Array
 
 
 class TaughtTower(nn.Module):
-  """A vision tower, `vision`, and a linear head, `head`."""
+  """A vision tower, `vision`, and two linear heads, `head` of patches and `word_head`."""
 
   config: VisionConfig
 
@@ -71,16 +79,19 @@ class TaughtTower(nn.Module):
     trunk = self.config.trunk
     self.vision = VisionTransformer(self.config)
     self.head = Projection(trunk, (trunk.width,), (sum(_OUTPUTS),), ("embed", None), True)
+    self.word_head = Projection(trunk, (trunk.width,), (len(WORDS),), ("embed", None), True)
 
   def __call__(self, images: jax.Array) -> Seen:
     """Of images `[B,height,width,3] uint8`."""
-    found = self.head(self.vision.features(images)[:, 1:]).astype(jnp.float32)
-    return Seen(*jnp.split(found, np.cumsum(_OUTPUTS)[:-1], axis=-1))
+    features = self.vision.features(images)[:, 1:]
+    found = self.head(features).astype(jnp.float32)
+    words = self.word_head(features).astype(jnp.float32)
+    return Seen(*jnp.split(found, np.cumsum(_OUTPUTS)[:-1], axis=-1), words)
 
 
 @dataclasses.dataclass(frozen=True)
 class TowerLosses:
-  """`(params, batch) -> [B] float32` of a `TaughtTower` for batches of `patch_labels`."""
+  """`(params, batch) -> [B] float32` of a `TaughtTower` for batches of `batch_of`."""
 
   model: TaughtTower
 
@@ -91,7 +102,9 @@ class TowerLosses:
     shapes, colors = nats(seen.shapes, batch["shapes"]), nats(seen.colors, batch["colors"])
     boxes = _BOX_WEIGHT * jnp.abs(seen.boxes - batch["boxes"]).sum(axis=-1)
     # Apart, since far fewer patches have a shape.
-    return _mean(shapes, ~there) + _mean(shapes + colors + boxes, there)
+    of_scenes = _mean(shapes, ~there) + _mean(shapes + colors + boxes, there)
+    words = nats(seen.words, jnp.maximum(batch["words"], 0)[:, None])
+    return jnp.where(batch["words"] == _NO_WORD, of_scenes, _mean(words, batch["ink"]))
 
 
 def _mean(values: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -120,13 +133,33 @@ def patch_labels(scene: Scene, per_side: int) -> dict[str, np.ndarray]:
   return {"shapes": shapes.ravel(), "colors": colors.ravel(), "boxes": boxes.reshape(-1, 4)}
 
 
-def batch_of(scenes: Scenes, per_side: int, seed: int, numbers) -> dict[str, np.ndarray]:
-  """The scenes of some numbers with the labels of their patches."""
-  found = [scenes.scene(seed, int(number)) for number in numbers]
-  labels = [patch_labels(scene, per_side) for scene in found]
-  return {"images": np.stack([scene.picture for scene in found]),
-          "example_id": np.asarray(numbers, np.int64),
-          **{name: np.stack([of[name] for of in labels]) for name in labels[0]}}
+def batch_of(
+  scenes: Sequence[Scene], texts: Sequence[RenderedText], per_side: int
+) -> dict[str, np.ndarray]:
+  """Scenes, and behind them pictures of words.
+
+  Returns:
+    `images [B,side,side,3]`, the labels of `patch_labels`, which mean nothing for words, `words
+    [B]`, the number of a word, `_NO_WORD` for a scene, and `ink [B,P] bool`, where a patch has some
+    that is dark.
+  """
+  labels = [patch_labels(scene, per_side) for scene in scenes]
+  missing = ((0, len(texts)),)
+  stacked = {name: np.stack([of[name] for of in labels]) for name in labels[0]}
+  images = np.stack([one.picture for one in (*scenes, *texts)])
+  size = images.shape[1] // per_side
+  in_patches = images[..., 0].reshape(-1, per_side, size, per_side, size)
+  return {
+    "images": images,
+    "ink": (in_patches.min(axis=(2, 4)) < _DARK).reshape(len(images), -1),
+    "words": np.array([_NO_WORD] * len(scenes) + [WORDS.index(word_of(one)) for one in texts]),
+    **{name: np.pad(x, missing + ((0, 0),) * (x.ndim - 1)) for name, x in stacked.items()},
+  }
+
+
+def word_of(text: RenderedText) -> str:
+  """The word of a text that has a sentiment."""
+  return next(word for word in text.text.split() if word in WORDS)
 
 
 @functools.lru_cache
@@ -153,19 +186,25 @@ def waves(per_side: int, width: int) -> np.ndarray:
 
 def run(
   context: pipeline.StageContext, *, config: TowerTraining, vision: VisionConfig, scenes: Scenes,
-  seed: int, init_seed: int, num_tested: int, partitioner,
+  rendered: RenderedTexts, seed: int, init_seed: int, num_tested: int, partitioner,
 ) -> None:
-  """Trains the tower, and tests it on scenes that it has not seen.
+  """Trains the tower, and tests it on pictures that it has not seen.
 
   Args:
-    seed: of the scenes to train on; those of the next one test it.
+    seed: of the pictures to train on; those of the next one test it.
     init_seed: of the initial numbers.
   """
   model, per_side = TaughtTower(vision), vision.image_size // vision.patch_size
-  size = config.batch_size
+  size, num_words = config.batch_size, config.num_words
+
+  def texts(seed, start, num):
+    return [rendered.item(seed, i, told_of_pictures=bool(i % 2)) for i in range(start, start + num)]
 
   def at(step):
-    return batch_of(scenes, per_side, seed, np.arange(step * size, (step + 1) * size))
+    found = batch_of(
+      [scenes.scene(seed, i) for i in range(step * size, (step + 1) * size)],
+      texts(seed, step * num_words, num_words), per_side)
+    return found | {"example_id": np.arange(size + num_words) + step * (size + num_words)}
 
   def initial():
     params = nn.unbox(jax.jit(initializer(model))(jax.random.key(init_seed)))
@@ -180,24 +219,39 @@ def run(
       checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
       description=context.name, progress=context.progress),
   ).state
-  num_tokens = config.num_steps * size * (1 + vision.num_patches)
+  num_tokens = config.num_steps * (size + num_words) * (1 + vision.num_patches)
   context.flops += 3 * num_tokens * flops.forward_flops_per_token(
     vision.trunk, 1 + vision.num_patches, unembedding=False)
-  tested = batch_of(scenes, per_side, seed + 1, np.arange(num_tested))
-  with partitioner.activate():
-    seen = jax.device_get(jax.jit(model.apply)({"params": state.params}, tested["images"]))
-  context.extra["tested"] = figures(Seen(*seen), tested)
+
+  def tested(of_scenes):
+    batch = batch_of(of_scenes, texts(seed + 1, 0, num_tested), per_side)
+    with partitioner.activate():
+      seen = jax.device_get(jax.jit(model.apply)({"params": state.params}, batch["images"]))
+    return figures(Seen(*seen), batch)
+
+  context.extra["tested"] = {
+    group: tested([scenes.scene(seed + 1, i, held_out) for i in range(num_tested)])
+    for group, held_out in (("seen", False), ("held_out", True))}
 
 
 def figures(seen: Seen, batch: dict[str, np.ndarray]) -> dict[str, float]:
-  """Shares of patches told right, and the mean overlap of boxes; the last two where a shape is."""
-  there = batch["shapes"] != _NONE
-  return {
-    "shape": float((seen.shapes.argmax(-1) == batch["shapes"]).mean()),
-    "shape_where_there": float((seen.shapes.argmax(-1) == batch["shapes"])[there].mean()),
+  """Shares of patches and words told right, and the mean overlap of boxes.
+
+  Colours and boxes are those of patches where a shape is; words are left out if there are none.
+  """
+  scene = batch["words"] == _NO_WORD
+  there = (batch["shapes"] != _NONE) & scene[:, None]
+  right = seen.shapes.argmax(-1) == batch["shapes"]
+  found = {
+    "shape": float(right[scene].mean()),
+    "shape_where_there": float(right[there].mean()),
     "color": float((seen.colors.argmax(-1) == batch["colors"])[there].mean()),
     "box_overlap": float(_overlap(seen.boxes[there], batch["boxes"][there]).mean()),
   }
+  if not scene.all():
+    votes = (seen.words * batch["ink"][..., None]).sum(axis=1)
+    found["word"] = float((votes.argmax(-1) == batch["words"])[~scene].mean())
+  return found
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:

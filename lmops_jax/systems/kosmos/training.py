@@ -110,6 +110,11 @@ class Arm(NamedTuple):
   trained_on: Callable[[np.ndarray, np.ndarray], np.ndarray]
   shown: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
 
+  @property
+  def sees(self) -> bool:
+    """Whether it is evaluated on pictures as they are."""
+    return self.shown is _as_they_are
+
 
 ARMS: Mapping[str, Arm] = {
   FULL: Arm(PARTS, _as_they_are, _as_they_are),

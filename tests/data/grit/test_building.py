@@ -7,11 +7,12 @@ import pytest
 
 from lmops_jax.data import DetectorFunction, GritJsonl, GritShards, RecordedBoxes
 from lmops_jax.data.grit import building
-from lmops_jax.data.grit.building import grounded_row, read_phrases, write_phrases, write_rows
+from lmops_jax.data.grit.building import Rules, read_phrases, write_phrases, write_rows
 from lmops_jax.data.grit.detection import Detection
 from lmops_jax.data.grit.files import write_shard
 from lmops_jax.data.grit.phrases import Phrase, Phrases
 from lmops_jax.data.grit.records import GritRow, Region
+from lmops_jax.data.grit.rows import grounded_row
 from lmops_jax.data.multimodal import LeftOut
 
 CAPTION = "a dog in a field of flowers"
@@ -58,6 +59,12 @@ def test_an_expression_needs_a_box_of_its_chunk():
   assert row is None and left_out.counts == {"low_score": 1}
 
 
+@pytest.mark.parametrize("phrase", [-1, 3])
+def test_boxes_of_phrases_that_were_not_asked_for_are_refused(phrase):
+  with pytest.raises(ValueError, match=f"gave f:1 a box of phrase {phrase}, and it was asked f"):
+    _grounded(Detection(phrase, A, 0.9))
+
+
 @pytest.fixture
 def corpus(folder, row, write):
   rows = [row(i, image=f"{i}.png") for i in (1, 2, 3, 4)]
@@ -73,16 +80,16 @@ def _detect(pixels, phrases):
 DETECTOR = DetectorFunction(_detect, "1")
 
 
-def _built(directory, corpus, detector=DETECTOR, finder=None, form="jsonl"):
-  found = write_phrases(
-    directory, corpus.examples(LeftOut()), finder or _Finder(), rows_per_file=2)
-  asked = read_phrases(directory, corpus.examples(LeftOut()))
-  return found, write_rows(
-    directory, asked, detector, form=form, rows_per_file=2, batch_size=1, **RULES)
+def _built(directory, corpus, detector=DETECTOR, finder=None, form="jsonl", spread=None):
+  chosen = {} if spread is None else {"spread": spread}
+  found = write_phrases(directory, corpus, finder or _Finder(), rows_per_file=2, **chosen)
+  rules = Rules(**RULES, form=form, rows_per_file=2, batch_size=1)
+  return found, write_rows(directory, corpus, directory, detector, rules, **chosen)
 
 
 def _files(directory):
-  return {path.name: path.read_bytes() for path in sorted(directory.glob("*/*")) if path.is_file()}
+  return {
+    str(path.relative_to(directory)): path.read_bytes() for path in directory.glob("*/[!.]*")}
 
 
 def test_captions_become_rows(corpus, tmp_path, folder):
@@ -97,11 +104,12 @@ def test_captions_become_rows(corpus, tmp_path, folder):
   assert "broken.png" in rows.named["unreadable"][0]
   left_out = LeftOut()
   again = list(GritJsonl(str(tmp_path / "rows")).examples(left_out))
-  assert [e.id for e in again] == [1, 2, 3, 4] and not left_out.counts
+  assert [e.id for e in again] == [1, 2, 3, 4]
+  assert set(left_out.counts) == {"hidden"}  # seals, which go when a stage ends
   assert again[0].row.ref_exps == (Region(0, 27, A, 0.9),)
   assert again[0].row.others["width"] == 60 and again[0].row.others["url"] == "http://x/1"
   assert again[3].picture.read() == (folder / "4.png").read_bytes()
-  question = json.loads((tmp_path / "phrases/000000.jsonl").read_text().splitlines()[0])
+  question = json.loads((tmp_path / "phrases/000000-000000.jsonl").read_text().splitlines()[0])
   assert question["phrases"] == ["a dog", "a field", "flowers"] and question["id"] == 1
   assert question["picture"][0] == str(folder / "1.png")
 
@@ -163,12 +171,73 @@ def test_a_detector_answers_every_question(corpus, tmp_path):
 
 
 def test_phrases_of_other_captions_are_refused(corpus, tmp_path, row, write):
-  write_phrases(tmp_path, corpus.examples(LeftOut()), _Finder(), rows_per_file=2)
+  write_phrases(tmp_path, corpus, _Finder(), rows_per_file=2)
   for rows in ([row(1, "another dog", image="1.png")], [row(1, image="1.png")]):
     write(rows)
     with pytest.raises(ValueError, match="captions changed meanwhile; run the stage of the phra"):
-      list(read_phrases(tmp_path, corpus.examples(LeftOut())))
+      list(read_phrases(tmp_path, 0, corpus.examples(LeftOut())))
 
 
 def test_parts_are_lists_of_a_size():
   assert list(building.batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
+
+
+class _Backwards:
+  """Does items last first, and each twice, as a cluster may."""
+
+  def each(self, function, items, *, setup):
+    for item in reversed(list(items)):
+      function(setup(), item)
+      function(setup(), item)
+
+
+@pytest.fixture
+def three_files(folder, row, tmp_path):
+  """Captions in three files, some without a picture."""
+  (tmp_path / "in").mkdir()
+  for name, ids in (("a", (1, 2, 3)), ("b", (4, 77)), ("c", (2, 1))):
+    (tmp_path / f"in/{name}.jsonl").write_text("".join(
+      json.dumps(row(f"{name}{i}", image=f"{i}.png")) + "\n" for i in ids))
+  return GritJsonl(str(tmp_path / "in"), pictures=str(folder))
+
+
+def test_files_are_the_same_whoever_does_them(three_files, tmp_path):
+  found = _built(tmp_path / "here", three_files)
+  again = _built(tmp_path / "there", three_files, spread=_Backwards())
+  assert _files(tmp_path / "here") == _files(tmp_path / "there")
+  assert [side.counts for side in found] == [side.counts for side in again]
+  assert found[0].counts["without_file"] == 1 and found[1].counts["rows"] == 6
+  names = sorted(path.name for path in (tmp_path / "there/rows").glob("*.jsonl"))
+  assert names == [f"{piece}.jsonl" for piece in (
+    "000000-000000", "000000-000001", "000001-000000", "000002-000000")]
+  whole = [e.source for e in three_files.examples(LeftOut())]
+  assert whole == [
+    e.source for piece in three_files.pieces() for e in piece.examples(LeftOut())]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "tar"])
+def test_a_part_of_which_nothing_is_left_is_an_empty_file(corpus, tmp_path, form):
+  _, rows = _built(tmp_path, corpus, DetectorFunction(lambda *_: [([], [])] * 3, "1"), form=form)
+  assert rows.counts == {"without_box": 4, "unreadable": 1}
+  read = GritJsonl if form == "jsonl" else GritShards
+  left_out = LeftOut()
+  assert not list(read(str(tmp_path / "rows")).examples(left_out))
+  assert set(left_out.counts) == {"hidden"}
+
+
+def test_a_damaged_file_is_made_again(three_files, tmp_path):
+  _built(tmp_path / "run", three_files)
+  before = _files(tmp_path / "run")
+  (tmp_path / "run/rows/000001-000000.jsonl").write_text("{")
+  _built(tmp_path / "run", three_files)
+  assert _files(tmp_path / "run") == before
+
+
+def test_on_beam(three_files, tmp_path):
+  pytest.importorskip("apache_beam", reason="needs the extra `beam`")
+  from lmops_jax.data import Engine
+
+  threads = Engine(["--direct_num_workers=2", "--direct_running_mode=multi_threading"])
+  _built(tmp_path / "here", three_files)
+  _, rows = _built(tmp_path / "beam", three_files, spread=threads)
+  assert _files(tmp_path / "beam") == _files(tmp_path / "here") and rows.counts["rows"] == 6

@@ -53,6 +53,22 @@ def test_longer_texts_have_more_ink_and_lines():
   assert [ink_rows(text) for text in ("sun", "sun moon", "warm sun moon")] == [1, 2, 3]
 
 
+def test_a_text_lies_within_its_shift_of_the_middle():
+  def first_column(item):
+    return int(np.flatnonzero((item.picture != item.picture[0, 0]).any(axis=(0, 2)))[0])
+
+  world = RenderedTexts(
+    fonts=("DejaVuSans",), least_pixels=12, most_pixels=12, sentence_share=0.0, most_shift=1)
+  starts: dict[str, set[int]] = {}
+  for i in range(300):
+    item = world.item(0, i)
+    starts.setdefault(item.text, set()).add(first_column(item))
+  assert {max(of) - min(of) for of in starts.values() if len(of) == 3} == {2}
+  assert all(max(of) - min(of) <= 2 for of in starts.values())
+  anywhere = {first_column(item) for of in ITEMS.values() for item in of if item.text == "fun"}
+  assert max(anywhere) - min(anywhere) > 2
+
+
 def test_what_does_not_fit():
   with pytest.raises(ValueError, match="'unimaginable' does not fit into 48 pixels"):
     WORLD.render(np.random.default_rng(0), "unimaginable", "DejaVuSans")

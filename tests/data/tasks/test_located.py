@@ -1,6 +1,8 @@
 """Tasks about boxes and SEED-Bench from tiny folders of the real formats."""
 
 import json
+import pathlib
+import pickle
 import re
 
 import pytest
@@ -109,7 +111,7 @@ def test_referring_expressions(tmp_path):
   assert (task.metric, task.skipped) == ("referring", 1)
   assert picture_task("refcoco-plus", tmp_path).rows[0].prompt.endswith(" plus</phrase>")
   assert picture_task("refcoco", tmp_path, split="testB").rows[0].prompt.endswith(" B</phrase>")
-  with pytest.raises(ValueError, match=re.escape("has no file *refcocog_val.json")):
+  with pytest.raises(ValueError, match=re.escape("has no file *refcocog_val.json or refcocog/")):
     picture_task("refcocog", tmp_path)
 
 
@@ -130,7 +132,7 @@ def test_all_expressions_of_a_box_describe_it(tmp_path):
   ([(1, "a", [120, 10, 160, 60])], r"image 1 has the box \(120, 10, 280, 70\), which leaves its pic"
    r"ture of 200 x 100 pixels; boxes are \(x, y, width, height\) in pixels; if these are \(x1"),
   ([(1, "a", [20, 10, 0, 60])], r"image 1 has the box \(20, 10, 20, 70\), whose right or bottom"),
-  ([(1, "a", [20, 10, 5])], "bbox"),
+  ([(1, "a", [20, 10, 5])], r"annotations\[0\].bbox=\[20, 10, 5\] should be a list of 4 whose"),
   ([(1, "a", [0, 0, 9, 9]), (1, "b", [0, 0, 9, 9])], "has 2 images and 1 different ids of them"),
 ])
 def test_bad_expressions(tmp_path, rows, message):
@@ -144,6 +146,47 @@ def test_a_box_of_another_file_is_refused(tmp_path):
   path.write_text(path.read_text().replace('"image_id": 1', '"image_id": 5'))
   with pytest.raises(ValueError, match="has a box of the image 5, which is not among its images"):
     picture_task("refcoco", tmp_path)
+
+
+def _original(folder, *, references=None, instances=None):
+  sentences = [{"sent": "left man", "sent_id": 7, "raw": "Left man", "tokens": ["left", "man"]},
+               {"sent": "him", "sent_id": 8, "raw": "him", "tokens": ["him"]}]
+  if references is None:
+    references = [
+      {"ref_id": i, "ann_id": ann, "image_id": 9, "split": split, "category_id": 1,
+       "file_name": "COCO_train2014_000000000009_4.jpg", "sentences": sentences}
+      for i, (ann, split) in enumerate([(4, "val"), (5, "testA")])]
+  if instances is None:
+    instances = {
+      "images": [{"id": 9, "file_name": "a.jpg", "width": 200, "height": 100}],
+      "annotations": [{"id": 4, "image_id": 9, "bbox": [20, 10, 100, 50]},
+                      {"id": 5, "image_id": 9, "bbox": [0, 0, 200, 100]}]}
+  _write(folder / "refcoco/instances.json", instances)
+  (folder / "refcoco/refs(unc).p").write_bytes(pickle.dumps(references, 2))
+  _write(folder / "a.jpg")
+  return folder
+
+
+def test_the_original_form_has_several_expressions_of_an_annotation(tmp_path):
+  task = picture_task("refcoco", _original(tmp_path))
+  assert [row.prompt.removeprefix("<image><grounding><phrase> ") for row in task.rows] == [
+    "left man</phrase>", "him</phrase>"]
+  assert {row.boxes for row in task.rows} == {((0.1, 0.1, 0.6, 0.6),)}
+  assert task.rows[0].images == (str(tmp_path / "a.jpg"),)
+  (whole, _) = picture_task("refcoco", tmp_path, split="testA").rows
+  assert whole.boxes == ((0, 0, 1, 1),)
+  with pytest.raises(ValueError, match=r"refs\(unc\).p has no split 'testB' \(it has testA, val\)"):
+    picture_task("refcoco", tmp_path, split="testB")
+
+
+@pytest.mark.parametrize("change,message", [
+  ({"instances": {"images": [], "annotations": []}}, "annotation 4 or its image is not there, an"),
+  ({"references": [pathlib.Path("x")]}, "cannot be read as a pickle of plain values .it holds pa"),
+  ({"references": [{"ann_id": 4}]}, r"refs\(unc\).p has no field '\[0\].split', which should be"),
+])
+def test_bad_originals(tmp_path, change, message):
+  with pytest.raises(ValueError, match=message):
+    picture_task("refcoco", _original(tmp_path, **change))
 
 
 def _seed(folder, *changes, types=None):
@@ -170,7 +213,7 @@ def test_questions_of_seed_bench(tmp_path):
 
 
 @pytest.mark.parametrize("change,message", [
-  ({"answer": "E"}, "answer"),
+  ({"answer": "E"}, r'questions\[0\].answer="E" should be one of "A", "B", "C", "D"'),
   ({"question_type_id": 9}, "question 101 has the type 9, which question_type does not name .it"),
 ])
 def test_bad_questions(tmp_path, change, message):

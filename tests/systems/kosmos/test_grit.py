@@ -112,7 +112,7 @@ def test_settings_of_another_type_are_refused(captions, tmp_path):
 
 def test_the_command_asks_for_what_it_needs(capsys, captions):
   assert cli.main(["kosmos", "grit", "--captions", captions]) == 2
-  assert "SPACY_MODEL must be given" in capsys.readouterr().err
+  assert "PARSER must be given" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_the_command_with_a_parser_that_learned_three_captions(captions, tmp_pat
   nlp.to_disk(tmp_path / "model")
 
   workdir = tmp_path / "run"
-  command = ["kosmos", "grit", "--captions", captions, "--spacy-model", str(tmp_path / "model"),
+  command = ["kosmos", "grit", "--captions", captions, "--parser", str(tmp_path / "model"),
              "--workdir", str(workdir)]
   assert cli.main(command) == 0, capsys.readouterr().err
   questions = [

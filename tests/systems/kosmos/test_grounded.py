@@ -21,7 +21,8 @@ CAPTION = "a red star and two blue moons"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)
 TINY = [
   "VOCABULARY = @data.TrainSentencePiece()", "data.TrainSentencePiece.vocab_size = 300",
-  "GROUPS = 4", "models.ResamplerConfig.num_latents = 4", "kosmos.Pretrain.grid = 4",
+  "GROUPS = 4", "HELD_OUT = 0.0", "models.ResamplerConfig.num_latents = 4",
+  "kosmos.Pretrain.grid = 4",
   "text/models.TransformerConfig.vocab_size = None",
   "models.VisionConfig.image_size = 28", "data.ImageSettings.height = 28",
   "data.ImageSettings.width = 28", "text/kosmos.RowShape.length = 32",

@@ -1,5 +1,6 @@
 """Kosmos-1 as a run: its stages, what they leave, what arms are given, and what is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,12 +11,14 @@ from PIL import Image
 from lmops_jax import cli
 from lmops_jax.config import resolve
 from lmops_jax.data.image_tokens import encode_records
-from lmops_jax.data.synthetic_pictures import Scenes
+from lmops_jax.data.synthetic_pictures import RenderedTexts, Scenes
 from lmops_jax.data.synthetic_pictures.pictographs import COLORS, SHAPES
+from lmops_jax.data.synthetic_pictures.rendered_text import WORDS
 from lmops_jax.mesh.checkpoints import load_params
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.kosmos import evaluate, prepare, tower, training
-from lmops_jax.systems.kosmos.world import SOURCES, Item, items, records
+from lmops_jax.systems.kosmos.items import Item, items
+from lmops_jax.systems.kosmos.world import records, sources
 from lmops_jax.training.sources import part_of
 
 BINDINGS = ["ARMS = ('full', 'text')"]
@@ -52,6 +55,8 @@ def test_a_run_ends_in_a_report(workdir, system):
     said = json.loads((workdir / f"evaluate/{arm}/seed0/results.json").read_text())["said"]
     asked = list(items(system.world))
     assert len(said) == len(asked)
+    assert all((found is None) == (bool(item.candidates) and arm == "text")
+               for item, found in zip(asked, said))
     for kind in ("color", "shape", "count"):
       rows = [i for i, item in enumerate(asked) if item.kind == kind and item.group == "seen"]
       right = np.mean([said[i] == asked[i].label for i in rows])
@@ -59,7 +64,7 @@ def test_a_run_ends_in_a_report(workdir, system):
   assert set(summary["losses"]["full"]) == {"text", "pairs", "interleaved"}
   assert set(summary["losses"]["text"]) == {"text"}
   assert "colour, held-out pairs" in system.table(summary)
-  for name in ("gallery", "answers", "shots", "losses"):
+  for name in ("gallery", "answers", "shots", "losses", "matrices"):
     assert (workdir / "report" / f"{name}.png").is_file()
 
 
@@ -83,9 +88,11 @@ def test_choices_are_those_of_full_passes(workdir, system):
   prepared = prepare.Prepared(workdir / "scenes")
   model = training.docked_model(system.model, prepared.ids.vocab_size)
   params = load_params(workdir / "train/full/seed0/params" / str(system.training.num_steps))
-  said = json.loads((workdir / "evaluate/full/seed0/results.json").read_text())["said"]
+  results = json.loads((workdir / "evaluate/full/seed0/results.json").read_text())
+  said, rationales = results["said"], results["rationales"]
   asked, pictures = prepared.items()
-  length = 64
+  vectors = evaluate.image_vectors(model, params, pictures)
+  length = 128
 
   @jax.jit
   def log_probs(tokens, index, images):
@@ -94,21 +101,28 @@ def test_choices_are_those_of_full_passes(workdir, system):
       {"params": params}, tokens, vectors=vectors, vector_index=index, method="logits")
     return jax.nn.log_softmax(logits)
 
-  def total(item, prompt, option):
+  def total(item, option):
+    prompt, = evaluate.prompts_of([item], vectors, prepared)
     ids = [*prompt.ids, *option]
     tokens, index = np.zeros((1, length), np.int32), np.full((1, length), -1, np.int32)
     tokens[0, : len(ids)], index[0, : len(prompt.ids)] = ids, prompt.index
-    found = np.asarray(log_probs(tokens, index, pictures[np.asarray(item.pictures)][None])[0])
+    shown = np.zeros((1, 4, *pictures.shape[1:]), np.uint8)
+    shown[0, : len(item.pictures)] = pictures[np.asarray(item.pictures)]
+    found = np.asarray(log_probs(tokens, index, shown)[0])
     start = len(prompt.ids) - 1
     return sum(found[start + i, token] for i, token in enumerate(option))
 
-  vectors = evaluate.image_vectors(model, params, pictures)
-  prompts = evaluate.prompts_of(asked, vectors, prepared)
-  kinds = {item.kind: i for i, item in enumerate(asked)}
-  for kind in ("color", "count"):
+  kinds = {item.kind: i for i, item in enumerate(asked) if item.group != "typical"}
+  for kind in ("color", "count", "sentiment, thought"):
     i = kinds[kind]
-    options = prepared.vocabulary.encode_batch(asked[i].options)
-    assert said[i] == int(np.argmax([total(asked[i], prompts[i], of) for of in options]))
+    item = evaluate.behind(asked[i], rationales.get(str(i), ""))
+    options = prepared.vocabulary.encode_batch(item.options)
+    assert said[i] == int(np.argmax([total(item, of) for of in options]))
+  i = kinds["matrix 3"]
+  yes, = prepared.vocabulary.encode_batch([" Yes"])
+  np.testing.assert_allclose(said[i], [
+    np.exp(total(asked[i]._replace(pictures=(*asked[i].pictures, one)), yes))
+    for one in asked[i].candidates], rtol=1e-4)
 
 
 def test_a_trained_arm_is_a_model_that_generates(workdir, system, tmp_path, capsys):
@@ -142,13 +156,13 @@ def test_prompts_begin_as_the_records_do(system, workdir):
 
 
 def test_every_source_is_a_function_of_its_index(system):
-  for part, sources in SOURCES.items():
-    for source in sources:
-      twice = [list(records(system.world, part, source, validation=True)) for _ in range(2)]
-      assert twice[0] == twice[1] and len(twice[0]) == system.world.num_validation
-      trained = next(iter(records(system.world, part, source)))
-      assert trained.parts != twice[0][0].parts
-      assert bool(trained.pictures) == (part != "text")
+  world = dataclasses.replace(system.world, num_validation=6)
+  for part, source in sources(world):
+    twice = [list(records(world, part, source, validation=True)) for _ in range(2)]
+    assert twice[0] == twice[1] and len(twice[0]) == 6
+    trained = next(iter(records(world, part, source)))
+    assert trained.parts != twice[0][0].parts
+    assert bool(trained.pictures) == (part != "text")
 
 
 def test_held_out_items_show_held_out_pairs_and_records_none(system):
@@ -192,19 +206,23 @@ def test_the_loss_is_that_of_single_rows(workdir, system):
   got = jax.jit(training.GroupLosses(model, parts))(
     params, {name: x for name, x in batch.items() if name != "example_id"})
   nats, learned = np.zeros(2), np.zeros(2)
+
+  @jax.jit
+  def logits_of(one):
+    extra = {}
+    if "images" in one:
+      extra = {"vector_index": one["vector_index"], "vectors": model.apply(
+        {"params": params}, one["images"], method="row_vectors")}
+    return jax.nn.log_softmax(model.apply(
+      {"params": params}, one["tokens"], one["positions"], one["segment_ids"], method="logits",
+      **extra))
+
   for part in parts:
     rows = part_of(batch, part)
     for group, row in np.ndindex(*rows["tokens"].shape[:2]):
       one = {name: x[group, row][None] for name, x in rows.items()}
-      extra = {}
-      if "images" in one:
-        extra = {"vector_index": one["vector_index"], "vectors": model.apply(
-          {"params": params}, one["images"], method="row_vectors")}
-      logits = model.apply(
-        {"params": params}, one["tokens"], one["positions"], one["segment_ids"], method="logits",
-        **extra)
       of_tokens = -np.take_along_axis(
-        np.asarray(jax.nn.log_softmax(logits)), one["targets"][..., None], axis=-1)[..., 0]
+        np.asarray(logits_of(one)), one["targets"][..., None], axis=-1)[..., 0]
       nats[group] += (of_tokens * one["loss_mask"]).sum()
       learned[group] += one["loss_mask"].sum()
   np.testing.assert_allclose(got, nats / learned * batch["weight"], rtol=1e-4)
@@ -227,9 +245,33 @@ def test_labels_of_patches_are_what_stands_over_their_middles():
       else:
         assert labels["shapes"][patch] == len(SHAPES)
   seen = tower.Seen(*(np.eye(n)[labels[name]][None] for n, name in ((9, "shapes"), (8, "colors"))),
-                    labels["boxes"][None])
-  told = tower.figures(seen, {name: x[None] for name, x in labels.items()})
+                    labels["boxes"][None], np.zeros((1, 36, 48)))
+  told = tower.figures(
+    seen, {name: x[None] for name, x in labels.items()} | {
+      "words": np.array([-1]), "ink": np.zeros((1, 36), bool)})
   assert set(told.values()) == {1.0}
+
+
+def test_words_and_scenes_have_their_own_losses():
+  """Each row's loss is that of its kind: other heads' outputs change nothing."""
+  rendered = RenderedTexts()
+  batch = tower.batch_of([Scenes().scene(0, 0)], [rendered.item(0, 1)], 6)
+  assert batch["words"][0] < 0 and WORDS[batch["words"][1]] in rendered.item(0, 1).text.split()
+  draws = np.random.default_rng(0)
+  shapes, colors, boxes = (draws.normal(size=(2, 36, n)).astype(np.float32) for n in (9, 8, 4))
+  words = draws.normal(size=(2, 36, len(WORDS))).astype(np.float32)
+
+  class Model:
+    def apply(self, variables, images):
+      return tower.Seen(*variables["params"])
+
+  got = tower.TowerLosses(Model())((shapes, colors, boxes, words), batch)
+  ink = [p for p in range(36) if rendered.item(0, 1).picture[
+    p // 6 * 8 : p // 6 * 8 + 8, p % 6 * 8 : p % 6 * 8 + 8].min() < 128]
+  by_hand = [-jax.nn.log_softmax(words[1, p])[batch["words"][1]] for p in ink]
+  assert 0 < len(ink) < 36 and got[1] == pytest.approx(np.mean(by_hand), rel=1e-5)
+  again = tower.TowerLosses(Model())((shapes, colors, boxes, words + draws.normal()), batch)
+  assert again[0] == got[0]
 
 
 def test_figures_count_what_is_right():
@@ -238,7 +280,7 @@ def test_figures_count_what_is_right():
     Item("caption", "seen", "", (), (), -1, ("a blue moon",)),
     *(Item("color", group, "", (), (" red", " blue"), 1) for group in ("seen", "seen", "held_out")),
   ]
-  found = evaluate.figures(asked, ["a star", "a red moon", 1, 0, 1])
+  found = evaluate.figures(asked, ["a star", "a red moon", 1, 0, 1], {})
   assert found["caption/seen"]["right"] == 1 and found["caption/seen"]["num"] == 2
   assert found["color/seen"] == {"right": 1, "num": 2}
   assert found["color/held_out"] == {"right": 1, "num": 1}
@@ -248,6 +290,8 @@ def test_figures_count_what_is_right():
   ("data.Scenes.side = 56", "scenes draws pictures of side=56 .*image_size is 48"),
   ("ARMS = ('blind',)", "must hold 'full'"),
   ("pairs/kosmos.RowShape.length = 999", "length=999 and .*max_length is 256"),
+  ("data.Scenes.typical_share = 0.5", "typical_share=0.5 would let colours be guessed"),
+  ("data.Matrices.side = 56", "matrices draws pictures of side=56"),
   ("kosmos.Training.accumulate = 3", "num_groups=2 is not a multiple of accumulate=3"),
 ])
 def test_settings_that_do_not_fit_are_refused(binding, message):
@@ -257,4 +301,4 @@ def test_settings_that_do_not_fit_are_refused(binding, message):
 
 def test_an_example_that_does_not_fit_its_row_ends_the_stage(tmp_path):
   with pytest.raises(Exception, match="pictures, and a row takes"):
-    _run(tmp_path, "interleaved/kosmos.RowShape.length = 60")
+    _run(tmp_path, "interleaved/kosmos.RowShape.length = 60", "kosmos.World.num_train = 4")

@@ -1,4 +1,6 @@
-"use strict";
+// The page of `lmops demo kosmos`: asks with a picture and a prompt, and shows text and boxes.
+
+import {asked, base64, byId, made, showError, wait} from "/demo.js";
 
 const PRESETS = [
   // name, prompt, and what of it is selected to be typed over
@@ -8,43 +10,12 @@ const PRESETS = [
   ["Where is …", "<grounding><phrase> the dog</phrase>", "the dog"],
   ["Free text", ""],
 ];
-const COLOURS = 8;
-const byId = (id) => document.getElementById(id);
+const COLOURS = 8; // classes c0 to c7 of the style sheet
+const HINT = byId("hint").textContent;
 const form = byId("ask");
 let facts = null;
-let picture = null; // {file, url}
+let picture = null; // the file
 let pinned = null; // the entity that stays highlighted
-let timer = null;
-
-function made(tag, className, text) {
-  const element = document.createElement(tag);
-  element.className = className;
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
-
-function showError(sentence) {
-  byId("error").textContent = sentence;
-  byId("error").hidden = !sentence;
-  if (sentence) byId("error").scrollIntoView({block: "nearest"});
-}
-
-async function asked(path, options) {
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch {
-    throw new Error("The demo does not answer; see whether its terminal still runs it.");
-  }
-  let found;
-  try {
-    found = await response.json();
-  } catch {
-    throw new Error(`The demo answered ${response.status} and nothing that can be read.`);
-  }
-  if (!response.ok) throw new Error(found.error);
-  return found;
-}
 
 // ---------------------------------------------------------------------------------- the picture
 
@@ -55,20 +26,25 @@ function setPicture(file) {
       `${facts.max_picture_bytes.toLocaleString()} of this demo; make it smaller.`);
     file = null;
   }
-  // The answer may still show the former picture, so its address is given back with the answer.
-  if (picture && picture.url !== byId("shown").src) URL.revokeObjectURL(picture.url);
-  picture = file ? {file, url: URL.createObjectURL(file)} : null;
-  byId("preview").hidden = !picture;
-  byId("hint").hidden = Boolean(picture);
-  byId("remove").hidden = !picture;
-  if (picture) {
-    byId("preview").src = picture.url;
+  picture = file;
+  showFile(byId("preview"), file);
+  byId("preview").hidden = !file;
+  byId("hint").hidden = Boolean(file);
+  byId("hint").textContent = HINT;
+  byId("remove").hidden = !file;
+  if (file) {
     byId("given").textContent = file.name;
   } else {
-    byId("preview").removeAttribute("src");
     byId("file").value = "";
     byId("given").textContent = "No picture: the model continues the prompt alone.";
   }
+}
+
+// The contents of a file, or nothing, in an image of the page.
+function showFile(image, file) {
+  if (image.src) URL.revokeObjectURL(image.src);
+  if (file) image.src = URL.createObjectURL(file);
+  else image.removeAttribute("src");
 }
 
 byId("file").addEventListener("change", () => {
@@ -82,9 +58,6 @@ byId("preview").addEventListener("error", () => {
   byId("preview").hidden = true;
   byId("hint").hidden = false;
   byId("hint").textContent = "This browser cannot show the file; the model may read it all the same.";
-});
-byId("preview").addEventListener("load", () => {
-  byId("hint").textContent = "Drop a picture here, paste one, or choose a file";
 });
 // Anywhere on the page, so that a near miss does not make the browser open the file instead.
 for (const type of ["dragover", "drop", "dragleave"]) {
@@ -102,15 +75,6 @@ document.addEventListener("paste", (event) => {
     setPicture(event.clipboardData.files[0]);
   }
 });
-
-function base64(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
-    reader.onerror = () => reject(new Error(`${file.name} cannot be read; choose it again.`));
-    reader.readAsDataURL(file);
-  });
-}
 
 // ------------------------------------------------------------------------------------- the prompt
 
@@ -183,7 +147,7 @@ form.addEventListener("submit", async (event) => {
     request[field.name] = field.valueAsNumber;
   }
   try {
-    if (from) request.picture = {name: from.file.name, base64: await base64(from.file)};
+    if (from) request.picture = {name: from.name, base64: await base64(from)};
     show(from, await asked("/answer", {
       method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(request),
     }));
@@ -193,18 +157,6 @@ form.addEventListener("submit", async (event) => {
   }
   wait(false);
 });
-
-function wait(on) {
-  const begun = performance.now();
-  const tick = () => {
-    byId("clock").textContent = `${Math.floor((performance.now() - begun) / 1000)} s`;
-  };
-  byId("go").disabled = on;
-  byId("status").textContent = on ? "Working; a first answer of its kind takes longer." : "";
-  clearInterval(timer);
-  byId("clock").textContent = "";
-  if (on) timer = setInterval(tick, 1000);
-}
 
 // A model may name the corners in the wrong order.
 function edges([x1, y1, x2, y2]) {
@@ -233,20 +185,15 @@ function colour(number) {
 function show(from, answer) {
   pinned = null;
   const shown = byId("shown");
-  if (shown.src && (!picture || shown.src !== picture.url) && (!from || shown.src !== from.url)) {
-    URL.revokeObjectURL(shown.src);
-  }
+  showFile(shown, from);
   byId("stage").hidden = !from;
   byId("answer-columns").classList.toggle("columns", Boolean(from));
   if (from) {
-    shown.src = from.url;
     // Fixed beforehand, so that boxes are right also where the browser cannot show the file.
     shown.width = answer.width;
     shown.height = answer.height;
     byId("stage").style.aspectRatio = `${answer.width} / ${answer.height}`;
-    shown.alt = `The picture ${from.file.name}`;
-  } else {
-    shown.removeAttribute("src");
+    shown.alt = `The picture ${from.name}`;
   }
   const boxes = answer.entities.flatMap(({name, boxes}, number) =>
     boxes.map((box) => [boxOf(number, edges(box)), labelOf(name, number, edges(box))]));

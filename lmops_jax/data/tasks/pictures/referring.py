@@ -1,24 +1,29 @@
-"""Referring expressions of RefCOCO, RefCOCO+ and RefCOCOg, in MDETR's JSON (arXiv:2104.12763).
+"""Referring expressions of RefCOCO, RefCOCO+ and RefCOCOg, in either of two forms.
 
-Each expression is an entry of `images` with its caption, and a box (x, y, width, height) of
-`annotations`. Pictures are those of COCO 2014, whose names tell their folder.
+MDETR's (arXiv:2104.12763), which Kosmos-2 was evaluated with: a file `*refcoco_val.json` for each
+split, where each expression is an entry of `images` with its caption. And the original one: folders
+`refcoco` and so on with `refs(unc).p` or `refs(umd).p`, a pickle of plain values, and
+`instances.json`. Boxes are (x, y, width, height) in pixels. Pictures are those of COCO 2014, whose
+names tell their folder.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pydantic
 from annotated_types import Len
 
 from lmops_jax.data.boxes import Box, from_corner_and_size
-from lmops_jax.data.tasks.pictures.source import Source, fields_of
+from lmops_jax.data.tasks.pictures.source import NotThere, Source, fields_of
 from lmops_jax.data.tasks.pictures.truths import as_words, fractions
 from lmops_jax.data.tasks.task import Example
-from lmops_jax.host.foreign_files import checked, printable, read_json
+from lmops_jax.host.foreign_files import checked, printable, read_bytes, read_json
 
 _PART = re.compile(r"COCO_((?:train|val|test)20\d\d)_")
 _HINT = (
@@ -43,11 +48,38 @@ class _Expressions(pydantic.BaseModel):
   annotations: list[_Annotation]
 
 
+class _Sentence(pydantic.BaseModel):
+  sent: str
+  sent_id: int
+
+
+class _Reference(pydantic.BaseModel):
+  ann_id: int
+  split: str
+  sentences: list[_Sentence]
+
+
+class _Image(pydantic.BaseModel):
+  id: int
+  file_name: str
+  width: int
+  height: int
+
+
+class _Instance(_Annotation):
+  id: int
+
+
+class _Instances(pydantic.BaseModel):
+  images: list[_Image]
+  annotations: list[_Instance]
+
+
 class Expression(NamedTuple):
   """An expression and what it refers to.
 
   Attributes:
-    id: of the entry.
+    id: of the entry, or of the sentence.
     picture: path of its picture.
     words: the expression.
     boxes: fractions of the picture.
@@ -90,7 +122,12 @@ def description(source: Source, data: str) -> Iterator[Example | None]:
 
 
 def _expressions(source: Source, data: str) -> Iterator[Expression]:
-  path = source.file(f"*{data}_{source.split}.json")
+  path = source.file(
+    f"*{data}_{source.split}.json", f"{data}/refs(umd).p", f"{data}/refs(unc).p")
+  return (_original if path.suffix == ".p" else _of_mdetr)(source, path)
+
+
+def _of_mdetr(source: Source, path: Path) -> Iterator[Expression]:
   found = checked(_Expressions, read_json(path), path)
   boxes: dict[int, list] = {image.id: [] for image in found.images}
   if len(boxes) < len(found.images):
@@ -107,10 +144,60 @@ def _expressions(source: Source, data: str) -> Iterator[Expression]:
     boxes[annotation.image_id].append(annotation.bbox)
   for image in found.images:
     where = f"{printable(path)}: image {image.id}"
-    corners = from_corner_and_size(boxes[image.id])
-    yield Expression(
-      image.id, _place(source.pictures, image.file_name), " ".join(image.caption.split()),
-      fractions(corners, image.width, image.height, where, _HINT))
+    yield _expression(source, image, image.id, image.caption, boxes[image.id], where)
+
+
+def _original(source: Source, path: Path) -> Iterator[Expression]:
+  references = checked(list[_Reference], _plain_pickle(path), path)
+  there = {reference.split for reference in references}
+  if source.split not in there:
+    raise NotThere(
+      f"{printable(path)} has no split {source.split!r} (it has {', '.join(sorted(there))}).")
+  path = path.with_name("instances.json")
+  instances = checked(_Instances, read_json(path), path)
+  images = {image.id: image for image in instances.images}
+  annotations = {annotation.id: annotation for annotation in instances.annotations}
+  for reference in references:
+    if reference.split != source.split:
+      continue
+    where = f"{printable(path)}: annotation {reference.ann_id}"
+    annotation = annotations.get(reference.ann_id)
+    if annotation is None or annotation.image_id not in images:
+      raise ValueError(
+        f"{where} or its image is not there, and an expression refers to it; give the instances of "
+        "the same data set."
+      )
+    for sentence in reference.sentences:
+      yield _expression(
+        source, images[annotation.image_id], sentence.sent_id, sentence.sent, [annotation.bbox],
+        where)
+
+
+def _expression(
+  source: Source, image: _Image | _Picture, number: int, words: str, boxes: list, where: str
+) -> Expression:
+  corners = from_corner_and_size(boxes)
+  return Expression(
+    number, _place(source.pictures, image.file_name), " ".join(words.split()),
+    fractions(corners, image.width, image.height, where, _HINT))
+
+
+class _PlainUnpickler(pickle.Unpickler):
+  """Makes numbers, texts, lists and mappings, and runs nothing."""
+
+  def find_class(self, module, name):
+    raise pickle.UnpicklingError(f"it holds {module}.{name}, and expressions are plain values")
+
+
+def _plain_pickle(path: Path) -> Any:
+  file = io.BytesIO(read_bytes(path))
+  try:
+    return _PlainUnpickler(file, encoding="utf-8", errors="replace").load()
+  except Exception as error:  # a broken pickle raises almost anything
+    raise ValueError(
+      f"{printable(path)} cannot be read as a pickle of plain values ({error}); fetch the file "
+      "again."
+    ) from error
 
 
 def _place(pictures: Path, name: str) -> str:

@@ -24,6 +24,23 @@ from lmops_jax.data.tasks.task import Example
 _OF_CLASSES = [f"{{{field}{i}}}" for field in ("name", "text", "short") for i in (1, 2)]
 
 
+class Way(NamedTuple):
+  """How a paper evaluated a task, where the user says nothing.
+
+  Attributes:
+    num_beams: for open answers.
+    no_repeat_ngram: for open answers, see `decoding.GenerationOptions`.
+    normalisation: of options, see `evaluation.in_context.evaluate`.
+  """
+
+  num_beams: int = 1
+  no_repeat_ngram: int = 0
+  normalisation: str = "sum"
+
+
+_LOCATE = Way(no_repeat_ngram=3)  # of the scripts that Kosmos-2's authors published
+
+
 class PictureEntry(NamedTuple):
   """A named task with pictures.
 
@@ -36,8 +53,7 @@ class PictureEntry(NamedTuple):
     rows, train: splits to evaluate on and to draw from; train "": draw from the other rows.
     words: the labels' words, if all rows share them.
     names: makes a mapping whose values name all classes, if an open answer is one of these.
-    num_beams: the paper's, for open answers.
-    normalisation: the paper's, of options, see `evaluation.in_context.evaluate`.
+    way: the paper's.
   """
 
   read: Callable[[Source], Iterator[Example | None]]
@@ -49,21 +65,25 @@ class PictureEntry(NamedTuple):
   train: str = ""
   words: tuple[str, ...] = ()
   names: Callable[[Source], dict[str, str]] | None = None
-  num_beams: int = 1
-  normalisation: str = "sum"
+  way: Way = Way()
 
 
 _KARPATHY = {
   "read": captions_and_questions.karpathy, "metric": "cider", "files": ("dataset*.json",),
   "templates": (prompts.CAPTION, prompts.GROUNDED_CAPTION), "rows": "test", "train": "train",
-  "num_beams": 5,
+  "way": Way(num_beams=5),
 }
+
+
+def _expression_files(data: str) -> tuple[str, ...]:
+  return (f"*{data}_*.json", f"{data}/refs(*).p", f"{data}/instances.json")
 
 
 def _refcoco(data: str) -> PictureEntry:
   return PictureEntry(
     functools.partial(referring.comprehension, data=data), "referring",
-    "MDETR's JSON, COCO pictures", (f"*{data}_*.json",), (prompts.EXPRESSION,), "val",
+    "MDETR's JSON or refs, COCO pictures", _expression_files(data), (prompts.EXPRESSION,), "val",
+    way=_LOCATE,
   )
 
 
@@ -98,7 +118,7 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   ),
   "imagenet": PictureEntry(
     labelled.imagenet, "exact_match", "folders by class", ("LOC_synset_mapping.txt", "*/*/*"),
-    (prompts.PHOTO,), "val", names=labelled.class_names, num_beams=2,
+    (prompts.PHOTO,), "val", names=labelled.class_names, way=Way(num_beams=2),
   ),
   "look-alikes": PictureEntry(
     labelled.look_alikes, "exact_match", "folders by animal", ("*/*",), (
@@ -109,17 +129,19 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   "flickr30k-entities": PictureEntry(
     entities.phrase_grounding, "phrase_grounding", "Flickr30k Entities XML",
     ("*.txt", "Annotations/*.xml", "Sentences/*.txt"), (prompts.PHRASE,), "test",
+    way=_LOCATE,
   ),
   "refcoco": _refcoco("refcoco"),
   "refcoco-plus": _refcoco("refcoco+"),
   "refcocog": _refcoco("refcocog"),
   "refcocog-expressions": PictureEntry(
     functools.partial(referring.description, data="refcocog"), "meteor",
-    "MDETR's JSON, COCO pictures", ("*refcocog_*.json",), (prompts.DESCRIBE,), "val", "train",
+    "MDETR's JSON or refs, COCO pictures", _expression_files("refcocog"), (prompts.DESCRIBE,),
+    "val", "train",
   ),
   "seed-bench": PictureEntry(
     seed_bench.seed_bench, "accuracy", "SEED-Bench JSON", ("SEED-Bench.json",),
-    (prompts.QUESTION,), normalisation="token",
+    (prompts.QUESTION,), way=Way(normalisation="token"),
   ),
 }
 

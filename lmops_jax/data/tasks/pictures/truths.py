@@ -28,16 +28,18 @@ def fractions(boxes, width: float, height: float, where: str, hint: str) -> tupl
     raise ValueError(f"{where} has a picture of {width} x {height} pixels; give its real size.")
   found = np.asarray(boxes, np.float64).reshape(-1, 4)
   size = np.array([width, height, width, height], np.float64)
-  for box in found:
-    shown = f"{where} has the box ({', '.join(f'{value:g}' for value in box)})"
-    if not (box[2:] > box[:2]).all():
+  has_area = (found[:, 2:] > found[:, :2]).all(axis=1)
+  inside = ((found >= -_CUT) & (found <= size + _CUT)).all(axis=1)  # never of NaN
+  if not (has_area & inside).all():
+    i = int(np.argmin(has_area & inside))
+    shown = f"{where} has the box ({', '.join(f'{value:g}' for value in found[i])})"
+    if not has_area[i]:
       raise ValueError(
         f"{shown}, whose right or bottom edge is not behind the left or top one; expected (x1, y1, "
         "x2, y2) in pixels."
       )
-    if (box < -_CUT).any() or (box > size + _CUT).any() or not np.isfinite(box).all():
-      raise ValueError(
-        f"{shown}, which leaves its picture of {width:g} x {height:g} pixels; {hint}.")
+    raise ValueError(
+      f"{shown}, which leaves its picture of {width:g} x {height:g} pixels; {hint}.")
   cut = np.clip(boxes_lib.from_pixels(found, width, height), 0, 1)
   return tuple(tuple(box) for box in boxes_lib.checked(cut, where).tolist())
 

@@ -1,0 +1,31 @@
+"""What a small Kosmos-1 learns to see, over two seeds, against a model of other pictures."""
+
+import json
+
+import pytest
+
+from lmops_jax.config import resolve
+from lmops_jax.stages import pipeline, skeleton
+
+# The default with fewer of everything; its tower knows colours by then and hardly any shape.
+SIZES = [
+  "ARMS = ('full', 'shuffled')", "TOWER_STEPS = 700", "kosmos.TowerTraining.num_words = 1",
+  "STEPS = 200", "SCENES = 3000", "DOCUMENTS = 600", "ITEMS = 64",
+  "kosmos.World.num_matrix_items = 2", "kosmos.World.shots = (1,)",
+  "interleaved/kosmos.RowShape.length = 128", "interleaved/kosmos.RowShape.pictures = 3",
+  "data.Matrices.num_context = (3,)",
+]
+
+
+@pytest.mark.slow
+def test_a_model_that_sees_tells_colors_and_counts(tmp_path):
+  resolved = resolve.load(["kosmos/default.gin"], SIZES)
+  system = resolved.run().system
+  stages = skeleton.resolve_stages(system, system.stages(None), resolved.tree.child("system"))
+  pipeline.run_stages(stages, tmp_path, system=system.name)
+  found = json.loads((tmp_path / "report" / "summary.json").read_text())["figures"]
+  full, shuffled = found["full"], found["shuffled"]
+  print({arm: {name: of["values"] for name, of in found[arm].items()} for arm in found})
+  for kind, margin in (("color", 0.2), ("count", 0.2), ("CIDEr", 0.3)):
+    of_seeds = (arm[f"{kind}/seen"]["values"] for arm in (full, shuffled))
+    assert all(seen > guessed + margin for seen, guessed in zip(*of_seeds, strict=True)), kind
