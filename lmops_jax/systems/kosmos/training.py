@@ -26,7 +26,7 @@ from lmops_jax.data.image_tokens import KOSMOS_WORDS
 from lmops_jax.evaluation import lm
 from lmops_jax.models.docked import DockedConfig, DockedLM
 from lmops_jax.pretrained import trained_vocabulary
-from lmops_jax.sizing import flops
+from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.kosmos.prepare import Prepared, RowShape
 from lmops_jax.systems.kosmos.world import PARTS, TEXT, Weights
@@ -263,7 +263,8 @@ def run(
       description=context.name, progress=context.progress),
   )
   shapes = {part: config.shapes[part] for part in arm.parts}
-  context.flops += result.step * config.num_groups * group_flops(docked.config, shapes)
+  context.flops += result.step * config.num_groups * docked_sizes.group_flops(
+    docked.config, shapes.values())
   if context.writes:
     trained_vocabulary.describe_trained(
       context.directory, docked.config, vocabulary, params=f"params/{config.num_steps}",
@@ -293,18 +294,6 @@ def validation(
       for part, batch in rows.items()}
 
   return loop.Evaluate(VALIDATION, every, figures)
-
-
-def group_flops(config: DockedConfig, shapes: Mapping[str, RowShape]) -> float:
-  """Operations of a training step for each group, the tower frozen and the connector left out."""
-  num_patches = 1 + config.vision.num_patches
-  total = 0.0
-  for shape in shapes.values():
-    total += 3 * shape.rows * shape.length * flops.forward_flops_per_token(
-      config.text, shape.length)
-    total += shape.rows * shape.pictures * num_patches * flops.forward_flops_per_token(
-      config.vision.trunk, num_patches, unembedding=False)
-  return total
 
 
 def load(folder, config: Training, model: DockedLM, partitioner):
