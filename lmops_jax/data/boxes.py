@@ -30,7 +30,7 @@ Box = tuple[float, float, float, float]
 
 _ROUNDING_ERROR = 1e-6  # of fractions that were computed in float32
 _LARGEST_TRAINED = 0.99999  # right and bottom edges in training are cut to this
-_MAX_GRID = 100  # words have four digits
+LARGEST_GRID = 100  # words have four digits
 _PHRASE = re.compile("<phrase>.+?</phrase>")
 _PAIR = r"(?:<patch_index_\d{1,9}>){2}"
 _GROUP = re.compile(
@@ -115,7 +115,7 @@ def box_tokens(token_id: Callable[[str], int | None]) -> tuple[BoxTokens, int]:
       f"the vocabulary has no word {missing[0]}, which texts with boxes need; take a model that "
       "was trained with boxes, such as Kosmos-2."
     )
-  every = map(token_id, map(location_word, range(_MAX_GRID**2)))
+  every = map(token_id, map(location_word, range(LARGEST_GRID**2)))
   locations = list(itertools.takewhile(lambda found: found is not None, every))
   side = math.isqrt(len(locations))
   if not locations or side * side != len(locations) or (np.diff(locations) != 1).any():
@@ -415,9 +415,9 @@ def _corners(cells: np.ndarray, grid: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_grid(grid: int) -> None:
-  if type(grid) is not int or not 1 <= grid <= _MAX_GRID:
+  if type(grid) is not int or not 1 <= grid <= LARGEST_GRID:
     raise ValueError(
-      f"the grid of boxes has the side {grid!r}; give a whole number from 1 to {_MAX_GRID}."
+      f"the grid of boxes has the side {grid!r}; give a whole number from 1 to {LARGEST_GRID}."
     )
 
 

@@ -27,6 +27,7 @@ from lmops_jax.config.setting_types import (
   Seed,
   component,
 )
+from lmops_jax.data.boxes import LARGEST_GRID
 from lmops_jax.data.grounded_text import appended_box_words
 from lmops_jax.data.image_tokens import KOSMOS_WORDS, ImageTokens, appended, special_words
 from lmops_jax.data.images import ImageSettings
@@ -99,7 +100,7 @@ class Pretrain:
   start: ExistingPath | None = None
   too_long: Literal[TOO_LONG] = "cut"
   pictures_per_document: PositiveInt = 5
-  grid: Annotated[int, at.Ge(1), at.Le(100)] | None = None
+  grid: Annotated[int, at.Ge(1), at.Le(LARGEST_GRID)] | None = None
   held_out: Decay = 0.0
   held_out_rows: PositiveInt = 256
   seed: Seed = 0

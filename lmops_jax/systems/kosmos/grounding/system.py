@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import annotated_types as at
 
 from lmops_jax.config.setting_types import Distinct, NonEmpty, Seeds, component
-from lmops_jax.data import boxes
+from lmops_jax.data.boxes import LARGEST_GRID
 from lmops_jax.data.image_tokens import special_words
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.kosmos import prepare, study, training
@@ -56,7 +56,7 @@ class Grounding(study.Study):
     ValueError: see `training.check_sizes`; or arms without "grounded".
   """
 
-  grid: Annotated[int, at.Ge(2), at.Le(boxes.LARGEST_GRID)] = 12
+  grid: Annotated[int, at.Ge(2), at.Le(LARGEST_GRID)] = 12
   arms: Annotated[Sequence[Literal[tuple(ARMS)]], NonEmpty, Distinct] = tuple(ARMS)
   seeds: Seeds = (0, 1)
 
