@@ -222,11 +222,12 @@ def run(
   num_tokens = config.num_steps * (size + num_words) * (1 + vision.num_patches)
   context.flops += 3 * num_tokens * flops.forward_flops_per_token(
     vision.trunk, 1 + vision.num_patches, unembedding=False)
+  apply = jax.jit(model.apply)
 
   def tested(of_scenes):
     batch = batch_of(of_scenes, texts(seed + 1, 0, num_tested), per_side)
     with partitioner.activate():
-      seen = jax.device_get(jax.jit(model.apply)({"params": state.params}, batch["images"]))
+      seen = jax.device_get(apply({"params": state.params}, batch["images"]))
     return figures(Seen(*seen), batch)
 
   context.extra["tested"] = {
