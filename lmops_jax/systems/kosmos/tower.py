@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from lmops_jax.config.setting_types import Count, PositiveInt, component
+from lmops_jax.data.box_overlap import iou
 from lmops_jax.data.synthetic_pictures import RenderedText, RenderedTexts, Scene, Scenes
 from lmops_jax.data.synthetic_pictures.pictographs import COLORS, SHAPES
 from lmops_jax.data.synthetic_pictures.rendered_text import WORDS
@@ -225,7 +226,7 @@ def run(
   apply = jax.jit(model.apply)
 
   def tested(of_scenes):
-    batch = batch_of(of_scenes, texts(seed + 1, 0, num_tested), per_side)
+    batch = batch_of(of_scenes, texts(seed + 1, 0, num_tested if num_words else 0), per_side)
     with partitioner.activate():
       seen = jax.device_get(apply({"params": state.params}, batch["images"]))
     return figures(Seen(*seen), batch)
@@ -247,20 +248,12 @@ def figures(seen: Seen, batch: dict[str, np.ndarray]) -> dict[str, float]:
     "shape": float(right[scene].mean()),
     "shape_where_there": float(right[there].mean()),
     "color": float((seen.colors.argmax(-1) == batch["colors"])[there].mean()),
-    "box_overlap": float(_overlap(seen.boxes[there], batch["boxes"][there]).mean()),
+    "box_overlap": float(iou(seen.boxes[there], batch["boxes"][there]).mean()),
   }
   if not scene.all():
     votes = (seen.words * batch["ink"][..., None]).sum(axis=1)
     found["word"] = float((votes.argmax(-1) == batch["words"])[~scene].mean())
   return found
-
-
-def _overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-  """Intersection over union of boxes `[n,4]`."""
-  both = np.minimum(one, other)[:, 2:] - np.maximum(one, other)[:, :2]
-  both = np.clip(both, 0, None).prod(axis=1)
-  area, other_area = (np.clip(b[:, 2:] - b[:, :2], 0, None).prod(axis=1) for b in (one, other))
-  return both / np.maximum(area + other_area - both, 1e-9)
 
 
 def load(folder, step: int, vision: VisionConfig, partitioner):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmops_jax.data import boxes
+from lmops_jax.data.box_overlap import iou
 from lmops_jax.data.boxes import Box, Grounded
 from lmops_jax.data.grounded_text import appended_box_words, with_boxes
 from lmops_jax.data.image_tokens import encode_texts, lay_out, special_words
@@ -18,7 +19,7 @@ from lmops_jax.decoding.boxes import Place, box_grammar
 from lmops_jax.decoding.generate import Generator
 from lmops_jax.decoding.options import GenerationOptions
 from lmops_jax.decoding.prompts import Prompt
-from lmops_jax.evaluation.grounding import THRESHOLD, iou
+from lmops_jax.evaluation.grounding import THRESHOLD
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.models.docked import DockedLM
 from lmops_jax.models.transformer import Transformer

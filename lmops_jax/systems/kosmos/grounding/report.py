@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from lmops_jax.data import boxes
-from lmops_jax.evaluation.grounding import THRESHOLD, iou
+from lmops_jax.data.box_overlap import iou
+from lmops_jax.evaluation.grounding import THRESHOLD
 from lmops_jax.reporting import drawn_boxes, html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
 from lmops_jax.stages import pipeline
@@ -88,8 +89,7 @@ def run(
 def _figures(by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """By "figure/group": shares by seed, their mean and half the width of the interval."""
   found = {}
-  groups = dict.fromkeys(name.split("/")[1] for name in by_seed[0][FREE])
-  for group in groups:
+  for group in (SEEN, HELD_OUT):
     def share(kind, part="right", whole="num", how=FREE, group=group):
       rows = [of[how][f"{kind}/{group}"] for of in by_seed]
       return spread_of([row[part] / max(row[whole], 1) for row in rows])
@@ -136,13 +136,14 @@ def table(summary: Mapping[str, Any]) -> str:
 def _rows(summary: Mapping[str, Any]) -> list[list[str]]:
   figures, arms = summary["figures"], summary["arms"]
   rows = [["", *arms]]
-  for name in figures[arms[0]]:
-    kind, group = name.split("/")
-    rows.append([f"{_LABELS[kind]}, {GROUPS[group]}", *(
-      spread(figures[arm][name], ".2f" if kind == "overlap" else ".1%") for arm in arms)])
-  for name, of in summary["baselines"].items():
-    rows += [[f"{_BASELINES[name]}, {GROUPS[group]}", f"{share:.1%}", *[""] * (len(arms) - 1)]
-             for group, share in of.items()]
+  for kind, label in _LABELS.items():
+    spec = ".2f" if kind == "overlap" else ".1%"
+    rows += [[f"{label}, {GROUPS[group]}", *(
+      spread(figures[arm][f"{kind}/{group}"], spec) for arm in arms)]
+      for group in (SEEN, HELD_OUT)]
+  for name, label in _BASELINES.items():
+    rows += [[f"{label}, {GROUPS[group]}", f"{summary['baselines'][name][group]:.1%}",
+              *[""] * (len(arms) - 1)] for group in (SEEN, HELD_OUT)]
   return rows
 
 
