@@ -14,12 +14,14 @@ from lmops_jax.data.image_tokens import encode_records
 from lmops_jax.data.synthetic_pictures import RenderedTexts, Scenes
 from lmops_jax.data.synthetic_pictures.pictographs import COLORS, SHAPES
 from lmops_jax.data.synthetic_pictures.rendered_text import WORDS
+from lmops_jax.mesh import meshes
 from lmops_jax.mesh.checkpoints import load_params
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.kosmos import evaluate, prepare, tower, training
 from lmops_jax.systems.kosmos.items import Item, items
 from lmops_jax.systems.kosmos.world import records, weights
-from lmops_jax.training.sources import part_of
+from lmops_jax.training import loop
+from lmops_jax.training.sources import Batches, part_of
 
 BINDINGS = ["ARMS = ('full', 'text')"]
 
@@ -227,6 +229,33 @@ def test_the_loss_is_that_of_single_rows(workdir, system):
       learned[group] += one["loss_mask"].sum()
   np.testing.assert_allclose(got, nats / learned * batch["weight"], rtol=1e-4)
   assert np.mean(got) == pytest.approx(nats.sum() / learned.sum(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_cut_run_goes_on_with_the_same_bits(workdir, system, tmp_path):
+  """With dropout, whose keys are those of the step and the example."""
+  prepared = prepare.Prepared(workdir / "scenes")
+  text = dataclasses.replace(system.model.text, residual_dropout=0.2, embedding_dropout=0.1)
+  model = training.docked_model(
+    dataclasses.replace(system.model, text=text), prepared.ids.vocab_size)
+  learner = training.learner(
+    model, system.training, training.ARMS["full"], meshes.single_device())
+  source = prepared.groups(system.training.shapes, weights(system.world), 48, 2, seed=0)
+
+  def run(folder, cut_at=None):
+    def batch(step):
+      if step == cut_at:
+        raise InterruptedError
+      return source.batch(step)
+
+    return loop.train(
+      learner, Batches(batch), 3, 0, tmp_path / folder,
+      records=loop.Records(tensorboard=False, checkpoint_every=1)).state.params
+
+  want = run("whole")
+  with pytest.raises(InterruptedError):
+    run("cut", cut_at=2)
+  jax.tree.map(np.testing.assert_array_equal, run("cut"), want)
 
 
 def test_labels_of_patches_are_what_stands_over_their_middles():
