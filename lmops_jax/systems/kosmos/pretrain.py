@@ -124,12 +124,7 @@ class Pretrain:
     if self.clip is not None and self.start is not None:
       raise ValueError(
         "kosmos.Pretrain has both clip and start; leave clip out, since start brings a tower.")
-    longest = max(shape.length for shape in self.shapes.values())
-    if longest > self.model.text.max_length:
-      raise ValueError(
-        f"a row of kosmos.Training has length={longest} and models.TransformerConfig.max_length is "
-        f"{self.model.text.max_length}; raise the latter."
-      )
+    training.check_sizes(self.model, self.shapes, {})
     size = self.model.vision.image_size
     if {self.images.height, self.images.width} != {size}:
       raise ValueError(

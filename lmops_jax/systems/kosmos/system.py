@@ -37,7 +37,7 @@ class Kosmos(study.Study):
   name = "kosmos"
 
   def __post_init__(self):
-    training.check_sizes(self.model, self.training, {
+    training.check_sizes(self.model, self.training.shapes, {
       name: getattr(self.world, name).side for name in ("scenes", "rendered", "matrices")})
     if training.FULL not in self.arms:
       raise ValueError(

@@ -200,10 +200,13 @@ def docked_model(config: DockedConfig, vocab_size: int) -> DockedLM:
   return DockedLM(dataclasses.replace(config, text=text))
 
 
-def check_sizes(model: DockedConfig, config: Training, sides: Mapping[str, int]) -> None:
+def check_sizes(
+  model: DockedConfig, shapes: Mapping[str, RowShape], sides: Mapping[str, int]
+) -> None:
   """Holds a model against what it is trained on.
 
   Args:
+    shapes: of rows.
     sides: of the pictures of each setting of `kosmos.World`.
 
   Raises:
@@ -217,7 +220,7 @@ def check_sizes(model: DockedConfig, config: Training, sides: Mapping[str, int])
         f"kosmos.World.{name} draws pictures of side={side} and models.VisionConfig.image_size "
         f"is {size}; give both one size."
       )
-  longest = max(shape.length for shape in config.shapes.values())
+  longest = max(shape.length for shape in shapes.values())
   if longest > text.max_length:
     raise ValueError(
       f"a row of kosmos.Training has length={longest} and models.TransformerConfig.max_length is "

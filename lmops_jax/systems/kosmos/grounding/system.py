@@ -65,7 +65,7 @@ class Grounding(study.Study):
     scenes=("grid",), train=("grid",), evaluate=("world", "grid"), report=("world", "grid"))
 
   def __post_init__(self):
-    training.check_sizes(self.model, self.training, {
+    training.check_sizes(self.model, self.training.shapes, {
       name: getattr(self.world, name).side for name in ("scenes", "rendered")})
     if GROUNDED not in self.arms:
       raise ValueError(
