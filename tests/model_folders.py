@@ -71,12 +71,14 @@ def write(folder: Path, *, seed: int = 0, spread: float = 20.0, **changes) -> Pa
 
 
 def write_docked(
-  folder: Path, *, seed: int = 0, max_length: int = 64, words: Sequence[str] = ()
+  folder: Path, *, seed: int = 0, max_length: int = 64, words: Sequence[str] = (),
+  vocab_size: int | None = None,
 ) -> Path:
   """A model of the type of Kosmos of random weights that sees; returns the folder.
 
   Args:
     words: further ones of its vocabulary, which swallow the blanks on their left.
+    vocab_size: of the model; None is its tokenizer's.
   """
   tokenizer = byte_tokenizer()
   tokenizer.add_special_tokens(["<pad>", "<image>", "</image>", "</line>"])
@@ -86,7 +88,7 @@ def write_docked(
     "model_type": "kosmos-2", "latent_query_num": 4, "bos_token_id": 0,
     "eos_token_id": 1, "architectures": ["Kosmos2ForConditionalGeneration"],
     "text_config": dict(
-      vocab_size=tokenizer.get_vocab_size(), embed_dim=16, layers=2, ffn_dim=24,
+      vocab_size=vocab_size or tokenizer.get_vocab_size(), embed_dim=16, layers=2, ffn_dim=24,
       attention_heads=4, max_position_embeddings=max_length, eos_token_id=1),
     "vision_config": dict(
       hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

@@ -6,18 +6,21 @@ that transformers opens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tokenizers
 
+from lmops_jax.host.whole_files import write_text
 from lmops_jax.pretrained import families
 from lmops_jax.pretrained import model as model_lib
-from lmops_jax.text import gguf_tokenizer, vocabularies
+from lmops_jax.text import gguf_tokenizer, tokenizer_folder, vocabularies
 from lmops_jax.text.tokenizer import Tokenizer
 from lmops_jax.text.tokenizer_backends import FastBackend, surround
 
 _NAMES = ("bos", "eos", "pad", "unk")
+_FAIRSEQ_FILE = "sentencepiece.bpe.model"
 _BPE = 2  # sentencepiece's trainer_spec.model_type
 
 
@@ -65,8 +68,26 @@ def _backend(tokenizer, vocabulary, words) -> FastBackend:
 def save(
   vocabulary: vocabularies.Vocabulary, directory: Path, words: Sequence[str] = ()
 ) -> None:
-  """Writes `tokenizer_of(vocabulary, words)` with its configuration into a folder."""
-  tokenizer_of(vocabulary, words).save(directory)
+  """Writes `tokenizer_of(vocabulary, words)` with its configuration into a folder.
+
+  A SentencePiece model with fairseq's ids is written as it is, as XLM-R's and Kosmos-2's folders
+  have it.
+  """
+  if isinstance(vocabulary, vocabularies.FairseqVocabulary):
+    _save_fairseq(vocabulary, directory, words)
+  else:
+    tokenizer_of(vocabulary, words).save(directory)
+
+
+def _save_fairseq(vocabulary, directory: Path, words: Sequence[str]) -> None:
+  added = {
+    str(vocabulary.vocab_size + i): {
+      "content": word, "lstrip": True, "rstrip": False, "normalized": False, "special": False}
+    for i, word in enumerate(words)}
+  directory.mkdir(parents=True, exist_ok=True)
+  write_text(directory / tokenizer_folder.CONFIG, json.dumps(
+    {"tokenizer_class": "XLMRobertaTokenizer", "added_tokens_decoder": added}, indent=2) + "\n")
+  (directory / _FAIRSEQ_FILE).write_bytes(vocabulary.file.read_bytes())
 
 
 def describe_trained(

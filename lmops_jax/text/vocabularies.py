@@ -19,6 +19,7 @@ METADATA_FILE = "vocabulary.json"
 SENTENCEPIECE_FILE = "sentencepiece.model"
 TOKENIZER_FILE = "tokenizer.json"
 _FAIRSEQ_UNK = 3
+FAIRSEQ_SPECIAL = {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": _FAIRSEQ_UNK}
 
 
 class Vocabulary(abc.ABC):

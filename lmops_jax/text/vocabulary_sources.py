@@ -19,7 +19,12 @@ from lmops_jax.host.hashing import digest, order_key
 from lmops_jax.host.manifests import verify_read
 from lmops_jax.text import tokenizer_errors
 from lmops_jax.text.tokenizer import Tokenizer, load_tokenizer
-from lmops_jax.text.vocabularies import TOKENIZER_FILE, Vocabulary, write_vocabulary
+from lmops_jax.text.vocabularies import (
+  FAIRSEQ_SPECIAL,
+  TOKENIZER_FILE,
+  Vocabulary,
+  write_vocabulary,
+)
 
 _MAX_LINE = 4000  # characters, at most 4 bytes each
 _MAX_LINE_BYTES = 8000  # the trainer leaves out longer ones
@@ -148,19 +153,36 @@ class SentencePieceFile:
 
   Attributes:
     path: the `.model` file.
+    fairseq: whether ids are those of fairseq's dictionary, as in Kosmos, XGLM and XLM-R:
+      `<s>`, `<pad>`, `</s>`, `<unk>`, then all pieces but the first three.
   """
 
   path: Text
+  fairseq: bool = False
 
   def fingerprint(self) -> str:
-    return digest([self._read()])
+    return digest([self._read(), *(["fairseq"] if self.fairseq else [])])
 
   def build(self, texts: Iterable[str], directory: Path | str) -> Vocabulary:
-    """Copies the model; `texts` are not read."""
+    """Copies the model; `texts` are not read.
+
+    Raises:
+      ValueError: if it is no SentencePiece model, or for fairseq's ids one that does not begin with
+        `<unk>`, `<s>` and `</s>`.
+    """
     del texts
-    data = self._read()
-    ids = _sentencepiece_ids(data, f"data.SentencePieceFile.path={self.path!r}")
-    return write_vocabulary(directory, "sentencepiece", data, ids)
+    data, where = self._read(), f"data.SentencePieceFile.path={self.path!r}"
+    ids = _sentencepiece_ids(data, where)
+    if not self.fairseq:
+      return write_vocabulary(directory, "sentencepiece", data, ids)
+    first = ids["unk_id"], ids["bos_id"], ids["eos_id"]
+    if first != (0, 1, 2):
+      raise ValueError(
+        f"{where} has <unk>, <s> and </s> at {first}, and fairseq's dictionary is made from models "
+        "that have them at (0, 1, 2); set data.SentencePieceFile.fairseq to False."
+      )
+    return write_vocabulary(directory, "fairseq_sentencepiece", data, {
+      "vocab_size": ids["vocab_size"] + 1, **FAIRSEQ_SPECIAL})
 
   def _read(self) -> bytes:
     return _read_model(self.path, "data.SentencePieceFile.path")

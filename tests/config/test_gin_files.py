@@ -18,6 +18,10 @@ OWED = {
     "TEXT_PATH = '/data/text'", "PAIRS_PATH = '/data/pairs'", "DOCUMENTS_PATH = '/data/pages'",
     "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'",
   ],
+  "kosmos/finetune.gin": [
+    "START = '/data/kosmos2'", "PAIRS_PATH = '/data/pairs.jsonl'",
+    "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'",
+  ],
   "kosmos/kosmos2_instruct.gin": [
     "START = '/data/kosmos2'", "TEXT_PATH = '/data/text'", "QUESTIONS_PATH = '/data/llava.jsonl'",
     "INSTRUCTIONS_PATH = '/data/instructions'", "GRIT_PATH = '/data/grit'",
@@ -46,7 +50,8 @@ OWED["kosmos/kosmos1_instruct.gin"] = [
   *OWED["kosmos/kosmos1_paper.gin"], "START = '<START>'", "INSTRUCTIONS_PATH = '/data/core.jsonl'"]
 OWED |= dict.fromkeys(PAPER_SIZES, OWED["pds/paper.gin"])
 RUNS = [
-  "kosmos/default.gin", "kosmos/grit.gin", "kosmos/grit_shards.gin", "kosmos/grounding.gin",
+  "kosmos/default.gin", "kosmos/finetune.gin", "kosmos/grit.gin", "kosmos/grit_shards.gin",
+  "kosmos/grounding.gin",
   "kosmos/grounding_smoke.gin", "kosmos/kosmos1_instruct.gin",
   "kosmos/kosmos1_paper.gin", "kosmos/kosmos2_instruct.gin", "kosmos/kosmos2_paper.gin",
   "kosmos/smoke.gin",
@@ -57,7 +62,7 @@ RUNS = [
   *PAPER_SIZES, "pds/smoke.gin",
   "structured_prompting/default.gin", "structured_prompting/paper.gin",
 ]
-PARTS = ("pipeline", "sizes", "model")  # of a run, named by what they are
+PARTS = ("pipeline", "sizes", "model", "vocabulary")  # of a run, named by what they are
 
 
 @pytest.mark.parametrize("name", RUNS)

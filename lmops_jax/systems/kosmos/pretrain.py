@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import annotated_types as at
 import flax.linen as nn
 import jax
+import numpy as np
 
 from lmops_jax.config.setting_types import (
   Decay,
@@ -45,6 +46,7 @@ from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.kosmos import held_out, plan, pretrain_report, starts, training
 from lmops_jax.systems.kosmos.prepare import RowShape
+from lmops_jax.systems.kosmos.row_texts import marked
 from lmops_jax.systems.kosmos.sources import Form, Instructions, Pictures, RowSource, Side, Texts
 from lmops_jax.systems.kosmos.training import VALIDATION
 from lmops_jax.systems.kosmos.world import INTERLEAVED, PAIRS, PARTS, TEXT
@@ -195,6 +197,11 @@ class Pretrain:
         if self.held_out:
           counts[f"{VALIDATION}/{name}"] = self._write(context, name, source, form, held=True)
     context.extra["counts"] = counts
+    context.extra["first_rows"] = {
+      f"{part}/{name}": marked(
+        {key: of[0] for key, of in rows.batch(np.zeros(1, np.int64)).items()}, vocabulary, ids,
+        self.words)
+      for part, opened in self._opened(context.directory).items() for name, rows in opened.items()}
 
   def _write(self, context, name: str, source: RowSource, form: Form, held: bool):
     """Writes one side of a source; returns counts of what became of it."""

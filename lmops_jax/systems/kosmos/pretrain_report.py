@@ -5,6 +5,7 @@ from __future__ import annotations
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.run_report import RunReport
 from lmops_jax.stages import pipeline
+from lmops_jax.systems.kosmos.row_texts import LEARNED
 from lmops_jax.systems.kosmos.training import VALIDATION
 from lmops_jax.training.metrics import read_records
 
@@ -13,7 +14,8 @@ def run(context: pipeline.StageContext) -> None:
   """Writes the report of the stages `rows` and `train`."""
   report = RunReport(context, ("rows", "train"))
   records = read_records(context.input("train") / "metrics.jsonl")
-  counts = context.manifest("rows")["extra"]["counts"]
+  counts, first_rows = (
+    context.manifest("rows")["extra"][name] for name in ("counts", "first_rows"))
   trained = [r for r in records if "loss" in r]
   measured = [r for r in records if any(key.startswith(f"{VALIDATION}/") for key in r)]
   sources = [key.removeprefix(f"{VALIDATION}/") for key in (measured[-1] if measured else ())
@@ -36,7 +38,7 @@ def run(context: pipeline.StageContext) -> None:
     {"train_loss": last, "validation_loss": validation, "num_steps": trained[-1]["step"],
      "counts": counts, "stages": report.costs},
     html.Report(
-      title="Kosmos-1: training on texts, pairs and documents with pictures",
+      title="Kosmos: training on texts, pairs and documents with pictures",
       lead=f"The training loss is {last:.3f} nats a learned token after {trained[-1]['step']} "
            "steps.",
       key_figures=[html.KeyFigure(f"{last:.3f}", "training loss", "nats a learned token"),
@@ -45,6 +47,10 @@ def run(context: pipeline.StageContext) -> None:
         *sections,
         html.Section("Data", "What became of each source, and what was left out.", tables=[
           html.Table(["source", "what", html.Column("number", ",d")], rows)]),
+        html.Section(
+          "What is learned",
+          f"The first row of each source; what stands between {' and '.join(LEARNED)} is learned.",
+          excerpts=[html.Excerpt(text, source) for source, text in first_rows.items()]),
         report.cost_section()],
       facts={"work": report.work, "versions": report.versions}),
     required=["train_loss", "counts.*.rows"])
