@@ -17,16 +17,15 @@ LEARNED = ("⟦", "⟧")  # around what is learned
 def marked(
   row: Mapping[str, np.ndarray], vocabulary: Vocabulary, ids: ImageTokens, words: Sequence[str]
 ) -> str:
-  """The tokens of a row, with marks around those that are learned.
+  """The tokens of a row up to the last that is learned, with marks around those that are.
 
   Args:
-    row: `tokens`, `targets`, `loss_mask` and `segment_ids [S]`, and `vector_index [S]` if it has
-      pictures.
+    row: `tokens`, `targets` and `loss_mask [S]`, and `vector_index [S]` if it has pictures.
     vocabulary: of its texts.
     ids: the special ids.
     words: the special words, whose ids follow those of the vocabulary.
   """
-  length = int(np.count_nonzero(row["segment_ids"]))
+  length = int(np.flatnonzero(row["loss_mask"]).max(initial=-1)) + 1
   tokens = [*row["tokens"][:1].tolist(), *row["targets"][:length].tolist()]
   learned = [False, *(row["loss_mask"][:length] > 0).tolist()]
   index = row.get("vector_index", np.full(length, -1))
