@@ -215,6 +215,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--layers", type=int, default=8)
   parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--rows", default="", help="only rows with this in their name")
   parser.add_argument("--output")
   args = parser.parse_args()
   load = os.getloadavg()[0]
@@ -231,6 +232,8 @@ def main() -> None:
   rows = []
 
   def time_row(name, unit, amount, of_ours, of_peers, cost):
+    if args.rows not in name:
+      return
     found = {}
     functions = {"JAX": lambda: found.update({"JAX": of_ours()})}
     for label, function in of_peers.items():
