@@ -42,14 +42,7 @@ def run(
     runs: (arm, seed) to the names of its stages train and evaluate.
     stages: all stages before this one.
   """
-  results = {
-    key: json.loads((context.input(asked) / RESULTS_FILE).read_text())
-    for key, (_, asked) in runs.items()}
-  losses = {
-    key: [r for r in read_records(context.input(train) / "metrics.jsonl")
-          if any(name.startswith(f"{VALIDATION}/") for name in r)]
-    for key, (train, _) in runs.items()}
-  arms, seeds = ([*dict.fromkeys(key[i] for key in runs)] for i in (0, 1))
+  arms, seeds, results, losses = outcomes(context, runs)
   report = RunReport(context, stages)
   summary = {
     "arms": arms, "seeds": seeds,
@@ -64,6 +57,25 @@ def run(
   said = results[FULL, seeds[0]]["said"]
   report.write(
     summary, _page(report, summary, losses, items, pictures, said), required=REQUIRED)
+
+
+def outcomes(
+  context: pipeline.StageContext, runs: Mapping[tuple[str, int], tuple[str, str]]
+) -> tuple[list[str], list[int], dict[tuple[str, int], Any], dict[tuple[str, int], list]]:
+  """What the stages of all arms and seeds left; for `runs` see `run`.
+
+  Returns:
+    The arms, the seeds, and by (arm, seed) the results and the records of validation losses.
+  """
+  results = {
+    key: json.loads((context.input(asked) / RESULTS_FILE).read_text())
+    for key, (_, asked) in runs.items()}
+  losses = {
+    key: [r for r in read_records(context.input(train) / "metrics.jsonl")
+          if any(name.startswith(f"{VALIDATION}/") for name in r)]
+    for key, (train, _) in runs.items()}
+  arms, seeds = ([*dict.fromkeys(key[i] for key in runs)] for i in (0, 1))
+  return arms, seeds, results, losses
 
 
 def last_losses(by_seed: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, list[float]]:

@@ -25,7 +25,7 @@ from lmops_jax.models.docked import DockedLM
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.pretrained.trained_vocabulary import tokenizer_of
 from lmops_jax.stages import pipeline
-from lmops_jax.systems.kosmos.evaluate import Evaluate, image_vectors
+from lmops_jax.systems.kosmos.evaluate import RESULTS_FILE, Evaluate, image_vectors
 from lmops_jax.systems.kosmos.grounding.world import (
   ANSWER,
   CAPTION_KIND,
@@ -38,7 +38,6 @@ from lmops_jax.systems.kosmos.prepare import Prepared, batched
 from lmops_jax.systems.kosmos.training import Arm
 from lmops_jax.systems.kosmos.world import World
 
-RESULTS_FILE = "results.json"
 FREE, BOUND = "free", "grammar"
 _NUM_SEEN = 1_000  # training scenes whose boxes the best constant box is chosen from
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from lmops_jax.systems.kosmos.gallery import Shown, gallery
 from lmops_jax.systems.kosmos.grounding.evaluate import (
   BOUND,
   FREE,
-  RESULTS_FILE,
   baselines,
   found_box,
 )
@@ -34,10 +32,8 @@ from lmops_jax.systems.kosmos.grounding.world import (
   items,
 )
 from lmops_jax.systems.kosmos.items import HELD_OUT, SEEN
-from lmops_jax.systems.kosmos.report import last_losses, told_of_tower
-from lmops_jax.systems.kosmos.training import VALIDATION
+from lmops_jax.systems.kosmos.report import last_losses, outcomes, told_of_tower
 from lmops_jax.systems.kosmos.world import World
-from lmops_jax.training.metrics import read_records
 
 REQUIRED = ("arms", "seeds", "figures.*.*.mean", "baselines.constant.seen", "losses.*.*[]",
             "tower.*.color", "stages[].seconds")
@@ -63,14 +59,7 @@ def run(
     runs: (arm, seed) to the names of its stages train and evaluate.
     stages: all stages before this one.
   """
-  results = {
-    key: json.loads((context.input(asked) / RESULTS_FILE).read_text())
-    for key, (_, asked) in runs.items()}
-  losses = {
-    key: [r for r in read_records(context.input(train) / "metrics.jsonl")
-          if any(name.startswith(f"{VALIDATION}/") for name in r)]
-    for key, (train, _) in runs.items()}
-  arms, seeds = ([*dict.fromkeys(key[i] for key in runs)] for i in (0, 1))
+  arms, seeds, results, losses = outcomes(context, runs)
   report = RunReport(context, stages)
   summary = {
     "arms": arms, "seeds": seeds,
