@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -241,47 +240,22 @@ def _fractions(row: PromptRow, of: dict[Picture, tuple[int, int]], where: str) -
 
 
 def generate(
-  arguments, generator, texts: Sequence, options, words: BoxWords | None, ids: Sequence
+  arguments, generator, texts: Sequence, options, words: BoxWords | None, ids: Sequence,
+  callback: Callable[[int, str], bool | None] | None = None,
 ) -> list:
   """The answers to all prompts, of well-formed boxes only if the command line says so.
 
   Args:
-    generator, texts, options: as in `Generator.generate`.
+    generator, texts, options, callback: as in `Generator.generate`.
     words: of `find`.
     ids: of each prompt.
   """
-  from lmops_jax.decoding.boxes import end_of
+  from lmops_jax.decoding import boxes
 
-  how = dict(stop=arguments.stop, add_special=not arguments.chat)
+  how = dict(stop=arguments.stop, add_special=not arguments.chat, callback=callback)
   if not arguments.grammar:
     return generator.generate(texts, options, **how)
-  ends = collections.defaultdict(list)  # prompts by the place in the grammar where they end
-  for i, row in enumerate(ids):
-    ends[end_of(words.tokens, words.grid, row)].append(i)
-  found = [()] * len(texts)
-  for end, rows in ends.items():
-    answers = generator.generate(
-      [texts[i] for i in rows], options, row_ids=rows,
-      constraint=_grammar(words, generator.vocab_size, *end), **how)
-    each = len(answers) // len(rows)
-    for k, i in enumerate(rows):
-      found[i] = answers[k * each : (k + 1) * each]
-  return [answer for answers in found for answer in answers]
-
-
-def _grammar(words: BoxWords, vocab_size: int, place, corner: int):
-  """The grammar of boxes over a model's `vocab_size` tokens, behind prompts that end there."""
-  from lmops_jax.data.boxes import GROUNDING
-  from lmops_jax.data.image_tokens import KOSMOS_WORDS
-  from lmops_jax.decoding.boxes import box_grammar
-
-  tokenizer = words.tokenizer
-  never = {tokenizer.token_id(word) for word in (*KOSMOS_WORDS, GROUNDING)}
-  never |= {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id}
-  never |= set(range(tokenizer.vocab_size, vocab_size))
-  never -= {None, *tokenizer.stop_ids}
-  return box_grammar(
-    words.tokens, words.grid, vocab_size, tokenizer.stop_ids, sorted(never), place, corner)
+  return boxes.generate(generator, words.tokenizer, texts, ids, options, **how)
 
 
 def read(

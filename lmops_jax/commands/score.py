@@ -15,8 +15,8 @@ SEEING = "take a model with an image encoder, such as one of the family kosmos-2
 _NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
 # What only tasks with options, or only those with open answers, read; as given by default.
 _OF_OPTIONS = {"normalise": None, "balanced": False}
-_OF_ANSWERS = {"only_names": False, "beams": None, "max_new_tokens": None, "length_penalty": None,
-               "no_repeat_ngram": None, "stop": None}
+_OF_ANSWERS = {"only_names": False, "grammar": False, "beams": None, "max_new_tokens": None,
+               "length_penalty": None, "no_repeat_ngram": None, "stop": None}
 _MAX_NEW_TOKENS = 32
 
 
@@ -48,6 +48,7 @@ def add_options(parser) -> None:
       "meteor of answers, accuracy (default) or roc_auc of options")
   add("--only-names", action="store_true", help="generate nothing but the task's names of classes, "
       "such as imagenet's")
+  add("--grammar", action="store_true", help="let the model write well-formed boxes only")
   add("--beams", type=int, help="for open answers; default: the named task's, or no beam search")
   add("--max-new-tokens", type=int, help=f"of an open answer (default {_MAX_NEW_TOKENS})")
   add("--length-penalty", type=float, help="of beams (default 1)")
@@ -107,6 +108,7 @@ class _Options:
   """A task whose options are scored."""
 
   steps = "prompts"
+  grammar = False
 
   def __init__(self, arguments, task, train):
     from lmops_jax.evaluation import in_context
@@ -169,7 +171,8 @@ class _Answers:
     _refuse_given(arguments, _OF_OPTIONS, f"the task {task.name} has no options to score")
     if arguments.only_names:
       _refuse_given(
-        arguments, {"max_new_tokens": None, "stop": None}, "--only-names makes whole names")
+        arguments, {"max_new_tokens": None, "stop": None, "grammar": False},
+        "--only-names makes whole names")
     self._arguments, self._task = arguments, task
     self._stop = check_stop(arguments.stop)
     beams, penalty, ngram = arguments.beams, arguments.length_penalty, arguments.no_repeat_ngram
@@ -182,6 +185,7 @@ class _Answers:
       **({} if penalty is None else {"length_penalty": penalty}))
     self._how = dict(
       shots=arguments.shots, seed=arguments.seed, train=train, only_names=arguments.only_names)
+    self.grammar = arguments.grammar
     self.rows, self.front = open_answers.rows_and_front(task, **self._how, sees=True)
     self.num_steps = len(self.rows)
 
@@ -194,8 +198,8 @@ class _Answers:
     from lmops_jax.evaluation import open_answers
 
     return open_answers.evaluate(
-      engine, tokenizer, self._task, **self._how, options=self._options, stop=self._stop,
-      config=source.decoder.config, progress=update, encoder=encoder)
+      engine, tokenizer, self._task, **self._how, grammar=self.grammar, options=self._options,
+      stop=self._stop, config=source.decoder.config, progress=update, encoder=encoder)
 
   def record(self, found, index: int):
     from lmops_jax.evaluation import open_answers
@@ -206,8 +210,9 @@ class _Answers:
     beams = self._options.num_beams
     how = "greedy" if beams == 1 else f"{beams} beams"
     names = f", of {len(self._task.words)} names alone" if self._arguments.only_names else ""
+    grammar = ", by the grammar of boxes" if self.grammar else ""
     print(f"{_shown(found.figure)}, {len(found.answers)} rows, {found.num_shots} shots, "
-          f"{how}{names}")
+          f"{how}{names}{grammar}")
     _tell(found.estimates)
     if found.located is not None:
       malformed = sum(of.num_malformed for of in found.located.located)
@@ -221,7 +226,8 @@ def _encoding(way, task, source, tokenizer, partitioner):
   from lmops_jax.decoding import image_prompts
   from lmops_jax.evaluation import grounding, in_context, seeing
 
-  grounding.check_words([row.prompt for row in way.rows] + [way.front.text], tokenizer)
+  grounding.check_words(
+    [row.prompt for row in way.rows] + [way.front.text], tokenizer, way.grammar)
   length = source.decoder.config.max_length
   paths = [
     *way.front.images,

@@ -192,17 +192,18 @@ def measure(
   return Measured(estimates, scores, found)
 
 
-def check_words(prompts: Sequence[str], tokenizer) -> int | None:
-  """The side of the grid that boxes are written on; None if no prompt is about boxes.
+def check_words(prompts: Sequence[str], tokenizer, grammar: bool = False) -> int | None:
+  """The side of the grid that boxes are written on; None if nothing is about boxes.
 
   Args:
     prompts: of a task's rows and demonstrations.
     tokenizer: the model's, with `token_id`.
+    grammar: whether answers keep to the grammar of boxes.
 
   Raises:
     ValueError: the vocabulary has no words for boxes, or prompts have boxes on another grid.
   """
-  if not any(GROUNDING in prompt or "<phrase>" in prompt for prompt in prompts):
+  if not grammar and not any(GROUNDING in text or "<phrase>" in text for text in prompts):
     return None
   _, grid = box_tokens(tokenizer.token_id)
   if grid != GRID and any("<object>" in prompt for prompt in prompts):

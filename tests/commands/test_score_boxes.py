@@ -1,6 +1,7 @@
 """`lmops score` on tasks about boxes, on answers with boxes in them, and on SEED-Bench."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -131,6 +132,29 @@ def test_a_models_own_answers_are_measured(lmops, folder, tmp_path, monkeypatch)
   assert out.startswith(f"P@1 {right:.4f} (standard error ") and len(out.splitlines()) == 6
 
 
+def test_the_grammar_is_that_of_generation(lmops, folder, tmp_path, capsys):
+  """Of random weights, which without it do not write a single box."""
+  _expressions(tmp_path, ("a", [0, 0, 40, 20]), ("a b c", [0, 0, 20, 20]))
+  output = tmp_path / "o.jsonl"
+  base = ("--model", folder, "--task", "refcoco", "--data", tmp_path, "--max-new-tokens", 6,
+          "--output", output)
+  lmops(*base)
+  assert all(not row["boxes"] for row in _read(output))
+  out, _ = lmops(*base, "--grammar")
+  assert out.splitlines()[0].endswith("2 rows, 0 shots, greedy, by the grammar of boxes")
+  rows = _read(output)
+  for i, (row, phrase) in enumerate(zip(rows, ("a", "a b c"), strict=True)):
+    assert cli.main([
+      "generate", "--model", folder, "--image", str(tmp_path / f"{i}.png"), "--prompt",
+      f"<grounding><phrase> {phrase}</phrase>", "--grammar", "--no-repeat-ngram", "3",
+      "--max-new-tokens", "6", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert row["answer"] == load_tokenizer(folder).decode(alone["ids"], False)
+    (first, last), = re.findall(
+      r"^<object><patch_index_(\d{4})><patch_index_(\d{4})>", row["answer"])
+    assert int(first) % SIDE <= int(last) % SIDE and int(first) // SIDE <= int(last) // SIDE
+
+
 def test_phrases_are_measured_by_their_types(lmops, folder, says, tmp_path):
   _, answers = says
   (tmp_path / "val.txt").write_text("36\n")
@@ -236,6 +260,19 @@ def test_what_does_not_fit_is_told_before_the_weights_are_read(
   _expressions(tmp_path, ("a cat", [0, 0, 20, 20]), data="refcocog")
   _, err = lmops("--model", folder, "--task", task, "--data", tmp_path, *arguments, fails=True)
   assert err.startswith("lmops: error: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_the_grammar_is_for_answers_with_boxes(lmops, folder, tmp_path):
+  _picture(tmp_path / "a.png")
+  rows, plain = tmp_path / "rows.jsonl", model_folders.write_docked(tmp_path / "plain")
+  rows.write_text(json.dumps(
+    {"images": "a.png", "prompt": "It is", "options": ["a", "b"], "label": 0}))
+  base = ("--task", rows, "--grammar")
+  _, err = lmops("--model", folder, *base, fails=True)
+  assert "the task rows has options, which are scored, so that --grammar changes nothing" in err
+  rows.write_text(json.dumps({"images": "a.png", "prompt": "It is", "answer": "a"}))
+  _, err = lmops("--model", plain, *base, fails=True)
+  assert "the vocabulary has no word <phrase>, which texts with boxes need" in err
 
 
 def test_a_model_without_words_for_boxes_is_refused(lmops, tmp_path):
