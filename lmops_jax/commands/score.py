@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -24,8 +25,9 @@ def add_options(parser) -> None:
   """The options of the command behind those of a model."""
   add = parser.add_argument
   add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields and "
-      "label; or, without a template, with images (paths), prompt, and options and label, or "
-      "answers; or one of lmops list tasks")
+      "label; or, without a template, with images (paths), a prompt (or question, or phrase to be "
+      "located), and options and label, or answers, or target (a box or several; x1, y1, x2, y2 in "
+      "box_unit, fractions or pixels); or one of lmops list tasks")
   add("--template", help='such as "Review: {text}\\nSentiment: {label}"; the label comes last')
   add("--labels", help="label words in the order of the label ids, by commas; of a named task only "
       "where the numbers in --data have another order")
@@ -45,7 +47,8 @@ def add_options(parser) -> None:
   add("--normalise", choices=_NORMALISATIONS, help="of an option's log-likelihood; default: the "
       "named task's, or sum")
   add("--metric", help="of a file of rows with images: exact_match (default), f1, vqa, cider or "
-      "meteor of answers, accuracy (default) or roc_auc of options")
+      "meteor of answers, accuracy (default) or roc_auc of options, referring (default) or "
+      "phrase_grounding of targets")
   add("--only-names", action="store_true", help="generate nothing but the task's names of classes, "
       "such as imagenet's")
   add("--grammar", action="store_true", help="let the model write well-formed boxes only")
@@ -75,7 +78,8 @@ def run(arguments, load) -> None:
     value = getattr(arguments, name)
     if value is not None and value < least:
       raise ValueError(f"{_option(name)} {value} must be at least {least}.")
-  task, train = scored_tasks.chosen(arguments)
+  opened = functools.cache(lambda: load(arguments))
+  task, train = scored_tasks.chosen(arguments, lambda: _grid(opened()))
   way = (_Options if task.rows[0].options else _Answers)(arguments, task, train)
   if arguments.show_prompts is not None:
     _show_prompts(way.rows[: arguments.show_prompts], way.front)
@@ -85,7 +89,8 @@ def run(arguments, load) -> None:
   if task.skipped:
     print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
           "empty or repeated one, or no answer or box.", file=sys.stderr)
-  source, tokenizer, partitioner = load(arguments)
+  _warn_of_grounding(way.rows)
+  source, tokenizer, partitioner = opened()
   new_encoder = _encoding(way, task, source, tokenizer, partitioner)
   params = source.params(partitioner)
   engine = way.engine(source, params, tokenizer, partitioner)
@@ -102,6 +107,14 @@ def run(arguments, load) -> None:
           f"rows, the first ones of each, had no room in the model's "
           f"{source.decoder.config.max_length} positions and are left out.", file=sys.stderr)
   way.tell(found)
+
+
+def _grid(opened) -> int:
+  """The side of the grid of a model's words for boxes."""
+  from lmops_jax.data.boxes import box_tokens
+
+  _, tokenizer, _ = opened
+  return box_tokens(tokenizer.token_id)[1]
 
 
 class _Options:
@@ -227,7 +240,7 @@ def _encoding(way, task, source, tokenizer, partitioner):
   from lmops_jax.evaluation import grounding, in_context, seeing
 
   grounding.check_words(
-    [row.prompt for row in way.rows] + [way.front.text], tokenizer, way.grammar)
+    [row.prompt for row in way.rows] + [way.front.text], tokenizer, task.grid, way.grammar)
   length = source.decoder.config.max_length
   paths = [
     *way.front.images,
@@ -248,6 +261,16 @@ def _encoding(way, task, source, tokenizer, partitioner):
     return seeing.SeeingEncoder(tokenizer, ids, pictures, length)
 
   return new
+
+
+def _warn_of_grounding(rows) -> None:
+  """Tells of prompts that ask for boxes and do not say so."""
+  from lmops_jax.data.boxes import GROUNDING
+
+  num = sum(bool(row.boxes) and GROUNDING not in row.prompt for row in rows)
+  if num:
+    print(f"lmops: warning: {num} prompts that ask for boxes have no {GROUNDING}, without which a "
+          f'model seldom writes them; begin them with "{GROUNDING}".', file=sys.stderr)
 
 
 def _tell(found) -> None:

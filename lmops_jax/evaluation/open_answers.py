@@ -130,7 +130,8 @@ def evaluate(
   rows, front = rows_and_front(
     task, shots=shots, seed=seed, train=train, separator=separator, sees=encoder.sees,
     only_names=only_names)
-  grid = grounding.check_words([row.prompt for row in rows] + [front.text], tokenizer, grammar)
+  grid = grounding.check_words(
+    [row.prompt for row in rows] + [front.text], tokenizer, task.grid, grammar)
   trees: dict[str, tuple[PrefixTree, GenerationOptions]] = {}
   answers: list[str] = [""] * len(rows)
   num_dropped = np.zeros(len(rows), int)

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 
 from lmops_jax import cli
-from lmops_jax.data.boxes import decode, encode, grounding_words, words
+from lmops_jax.data.boxes import decode, grounding_words, words
 from lmops_jax.data.images import as_png
-from lmops_jax.data.tasks.pictures import referring
 from lmops_jax.decoding import Generator, image_prompts
 from lmops_jax.decoding.scoring import OptionScorer, mean
 from lmops_jax.decoding.text import Generation
-from lmops_jax.evaluation import grounding
 from lmops_jax.evaluation.seeing import SeeingEncoder
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.text.tokenizer import load_tokenizer
@@ -73,6 +71,10 @@ def _expressions(folder, *rows, data="refcoco", split="val"):
 
 def _pair(a, b):
   return words(np.array([(a, b)]), SIDE)
+
+
+def _lines(path, *rows):
+  path.write_text("\n".join(map(json.dumps, rows)))
 
 
 def _read(path):
@@ -177,6 +179,47 @@ def test_phrases_are_measured_by_their_types(lmops, folder, says, tmp_path):
     ["clothing", "0.0000"], ["people", "1.0000"]]
 
 
+def test_rows_of_ones_own_are_located_behind_whole_examples(lmops, folder, says, tmp_path):
+  asked, answers = says
+  for i in range(4):
+    _picture(tmp_path / f"{i}.png", i)  # 8 x 8
+  rows = [
+    {"images": "0.png", "phrase": "a cat", "target": [0, 0, 4, 8], "box_unit": "pixels"},
+    {"images": ["1.png"], "prompt": "<grounding><phrase> it</phrase> and<phrase> a dog</phrase>",
+     "boxes": [[0, 0, 0.5, 1], None], "target": [[0, 0, 0.25, 0.25], [0.5, 0, 1, 1]],
+     "box_unit": "fractions"},
+    {"images": ["2.png"], "prompt": "<phrase> a hat</phrase>", "target": [0, 0, 1, 1],
+     "box_unit": "fractions"},
+    {"images": "0.png", "phrase": "nothing", "target": [], "box_unit": "pixels"}]
+  _lines(tmp_path / "rows.jsonl", *rows)
+  _lines(tmp_path / "train.jsonl", {"images": "3.png", "phrase": "a mat", "target": [4, 0, 8, 8],
+                                    "box_unit": "pixels"})
+  base = ("--model", folder, "--task", tmp_path / "rows.jsonl", "--train", tmp_path / "train.jsonl",
+          "--shots", 1)
+  answers += [_pair(0, 13), _pair(2, 15), f"{_pair(5, 5)}{_pair(0, 15)}"]
+  out, err = lmops(*base, "--output", tmp_path / "o.jsonl")
+  shown = f"<image></image><grounding><phrase> a mat</phrase>{_pair(2, 15)}"
+  assert asked == [
+    f"<s>{shown}<image></image><grounding><phrase> a cat</phrase>",
+    f"<s>{shown}<image></image><grounding><phrase> it</phrase>{_pair(0, 13)} and"
+    "<phrase> a dog</phrase>",
+    f"<s>{shown}<image></image><phrase> a hat</phrase>"]
+  exact = 0.25 * 0.75 / 0.5  # two of four columns from centre to centre: too coarse a grid
+  found = _read(tmp_path / "o.jsonl")
+  assert [row["scores"]["IoU"] for row in found] == pytest.approx([exact, exact, 1 / 16])
+  assert found[1]["answers"] == [words([(0, 0), (2, 15)], SIDE)]
+  assert out.startswith("P@1 0.0000 (") and "1 rows of rows are left out" in err
+  assert "warning: 1 prompts that ask for boxes have no <grounding>, without which" in err
+  answers += [_pair(0, 13), f"{_pair(5, 5)}", f"{_pair(5, 5)[:-9]}</delimiter_of_multi_objects/>"
+              f"{_pair(0, 15)[8:]}"]
+  out, _ = lmops(*base, "--metric", "phrase_grounding")
+  assert [line.split()[:2] for line in out.splitlines()] == [
+    ["R@1", "0.0000"], ["R@1", "0.0000"], ["R@5", "0.3333"], ["R@10", "0.3333"],
+    ["R@all", "0.3333"]]
+  row, _ = lmops(*base, "--show-prompts", 1)  # on the model's grid as well
+  assert json.loads(row)["answers"] == [_pair(0, 13)] and _pair(2, 15) in json.loads(row)["prompt"]
+
+
 def test_captions_are_measured_without_their_boxes(lmops, folder, says, tmp_path):
   asked, answers = says
   captions = [{"filename": f"{i}.png", "split": "test", "sentences": [{"raw": caption}]}
@@ -197,10 +240,8 @@ def test_captions_are_measured_without_their_boxes(lmops, folder, says, tmp_path
 
 
 def test_expressions_are_measured_by_two_figures_behind_whole_examples(
-  lmops, folder, says, tmp_path, monkeypatch
+  lmops, folder, says, tmp_path
 ):
-  monkeypatch.setattr(grounding, "GRID", SIDE)  # of the tiny model; prompts then have its cells
-  monkeypatch.setattr(referring, "as_words", lambda boxes: words(encode(boxes, SIDE), SIDE))
   asked, answers = says
   left, right = [0, 0, 20, 20], [20, 0, 20, 20]
   _expressions(tmp_path, ("a cat", left), ("two dogs", right), data="refcocog")
@@ -246,7 +287,6 @@ def test_questions_are_compared_by_their_mean_and_told_by_type(lmops, folder, tm
 
 
 @pytest.mark.parametrize("task,arguments,message", [
-  ("refcocog-expressions", (), "the prompts have boxes on a grid of 32 x 32 cells, and the model"),
   ("refcocog-expressions", ("--split", "dev"), "has no file *refcocog_dev.json"),
   ("copa", ("--split", "val"), "--split and --pictures are for a --task that is a named one with"),
 ])
