@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,119 +167,39 @@ def inserted(
     of: of `sizes`, for pictures whose boxes are in pixels.
 
   Raises:
-    ValueError: see `data.boxes.insert`; or pixels of a phrase with no picture in front.
+    ValueError: see `data.phrase_boxes.with_boxes`.
   """
-  from lmops_jax.data.boxes import insert
+  from lmops_jax.data.phrase_boxes import with_boxes
 
   found = []
   for i, row in enumerate(rows):
     if row.boxes is not None:
       where = f"{row.where} of prompt {i}" if row.where.startswith("--") else row.where
-      boxes = _fractions(row, of, where) if row.box_unit == "pixels" else row.boxes
-      _check_width(boxes, row.box_unit, where)
-      row = row._replace(text=insert(row.text, boxes, words.grid, where=where), boxes=None)
+      text = with_boxes(
+        row.text, row.boxes, row.box_unit, len(row.pictures),
+        lambda number, row=row: of[row.pictures[number]], words.grid, where)
+      row = row._replace(text=text, boxes=None)
     found.append(row)
   return found
 
 
-def _check_width(boxes, unit: str, where: str) -> None:
-  """Each box has the numbers that its unit has."""
-  wanted = 2 if unit == "cells" else 4
-  for i, entry in enumerate(boxes):
-    for box in _listed(entry):
-      if isinstance(box, list) and len(box) != wanted:
-        raise ValueError(
-          f"{where}[{i}] has a box of {len(box)} numbers, and in {unit} it has {wanted}; write "
-          f"{'the upper left and lower right cell' if wanted == 2 else 'x1, y1, x2, y2'}."
-        )
-
-
-def _listed(entry) -> list:
-  """The boxes of a phrase; none for what is no list, which `insert` refuses unless it is None."""
-  if not isinstance(entry, list):
-    return []
-  return entry if all(isinstance(box, list) for box in entry) else [entry]
-
-
-def _fractions(row: PromptRow, of: dict[Picture, tuple[int, int]], where: str) -> list:
-  """Boxes in pixels as fractions of the picture that was last in front of their phrase."""
-  from lmops_jax.data.boxes import from_pixels
-  from lmops_jax.data.multimodal import IMAGE
-
-  places = [match.start() for match in re.finditer(re.escape(IMAGE), row.text)]
-  phrases = [match.start() for match in re.finditer("<phrase>.+?</phrase>", row.text)]
-  found = []
-  for i, entry in enumerate(row.boxes):
-    boxes = _listed(entry)
-    if not boxes or i >= len(phrases):  # `insert` tells what is wrong with it
-      found.append(entry)
-      continue
-    number = sum(place < phrases[i] for place in places) if places else len(row.pictures)
-    if not 0 < number <= len(row.pictures):
-      raise ValueError(
-        f"{where}[{i}] is in pixels, and no picture stands in front of its phrase; put <image> "
-        "there, or give fractions."
-      )
-    _check_width([boxes], "pixels", where)
-    width, height = of[row.pictures[number - 1]]
-    fractions = from_pixels(boxes, width, height)
-    for box, fraction in zip(boxes, fractions):
-      if max(box) <= 1:
-        raise ValueError(
-          f"{where}[{i}] is {box}, less than a pixel, and looks like fractions; say that they are "
-          "fractions."
-        )
-      if (fraction > 1).any():
-        raise ValueError(
-          f"{where}[{i}] is {box}, and its picture has {width} x {height} pixels; give a box that "
-          "is in the picture, or cut it."
-        )
-    found.append(fractions.tolist())
-  return found
-
-
 def generate(
-  arguments, generator, texts: Sequence, options, words: BoxWords | None, ids: Sequence
+  arguments, generator, texts: Sequence, options, words: BoxWords | None, ids: Sequence,
+  callback: Callable[[int, str], bool | None] | None = None,
 ) -> list:
   """The answers to all prompts, of well-formed boxes only if the command line says so.
 
   Args:
-    generator, texts, options: as in `Generator.generate`.
+    generator, texts, options, callback: as in `Generator.generate`.
     words: of `find`.
     ids: of each prompt.
   """
-  from lmops_jax.decoding.boxes import end_of
+  from lmops_jax.decoding import boxes
 
-  how = dict(stop=arguments.stop, add_special=not arguments.chat)
+  how = dict(stop=arguments.stop, add_special=not arguments.chat, callback=callback)
   if not arguments.grammar:
     return generator.generate(texts, options, **how)
-  ends = collections.defaultdict(list)  # prompts by the place in the grammar where they end
-  for i, row in enumerate(ids):
-    ends[end_of(words.tokens, words.grid, row)].append(i)
-  found = [()] * len(texts)
-  for end, rows in ends.items():
-    answers = generator.generate(
-      [texts[i] for i in rows], options, row_ids=rows,
-      constraint=_grammar(words, generator.vocab_size, *end), **how)
-    each = len(answers) // len(rows)
-    for k, i in enumerate(rows):
-      found[i] = answers[k * each : (k + 1) * each]
-  return [answer for answers in found for answer in answers]
-
-
-def _grammar(words: BoxWords, vocab_size: int, place, corner: int):
-  """The grammar of boxes over a model's `vocab_size` tokens, behind prompts that end there."""
-  from lmops_jax.data.boxes import GROUNDING
-  from lmops_jax.data.image_tokens import KOSMOS_WORDS
-  from lmops_jax.decoding.boxes import box_grammar
-
-  tokenizer = words.tokenizer
-  never = {tokenizer.token_id(word) for word in (*KOSMOS_WORDS, GROUNDING)}
-  never |= {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id}
-  never |= set(range(tokenizer.vocab_size, vocab_size))
-  never -= {None, *tokenizer.stop_ids}
-  return box_grammar(
-    words.tokens, words.grid, vocab_size, tokenizer.stop_ids, sorted(never), place, corner)
+  return boxes.generate(generator, words.tokenizer, texts, ids, options, **how)
 
 
 def read(

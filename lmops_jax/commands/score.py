@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -15,8 +16,8 @@ SEEING = "take a model with an image encoder, such as one of the family kosmos-2
 _NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
 # What only tasks with options, or only those with open answers, read; as given by default.
 _OF_OPTIONS = {"normalise": None, "balanced": False}
-_OF_ANSWERS = {"only_names": False, "beams": None, "max_new_tokens": None, "length_penalty": None,
-               "no_repeat_ngram": None, "stop": None}
+_OF_ANSWERS = {"only_names": False, "grammar": False, "beams": None, "max_new_tokens": None,
+               "length_penalty": None, "no_repeat_ngram": None, "stop": None}
 _MAX_NEW_TOKENS = 32
 
 
@@ -24,8 +25,9 @@ def add_options(parser) -> None:
   """The options of the command behind those of a model."""
   add = parser.add_argument
   add("--task", required=True, metavar="FILE", help="JSON lines with the template's fields and "
-      "label; or, without a template, with images (paths), prompt, and options and label, or "
-      "answers; or one of lmops list tasks")
+      "label; or, without a template, with images (paths), a prompt (or question, or phrase to be "
+      "located), and options and label, or answers, or target (a box or several; x1, y1, x2, y2 in "
+      "box_unit, fractions or pixels); or one of lmops list tasks")
   add("--template", help='such as "Review: {text}\\nSentiment: {label}"; the label comes last')
   add("--labels", help="label words in the order of the label ids, by commas; of a named task only "
       "where the numbers in --data have another order")
@@ -45,9 +47,11 @@ def add_options(parser) -> None:
   add("--normalise", choices=_NORMALISATIONS, help="of an option's log-likelihood; default: the "
       "named task's, or sum")
   add("--metric", help="of a file of rows with images: exact_match (default), f1, vqa, cider or "
-      "meteor of answers, accuracy (default) or roc_auc of options")
+      "meteor of answers, accuracy (default) or roc_auc of options, referring (default) or "
+      "phrase_grounding of targets")
   add("--only-names", action="store_true", help="generate nothing but the task's names of classes, "
       "such as imagenet's")
+  add("--grammar", action="store_true", help="let the model write well-formed boxes only")
   add("--beams", type=int, help="for open answers; default: the named task's, or no beam search")
   add("--max-new-tokens", type=int, help=f"of an open answer (default {_MAX_NEW_TOKENS})")
   add("--length-penalty", type=float, help="of beams (default 1)")
@@ -74,7 +78,8 @@ def run(arguments, load) -> None:
     value = getattr(arguments, name)
     if value is not None and value < least:
       raise ValueError(f"{_option(name)} {value} must be at least {least}.")
-  task, train = scored_tasks.chosen(arguments)
+  opened = functools.cache(lambda: load(arguments))
+  task, train = scored_tasks.chosen(arguments, lambda: _grid(opened()))
   way = (_Options if task.rows[0].options else _Answers)(arguments, task, train)
   if arguments.show_prompts is not None:
     _show_prompts(way.rows[: arguments.show_prompts], way.front)
@@ -84,7 +89,8 @@ def run(arguments, load) -> None:
   if task.skipped:
     print(f"{task.skipped} rows of {task.name} are left out: not the task's number of options, an "
           "empty or repeated one, or no answer or box.", file=sys.stderr)
-  source, tokenizer, partitioner = load(arguments)
+  _warn_of_grounding(way.rows)
+  source, tokenizer, partitioner = opened()
   new_encoder = _encoding(way, task, source, tokenizer, partitioner)
   params = source.params(partitioner)
   engine = way.engine(source, params, tokenizer, partitioner)
@@ -103,10 +109,19 @@ def run(arguments, load) -> None:
   way.tell(found)
 
 
+def _grid(opened) -> int:
+  """The side of the grid of a model's words for boxes."""
+  from lmops_jax.data.boxes import box_tokens
+
+  _, tokenizer, _ = opened
+  return box_tokens(tokenizer.token_id)[1]
+
+
 class _Options:
   """A task whose options are scored."""
 
   steps = "prompts"
+  grammar = False
 
   def __init__(self, arguments, task, train):
     from lmops_jax.evaluation import in_context
@@ -169,7 +184,8 @@ class _Answers:
     _refuse_given(arguments, _OF_OPTIONS, f"the task {task.name} has no options to score")
     if arguments.only_names:
       _refuse_given(
-        arguments, {"max_new_tokens": None, "stop": None}, "--only-names makes whole names")
+        arguments, {"max_new_tokens": None, "stop": None, "grammar": False},
+        "--only-names makes whole names")
     self._arguments, self._task = arguments, task
     self._stop = check_stop(arguments.stop)
     beams, penalty, ngram = arguments.beams, arguments.length_penalty, arguments.no_repeat_ngram
@@ -182,6 +198,7 @@ class _Answers:
       **({} if penalty is None else {"length_penalty": penalty}))
     self._how = dict(
       shots=arguments.shots, seed=arguments.seed, train=train, only_names=arguments.only_names)
+    self.grammar = arguments.grammar
     self.rows, self.front = open_answers.rows_and_front(task, **self._how, sees=True)
     self.num_steps = len(self.rows)
 
@@ -194,8 +211,8 @@ class _Answers:
     from lmops_jax.evaluation import open_answers
 
     return open_answers.evaluate(
-      engine, tokenizer, self._task, **self._how, options=self._options, stop=self._stop,
-      config=source.decoder.config, progress=update, encoder=encoder)
+      engine, tokenizer, self._task, **self._how, grammar=self.grammar, options=self._options,
+      stop=self._stop, config=source.decoder.config, progress=update, encoder=encoder)
 
   def record(self, found, index: int):
     from lmops_jax.evaluation import open_answers
@@ -206,8 +223,9 @@ class _Answers:
     beams = self._options.num_beams
     how = "greedy" if beams == 1 else f"{beams} beams"
     names = f", of {len(self._task.words)} names alone" if self._arguments.only_names else ""
+    grammar = ", by the grammar of boxes" if self.grammar else ""
     print(f"{_shown(found.figure)}, {len(found.answers)} rows, {found.num_shots} shots, "
-          f"{how}{names}")
+          f"{how}{names}{grammar}")
     _tell(found.estimates)
     if found.located is not None:
       malformed = sum(of.num_malformed for of in found.located.located)
@@ -221,7 +239,8 @@ def _encoding(way, task, source, tokenizer, partitioner):
   from lmops_jax.decoding import image_prompts
   from lmops_jax.evaluation import grounding, in_context, seeing
 
-  grounding.check_words([row.prompt for row in way.rows] + [way.front.text], tokenizer)
+  grounding.check_words(
+    [row.prompt for row in way.rows] + [way.front.text], tokenizer, task.grid, way.grammar)
   length = source.decoder.config.max_length
   paths = [
     *way.front.images,
@@ -242,6 +261,16 @@ def _encoding(way, task, source, tokenizer, partitioner):
     return seeing.SeeingEncoder(tokenizer, ids, pictures, length)
 
   return new
+
+
+def _warn_of_grounding(rows) -> None:
+  """Tells of prompts that ask for boxes and do not say so."""
+  from lmops_jax.data.boxes import GROUNDING
+
+  num = sum(bool(row.boxes) and GROUNDING not in row.prompt for row in rows)
+  if num:
+    print(f"lmops: warning: {num} prompts that ask for boxes have no {GROUNDING}, without which a "
+          f'model seldom writes them; begin them with "{GROUNDING}".', file=sys.stderr)
 
 
 def _tell(found) -> None:

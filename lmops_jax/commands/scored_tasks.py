@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 
-def chosen(arguments):
+def chosen(arguments, grid: Callable[[], int]):
   """The task to score, and rows to draw demonstrations from if --train gives them to a template.
 
   Args:
     arguments: of `lmops score`.
+    grid: tells the side of the model's grid; called if boxes stand in texts.
 
   Raises:
     ValueError: options that do not go together, or a task that cannot be read.
@@ -32,7 +34,7 @@ def chosen(arguments):
         "or from FOLDER/train.jsonl with --data FOLDER."
       )
     if of_pictures:
-      return _with_pictures(arguments), None
+      return _with_pictures(arguments, grid), None
     return tasks.named_task(
       arguments.task, flavour=arguments.flavour, template=arguments.template_index,
       data=arguments.data, limit=arguments.limit, labels=labels,
@@ -48,7 +50,8 @@ def chosen(arguments):
         "leave --template and --labels out."
       )
     return tasks.picture_rows_task(
-      arguments.task, metric=arguments.metric, limit=arguments.limit, train=arguments.train), None
+      arguments.task, metric=arguments.metric, limit=arguments.limit, train=arguments.train,
+      grid=grid), None
   if arguments.template is None or labels is None:
     raise ValueError(
       f"--task {arguments.task} is a file, so it needs --template and --labels; see lmops score "
@@ -67,7 +70,7 @@ def way(task: str):
   return PICTURE_ENTRIES[task].way if task in PICTURE_ENTRIES else Way()
 
 
-def _with_pictures(arguments):
+def _with_pictures(arguments, grid: Callable[[], int]):
   """A named task with pictures, from the folder that its data come in."""
   from lmops_jax.data import tasks
 
@@ -82,7 +85,7 @@ def _with_pictures(arguments):
     )
   return tasks.picture_task(
     arguments.task, arguments.data, pictures=arguments.pictures, split=arguments.split,
-    template=arguments.template_index, limit=arguments.limit)
+    template=arguments.template_index, limit=arguments.limit, grid=grid)
 
 
 def _names_pictures(path: str) -> bool:

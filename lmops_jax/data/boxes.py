@@ -31,7 +31,7 @@ Box = tuple[float, float, float, float]
 _ROUNDING_ERROR = 1e-6  # of fractions that were computed in float32
 _LARGEST_TRAINED = 0.99999  # right and bottom edges in training are cut to this
 LARGEST_GRID = 100  # words have four digits
-_PHRASE = re.compile("<phrase>.+?</phrase>")
+PHRASE = re.compile("<phrase>.+?</phrase>")
 _PAIR = r"(?:<patch_index_\d{1,9}>){2}"
 _GROUP = re.compile(
   "(?:<phrase>(?P<phrase>[^<]+)</phrase>)?"
@@ -302,7 +302,7 @@ def insert(
   """
   if boxes is None or not len(boxes):
     return text
-  ends = [match.end() for match in _PHRASE.finditer(text)]
+  ends = [match.end() for match in PHRASE.finditer(text)]
   if len(ends) != len(boxes):
     raise ValueError(
       f"{where} has {len(boxes)} entries and the text {len(ends)} phrases <phrase>...</phrase>; "

@@ -8,16 +8,21 @@ to the left of the first. The text ends outside of groups.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.data.boxes import BoxTokens
+from lmops_jax.data.boxes import GROUNDING, BoxTokens, box_tokens
+from lmops_jax.data.image_tokens import KOSMOS_WORDS
+from lmops_jax.decoding.generate import Generator
 from lmops_jax.decoding.options import GenerationOptions
+from lmops_jax.decoding.prompts import Prompt
+from lmops_jax.decoding.text import Generation
 
 
 class Place(enum.IntEnum):
@@ -168,3 +173,47 @@ def end_of(tokens: BoxTokens, side: int, ids: Sequence[int]) -> tuple[Place, int
   if len(behind) > 2 or any(not 0 <= cell < side**2 for cell in behind):
     return Place.TEXT, 0
   return (Place.OBJECT, Place.CORNER, Place.BOX)[len(behind)], behind[0] if len(behind) == 1 else 0
+
+
+def generate(
+  generator: Generator, tokenizer, texts: Sequence[str | Prompt], ids: Sequence[Sequence[int]],
+  options: GenerationOptions, stop: Sequence[str] = (), *,
+  callback: Callable[[int, str], bool | None] | None = None, add_special: bool = True,
+) -> list[Generation]:
+  """Continues texts with well-formed boxes only, each from where in the grammar it ends.
+
+  Prompts that end at different places run apart; each gets what it gets alone.
+
+  Args:
+    generator, texts, options, stop, callback, add_special: see `Generator.generate`.
+    tokenizer: the model's.
+    ids: of each text, as it is continued.
+
+  Raises:
+    ValueError: as `Generator.generate`; or the tokenizer has no words for boxes.
+  """
+  tokens, side = box_tokens(tokenizer.token_id)
+  ends = collections.defaultdict(list)  # prompts by the place in the grammar where they end
+  for i, row in enumerate(ids):
+    ends[end_of(tokens, side, row)].append(i)
+  each = options.num_return_sequences
+  found: list[Generation | None] = [None] * (len(texts) * each)
+  for end, rows in ends.items():
+    places = [i * each + k for i in rows for k in range(each)]
+    watch = callback and (lambda i, piece, places=places: callback(places[i], piece))
+    answers = generator.generate(
+      [texts[i] for i in rows], options, stop, watch, rows, add_special=add_special,
+      constraint=_of_tokenizer(tokenizer, generator.vocab_size, *end))
+    for place, answer in zip(places, answers, strict=True):
+      found[place] = answer
+  return found
+
+
+def _of_tokenizer(tokenizer, vocab_size: int, begins: Place, corner: int) -> BoxGrammar:
+  """The grammar over a model's `vocab_size` tokens, behind prompts that end there."""
+  never = {tokenizer.token_id(word) for word in (*KOSMOS_WORDS, GROUNDING)}
+  never |= {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id}
+  never |= set(range(tokenizer.vocab_size, vocab_size))
+  never -= {None, *tokenizer.stop_ids}
+  return box_grammar(
+    *box_tokens(tokenizer.token_id), vocab_size, tokenizer.stop_ids, sorted(never), begins, corner)

@@ -7,7 +7,6 @@ truth is at least 0.5; without boxes a box without area stands for them, as in t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 from lmops_jax.data.box_overlap import iou
 from lmops_jax.data.boxes import GRID, GROUNDING, Box, box_tokens, decode, encode, extract
 from lmops_jax.data.boxes import checked as checked_boxes
+from lmops_jax.data.phrase_boxes import LAST_PHRASE
 from lmops_jax.data.tasks import Example
 from lmops_jax.data.tasks.task import OF_BOXES
 from lmops_jax.decoding.text import find_stop
@@ -25,7 +25,6 @@ from lmops_jax.evaluation.estimates import Estimate, estimate, picture_of
 FIRST = (1, 5, 10)  # of how many boxes the recall is told
 THRESHOLD = 0.5
 _AT_ONCE = 1024  # rows whose boxes are compared together
-_NAMED = re.compile(r"<phrase>([^<]+)</phrase>\s*$")
 
 
 class Located(NamedTuple):
@@ -78,7 +77,7 @@ def located(prompt: str, answer: str, grid: int = GRID) -> Located:
   Raises:
     ValueError: a prompt that ends otherwise.
   """
-  named = _NAMED.search(prompt)
+  named = LAST_PHRASE.search(prompt)
   if named is None:
     raise ValueError(
       f"the prompt {prompt[-60:]!r} does not end with <phrase>...</phrase>, so that nothing is "
@@ -192,23 +191,27 @@ def measure(
   return Measured(estimates, scores, found)
 
 
-def check_words(prompts: Sequence[str], tokenizer) -> int | None:
-  """The side of the grid that boxes are written on; None if no prompt is about boxes.
+def check_words(
+  prompts: Sequence[str], tokenizer, written: int, grammar: bool = False
+) -> int | None:
+  """The side of the grid that boxes are written on; None if nothing is about boxes.
 
   Args:
     prompts: of a task's rows and demonstrations.
     tokenizer: the model's, with `token_id`.
+    written: the side of the grid that boxes in prompts are written on, `Task.grid`.
+    grammar: whether answers keep to the grammar of boxes.
 
   Raises:
     ValueError: the vocabulary has no words for boxes, or prompts have boxes on another grid.
   """
-  if not any(GROUNDING in prompt or "<phrase>" in prompt for prompt in prompts):
+  if not grammar and not any(GROUNDING in text or "<phrase>" in text for text in prompts):
     return None
   _, grid = box_tokens(tokenizer.token_id)
-  if grid != GRID and any("<object>" in prompt for prompt in prompts):
+  if grid != written and any("<object>" in prompt for prompt in prompts):
     raise ValueError(
-      f"the prompts have boxes on a grid of {GRID} x {GRID} cells, and the model's is {grid} x "
-      f"{grid}; take a model with the published grid."
+      f"the prompts have boxes on a grid of {written} x {written} cells, and the model's is {grid} "
+      f"x {grid}; make the task with grid=lambda: {grid}."
     )
   return grid
 

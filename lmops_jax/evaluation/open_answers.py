@@ -5,7 +5,7 @@ arXiv:2302.14045, section 4.4): a prefix tree of their tokens, each with the end
 name that begins another one can be an answer.
 
 Behind prompts about boxes answers keep their tags where boxes are measured; texts are measured
-without tags and boxes.
+without tags and boxes. Boxes may be kept well-formed by the grammar of `decoding.boxes`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from lmops_jax.data.boxes import extract
 from lmops_jax.data.tasks import Example, Task
 from lmops_jax.data.tasks.task import OF_BOXES, OF_OPTIONS
-from lmops_jax.decoding import GenerationOptions, Generator
+from lmops_jax.decoding import GenerationOptions, Generator, boxes
 from lmops_jax.decoding.constraints import PrefixTree, prefix_tree
 from lmops_jax.decoding.prompts import Prompt
 from lmops_jax.evaluation import generated, grounding, in_context
@@ -96,6 +96,7 @@ def evaluate(
   train: Sequence[Example] | None = None,
   stop: Sequence[str] = (),
   only_names: bool = False,
+  grammar: bool = False,
   separator: str = SEPARATOR,
   progress: Callable[[int], None] | None = None,
   encoder: Encoder | None = None,
@@ -111,20 +112,26 @@ def evaluate(
     shots, seed, train: demonstrations, see `in_context.evaluate`.
     stop: texts that end an answer, which is cut before them.
     only_names: generate nothing but the task's names of classes.
+    grammar: generate well-formed boxes only.
     separator: text behind each demonstration.
     progress: called with the number of rows done since the last call.
     encoder: encodes prompts, with pictures if it sees; None is an `Encoder` of the tokenizer.
 
   Raises:
-    ValueError: as `rows_and_front`; names with the same tokens; a tokenizer without end token; or a
-      prompt that is too long without any demonstration; or prompts about boxes and a tokenizer
-      without words for them.
+    ValueError: as `rows_and_front`; both restrictions; names with the same tokens; a tokenizer
+      without end token; a prompt that is too long without any demonstration; or prompts about boxes
+      and a tokenizer without words for them.
   """
+  if grammar and only_names:
+    raise ValueError(
+      "answers that are names of classes have no boxes, which the grammar is about; leave one of "
+      "the two restrictions out.")
   encoder = Encoder(tokenizer, max_length=config.max_length) if encoder is None else encoder
   rows, front = rows_and_front(
     task, shots=shots, seed=seed, train=train, separator=separator, sees=encoder.sees,
     only_names=only_names)
-  grid = grounding.check_words([row.prompt for row in rows] + [front.text], tokenizer)
+  grid = grounding.check_words(
+    [row.prompt for row in rows] + [front.text], tokenizer, task.grid, grammar)
   trees: dict[str, tuple[PrefixTree, GenerationOptions]] = {}
   answers: list[str] = [""] * len(rows)
   num_dropped = np.zeros(len(rows), int)
@@ -146,7 +153,11 @@ def evaluate(
         context, num_dropped[i] = _context(encoder, task, rows[i], front, how, config)
         contexts.append(context)
       how = dataclasses.replace(how, num_return_sequences=1)
-      found = generator.generate(contexts, how, stop, constraint=tree)
+      if grammar:
+        found = boxes.generate(
+          generator, tokenizer, contexts, [context.ids for context in contexts], how, stop)
+      else:
+        found = generator.generate(contexts, how, stop, constraint=tree)
       for i, context, answer in zip(members, contexts, found, strict=True):
         answers[i] = answer.text.strip()
         if grid is not None:

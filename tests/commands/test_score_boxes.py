@@ -1,18 +1,17 @@
 """`lmops score` on tasks about boxes, on answers with boxes in them, and on SEED-Bench."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from lmops_jax import cli
-from lmops_jax.data.boxes import decode, encode, grounding_words, words
+from lmops_jax.data.boxes import decode, grounding_words, words
 from lmops_jax.data.images import as_png
-from lmops_jax.data.tasks.pictures import referring
 from lmops_jax.decoding import Generator, image_prompts
 from lmops_jax.decoding.scoring import OptionScorer, mean
 from lmops_jax.decoding.text import Generation
-from lmops_jax.evaluation import grounding
 from lmops_jax.evaluation.seeing import SeeingEncoder
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.text.tokenizer import load_tokenizer
@@ -74,6 +73,10 @@ def _pair(a, b):
   return words(np.array([(a, b)]), SIDE)
 
 
+def _lines(path, *rows):
+  path.write_text("\n".join(map(json.dumps, rows)))
+
+
 def _read(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -131,6 +134,29 @@ def test_a_models_own_answers_are_measured(lmops, folder, tmp_path, monkeypatch)
   assert out.startswith(f"P@1 {right:.4f} (standard error ") and len(out.splitlines()) == 6
 
 
+def test_the_grammar_is_that_of_generation(lmops, folder, tmp_path, capsys):
+  """Of random weights, which without it do not write a single box."""
+  _expressions(tmp_path, ("a", [0, 0, 40, 20]), ("a b c", [0, 0, 20, 20]))
+  output = tmp_path / "o.jsonl"
+  base = ("--model", folder, "--task", "refcoco", "--data", tmp_path, "--max-new-tokens", 6,
+          "--output", output)
+  lmops(*base)
+  assert all(not row["boxes"] for row in _read(output))
+  out, _ = lmops(*base, "--grammar")
+  assert out.splitlines()[0].endswith("2 rows, 0 shots, greedy, by the grammar of boxes")
+  rows = _read(output)
+  for i, (row, phrase) in enumerate(zip(rows, ("a", "a b c"), strict=True)):
+    assert cli.main([
+      "generate", "--model", folder, "--image", str(tmp_path / f"{i}.png"), "--prompt",
+      f"<grounding><phrase> {phrase}</phrase>", "--grammar", "--no-repeat-ngram", "3",
+      "--max-new-tokens", "6", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert row["answer"] == load_tokenizer(folder).decode(alone["ids"], False)
+    (first, last), = re.findall(
+      r"^<object><patch_index_(\d{4})><patch_index_(\d{4})>", row["answer"])
+    assert int(first) % SIDE <= int(last) % SIDE and int(first) // SIDE <= int(last) // SIDE
+
+
 def test_phrases_are_measured_by_their_types(lmops, folder, says, tmp_path):
   _, answers = says
   (tmp_path / "val.txt").write_text("36\n")
@@ -153,6 +179,47 @@ def test_phrases_are_measured_by_their_types(lmops, folder, says, tmp_path):
     ["clothing", "0.0000"], ["people", "1.0000"]]
 
 
+def test_rows_of_ones_own_are_located_behind_whole_examples(lmops, folder, says, tmp_path):
+  asked, answers = says
+  for i in range(4):
+    _picture(tmp_path / f"{i}.png", i)  # 8 x 8
+  rows = [
+    {"images": "0.png", "phrase": "a cat", "target": [0, 0, 4, 8], "box_unit": "pixels"},
+    {"images": ["1.png"], "prompt": "<grounding><phrase> it</phrase> and<phrase> a dog</phrase>",
+     "boxes": [[0, 0, 0.5, 1], None], "target": [[0, 0, 0.25, 0.25], [0.5, 0, 1, 1]],
+     "box_unit": "fractions"},
+    {"images": ["2.png"], "prompt": "<phrase> a hat</phrase>", "target": [0, 0, 1, 1],
+     "box_unit": "fractions"},
+    {"images": "0.png", "phrase": "nothing", "target": [], "box_unit": "pixels"}]
+  _lines(tmp_path / "rows.jsonl", *rows)
+  _lines(tmp_path / "train.jsonl", {"images": "3.png", "phrase": "a mat", "target": [4, 0, 8, 8],
+                                    "box_unit": "pixels"})
+  base = ("--model", folder, "--task", tmp_path / "rows.jsonl", "--train", tmp_path / "train.jsonl",
+          "--shots", 1)
+  answers += [_pair(0, 13), _pair(2, 15), f"{_pair(5, 5)}{_pair(0, 15)}"]
+  out, err = lmops(*base, "--output", tmp_path / "o.jsonl")
+  shown = f"<image></image><grounding><phrase> a mat</phrase>{_pair(2, 15)}"
+  assert asked == [
+    f"<s>{shown}<image></image><grounding><phrase> a cat</phrase>",
+    f"<s>{shown}<image></image><grounding><phrase> it</phrase>{_pair(0, 13)} and"
+    "<phrase> a dog</phrase>",
+    f"<s>{shown}<image></image><phrase> a hat</phrase>"]
+  exact = 0.25 * 0.75 / 0.5  # two of four columns from centre to centre: too coarse a grid
+  found = _read(tmp_path / "o.jsonl")
+  assert [row["scores"]["IoU"] for row in found] == pytest.approx([exact, exact, 1 / 16])
+  assert found[1]["answers"] == [words([(0, 0), (2, 15)], SIDE)]
+  assert out.startswith("P@1 0.0000 (") and "1 rows of rows are left out" in err
+  assert "warning: 1 prompts that ask for boxes have no <grounding>, without which" in err
+  answers += [_pair(0, 13), f"{_pair(5, 5)}", f"{_pair(5, 5)[:-9]}</delimiter_of_multi_objects/>"
+              f"{_pair(0, 15)[8:]}"]
+  out, _ = lmops(*base, "--metric", "phrase_grounding")
+  assert [line.split()[:2] for line in out.splitlines()] == [
+    ["R@1", "0.0000"], ["R@1", "0.0000"], ["R@5", "0.3333"], ["R@10", "0.3333"],
+    ["R@all", "0.3333"]]
+  row, _ = lmops(*base, "--show-prompts", 1)  # on the model's grid as well
+  assert json.loads(row)["answers"] == [_pair(0, 13)] and _pair(2, 15) in json.loads(row)["prompt"]
+
+
 def test_captions_are_measured_without_their_boxes(lmops, folder, says, tmp_path):
   asked, answers = says
   captions = [{"filename": f"{i}.png", "split": "test", "sentences": [{"raw": caption}]}
@@ -173,10 +240,8 @@ def test_captions_are_measured_without_their_boxes(lmops, folder, says, tmp_path
 
 
 def test_expressions_are_measured_by_two_figures_behind_whole_examples(
-  lmops, folder, says, tmp_path, monkeypatch
+  lmops, folder, says, tmp_path
 ):
-  monkeypatch.setattr(grounding, "GRID", SIDE)  # of the tiny model; prompts then have its cells
-  monkeypatch.setattr(referring, "as_words", lambda boxes: words(encode(boxes, SIDE), SIDE))
   asked, answers = says
   left, right = [0, 0, 20, 20], [20, 0, 20, 20]
   _expressions(tmp_path, ("a cat", left), ("two dogs", right), data="refcocog")
@@ -222,7 +287,6 @@ def test_questions_are_compared_by_their_mean_and_told_by_type(lmops, folder, tm
 
 
 @pytest.mark.parametrize("task,arguments,message", [
-  ("refcocog-expressions", (), "the prompts have boxes on a grid of 32 x 32 cells, and the model"),
   ("refcocog-expressions", ("--split", "dev"), "has no file *refcocog_dev.json"),
   ("copa", ("--split", "val"), "--split and --pictures are for a --task that is a named one with"),
 ])
@@ -236,6 +300,19 @@ def test_what_does_not_fit_is_told_before_the_weights_are_read(
   _expressions(tmp_path, ("a cat", [0, 0, 20, 20]), data="refcocog")
   _, err = lmops("--model", folder, "--task", task, "--data", tmp_path, *arguments, fails=True)
   assert err.startswith("lmops: error: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_the_grammar_is_for_answers_with_boxes(lmops, folder, tmp_path):
+  _picture(tmp_path / "a.png")
+  rows, plain = tmp_path / "rows.jsonl", model_folders.write_docked(tmp_path / "plain")
+  rows.write_text(json.dumps(
+    {"images": "a.png", "prompt": "It is", "options": ["a", "b"], "label": 0}))
+  base = ("--task", rows, "--grammar")
+  _, err = lmops("--model", folder, *base, fails=True)
+  assert "the task rows has options, which are scored, so that --grammar changes nothing" in err
+  rows.write_text(json.dumps({"images": "a.png", "prompt": "It is", "answer": "a"}))
+  _, err = lmops("--model", plain, *base, fails=True)
+  assert "the vocabulary has no word <phrase>, which texts with boxes need" in err
 
 
 def test_a_model_without_words_for_boxes_is_refused(lmops, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lmops_jax.data.boxes import GRID
 from lmops_jax.data.multimodal import IMAGE
 from lmops_jax.host.hashing import order_key
 
@@ -69,6 +70,7 @@ class Task:
     metric: for options "accuracy" or "roc_auc" (two options, the second is the positive one), for
       open answers "exact_match", "f1", "vqa", "cider" or "meteor", for boxes "phrase_grounding"
       (any of a phrase's boxes, of the first 1, 5 and 10) or "referring" (the first box).
+    grid: side of the grid that boxes in the rows' texts are written on, if there are any.
     skipped: number of rows left out while reading, `train` included: another number of options than
       the task's, an empty or repeated option, an empty prompt, no answer, no box.
 
@@ -84,6 +86,7 @@ class Task:
   null_prompt: str | None = None
   metric: str = "accuracy"
   skipped: int = 0
+  grid: int = GRID
 
   def __post_init__(self):
     if self.metric not in METRICS:

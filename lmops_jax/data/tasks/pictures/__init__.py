@@ -1,7 +1,7 @@
 """Tasks with pictures: readers of the formats that data sets come in, and of JSON lines.
 
 Rows are those of `Task`, with `<image>` in the prompt for each of `Example.images`, which are
-paths. Nothing here opens a picture.
+paths. Of pictures nothing is read here but the size of those whose boxes a user gives in pixels.
 """
 
 from lmops_jax.data.tasks.pictures.choice import PictureTaskChoice

@@ -70,7 +70,7 @@ def phrase_grounding(source: Source) -> Iterator[Example | None]:
       prompt = fields_of(
         source.prompt, before=f" {phrase.before}" if phrase.before else "", phrase=phrase.words)
       yield source.example(
-        f"{name}:{where}", prompt, [f"{place}{name}.jpg"], answers=[as_words(found)],
+        f"{name}:{where}", prompt, [f"{place}{name}.jpg"], answers=[as_words(found, source.grid())],
         boxes=found, categories=phrase.types)
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lmops_jax.data.tasks.pictures import items
 from lmops_jax.data.tasks.pictures.registry import picture_entry
-from lmops_jax.data.tasks.pictures.source import NotThere, Source
-from lmops_jax.data.tasks.task import Example, Task
+from lmops_jax.data.tasks.pictures.source import NotThere, Source, published_grid
+from lmops_jax.data.tasks.task import OF_BOXES, Example, Task
 from lmops_jax.host.foreign_files import is_there, printable
 
 
 def picture_task(
   name: str, data: Path | str, *, pictures: Path | str | None = None, template: int = 0,
-  split: str | None = None, limit: int | None = None,
+  split: str | None = None, limit: int | None = None, grid: Callable[[], int] = published_grid,
 ) -> Task:
   """One of the tasks of `registry.PICTURE_ENTRIES`.
 
@@ -29,6 +29,7 @@ def picture_task(
     template: index of the prompt.
     split: the split to evaluate on; None: the paper's.
     limit: rows to take from the beginning of that split.
+    grid: tells the side of the model's grid; called if boxes stand in texts.
 
   Returns:
     The task. `train` is empty if there is only one split, if `split` is the train split, or if the
@@ -42,7 +43,7 @@ def picture_task(
   _check_limit(limit)
   entry, folder = picture_entry(name), Path(data).expanduser()
   root = folder if pictures is None else Path(pictures).expanduser()
-  source = Source(name, folder, root, split or entry.rows, entry.templates[template])
+  source = Source(name, folder, root, split or entry.rows, entry.templates[template], grid)
   rows, skipped = _kept(entry.read(source), limit)
   train, more = (), 0
   if entry.train and entry.train != source.split:
@@ -51,20 +52,23 @@ def picture_task(
   words = entry.words
   if entry.names is not None:
     words = tuple(dict.fromkeys(entry.names(source).values()))
-  return _checked(Task(name, rows, train, words, None, entry.metric, skipped + more))
+  return _checked(Task(
+    name, rows, train, words, None, entry.metric, skipped + more, _grid_of((*rows, *train), grid)))
 
 
 def picture_rows_task(
   path: Path | str, *, metric: str | None = None, limit: int | None = None,
-  train: Path | str | None = None,
+  train: Path | str | None = None, grid: Callable[[], int] = published_grid,
 ) -> Task:
   """A task from JSON lines of the user's own; see `items.own_rows` for their fields.
 
   Args:
     path: the file; pictures' paths start from its folder.
-    metric: see `Task`; None: "accuracy" if rows have options, otherwise "exact_match".
+    metric: see `Task`; None: "accuracy" if rows have options, "referring" if boxes are asked for,
+      otherwise "exact_match".
     limit: rows to take from the beginning.
     train: file to draw demonstrations from; None: the rows themselves.
+    grid: see `picture_task`.
 
   Raises:
     ValueError: for a row with other fields or another number of pictures; it names file and line.
@@ -75,14 +79,22 @@ def picture_rows_task(
     file = Path(file).expanduser()
     if not is_there(file):
       raise ValueError(f"{printable(file)} is not a file; give JSON lines with images.")
-    return _kept(items.own_rows(Source(file.name, file, file.parent, "", "")), num)
+    return _kept(items.own_rows(Source(file.name, file, file.parent, "", "", grid)), num)
 
   rows, skipped = read(path, limit)
   drawn, more = read(train, None) if train is not None else ((), 0)
+  located = any(row.boxes for row in rows)
   if metric is None:
-    metric = "accuracy" if rows and rows[0].options else "exact_match"
+    metric = "referring" if located else "exact_match"
+    metric = "accuracy" if rows and rows[0].options else metric
+  if located and metric not in OF_BOXES:
+    raise ValueError(
+      f"{printable(path)} has rows with a target, which metric={metric!r} does not measure; take "
+      f"one of {', '.join(OF_BOXES)}, or give answers instead."
+    )
   name = printable(Path(path).name.split(".")[0])
-  return _checked(Task(name, rows, drawn, (), None, metric, skipped + more))
+  return _checked(Task(
+    name, rows, drawn, (), None, metric, skipped + more, _grid_of((*rows, *drawn), grid)))
 
 
 def check_picture_task(
@@ -119,6 +131,12 @@ def _kept(
     if limit is not None and len(kept) == limit:
       break
   return tuple(kept), skipped
+
+
+def _grid_of(rows: Iterable[Example], grid: Callable[[], int]) -> int:
+  """The side of the grid if boxes stand in texts, else the published model's."""
+  texts = (text for row in rows for text in (row.prompt, *row.answers))
+  return grid() if any("<object>" in text for text in texts) else published_grid()
 
 
 def _checked(task: Task) -> Task:

@@ -104,7 +104,7 @@ def comprehension(source: Source, data: str) -> Iterator[Example | None]:
       continue
     yield source.example(
       str(found.id), fields_of(source.prompt, phrase=found.words), [found.picture],
-      answers=[as_words(found.boxes)], boxes=found.boxes)
+      answers=[as_words(found.boxes, source.grid())], boxes=found.boxes)
 
 
 def description(source: Source, data: str) -> Iterator[Example | None]:
@@ -116,9 +116,9 @@ def description(source: Source, data: str) -> Iterator[Example | None]:
     if not boxes:
       yield from [None] * len(members)
       continue
+    prompt = fields_of(source.prompt, boxes=as_words(boxes, source.grid()))
     yield source.example(
-      str(members[0].id), fields_of(source.prompt, boxes=as_words(boxes)), [picture],
-      answers=[member.words for member in members])
+      str(members[0].id), prompt, [picture], answers=[member.words for member in members])
 
 
 def _expressions(source: Source, data: str) -> Iterator[Expression]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lmops_jax.data.boxes import Box
+from lmops_jax.data.boxes import GRID, Box
 from lmops_jax.data.documents import document_id
 from lmops_jax.data.tasks.task import Example, problem_of
 from lmops_jax.host.foreign_files import printable, require_regular
 
 _FIELD = re.compile(r"\{(\w+)\}")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+def published_grid() -> int:
+  """The side of the published model's grid."""
+  return GRID
 
 
 class NotThere(ValueError):
@@ -29,6 +34,7 @@ class Source(NamedTuple):
     pictures: folder that the annotations' paths of pictures start from.
     split: the part to read.
     prompt: text with fields of a row in braces, and `<image>` for its pictures.
+    grid: tells the side of the model's grid, on which boxes in texts are written.
   """
 
   name: str
@@ -36,6 +42,7 @@ class Source(NamedTuple):
   pictures: Path
   split: str
   prompt: str
+  grid: Callable[[], int] = published_grid
 
   def example(
     self, key: str, prompt: str, pictures: Sequence[Path | str], *, options: Sequence[str] = (),

@@ -44,6 +44,6 @@ def fractions(boxes, width: float, height: float, where: str, hint: str) -> tupl
   return tuple(tuple(box) for box in boxes_lib.checked(cut, where).tolist())
 
 
-def as_words(boxes: tuple[Box, ...]) -> str:
-  """What stands behind a phrase with these boxes, on the published model's grid."""
-  return boxes_lib.words(boxes_lib.encode(boxes))
+def as_words(boxes: tuple[Box, ...], grid: int) -> str:
+  """What stands behind a phrase with these boxes, on a grid of that side."""
+  return boxes_lib.words(boxes_lib.encode(boxes, grid), grid)
