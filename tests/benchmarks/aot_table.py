@@ -10,10 +10,10 @@ goes on.
 With `--planned` nothing is compiled and the table is that of the arithmetic.
 
   python tests/benchmarks/aot_table.py --sizes 160m 470m --chips v5e v5p
-  python tests/benchmarks/aot_table.py --sizes kosmos1 --effort -1 --output aot_kosmos1.md
+  python tests/benchmarks/aot_table.py --sizes kosmos1 kosmos2 --effort -1 --output aot_kosmos.md
 
 Needs libtpu (`pip install 'lmops_jax[tpu]'`) and minutes of processor time for each compilation.
-Kosmos-1 has three kinds of rows, two stacks and dropout, so its step holds many times the programs
+Kosmos has three kinds of rows, two stacks and dropout, so its step holds many times the programs
 of a language model's and compiles for as much longer; `--effort -1` asks the compiler for its
 quickest work. The tower's forward pass then compiled in a fifth of the time and took 12 % more
 memory; whether it is always more is not established.
