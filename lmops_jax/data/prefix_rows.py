@@ -21,7 +21,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from lmops_jax.config.setting_types import component
-from lmops_jax.data.batches import token_weights
 from lmops_jax.data.image_rows import ImageRows
 from lmops_jax.data.span_rows import encoded_spans
 from lmops_jax.host.hashing import GOLDEN, mix64, order_keys
@@ -93,7 +92,8 @@ class PrefixRows:
   """Rows of `ImageRows` of which the encoder reads pictures and beginnings of texts.
 
   How much it reads is a function of (seed, id, epoch), so that neither a restart nor the number of
-  hosts changes it.
+  hosts changes it. `Mixture` with `by_epoch` and `training.sources.Groups` weigh rows by learned
+  tokens, and each process decodes its own pictures only.
 
   Attributes:
     rows, prefix, seed: the arguments.
@@ -140,8 +140,7 @@ class PrefixRows:
       the number of its vector; `loss_mask` is 0 in front of words that are read, except the first
       one of a text without a picture. With pictures also `image_segments [B,I] int32`, the
       encoder's segment of each, 0 for those that a row lacks; a picture whose text is not read has
-      a segment of its `<s>` alone. `weight [B] float32` makes the mean over rows one over learned
-      tokens.
+      a segment of its `<s>` alone.
 
     Raises:
       ValueError: for an example with several pictures or with one behind words, or a beginning that
@@ -183,7 +182,7 @@ class PrefixRows:
       of_picture = found.picture[kept]
       segments[row[of_picture >= 0], of_picture[of_picture >= 0]] = segment[of_picture >= 0]
       batch["image_segments"] = segments
-    return {**batch, "weight": token_weights(batch["loss_mask"])}
+    return batch
 
   def _lengths(self, found: _Examples, ids: np.ndarray, epoch: int | np.ndarray) -> np.ndarray:
     epochs = np.broadcast_to(epoch, len(ids)).astype(np.uint64)

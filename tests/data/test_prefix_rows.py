@@ -90,7 +90,7 @@ def test_beginnings_are_read_and_the_rest_is_learned(tmp_path):
   batch = rows.batch(np.arange(len(rows)))
   assert {name: value.dtype.name for name, value in batch.items()} == {
     **dict.fromkeys(batch, "int32"), "images": "uint8", "loss_mask": "float32",
-    "weight": "float32", "example_id": "int64"}
+    "example_id": "int64"}
   found = [one for row in range(len(rows)) for one in _examples(batch, row)]
   assert len(rows) < len(found) == len(records)
   texts = {"".join(map(chr, whole[:-1])): (n, whole, learned, pixels)
@@ -122,11 +122,11 @@ def test_a_prefix_is_a_function_of_seed_id_and_epoch(tmp_path):
   rows = PrefixRows(source, RandomPrefix(), seed=1)
   indices = np.arange(len(rows))
   one, other = rows.batch(indices), PrefixRows(source, RandomPrefix(), 1).batch(indices[::-1])
-  for name in one.keys() - {"weight"}:
+  for name in one:
     np.testing.assert_array_equal(one[name], other[name][::-1])
   epochs = np.where(indices % 2, 3, 0)
   mixed, third = rows.batch(indices, epochs), rows.batch(indices, 3)
-  for name in one.keys() - {"weight"}:
+  for name in one:
     np.testing.assert_array_equal(mixed[name][::2], one[name][::2])
     np.testing.assert_array_equal(mixed[name][1::2], third[name][1::2])
 
@@ -143,7 +143,7 @@ def test_a_prefix_is_a_function_of_seed_id_and_epoch(tmp_path):
 def test_sources_draw_anew_in_each_epoch(tmp_path):
   source = _rows(tmp_path, _records(24, 1.0), length=20, pictures=1)
   rows = PrefixRows(source, RandomPrefix(), seed=1)
-  epochs = Epochs(rows.batch, len(rows), 6, 0, by_epoch=True, whole=True)
+  epochs = Epochs(rows.batch, len(rows), 6, 0, by_epoch=True)
   mixture = Mixture({"pairs": rows}, seed=4, by_epoch=True)
   groups = Groups({"pairs": Part(mixture, 3)}, 2)
   for made, prefix in ((epochs, ""), (groups, "pairs/")):
