@@ -84,19 +84,21 @@ class VisionConfig:
     """Patches of an image."""
     return (self.image_size // self.patch_size) ** 2
 
-  @property
-  def width(self) -> int:
-    """D of its vectors."""
-    return self.trunk.width
-
-  @property
-  def num_vectors(self) -> int:
-    """Vectors of an image of its own size."""
-    return 1 + self.num_patches
-
   def module(self) -> VisionTransformer:
     """The encoder."""
     return VisionTransformer(self)
+
+  def feature_width(self) -> int:
+    """D of its vectors."""
+    return self.trunk.width
+
+  def num_features(self) -> int:
+    """Vectors of an image of its own size, that of the class included."""
+    return 1 + self.num_patches
+
+  def example_inputs(self) -> tuple[jax.Array, ...]:
+    """An image of its own size, as `features` takes it."""
+    return jnp.zeros((1, self.image_size, self.image_size, NUM_CHANNELS)),
 
 
 class VisionTransformer(StackedEncoder):
