@@ -19,22 +19,17 @@ and with `'vision/.*': None` all of CLIP is frozen. See `models.vision` on what 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lmops_jax.config.setting_types import component
+from lmops_jax.models.around_text import AroundText, each_in_rows
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.connectors import ConnectorConfig
 from lmops_jax.models.dropout import folded
-from lmops_jax.models.layers import unit_length
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig, VisionTransformer
-
-_IMAGES = 1 << 30  # folded into keys for images; layers of texts have the small numbers
-_SMALLEST = 1e-12  # the least length that vectors are divided by, as in the published code
 
 
 @component(module="models")
@@ -68,10 +63,10 @@ class DockedConfig:
   @property
   def vectors_per_image(self) -> int:
     """M, of an image of the vision tower's own size."""
-    return self.connector.num_vectors(1 + self.vision.num_patches)
+    return self.connector.num_vectors(self.vision.num_vectors)
 
 
-class DockedLM(nn.Module):
+class DockedLM(AroundText):
   """Texts with images in them to hidden states and logits."""
 
   config: DockedConfig
@@ -90,9 +85,7 @@ class DockedLM(nn.Module):
       keys: `[N]` typed keys of dropout, one for each image; None drops nothing.
     """
     features = self.vision.features(images, folded(keys, 0))
-    if self.config.unit_features:
-      features = unit_length(features, _SMALLEST)
-    return self.connector(features.astype(self.config.text.dtype), folded(keys, 1))
+    return self.connected(self.connector, features, self.config.unit_features, folded(keys, 1))
 
   def row_vectors(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     """The vectors of each row's images one after the other, `[B,I*M,W]`.
@@ -102,43 +95,9 @@ class DockedLM(nn.Module):
         refers to may hold anything.
       keys: `[B]` typed keys of dropout, which may be the text's.
     """
-    batch, num = images.shape[:2]
-    if keys is not None:
-      of_images = functools.partial(folded, folded(keys, _IMAGES))
-      keys = jax.vmap(of_images, out_axes=1)(jnp.arange(num)).reshape(-1)
-    vectors = self.image_vectors(images.reshape(-1, *images.shape[2:]), keys)
-    return vectors.reshape(batch, -1, vectors.shape[-1])
+    return each_in_rows(self.image_vectors, images, keys=keys)
 
-  def __call__(self, tokens: jax.Array, *args, **kwargs) -> jax.Array:
-    """Hidden states `[B,S,D]`; arguments as `Transformer.__call__`.
-
-    Its `vectors` are those of `row_vectors`.
-    """
-    if self.is_initializing():
-      size = self.config.vision.image_size
-      self.image_vectors(jnp.zeros((1, size, size, NUM_CHANNELS)))
-    return self.text(tokens, *args, **kwargs)
-
-  def logits(self, tokens: jax.Array, *args, **kwargs) -> jax.Array:
-    """Next-token logits `[B,S,V] float32`; arguments as `Transformer.__call__`."""
-    return self.unembed(self(tokens, *args, **kwargs))
-
-  def extend(self, *args, **kwargs):
-    """`Transformer.extend`."""
-    return self.text.extend(*args, **kwargs)
-
-  def unembed(self, hidden: jax.Array) -> jax.Array:
-    """`Transformer.unembed`."""
-    return self.text.unembed(hidden)
-
-  def readout(self, hidden: jax.Array) -> jax.Array:
-    """`Transformer.readout`."""
-    return self.text.readout(hidden)
-
-  def output_matrix(self) -> jax.Array:
-    """`Transformer.output_matrix`."""
-    return self.text.output_matrix()
-
-  def output_bias(self) -> jax.Array | None:
-    """`Transformer.output_bias`."""
-    return self.text.output_bias()
+  def touch_encoders(self) -> None:
+    """See `AroundText`."""
+    size = self.config.vision.image_size
+    self.image_vectors(jnp.zeros((1, size, size, NUM_CHANNELS)))

@@ -8,20 +8,14 @@ Images of other sizes than the positions were learned for get positions interpol
 of patches: cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, repeated edges and no
 antialiasing, as torch computes it. `jax.image.resize` has a = -0.5.
 
-The last blocks may be a stack of parameters of their own, `top`, since the parameters of a stack
-are one array for all its layers, which an optimizer can only train or freeze as a whole. Only the
-optimizer decides what is frozen: `optim.partition` with, to freeze all but the last blocks,
+The last blocks may be a stack of parameters of their own (`models.stacks`); to freeze all others,
 
-    {'vision/(?!top/|post_norm/).*': None, '.*': @optim.adamw()}
-
-No gradient is computed for frozen parameters, so below the first trained block there is neither a
-backward pass nor an activation kept for one.
+    optim.partition.rules = {'vision/(?!top/|post_norm/).*': None, '.*': @optim.adamw()}
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,9 +25,8 @@ import numpy as np
 from lmops_jax.config.setting_types import Count, Positive, PositiveInt, component
 from lmops_jax.models import layers as layers_lib
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.dropout import dropped, folded
 from lmops_jax.models.layers import INIT_STDDEV
-from lmops_jax.models.transformer import Transformer
+from lmops_jax.models.stacks import StackedEncoder, check_top
 
 NUM_CHANNELS = 3
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB, 1 being white
@@ -79,11 +72,7 @@ class VisionConfig:
       raise ValueError(
         "models.VisionConfig.trunk must have causal=False, final_norm=False and positions='none'."
       )
-    if self.top_layers >= self.trunk.num_layers:
-      raise ValueError(
-        f"models.VisionConfig.top_layers={self.top_layers} must be below the trunk's num_layers="
-        f"{self.trunk.num_layers}; 0 keeps all layers in one stack."
-      )
+    check_top("models.VisionConfig", self.trunk, self.top_layers)
     if self.num_patches >= self.trunk.max_length:
       raise ValueError(
         f"models.VisionConfig.trunk.max_length={self.trunk.max_length} must exceed the "
@@ -95,15 +84,22 @@ class VisionConfig:
     """Patches of an image."""
     return (self.image_size // self.patch_size) ** 2
 
-  def stack(self, num_layers: int) -> TransformerConfig:
-    """The trunk with `num_layers` of its layers, initialised and scaled as in the whole."""
-    whole = self.trunk
-    return dataclasses.replace(
-      whole, num_layers=num_layers, branch_gain=whole.branch_factor,
-      residual_scale=whole.residual_factor)
+  @property
+  def width(self) -> int:
+    """D of its vectors."""
+    return self.trunk.width
+
+  @property
+  def num_vectors(self) -> int:
+    """Vectors of an image of its own size."""
+    return 1 + self.num_patches
+
+  def module(self) -> VisionTransformer:
+    """The encoder."""
+    return VisionTransformer(self)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(StackedEncoder):
   """Images `[B,height,width,3]` to vectors `[B,1+patches,D]`, the class vector first.
 
   Parameters: `class_embedding [D]`, `patch_embedding [P,P,3,D]`, `position_embedding
@@ -113,6 +109,7 @@ class VisionTransformer(nn.Module):
   config: VisionConfig
 
   def setup(self):
+    super().setup()
     c, trunk = self.config, self.config.trunk
 
     def parameter(name, shape, axes):
@@ -128,14 +125,7 @@ class VisionTransformer(nn.Module):
       "position_embedding", (1 + c.num_patches, d), (None, "embed")
     )
     self.pre_norm = layers_lib.norm(trunk)
-    self.trunk = self._stack(trunk.num_layers - c.top_layers)
-    if c.top_layers:
-      self.top = self._stack(c.top_layers)
     self.post_norm = layers_lib.norm(trunk)
-
-  def _stack(self, num_layers):
-    return Transformer(
-      self.config.stack(num_layers), with_unembedding=False, with_embedding=False)
 
   def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     """Vectors after the last block, `[B,1+patches,D]`, not normed.
@@ -155,10 +145,7 @@ class VisionTransformer(nn.Module):
     x = x @ self.patch_embedding.astype(dtype).reshape(x.shape[-1], -1)
     first = jnp.broadcast_to(self.class_embedding.astype(dtype), (x.shape[0], 1, x.shape[2]))
     x = jnp.concatenate([first, x], axis=1) + self._positions(images.shape).astype(dtype)
-    x = dropped(self.pre_norm(x), folded(keys, 0), c.trunk.embedding_dropout)
-    x = self.trunk.encode(x, keys=keys)
-    if c.top_layers:
-      x = self.top.encode(x, keys=folded(keys, 1 + c.trunk.num_layers))
+    x = self.encode(self.pre_norm(x), keys=keys)
     if self.is_initializing():
       self.post_norm(x)
     return x
@@ -220,22 +207,3 @@ def cubic_matrix(num_new: int, num_old: int) -> np.ndarray:
     np.add.at(
       matrix, (point, np.clip(sample, 0, num_old - 1).astype(int)), weight(at - sample))
   return matrix.astype(np.float32)
-
-
-def with_top(params: Any, top_layers: int) -> Any:
-  """Parameters of a `VisionTransformer` in one stack, split into those of one with `top_layers`.
-
-  Raises:
-    ValueError: for parameters that have a top already, or no more layers than `top_layers`.
-  """
-  layers = params["trunk"]["layers"]
-  num_layers = jax.tree.leaves(layers)[0].shape[0]
-  if "top" in params or not 0 < top_layers < num_layers:
-    raise ValueError(
-      f"top_layers={top_layers} must be from 1 to {num_layers - 1} of the {num_layers} layers of a "
-      "tower in one stack."
-    )
-  lower, upper = (
-    {"layers": jax.tree.map(lambda x, part=part: x[part], layers)}
-    for part in (slice(-top_layers), slice(-top_layers, None)))
-  return {**params, "trunk": lower, "top": upper}

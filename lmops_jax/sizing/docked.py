@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
@@ -23,6 +23,7 @@ from lmops_jax.control import dynamics
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.docked import DockedConfig
 from lmops_jax.models.partitioning import unboxed
+from lmops_jax.models.stacks import stacks
 from lmops_jax.models.vision import NUM_CHANNELS
 from lmops_jax.sizing import activations, flops, hlo
 
@@ -116,10 +117,8 @@ def picture_bytes(
   return images * of_input + kept + images * _connector_bytes(config)
 
 
-def _stacks(config: DockedConfig) -> Mapping[str, Any]:
-  vision = config.vision
-  stacks = {"trunk": vision.stack(vision.trunk.num_layers - vision.top_layers)}
-  return stacks | ({"top": vision.stack(vision.top_layers)} if vision.top_layers else {})
+def _stacks(config: DockedConfig) -> dict[str, TransformerConfig]:
+  return stacks(config.vision.trunk, config.vision.top_layers)
 
 
 class _Passes(enum.Enum):

@@ -19,8 +19,9 @@ torch.set_num_threads(1)  # more of them get into the way of XLA's
 
 from lmops_jax.models.connectors import ResamplerConfig  # noqa: E402
 from lmops_jax.models.docked import DockedConfig, DockedLM  # noqa: E402
+from lmops_jax.models.stacks import with_top  # noqa: E402
 from lmops_jax.models.transformer import TransformerConfig  # noqa: E402
-from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig, with_top  # noqa: E402
+from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig  # noqa: E402
 from lmops_jax.pretrained import families  # noqa: E402
 from tests.pretrained import tiny_models  # noqa: E402
 

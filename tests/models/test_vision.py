@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmops_jax.models.stacks import with_top
 from lmops_jax.models.transformer import TransformerConfig
 from lmops_jax.models.vision import (
   CLIP_MEAN,
@@ -17,7 +18,6 @@ from lmops_jax.models.vision import (
   VisionTransformer,
   cubic_matrix,
   patches,
-  with_top,
 )
 
 TRUNK = TransformerConfig(

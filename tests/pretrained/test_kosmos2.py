@@ -17,7 +17,7 @@ from lmops_jax.models.connectors import (
   LinearConnectorConfig,
   ResamplerConfig,
 )
-from lmops_jax.models.vision import with_top
+from lmops_jax.models.stacks import with_top
 from lmops_jax.pretrained import exporting, families, importing, sources
 from lmops_jax.pretrained import model as model_lib
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from lmops_jax.models.docked import DockedConfig, DockedLM
 from lmops_jax.models.partitioning import unboxed
-from lmops_jax.models.vision import VisionConfig, with_top
+from lmops_jax.models.stacks import with_top
+from lmops_jax.models.vision import VisionConfig
 from lmops_jax.pretrained import importing
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.families import by_name

@@ -1,0 +1,144 @@
+"""Encoders of text whose vectors stand in a decoder in place of words (MetaLM, arXiv:2206.06336).
+
+The spans of a text that are encoded are packed: `<s> span <s> span ... padding` in one row of fixed
+length, so that all spans of a batch take one call and hardly any padding. Attention goes both ways
+and stays inside a span, positions start at 0 in each, so that a span's vectors are those it has
+alone. Windows and ALiBi go by distance, which packing keeps.
+
+BERT and RoBERTa fit as they are published, less their heads (`models.transformer`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmops_jax.config.setting_types import Count, component
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.stacks import StackedEncoder, check_top
+
+
+@runtime_checkable
+class SpanEncoderConfig(Protocol):
+  """A kind of encoder of packed spans, and its settings."""
+
+  @property
+  def width(self) -> int:
+    """D of its vectors."""
+
+  @property
+  def vocab_size(self) -> int | None:
+    """Ids that it knows, 0 being the first; None until a system fills it."""
+
+  def with_vocab_size(self, vocab_size: int) -> SpanEncoderConfig:
+    """The same with `vocab_size` if it has none."""
+
+  def module(self) -> nn.Module:
+    """The encoder, with a method `features` as `TextEncoder` has it."""
+
+
+@runtime_checkable
+class PictureEncoderConfig(Protocol):
+  """A kind of encoder of images, and its settings; `models.vision.VisionConfig` is one."""
+
+  image_size: int
+
+  @property
+  def width(self) -> int:
+    """D of its vectors."""
+
+  @property
+  def num_vectors(self) -> int:
+    """P, vectors of an image of `image_size`."""
+
+  def module(self) -> nn.Module:
+    """The encoder, with a method `features(images [N,height,width,3], keys) -> [N,P,D]`."""
+
+
+@component(module="models")
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+  """Shape of a `TextEncoder`.
+
+  Attributes:
+    trunk: all layers, and the embeddings of words and positions; `causal` must be False. Its heads
+      are left out.
+    top_layers: number of its last layers whose parameters are a stack of their own, see
+      `models.stacks`; MetaLM trains 2.
+
+  Raises:
+    ValueError: for values that do not make an encoder; it names the field.
+  """
+
+  trunk: TransformerConfig
+  top_layers: Count = 0
+
+  def __post_init__(self):
+    if self.trunk.causal:
+      raise ValueError(
+        "models.TextEncoderConfig.trunk must have causal=False: all of a span is encoded at once."
+      )
+    check_top("models.TextEncoderConfig", self.trunk, self.top_layers)
+
+  @property
+  def width(self) -> int:
+    """D of its vectors."""
+    return self.trunk.width
+
+  @property
+  def vocab_size(self) -> int | None:
+    """V of its table of words."""
+    return self.trunk.vocab_size
+
+  def with_vocab_size(self, vocab_size: int) -> TextEncoderConfig:
+    """The same with `vocab_size` if it has none."""
+    if self.vocab_size is not None:
+      return self
+    trunk = dataclasses.replace(self.trunk, vocab_size=vocab_size)
+    return dataclasses.replace(self, trunk=trunk)
+
+  def module(self) -> TextEncoder:
+    """The encoder."""
+    return TextEncoder(self)
+
+
+class TextEncoder(StackedEncoder):
+  """Packed spans of words to vectors.
+
+  Parameters: `trunk/embedding`, `trunk/position_embedding` and what else embeds, `trunk/layers`,
+  `top/layers` with `top_layers`, and `final_norm` in the last of the stacks if the trunk has one.
+  """
+
+  config: TextEncoderConfig
+  embeds_words = True
+
+  def features(
+    self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+    keys: jax.Array | None = None,
+  ) -> jax.Array:
+    """A vector for each token, `[N,E,D]`.
+
+    Args:
+      tokens: `[N,E] int32`, each span behind the token that opens an encoder's input.
+      positions: `[N,E] int32`, from 0 in each span.
+      segment_ids: `[N,E] int32`, equal inside a span, 0 for padding.
+      keys: `[N]` typed keys of dropout, one for each row; None drops nothing.
+
+    Raises:
+      ValueError: for arrays of unequal shapes, or longer rows than the trunk's `max_length`.
+    """
+    if not tokens.shape == positions.shape == segment_ids.shape or tokens.ndim != 2:
+      raise ValueError(
+        f"Spans have tokens {list(tokens.shape)}, positions {list(positions.shape)} and segments "
+        f"{list(segment_ids.shape)}; give all three as [rows, encoder length]."
+      )
+    return self.encode(self.trunk.embed(tokens, positions), positions, segment_ids, keys)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """The vectors `[N,E,D]` of rows `[N,E]` that are one span each."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return self.features(tokens, positions, jnp.ones_like(tokens))
