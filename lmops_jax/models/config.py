@@ -136,6 +136,9 @@ class TransformerConfig:
     embedding_scale: factor of token embeddings (XGLM: sqrt(D)).
     embedding_width: width of the token embeddings if it is not D; products without bias lead to D
       and back (OPT-350m).
+    narrow_embeddings: positions, token types and the embedding norm have the width of the token
+      embeddings as well; a product with a bias leads from there to D, and only `head_transform`
+      leads back (ELECTRA).
     num_token_types: rows of the token-type table (BERT); 0 for none.
     causal: a position sees itself and earlier ones; False sees all.
     sliding_window: a position sees this many latest positions, itself included; None is all.
@@ -145,6 +148,8 @@ class TransformerConfig:
     unembedding_bias: bias of the logits.
     head_transform: product, activation and norm in front of the output matrix (BERT's masked LM).
     pooler: product and tanh on the first position (BERT), `Transformer.pooled`.
+    detector: product, activation and product to one number at each position (ELECTRA's
+      discriminator), `Transformer.detected`.
     attention_scale: factor of the products of queries and keys; None is E^-0.5.
     embedding_dropout: share of the embeddings' numbers that are dropped, in [0, 1). Nothing is
       dropped if the model is called without keys.
@@ -198,6 +203,7 @@ class TransformerConfig:
   embedding_norm: bool = False
   embedding_scale: float = 1.0
   embedding_width: Size | None = None
+  narrow_embeddings: bool = False
   num_token_types: Count = 0
   causal: bool = True
   sliding_window: Size | None = None
@@ -205,6 +211,7 @@ class TransformerConfig:
   unembedding_bias: bool = False
   head_transform: bool = False
   pooler: bool = False
+  detector: bool = False
   attention_scale: Positive | None = None
   embedding_dropout: Decay = 0.0
   residual_dropout: Decay = 0.0
@@ -313,3 +320,8 @@ class TransformerConfig:
   def token_width(self) -> int:
     """Width of the token embeddings."""
     return self.embedding_width or self.width
+
+  @property
+  def table_width(self) -> int:
+    """Width of positions, token types and the embedding norm."""
+    return self.token_width if self.narrow_embeddings else self.width

@@ -19,8 +19,9 @@ These are the parameters. Layers are always stacked on a leading axis, whether t
 and, if the configuration asks for them, `bias` beside each `kernel` and each layer norm's
 `scale`, layers/attention/inner_norm/scale [L,H,E] and layers/mlp/inner_norm/scale [L,F],
 position_embedding [max_length + position_offset, D], token_type_embedding [N,D],
-embedding_norm, embedding_in [W,D] and embedding_out [D,W] for embeddings of width W,
-head_transform, head_norm, unembedding_bias [V], pooler.
+embedding_norm, embedding_in [W,D] and embedding_out [D,W] for embeddings of width W (with narrow
+embeddings all tables have that width, and head_transform [D,W] is in place of embedding_out),
+head_transform, head_norm, unembedding_bias [V], pooler, detector/{transform, out}.
 
 Dropout is that of `models.dropout`; without keys a model is deterministic.
 """
@@ -39,6 +40,7 @@ from lmops_jax.models import cache as cache_lib
 from lmops_jax.models import layers as layers_lib
 from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.detector import Detector
 from lmops_jax.models.dropout import dropped, folded
 from lmops_jax.models.layers import Block, Projection, Sequence, Slots
 from lmops_jax.models.partitioning import constrain
@@ -115,6 +117,8 @@ class Transformer(nn.Module):
       self.final_norm = layers_lib.norm(c)
     if c.pooler:
       self.pooler = Projection(c, (c.width,), (c.width,), ("embed", None), True)
+    if c.detector:
+      self.detector = Detector(c)
 
   def _matrix(self, name, shape, axes, init=None):
     init = layers_lib.table_init(self.config, shape[-1]) if init is None else init(self.config)
@@ -126,23 +130,24 @@ class Transformer(nn.Module):
     self.embedding = self._matrix("embedding", (c.vocab_size, c.token_width), ("vocab", "embed"))
     if c.positions == "learned":
       self.position_embedding = self._matrix(
-        "position_embedding", (c.max_length + c.position_offset, c.width), (None, "embed")
+        "position_embedding", (c.max_length + c.position_offset, c.table_width), (None, "embed")
       )
     if c.num_token_types:
       self.token_type_embedding = self._matrix(
-        "token_type_embedding", (c.num_token_types, c.width), (None, "embed")
+        "token_type_embedding", (c.num_token_types, c.table_width), (None, "embed")
       )
     if c.embedding_norm:
       self.embedding_norm = layers_lib.norm(c)
     if c.token_width != c.width:
-      self.embedding_in = Projection(c, (c.token_width,), (c.width,), (None, "embed"))
+      self.embedding_in = Projection(
+        c, (c.token_width,), (c.width,), (None, "embed"), c.narrow_embeddings)
 
   def _setup_head(self):
     c = self.config
-    if c.token_width != c.width:
+    if c.token_width != c.table_width:
       self.embedding_out = Projection(c, (c.width,), (c.token_width,), ("embed", None))
     if c.head_transform:
-      self.head_transform = Projection(c, (c.width,), (c.width,), ("embed", None), True)
+      self.head_transform = Projection(c, (c.width,), (c.table_width,), ("embed", None), True)
       self.head_norm = layers_lib.norm(c)
     if not c.tied_embeddings:
       shape = (c.token_width, c.vocab_size)
@@ -217,7 +222,7 @@ class Transformer(nn.Module):
     x = replaced(x, vectors, vector_index)
     if c.embedding_scale != 1.0:
       x = x * jnp.asarray(c.embedding_scale, x.dtype)
-    if c.token_width != c.width:
+    if c.token_width != c.table_width:
       x = self.embedding_in(x)
     if c.num_token_types:
       types = jnp.zeros(tokens.shape, jnp.int32) if token_types is None else token_types
@@ -226,9 +231,11 @@ class Transformer(nn.Module):
       rows = positions + c.position_offset
       x = x + jnp.take(self.position_embedding, rows, axis=0, mode="fill").astype(c.dtype)
     elif c.positions == "sinusoidal":
-      x = x + positions_lib.sinusoids(positions, c.width, c.position_offset).astype(c.dtype)
+      x = x + positions_lib.sinusoids(positions, c.table_width, c.position_offset).astype(c.dtype)
     if c.embedding_norm:
       x = self.embedding_norm(x)
+    if c.table_width != c.width:
+      x = self.embedding_in(x)
     return constrain(x, ("batch", "sequence", "embed"))
 
   def encode(self, x: jax.Array, positions=None, segment_ids=None, keys=None) -> jax.Array:
@@ -329,7 +336,7 @@ class Transformer(nn.Module):
     if c.head_transform:
       hidden = layers_lib.activation(c.activation)(self.head_transform(hidden))
       hidden = self.head_norm(hidden)
-    return self.embedding_out(hidden) if c.token_width != c.width else hidden
+    return self.embedding_out(hidden) if c.token_width != c.table_width else hidden
 
   def output_matrix(self) -> jax.Array:
     """The matrix `[W,V]` in `config.dtype` from `readout` to logits, ready for many products."""
@@ -354,6 +361,10 @@ class Transformer(nn.Module):
   def pooled(self, hidden: jax.Array) -> jax.Array:
     """BERT's sentence vector `[B,D]`: product and tanh on the first position of `[B,S,D]`."""
     return jnp.tanh(self.pooler(hidden[:, 0]))
+
+  def detected(self, hidden: jax.Array) -> jax.Array:
+    """ELECTRA's logits `[B,S] float32` that a token was replaced, from hidden states `[B,S,D]`."""
+    return self.detector(hidden)
 
   def _positions(self, x, positions):
     """Positions as given, or 0..S-1, as a constant if that is small; checks the length."""
@@ -380,6 +391,8 @@ class Transformer(nn.Module):
       self.readout(hidden)
     if c.pooler:
       self.pooled(hidden)
+    if c.detector:
+      self.detected(hidden)
 
   def _layer_params(self):
     layers = nn.unbox(self.variables["params"]["layers"])

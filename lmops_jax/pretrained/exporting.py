@@ -104,20 +104,20 @@ def preprocessor_json(source: PretrainedModel) -> dict[str, Any] | None:
 
 def config_json(family: Family, source: PretrainedModel, dtype: str) -> dict[str, Any]:
   """The published `config.json` if it still describes the model, else one written anew."""
-  fields, architecture = dict(source.original), family.architecture
-  if fields:
-    architecture = (fields.get("architectures") or [architecture])[0]
+  fields, written = dict(source.original), family.write_config(source.config)
   if not fields or not _describes(family, fields, source.config):
     for name in family.schema.superseding():
       fields.pop(name, None)
-    fields |= {**family.write_config(source.config), "model_type": family.name}
+    fields |= {**written, "model_type": family.name}
     if unsaid := _unsaid(family, fields, source.config):
       raise ValueError(
         f"{source.path} has parts that no {family.name} model of transformers has "
         f"({listed(unsaid, _MAX_LISTED)}); load it with lmops_jax."
       )
   fields.pop("torch_dtype", None)
-  return {**fields, "architectures": [architecture], "dtype": dtype}
+  architectures = (
+    fields.get("architectures") or written.get("architectures") or [family.architecture])
+  return {**fields, "architectures": architectures[:1], "dtype": dtype}
 
 
 def _describes(family: Family, fields: dict[str, Any], config) -> bool:
@@ -136,7 +136,8 @@ def _shape(family: Family, config):
   if family.config is not TransformerConfig:
     return config
   return dataclasses.replace(
-    config, head_transform=False, unembedding_bias=False, pooler=False, tied_embeddings=True)
+    config, head_transform=False, unembedding_bias=False, pooler=False, detector=False,
+    tied_embeddings=True)
 
 
 def _differences(config, other, at: str = "") -> list[str]:

@@ -301,6 +301,8 @@ def _as_stored(config, family, names, architectures):
     changes |= dict(tied_embeddings=True, head_transform=False, unembedding_bias=False)
   if config.pooler and not names.has((r"pooler\.",)):
     changes["pooler"] = False
+  if config.detector and not architectures and not names.has((r"discriminator_predictions\.",)):
+    changes["detector"] = False
   if config.final_norm and family.name == "opt" and not names.has((r"decoder\.final_layer_norm",)):
     changes["final_norm"] = False
   return dataclasses.replace(config, **changes)

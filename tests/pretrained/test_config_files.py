@@ -30,6 +30,7 @@ FILES = {
   "qwen2": {**_FULL, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4,
             "max_window_layers": 0},
   "bert": {**_FULL, "type_vocab_size": 2}, "roberta": {**_FULL, "type_vocab_size": 1},
+  "electra": {**_FULL, "type_vocab_size": 2, "embedding_size": 10},
   "clip": {
     "text_config": {**_TOWER, "vocab_size": 24, "max_position_embeddings": 12, "eos_token_id": 5},
     "vision_config": {**_TOWER, "image_size": 8, "patch_size": 4}, "projection_dim": 8,
@@ -43,10 +44,11 @@ SIZES = {
   "vocab_size", "intermediate_size", "hidden_size", "n_embd", "n_inner", "ffn_dim", "d_model",
   "head_dim", "type_vocab_size", "projection_dim", "image_size", "word_embed_proj_dim",
   "num_hidden_layers", "n_layer", "num_layers", "n_positions", "max_position_embeddings",
-  "embed_dim", "layers", "latent_query_num",
+  "embed_dim", "layers", "embedding_size", "latent_query_num",
 }
 POSITIONS = {  # of which a checkpoint holds a table, by family
-  "n_positions": ("gpt2",), "max_position_embeddings": ("opt", "bert", "roberta", "clip"),
+  "n_positions": ("gpt2",), "max_position_embeddings": (
+    "opt", "bert", "roberta", "electra", "clip"),
 }
 NONSENSE = (None, True, -1, 0, 1.5, 10**12, 10**400, "x", [], [5], {}, {"a": 1}, math.nan, math.inf)
 PYTHON = (

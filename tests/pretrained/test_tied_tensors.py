@@ -17,7 +17,8 @@ from lmops_jax.pretrained import exporting, families  # noqa: E402
 from lmops_jax.pretrained import model as model_lib  # noqa: E402
 from tests.pretrained.tiny_models import DictSource, make, randomise  # noqa: E402
 
-TIED = ("gpt2", "opt", "xglm", "bloom", "gptj", "llama", "mistral", "qwen2", "bert", "roberta")
+TIED = (
+  "gpt2", "opt", "xglm", "bloom", "gptj", "llama", "mistral", "qwen2", "bert", "roberta", "electra")
 
 
 @pytest.fixture(scope="module")

@@ -69,14 +69,20 @@ VARIANTS = {
                                          "tie_word_embeddings": False},
     {**_ENCODER, "type_vocab_size": 2, "intermediate_size": 37},
   ],
+  "electra": [
+    {**_ENCODER, "embedding_size": 10}, {**_ENCODER, "embedding_size": 24,
+                                         "tie_word_embeddings": False},
+    {**_ENCODER, "embedding_size": 30, "type_vocab_size": 3, "intermediate_size": 37},
+  ],
 }
 CAUSAL = ("gpt2", "opt", "xglm", "bloom", "gptj", "llama", "mistral", "qwen2")
-ENCODERS = ("bert", "roberta")
+ENCODERS = ("bert", "roberta", "electra")
 CASES = [(family, i) for family, variants in VARIANTS.items() for i in range(len(variants))]
 
 _CLASSES = {
   "gpt2": "GPT2", "opt": "OPT", "xglm": "XGLM", "bloom": "Bloom", "gptj": "GPTJ", "llama": "Llama",
   "mistral": "Mistral", "qwen2": "Qwen2", "bert": "Bert", "roberta": "Roberta",
+  "electra": "Electra",
 }
 
 
@@ -153,5 +159,6 @@ def imported(family: str, variant: int = 0):
   names = importing.NameTable(source, table)
   if config.pooler and not names.has((r"pooler\.",)):
     config = dataclasses.replace(config, pooler=False)
+  config = dataclasses.replace(config, detector=False)  # transformers' class has the other head
   config = dataclasses.replace(config, scan_layers=variant == 0)
   return peer, table, config, importing.load_params(source, table, config)

@@ -6,13 +6,24 @@ Import and export look a model up in `FAMILIES`.
 from collections.abc import Iterable
 
 from lmops_jax.host.foreign_files import checked
-from lmops_jax.pretrained.families import bert, bloom, clip, gpt2, gptj, kosmos2, llama, opt, xglm
+from lmops_jax.pretrained.families import (
+  bert,
+  bloom,
+  clip,
+  electra,
+  gpt2,
+  gptj,
+  kosmos2,
+  llama,
+  opt,
+  xglm,
+)
 from lmops_jax.pretrained.families.family import ConfigReader, Family
 from lmops_jax.pretrained.families.published import AnyModel
 
 FAMILIES: tuple[Family, ...] = (
   gpt2.FAMILY, opt.FAMILY, xglm.FAMILY, bloom.FAMILY, gptj.FAMILY, llama.LLAMA, llama.MISTRAL,
-  llama.QWEN2, bert.BERT, bert.ROBERTA, clip.FAMILY, kosmos2.FAMILY,
+  llama.QWEN2, bert.BERT, bert.ROBERTA, electra.FAMILY, clip.FAMILY, kosmos2.FAMILY,
 )
 
 __all__ = ["FAMILIES", "ConfigReader", "Family", "by_name", "find", "matching", "of_originals"]

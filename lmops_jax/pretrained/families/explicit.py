@@ -30,6 +30,7 @@ def explicit(config: TransformerConfig) -> TransformerConfig:
   return dataclasses.replace(
     config, **_PLAIN, num_kv_heads=config.key_heads, head_dim=config.head_width,
     embedding_width=config.token_width, momentum=None,
+    narrow_embeddings=config.narrow_embeddings and config.token_width != config.width,
     rotary_dim=config.rotary_width if config.positions == "rotary" else None,
     rope_scaling=scaling, max_length=stretched_length(config.max_length, config.rope_scaling),
   )

@@ -275,6 +275,13 @@ class Roberta(Bert):
   pad_token_id: _only(int | None, 1) = 1  # the first position is the row after the padding's
 
 
+class Electra(Bert):
+  embedding_size: Count = 128
+  hidden_size: Count = 256
+  num_attention_heads: Count = 4
+  intermediate_size: Count = 1024
+
+
 class _Tower(_Published):
   multiples = (("hidden_size", "num_attention_heads"),)
   num_hidden_layers: Count = 12
