@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +16,6 @@ from lmops_jax.sizing.budget import Phase, device_bytes
 from lmops_jax.systems.metalm import training
 from lmops_jax.systems.metalm.arms import Arm
 from lmops_jax.training import loop
-
-
-def vocabulary_size(vocabulary: Any, given: int | None) -> int:
-  """V, before any text is read.
-
-  Args:
-    vocabulary: a source, which may know its size. given: the model's own size, if it has one.
-
-  Raises:
-    ConfigError: when it is not known yet.
-  """
-  size = getattr(vocabulary, "vocab_size", None) if given is None else given
-  if size is None:
-    raise ConfigError(
-      "the vocabulary's size is not known before its file is read; set it, for example with "
-      "--gin.text/models.TransformerConfig.vocab_size=64000."
-    )
-  return size
 
 
 def phase(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from lmops_jax.config.setting_types import Distinct, NonEmpty, Seeds, component
 from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
+from lmops_jax.sizing.vocabulary import vocabulary_size
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.metalm import evaluate, plan, prompts, reader, report, tasks, texts, training
 from lmops_jax.systems.metalm.arms import ARMS, SEMI, Arm, Models
@@ -167,5 +168,6 @@ class MetaLM:
 
   @property
   def _planned(self) -> Arm:
-    return self._arm(SEMI, plan.vocabulary_size(
-      self.texts.vocabulary, self.models.docked.vocab_size))
+    return self._arm(SEMI, vocabulary_size(
+      self.models.docked.vocab_size, self.texts.vocabulary,
+      "text/models.TransformerConfig.vocab_size=64000"))
