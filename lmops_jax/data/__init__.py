@@ -22,6 +22,8 @@ from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.python_reference import PythonReference
+from lmops_jax.data.span_rows import SpanRows
+from lmops_jax.data.spans import NoSpans, PrefixSpan, RandomSpans
 from lmops_jax.data.synthetic_pictures import Matrices, RenderedTexts, Scenes
 from lmops_jax.data.tar_shards import TarShards
 from lmops_jax.data.tfds_images import TfdsImages
@@ -57,15 +59,19 @@ __all__ = [
   "Jsonl",
   "Matrices",
   "ModelTokenizer",
+  "NoSpans",
   "OverlapIndex",
   "Parquet",
+  "PrefixSpan",
   "PythonReference",
+  "RandomSpans",
   "RecordedBoxes",
   "RenderedTexts",
   "Scenes",
   "SentencePieceFile",
   "SeqioTask",
   "SpacyPhrases",
+  "SpanRows",
   "TarShards",
   "TextFolder",
   "Tfds",

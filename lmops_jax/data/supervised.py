@@ -197,17 +197,23 @@ def build(
       f"no row of the {name} part is left: {counts['dropped']} have more than {length} "
       "tokens; raise the length, or set too_long to \"cut\"."
     )
-  counts["rows"] = sum(map(len, sequences))
-  counts["tokens"] = sum(len(e.tokens) - 1 for sequence in sequences for e in sequence)
+  return placed(sequences, length, pad_id, counts)
+
+
+def placed(
+  sequences: Sequence[Sequence[Example]], length: int, pad_id: int, counts: Mapping[str, int]
+) -> SupervisedSet:
+  """The set of sequences of examples that fit into them; `counts` are those made so far."""
   arrays = {name: np.empty((len(sequences), length), np.int32) for name in _FIELDS}
   arrays["loss_mask"] = arrays["loss_mask"].astype(np.float32)
   for row, sequence in enumerate(sequences):
     for field, values in place(sequence, length, pad_id).items():
       arrays[field][row] = values
-  counts["sequences"] = len(sequences)
-  counts["learned_tokens"] = int(arrays["loss_mask"].sum())
   ids = np.array([sequence[0].id for sequence in sequences], np.int64)
-  return SupervisedSet(arrays, ids, dict(counts))
+  return SupervisedSet(arrays, ids, {
+    **counts, "rows": sum(map(len, sequences)),
+    "tokens": sum(len(e.tokens) - 1 for sequence in sequences for e in sequence),
+    "sequences": len(sequences), "learned_tokens": int(arrays["loss_mask"].sum())})
 
 
 def _fitting(examples, length: int, too_long: str, counts: Counter[str]) -> Iterator[Example]:

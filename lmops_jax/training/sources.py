@@ -60,14 +60,16 @@ class Epochs:
     shuffle: False keeps the order as it is.
     whole: ask `rows` for all rows of a batch, not for those of this process alone, because a row
       depends on the others.
+    by_epoch: tell `rows` the number of the epoch as `epoch`, because a row is drawn anew in each.
   """
 
-  rows: Callable[[np.ndarray], Mapping[str, np.ndarray]]
+  rows: Callable[..., Mapping[str, np.ndarray]]
   num: int
   batch_size: int
   seed: int
   shuffle: bool = True
   whole: bool = False
+  by_epoch: bool = False
   reads_params: ClassVar[bool] = False
 
   def batch(self, step: int, params: Any = None) -> Mapping[str, np.ndarray]:
@@ -75,9 +77,12 @@ class Epochs:
     own = batches_lib.host_rows(self.batch_size, jax.process_index(), jax.process_count())
     index = batches_lib.batch_indices(
       self.num, self.batch_size, self.seed, step, shuffle=self.shuffle)
+    told = {}
+    if self.by_epoch:
+      told["epoch"] = step // batches_lib.num_steps_per_epoch(self.num, self.batch_size)
     if not self.whole:
-      return self.rows(index[own])
-    return {name: value[own] for name, value in self.rows(index).items()}
+      return self.rows(index[own], **told)
+    return {name: value[own] for name, value in self.rows(index, **told).items()}
 
 
 class Part(NamedTuple):
