@@ -26,6 +26,7 @@ from lmops_jax.data.span_rows import SpanRows
 from lmops_jax.data.spans import NoSpans, PrefixSpan, RandomSpans
 from lmops_jax.data.synthetic_pictures import Matrices, RenderedTexts, Scenes
 from lmops_jax.data.tar_shards import TarShards
+from lmops_jax.data.task_records import TaskClusters, TaskRecords
 from lmops_jax.data.tfds_images import TfdsImages
 from lmops_jax.data.web_pages import WebPages
 from lmops_jax.text.seqio_bridge import as_seqio
@@ -73,6 +74,8 @@ __all__ = [
   "SpacyPhrases",
   "SpanRows",
   "TarShards",
+  "TaskClusters",
+  "TaskRecords",
   "TextFolder",
   "Tfds",
   "TfdsImages",

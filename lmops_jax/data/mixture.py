@@ -89,6 +89,8 @@ class Mixture:
   def batch(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """The rows with some numbers, in that order.
 
+    A `weight` that sources give is made anew: the mean over rows is one over learned tokens.
+
     Raises:
       ValueError: if two sources give different fields, or rows of different shapes.
     """
@@ -117,6 +119,9 @@ class Mixture:
         )
       for name, value in batch.items():
         merged[name][chosen] = value
+    if "weight" in merged:  # that of each source's rows was among themselves
+      learned = merged["loss_mask"].sum(axis=1)
+      merged["weight"] = (learned * len(learned) / learned.sum()).astype(np.float32)
     return merged
 
   def num_learned(self, numbers: np.ndarray) -> np.ndarray:

@@ -31,6 +31,20 @@ class Read(str):
   """A text that the encoder reads, among the parts of a `Record`."""
 
 
+def whole_input(record: Record) -> Record:
+  """A prompt with its completion, of which the encoder reads the prompt (MetaLM, section 3).
+
+  Raises:
+    ValueError: for a record without a prompt.
+  """
+  given = record.parts[: record.num_given]
+  if not given:
+    raise ValueError(
+      f"{record.source} has no prompt for the encoder to read; give prompt and completion.")
+  parts = [Read(part) if isinstance(part, str) else part for part in given]
+  return record._replace(parts=(*parts, *record.parts[record.num_given :]))
+
+
 class SpecialIds(Protocol):
   """A vocabulary, or `ImageTokens`, which texts with pictures need."""
 
