@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lmops_jax.evaluation import answers, captions, explained, meteor, vqa
+from lmops_jax.evaluation import answers, captions, explained, meteor, rouge, vqa
 from lmops_jax.evaluation.captions import Scores
 
 _OF_ONE: dict[str, Callable[[str, Sequence[str]], float]] = {
-  **answers.METRICS, "vqa": vqa.accuracy, "meteor": meteor.meteor,
+  **answers.METRICS, **rouge.METRICS, "vqa": vqa.accuracy, "meteor": meteor.meteor,
   "explained": explained.label_accuracy}
 _OF_EXPLANATIONS = {
   "explanation_cider": "CIDEr", "explanation_meteor": "METEOR", "explanation_rouge_l": "ROUGE-L"}
@@ -21,9 +21,10 @@ def score(metric: str, found: Sequence[str], golds: Sequence[Sequence[str]]) -> 
   """The score of answers against those that are right.
 
   Args:
-    metric: "exact_match" and "f1" (SQuAD's), "vqa" (VQAv2's accuracy over people's answers),
-      "meteor" (its first two stages), "cider" (the whole corpus decides the weights), "explained"
-      (accuracy of the labels that are explained) or one of their explanations.
+    metric: "exact_match" and "f1" (SQuAD's), "rouge_1", "rouge_2" and "rouge_l" (of summaries),
+      "vqa" (VQAv2's accuracy over people's answers), "meteor" (its first two stages), "cider" (the
+      whole corpus decides the weights), "explained" (accuracy of the labels that are explained) or
+      one of their explanations.
     found: what was generated, one for each row.
     golds: of each row, the right answers or captions.
 

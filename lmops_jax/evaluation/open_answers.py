@@ -29,7 +29,7 @@ from lmops_jax.evaluation.in_context import Encoder, Figure
 from lmops_jax.models.config import TransformerConfig
 
 _COMPANIONS = {  # what papers tell beside a metric
-  "meteor": ("cider",),
+  "meteor": ("cider",), "rouge_l": ("rouge_1", "rouge_2"),
   "explained": ("explanation_cider", "explanation_meteor", "explanation_rouge_l"),
 }
 _AT_ONCE = 256  # rows, if the encoder does not say
