@@ -21,6 +21,7 @@ from lmops_jax.data.instances import Instances, open_instances
 from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack
+from lmops_jax.data.prefix_rows import PrefixRows, PromptPrefix, RandomPrefix
 from lmops_jax.data.python_reference import PythonReference
 from lmops_jax.data.span_rows import SpanRows
 from lmops_jax.data.spans import NoSpans, PrefixSpan, RandomSpans
@@ -63,8 +64,11 @@ __all__ = [
   "NoSpans",
   "OverlapIndex",
   "Parquet",
+  "PrefixRows",
   "PrefixSpan",
+  "PromptPrefix",
   "PythonReference",
+  "RandomPrefix",
   "RandomSpans",
   "RecordedBoxes",
   "RenderedTexts",

@@ -138,6 +138,10 @@ def test_a_draw_is_a_function_of_seed_id_and_epoch(rows, instances):
   for changed in (rows.batch(indices, 1), SpanRows(instances, SAMPLER, seed=6).batch(indices)):
     differ = (changed["vector_index"] != one["vector_index"]).any(axis=1)
     assert differ.mean() > 0.8
+  epochs = np.where(indices % 2, 1, 0)
+  first, second = (rows.batch(indices, epoch)["vector_index"] for epoch in (0, 1))
+  np.testing.assert_array_equal(
+    rows.batch(indices, epochs)["vector_index"], np.where(epochs[:, None], second, first))
   np.testing.assert_array_equal(
     rows.num_learned(indices, 1), rows.batch(indices, 1)["loss_mask"].sum(axis=1))
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 
+import gin
 import numpy as np
 import pytest
 
@@ -127,6 +128,31 @@ def test_a_cluster_is_held_out_with_its_relatives(tmp_path):
       (({"nli": {"cb": tasks["cb"]}}, "nli"), "no task to learn from when 'nli'")]:
     with pytest.raises(ValueError, match=fault):
       TaskClusters(*arguments)
+
+
+@pytest.fixture
+def clean_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def test_clusters_in_a_gin_file(folder, clean_gin):
+  gin.parse_config(f"""
+    task/tasks.choose.task = 'cb'
+    task/tasks.choose.data = '{folder}'
+    cb/data.TaskRecords.task = @task/tasks.choose()
+    cb/data.TaskRecords.other_templates = (1, 2)
+    others/data.ImageJsonl.path = '{folder}/mine.jsonl'
+    data.TaskClusters.clusters = {{
+      'nli': {{'cb': @cb/data.TaskRecords()}}, 'mine': {{'others': @others/data.ImageJsonl()}}}}
+    data.TaskClusters.held_out = 'mine'
+    data.TaskClusters.related = {{'nli': ('mine',)}}
+  """)
+  made = gin.get_configurable("data.TaskClusters")()
+  assert made.tested() == ("others",)
+  assert made.learned() == {
+    "cb": TaskRecords(TaskChoice("cb", data=str(folder)), other_templates=(1, 2))}
 
 
 def test_rows_of_tasks_mixed(tmp_path):
