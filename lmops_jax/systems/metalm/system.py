@@ -66,7 +66,8 @@ class MetaLM:
     stages = [
       skeleton.Stage(texts.STAGE, self._texts, reads=("texts", "tasks"), together=False),
       skeleton.Stage(
-        reader.STAGE, functools.partial(self._reader, partitioner=partitioner),
+        reader.STAGE,
+        functools.partial(self._reader, seed=self.seeds[0], partitioner=partitioner),
         inputs=(texts.STAGE,), reads=("reader", "models.docked.reader"), seed=self.seeds[0]),
     ]
     runs: dict[tuple[str, int], report.Run] = {}
@@ -107,11 +108,11 @@ class MetaLM:
   def _texts(self, context: pipeline.StageContext) -> None:
     texts.run(context, self.texts, self.tasks)
 
-  def _reader(self, context: pipeline.StageContext, partitioner) -> None:
+  def _reader(self, context: pipeline.StageContext, seed, partitioner) -> None:
     prepared = Prepared(context.input(texts.STAGE))
     reader.run(
       context, self.reader, self.models.encoder(prepared.vocabulary.vocab_size),
-      prepared.train, prepared.validation, prepared.vocabulary, seed=self.seeds[0],
+      prepared.train, prepared.validation, prepared.vocabulary, seed=seed,
       partitioner=partitioner)
 
   def _train(self, context: pipeline.StageContext, arm, seed, partitioner) -> None:
