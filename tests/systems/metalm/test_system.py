@@ -78,7 +78,7 @@ def _differ(a, b):
 def test_choices_are_those_of_full_passes(workdir, system):
   """What `Asking` chooses, from logits of whole rows without cache, shared prefix or packing."""
   prepared = texts.Prepared(workdir / "texts")
-  vocabulary, task = prepared.vocabulary, prepared.task(tasks.FILE_KIND)
+  vocabulary, task = prepared.vocabulary, tasks.read(workdir / "tasks", tasks.FILE_KIND)
   made = system.models.arm(SEMI, vocabulary.vocab_size)
   params = _params(workdir, system, "train/semi_causal/seed0", system.training)
   shown = demonstrations(task.train, 2, 0)
@@ -151,7 +151,7 @@ def test_only_what_reads_a_changed_setting_runs_again(workdir, bindings):
 
 def test_demonstrations_without_room_are_left_out(workdir):
   prepared = texts.Prepared(workdir / "texts")
-  vocabulary, task = prepared.vocabulary, prepared.task(tasks.FILE_KIND)
+  vocabulary, task = prepared.vocabulary, tasks.read(workdir / "tasks", tasks.FILE_KIND)
   shown = prompts.answered(task.train[:3], vocabulary)
   row, = prompts.asked(task.rows[:1], vocabulary)
   options = vocabulary.encode_batch(task.rows[0].options)
