@@ -10,13 +10,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.config.setting_types import PositiveInt, component
+from lmops_jax.config.setting_types import (
+  Count,
+  Distinct,
+  NonEmpty,
+  PositiveInt,
+  Seeds,
+  Text,
+  component,
+)
 from lmops_jax.data.span_rows import SpanRows
 from lmops_jax.data.tasks import Example, Task, demonstrations
 from lmops_jax.decoding.scoring import OptionScorer, Request, mean
@@ -30,7 +38,6 @@ from lmops_jax.systems.metalm.tasks import (
   FILE_KIND,
   NEXT_PASSAGE,
   SAME_DOCUMENT,
-  Tasks,
   with_words,
 )
 from lmops_jax.systems.metalm.texts import Prepared
@@ -51,15 +58,21 @@ class Evaluate:
   Attributes:
     num_rows: unseen rows for perplexities, at most.
     batch_size: of them at a time.
+    shots: numbers of demonstrations.
+    draws: seeds of the demonstrations; accuracies are means over them.
+    other_words: label words of "same document" for models that were finetuned with others.
   """
 
   num_rows: PositiveInt = 128
   batch_size: PositiveInt = 32
+  shots: Annotated[Sequence[Count], NonEmpty, Distinct] = (0, 1, 4)
+  draws: Seeds = (0, 1)
+  other_words: Annotated[tuple[Text, Text], Distinct] = ("two", "one")
 
 
 def run(
-  context: pipeline.StageContext, *, config: Evaluate, asked: Tasks, models: Models, arm: Arm,
-  params: Any, tuned: Mapping[str, Any], prepared: Prepared, partitioner,
+  context: pipeline.StageContext, *, config: Evaluate, models: Models, arm: Arm, params: Any,
+  tuned: Mapping[str, Any], prepared: Prepared, tasks: Mapping[str, Task], partitioner,
 ) -> None:
   """Writes `results.json`.
 
@@ -68,14 +81,14 @@ def run(
 
   Args:
     params: of the trained model. tuned: of the finetuned ones, by mode.
+    prepared: the texts. tasks: by name.
   """
   vocabulary = prepared.vocabulary
   unseen = prepared.validation
   found = {"losses": losses_of(
     arm, params, unseen, common_mask(models, unseen, vocabulary.vocab_size), config, partitioner)}
-  tasks = {name: prepared.task(name) for name in (NEXT_PASSAGE, FILE_KIND, SAME_DOCUMENT)}
-  other = with_words(tasks[SAME_DOCUMENT], asked.other_words)
-  shots = tuple(asked.shots)
+  other = with_words(tasks[SAME_DOCUMENT], config.other_words)
+  shots = tuple(config.shots)
   by_model = {BEFORE: [(tasks[NEXT_PASSAGE], NEXT_PASSAGE, (0,)),
                        (tasks[FILE_KIND], FILE_KIND, shots)]}
   for mode in tuned:
@@ -89,7 +102,7 @@ def run(
       for task, name, of_shots in own:
         answers[which][name] = [
           asking.counted(task, num, draw) for num in of_shots
-          for draw in (asked.draws if num else (0,))]
+          for draw in (config.draws if num else (0,))]
         bar.update()
   write_json(context.directory / RESULTS_FILE, {**found, "answers": answers})
 

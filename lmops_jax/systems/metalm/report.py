@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,13 @@ class Run:
 
 def run(
   context: pipeline.StageContext, *, runs: Mapping[tuple[str, int], Run], stages: Sequence[str],
-  models: Models, asked: tasks.Tasks,
+  models: Models,
 ) -> None:
   """Writes `summary.json`, the plots and `index.html`.
 
   Args:
     runs: by (arm, seed). stages: all stages before this one.
-    models: of the arms, whose spans are drawn. asked: settings of the tasks.
+    models: of the arms, whose spans are drawn.
   """
   arms, seeds = ([*dict.fromkeys(key[i] for key in runs)] for i in (0, 1))
   results = {
@@ -85,7 +86,7 @@ def run(
     "num_dropped": {
       arm: sum(row["num_dropped"] for of in results[arm, seeds[0]]["answers"].values()
                for rows in of.values() for row in rows) for arm in arms},
-    "chance": chances(prepared, asked),
+    "chance": chances(context.input(tasks.STAGE)),
     "num_params": {arm: trained[arm]["num_params"] for arm in arms},
     "spans": {arm: trained[arm]["spans"] for arm in arms},
     "curves": {
@@ -124,13 +125,18 @@ def label(name: str) -> str:
   return ", ".join(part for part in parts if part)
 
 
-def chances(prepared: texts.Prepared, asked: tasks.Tasks) -> dict[str, float]:
-  """By task: what the most frequent right option, or any option, reaches."""
-  found = {tasks.NEXT_PASSAGE: 1 / asked.num_options}
-  for name in (tasks.FILE_KIND, tasks.SAME_DOCUMENT):
-    rows = prepared.task(name).rows
-    labels = collections.Counter(row.label for row in rows)
-    found[name] = max(labels.values()) / len(rows)
+def chances(folder: Path) -> dict[str, float]:
+  """By task: what the most frequent right option reaches, or any one if rows differ in theirs.
+
+  Args:
+    folder: of the stage `tasks`.
+  """
+  found = {}
+  for name in tasks.NAMES:
+    task = tasks.read(folder, name)
+    labels = collections.Counter(row.label for row in task.rows)
+    most = max(labels.values()) if task.words else len(task.rows) / len(task.rows[0].options)
+    found[name] = most / len(task.rows)
   return found | {OTHER_WORDS: found[tasks.SAME_DOCUMENT]}
 
 

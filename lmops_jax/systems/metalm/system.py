@@ -1,4 +1,4 @@
-"""MetaLM as stages: texts, encoder, train, finetune and evaluate by arm and seed, report."""
+"""MetaLM as stages: texts, tasks, encoder, train, finetune and evaluate by arm, report."""
 
 from __future__ import annotations
 
@@ -64,9 +64,12 @@ class MetaLM:
     for config in (self.models.docked.text, self.models.large, self._trunk):
       attention.check_platform(config.attention, partitioner.platform)
     stages = [
-      skeleton.Stage(texts.STAGE, self._texts, reads=("texts", "tasks"), together=False),
+      skeleton.Stage(texts.STAGE, self._texts, reads=("texts",), together=False),
       skeleton.Stage(
-        reader.STAGE, functools.partial(self._reader, partitioner=partitioner),
+        tasks.STAGE, self._tasks, inputs=(texts.STAGE,), reads=("tasks",), together=False),
+      skeleton.Stage(
+        reader.STAGE,
+        functools.partial(self._reader, seed=self.seeds[0], partitioner=partitioner),
         inputs=(texts.STAGE,), reads=("reader", "models.docked.reader"), seed=self.seeds[0]),
     ]
     runs: dict[tuple[str, int], report.Run] = {}
@@ -78,7 +81,7 @@ class MetaLM:
     stages.append(skeleton.Stage(
       REPORT,
       functools.partial(self._report, runs=runs, stages=names), inputs=names, together=False,
-      reads=("models.spans", "tasks")))
+      reads=("models.docked", "models.prefix", "models.spans", "models.large")))
     return stages
 
   def _of_arm(self, name: str, seed: int, partitioner) -> tuple[list[skeleton.Stage], report.Run]:
@@ -94,24 +97,28 @@ class MetaLM:
     stages += [
       skeleton.Stage(
         stage, functools.partial(self._finetune, mode=mode, run=run, seed=seed, **bound),
-        inputs=(texts.STAGE, run.train), reads=("finetune",), seed=seed)
+        inputs=(texts.STAGE, tasks.STAGE, run.train), reads=("finetune",), seed=seed)
       for mode, stage in run.finetune.items()]
     stages.append(skeleton.Stage(
       run.evaluate, functools.partial(self._evaluate, run=run, **bound),
-      inputs=(texts.STAGE, run.train, *run.finetune.values()), reads=("evaluation",)))
+      inputs=(texts.STAGE, tasks.STAGE, run.train, *run.finetune.values()),
+      reads=("evaluation",)))
     return stages, run
 
   def _arm(self, name: str, vocab_size: int | None = None) -> Arm:
     return self.models.arm(name, vocab_size)
 
   def _texts(self, context: pipeline.StageContext) -> None:
-    texts.run(context, self.texts, self.tasks)
+    texts.run(context, self.texts)
 
-  def _reader(self, context: pipeline.StageContext, partitioner) -> None:
+  def _tasks(self, context: pipeline.StageContext) -> None:
+    tasks.run(context, Prepared(context.input(texts.STAGE)).unseen, self.tasks)
+
+  def _reader(self, context: pipeline.StageContext, seed, partitioner) -> None:
     prepared = Prepared(context.input(texts.STAGE))
     reader.run(
       context, self.reader, self.models.encoder(prepared.vocabulary.vocab_size),
-      prepared.train, prepared.validation, prepared.vocabulary, seed=self.seeds[0],
+      prepared.train, prepared.validation, prepared.vocabulary, seed=seed,
       partitioner=partitioner)
 
   def _train(self, context: pipeline.StageContext, arm, seed, partitioner) -> None:
@@ -128,8 +135,8 @@ class MetaLM:
     prepared = Prepared(context.input(texts.STAGE))
     made = self._arm(arm, prepared.vocabulary.vocab_size)
     rows = prompts.tuning_rows(
-      prepared.task(tasks.SAME_DOCUMENT).train, prepared.vocabulary, self.finetune.length,
-      self._trunk.max_length)
+      tasks.read(context.input(tasks.STAGE), tasks.SAME_DOCUMENT).train, prepared.vocabulary,
+      self.finetune.length, self._trunk.max_length)
     training.finetune(
       context, self.finetune, made,
       lambda: self._params(context, run.train, self.training, made, partitioner), rows, mode,
@@ -140,10 +147,12 @@ class MetaLM:
     made = self._arm(arm, prepared.vocabulary.vocab_size)
     load = functools.partial(self._params, context, made=made, partitioner=partitioner)
     evaluate.run(
-      context, config=self.evaluation, asked=self.tasks, models=self.models, arm=made,
+      context, config=self.evaluation, models=self.models, arm=made,
       params=load(run.train, self.training),
       tuned={mode: load(stage, self.finetune) for mode, stage in run.finetune.items()},
-      prepared=prepared, partitioner=partitioner)
+      prepared=prepared, tasks={
+        task: tasks.read(context.input(tasks.STAGE), task) for task in tasks.NAMES},
+      partitioner=partitioner)
 
   def _params(self, context, stage: str, config, made: Arm, partitioner):
     """The parameters that a stage left."""
@@ -151,7 +160,7 @@ class MetaLM:
       context.input(stage), config.num_steps, made.model, partitioner)
 
   def _report(self, context: pipeline.StageContext, runs, stages) -> None:
-    report.run(context, runs=runs, stages=stages, models=self.models, asked=self.tasks)
+    report.run(context, runs=runs, stages=stages, models=self.models)
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The figures of a finished run, for the terminal."""

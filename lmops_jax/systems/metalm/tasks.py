@@ -1,4 +1,4 @@
-"""What all arms are asked: tasks made from documents that no arm was trained on.
+"""Stage `tasks`: what all arms are asked, made from documents that no arm was trained on.
 
 Each row is a function of the documents, a seed and its index.
 
@@ -13,26 +13,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from pathlib import Path
 
 import numpy as np
 
-from lmops_jax.config.setting_types import (
-  Count,
-  Distinct,
-  NonEmpty,
-  PositiveInt,
-  Seed,
-  Text,
-  at_least,
-  component,
-)
+from lmops_jax.config.setting_types import PositiveInt, Seed, at_least, component
 from lmops_jax.data.documents import Document
 from lmops_jax.data.tasks import Example, Task
+from lmops_jax.data.tasks.choice import read_task, write_task
 from lmops_jax.data.tasks.installed_kind import kind_task
 from lmops_jax.host.hashing import order_key
+from lmops_jax.stages import pipeline
 
+STAGE = "tasks"
 NEXT_PASSAGE, FILE_KIND, SAME_DOCUMENT = "next_passage", "file_kind", "same_document"
+NAMES = (NEXT_PASSAGE, FILE_KIND, SAME_DOCUMENT)
 SAME_WORDS = ("no", "yes")
 _SAME_TEMPLATE = "First: {first} Second: {second} Same:"
 _SEEDS = 2  # of rows to evaluate on, and to train on
@@ -53,9 +48,6 @@ class Tasks:
     context_chars, option_chars: characters of a passage and of what may continue it, at most.
     kind_chars: characters of an excerpt whose kind is asked, at most.
     pair_chars: characters of each of two passages, at most.
-    other_words: label words of "same document" for the models that were finetuned with others.
-    shots: numbers of demonstrations.
-    draws: seeds of the demonstrations; accuracies are means over them.
     seed: of all rows.
   """
 
@@ -68,10 +60,23 @@ class Tasks:
   option_chars: at_least(16) = 80
   kind_chars: at_least(16) = 120
   pair_chars: at_least(16) = 64
-  other_words: Annotated[tuple[Text, Text], Distinct] = ("two", "one")
-  shots: Annotated[Sequence[Count], NonEmpty, Distinct] = (0, 1, 4)
-  draws: Annotated[Sequence[Seed], NonEmpty, Distinct] = (0, 1)
   seed: Seed = 0
+
+
+def run(
+  context: pipeline.StageContext, documents: Sequence[Document], config: Tasks
+) -> None:
+  """Writes the tasks, for `read`."""
+  for name, task in tasks(documents, config).items():
+    folder = context.directory / name
+    folder.mkdir(exist_ok=True)
+    write_task(folder, task)
+    context.log(f"{name}: {len(task.rows)} rows, {len(task.train)} to learn from")
+
+
+def read(folder: Path, name: str) -> Task:
+  """A task that the stage in a folder wrote."""
+  return read_task(Path(folder) / name)
 
 
 def tasks(documents: Sequence[Document], config: Tasks) -> dict[str, Task]:
