@@ -68,9 +68,11 @@ class VisionConfig:
         f"models.VisionConfig.image_size={self.image_size} must be a multiple of patch_size="
         f"{self.patch_size}."
       )
-    if self.trunk.causal or self.trunk.final_norm or self.trunk.positions != "none":
+    trunk = self.trunk
+    if trunk.causal or trunk.final_norm or trunk.positions != "none" or trunk.relative_buckets:
       raise ValueError(
-        "models.VisionConfig.trunk must have causal=False, final_norm=False and positions='none'."
+        "models.VisionConfig.trunk must have causal=False, final_norm=False, positions='none' and "
+        "relative_buckets=0."
       )
     check_top("models.VisionConfig", self.trunk, self.top_layers)
     if self.num_patches >= self.trunk.max_length:

@@ -87,12 +87,15 @@ class Excerpt:
     title: what the document is called.
     facts: label to value, shown beside the title.
     max_characters: the most characters of the text that are shown.
+    marked: characters of the text that are set apart, half-open, in order and disjoint; a text with
+      some is not shortened, so it must have at most `max_characters`.
   """
 
   text: str
   title: str = ""
   facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   max_characters: int = 1200
+  marked: Sequence[tuple[int, int]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,8 @@ def render(report: Report) -> str:
   """The HTML text of `report`; the same report gives the same text.
 
   Raises:
-    ValueError: a table row of another length than its columns, or a figure that is not a PNG.
+    ValueError: a table row of another length than its columns, a figure that is not a PNG, or marks
+      that do not fit their excerpt.
   """
   template = _environment().get_template("report.html.j2")
   return template.render(report=report, figure_numbers=_Counter(), table_numbers=_Counter())
@@ -227,7 +231,7 @@ def _environment() -> jinja2.Environment:
     data_uri=_data_uri,
     css_size=_css_size,
     cells=_cells,
-    shorten=shorten,
+    pieces=_pieces,
     breakable=_breakable,
   )
   return environment
@@ -256,6 +260,23 @@ def _inline(text: str) -> str:
     else re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(part))
     for i, part in enumerate(parts)
   )
+
+
+def _pieces(excerpt: Excerpt) -> list[tuple[str, bool]]:
+  """The text of an excerpt, cut where marks begin and end, and whether each piece is marked."""
+  text, marked = excerpt.text, excerpt.marked
+  if not marked:
+    return [(shorten(text, excerpt.max_characters), False)]
+  edges = [edge for mark in marked for edge in mark]
+  if len(text) > excerpt.max_characters or edges != sorted(edges) or not (
+      0 <= edges[0] and edges[-1] <= len(text)):
+    raise ValueError(
+      f"The excerpt {excerpt.title!r} has {len(text)} characters, at most "
+      f"{excerpt.max_characters} of which are shown, and marks {list(marked)}; give marks in order "
+      "and within the text, and a text that is shown whole."
+    )
+  edges = [0, *edges, len(text)]
+  return [(text[a:b], bool(i % 2)) for i, (a, b) in enumerate(zip(edges, edges[1:])) if a < b]
 
 
 def _breakable(text: str) -> markupsafe.Markup:

@@ -58,7 +58,8 @@ RUNS = [
   "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
   "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
   "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",
-  "meta_optimizer/paper.gin", "pds/baselines.gin", "pds/default.gin", "pds/paper.gin",
+  "meta_optimizer/paper.gin", "metalm/default.gin", "metalm/smoke.gin", "pds/baselines.gin",
+  "pds/default.gin", "pds/paper.gin",
   *PAPER_SIZES, "pds/smoke.gin",
   "structured_prompting/default.gin", "structured_prompting/paper.gin",
 ]

@@ -222,3 +222,19 @@ def test_bad_parts_are_named():
     page.render(_report(sections=[page.Section("s", tables=[short_row])]))
   with pytest.raises(ValueError, match="not a PNG"):
     page.render(_report(sections=[page.Section("s", figures=[page.Figure(b"GIF89a" + b"0" * 30)])]))
+
+
+def test_marks_of_an_excerpt_are_set_apart():
+  text = "a <b> & c"
+  excerpt = page.Excerpt(text, marked=[(0, 1), (2, 5), (5, 9)])
+  rendered = page.render(_report(sections=[page.Section("s", excerpts=[excerpt])]))
+  assert ("<pre><mark>a</mark> <mark>&lt;b&gt;</mark><mark> &amp; c</mark></pre>") in rendered
+
+
+@pytest.mark.parametrize("text, marked", [
+  ("abc", [(1, 2), (0, 1)]), ("abc", [(1, 4)]), ("a" * 1201, [(0, 1)]),
+])
+def test_marks_that_do_not_fit_are_refused(text, marked):
+  excerpt = page.Excerpt(text, marked=marked)
+  with pytest.raises(ValueError, match="give marks in order"):
+    page.render(_report(sections=[page.Section("s", excerpts=[excerpt])]))

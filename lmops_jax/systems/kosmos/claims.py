@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lmops_jax.data.synthetic_pictures.matrices import LAYOUTS
+from lmops_jax.evaluation.over_seeds import LEVEL, share
 from lmops_jax.reporting import html
 from lmops_jax.systems.kosmos import figures
 from lmops_jax.systems.kosmos.gallery import Puzzle, puzzles
@@ -23,7 +24,7 @@ from lmops_jax.systems.kosmos.items import (
   Item,
 )
 
-_NOTE = (f"Percent with Wilson's {figures.LEVEL:.0%} interval of the answers of all seeds; these "
+_NOTE = (f"Percent with Wilson's {LEVEL:.0%} interval of the answers of all seeds; these "
          "are of the same items, so that the interval is rather too narrow.")
 
 
@@ -47,7 +48,7 @@ def _table(
   arms = [arm for arm in found if any(name in found[arm] for name in names)]
   rows = []
   for name in names:
-    row = [figures.label(name), *(figures.share(found[arm].get(name)) for arm in arms)]
+    row = [figures.label(name), *(share(found[arm].get(name)) for arm in arms)]
     if of_baseline:
       row.append(f"{100 * of_baseline[name]:.1f}" if name in of_baseline else "–")
     rows.append(row)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmops_jax.evaluation.intervals import mean_and_half_width, of_proportion
+from lmops_jax.evaluation.over_seeds import shares_of, spread_of
 from lmops_jax.systems.kosmos import items
 
-LEVEL = 0.95
 READING_KIND, MATRICES_KIND, RULE_KIND = "read", "matrices", "rule "
 KINDS = {
   "count": "count", "color": "colour", "shape": "shape", "is_larger": "size",
@@ -33,7 +32,7 @@ def over_seeds(by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Of each `values` by seed, their `mean`, `half_width` of its t interval and `num`; of shares also
     `interval`, Wilson's, of the answers of all seeds as if each were drawn on its own.
   """
-  return {name: _together(rows) for name, rows in _counted(by_seed).items()} | {
+  return {name: shares_of(rows) for name, rows in _counted(by_seed).items()} | {
     f"CIDEr/{name.split('/')[1]}": spread_of([of[name]["CIDEr"] for of in by_seed]) | {
       "num": row["num"]}
     for name, row in by_seed[0].items() if "CIDEr" in row}
@@ -61,18 +60,6 @@ def _add(found, name: str, counts: Sequence[tuple[int, int]]) -> None:
   found[name] = [(right + r, num + n) for (right, num), (r, n) in zip(before, counts)]
 
 
-def _together(counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
-  right, num = (sum(of) for of in zip(*counts))
-  return spread_of([r / n for r, n in counts]) | {
-    "num": counts[0][1], "interval": list(of_proportion(right, num, LEVEL))}
-
-
-def spread_of(values: list[float]) -> dict[str, Any]:
-  """Values by seed, their mean and half the width of its interval."""
-  mean, half = mean_and_half_width(values, LEVEL)
-  return {"values": values, "mean": mean, "half_width": half}
-
-
 def label(name: str) -> str:
   """A "kind/group" for people."""
   kind, group = name.split("/")
@@ -84,19 +71,3 @@ def label(name: str) -> str:
       kind = f"matrices, {kind.removeprefix(items.MATRIX_KIND)} in context"
     return f"{kind}, {RULE_GROUPS[group]}"
   return f"{KINDS.get(kind, kind)}, {GROUPS[group]}"
-
-
-def spread(of: Mapping[str, Any] | None, spec: str) -> str:
-  """Mean and half width of the interval over seeds; a dash for what was not asked."""
-  if of is None:
-    return "–"
-  text = format(of["mean"], spec)
-  return text if of["half_width"] is None else f"{text} ± {format(of['half_width'], spec)}"
-
-
-def share(of: Mapping[str, Any] | None) -> str:
-  """A share with Wilson's interval of all answers, in percent; a dash for what was not asked."""
-  if of is None:
-    return "–"
-  low, high = (100 * end for end in of["interval"])
-  return f"{100 * of['mean']:.1f} ({low:.0f}–{high:.0f})"

@@ -18,33 +18,12 @@ from lmops_jax.sizing import activations
 from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.budget import Phase, device_bytes
+from lmops_jax.sizing.vocabulary import vocabulary_size
 from lmops_jax.systems.kosmos import training
 from lmops_jax.systems.kosmos.prepare import RowShape
 from lmops_jax.training import loop
 
 _WORD_FIELDS = ("tokens", "targets", "positions", "segment_ids")
-
-
-def vocabulary_size(
-  model: DockedConfig, vocabulary: Any, words: Sequence[str] = KOSMOS_WORDS
-) -> int:
-  """V, before any text is read.
-
-  Args:
-    words: the special ones, which follow those of the vocabulary.
-
-  Raises:
-    ConfigError: when it is not known yet.
-  """
-  if model.text.vocab_size is not None:
-    return model.text.vocab_size
-  own = getattr(vocabulary, "vocab_size", None)
-  if own is None:
-    raise ConfigError(
-      "the vocabulary's size is not known before its file is read; set it, for example with "
-      "--gin.text/models.TransformerConfig.vocab_size=64007."
-    )
-  return own + len(words)
 
 
 def abstract_batch(
@@ -136,7 +115,9 @@ def _activation_bytes(config, model, shapes, partitioner, platform, whole_tower)
 
 def _abstract(config, model, vocabulary, partitioner, shapes, words):
   """The model, its learner, and its placed state and batch as shapes."""
-  docked = training.docked_model(model, vocabulary_size(model, vocabulary, words))
+  docked = training.docked_model(model, vocabulary_size(
+    model.text.vocab_size, vocabulary, "text/models.TransformerConfig.vocab_size=64007",
+    more=len(words)))
   arm = training.ARMS[training.FULL]._replace(parts=tuple(shapes))
   learner = training.learner(docked, config, arm, partitioner)
   state = partitioner.placed_shapes(loop.abstract_state(learner), uneven="whole")

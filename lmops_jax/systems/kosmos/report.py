@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lmops_jax.evaluation.over_seeds import LEVEL, spread
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
 from lmops_jax.stages import pipeline
@@ -117,7 +118,7 @@ def _rows(summary: Mapping[str, Any], names: Iterable[str]) -> list[list[str]]:
   for name in names:
     spec = ".2f" if name.startswith("CIDEr/") else ".1%"
     rows.append([
-      figures.label(name), *(figures.spread(found[arm].get(name), spec) for arm in arms)])
+      figures.label(name), *(spread(found[arm].get(name), spec) for arm in arms)])
   return rows
 
 
@@ -125,7 +126,7 @@ def _page(report, summary, losses, items, pictures, said) -> html.Report:
   arms, seeds, found = summary["arms"], summary["seeds"], summary["figures"]
   styles = plots.looks(arms, emphasis=[FULL])
   note = ("One seed, so no intervals." if len(seeds) == 1 else
-          f"Means of {len(seeds)} seeds with half the width of their {figures.LEVEL:.0%} interval "
+          f"Means of {len(seeds)} seeds with half the width of their {LEVEL:.0%} interval "
           "(t distribution).")
 
   def share(arm, kind):

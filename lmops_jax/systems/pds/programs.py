@@ -21,6 +21,7 @@ from lmops_jax.control.targets import MeanTargetLoss
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.shared_stages import language_training
 from lmops_jax.sizing import flops, solve_cost
+from lmops_jax.sizing import vocabulary as sizes
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.budget import device_bytes
 from lmops_jax.sizing.solve_programs import segment_programs
@@ -37,18 +38,9 @@ class Sizes(NamedTuple):
 
 
 def vocabulary_size(model_config: Any, vocabulary: Any) -> int:
-  """V, before any text is read.
-
-  Raises:
-    ConfigError: if it is not known yet.
-  """
-  size = model_config.vocab_size or getattr(vocabulary, "vocab_size", None)
-  if size is None:
-    raise ConfigError(
-      "the vocabulary's size is not known before its file is read; set it, for example with "
-      "--gin.models.TransformerConfig.vocab_size=32000."
-    )
-  return size
+  """V of a model, see `sizing.vocabulary`."""
+  return sizes.vocabulary_size(
+    model_config.vocab_size, vocabulary, "models.TransformerConfig.vocab_size=32000")
 
 
 def abstract_batch(partitioner: Partitioner, rows: int, length: int, *leading: int) -> dict:

@@ -18,6 +18,7 @@ from lmops_jax.evaluation import lm
 from lmops_jax.host.hashing import order_key
 from lmops_jax.models.transformer import TransformerConfig, num_params
 from lmops_jax.pretrained import exporting
+from lmops_jax.shared_stages import unseen_text
 from lmops_jax.systems.meta_optimizer.momentum import pairs, texts
 from lmops_jax.text import vocabulary_sources
 from lmops_jax.training import language_models, loop, losses
@@ -178,7 +179,7 @@ def test_unseen_text_is_the_same_at_every_length(finished):
 def test_the_unseen_share_is_that_of_a_sampled_corpus_too():
   """Corpora such as `data.InstalledText` keep the documents whose first key is smallest."""
   ids = sorted(range(4000), key=order_key)[:1000]
-  unseen = [texts.is_unseen(Document(i, "", "", ""), 0.1, 0) for i in ids]
+  unseen = [unseen_text.is_unseen(Document(i, "", "", ""), 0.1, 0) for i in ids]
   assert 70 < sum(unseen) < 130
 
 

@@ -11,11 +11,12 @@ from PIL import Image
 from lmops_jax.data import boxes
 from lmops_jax.data.box_overlap import iou
 from lmops_jax.evaluation.grounding import THRESHOLD
+from lmops_jax.evaluation.over_seeds import spread, spread_of
 from lmops_jax.reporting import drawn_boxes, html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.kosmos import prepare, tower
-from lmops_jax.systems.kosmos.figures import GROUPS, spread, spread_of
+from lmops_jax.systems.kosmos.figures import GROUPS
 from lmops_jax.systems.kosmos.gallery import Shown, gallery
 from lmops_jax.systems.kosmos.grounding.evaluate import (
   BOUND,

@@ -1,0 +1,191 @@
+"""Stage `evaluate`: perplexities of unseen text, and what an arm answers.
+
+Every question is a choice: the option with the highest mean log-probability of a token wins
+(`decoding.scoring.mean`). What is given is encoded for arms with an encoder, and read as words by
+the others; the tokens are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmops_jax.config.setting_types import (
+  Count,
+  Distinct,
+  NonEmpty,
+  PositiveInt,
+  Seeds,
+  Text,
+  component,
+)
+from lmops_jax.data.span_rows import SpanRows
+from lmops_jax.data.tasks import Example, Task, demonstrations
+from lmops_jax.decoding.scoring import OptionScorer, Request, mean
+from lmops_jax.evaluation.examples import map_examples
+from lmops_jax.host.whole_files import write_json
+from lmops_jax.models.transformer import Transformer
+from lmops_jax.stages import pipeline
+from lmops_jax.systems.metalm import prompts
+from lmops_jax.systems.metalm.arms import PREFIX, SEMI, Arm, Models
+from lmops_jax.systems.metalm.tasks import (
+  FILE_KIND,
+  NEXT_PASSAGE,
+  SAME_DOCUMENT,
+  with_words,
+)
+from lmops_jax.systems.metalm.texts import Prepared
+from lmops_jax.systems.metalm.training import SpanLosses
+from lmops_jax.text.vocabularies import Vocabulary
+
+RESULTS_FILE = "results.json"
+OWN, COMMON, PLAIN = "own", "common", "plain"
+BEFORE = "trained"  # the model that is not finetuned
+OTHER_WORDS = "same_document, other words"
+
+
+@component(module="metalm")
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+  """How arms are measured.
+
+  Attributes:
+    num_rows: unseen rows for perplexities, at most.
+    batch_size: of them at a time.
+    shots: numbers of demonstrations.
+    draws: seeds of the demonstrations; accuracies are means over them.
+    other_words: label words of "same document" for models that were finetuned with others.
+  """
+
+  num_rows: PositiveInt = 128
+  batch_size: PositiveInt = 32
+  shots: Annotated[Sequence[Count], NonEmpty, Distinct] = (0, 1, 4)
+  draws: Seeds = (0, 1)
+  other_words: Annotated[tuple[Text, Text], Distinct] = ("two", "one")
+
+
+def run(
+  context: pipeline.StageContext, *, config: Evaluate, models: Models, arm: Arm, params: Any,
+  tuned: Mapping[str, Any], prepared: Prepared, tasks: Mapping[str, Task], partitioner,
+) -> None:
+  """Writes `results.json`.
+
+  `losses` are `losses_of`. `answers` has by model (`BEFORE`, or what was finetuned) and task a row
+  for each number of demonstrations and draw: `shots`, `draw`, `right`, `num` and `num_dropped`.
+
+  Args:
+    params: of the trained model. tuned: of the finetuned ones, by mode.
+    prepared: the texts. tasks: by name.
+  """
+  vocabulary = prepared.vocabulary
+  unseen = prepared.validation
+  found = {"losses": losses_of(
+    arm, params, unseen, common_mask(models, unseen, vocabulary.vocab_size), config, partitioner)}
+  other = with_words(tasks[SAME_DOCUMENT], config.other_words)
+  shots = tuple(config.shots)
+  by_model = {BEFORE: [(tasks[NEXT_PASSAGE], NEXT_PASSAGE, (0,)),
+                       (tasks[FILE_KIND], FILE_KIND, shots)]}
+  for mode in tuned:
+    by_model[mode] = [(tasks[SAME_DOCUMENT], SAME_DOCUMENT, (0,)), (other, OTHER_WORDS, shots),
+                      (tasks[FILE_KIND], FILE_KIND, shots)]
+  answers: dict[str, dict[str, list]] = {}
+  with context.progress(sum(map(len, by_model.values())), "tasks") as bar:
+    for which, own in by_model.items():
+      asking = Asking(arm, params if which == BEFORE else tuned[which], vocabulary, partitioner)
+      answers[which] = {}
+      for task, name, of_shots in own:
+        answers[which][name] = [
+          asking.counted(task, num, draw) for num in of_shots
+          for draw in (config.draws if num else (0,))]
+        bar.update()
+  write_json(context.directory / RESULTS_FILE, {**found, "answers": answers})
+
+
+def common_mask(models: Models, unseen, vocab_size: int) -> np.ndarray:
+  """Places that every arm learns of all unseen rows, `[N,S] float32`."""
+  masks = [
+    models.arm(name, vocab_size).validation(unseen).batch(np.arange(len(unseen)))["loss_mask"]
+    for name in (PREFIX, SEMI)]
+  return masks[0] * masks[1]
+
+
+def losses_of(
+  arm: Arm, params, unseen, common: np.ndarray, config: Evaluate, partitioner
+) -> dict[str, Any]:
+  """Nats a token of unseen rows.
+
+  Args:
+    common: see `common_mask`.
+
+  Returns:
+    `own`: of the tokens that the arm learns, given its spans. `common`: of the tokens that all arms
+    learn, each given its own spans. `plain`: of the latter, read by the decoder alone as words.
+    And `num_tokens` of each.
+  """
+  index = np.arange(min(config.num_rows, len(unseen)))
+  rows: SpanRows = arm.validation(unseen)
+  batch = rows.batch(index)
+  encoded = {name: value for name, value in batch.items() if name != "example_id"}
+  words = {name: batch[name] for name in ("tokens", "targets")}
+  views = {
+    OWN: (encoded, batch["loss_mask"]), COMMON: (encoded, common[index]),
+    PLAIN: (words, common[index])}
+  example_sums = _sums(SpanLosses(arm.model))
+  found, num_tokens = {}, {}
+  for name, (given, mask) in views.items():
+    sums = map_examples(
+      example_sums, params, {**given, "counted": mask}, config.batch_size, partitioner)
+    num_tokens[name] = int(mask.sum())
+    if not num_tokens[name]:
+      raise ValueError(
+        f"no token of {len(index)} unseen rows is learned by all arms; raise "
+        "metalm.Evaluate.num_rows."
+      )
+    found[name] = float(sums.sum() / num_tokens[name])
+  return {**found, "num_tokens": num_tokens}
+
+
+@functools.lru_cache
+def _sums(losses: SpanLosses) -> Callable:
+  """`(params, batch) -> [B]`, nats of the places that `counted` marks."""
+  def sums(params, batch):
+    return jnp.sum(losses.token_losses(params, batch) * batch["counted"], axis=1)
+
+  return jax.jit(sums)
+
+
+class Asking:
+  """A trained model that chooses among options."""
+
+  def __init__(self, arm: Arm, params: Any, vocabulary: Vocabulary, partitioner):
+    self._vocabulary, self._max_length = vocabulary, arm.config.text.max_length
+    self._reader = prompts.SpanReader(arm.model, params, vocabulary)
+    self._scorer = OptionScorer(Transformer(arm.config.text), params["text"], partitioner)
+
+  def counted(self, task: Task, shots: int, draw: int) -> dict[str, int]:
+    """How many rows of a task are right behind `shots` demonstrations, drawn by a seed."""
+    shown = demonstrations(task.train, shots, draw)
+    chosen, num_dropped = self.chosen(task.rows, shown)
+    right = sum(int(pick == row.label) for pick, row in zip(chosen, task.rows, strict=True))
+    return {"shots": shots, "draw": draw, "right": right, "num": len(task.rows),
+            "num_dropped": num_dropped}
+
+  def chosen(
+    self, rows: Sequence[Example], shown: Sequence[Example] = ()
+  ) -> tuple[list[int], int]:
+    """The best option of each row, and how many demonstrations had no room in all."""
+    vocabulary = self._vocabulary
+    options = [vocabulary.encode_batch(row.options) for row in rows]
+    behind = prompts.answered(shown, vocabulary)
+    made, dropped = zip(*(
+      prompts.fitted(behind, row, of_row, vocabulary, self._max_length)
+      for row, of_row in zip(prompts.asked(rows, vocabulary), options)))
+    scores = self._scorer.score([
+      Request(prompt, of_row) for prompt, of_row in zip(self._reader.prompts(made), options)])
+    return [int(np.argmax(mean(of_row))) for of_row in scores], sum(dropped)
