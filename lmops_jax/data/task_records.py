@@ -13,7 +13,7 @@ from lmops_jax.config.setting_types import Count, Name, PositiveInt, Seed, Text,
 from lmops_jax.data.documents import document_id
 from lmops_jax.data.grit.pairs import draw
 from lmops_jax.data.multimodal import ImageCorpus, LeftOut, Picture, Record, parts_of
-from lmops_jax.data.tasks.choice import TaskChoice
+from lmops_jax.data.tasks.choice import TaskChoice, chosen
 from lmops_jax.data.tasks.task import Example, Task
 from lmops_jax.host.hashing import digest, order_key
 
@@ -104,32 +104,42 @@ class TaskRecords(ImageCorpus):
   def read(self, left_out: LeftOut) -> Iterator[Record]:
     """The records, ordered by (seed, row id).
 
-    `left_out` also gets rows "over_limit", and those that are "unusable" in their wording.
+    `left_out` also gets rows "over_limit", and "unusable" ones: those of the whole task that no
+    wording can use, and those to learn from that the wording drawn for them cannot.
 
     Raises:
       ValueError: if the task has no rows besides those to evaluate on.
     """
-    wordings, found, rows = self._wordings(), {}, set()
-    for number, wording in enumerate(wordings):
-      task = wording.load()
-      if not task.train:
-        raise ValueError(
-          f"the task {task.name} has {len(task.rows)} rows to evaluate on and none to learn from; "
-          "lower tasks.choose.num_rows, or give a train file."
-        )
+    wordings = self._wordings()
+    whole = [dataclasses.replace(wording, num_rows=None).load() for wording in wordings]
+    tasks = [chosen(task, task.name, wording.num_rows, wording.rows_seed)
+             for task, wording in zip(whole, wordings)]
+    # A row that only some wordings can use moves the choice of rows in these.
+    tested = {row.id for task in tasks for row in task.rows}
+    to_learn = {row.id for task in tasks for row in task.train} - tested
+    if not to_learn:
+      raise ValueError(
+        f"the task {self.task.name} has {len(tested)} rows to evaluate on and none to learn from; "
+        "lower tasks.choose.num_rows, or give a train file."
+      )
+    found = {}
+    for number, task in enumerate(tasks):
       task = listing_options(task) if self.list_options else task
-      rows |= {row.id for row in task.train}
-      if not number:
-        left_out.counts["unusable"] += task.skipped
       found |= {
         row.id: record_of(row, task.name) for row in task.train
-        if int(draw(row.id, "template", self.seed) * len(wordings)) == number}
-    left_out.counts["unusable"] += len(rows - found.keys())
+        if row.id in to_learn and self._wording_of(row.id, len(wordings)) == number}
+    usable = {row.id for task in whole for row in (*task.rows, *task.train)}
+    num_rows = len(whole[0].rows) + len(whole[0].train) + whole[0].skipped
+    left_out.counts["unusable"] += num_rows - len(usable) + len(to_learn - found.keys())
     ordered = sorted(found, key=lambda row: (order_key(row, self.seed), row))
     kept = ordered[: self.num_rows]
     left_out.counts["over_limit"] += len(ordered) - len(kept)
     for row in kept:
       yield found[row]
+
+  def _wording_of(self, row: int, num: int) -> int:
+    """Which of several wordings a row has."""
+    return int(draw(row, "template", self.seed) * num)
 
 
 @component(module="data")

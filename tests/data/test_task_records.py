@@ -68,6 +68,25 @@ def test_each_row_has_one_of_the_wordings(folder):
   assert corpus.fingerprint() != dataclasses.replace(corpus, seed=4).fingerprint()
 
 
+def test_rows_that_a_wording_cannot_use_are_counted(tmp_path):
+  """COPA's template 0 puts choices in lower case, which makes those of 20 of the 30 rows equal."""
+  rows = [{"premise": f"P{i}.", "choice1": "I left.", "choice2": "i left." if i % 3 else "No.",
+           "question": "cause", "label": 0} for i in range(30)]
+  rows += [{"premise": "Q.", "choice1": "A.", "choice2": "A.", "question": "cause", "label": 1}] * 2
+  (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  choice = TaskChoice("copa", data=str(tmp_path), num_rows=4)
+  for others, num_known in (((), 10), ((3,), 30), ((3, 2), 30)):
+    left_out, corpus = LeftOut(), TaskRecords(choice, other_templates=others)
+    records = list(corpus.records(left_out))
+    tested = {row.id for t in (0, *others)
+              for row in dataclasses.replace(choice, template=t).load().rows}
+    assert not {record_of(Example(i, "x", (), -1, ("y",)), "copa").id for i in tested} & {
+      record.id for record in records}
+    assert left_out.counts["unusable"] == 32 - len(tested) - len(records)
+    assert len(records) + len(tested) <= num_known
+    assert len(records) + len(tested) > num_known / 2
+
+
 def test_options_are_listed(folder):
   (first, *_) = TaskRecords(_choice(folder), list_options=True).records()
   lines = first.parts[0].split("\n")
