@@ -12,7 +12,7 @@ from lmops_jax.commands.outputs import check_writable
 from lmops_jax.host import progress
 
 SEEING = "take a model with an image encoder, such as one of the family kosmos-2"
-_NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
+_NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto", "answer")
 # What only tasks with options, or only those with open answers, read; as given by default.
 _OF_OPTIONS = {"normalise": None, "balanced": False}
 _OF_ANSWERS = {"only_names": False, "beams": None, "max_new_tokens": None, "length_penalty": None,
@@ -113,9 +113,10 @@ class _Options:
 
     _refuse_given(arguments, _OF_ANSWERS, f"the task {task.name} has options, which are scored")
     self._arguments, self._task = arguments, task
+    way = scored_tasks.way(arguments.task, arguments.flavour)
     self._how = dict(
       shots=arguments.shots, seed=arguments.seed, train=train, balanced=arguments.balanced,
-      normalisation=arguments.normalise or scored_tasks.way(arguments.task).normalisation)
+      normalisation=arguments.normalise or way.normalisation)
     # What is wrong with them is told before a model is read.
     self.rows, self.front = in_context.rows_and_front(task, **self._how, sees=True)
     self.num_steps = sum(len(row.prompts) or len(row.option_images) or 1 for row in self.rows)

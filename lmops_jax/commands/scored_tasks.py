@@ -60,10 +60,16 @@ def chosen(arguments):
   return task, train
 
 
-def way(task: str):
-  """How the paper of a named task with pictures evaluated it; for other tasks the usual `Way`."""
+def way(task: str, flavour: str | None = None):
+  """How the paper of a named task with pictures, or GPT-3 its own tasks, evaluated it.
+
+  For other tasks it is the usual `Way`.
+  """
+  from lmops_jax.data.tasks.asked import IN_CONTEXT
   from lmops_jax.data.tasks.pictures.registry import PICTURE_ENTRIES, Way
 
+  if flavour == "gpt3":
+    return Way(normalisation=IN_CONTEXT.get(task, "sum"))
   return PICTURE_ENTRIES[task].way if task in PICTURE_ENTRIES else Way()
 
 

@@ -21,11 +21,13 @@ from lmops_jax.data.instances import Instances, open_instances
 from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack
+from lmops_jax.data.prefix_rows import PrefixRows, PromptPrefix, RandomPrefix
 from lmops_jax.data.python_reference import PythonReference
 from lmops_jax.data.span_rows import SpanRows
 from lmops_jax.data.spans import NoSpans, PrefixSpan, RandomSpans
 from lmops_jax.data.synthetic_pictures import Matrices, RenderedTexts, Scenes
 from lmops_jax.data.tar_shards import TarShards
+from lmops_jax.data.task_records import TaskClusters, TaskRecords
 from lmops_jax.data.tfds_images import TfdsImages
 from lmops_jax.data.web_pages import WebPages
 from lmops_jax.text.seqio_bridge import as_seqio
@@ -62,8 +64,11 @@ __all__ = [
   "NoSpans",
   "OverlapIndex",
   "Parquet",
+  "PrefixRows",
   "PrefixSpan",
+  "PromptPrefix",
   "PythonReference",
+  "RandomPrefix",
   "RandomSpans",
   "RecordedBoxes",
   "RenderedTexts",
@@ -73,6 +78,8 @@ __all__ = [
   "SpacyPhrases",
   "SpanRows",
   "TarShards",
+  "TaskClusters",
+  "TaskRecords",
   "TextFolder",
   "Tfds",
   "TfdsImages",

@@ -80,3 +80,16 @@ def host_rows(
     )
   rows = batch_size // process_count
   return slice(process_index * rows, (process_index + 1) * rows)
+
+
+def token_weights(loss_mask: np.ndarray) -> np.ndarray:
+  """Weights that make the mean over a batch's rows one over its learned tokens.
+
+  Args:
+    loss_mask: `[B,S]`.
+
+  Returns:
+    `[B] float32`, whose mean is 1.
+  """
+  learned = loss_mask.sum(axis=1)
+  return (learned * len(learned) / learned.sum()).astype(np.float32)

@@ -246,14 +246,19 @@ class ImageRows:
       float32`, `images [B,I,height,width,3] uint8` (0 for those that a row lacks), and `example_id
       [B] int64`. Without pictures in the rows (I = 0) there are no images and no vector_index.
     """
-    indices = np.asarray(indices)
-    batch = {name: np.asarray(self._arrays[name][indices]) for name in _FIELDS}
-    batch["loss_mask"] = batch["loss_mask"].astype(np.float32)
-    batch["example_id"] = np.array(self.ids[indices])
+    batch = self.texts(indices)
     if self.pictures_per_row:
       batch["images"] = self.images(indices)
     else:
       del batch["vector_index"]
+    return batch
+
+  def texts(self, indices) -> dict[str, np.ndarray]:
+    """The arrays of `batch` without images, `vector_index` always among them; decodes nothing."""
+    indices = np.asarray(indices)
+    batch = {name: np.asarray(self._arrays[name][indices]) for name in _FIELDS}
+    batch["loss_mask"] = batch["loss_mask"].astype(np.float32)
+    batch["example_id"] = np.array(self.ids[indices])
     return batch
 
   def num_learned(self, indices) -> np.ndarray:

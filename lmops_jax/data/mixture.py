@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lmops_jax.data.batches import epoch_permutation
+from lmops_jax.data.batches import epoch_permutation, token_weights
 from lmops_jax.data.documents import document_id
 from lmops_jax.host.hashing import order_key
 
@@ -43,6 +43,8 @@ class Mixture:
       sources' numbers of rows. Shares are exact to one row in `PERIOD`; a weight above 0 gives at
       least one.
     seed: seed of the order.
+    by_epoch: tell the sources the epochs of their rows as `epoch`, because rows are drawn anew in
+      each.
 
   Raises:
     ValueError: for no source, weights for other sources, a weight that is negative or not finite,
@@ -50,12 +52,14 @@ class Mixture:
   """
 
   def __init__(
-    self, sources: Mapping[str, Rows], weights: Mapping[str, float] | None = None, seed: int = 0
+    self, sources: Mapping[str, Rows], weights: Mapping[str, float] | None = None, seed: int = 0,
+    *, by_epoch: bool = False,
   ):
     weights = {name: len(rows) for name, rows in sources.items()} if weights is None else weights
     _check_weights(sources, weights)
     self._names = [name for name in sources if weights[name] > 0]
     self._sources = [sources[name] for name in self._names]
+    self._by_epoch = by_epoch
     self._schedule = schedule([weights[name] for name in self._names])
     self._counts = np.bincount(self._schedule, minlength=len(self._names))
     ranks = np.zeros(len(self._schedule), np.int64)
@@ -77,17 +81,30 @@ class Mixture:
       The source of each, `[n]`, as an index into the names with a weight above 0, and the row
       within it, `[n]`.
     """
-    periods, places = np.divmod(np.asarray(numbers, np.int64), len(self._schedule))
-    source = self._schedule[places]
-    steps = periods * self._counts[source] + self._ranks[places]
+    source, steps = self._steps(numbers)
     rows = np.zeros(len(source), np.int64)
     for i, walk in enumerate(self._walks):
       chosen = source == i
       rows[chosen] = walk.at(steps[chosen])
     return source, rows
 
+  def _steps(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each number, and how many of its rows came before."""
+    periods, places = np.divmod(np.asarray(numbers, np.int64), len(self._schedule))
+    source = self._schedule[places]
+    return source, periods * self._counts[source] + self._ranks[places]
+
+  def _told(self, numbers: np.ndarray, i: int) -> dict[str, np.ndarray]:
+    """What the source i is told about its rows among those with some numbers."""
+    if not self._by_epoch:
+      return {}
+    source, steps = self._steps(numbers)
+    return {"epoch": steps[source == i] // len(self._sources[i])}
+
   def batch(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """The rows with some numbers, in that order.
+
+    A `weight` that sources give is made anew: the mean over rows is one over learned tokens.
 
     Raises:
       ValueError: if two sources give different fields, or rows of different shapes.
@@ -97,7 +114,7 @@ class Mixture:
     first = None
     for i in np.unique(source):
       chosen = source == i
-      batch = self._sources[i].batch(rows[chosen])
+      batch = self._sources[i].batch(rows[chosen], **self._told(numbers, i))
       if first is None:
         first = i
         merged = {
@@ -117,6 +134,8 @@ class Mixture:
         )
       for name, value in batch.items():
         merged[name][chosen] = value
+    if "weight" in merged:  # that of each source's rows was among themselves
+      merged["weight"] = token_weights(merged["loss_mask"])
     return merged
 
   def num_learned(self, numbers: np.ndarray) -> np.ndarray:
@@ -124,7 +143,8 @@ class Mixture:
     source, rows = self.draw(numbers)
     learned = np.zeros(len(rows), np.int64)
     for i in np.unique(source):
-      learned[source == i] = self._sources[i].num_learned(rows[source == i])
+      learned[source == i] = self._sources[i].num_learned(
+        rows[source == i], **self._told(numbers, i))
     return learned
 
 

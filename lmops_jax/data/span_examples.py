@@ -31,6 +31,20 @@ class Read(str):
   """A text that the encoder reads, among the parts of a `Record`."""
 
 
+def whole_input(record: Record) -> Record:
+  """A prompt with its completion, of which the encoder reads the prompt (MetaLM, section 3).
+
+  Raises:
+    ValueError: for a record without a prompt.
+  """
+  given = record.parts[: record.num_given]
+  if not given:
+    raise ValueError(
+      f"{record.source} has no prompt for the encoder to read; give prompt and completion.")
+  parts = [Read(part) if isinstance(part, str) else part for part in given]
+  return record._replace(parts=(*parts, *record.parts[record.num_given :]))
+
+
 class SpecialIds(Protocol):
   """A vocabulary, or `ImageTokens`, which texts with pictures need."""
 
@@ -209,11 +223,14 @@ class EncodedPrompts(NamedTuple):
     ids: the token ids of each prompt.
     index: for each prompt which vector stands at each id, -1 for a word: those of the encoder's row
       come first, E of them, and then those of the prompt's pictures.
+    image_segments: `[N,I] int32`, the encoder's segment of each picture, 0 for those that a prompt
+      lacks; I is the largest number of pictures.
   """
 
   inputs: Mapping[str, np.ndarray]
   ids: list[list[int]]
   index: list[np.ndarray]
+  image_segments: np.ndarray
 
 
 def encoded_prompts(
@@ -247,4 +264,9 @@ def encoded_prompts(
   index = [
     np.where(example.vectors < 0, row[:size], length + example.vectors).astype(np.int32)
     for example, row, size in zip(examples, of_words, sizes)]
-  return EncodedPrompts(inputs, [example.tokens.tolist() for example in examples], index)
+  most_pictures = max((len(example.pictures) for example in examples), default=0)
+  segments = np.zeros((len(examples), most_pictures), np.int32)
+  for row, example in zip(segments, examples):
+    row[: len(example.pictures)] = example.picture_segments
+  return EncodedPrompts(
+    inputs, [example.tokens.tolist() for example in examples], index, segments)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lmops_jax.data.batches import token_weights
 from lmops_jax.data.mixture import Rows
 from lmops_jax.data.spans import SpanSampler, check_spans, semi_causal_mask
 from lmops_jax.host.hashing import order_key
@@ -136,12 +137,14 @@ class SpanRows:
   def __len__(self) -> int:
     return len(self.rows)
 
-  def batch(self, indices: Sequence[int] | np.ndarray, epoch: int = 0) -> dict[str, np.ndarray]:
+  def batch(
+    self, indices: Sequence[int] | np.ndarray, epoch: int | np.ndarray = 0
+  ) -> dict[str, np.ndarray]:
     """Rows as a batch.
 
     Args:
       indices: `[B]`, of the rows.
-      epoch: which draw of their spans.
+      epoch: which draw of their spans, one number or `[B]`.
 
     Returns:
       `tokens`, `targets [B,S] int32`, `loss_mask [B,S] float32` (0 also where `semi_causal_mask` is
@@ -160,19 +163,23 @@ class SpanRows:
         pad_id=self.rows.pad_id)
       masks = [semi_causal_mask(of_row, self.rows.length) for of_row in spans]
       batch["loss_mask"] = batch["loss_mask"] * np.stack(masks)
-    learned = batch["loss_mask"].sum(axis=1)
-    if not learned.all():
-      identifier = int(batch["example_id"][np.argmin(learned)])
+    learns = batch["loss_mask"].any(axis=1)
+    if not learns.all():
+      identifier = int(batch["example_id"][np.argmin(learns)])
       raise ValueError(
         f"the example {identifier} has no token to learn, with spans or without; leave it out."
       )
-    return {**batch, "weight": (learned * len(learned) / learned.sum()).astype(np.float32)}
+    return {**batch, "weight": token_weights(batch["loss_mask"])}
 
-  def num_learned(self, indices: Sequence[int] | np.ndarray, epoch: int = 0) -> np.ndarray:
+  def num_learned(
+    self, indices: Sequence[int] | np.ndarray, epoch: int | np.ndarray = 0
+  ) -> np.ndarray:
     """Number of learned tokens of rows, `[n] int64`."""
     return (self.batch(indices, epoch)["loss_mask"] != 0).sum(axis=1, dtype=np.int64)
 
-  def counts(self, indices: Sequence[int] | np.ndarray, epoch: int = 0) -> dict[str, int]:
+  def counts(
+    self, indices: Sequence[int] | np.ndarray, epoch: int | np.ndarray = 0
+  ) -> dict[str, int]:
     """What the spans of rows come to, for reports.
 
     Returns:
@@ -188,17 +195,21 @@ class SpanRows:
     names = ("rows", "rows_without_span", "spans", "encoded_tokens", "learned_tokens")
     return {name: counts[name] for name in names}
 
-  def _spans(self, batch: Mapping[str, np.ndarray], epoch: int) -> list[np.ndarray]:
+  def _spans(
+    self, batch: Mapping[str, np.ndarray], epoch: int | np.ndarray
+  ) -> list[np.ndarray]:
     """The spans of each row. What stands behind the last place that learns is padding, or the end
     of a document, and is not counted among the row's tokens."""
     is_end = batch["tokens"] == self.rows.eos_id
     places = np.arange(1, is_end.shape[1] + 1)
     num_tokens = np.max(places * (batch["loss_mask"] > 0), axis=1, initial=0)
     found = []
-    for tokens, ends, n, identifier in zip(
-        batch["tokens"], is_end, num_tokens.tolist(), batch["example_id"].tolist()):
+    epochs = np.broadcast_to(epoch, len(num_tokens))
+    for tokens, ends, n, identifier, draw in zip(
+        batch["tokens"], is_end, num_tokens.tolist(), batch["example_id"].tolist(),
+        epochs.tolist()):
       tokens, ends = tokens[:n], ends[:n]
-      spans = self.sampler.spans(tokens, ends, generator(self.seed, identifier, epoch))
+      spans = self.sampler.spans(tokens, ends, generator(self.seed, identifier, draw))
       check_spans(
         spans, n, f"the example {identifier}", longest=self._longest, document_ends=ends)
       found.append(spans)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmops_jax.data.batches import token_weights
 from lmops_jax.data.documents import document_id
 from lmops_jax.data.first_fit import first_fit
 from lmops_jax.data.lines import jsonl_rows
@@ -64,9 +65,8 @@ class SupervisedSet(NamedTuple):
     """
     indices = np.asarray(indices)
     batch = {name: np.asarray(array[indices]) for name, array in self.arrays.items()}
-    learned = batch["loss_mask"].sum(axis=1)
     return {
-      **batch, "weight": (learned * len(indices) / learned.sum()).astype(np.float32),
+      **batch, "weight": token_weights(batch["loss_mask"]),
       "example_id": np.array(self.ids[indices]),
     }
 

@@ -146,7 +146,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> S
   rows = np.zeros(len(candidates))
   for i, (candidate, captions) in enumerate(zip(candidates, references)):
     words = candidate.split()
-    common = [(_longest_common(words, right), len(right)) for right in map(str.split, captions)]
+    common = [(longest_common(words, right), len(right)) for right in map(str.split, captions)]
     precision = max(n for n, _ in common) / max(len(words), 1)
     recall = max(n / length for n, length in common)
     if precision and recall:
@@ -154,7 +154,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> S
   return Scores(float(rows.mean()), rows)
 
 
-def _longest_common(one: Sequence[str], other: Sequence[str]) -> int:
+def longest_common(one: Sequence[str], other: Sequence[str]) -> int:
   """The length of the longest common subsequence."""
   row = [0] * (len(other) + 1)
   for word in one:

@@ -29,7 +29,8 @@ from lmops_jax.evaluation.demonstrations import (
 )
 from lmops_jax.models.cache import Prefix
 
-NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto")
+NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto", "answer")
+_ANSWER = "Answer:"  # GPT-3's prompt without a question
 
 
 class Result(NamedTuple):
@@ -177,7 +178,8 @@ def evaluate(
     normalisation: "sum" adds an option's token log-probabilities; "token" takes their mean; "first"
       the first of them; "char" divides the sum by the option's characters, blanks around it not
       counted; "null" subtracts the sum after a prompt whose fields are "N/A" (same demonstrations);
-      "auto" does as the papers: the sum if all options are one token, else the mean.
+      "auto" does as the papers: the sum if all options are one token, else the mean; "answer"
+      subtracts the sum behind "Answer:" alone (GPT-3 on ARC, arXiv:2005.14165, section 2.4).
     separator: text behind each demonstration.
     progress: called with the number of prompts done since the last call: rows, or options if
       prompts differ by option.
@@ -229,6 +231,11 @@ def rows_and_front(
     )
   rows, front = drawn(
     task, shots=shots, seed=seed, train=train, balanced=balanced, separator=separator)
+  if normalisation == "answer" and any(row.prompts or row.option_images for row in rows):
+    raise ValueError(
+      f"normalisation='answer' compares with a prompt for all options, and rows of the task "
+      f"{task.name} have one for each; use 'token' or another one."
+    )
   if task.metric == "roc_auc" and len({row.label for row in rows}) < 2:
     raise ValueError(
       f"the {len(rows)} rows of the task {task.name} all have the label {rows[0].label}, and a ROC "
@@ -251,15 +258,20 @@ def score_rows(
       has no start.
     For the others see `evaluate`.
   """
-  scored = list(rows)
+  scored, fronts = list(rows), [front] * len(rows)
   if normalisation == "null":
     scored.append(rows[0]._replace(prompt=task.null_prompt))
+    fronts.append(front)
+  if normalisation == "answer":
+    scored += [row._replace(prompt=_ANSWER, images=()) for row in rows]
+    fronts += [NO_FRONT] * len(rows)
   at_once = encoder.rows_at_once or len(scored)
   token_scores, num_tokens, num_dropped = [], 0, []
   for start in range(0, len(scored), at_once):
     block = scored[start : start + at_once]
     encoder.read(pictures_of(block, front))
-    of_rows, dropped = zip(*(_that_fit(encoder, row, front) for row in block))
+    of_rows, dropped = zip(*(
+      _that_fit(encoder, row, shown) for row, shown in zip(block, fronts[start:])))
     num_dropped += dropped
     requests = [request for of_row in of_rows for request in of_row]
     if task.words and not start:
@@ -375,6 +387,9 @@ def _normalised(kind: str, token_scores, rows: Sequence[Example]) -> np.ndarray:
     if kind == "char":
       sums = sums / np.array([len(option.strip()) for option in row.options])
     scores[i, : len(sums)] = sums
+  if kind == "answer":  # an option that a row does not have stays at -inf
+    scores, unasked = np.split(scores, 2)
+    return scores - np.where(np.isneginf(unasked), 0, unasked)
   return scores[:-1] - scores[-1] if kind == "null" else scores
 
 

@@ -28,7 +28,10 @@ from lmops_jax.evaluation.estimates import Estimate, by_category, estimate, pict
 from lmops_jax.evaluation.in_context import Encoder, Figure
 from lmops_jax.models.config import TransformerConfig
 
-_COMPANIONS = {"meteor": ("cider",)}  # what papers tell beside a metric
+_COMPANIONS = {  # what papers tell beside a metric
+  "meteor": ("cider",), "rouge_l": ("rouge_1", "rouge_2"),
+  "explained": ("explanation_cider", "explanation_meteor", "explanation_rouge_l"),
+}
 _AT_ONCE = 256  # rows, if the encoder does not say
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from lmops_jax.models.attention_scores import (
   CAUSAL,
   Pattern,
+  added,
   distance_bias,
   heads_first,
   in_chunks,
@@ -77,6 +78,15 @@ def check_dropout(kind: str, rate: float) -> None:
     )
 
 
+def check_bias(kind: str) -> None:
+  """Raises ValueError if attention of this kind takes no table of biases."""
+  if kind in _PLATFORMS:
+    raise ValueError(
+      f"attention={kind!r} takes no relative biases; set models.TransformerConfig.attention to "
+      "'xla' or 'chunked', or relative_buckets to 0."
+    )
+
+
 def self_attention(
   q: jax.Array,
   k: jax.Array,
@@ -88,6 +98,7 @@ def self_attention(
   chunk: int = 128,
   dropout: float = 0.0,
   keys: jax.Array | None = None,
+  bias: jax.Array | None = None,
 ) -> jax.Array:
   """Attention `[B,S,H,E]` of a sequence to itself, scores scaled by `E ** -0.5`.
 
@@ -101,20 +112,24 @@ def self_attention(
     chunk: queries a block, for `chunked` only.
     dropout: share of probabilities that are dropped, in [0, 1).
     keys: `[B]` typed keys of dropout, one for each example; None drops nothing.
+    bias: `[H,S,S] float32`, added to the scaled scores of all rows, beside ALiBi's; or None.
 
   Raises:
-    ValueError: for a kind that the platform lacks, or that cannot do the pattern or dropout.
+    ValueError: for a kind that the platform lacks, or that cannot do the pattern, dropout or bias.
   """
   check_platform(kind)
   check_dropout(kind, dropout)
+  if bias is not None:
+    check_bias(kind)
+    bias = bias.reshape(k.shape[2], -1, *bias.shape[1:])  # [K,G,S,S]
 
   def drop(probabilities, query_index):
     return dropped_probabilities(probabilities, keys, dropout, query_index, q.shape[1])
 
   if kind == "xla":
-    return _xla(q, k, v, segment_ids, pattern, drop)
+    return _xla(q, k, v, segment_ids, pattern, drop, bias)
   if kind == "chunked":
-    return _chunked(q, k, v, segment_ids, pattern, chunk, drop)
+    return _chunked(q, k, v, segment_ids, pattern, chunk, drop, bias)
   if kind == "splash" and pattern.slopes is not None:
     raise ValueError(
       "attention='splash' has no ALiBi positions; set models.TransformerConfig.attention to 'xla' "
@@ -132,22 +147,23 @@ def _check_known(kind: str) -> None:
     )
 
 
-def _xla(q, k, v, segment_ids, pattern, drop):
+def _xla(q, k, v, segment_ids, pattern, drop, bias):
   index = jnp.arange(q.shape[1])
   mask = visible(index, index, segment_ids, segment_ids, pattern)
-  bias = distance_bias(index, index, pattern, k.shape[2])
+  bias = added(distance_bias(index, index, pattern, k.shape[2]), bias)
   drop = functools.partial(drop, query_index=index)
   out = softmax_attention(*heads_first(q, k, v), mask, bias, drop)
   return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def _chunked(q, k, v, segment_ids, pattern, chunk, drop):
+def _chunked(q, k, v, segment_ids, pattern, chunk, drop, bias):
   shape, length = q.shape, q.shape[1]
   num_chunks = -(-length // chunk)
   q, k, v = heads_first(q, k, v)
 
   q_chunks = in_chunks(q, 3, chunk)
   segment_chunks = None if segment_ids is None else in_chunks(segment_ids, 1, chunk)
+  bias_chunks = None if bias is None else in_chunks(bias, 2, chunk)
   outputs = []
   chunks_a_prefix = -(-num_chunks // _NUM_PREFIXES)
   for first in range(0, num_chunks, chunks_a_prefix):
@@ -158,16 +174,18 @@ def _chunked(q, k, v, segment_ids, pattern, chunk, drop):
 
     @jax.checkpoint
     def one_chunk(inputs, keys=keys, values=values, key_segments=key_segments):
-      i, q_chunk, query_segments = inputs
+      i, q_chunk, query_segments, given = inputs
       query_index = i * chunk + jnp.arange(chunk)
       key_index = jnp.arange(keys.shape[2])
       mask = visible(query_index, key_index, query_segments, key_segments, pattern)
       bias = distance_bias(query_index, key_index, pattern, keys.shape[1])
+      bias = added(bias, None if given is None else given[..., : keys.shape[2]])
       of_queries = functools.partial(drop, query_index=query_index)
       return softmax_attention(q_chunk, keys, values, mask, bias, of_queries)
 
-    segments = None if segment_chunks is None else segment_chunks[first:last]
-    inputs = (jnp.arange(first, last), q_chunks[first:last], segments)
+    segments, biases = (
+      None if x is None else x[first:last] for x in (segment_chunks, bias_chunks))
+    inputs = (jnp.arange(first, last), q_chunks[first:last], segments, biases)
     outputs.append(jax.lax.map(one_chunk, inputs))
   out = jnp.concatenate(outputs)  # [n,B,K,G,chunk,E]
   out = out.transpose(1, 0, 4, 2, 3, 5).reshape(shape[0], num_chunks * chunk, *shape[2:])

@@ -90,6 +90,12 @@ def distance_bias(query_index, key_index, pattern, kv_heads):
   return alibi(pattern.slopes, kv_heads, key_index[None, :] - query_index[:, None])
 
 
+def added(*biases):
+  """The sum of those biases that are not None, or None."""
+  some = [bias for bias in biases if bias is not None]
+  return sum(some[1:], some[0]) if some else None
+
+
 def alibi(slopes, kv_heads, distance):
   """`slope * -|distance|`, with heads as `[K,G,1,1]` in front of the last two axes."""
   slopes = slopes.reshape(kv_heads, -1, 1, 1)

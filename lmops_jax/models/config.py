@@ -126,6 +126,11 @@ class TransformerConfig:
       (arXiv:2212.10554), beside a table of `positions` or with "none". Its authors use
       `rotary_interleaved` pairs.
     position_offset: rows of a position table in front of position 0 (OPT, XGLM and RoBERTa: 2).
+    relative_buckets: rows of a table of biases of scores, one for each head, that all layers share
+      (T5, arXiv:1910.10683, section 2.1), beside any `positions` but "alibi"; 0 for none, T5 has
+      32. See `positions.relative_buckets`. It needs `causal=False`, and a kind of `attention` that
+      is not fused.
+    relative_distance: the last row of a half is for distances from about here on (T5: 128).
     rotary_dim: leading dimensions of a head that turn; None is all.
     rotary_interleaved: pairs are neighbours `(2i, 2i+1)` (GPT-J) instead of halves `(i, i + E/2)`.
     rope_scaling: `RopeScaling` or None.
@@ -192,6 +197,8 @@ class TransformerConfig:
   positions: Literal[POSITIONS] = "rotary"
   position_offset: Count = 0
   xpos: bool = False
+  relative_buckets: Count = 0
+  relative_distance: Size = 128
   rotary_dim: Size | None = None
   rotary_interleaved: bool = False
   rope_scaling: RopeScaling | None = None
@@ -253,6 +260,8 @@ class TransformerConfig:
           f"{name}.rotary_dim={self.rotary_dim} must not exceed head_dim={self.head_width}."
         )
       self._check_rope_scaling(name)
+    if self.relative_buckets:
+      self._check_relative(name)
     attention_lib.check_dropout(self.attention, self.attention_dropout)
     if self.momentum is not None:
       if not self.causal:
@@ -264,6 +273,24 @@ class TransformerConfig:
           f"{name}.momentum={self.momentum} sums over all earlier values and sliding_window="
           f"{self.sliding_window} hides them; set one of the two to None."
         )
+
+  def _check_relative(self, name: str) -> None:
+    num, far = self.relative_buckets, self.relative_distance
+    if num % 4 or far <= num // 4:
+      raise ValueError(
+        f"{name} has relative_buckets={num} and relative_distance={far}; the first must be a "
+        "multiple of 4, and the second more than a quarter of it."
+      )
+    if self.causal:
+      raise ValueError(
+        f"{name}.relative_buckets={num} needs causal=False: half of the biases are for later "
+        "positions, and cached decoding has none."
+      )
+    if self.positions == "alibi":
+      raise ValueError(
+        f"{name}.relative_buckets={num} and positions='alibi' both add to the scores; choose one."
+      )
+    attention_lib.check_bias(self.attention)
 
   def _check_rope_scaling(self, name: str) -> None:
     scaling = self.rope_scaling

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from lmops_jax.config.setting_types import component
 from lmops_jax.models.around_text import AroundText, each_in_rows
@@ -29,7 +28,7 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.connectors import ConnectorConfig
 from lmops_jax.models.dropout import folded
 from lmops_jax.models.transformer import Transformer
-from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig, VisionTransformer
+from lmops_jax.models.vision import VisionConfig, VisionTransformer
 
 
 @component(module="models")
@@ -63,7 +62,7 @@ class DockedConfig:
   @property
   def vectors_per_image(self) -> int:
     """M, of an image of the vision tower's own size."""
-    return self.connector.num_vectors(self.vision.num_vectors)
+    return self.connector.num_vectors(self.vision.num_features())
 
 
 class DockedLM(AroundText):
@@ -99,5 +98,4 @@ class DockedLM(AroundText):
 
   def touch_encoders(self) -> None:
     """See `AroundText`."""
-    size = self.config.vision.image_size
-    self.image_vectors(jnp.zeros((1, size, size, NUM_CHANNELS)))
+    self.image_vectors(*self.config.vision.example_inputs())

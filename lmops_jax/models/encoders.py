@@ -26,37 +26,34 @@ from lmops_jax.models.stacks import StackedEncoder, check_top
 class SpanEncoderConfig(Protocol):
   """A kind of encoder of packed spans, and its settings."""
 
-  @property
-  def width(self) -> int:
-    """D of its vectors."""
-
-  @property
-  def vocab_size(self) -> int | None:
-    """Ids that it knows, 0 being the first; None until a system fills it."""
-
-  def with_vocab_size(self, vocab_size: int) -> SpanEncoderConfig:
-    """The same with `vocab_size` if it has none."""
-
   def module(self) -> nn.Module:
     """The encoder, with a method `features` as `TextEncoder` has it."""
+
+  def feature_width(self) -> int:
+    """D of its vectors."""
+
+  def num_words(self) -> int | None:
+    """V of its table of words; None until a system fills it."""
+
+  def with_vocab_size(self, vocab_size: int) -> SpanEncoderConfig:
+    """The same with V filled, if it was None."""
 
 
 @runtime_checkable
 class PictureEncoderConfig(Protocol):
   """A kind of encoder of images, and its settings; `models.vision.VisionConfig` is one."""
 
-  image_size: int
-
-  @property
-  def width(self) -> int:
-    """D of its vectors."""
-
-  @property
-  def num_vectors(self) -> int:
-    """P, vectors of an image of `image_size`."""
-
   def module(self) -> nn.Module:
     """The encoder, with a method `features(images [N,height,width,3], keys) -> [N,P,D]`."""
+
+  def feature_width(self) -> int:
+    """D of its vectors."""
+
+  def num_features(self) -> int:
+    """P, vectors of an image of the encoder's own size."""
+
+  def example_inputs(self) -> tuple[jax.Array, ...]:
+    """Arguments of `features` for one image of that size."""
 
 
 @component(module="models")
@@ -84,26 +81,24 @@ class TextEncoderConfig:
       )
     check_top("models.TextEncoderConfig", self.trunk, self.top_layers)
 
-  @property
-  def width(self) -> int:
-    """D of its vectors."""
+  def module(self) -> TextEncoder:
+    """See `SpanEncoderConfig`."""
+    return TextEncoder(self)
+
+  def feature_width(self) -> int:
+    """See `SpanEncoderConfig`."""
     return self.trunk.width
 
-  @property
-  def vocab_size(self) -> int | None:
-    """V of its table of words."""
+  def num_words(self) -> int | None:
+    """See `SpanEncoderConfig`."""
     return self.trunk.vocab_size
 
   def with_vocab_size(self, vocab_size: int) -> TextEncoderConfig:
-    """The same with `vocab_size` if it has none."""
-    if self.vocab_size is not None:
+    """See `SpanEncoderConfig`."""
+    if self.trunk.vocab_size is not None:
       return self
     trunk = dataclasses.replace(self.trunk, vocab_size=vocab_size)
     return dataclasses.replace(self, trunk=trunk)
-
-  def module(self) -> TextEncoder:
-    """The encoder."""
-    return TextEncoder(self)
 
 
 class TextEncoder(StackedEncoder):

@@ -36,10 +36,12 @@ class Sequence(NamedTuple):
   Attributes:
     angles: the angles that turn queries and keys, or None.
     segment_ids: `[B,S] int32`, or None for one segment.
+    bias: `[H,S,S] float32`, added to the scores, or None.
   """
 
   angles: Angles | None = None
   segment_ids: jax.Array | None = None
+  bias: jax.Array | None = None
 
 
 class Slots(NamedTuple):
@@ -226,7 +228,7 @@ class Attention(nn.Module):
   def __call__(self, x, sequence: Sequence, keys=None):
     """`keys [B]` are those of dropout, or None."""
     q, k, v = self._project(x, sequence.angles)
-    return self._merged(self._attend(q, k, v, sequence.segment_ids, keys))
+    return self._merged(self._attend(q, k, v, sequence.segment_ids, keys, sequence.bias))
 
   def extend(self, x, slots: Slots, keys, values, shared=None):
     """Writes the new keys and values and attends; returns the output, both caches, the readout.
@@ -272,14 +274,14 @@ class Attention(nn.Module):
   def _merged(self, heads):
     return self.out(self.inner_norm(heads) if self.config.sub_norm else heads)
 
-  def _attend(self, q, k, v, segment_ids, keys=None):
+  def _attend(self, q, k, v, segment_ids, keys=None, bias=None):
     c = self.config
     pattern = Pattern(c.causal, c.sliding_window, self._slopes())
     # Parameters are made with one token, which kernels for whole sequences on a mesh refuse.
     kind = "xla" if self.is_initializing() else c.attention
     out = self_attention(
       q, k, v, segment_ids, pattern=pattern, kind=kind, chunk=c.attention_chunk,
-      dropout=c.attention_dropout, keys=keys,
+      dropout=c.attention_dropout, keys=keys, bias=bias,
     )
     if not c.momentum:
       return out

@@ -1,4 +1,4 @@
-"""How a transformer knows where a token stands: rotary, xPos, sinusoidal and ALiBi positions.
+"""How a transformer knows where a token stands: rotary, xPos, sinusoidal, ALiBi, relative biases.
 
 Angles, tables and slopes that do not depend on the batch are NumPy arrays, which a traced program
 holds as constants; traced, XLA on a CPU computes them again for every head and layer.
@@ -178,3 +178,31 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
   slopes = np.concatenate([series(power), series(2 * power)[::2][: num_heads - power]])
   return slopes.astype(np.float32)
+
+
+def relative_buckets(distance: np.ndarray, num_buckets: int, far: int) -> np.ndarray:
+  """The row of a table of biases for each distance, in both directions, `[...] int32`.
+
+  Rows up to half of `num_buckets` are for the key's own place and earlier ones, the others for
+  later ones. The first half of each are for one distance each; the rows of the second end at
+  distances in a geometric series that reaches `far` (T5's code; arXiv:1910.10683, section 2.1).
+
+  Args:
+    distance: `[...] int`, key position minus query position.
+    num_buckets: rows of the table, a multiple of 4.
+    far: distance from which on all share the last row, more than a quarter of `num_buckets`.
+  """
+  half = num_buckets // 2
+  single, size = half // 2, np.abs(distance)
+  growth = np.log(np.maximum(size, single).astype(np.float32) / np.float32(single))
+  growth = growth / np.float32(math.log(far / single)) * np.float32(half - single)
+  shared = np.minimum(single + growth.astype(np.int32), half - 1)
+  return (np.where(size < single, size, shared) + half * (distance > 0)).astype(np.int32)
+
+
+def relative_bias(table: jax.Array, length: int, far: int) -> jax.Array:
+  """Biases `[H,S,S]` of the scores of a sequence of `length` S from a table `[buckets,H]`."""
+  distances = np.arange(1 - length, length)
+  by_distance = table[relative_buckets(distances, table.shape[0], far)]  # [2S-1,H]
+  index = jnp.arange(length)
+  return by_distance[index[None, :] - index[:, None] + length - 1].transpose(2, 0, 1)

@@ -71,9 +71,10 @@ class StackedEncoder(nn.Module):
     """Dropout of the embeddings `[N,S,D]`, and all layers; arguments as `Transformer.encode`."""
     trunk = self.config.trunk
     x = dropped(x, folded(keys, 0), trunk.embedding_dropout)
-    x = self.trunk.encode(x, positions, segment_ids, keys)
+    bias = self.trunk.score_bias(x.shape[1])  # of one table for both stacks
+    x = self.trunk.encode(x, positions, segment_ids, keys, bias)
     if self.config.top_layers:
-      x = self.top.encode(x, positions, segment_ids, folded(keys, 1 + trunk.num_layers))
+      x = self.top.encode(x, positions, segment_ids, folded(keys, 1 + trunk.num_layers), bias)
     return x
 
 

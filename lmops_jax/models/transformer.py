@@ -18,10 +18,11 @@ These are the parameters. Layers are always stacked on a leading axis, whether t
 
 and, if the configuration asks for them, `bias` beside each `kernel` and each layer norm's
 `scale`, layers/attention/inner_norm/scale [L,H,E] and layers/mlp/inner_norm/scale [L,F],
-position_embedding [max_length + position_offset, D], token_type_embedding [N,D],
-embedding_norm, embedding_in [W,D] and embedding_out [D,W] for embeddings of width W (with narrow
-embeddings all tables have that width, and head_transform [D,W] is in place of embedding_out),
-head_transform, head_norm, unembedding_bias [V], pooler, detector/{transform, out}.
+position_embedding [max_length + position_offset, D], relative_bias [buckets, H],
+token_type_embedding [N,D], embedding_norm, embedding_in [W,D] and embedding_out [D,W] for
+embeddings of width W (with narrow embeddings all tables have that width, and head_transform [D,W]
+is in place of embedding_out), head_transform, head_norm, unembedding_bias [V], pooler,
+detector/{transform, out}.
 
 Dropout is that of `models.dropout`; without keys a model is deterministic.
 """
@@ -132,6 +133,11 @@ class Transformer(nn.Module):
       self.position_embedding = self._matrix(
         "position_embedding", (c.max_length + c.position_offset, c.table_width), (None, "embed")
       )
+    if c.relative_buckets:
+      self.relative_bias = self._matrix(
+        "relative_bias", (c.relative_buckets, c.num_heads), (None, "heads"),
+        functools.partial(layers_lib.table_init, width=c.width),
+      )
     if c.num_token_types:
       self.token_type_embedding = self._matrix(
         "token_type_embedding", (c.num_token_types, c.table_width), (None, "embed")
@@ -176,8 +182,8 @@ class Transformer(nn.Module):
 
     Args:
       tokens: `[B,S] int32`, below `vocab_size`; an id outside makes the result NaN.
-      positions: `[B,S] int32` for rotary, learned and sinusoidal positions; None is 0..S-1. ALiBi
-        and windows go by the distance on the sequence axis.
+      positions: `[B,S] int32` for rotary, learned and sinusoidal positions; None is 0..S-1. ALiBi,
+        relative biases and windows go by the distance on the sequence axis.
       segment_ids: `[B,S] int32`; attention stays within equal ids. None is one segment. Padding of
         an encoder is a segment of its own.
       token_types: `[B,S] int32`, for models that have them; None is 0.
@@ -238,10 +244,17 @@ class Transformer(nn.Module):
       x = self.embedding_in(x)
     return constrain(x, ("batch", "sequence", "embed"))
 
-  def encode(self, x: jax.Array, positions=None, segment_ids=None, keys=None) -> jax.Array:
-    """The blocks and the final norm on embeddings `[B,S,D]`; other arguments as in `__call__`."""
+  def encode(
+    self, x: jax.Array, positions=None, segment_ids=None, keys=None, bias: jax.Array | None = None
+  ) -> jax.Array:
+    """The blocks and the final norm on embeddings `[B,S,D]`.
+
+    Args:
+      x, positions, segment_ids, keys: as in `__call__`.
+      bias: that of `score_bias`; None is the own one. A trunk without embeddings has none.
+    """
     c = self.config
-    sequence = Sequence(self._angles(self._positions(x, positions)), segment_ids)
+    sequence = self._sequence(x, self._positions(x, positions), segment_ids, bias)
     if keys is not None:
       keys = jax.vmap(folded, (None, 0))(keys, jnp.arange(1, 1 + c.num_layers))  # [L,B]
     if c.scan_layers or self.is_initializing():
@@ -250,6 +263,15 @@ class Transformer(nn.Module):
       x = self._unrolled(x, sequence, keys)[-1]
     return self.final_norm(x) if c.final_norm else x
 
+  def score_bias(self, length: int) -> jax.Array | None:
+    """Relative biases `[H,S,S] float32` of sequences of that length, or None."""
+    c = self.config
+    if not (c.relative_buckets and self.with_embedding):
+      return None
+    wide = jnp.promote_types(self.relative_bias.dtype, jnp.float32)
+    return positions_lib.relative_bias(
+      jnp.asarray(self.relative_bias, wide), length, c.relative_distance)
+
   def all_hidden(
     self, tokens, positions=None, segment_ids=None, token_types=None, vectors=None,
     vector_index=None,
@@ -257,7 +279,7 @@ class Transformer(nn.Module):
     """Embeddings and each block's output, `[L+1,B,S,D]`; the last one after the final norm."""
     positions = self._positions(tokens, positions)
     x = self.embed(tokens, positions, token_types, vectors, vector_index)
-    states = self._unrolled(x, Sequence(self._angles(positions), segment_ids))
+    states = self._unrolled(x, self._sequence(x, positions, segment_ids))
     if self.config.final_norm:
       states[-1] = self.final_norm(states[-1])
     return jnp.stack([x, *states])
@@ -379,6 +401,15 @@ class Transformer(nn.Module):
       arange = np.arange if length * c.head_width <= _CONSTANT_ANGLES else jnp.arange
       positions = arange(length, dtype=np.int32)[None]
     return positions
+
+  def _sequence(self, x, positions, segment_ids, bias=None):
+    bias = self.score_bias(x.shape[1]) if bias is None else bias
+    if bias is None and self.config.relative_buckets:
+      raise ValueError(
+        "models.TransformerConfig.relative_buckets is set and this trunk without embeddings has no "
+        "table of biases; hand encode those of the trunk below, or set it to 0."
+      )
+    return Sequence(self._angles(positions), segment_ids, bias)
 
   def _angles(self, positions):
     return positions_lib.angles_at(positions, self.config)

@@ -29,7 +29,6 @@ from lmops_jax.models.connectors import ConnectorConfig
 from lmops_jax.models.dropout import folded
 from lmops_jax.models.encoders import PictureEncoderConfig, SpanEncoderConfig
 from lmops_jax.models.transformer import Transformer
-from lmops_jax.models.vision import NUM_CHANNELS
 
 SPAN_INPUTS = ("encoder_tokens", "encoder_positions", "encoder_segments")
 ENCODER_INPUTS = (*SPAN_INPUTS, "images")  # entries of a batch that `row_vectors` takes
@@ -92,12 +91,12 @@ class UniversalConfig:
       raise ValueError("models.UniversalConfig.text must have causal=True: it is the decoder.")
     for part in (self.reader, self.vision):
       if part is not None:
-        part.connector.module(self.text, part.encoder.width)
+        part.connector.module(self.text, part.encoder.feature_width())
     if self.reader is not None:
       self._check_reader(self.reader)
 
   def _check_reader(self, reader: Docking) -> None:
-    words, known = self.text.vocab_size, reader.encoder.vocab_size
+    words, known = self.text.vocab_size, reader.encoder.num_words()
     if None not in (words, known) and known < words:
       raise ValueError(
         f"models.UniversalConfig.reader knows {known} words and the decoder {words}; both read the "
@@ -128,7 +127,7 @@ class UniversalConfig:
     """M, of an image of the encoder's own size; 0 without one."""
     if self.vision is None:
       return 0
-    return self.vision.connector.num_vectors(self.vision.encoder.num_vectors)
+    return self.vision.connector.num_vectors(self.vision.encoder.num_features())
 
 
 class UniversalLM(AroundText):
@@ -141,10 +140,10 @@ class UniversalLM(AroundText):
     self.text = Transformer(c.text)
     if c.reader is not None:
       self.reader = c.reader.encoder.module()
-      self.reader_connector = c.reader.connector.module(c.text, c.reader.encoder.width)
+      self.reader_connector = c.reader.connector.module(c.text, c.reader.encoder.feature_width())
     if c.vision is not None:
       self.vision = c.vision.encoder.module()
-      self.vision_connector = c.vision.connector.module(c.text, c.vision.encoder.width)
+      self.vision_connector = c.vision.connector.module(c.text, c.vision.encoder.feature_width())
 
   def span_vectors(
     self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
@@ -204,8 +203,7 @@ class UniversalLM(AroundText):
       one = jnp.zeros((1, 1), jnp.int32)
       self.span_vectors(one, one, one)
     if c.vision is not None:
-      size = c.vision.encoder.image_size
-      self.image_vectors(jnp.zeros((1, size, size, NUM_CHANNELS)))
+      self.image_vectors(*c.vision.encoder.example_inputs())
 
 
 def _check_docked(docking, is_given: bool, name: str, entry: str) -> None:

@@ -68,9 +68,11 @@ class VisionConfig:
         f"models.VisionConfig.image_size={self.image_size} must be a multiple of patch_size="
         f"{self.patch_size}."
       )
-    if self.trunk.causal or self.trunk.final_norm or self.trunk.positions != "none":
+    trunk = self.trunk
+    if trunk.causal or trunk.final_norm or trunk.positions != "none" or trunk.relative_buckets:
       raise ValueError(
-        "models.VisionConfig.trunk must have causal=False, final_norm=False and positions='none'."
+        "models.VisionConfig.trunk must have causal=False, final_norm=False, positions='none' and "
+        "relative_buckets=0."
       )
     check_top("models.VisionConfig", self.trunk, self.top_layers)
     if self.num_patches >= self.trunk.max_length:
@@ -84,19 +86,21 @@ class VisionConfig:
     """Patches of an image."""
     return (self.image_size // self.patch_size) ** 2
 
-  @property
-  def width(self) -> int:
-    """D of its vectors."""
-    return self.trunk.width
-
-  @property
-  def num_vectors(self) -> int:
-    """Vectors of an image of its own size."""
-    return 1 + self.num_patches
-
   def module(self) -> VisionTransformer:
     """The encoder."""
     return VisionTransformer(self)
+
+  def feature_width(self) -> int:
+    """D of its vectors."""
+    return self.trunk.width
+
+  def num_features(self) -> int:
+    """Vectors of an image of its own size, that of the class included."""
+    return 1 + self.num_patches
+
+  def example_inputs(self) -> tuple[jax.Array, ...]:
+    """An image of its own size, as `features` takes it."""
+    return jnp.zeros((1, self.image_size, self.image_size, NUM_CHANNELS)),
 
 
 class VisionTransformer(StackedEncoder):

@@ -85,6 +85,27 @@ class Epochs:
     return {name: value[own] for name, value in self.rows(index, **told).items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Endless:
+  """Batches of an endless list of rows: a step has those that follow the step before.
+
+  Attributes:
+    rows: `numbers [n] int64 -> batch of n rows`, such as `Mixture.batch`; it is asked for all rows
+      of a batch, since their weights are relative.
+    batch_size: rows of a batch in all processes together.
+  """
+
+  rows: Callable[[np.ndarray], Mapping[str, np.ndarray]]
+  batch_size: int
+  reads_params: ClassVar[bool] = False
+
+  def batch(self, step: int, params: Any = None) -> Mapping[str, np.ndarray]:
+    """See `Source`."""
+    own = batches_lib.host_rows(self.batch_size, jax.process_index(), jax.process_count())
+    numbers = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+    return {name: value[own] for name, value in self.rows(numbers).items()}
+
+
 class Part(NamedTuple):
   """The source of a part of every group.
 

@@ -286,6 +286,7 @@ def test_score_takes_named_tasks_from_a_folder(lmops, folder, tmp_path):
   assert re.search(r"3 rows, 0 shots, by auto", out)  # the first has an empty option
   rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
   assert [len(row["scores"]) for row in rows] == [2, 2, 2]
+  assert "3 rows, 0 shots, by token" in lmops(*base, "--flavour", "gpt3")  # as GPT-3 does
   error = lmops(*base, "--template-index", 1, fails=True)
   assert "no template 1 in flavour fs" in error
   error = lmops(*base, "--train", tmp_path / "test.jsonl", fails=True)

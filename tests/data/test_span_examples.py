@@ -122,6 +122,7 @@ def test_prompts_point_at_the_vectors_of_words_and_of_pictures():
     -1, -1, e, e + 1, e + 2, -1, 1, 2, 3, 4, -1, -1, -1, e + 3, e + 4, e + 5, -1, 6, 7, 8, 9]
   assert made.index[1].tolist() == [-1, -1, -1, -1, 1, -1]
   assert list(map(text_of, made.ids)) == ["<(((()one?1>(((()two?", "<Sayx:"]
+  assert made.image_segments.tolist() == [[1, 2], [0, 0]]
   longer = encoded_prompts(prompts, IDS, 16)
   assert longer.inputs["encoder_tokens"].shape == (2, 16) and longer.index[0][2] == 16
   with pytest.raises(ValueError, match="row 7 takes 10 places of the encoder, .* and it has 9"):

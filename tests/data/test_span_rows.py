@@ -7,7 +7,7 @@ import pytest
 from lmops_jax.data import packing
 from lmops_jax.data.instance_writing import write_instances
 from lmops_jax.data.instances import open_instances
-from lmops_jax.data.span_rows import SpanRows, encoded_spans
+from lmops_jax.data.span_rows import SpanRows, encoded_spans, generator
 from lmops_jax.data.spans import NoSpans, PrefixSpan, RandomSpans, check_spans, semi_causal_mask
 from lmops_jax.training.sources import Epochs
 
@@ -138,8 +138,20 @@ def test_a_draw_is_a_function_of_seed_id_and_epoch(rows, instances):
   for changed in (rows.batch(indices, 1), SpanRows(instances, SAMPLER, seed=6).batch(indices)):
     differ = (changed["vector_index"] != one["vector_index"]).any(axis=1)
     assert differ.mean() > 0.8
+  epochs = np.where(indices % 2, 1, 0)
+  first, second = (rows.batch(indices, epoch)["vector_index"] for epoch in (0, 1))
+  np.testing.assert_array_equal(
+    rows.batch(indices, epochs)["vector_index"], np.where(epochs[:, None], second, first))
   np.testing.assert_array_equal(
     rows.num_learned(indices, 1), rows.batch(indices, 1)["loss_mask"].sum(axis=1))
+
+
+def test_chance_is_the_same_everywhere():
+  """Bits that were drawn once: a run that goes on elsewhere must draw them again."""
+  spans = RandomSpans(8, 0.4).spans(
+    np.zeros(64, np.int32), np.zeros(64, bool), generator(5, 123456789012345, 2))
+  assert spans.tolist() == [[1, 9], [20, 25], [28, 33], [35, 41], [52, 57]]
+  assert generator(5, 2**62, 0).integers(0, 1000, 4).tolist() == [505, 730, 31, 884]
 
 
 def test_a_source_begins_anywhere_and_draws_anew_in_each_epoch(rows):

@@ -112,6 +112,11 @@ def test_the_room_of_the_encoder_counts_when_rows_are_packed():
   assert len(narrow) > len(roomy)
   assert narrow.batch(np.arange(len(narrow)))["encoder_tokens"].shape[1] == 14
   assert narrow.counts["learned_tokens"] == roomy.counts["learned_tokens"]
+  short = [example for example in examples if example.num_places <= 6]
+  tight = span_sets.build(examples, IDS, 40, encoder_length=6, too_long="cut")
+  assert 0 < len(short) < len(examples)
+  assert (tight.counts["rows"], tight.counts["dropped"]) == (
+    len(short), len(examples) - len(short))
   alone = span_sets.build(examples, IDS, 40, pack=False)
   assert len(alone) == len(examples)
 

@@ -8,7 +8,7 @@ from lmops_jax.evaluation import captions, generated
 
 @pytest.mark.parametrize("metric,rows", [
   ("exact_match", [1, 0]), ("f1", [1, 2 / 3]), ("vqa", [2 / 3, 0]),
-  ("meteor", [0.5 * 10 / 11] * 2),
+  ("meteor", [0.5 * 10 / 11] * 2), ("rouge_l", [2 / 3, 2 / 3]), ("rouge_2", [0, 0]),
 ])
 def test_metrics_of_single_answers(metric, rows):
   found = generated.score(metric, ["The dog!", "red bus"], [["dog"] * 3, ["bus", "bus"]])

@@ -72,6 +72,8 @@ def test_scores_equal_a_naive_loop(loaded, task, normalisation):
         want /= len(word)
       elif normalisation == "null":
         want -= _naive(loaded, f"{front}N/A is: ", word)[0]
+      elif normalisation == "answer":
+        want -= _naive(loaded, "Answer: ", word)[0]
       assert score == pytest.approx(want, abs=1e-3)
   assert result.confusion.sum() == len(rest)
   assert result.accuracy == pytest.approx(np.trace(result.confusion) / len(rest))
@@ -173,6 +175,12 @@ def test_prompts_may_differ_by_option_and_options_by_row(loaded):
   assert len(in_context.record(tasks.Task("own", rows), result, 0)["scores"]) == 2
   with pytest.raises(ValueError, match="needs a prompt without content"):
     in_context.evaluate(scorer, tokenizer, tasks.Task("own", rows), normalisation="null")
+  asked = in_context.evaluate(scorer, tokenizer, tasks.Task("own", rows), normalisation="answer")
+  alone = _naive(loaded, "Answer: ", "dd")[0]
+  assert asked.scores[1, 2] == pytest.approx(result.scores[1, 2] - alone, abs=1e-3)
+  assert asked.scores[0, 2] == -np.inf
+  with pytest.raises(ValueError, match="compares with a prompt for all options, and rows of the "):
+    in_context.evaluate(scorer, tokenizer, tasks.Task("b", blanks), normalisation="answer")
 
 
 def test_auto_sums_where_every_option_is_one_token(loaded):

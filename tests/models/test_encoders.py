@@ -158,5 +158,5 @@ def test_impossible_encoders_and_rows_are_refused():
 
 def test_a_vocabulary_fills_only_what_is_open():
   open_ = TextEncoderConfig(dataclasses.replace(TRUNK, vocab_size=None))
-  assert open_.with_vocab_size(9).vocab_size == 9
-  assert CONFIG.with_vocab_size(9).vocab_size == 24
+  assert open_.with_vocab_size(9).num_words() == 9
+  assert CONFIG.with_vocab_size(9).num_words() == 24

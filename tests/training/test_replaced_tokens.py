@@ -10,8 +10,10 @@ import optax
 import pytest
 
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.encoders import TextEncoderConfig
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.transformer import Transformer
+from lmops_jax.pretrained.text_encoders import encoder_params, without_heads
 from lmops_jax.training.learner import supervised
 from lmops_jax.training.optimizers import sgd
 from lmops_jax.training.replaced_tokens import (
@@ -211,6 +213,25 @@ def test_it_learns_to_tell_replaced_tokens():
   assert float(parts.detector_nats.mean()) < 0.6 * guess
   assert float(parts.num_right.sum() / parts.num_real.sum()) > 1 - 0.7 * base
   assert float(parts.masked_nats.mean()) < 0.6 * math.log(20)
+
+
+@pytest.mark.parametrize("top_layers", [0, 1])
+def test_a_trained_discriminator_is_an_encoder_of_text(top_layers):
+  """Its states are the encoder's vectors, and of its head nothing is left."""
+  deep = dataclasses.replace(
+    DISCRIMINATOR, num_layers=2, embedding_width=12, narrow_embeddings=True)
+  generator = dataclasses.replace(GENERATOR, embedding_width=12)
+  losses = ReplacedTokenLosses(ReplacedTokens(generator, deep), MASK)
+  params = jax.jit(lambda key: unboxed(losses.init_params(key)))(jax.random.key(0))
+  batch = _batch()
+  inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
+  want = jax.jit(losses.discriminator.apply)({"params": params["discriminator"]}, *inputs)
+  encoder = TextEncoderConfig(without_heads(deep), top_layers).module()
+  found = encoder_params(params["discriminator"], top_layers)
+  shapes = unboxed(jax.eval_shape(lambda: encoder.init(jax.random.key(0), inputs[0])["params"]))
+  assert jax.tree.map(np.shape, found) == jax.tree.map(lambda x: x.shape, shapes)
+  got = jax.jit(lambda p: encoder.apply({"params": p}, *inputs, method="features"))(found)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("part,change,sentence", [

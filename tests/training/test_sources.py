@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmops_jax.data.mixture import Mixture
-from lmops_jax.training.sources import Ahead, Batches, Groups, Part, part_of
+from lmops_jax.training.sources import Ahead, Batches, Endless, Epochs, Groups, Part, part_of
 
 
 class _Lines:
@@ -103,6 +103,28 @@ def test_groups_are_checked():
     Groups({"a": part._replace(rows_per_group=1)}, 0)
   with pytest.raises(ValueError, match="num_groups=1 of 0 parts make no batch"):
     Groups({}, 1)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_an_endless_list_is_cut_into_batches(monkeypatch, num_processes):
+  mixture = Mixture({"a": _Lines(5, 4, 1), "b": _Lines(3, 4, 2)}, seed=3)
+  source = Endless(mixture.batch, 6)
+  want = mixture.batch(np.arange(60))
+  monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+  for step in (9, 0, 4):
+    shares = []
+    for index in range(num_processes):
+      monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+      shares.append(source.batch(step))
+    for name, value in want.items():
+      np.testing.assert_array_equal(
+        np.concatenate([share[name] for share in shares]), value[6 * step : 6 * step + 6])
+
+
+def test_epochs_tell_their_number_to_rows_that_are_drawn_anew():
+  source = Epochs(lambda index, epoch: {"epoch": np.full(len(index), epoch)}, 10, 4, 0,
+                  by_epoch=True)
+  assert [int(source.batch(step)["epoch"][0]) for step in range(6)] == [0, 0, 1, 1, 2, 2]
 
 
 def _array(step):

@@ -1,4 +1,6 @@
-"""Prompts of Kosmos-1's evaluation with pictures, word for word (arXiv:2302.14045, section 4).
+"""Prompts of evaluations with pictures: Kosmos-1's, word for word (arXiv:2302.14045, section 4).
+
+Kosmos-2's and MetaLM's are told apart below.
 
 `IMAGE` stands where a picture goes. The paper's misspellings and missing blanks are kept.
 """
@@ -27,6 +29,13 @@ GROUNDED_QUESTION = f"{IMAGE}{GROUNDING} Question: {{question}} Answer:"
 PHRASE = f"{IMAGE}{GROUNDING}{{before}}<phrase> {{phrase}}</phrase>"
 EXPRESSION = f"{IMAGE}{GROUNDING}<phrase> {{phrase}}</phrase>"
 DESCRIBE = f"{IMAGE}{GROUNDING}<phrase> It</phrase>{{boxes}} is"
+# Of MetaLM's evaluation (arXiv:2206.06336, sections 4.2 to 4.4). Two pictures are read with the
+# sentence each, and what is encoded stands side by side.
+SUMMARIZE = f"{IMAGE} Summarize this image:"
+CAPTION_OF = f"{IMAGE} caption:"
+ASKED = f"{IMAGE} question: {{question}} answer:"
+OF_PAIR = f"{IMAGE} {{sentence}} {IMAGE} {{sentence}} it is"
+ENTAILED = f"{IMAGE} {{hypothesis}} it is"
 YES = " Yes"  # its likelihood ranks the candidates of a matrix
 
 _NUMBERS = {3: "three", 4: "four", 8: "eight"}

@@ -7,6 +7,7 @@ Flavours:
   paper: as printed in the papers if that differs from fs (CB without the full stop, BoolQ and NQ
     without a second "?", RTE without "Answer:", AGNews with "News: ... Type:"), otherwise as fs.
   plain: on several lines, for models of today.
+  gpt3, ask: those of MetaLM's evaluation, see `asked`.
 
 The tasks of sizes and colours are Kosmos-1's cross-modal transfer (arXiv:2302.14045), in its words.
 Index 0 of a flavour is its default. Template 1 of COPA does not exist in the scripts either.
@@ -15,84 +16,23 @@ Index 0 of a flavour is its default. Template 1 of COPA does not exist in the sc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from lmops_jax.config.refusals import nearest
+from lmops_jax.data.tasks import asked
+from lmops_jax.data.tasks.entries import FLAVOURS, Entry, Wording, one, wordings
 
-FLAVOURS = ("fs", "hf", "paper", "plain")
-
-
-class Wording(NamedTuple):
-  """How a row reads.
-
-  Attributes:
-    prompt: text with fields of the row in braces.
-    words: the labels' words, in their order; (): the row has choices of its own.
-    option: what follows the prompt, with `{choice}` for the word or the choice.
-    lower: put the first letter of a choice in lower case.
-    prompts: the prompt of each choice, if they differ.
-  """
-
-  prompt: str
-  words: tuple[str, ...] = ()
-  option: str = " {choice}"
-  lower: bool = False
-  prompts: str = ""
-
-
-class Entry(NamedTuple):
-  """A named task.
-
-  Attributes:
-    dataset: what `tfds.builder` takes; None: only JSON lines.
-    train, rows: splits to draw from and to evaluate on; train "": draw from the other rows.
-    flavours: wordings by index, by flavour.
-    fields: the wordings' fields, each with the places in a row where it may be: "a|b" tries one
-      after the other, "a.b" leads into nested ones, "a+b" joins two with a blank.
-    label: places of the label, and how it is written: ":key" is A to E (or a text 1 to 5), ":one"
-      counts from 1, otherwise it counts from 0.
-    choices: places of a row's own options, "a,b" if each has its own place.
-    reader: name in `rows.READERS` of the function from a row of the data to rows with these fields.
-    classes: other names of each label, in the words' order, "/" between names of one label.
-    num_choices: the number of options; rows with another number are skipped.
-    metric: see `Task`.
-  """
-
-  dataset: str | None
-  train: str
-  rows: str
-  flavours: Mapping[str, Mapping[int, Wording]]
-  fields: Mapping[str, str]
-  label: str = "label"
-  choices: str = ""
-  reader: str = "as_is"
-  classes: tuple[str, ...] = ()
-  num_choices: int | None = None
-  metric: str = "accuracy"
-
-  @property
-  def words(self) -> tuple[str, ...]:
-    """Label words of the default wording; () if rows have their own options."""
-    return next(iter(self.flavours.values()))[0].words
-
-
-def _wordings(*wordings: Wording) -> dict[int, Wording]:
-  return dict(enumerate(wordings))
-
-
-def _one(prompt: str, *words: str, **more) -> dict[int, Wording]:
-  return {0: Wording(prompt, words, **more)}
-
+__all__ = ["ENTRIES", "FLAVOURS", "Entry", "Wording", "entry", "worded", "wording"]
 
 def _papers(prompt: str, *words: str, **more) -> dict[str, dict[int, Wording]]:
   """One wording for both scripts and the paper, which agree."""
-  same = _one(prompt, *words, **more)
+  same = one(prompt, *words, **more)
   return {"fs": same, "hf": same, "paper": same}
 
 
 def _script(prompt: str) -> dict[str, dict[int, Wording]]:
   """A wording that only one script has; the paper agrees with it."""
-  return {"fs": _one(prompt), "paper": _one(prompt)}
+  return {"fs": one(prompt), "paper": one(prompt)}
 
 
 _POLARITY = ("negative/neg/bad", "positive/pos/good")
@@ -113,14 +53,14 @@ _INFER = "{premise} Can we infer the following? {hypothesis}."
 _TRUE_FALSE_NEITHER = "{premise} Question: {hypothesis}. True, False, or Neither? Answer:"
 _DRAW = ("Can we draw the following hypothesis from the context? Context: {premise} Hypothesis: "
          "{hypothesis}. Answer:")
-_CB_FS = _wordings(
+_CB_FS = wordings(
   Wording(_TRUE_FALSE_NEITHER, _NEITHER),
   Wording(_CONCLUDE, _YES_NO_MAYBE, " Answer: {choice}."),
   Wording(_INFER, _YES_NO_MAYBE),
   Wording(_READ_PARAGRAPH, _YES_NO_MAYBE),
   Wording(_DRAW, _YES_NO_MAYBE),
 )
-_CB_HF = _wordings(
+_CB_HF = wordings(
   Wording(_READ_PARAGRAPH + " ", _YES_NO_MAYBE, "{choice}"),
   Wording(_CONCLUDE + " Answer: ", _YES_NO_MAYBE),
   Wording(_INFER + " ", _YES_NO_MAYBE, "{choice}"),
@@ -144,7 +84,7 @@ _COPA = {
   3: Wording("{stem} {joint}"),
   4: Wording("{stem} {long_joint}", lower=True),
 }
-_MULTIRC = _wordings(
+_MULTIRC = wordings(
   Wording("{paragraph} Question: \"{question}\" Response: \"{answer}\" Does the response correctly "
           "answer the question? Answer:", _NO_YES),
   Wording("{paragraph} Question: \"{question}\" Response: \"{answer}\" Based on the paragraph, is "
@@ -156,7 +96,7 @@ _MULTIRC = _wordings(
   Wording("{paragraph} Question: \"{question}\" Answer: \"{answer}\" Is this answer to the "
           "question True or False?", _FALSE_TRUE),
 )
-_BLANK_FS = _one("{before}", option="{after}", prompts="{before}{choice}")
+_BLANK_FS = one("{before}", option="{after}", prompts="{before}{choice}")
 _REVIEW = "Review: {text}\nSentiment:"
 _PASSAGE = "Passage: {context} Question: {question} Answer:"
 _ARC = {
@@ -169,7 +109,7 @@ _RACE = {
 }
 _TEXT = {"text": "text|sentence"}
 _COLOR = {  # Kosmos-1 and VaLM ask for the 11 basic colours
-  "flavours": {"paper": _one(
+  "flavours": {"paper": one(
     "The color of {object} is?", "black", "blue", "brown", "green", "grey", "orange", "pink",
     "purple", "red", "white", "yellow")},
   "fields": {"object": "object|item|obj"}, "label": "label|color|colour",
@@ -177,21 +117,21 @@ _COLOR = {  # Kosmos-1 and VaLM ask for the 11 basic colours
               "yellow"),
 }
 
-ENTRIES: dict[str, Entry] = {
+_ENTRIES: dict[str, Entry] = {
   "sst2": Entry(
     "glue/sst2", "train", "validation", {
-      "fs": _one("Sentence: {text} Label:", "Negative", "Positive"),
-      "hf": _one("Sentence: {text} Sentiment: ", "negative", "positive"),
-      "paper": _one("Sentence: {text} Label:", "Negative", "Positive"),
-      "plain": _one(_REVIEW, "negative", "positive"),
+      "fs": one("Sentence: {text} Label:", "Negative", "Positive"),
+      "hf": one("Sentence: {text} Sentiment: ", "negative", "positive"),
+      "paper": one("Sentence: {text} Label:", "Negative", "Positive"),
+      "plain": one(_REVIEW, "negative", "positive"),
     }, {"text": "sentence|text"}, classes=_POLARITY,
   ),
   "sst5": Entry(
     None, "train", "validation", {
-      "fs": _one("Sentence: {text} Label:", "terrible", "bad", "neutral", "good", "great"),
-      "hf": _one("Sentence: {text} Sentiment:", "terrible", "negative", "neutral", "positive",
+      "fs": one("Sentence: {text} Label:", "terrible", "bad", "neutral", "good", "great"),
+      "hf": one("Sentence: {text} Sentiment:", "terrible", "negative", "neutral", "positive",
                  "great"),
-      "paper": _one("Sentence: {text} Label:", "terrible", "bad", "neutral", "good", "great"),
+      "paper": one("Sentence: {text} Label:", "terrible", "bad", "neutral", "good", "great"),
     }, _TEXT, classes=(
       "very negative", "negative", "neutral", "positive", "very positive"
     ),
@@ -199,29 +139,29 @@ ENTRIES: dict[str, Entry] = {
   "mr": Entry(
     None, "train", "validation", {
       **_papers("Review: {text} Sentiment:", "Negative", "Positive"),
-      "plain": _one(_REVIEW, "negative", "positive"),
+      "plain": one(_REVIEW, "negative", "positive"),
     }, _TEXT, classes=_POLARITY,
   ),
   "subj": Entry(
     None, "train", "test", {
       **_papers("Input: {text} Type:", "objective", "subjective"),
-      "plain": _one("Input: {text}\nType:", "objective", "subjective"),
+      "plain": one("Input: {text}\nType:", "objective", "subjective"),
     }, _TEXT,
   ),
   "agnews": Entry(
     "ag_news_subset", "train", "test", {
-      "fs": _wordings(Wording(_CLASSIFY + "Article: {text} Answer:", _NEWS),
+      "fs": wordings(Wording(_CLASSIFY + "Article: {text} Answer:", _NEWS),
                       Wording("News: {text} Type:", _NEWS)),
-      "hf": _one("Article: {text} Category:", *_NEWS),
-      "paper": _one(_CLASSIFY + "News: {text} Type:", *_NEWS),
-      "plain": _one("Article: {text}\nTopic:", "world", "sports", "business", "technology"),
+      "hf": one("Article: {text} Category:", *_NEWS),
+      "paper": one(_CLASSIFY + "News: {text} Type:", *_NEWS),
+      "plain": one("Article: {text}\nTopic:", "world", "sports", "business", "technology"),
     }, {"text": "text|title+description"}, classes=("World", "Sports", "Business", "Sci/Tech"),
   ),
   "dbpedia": Entry(
     None, "train", "test", {
-      "fs": _one("Input: {content} Type:", *_DBPEDIA),
-      "hf": _one("Input: {content} Type:", *(w if w != "athlete" else "sport" for w in _DBPEDIA)),
-      "paper": _one("Input: {content} Type:", *_DBPEDIA),
+      "fs": one("Input: {content} Type:", *_DBPEDIA),
+      "hf": one("Input: {content} Type:", *(w if w != "athlete" else "sport" for w in _DBPEDIA)),
+      "paper": one("Input: {content} Type:", *_DBPEDIA),
     }, {"content": "content|text"}, classes=(
       "Company", "EducationalInstitution", "Artist", "Athlete", "OfficeHolder",
       "MeanOfTransportation", "Building", "NaturalPlace", "Village", "Animal", "Plant", "Album",
@@ -231,7 +171,7 @@ ENTRIES: dict[str, Entry] = {
   "trec": Entry(
     "trec", "train", "test", {
       **_papers("Question: {text} Type:", *_TREC),
-      "plain": _one("Question: {text}\nType:", "description", "entity", "abbreviation", "human",
+      "plain": one("Question: {text}\nType:", "description", "entity", "abbreviation", "human",
                     "number", "location"),
     }, _TEXT, "label-coarse|label_coarse|coarse_label|label", classes=(
       "DESC/description", "ENTY/entity", "ABBR/abbreviation", "HUM/human", "NUM/number/numeric",
@@ -241,26 +181,26 @@ ENTRIES: dict[str, Entry] = {
   "cb": Entry(
     "super_glue/cb", "train", "validation", {
       "fs": _CB_FS, "hf": _CB_HF,
-      "paper": _one(_TRUE_FALSE_NEITHER.replace("{hypothesis}.", "{hypothesis}"), *_NEITHER),
+      "paper": one(_TRUE_FALSE_NEITHER.replace("{hypothesis}.", "{hypothesis}"), *_NEITHER),
     }, {"premise": "premise", "hypothesis": "hypothesis"},
     classes=("entailment", "contradiction", "neutral"),
   ),
   "rte": Entry(
     "glue/rte", "train", "validation", {
-      "fs": _one("Passage: {sentence1} Question: {sentence2} Yes or No? Answer:", "Yes", "No"),
-      "hf": _one("{sentence1} Question: {sentence2} True or False? Answer:", "True", "False"),
-      "paper": _one("Passage: {sentence1} Question: {sentence2} Yes or No?", "Yes", "No"),
-      "plain": _one("{sentence1}\nQuestion: {sentence2} True or false?\nAnswer:", "true", "false"),
+      "fs": one("Passage: {sentence1} Question: {sentence2} Yes or No? Answer:", "Yes", "No"),
+      "hf": one("{sentence1} Question: {sentence2} True or False? Answer:", "True", "False"),
+      "paper": one("Passage: {sentence1} Question: {sentence2} Yes or No?", "Yes", "No"),
+      "plain": one("{sentence1}\nQuestion: {sentence2} True or false?\nAnswer:", "true", "false"),
     }, {"sentence1": "sentence1|premise", "sentence2": "sentence2|hypothesis"},
     classes=("entailment", "not_entailment"),
   ),
   "boolq": Entry(
     "super_glue/boolq", "train", "validation", {
-      "fs": _wordings(Wording("Passage: {passage} Question: {question}? Answer:", _NO_YES),
+      "fs": wordings(Wording("Passage: {passage} Question: {question}? Answer:", _NO_YES),
                       *_BOOLQ_HF),
-      "hf": _wordings(*_BOOLQ_HF),
-      "paper": _one("Passage: {passage} Question: {question} Answer:", *_NO_YES),
-      "plain": _one("{passage}\nQuestion: {question}?\nAnswer:", "no", "yes"),
+      "hf": wordings(*_BOOLQ_HF),
+      "paper": one("Passage: {passage} Question: {question} Answer:", *_NO_YES),
+      "plain": one("{passage}\nQuestion: {question}?\nAnswer:", "no", "yes"),
     }, {"passage": "passage", "question": "question"}, "label|answer", classes=_FALSE_TRUE,
   ),
   "copa": Entry(
@@ -269,8 +209,9 @@ ENTRIES: dict[str, Entry] = {
     choices="choice1,choice2", reader="copa", num_choices=2,
   ),
   "hellaswag": Entry(
-    "hellaswag", "train", "validation", _papers("{context}"), {"context": "ctx|context"},
-    choices="endings", num_choices=4,
+    "hellaswag", "train", "validation", _papers("{context}"),
+    {"context": "ctx|context", "told": "told|ctx|context"}, choices="endings", reader="hellaswag",
+    num_choices=4,
   ),
   "storycloze": Entry(
     "story_cloze/2016", "validation", "test", _papers("{context}"),
@@ -292,9 +233,9 @@ ENTRIES: dict[str, Entry] = {
   "arcc": Entry("ai2_arc/ARC-Challenge", "train", "validation", _papers("{question}"), **_ARC),
   "winogrande": Entry(
     "winogrande", "train_xs", "validation", {
-      "fs": _BLANK_FS, "hf": _one("{before}", option=" {choice}{after}"), "paper": _BLANK_FS,
-    }, {"before": "before", "after": "after"}, "answer:one|label", "option1,option2",
-    reader="winogrande", num_choices=2,
+      "fs": _BLANK_FS, "hf": one("{before}", option=" {choice}{after}"), "paper": _BLANK_FS,
+    }, {name: name for name in ("before", "after", "sentence")}, "answer:one|label",
+    "option1,option2", reader="winogrande", num_choices=2,
   ),
   "wic": Entry(
     "super_glue/wic", "train", "validation", _papers(
@@ -314,9 +255,9 @@ ENTRIES: dict[str, Entry] = {
   ),
   "imdb": Entry(
     "imdb_reviews", "train", "test", {
-      "fs": _one("Review: {text} Is the review positive or negative?", "Negative", "Positive"),
-      "paper": _one("Review: {text} Is the review positive or negative?", "Negative", "Positive"),
-      "plain": _one(_REVIEW, "negative", "positive"),
+      "fs": one("Review: {text} Is the review positive or negative?", "Negative", "Positive"),
+      "paper": one("Review: {text} Is the review positive or negative?", "Negative", "Positive"),
+      "plain": one(_REVIEW, "negative", "positive"),
     }, _TEXT, classes=_POLARITY,
   ),
   "winograd": Entry(
@@ -333,7 +274,7 @@ ENTRIES: dict[str, Entry] = {
   ),
   "nq": Entry(
     "natural_questions_open", "train", "validation", {
-      "fs": _one("Question: {question}? Answer:"), "paper": _one("Question: {question} Answer:"),
+      "fs": one("Question: {question}? Answer:"), "paper": one("Question: {question} Answer:"),
     }, {"question": "question"}, "answer", metric="exact_match",
   ),
   "webqs": Entry(
@@ -359,21 +300,24 @@ ENTRIES: dict[str, Entry] = {
     metric="f1",
   ),
   "yelp": Entry(
-    "yelp_polarity_reviews", "train", "test", {"plain": _one(_REVIEW, "negative", "positive")},
+    "yelp_polarity_reviews", "train", "test", {"plain": one(_REVIEW, "negative", "positive")},
     _TEXT, classes=_POLARITY,
   ),
   "relative-size": Entry(
-    None, "", "test", {"paper": _one("Is {item1} larger than {item2}?", *_NO_YES)},
+    None, "", "test", {"paper": one("Is {item1} larger than {item2}?", *_NO_YES)},
     {"item1": "item1|object1|obj1", "item2": "item2|object2|obj2"}, classes=_FALSE_TRUE,
   ),
   "memory-color": Entry(None, "", "test", **_COLOR),
   "color-terms": Entry(None, "", "test", **_COLOR),
   "cola": Entry(
     "glue/cola", "train", "validation",
-    {"plain": _one("Sentence: {text}\nGrammar:", "unacceptable", "acceptable")},
+    {"plain": one("Sentence: {text}\nGrammar:", "unacceptable", "acceptable")},
     {"text": "sentence|text"},
   ),
 }
+
+
+ENTRIES: dict[str, Entry] = asked.with_wordings(_ENTRIES) | asked.ENTRIES
 
 
 def entry(name: str) -> Entry:

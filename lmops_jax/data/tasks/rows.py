@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lmops_jax.data.documents import document_id
-from lmops_jax.data.tasks.registry import Entry, Wording
+from lmops_jax.data.tasks.entries import Entry, Wording
 from lmops_jax.data.tasks.task import Example, problem_of
 
 _KEYS = "ABCDE"
@@ -30,9 +30,12 @@ def examples(
     ValueError: for a missing field, or a label that is none of the task's; it names the row.
   """
   for where, row in rows:
+    part = -1
     for part, fields in enumerate(READERS[entry.reader](row, where)):
       source = f"{where}#{part}" if part else where
       yield _example(fields, source, entry, wording, labels)
+    if part < 0:
+      yield None
 
 
 def null_prompt(entry: Entry, wording: Wording) -> str | None:
@@ -222,7 +225,43 @@ def _unanswerable(row, where):
   yield row if answers else {**row, "answers": ["none"]}
 
 
+def _hellaswag(row, where):
+  """Tells the activity in front of a scene, where the row names it."""
+  activity = row.get("activity_label")
+  told = {"told": f"{activity}: {_text(row, 'ctx|context', where)}"} if activity else {}
+  yield {**row, **told}
+
+
+def _labelled(row, where):
+  """Leaves out rows on whose label people did not agree."""
+  if _look(row, "label", where) not in (-1, "-1", "-"):
+    yield row
+
+
+def _polarity(row, where):
+  """Makes labels of 0, bad, and 4, good, and leaves out 2, neither; plain labels stay."""
+  if "polarity" not in row:
+    yield row
+  elif (polarity := _look(row, "polarity", where)) != 2:
+    yield {**row, "label": {0: 0, 4: 1}.get(polarity, polarity)}
+
+
+def _drop(row, where):
+  """Takes all answers that people gave; the last one is that of the row itself."""
+  if "answers" in row:
+    yield row
+  else:
+    further = row.get("validated_answers") or []
+    yield {**row, "answers": [*further, _text(row, "answer", where)]}
+
+
+def _concepts(row, where):
+  concepts = _look(row, "concepts", where)
+  yield {**row, "concepts": ", ".join(concepts) if isinstance(concepts, list) else concepts}
+
+
 READERS: dict[str, Callable[[Mapping[str, Any], str], Iterator[Mapping[str, Any]]]] = {
   "as_is": _as_is, "copa": _copa, "winogrande": _winogrande, "winograd": _winograd, "race": _race,
-  "coqa": _coqa, "unanswerable": _unanswerable,
+  "coqa": _coqa, "unanswerable": _unanswerable, "hellaswag": _hellaswag, "labelled": _labelled,
+  "polarity": _polarity, "drop": _drop, "concepts": _concepts,
 }

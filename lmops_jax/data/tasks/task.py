@@ -11,7 +11,9 @@ from lmops_jax.host.hashing import order_key
 
 OF_OPTIONS = ("accuracy", "roc_auc")
 OF_BOXES = ("phrase_grounding", "referring")
-METRICS = (*OF_OPTIONS, *OF_BOXES, "exact_match", "f1", "vqa", "cider", "meteor")
+METRICS = (
+  *OF_OPTIONS, *OF_BOXES, "exact_match", "f1", "vqa", "cider", "meteor", "explained",
+  "rouge_l")
 
 
 class Example(NamedTuple):
@@ -67,8 +69,9 @@ class Task:
     null_prompt: a prompt whose fields are "N/A", for calibration (arXiv:2102.09690); None if the
       prompt is the question itself.
     metric: for options "accuracy" or "roc_auc" (two options, the second is the positive one), for
-      open answers "exact_match", "f1", "vqa", "cider" or "meteor", for boxes "phrase_grounding"
-      (any of a phrase's boxes, of the first 1, 5 and 10) or "referring" (the first box).
+      open answers "exact_match", "f1", "vqa", "cider", "meteor", "rouge_l" or "explained" ("LABEL
+      because EXPLANATION"), for boxes "phrase_grounding" (any of a phrase's boxes, of the first 1,
+      5 and 10) or "referring" (the first box).
     skipped: number of rows left out while reading, `train` included: another number of options than
       the task's, an empty or repeated option, an empty prompt, no answer, no box.
 

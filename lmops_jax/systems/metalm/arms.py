@@ -64,8 +64,13 @@ class Models:
     return Arm(config, sampler)
 
   def encoder(self, vocab_size: int | None) -> TextEncoderConfig:
-    """The encoder for a vocabulary, behind which it has a word more, the mask."""
+    """The encoder for a vocabulary, behind which it has a word more, the mask.
+
+    A published one, whose words are known, stays as it is.
+    """
     encoder = self.docked.reader.encoder
+    if encoder.num_words() is not None:
+      return encoder
     size = None if vocab_size is None else vocab_size + 1
     return dataclasses.replace(
       encoder, trunk=dataclasses.replace(encoder.trunk, vocab_size=size))

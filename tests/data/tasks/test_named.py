@@ -10,6 +10,7 @@ import pytest
 
 from lmops_jax.data import tasks
 from lmops_jax.data.tasks import table
+from tests.data.tasks import asked_rows
 
 ROWS = {  # a row of each task, as its dataset has it; the label is not the first, where it can be
   "sst2": {"sentence": "fine", "label": 1},
@@ -56,6 +57,7 @@ ROWS = {  # a row of each task, as its dataset has it; the label is not the firs
   "relative-size": {"item1": "an ant", "item2": "a bird", "label": 0},
   "memory-color": {"object": "a lemon", "label": "yellow"},
   "color-terms": {"item": "ash", "color": "gray"},
+  **asked_rows.ROWS,
 }
 CLASSIFY = ("Classify the news articles into the categories of World, Sports, Business, and "
             "Technology.")
@@ -161,6 +163,7 @@ TEXTS = {
   ("relative-size", "paper", 0): "Is an ant larger than a bird? No",
   ("memory-color", "paper", 0): "The color of a lemon is? yellow",
   ("color-terms", "paper", 0): "The color of ash is? grey",
+  **asked_rows.TEXTS,
 }
 
 

@@ -290,7 +290,7 @@ def test_bad_rows_of_ones_own(tmp_path, row, message):
 
 @pytest.mark.parametrize("arguments,message", [
   ({"name": "coc"}, "no task with pictures 'coc'; the nearest valid name is 'coco'. It"),
-  ({"template": 2}, "the task coco has no template 2; its indices are 0, 1"),
+  ({"template": 4}, "the task coco has no template 4; its indices are 0, 1, 2, 3"),
   ({"data": "nowhere"}, "data='nowhere' is no folder; give the one of the task coco"),
   ({"pictures": "nowhere"}, "pictures='nowhere' is no folder"),
   ({"limit": 0}, "limit=0 must be at least 1"),

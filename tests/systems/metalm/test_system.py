@@ -10,7 +10,7 @@ from lmops_jax.data.tasks import demonstrations
 from lmops_jax.decoding.scoring import total
 from lmops_jax.mesh import meshes
 from lmops_jax.mesh.checkpoints import load_params
-from lmops_jax.systems.metalm import evaluate, prompts, reader, tasks, texts
+from lmops_jax.systems.metalm import evaluate, prompts, tasks, texts
 from lmops_jax.systems.metalm.arms import SEMI
 from lmops_jax.training import loop
 from tests.systems.metalm.conftest import ARMS, load, run
@@ -57,9 +57,8 @@ def test_the_page_draws_spans_and_curves(workdir):
 def test_arms_start_alike_and_only_what_is_trained_moves(workdir, system):
   prepared = texts.Prepared(workdir / "texts")
   made = system.models.arm(SEMI, prepared.vocabulary.vocab_size)
-  start = reader.load(
-    workdir / "encoder", system.reader, made.config.reader.encoder, prepared.vocabulary,
-    meshes.single_device())
+  start = system.reader.load(
+    workdir / "encoder", made.config.reader.encoder, prepared.vocabulary, meshes.single_device())
   trained = _params(workdir, system, "train/semi_causal/seed0", system.training)
   jax.tree.map(np.testing.assert_array_equal, trained["reader"]["trunk"], start["trunk"])
   assert _differ(trained["reader"]["top"], start["top"])

@@ -1,4 +1,4 @@
-"""Captions and questions in the JSON files of COCO, Flickr30k, VQAv2 and VizWiz."""
+"""Captions and questions in the JSON files of COCO, Flickr30k, NoCaps, (OK-)VQA and VizWiz."""
 
 from __future__ import annotations
 
@@ -50,6 +50,22 @@ class _Annotations(pydantic.BaseModel):
   annotations: list[_Annotation]
 
 
+class _OpenImage(pydantic.BaseModel):
+  id: int
+  file_name: str
+  domain: str | None = None
+
+
+class _Caption(pydantic.BaseModel):
+  image_id: int
+  caption: str
+
+
+class _NoCaps(pydantic.BaseModel):
+  images: list[_OpenImage]
+  annotations: list[_Caption]
+
+
 class _VizWiz(pydantic.BaseModel):
   image: str
   question: str
@@ -74,8 +90,21 @@ def karpathy(source: Source) -> Iterator[Example | None]:
       yield source.example(place, source.prompt, [place], answers=answers)
 
 
+def nocaps(source: Source) -> Iterator[Example | None]:
+  """Pictures with ten captions each, by how near their things are to COCO's: the domain."""
+  path = source.file(f"nocaps_{source.split}_*captions.json", f"nocaps_{source.split}.json")
+  found = checked(_NoCaps, read_json(path), path)
+  captions = collections.defaultdict(list)
+  for annotation in found.annotations:
+    captions[annotation.image_id].append(annotation.caption.strip())
+  for image in found.images:
+    yield source.example(
+      image.file_name, source.prompt, [image.file_name], answers=captions.get(image.id, ()),
+      categories=(image.domain,) if image.domain else ())
+
+
 def vqav2(source: Source) -> Iterator[Example | None]:
-  """Questions about pictures of COCO, each with ten answers."""
+  """Questions about pictures of COCO, each with ten answers; OK-VQA has the same form."""
   path = source.file(f"*OpenEnded_mscoco_{source.split}*_questions.json")
   questions = checked(_Questions, read_json(path), path).questions
   path = source.file(f"*mscoco_{source.split}*_annotations.json")

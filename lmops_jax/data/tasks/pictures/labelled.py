@@ -1,9 +1,12 @@
-"""Pictures with a class: Rendered SST-2, HatefulMemes, ImageNet, and look-alike animals."""
+"""Pictures with a class: of texts and memes, of things, and of what a sentence says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lmops_jax.data.lines import jsonl_rows
 from lmops_jax.data.tasks.pictures.source import Source, fields_of, picture_files
@@ -12,6 +15,8 @@ from lmops_jax.host.foreign_files import is_there, printable, read_text
 
 SENTIMENTS = ("negative", "positive")
 NO_YES = ("no", "yes")
+FALSE_TRUE = ("false", "true")
+ENTAILMENTS = ("entailment", "neutral", "contradiction")
 _MAPPING = "LOC_synset_mapping.txt"
 # Kosmos-1's three pairs, with the paper's description of each animal.
 LOOK_ALIKES: dict[str, dict[str, str]] = {
@@ -55,6 +60,57 @@ def hateful_memes(source: Source) -> Iterator[Example | None]:
       )
     yield source.example(row["img"], source.prompt, [row["img"]], options=_spaced(NO_YES),
                          label=int(row["label"]))
+
+
+def nlvr2(source: Source) -> Iterator[Example | None]:
+  """JSON lines with `identifier`, `sentence` and `label`, "True" or "False" of a pair of pictures.
+
+  The identifier without its last number names the pictures; those of "train" lie in the folder
+  that their row calls `directory`.
+  """
+  path = source.file(f"{source.split}.json", f"{source.split}.jsonl")
+  for number, row in jsonl_rows(path):
+    where = f"{printable(path)}:{number}"
+    identifier, sentence = (_text(row, name, where) for name in ("identifier", "sentence"))
+    label = str(row.get("label")).lower()  # some copies have a JSON boolean
+    if label not in FALSE_TRUE:
+      raise ValueError(
+        f"{where} has the label {row.get('label')!r}; expected \"True\" or \"False\".")
+    stem, folder = identifier.rpartition("-")[0], source.split
+    if "directory" in row:
+      folder = f"images/{source.split}/{row['directory']}"
+    prompt = fields_of(source.prompt, sentence=sentence)
+    yield source.example(
+      identifier, prompt, [f"{folder}/{stem}-img{i}.png" for i in (0, 1)],
+      options=_spaced(FALSE_TRUE), label=FALSE_TRUE.index(label))
+
+
+def esnli_ve(source: Source) -> Iterator[Example | None]:
+  """CSV with `pairID`, `Flickr30kID`, `hypothesis`, `gold_label` and `explanation`.
+
+  The answer is the label and, behind "because", its explanation.
+  """
+  path = source.file(f"esnlive_{source.split}.csv")
+  table = csv.DictReader(io.StringIO(read_text(path)))
+  for number, row in enumerate(table, 1):
+    where = f"{printable(path)}, row {number},"
+    key, picture, hypothesis, label, told = (
+      _text(row, name, where)
+      for name in ("pairID", "Flickr30kID", "hypothesis", "gold_label", "explanation"))
+    if label not in ENTAILMENTS:
+      raise ValueError(
+        f"{where} has gold_label={label!r}; expected one of {', '.join(ENTAILMENTS)}.")
+    told = told.strip().rstrip(".")
+    yield source.example(
+      f"{key}:{number}", fields_of(source.prompt, hypothesis=hypothesis), [picture],
+      answers=[f"{label} because {told}."] if told else ())
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+  value = row.get(name)
+  if not isinstance(value, str):
+    raise ValueError(f"{where} has {value!r} in its field {name}; expected a text.")
+  return value
 
 
 def imagenet(source: Source) -> Iterator[Example | None]:

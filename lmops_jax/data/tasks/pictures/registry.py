@@ -1,4 +1,7 @@
-"""Tasks with pictures: of Kosmos-1's evaluation (arXiv:2302.14045), and Kosmos-2's (2306.14824)."""
+"""Tasks with pictures, of three papers' evaluations.
+
+Kosmos-1's (arXiv:2302.14045), Kosmos-2's (2306.14824) and MetaLM's (2206.06336).
+"""
 
 from __future__ import annotations
 
@@ -70,8 +73,9 @@ class PictureEntry(NamedTuple):
 
 _KARPATHY = {
   "read": captions_and_questions.karpathy, "metric": "cider", "files": ("dataset*.json",),
-  "templates": (prompts.CAPTION, prompts.GROUNDED_CAPTION), "rows": "test", "train": "train",
-  "way": Way(num_beams=5),
+  "templates": (
+    prompts.CAPTION, prompts.GROUNDED_CAPTION, prompts.SUMMARIZE, prompts.CAPTION_OF),
+  "rows": "test", "train": "train", "way": Way(num_beams=5),
 }
 
 
@@ -92,7 +96,7 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
   "flickr30k": PictureEntry(source="Flickr30k, Karpathy's JSON", **_KARPATHY),
   "vqav2": PictureEntry(
     captions_and_questions.vqav2, "vqa", "VQAv2 JSON, COCO pictures", ("*mscoco*.json",),
-    (prompts.QUESTION, prompts.GROUNDED_QUESTION), "val2014", "train2014",
+    (prompts.QUESTION, prompts.GROUNDED_QUESTION, prompts.ASKED), "val2014", "train2014",
   ),
   "vizwiz": PictureEntry(
     captions_and_questions.vizwiz, "vqa", "VizWiz JSON", ("*.json", "Annotations/*.json"),
@@ -138,6 +142,22 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
     functools.partial(referring.description, data="refcocog"), "meteor",
     "MDETR's JSON or refs, COCO pictures", _expression_files("refcocog"), (prompts.DESCRIBE,),
     "val", "train",
+  ),
+  "ok-vqa": PictureEntry(
+    captions_and_questions.vqav2, "vqa", "OK-VQA JSON, COCO pictures", ("*mscoco*.json",),
+    (prompts.ASKED, prompts.QUESTION), "val2014", "train2014",
+  ),
+  "nocaps": PictureEntry(
+    captions_and_questions.nocaps, "cider", "NoCaps JSON", ("nocaps_*.json",),
+    (prompts.SUMMARIZE, prompts.CAPTION, prompts.CAPTION_OF), "val",
+  ),
+  "nlvr2": PictureEntry(
+    labelled.nlvr2, "accuracy", "JSON lines of pairs", ("*.json",), (prompts.OF_PAIR,), "test1",
+    "train", labelled.FALSE_TRUE,
+  ),
+  "e-snli-ve": PictureEntry(
+    labelled.esnli_ve, "explained", "e-SNLI-VE CSV, Flickr30k pictures", ("esnlive_*.csv",),
+    (prompts.ENTAILED,), "test", "train",
   ),
   "seed-bench": PictureEntry(
     seed_bench.seed_bench, "accuracy", "SEED-Bench JSON", ("SEED-Bench.json",),
