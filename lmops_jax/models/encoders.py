@@ -35,6 +35,9 @@ class SpanEncoderConfig(Protocol):
   def num_words(self) -> int | None:
     """V of its table of words; None until a system fills it."""
 
+  def longest_span(self) -> int:
+    """Most tokens of a span, the one that opens it included."""
+
   def with_vocab_size(self, vocab_size: int) -> SpanEncoderConfig:
     """The same with V filled, if it was None."""
 
@@ -93,6 +96,10 @@ class TextEncoderConfig:
     """See `SpanEncoderConfig`."""
     return self.trunk.vocab_size
 
+  def longest_span(self) -> int:
+    """See `SpanEncoderConfig`; rows of packed spans may be longer."""
+    return self.trunk.max_length
+
   def with_vocab_size(self, vocab_size: int) -> TextEncoderConfig:
     """See `SpanEncoderConfig`."""
     if self.trunk.vocab_size is not None:
@@ -119,12 +126,13 @@ class TextEncoder(StackedEncoder):
 
     Args:
       tokens: `[N,E] int32`, each span behind the token that opens an encoder's input.
-      positions: `[N,E] int32`, from 0 in each span.
+      positions: `[N,E] int32`, from 0 in each span; one beyond a table of positions, that is
+        outside `longest_span`, makes the result NaN.
       segment_ids: `[N,E] int32`, equal inside a span, 0 for padding.
       keys: `[N]` typed keys of dropout, one for each row; None drops nothing.
 
     Raises:
-      ValueError: for arrays of unequal shapes, or longer rows than the trunk's `max_length`.
+      ValueError: for arrays of unequal shapes.
     """
     if not tokens.shape == positions.shape == segment_ids.shape or tokens.ndim != 2:
       raise ValueError(

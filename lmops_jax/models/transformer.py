@@ -242,11 +242,13 @@ class Transformer(nn.Module):
     """The blocks and the final norm on embeddings `[B,S,D]`.
 
     Args:
-      x, positions, segment_ids, keys: as in `__call__`.
+      x, positions, segment_ids, keys: as in `__call__`, but that rows with `positions` given may be
+        longer than `max_length`, if no position is.
       bias: that of `score_bias`; None is the own one. A trunk without embeddings has none.
     """
     c = self.config
-    sequence = self._sequence(x, self._positions(x, positions), segment_ids, bias)
+    positions = self._positions(x, None) if positions is None else positions
+    sequence = self._sequence(x, positions, segment_ids, bias)
     if keys is not None:
       keys = jax.vmap(folded, (None, 0))(keys, jnp.arange(1, 1 + c.num_layers))  # [L,B]
     if c.scan_layers or self.is_initializing():

@@ -196,6 +196,9 @@ class LookUpConfig:
   def num_words(self):
     return 40
 
+  def longest_span(self):
+    return 16
+
   def with_vocab_size(self, vocab_size):
     return self
 
