@@ -44,10 +44,17 @@ class SpanEncoderConfig(Protocol):
 
 @runtime_checkable
 class PictureEncoderConfig(Protocol):
-  """A kind of encoder of images, and its settings; `models.vision.VisionConfig` is one."""
+  """A kind of encoder of images, and its settings; `models.vision.VisionConfig` is one.
+
+  Some also read words beside an image, such as `models.fused_encoder.FusedEncoderConfig`.
+  """
 
   def module(self) -> nn.Module:
-    """The encoder, with a method `features(images [N,height,width,3], keys) -> [N,P,D]`."""
+    """The encoder, with a method `features(images [N,height,width,3], keys) -> [N,P,D]`.
+
+    One that reads words takes also `tokens [N,T]` and `segments [N,T]`, and None for `images`, and
+    gives the words' vectors behind those of the image.
+    """
 
   def feature_width(self) -> int:
     """D of its vectors."""
@@ -55,8 +62,14 @@ class PictureEncoderConfig(Protocol):
   def num_features(self) -> int:
     """P, vectors of an image of the encoder's own size."""
 
-  def example_inputs(self) -> tuple[jax.Array, ...]:
-    """Arguments of `features` for one image of that size."""
+  def num_words(self) -> int | None:
+    """V of its table of words, 0 if it reads none; None until a system fills it."""
+
+  def with_vocab_size(self, vocab_size: int) -> PictureEncoderConfig:
+    """The same with V filled, if it was None."""
+
+  def example_inputs(self) -> tuple[jax.Array | None, ...]:
+    """Arguments of `features` for one image of that size and, if it reads words, one word."""
 
 
 @component(module="models")

@@ -11,6 +11,7 @@ import pytest
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.transformer import TransformerConfig, num_params
 from lmops_jax.models.universal import UniversalLM
+from lmops_jax.models.vision import VisionConfig
 from lmops_jax.training import loop
 
 GIN = Path(__file__).parents[2] / "gin"
@@ -51,9 +52,9 @@ def test_paper_models_have_the_published_parameters(name, count):
   assert f"{count:,}" in (GIN / f"models/{name}.gin").read_text()
 
 
-def _counts(path, vocab_size=None):
+def _counts(path, *bindings, vocab_size=None):
   """Parameters of each part of a model, which is never built."""
-  config = _build(path, "%MODEL")
+  config = _build(path, "%MODEL", *bindings)
   if vocab_size is not None:
     config = config.with_vocab_size(vocab_size)
   parts = jax.eval_shape(loop.initializer(UniversalLM(config)), jax.random.key(0))
@@ -74,6 +75,31 @@ def test_metalms_text_model_has_the_published_sizes():
   assert config.text.residual_factor == trunk.residual_factor == pytest.approx(2.632, abs=1e-3)
   assert config.text.branch_factor == trunk.branch_factor == pytest.approx(0.2686, abs=1e-4)
   assert config.reader.encoder.top_layers == 2 and config.reader.encoder.longest_span() == 512
+
+
+def test_metalms_vision_language_model_has_the_published_sizes():
+  """353M and 192M (arXiv:2206.06336, section 4.1)."""
+  config, counts = _counts("metalm/vision_language_model.gin")
+  mlp = 2 * 768 * 3072 + 3072 + 768
+  assert counts == {
+    "text": 24 * (12 * 1024**2 + 13 * 1024) + 50_257 * 1024 + 2 * 1024,
+    "vision": (
+      12 * (4 * 768**2 + 8 * 768 + 2 * mlp) + 2 * mlp
+      + (50_257 + 128 + 2 + 197 + 1 + 16 * 16 * 3 + 4) * 768),
+    "vision_connector": 768 * 1024 + 2 * 1024**2 + 3 * 1024}
+  assert counts["text"] == pytest.approx(353e6, rel=0.005)
+  assert counts["vision"] == pytest.approx(192e6, rel=0.01)
+  assert config.vectors_per_image == 1 + 196
+  finetuned = dataclasses.replace(config.vision.encoder, image_size=384)
+  assert finetuned.num_features() == 1 + 576
+
+
+def test_a_tower_of_images_may_stand_in_place_of_the_fused_encoder():
+  config, counts = _counts(
+    "metalm/vision_language_model.gin", "models.ImageDocking.encoder = @models.VisionConfig()",
+    "models.VisionConfig.trunk = @vision/models.TransformerConfig()")
+  assert isinstance(config.vision.encoder, VisionConfig) and config.vectors_per_image == 1 + 196
+  assert counts["vision"] == 12 * (12 * 768**2 + 13 * 768) + (197 + 1 + 16 * 16 * 3 + 4) * 768
 
 
 def test_metalms_small_model_has_the_parts_of_the_published_one():
