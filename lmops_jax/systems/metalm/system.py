@@ -23,7 +23,7 @@ from lmops_jax.systems.metalm import (
   texts,
   training,
 )
-from lmops_jax.systems.metalm.arms import ARMS, SEMI, Arm, Models
+from lmops_jax.systems.metalm.arms import ARMS, SEMI, Arm, Models, sized_encoder
 from lmops_jax.systems.metalm.texts import Prepared
 from lmops_jax.training import language_models
 
@@ -128,9 +128,8 @@ class MetaLM:
 
   def _reader(self, context: pipeline.StageContext, seed, partitioner) -> None:
     prepared = Prepared(context.input(texts.STAGE))
-    self.reader.run(
-      context, self.models.encoder(prepared.vocabulary.vocab_size), prepared, seed=seed,
-      partitioner=partitioner)
+    encoder = sized_encoder(self.models.docked.reader.encoder, prepared.vocabulary.vocab_size)
+    self.reader.run(context, encoder, prepared, seed=seed, partitioner=partitioner)
 
   def _train(self, context: pipeline.StageContext, arm, seed, partitioner) -> None:
     prepared = Prepared(context.input(texts.STAGE))
