@@ -35,16 +35,26 @@ class SpanEncoderConfig(Protocol):
   def num_words(self) -> int | None:
     """V of its table of words; None until a system fills it."""
 
+  def longest_span(self) -> int:
+    """Most tokens of a span, the one that opens it included."""
+
   def with_vocab_size(self, vocab_size: int) -> SpanEncoderConfig:
     """The same with V filled, if it was None."""
 
 
 @runtime_checkable
 class PictureEncoderConfig(Protocol):
-  """A kind of encoder of images, and its settings; `models.vision.VisionConfig` is one."""
+  """A kind of encoder of images, and its settings; `models.vision.VisionConfig` is one.
+
+  Some also read words beside an image, such as `models.fused_encoder.FusedEncoderConfig`.
+  """
 
   def module(self) -> nn.Module:
-    """The encoder, with a method `features(images [N,height,width,3], keys) -> [N,P,D]`."""
+    """The encoder, with a method `features(images [N,height,width,3], keys) -> [N,P,D]`.
+
+    One that reads words takes also `tokens [N,T]` and `segments [N,T]`, and None for `images`, and
+    gives the words' vectors behind those of the image.
+    """
 
   def feature_width(self) -> int:
     """D of its vectors."""
@@ -52,8 +62,14 @@ class PictureEncoderConfig(Protocol):
   def num_features(self) -> int:
     """P, vectors of an image of the encoder's own size."""
 
-  def example_inputs(self) -> tuple[jax.Array, ...]:
-    """Arguments of `features` for one image of that size."""
+  def num_words(self) -> int | None:
+    """V of its table of words, 0 if it reads none; None until a system fills it."""
+
+  def with_vocab_size(self, vocab_size: int) -> PictureEncoderConfig:
+    """The same with V filled, if it was None."""
+
+  def example_inputs(self) -> tuple[jax.Array | None, ...]:
+    """Arguments of `features` for one image of that size and, if it reads words, one word."""
 
 
 @component(module="models")
@@ -93,6 +109,10 @@ class TextEncoderConfig:
     """See `SpanEncoderConfig`."""
     return self.trunk.vocab_size
 
+  def longest_span(self) -> int:
+    """See `SpanEncoderConfig`; rows of packed spans may be longer."""
+    return self.trunk.max_length
+
   def with_vocab_size(self, vocab_size: int) -> TextEncoderConfig:
     """See `SpanEncoderConfig`."""
     if self.trunk.vocab_size is not None:
@@ -119,12 +139,13 @@ class TextEncoder(StackedEncoder):
 
     Args:
       tokens: `[N,E] int32`, each span behind the token that opens an encoder's input.
-      positions: `[N,E] int32`, from 0 in each span.
+      positions: `[N,E] int32`, from 0 in each span; one beyond a table of positions, that is
+        outside `longest_span`, makes the result NaN.
       segment_ids: `[N,E] int32`, equal inside a span, 0 for padding.
       keys: `[N]` typed keys of dropout, one for each row; None drops nothing.
 
     Raises:
-      ValueError: for arrays of unequal shapes, or longer rows than the trunk's `max_length`.
+      ValueError: for arrays of unequal shapes.
     """
     if not tokens.shape == positions.shape == segment_ids.shape or tokens.ndim != 2:
       raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -334,15 +335,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer, `[B,S,D]` to `([B,S,D], None)` as `nn.scan` wants it."""
+  """One layer, `[B,S,D]` to `([B,S,D], None)` as `nn.scan` wants it.
+
+  `make_mlp` makes its second part of a configuration, a module `[B,S,D]` to same.
+  """
 
   config: TransformerConfig
+  make_mlp: Callable[[TransformerConfig], nn.Module] = MLP
 
   def setup(self):
     c = self.config
     self.attention_norm = norm(c)
     self.attention = Attention(c)
-    self.mlp = MLP(c)
+    self.mlp = self.make_mlp(c)
     if c.norm_placement != "parallel":
       self.mlp_norm = norm(c)
 

@@ -69,13 +69,17 @@ class StackedEncoder(nn.Module):
     self, x: jax.Array, positions=None, segment_ids=None, keys: jax.Array | None = None
   ) -> jax.Array:
     """Dropout of the embeddings `[N,S,D]`, and all layers; arguments as `Transformer.encode`."""
-    trunk = self.config.trunk
-    x = dropped(x, folded(keys, 0), trunk.embedding_dropout)
     bias = self.trunk.score_bias(x.shape[1])  # of one table for both stacks
+    x = dropped(x, folded(keys, 0), self.config.trunk.embedding_dropout)
     x = self.trunk.encode(x, positions, segment_ids, keys, bias)
     if self.config.top_layers:
-      x = self.top.encode(x, positions, segment_ids, folded(keys, 1 + trunk.num_layers), bias)
+      x = self.top.encode(x, positions, segment_ids, top_keys(keys, self.config.trunk), bias)
     return x
+
+
+def top_keys(keys: jax.Array | None, trunk: TransformerConfig) -> jax.Array | None:
+  """Keys of dropout for the top, none of which the layers below draw from."""
+  return folded(keys, 1 + trunk.num_layers)
 
 
 def with_top(params: Any, top_layers: int) -> Any:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -86,11 +87,13 @@ class Transformer(nn.Module):
       masked-LM transform), for a trunk that feeds another head.
     with_embedding: False also leaves out the token embeddings, for a trunk that gets its vectors
       through `encode`.
+    make_mlp: makes the second part of each block, see `layers.Block`.
   """
 
   config: TransformerConfig
   with_unembedding: bool = True
   with_embedding: bool = True
+  make_mlp: Callable[[TransformerConfig], nn.Module] = layers_lib.MLP
 
   def setup(self):
     c = self.config
@@ -113,7 +116,7 @@ class Transformer(nn.Module):
       in_axes=(nn.broadcast, 0),
       length=c.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
-    )(c)
+    )(c, self.make_mlp)
     if c.final_norm:
       self.final_norm = layers_lib.norm(c)
     if c.pooler:
@@ -250,11 +253,13 @@ class Transformer(nn.Module):
     """The blocks and the final norm on embeddings `[B,S,D]`.
 
     Args:
-      x, positions, segment_ids, keys: as in `__call__`.
+      x, positions, segment_ids, keys: as in `__call__`, but that rows with `positions` given may be
+        longer than `max_length`, if no position is.
       bias: that of `score_bias`; None is the own one. A trunk without embeddings has none.
     """
     c = self.config
-    sequence = self._sequence(x, self._positions(x, positions), segment_ids, bias)
+    positions = self._positions(x, None) if positions is None else positions
+    sequence = self._sequence(x, positions, segment_ids, bias)
     if keys is not None:
       keys = jax.vmap(folded, (None, 0))(keys, jnp.arange(1, 1 + c.num_layers))  # [L,B]
     if c.scan_layers or self.is_initializing():
@@ -334,7 +339,7 @@ class Transformer(nn.Module):
     keys, values, found = list(cache.keys), list(cache.values), []
     for i, params in enumerate(self._layer_params()):
       before = None if shared is None else (shared.cache.keys[i], shared.cache.values[i])
-      x, keys[i], values[i], of_layer = Block(c, parent=None).apply(
+      x, keys[i], values[i], of_layer = Block(c, self.make_mlp, parent=None).apply(
         {"params": params}, x, slots, keys[i], values[i], before, method="extend"
       )
       found.append(of_layer)
@@ -438,7 +443,7 @@ class Transformer(nn.Module):
     c = self.config
 
     def layer(params, x, keys):
-      return Block(c, parent=None).apply({"params": params}, x, sequence, keys)[0]
+      return Block(c, self.make_mlp, parent=None).apply({"params": params}, x, sequence, keys)[0]
 
     if c.remat != "none":
       layer = jax.checkpoint(layer, prevent_cse=True, policy=remat_policy(c.remat))

@@ -63,21 +63,22 @@ class VisionConfig:
   pixel_std: tuple[Positive, Positive, Positive] = CLIP_STD
 
   def __post_init__(self):
+    name = f"models.{type(self).__name__}"
     if self.image_size % self.patch_size:
       raise ValueError(
-        f"models.VisionConfig.image_size={self.image_size} must be a multiple of patch_size="
+        f"{name}.image_size={self.image_size} must be a multiple of patch_size="
         f"{self.patch_size}."
       )
     trunk = self.trunk
     if trunk.causal or trunk.final_norm or trunk.positions != "none" or trunk.relative_buckets:
       raise ValueError(
-        "models.VisionConfig.trunk must have causal=False, final_norm=False, positions='none' and "
+        f"{name}.trunk must have causal=False, final_norm=False, positions='none' and "
         "relative_buckets=0."
       )
-    check_top("models.VisionConfig", self.trunk, self.top_layers)
+    check_top(name, self.trunk, self.top_layers)
     if self.num_patches >= self.trunk.max_length:
       raise ValueError(
-        f"models.VisionConfig.trunk.max_length={self.trunk.max_length} must exceed the "
+        f"{name}.trunk.max_length={self.trunk.max_length} must exceed the "
         f"{self.num_patches} patches of an image."
       )
 
@@ -93,6 +94,14 @@ class VisionConfig:
   def feature_width(self) -> int:
     """D of its vectors."""
     return self.trunk.width
+
+  def num_words(self) -> int | None:
+    """None are read."""
+    return 0
+
+  def with_vocab_size(self, vocab_size: int) -> VisionConfig:
+    """The same, which has no table of words."""
+    return self
 
   def num_features(self) -> int:
     """Vectors of an image of its own size, that of the class included."""
@@ -114,6 +123,9 @@ class VisionTransformer(StackedEncoder):
 
   def setup(self):
     super().setup()
+    self._setup_images()
+
+  def _setup_images(self):
     c, trunk = self.config, self.config.trunk
 
     def parameter(name, shape, axes):
@@ -141,6 +153,13 @@ class VisionTransformer(StackedEncoder):
     Raises:
       ValueError: for images of a size that the configuration does not allow.
     """
+    x = self.encode(self.pre_norm(self.embed_images(images)), keys=keys)
+    if self.is_initializing():
+      self.post_norm(x)
+    return x
+
+  def embed_images(self, images: jax.Array) -> jax.Array:
+    """The class vector and the patches' with their positions, `[B,1+patches,D]`, not normed."""
     c, dtype = self.config, self.config.trunk.dtype
     self._check(images.shape)
     if images.dtype == jnp.uint8:
@@ -148,11 +167,7 @@ class VisionTransformer(StackedEncoder):
     x = patches(images, c.patch_size).astype(dtype)
     x = x @ self.patch_embedding.astype(dtype).reshape(x.shape[-1], -1)
     first = jnp.broadcast_to(self.class_embedding.astype(dtype), (x.shape[0], 1, x.shape[2]))
-    x = jnp.concatenate([first, x], axis=1) + self._positions(images.shape).astype(dtype)
-    x = self.encode(self.pre_norm(x), keys=keys)
-    if self.is_initializing():
-      self.post_norm(x)
-    return x
+    return jnp.concatenate([first, x], axis=1) + self._positions(images.shape).astype(dtype)
 
   def features(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     """All of `__call__`'s vectors `[B,1+patches,D]`, normed."""
@@ -164,16 +179,16 @@ class VisionTransformer(StackedEncoder):
 
   def _check(self, shape):
     c = self.config
-    size, sides = c.image_size, shape[1:3]
+    name, size, sides = f"models.{type(c).__name__}", c.image_size, shape[1:3]
     if len(shape) != 4 or shape[3] != NUM_CHANNELS or not (c.any_size or sides == (size, size)):
       raise ValueError(
-        f"The images are {list(shape[1:])} and models.VisionConfig wants "
+        f"The images are {list(shape[1:])} and {name} wants "
         f"[{size}, {size}, {NUM_CHANNELS}]; resize them, channels last."
       )
     if any(side % c.patch_size or not side for side in sides):
       raise ValueError(
         f"The images are {list(shape[1:])} and their sides must be multiples of "
-        f"models.VisionConfig.patch_size={c.patch_size}; resize them."
+        f"{name}.patch_size={c.patch_size}; resize them."
       )
 
   def _positions(self, shape):

@@ -39,6 +39,8 @@ OWED = {
     "ETA = 0.5", "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/tokenizer.json'",
   ],
   "meta_optimizer/paper.gin": ["MODEL = '/data/model'"],
+  "metalm/language_paper.gin": [
+    "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'"],
   "pds/paper.gin": [
     "CORPUS_PATH = '/data/corpus'", "TARGET_PATH = '/data/target.jsonl'",
     "TARGET_TEST_PATH = '/data/test.jsonl'", "VOCABULARY_PATH = '/data/tokenizer.model'",
@@ -58,7 +60,8 @@ RUNS = [
   "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
   "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
   "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",
-  "meta_optimizer/paper.gin", "metalm/default.gin", "metalm/smoke.gin", "pds/baselines.gin",
+  "meta_optimizer/paper.gin", "metalm/default.gin", "metalm/language_paper.gin", "metalm/smoke.gin",
+  "pds/baselines.gin",
   "pds/default.gin", "pds/paper.gin",
   *PAPER_SIZES, "pds/smoke.gin",
   "structured_prompting/default.gin", "structured_prompting/paper.gin",

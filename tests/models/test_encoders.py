@@ -62,6 +62,18 @@ def test_a_span_alone_gives_the_vectors_of_a_packed_one():
   np.testing.assert_allclose(got[1, :5], _features(_params())[0, row], rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_may_be_longer_than_a_span():
+  tokens, positions, segments = (np.tile(x, (1, 2)) for x in (TOKENS, POSITIONS, SEGMENTS))
+  segments[:, E:] += 4
+  got = _features(_params(), tokens, positions, segments)
+  assert CONFIG.longest_span() == 12 and got.shape == (2, 24, 16)
+  for half in (got[:, :E], got[:, E:]):
+    np.testing.assert_allclose(half, _features(_params()), rtol=1e-5, atol=1e-5)
+  positions[0, 5] = 12
+  got = _features(_params(), tokens, positions, segments)
+  np.testing.assert_array_equal(np.isnan(got).all((1, 2)), [True, False])
+
+
 def test_all_of_a_span_is_seen_in_both_directions():
   """The gradient of each vector reaches every token of its segment, and no other."""
   params = _params()
@@ -151,9 +163,6 @@ def test_impossible_encoders_and_rows_are_refused():
     TextEncoderConfig(TRUNK, 3)
   with pytest.raises(ValueError, match=r"tokens \[2, 12\], positions \[2, 11\] and segments"):
     jax.eval_shape(lambda: _features(_params(), TOKENS, POSITIONS[:, 1:]))
-  wide = np.zeros((1, 13), np.int32)
-  with pytest.raises(ValueError, match="13 positions and models.TransformerConfig.max_len.* 12"):
-    jax.eval_shape(lambda: _features(_params(), wide, wide, wide))
 
 
 def test_a_vocabulary_fills_only_what_is_open():

@@ -196,6 +196,9 @@ class LookUpConfig:
   def num_words(self):
     return 40
 
+  def longest_span(self):
+    return 16
+
   def with_vocab_size(self, vocab_size):
     return self
 
@@ -384,10 +387,11 @@ def test_vectors_start_about_as_large_as_words():
 
 
 @pytest.mark.parametrize("config, given, message", [
-  (SEEING, {"encoder_tokens": 0}, "no encoder_positions, encoder_segments; give all of"),
+  (SEEING, {"encoder_tokens": 0}, "lacks encoder_positions, encoder_segments; give all of"),
   (dataclasses.replace(SEEING, reader=None), {n: 0 for n in ENCODER_INPUTS[:3]},
-   "has 'encoder_tokens' and models.UniversalConfig.reader is None; dock an encoder"),
-  (CONFIG, {"images": 0}, "has 'images' and models.UniversalConfig.vision is None"),
+   "has encoder_tokens and models.UniversalConfig.reader is None; dock an encoder"),
+  (CONFIG, {"images": 0}, "has images and models.UniversalConfig.vision is None"),
+  (SEEING, {"image_tokens": 0, "image_segments": 0}, "vision reads no words; leave them out, or"),
 ])
 def test_inputs_without_an_encoder_are_refused(config, given, message):
   model = UniversalLM(config)

@@ -3,6 +3,8 @@
 Importing this package registers everything its gin files name.
 """
 
+from lmops_jax.systems.metalm.pretrain import Pretrain
+from lmops_jax.systems.metalm.starts import PublishedReader
 from lmops_jax.systems.metalm.system import MetaLM
 
-__all__ = ["MetaLM"]
+__all__ = ["MetaLM", "Pretrain", "PublishedReader"]

@@ -59,16 +59,17 @@ class Models:
     config = UniversalConfig(dataclasses.replace(text, vocab_size=vocab_size))
     if name in (PREFIX, SEMI):
       config = dataclasses.replace(config, reader=dataclasses.replace(
-        self.docked.reader, encoder=self.encoder(vocab_size)))
+        self.docked.reader, encoder=sized_encoder(self.docked.reader.encoder, vocab_size)))
     sampler = {PREFIX: self.prefix, SEMI: self.spans}.get(name, NoSpans())
     return Arm(config, sampler)
 
-  def encoder(self, vocab_size: int | None) -> TextEncoderConfig:
-    """The encoder for a vocabulary, behind which it has a word more, the mask."""
-    encoder = self.docked.reader.encoder
-    size = None if vocab_size is None else vocab_size + 1
-    return dataclasses.replace(
-      encoder, trunk=dataclasses.replace(encoder.trunk, vocab_size=size))
+
+def sized_encoder(encoder: TextEncoderConfig, vocab_size: int | None) -> TextEncoderConfig:
+  """An encoder for a vocabulary, behind which it has a word more, the mask.
+
+  A published one, whose words are known, stays as it is.
+  """
+  return encoder if vocab_size is None else encoder.with_vocab_size(vocab_size + 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Stage `evaluate`: perplexities of unseen text, and what an arm answers.
 
-Every question is a choice: the option with the highest mean log-probability of a token wins
-(`decoding.scoring.mean`). What is given is encoded for arms with an encoder, and read as words by
-the others; the tokens are the same.
+Every question is a choice by `decoding.scoring`: among label words the one with the highest
+log-probability wins, among passages, whose lengths differ, the one with the highest mean over its
+tokens. What is given is encoded for arms with an encoder, and read as words by the others; the
+tokens are the same.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lmops_jax.config.setting_types import (
 )
 from lmops_jax.data.span_rows import SpanRows
 from lmops_jax.data.tasks import Example, Task, demonstrations
-from lmops_jax.decoding.scoring import OptionScorer, Request, mean
+from lmops_jax.decoding.scoring import OptionScorer, Request, mean, total
 from lmops_jax.evaluation.examples import map_examples
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.models.transformer import Transformer
@@ -171,15 +172,19 @@ class Asking:
   def counted(self, task: Task, shots: int, draw: int) -> dict[str, int]:
     """How many rows of a task are right behind `shots` demonstrations, drawn by a seed."""
     shown = demonstrations(task.train, shots, draw)
-    chosen, num_dropped = self.chosen(task.rows, shown)
+    chosen, num_dropped = self.chosen(task.rows, shown, total if task.words else mean)
     right = sum(int(pick == row.label) for pick, row in zip(chosen, task.rows, strict=True))
     return {"shots": shots, "draw": draw, "right": right, "num": len(task.rows),
             "num_dropped": num_dropped}
 
   def chosen(
-    self, rows: Sequence[Example], shown: Sequence[Example] = ()
+    self, rows: Sequence[Example], shown: Sequence[Example], value: Callable
   ) -> tuple[list[int], int]:
-    """The best option of each row, and how many demonstrations had no room in all."""
+    """The best option of each row, and how many demonstrations had no room in all.
+
+    Args:
+      shown: demonstrations in front of each. value: `total` or `mean` of `decoding.scoring`.
+    """
     vocabulary = self._vocabulary
     options = [vocabulary.encode_batch(row.options) for row in rows]
     behind = prompts.answered(shown, vocabulary)
@@ -188,4 +193,4 @@ class Asking:
       for row, of_row in zip(prompts.asked(rows, vocabulary), options)))
     scores = self._scorer.score([
       Request(prompt, of_row) for prompt, of_row in zip(self._reader.prompts(made), options)])
-    return [int(np.argmax(mean(of_row))) for of_row in scores], sum(dropped)
+    return [int(np.argmax(value(of_row))) for of_row in scores], sum(dropped)

@@ -21,9 +21,10 @@ from lmops_jax.config.setting_types import Positive, PositiveInt, component
 from lmops_jax.data.instances import Instances
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.encoders import TextEncoderConfig
-from lmops_jax.models.stacks import with_top
+from lmops_jax.pretrained.text_encoders import encoder_params
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline
+from lmops_jax.systems.metalm.texts import Prepared
 from lmops_jax.text.vocabularies import Vocabulary
 from lmops_jax.training import language_models, loop
 from lmops_jax.training.learner import supervised
@@ -31,7 +32,6 @@ from lmops_jax.training.replaced_tokens import ReplacedTokenLosses, ReplacedToke
 from lmops_jax.training.sources import Ahead, Epochs
 
 STAGE = "encoder"
-_HEADS = ("detector",)
 
 
 @component(module="metalm")
@@ -73,45 +73,67 @@ class ReaderTraining:
       mask_id=size - 1,
       never_masked=tuple(sorted({vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id})))
 
+  def check(self, encoder: TextEncoderConfig) -> None:
+    """See `starts.ReaderStart`.
 
-def run(
-  context: pipeline.StageContext, config: ReaderTraining, encoder: TextEncoderConfig,
-  instances: Instances, unseen: Instances, vocabulary: Vocabulary, *, seed: int, partitioner,
-) -> None:
-  """Trains generator and reader, and tests them on unseen rows.
+    Raises:
+      ValueError: for an encoder that has its words already.
+    """
+    if encoder.num_words() is not None:
+      raise ValueError(
+        "metalm.ReaderTraining trains an encoder from its first step, whose words are the "
+        f"vocabulary's, and models.TextEncoderConfig.trunk has vocab_size={encoder.num_words()}; "
+        "leave it out, or take @metalm.PublishedReader() for an encoder that is trained."
+      )
 
-  Raises:
-    ValueError: for fewer rows than a batch has.
-  """
-  if len(instances) < config.batch_size:
-    raise ValueError(
-      f"there are {len(instances)} rows to train on, fewer than metalm.ReaderTraining.batch_size="
-      f"{config.batch_size}; give more text or make the batch smaller."
-    )
-  losses = config.losses(encoder, vocabulary)
-  rows = functools.partial(_rows, instances, vocabulary.pad_id)
-  result = loop.train(
-    supervised(
-      losses.init_params, losses, config.optimizer, keyed=True, check_batch=losses.check_batch,
-      partitioner=partitioner),
-    Ahead(Epochs(rows, len(instances), config.batch_size, seed)), config.num_steps, seed,
-    context.directory, partitioner, records=loop.Records(
-      checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
-      description=context.name, progress=context.progress))
-  length = instances.length
-  for network in (losses.config.generator, losses.config.discriminator):
-    context.flops += 3.0 * result.step * config.batch_size * length * flops.forward_flops_per_token(
-      network, length, unembedding=False)
-  index = np.arange(min(config.num_tested, len(unseen)))
-  batch = _rows(unseen, vocabulary.pad_id, index)
-  del batch["example_id"]
-  batch["key"] = jax.random.split(jax.random.key(seed), len(index))
-  parts = jax.device_get(jax.jit(losses.parts)(jax.device_get(result.state.params), batch))
-  context.extra["tested"] = {
-    "told_right": float(parts.num_right.sum() / parts.num_real.sum()),
-    "kept": float(1 - parts.num_replaced.sum() / parts.num_real.sum()),  # what "kept" alone tells
-    "masked_nats": float(np.average(parts.masked_nats, weights=parts.num_masked)),
-  }
+  def run(
+    self, context: pipeline.StageContext, encoder: TextEncoderConfig, prepared: Prepared, *,
+    seed: int, partitioner,
+  ) -> None:
+    """See `starts.ReaderStart`: generator and reader are trained, and tested on unseen rows.
+
+    Raises:
+      ValueError: for fewer rows than a batch has.
+    """
+    instances, unseen, vocabulary = prepared.train, prepared.validation, prepared.vocabulary
+    if len(instances) < self.batch_size:
+      raise ValueError(
+        f"there are {len(instances)} rows to train on, fewer than metalm.ReaderTraining.batch_size="
+        f"{self.batch_size}; give more text or make the batch smaller."
+      )
+    losses = self.losses(encoder, vocabulary)
+    rows = functools.partial(_rows, instances, vocabulary.pad_id)
+    result = loop.train(
+      supervised(
+        losses.init_params, losses, self.optimizer, keyed=True, check_batch=losses.check_batch,
+        partitioner=partitioner),
+      Ahead(Epochs(rows, len(instances), self.batch_size, seed)), self.num_steps, seed,
+      context.directory, partitioner, records=loop.Records(
+        checkpoint_every=self.checkpoint_every, params_at=(self.num_steps,),
+        description=context.name, progress=context.progress))
+    length = instances.length
+    for network in (losses.config.generator, losses.config.discriminator):
+      context.flops += 3.0 * result.step * self.batch_size * length * flops.forward_flops_per_token(
+        network, length, unembedding=False)
+    index = np.arange(min(self.num_tested, len(unseen)))
+    batch = _rows(unseen, vocabulary.pad_id, index)
+    del batch["example_id"]
+    batch["key"] = jax.random.split(jax.random.key(seed), len(index))
+    parts = jax.device_get(jax.jit(losses.parts)(jax.device_get(result.state.params), batch))
+    context.extra["tested"] = {
+      "told_right": float(parts.num_right.sum() / parts.num_real.sum()),
+      "kept": float(1 - parts.num_replaced.sum() / parts.num_real.sum()),  # what "kept" alone tells
+      "masked_nats": float(np.average(parts.masked_nats, weights=parts.num_masked)),
+    }
+
+  def load(
+    self, folder: Path, encoder: TextEncoderConfig, vocabulary: Vocabulary, partitioner
+  ) -> Any:
+    """The parameters of the reader alone, as a `UniversalLM` has them under `reader`."""
+    losses = self.losses(encoder, vocabulary)
+    abstract = language_models.abstract_params(losses.init_params, partitioner)
+    found = loop.load_kept_params(folder, self.num_steps, abstract)["discriminator"]
+    return encoder_params(found, encoder.top_layers)
 
 
 def _rows(instances: Instances, pad_id: int, index: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -120,15 +142,3 @@ def _rows(instances: Instances, pad_id: int, index: np.ndarray) -> Mapping[str, 
   segments = (batch["tokens"] != pad_id).astype(np.int32)
   return {
     "tokens": batch["tokens"], "segment_ids": segments, "example_id": batch["example_id"]}
-
-
-def load(
-  folder: Path, config: ReaderTraining, encoder: TextEncoderConfig, vocabulary: Vocabulary,
-  partitioner,
-) -> Any:
-  """The parameters of the reader alone, as a `UniversalLM` has them under `reader`."""
-  losses = config.losses(encoder, vocabulary)
-  abstract = language_models.abstract_params(losses.init_params, partitioner)
-  found = loop.load_kept_params(folder, config.num_steps, abstract)["discriminator"]
-  params = {"trunk": {name: value for name, value in found.items() if name not in _HEADS}}
-  return with_top(params, encoder.top_layers) if encoder.top_layers else params

@@ -17,7 +17,7 @@ from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.metalm import reader, tasks, texts
-from lmops_jax.systems.metalm.arms import PREFIX, SEMI, Models
+from lmops_jax.systems.metalm.arms import PREFIX, SEMI, Arm, Models
 from lmops_jax.systems.metalm.evaluate import (
   BEFORE,
   COMMON,
@@ -41,6 +41,7 @@ _TASKS = {
   tasks.NEXT_PASSAGE: "next passage", tasks.FILE_KIND: "file kind",
   tasks.SAME_DOCUMENT: "same document", OTHER_WORDS: "same document, other words",
 }
+_LOOKED_AT = 16  # rows, for one with a span
 _MODES = {BEFORE: "", ENCODER: "decoder frozen", ALL: "all finetuned"}
 
 
@@ -96,7 +97,9 @@ def run(
     "texts": context.manifest(texts.STAGE)["extra"]["statistics"],
     "stages": report.costs,
   }
-  page = _page(report, summary, curves, drawn_rows(prepared, models))
+  drawn = [drawn_row(models.arm(name, prepared.vocabulary.vocab_size), prepared, name)
+           for name in (SEMI, PREFIX)]
+  page = _page(report, summary, curves, drawn)
   report.write(summary, page, required=REQUIRED)
 
 
@@ -140,30 +143,27 @@ def chances(folder: Path) -> dict[str, float]:
   return found | {OTHER_WORDS: found[tasks.SAME_DOCUMENT]}
 
 
-def drawn_rows(prepared: texts.Prepared, models: Models) -> dict[str, html.Excerpt]:
-  """By arm with an encoder: the first unseen row in which spans are drawn, with its spans."""
+def drawn_row(arm: Arm, prepared: texts.Prepared, title: str) -> html.Excerpt:
+  """The first unseen row in which spans are drawn, with its spans marked."""
   vocabulary, unseen = prepared.vocabulary, prepared.validation
-  found = {}
-  for name in (SEMI, PREFIX):
-    batch = models.arm(name, vocabulary.vocab_size).validation(unseen).batch(
-      np.arange(min(len(unseen), 16)))
-    row = int(np.argmax((batch["vector_index"] >= 0).any(axis=1)))
-    tokens, index = batch["tokens"][row], batch["vector_index"][row]
-    cuts = np.flatnonzero(np.diff(index >= 0) | (np.diff(index) != 1) & (index[1:] >= 0)) + 1
-    pieces, marked, length = [], [], 0
-    for start, end in zip([0, *cuts], [*cuts, len(tokens)]):
-      text = vocabulary.decode(tokens[start:end])
-      pieces.append(text)
-      if index[start] >= 0 and text:
-        marked.append((length, length + len(text)))
-      length += len(text)
-    learned = int(batch["loss_mask"][row].sum())
-    found[name] = html.Excerpt(
-      "".join(pieces), name, {
-        "spans": len(marked), "encoded tokens": int((index >= 0).sum()),
-        "learned tokens": learned},
-      max_characters=max(length, 1), marked=marked)
-  return found
+  batch = arm.validation(unseen).batch(np.arange(min(len(unseen), _LOOKED_AT)))
+  row = int(np.argmax((batch["vector_index"] >= 0).any(axis=1)))
+  tokens, index = batch["tokens"][row], batch["vector_index"][row]
+  # Between two spans side by side the encoder has a start token.
+  is_span, follows = index >= 0, np.diff(index) == 1
+  cuts = np.flatnonzero((is_span[1:] != is_span[:-1]) | is_span[1:] & ~follows) + 1
+  pieces, marked, length = [], [], 0
+  for start, end in zip([0, *cuts], [*cuts, len(tokens)]):
+    text = vocabulary.decode(tokens[start:end])
+    pieces.append(text)
+    if is_span[start] and text:
+      marked.append((length, length + len(text)))
+    length += len(text)
+  return html.Excerpt(
+    "".join(pieces), title, {
+      "spans": len(marked), "encoded tokens": int(is_span.sum()),
+      "learned tokens": int(batch["loss_mask"][row].sum())},
+    max_characters=max(length, 1), marked=marked)
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -245,7 +245,7 @@ def _page(report: RunReport, summary, curves, drawn) -> html.Report:
       html.Section(
         "What the encoder reads",
         "A row of unseen text. Marked spans reach the decoder as vectors of the encoder; of a span "
-        "the first token is predicted, of all else every token.", excerpts=list(drawn.values())),
+        "the first token is predicted, of all else every token.", excerpts=drawn),
       html.Section(
         "Perplexity", "\n".join(f"- {view}: {what}" for view, what in _VIEWS.items()),
         figures=figures,

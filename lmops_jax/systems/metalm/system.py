@@ -12,8 +12,18 @@ from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
 from lmops_jax.sizing.vocabulary import vocabulary_size
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.systems.metalm import evaluate, plan, prompts, reader, report, tasks, texts, training
-from lmops_jax.systems.metalm.arms import ARMS, SEMI, Arm, Models
+from lmops_jax.systems.metalm import (
+  evaluate,
+  plan,
+  prompts,
+  reader,
+  report,
+  starts,
+  tasks,
+  texts,
+  training,
+)
+from lmops_jax.systems.metalm.arms import ARMS, SEMI, Arm, Models, sized_encoder
 from lmops_jax.systems.metalm.texts import Prepared
 from lmops_jax.training import language_models
 
@@ -28,7 +38,8 @@ class MetaLM:
   Attributes:
     texts, tasks: what is read and what is asked.
     models: what the arms are made of.
-    reader: how the encoder is trained before it is docked.
+    reader: where the encoder comes from before it is docked: training of its own or a published
+      one.
     training, finetune, evaluation: settings of the stages.
     arms: see `metalm.arms`.
     seeds: of initialisation and order; the encoder has the first.
@@ -40,7 +51,7 @@ class MetaLM:
   texts: texts.Texts
   tasks: tasks.Tasks
   models: Models
-  reader: reader.ReaderTraining
+  reader: starts.ReaderStart
   training: training.Training
   finetune: training.Finetune
   evaluation: evaluate.Evaluate
@@ -50,6 +61,7 @@ class MetaLM:
   name = "metalm"
 
   def __post_init__(self):
+    self.reader.check(self.models.docked.reader.encoder)
     for length in (self.texts.length, self.finetune.length):
       for config in (self.models.docked.text, self.models.large, self._trunk):
         language_models.check_length(config, length)
@@ -116,10 +128,8 @@ class MetaLM:
 
   def _reader(self, context: pipeline.StageContext, seed, partitioner) -> None:
     prepared = Prepared(context.input(texts.STAGE))
-    reader.run(
-      context, self.reader, self.models.encoder(prepared.vocabulary.vocab_size),
-      prepared.train, prepared.validation, prepared.vocabulary, seed=seed,
-      partitioner=partitioner)
+    encoder = sized_encoder(self.models.docked.reader.encoder, prepared.vocabulary.vocab_size)
+    self.reader.run(context, encoder, prepared, seed=seed, partitioner=partitioner)
 
   def _train(self, context: pipeline.StageContext, arm, seed, partitioner) -> None:
     prepared = Prepared(context.input(texts.STAGE))
@@ -127,7 +137,7 @@ class MetaLM:
     training.train(
       context, self.training, made, prepared.train, prepared.validation, seed=seed,
       reader=functools.partial(
-        reader.load, context.input(reader.STAGE), self.reader, made.config.reader.encoder,
+        self.reader.load, context.input(reader.STAGE), made.config.reader.encoder,
         prepared.vocabulary, partitioner) if made.reads_spans else None,
       partitioner=partitioner)
 

@@ -25,14 +25,14 @@ def bindings(tmp_path_factory):
     "metalm.Texts.validation_fraction = 0.4"]
 
 
-def load(bindings, *more):
-  """The smoke run with bindings."""
-  return resolve.load(["metalm/smoke.gin"], [*bindings, *more])
+def load(bindings, *more, files=()):
+  """The smoke run with bindings, and with further files behind its own."""
+  return resolve.load(["metalm/smoke.gin", *files], [*bindings, *more])
 
 
-def run(path, bindings, *more, only=None):
+def run(path, bindings, *more, only=None, files=()):
   """What became of each stage."""
-  resolved = load(bindings, *more)
+  resolved = load(bindings, *more, files=files)
   job = resolved.run()
   stages = skeleton.resolve_stages(
     job.system, job.system.stages(None), resolved.tree.child("system"))

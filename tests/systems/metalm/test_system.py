@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from lmops_jax.data.tasks import demonstrations
+from lmops_jax.decoding.scoring import total
 from lmops_jax.mesh import meshes
 from lmops_jax.mesh.checkpoints import load_params
-from lmops_jax.systems.metalm import evaluate, prompts, reader, tasks, texts
+from lmops_jax.systems.metalm import evaluate, prompts, tasks, texts
 from lmops_jax.systems.metalm.arms import SEMI
 from lmops_jax.training import loop
 from tests.systems.metalm.conftest import ARMS, load, run
@@ -56,9 +57,8 @@ def test_the_page_draws_spans_and_curves(workdir):
 def test_arms_start_alike_and_only_what_is_trained_moves(workdir, system):
   prepared = texts.Prepared(workdir / "texts")
   made = system.models.arm(SEMI, prepared.vocabulary.vocab_size)
-  start = reader.load(
-    workdir / "encoder", system.reader, made.config.reader.encoder, prepared.vocabulary,
-    meshes.single_device())
+  start = system.reader.load(
+    workdir / "encoder", made.config.reader.encoder, prepared.vocabulary, meshes.single_device())
   trained = _params(workdir, system, "train/semi_causal/seed0", system.training)
   jax.tree.map(np.testing.assert_array_equal, trained["reader"]["trunk"], start["trunk"])
   assert _differ(trained["reader"]["top"], start["top"])
@@ -82,7 +82,8 @@ def test_choices_are_those_of_full_passes(workdir, system):
   made = system.models.arm(SEMI, vocabulary.vocab_size)
   params = _params(workdir, system, "train/semi_causal/seed0", system.training)
   shown = demonstrations(task.train, 2, 0)
-  chosen, dropped = evaluate.Asking(made, params, vocabulary, None).chosen(task.rows[:3], shown)
+  chosen, dropped = evaluate.Asking(made, params, vocabulary, None).chosen(
+    task.rows[:3], shown, total)
   assert dropped == 0
 
   @jax.jit
@@ -117,7 +118,7 @@ def test_choices_are_those_of_full_passes(workdir, system):
     padded = np.zeros((1, width, vectors[0].shape[1]), np.float32)
     padded[0, : len(of_all)] = of_all
     found = np.asarray(log_probs(row_tokens, padded, row_index))
-    return np.mean([found[start - 1 + i, token] for i, token in enumerate(answer)])
+    return sum(found[start - 1 + i, token] for i, token in enumerate(answer))
 
   for row, pick in zip(task.rows[:3], chosen):
     assert pick == int(np.argmax([score(row, option) for option in row.options]))
