@@ -89,10 +89,24 @@ class DockedLM(nn.Module):
       images: `[N,height,width,3]`, bytes, or floats that are normalised already.
       keys: `[N]` typed keys of dropout, one for each image; None drops nothing.
     """
+    return self.connect(self.features(images, keys), keys)
+
+  def features(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """What the connector reads of each image, `[N,P,width]` in the language model's dtype.
+
+    With a frozen tower without dropout they depend on the image alone, and can be computed once.
+
+    Args:
+      images, keys: as `image_vectors` takes them.
+    """
     features = self.vision.features(images, folded(keys, 0))
     if self.config.unit_features:
       features = unit_length(features, _SMALLEST)
-    return self.connector(features.astype(self.config.text.dtype), folded(keys, 1))
+    return features.astype(self.config.text.dtype)
+
+  def connect(self, features: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """Features `[N,P,width]` to vectors `[N,M,W]`; `keys` as `image_vectors` takes them."""
+    return self.connector(features, folded(keys, 1))
 
   def row_vectors(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     """The vectors of each row's images one after the other, `[B,I*M,W]`.
@@ -102,11 +116,19 @@ class DockedLM(nn.Module):
         refers to may hold anything.
       keys: `[B]` typed keys of dropout, which may be the text's.
     """
-    batch, num = images.shape[:2]
+    return self._by_row(self.image_vectors, images, keys)
+
+  def connect_rows(self, features: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """`row_vectors` of images whose features `[B,I,P,width]` are known."""
+    return self._by_row(self.connect, features, keys)
+
+  def _by_row(self, encode, inputs, keys):
+    """The vectors of inputs `[B,I,...]` of one image each, by row."""
+    batch, num = inputs.shape[:2]
     if keys is not None:
       of_images = functools.partial(folded, folded(keys, _IMAGES))
       keys = jax.vmap(of_images, out_axes=1)(jnp.arange(num)).reshape(-1)
-    vectors = self.image_vectors(images.reshape(-1, *images.shape[2:]), keys)
+    vectors = encode(inputs.reshape(-1, *inputs.shape[2:]), keys)
     return vectors.reshape(batch, -1, vectors.shape[-1])
 
   def __call__(self, tokens: jax.Array, *args, **kwargs) -> jax.Array:

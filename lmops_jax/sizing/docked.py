@@ -41,15 +41,24 @@ def trains_whole_tower(optimizer: optax.GradientTransformation, params: Any) -> 
   Args:
     params: those of the docked model, or their shapes.
   """
+  return any(jax.tree.leaves(_read_of_tower(optimizer, params)["trunk"]))
+
+
+def trains_tower(optimizer: optax.GradientTransformation, params: Any) -> bool:
+  """Whether an optimizer trains anything of the tower; arguments as for `trains_whole_tower`."""
+  return any(jax.tree.leaves(_read_of_tower(optimizer, params)))
+
+
+def _read_of_tower(optimizer, params):
+  """For each parameter of the tower, whether the optimizer reads its gradient."""
   params = unboxed(params)
   state = dynamics.State(params, jax.eval_shape(optimizer.init, params))
-  is_read = jax.tree.unflatten(
-    jax.tree.structure(params), dynamics.gradients_read(optimizer.update, state))
-  return any(jax.tree.leaves(is_read["vision"]["trunk"]))
+  return jax.tree.unflatten(
+    jax.tree.structure(params), dynamics.gradients_read(optimizer.update, state))["vision"]
 
 
 def group_flops(
-  config: DockedConfig, shapes: Iterable[Shape], whole_tower: bool = False
+  config: DockedConfig, shapes: Iterable[Shape], whole_tower: bool = False, encoded: bool = False
 ) -> float:
   """Operations of a training step for each group of rows.
 
@@ -57,8 +66,10 @@ def group_flops(
 
   Args:
     whole_tower: whether all layers of the tower are trained.
+    encoded: whether pictures come as features, so that the tower does nothing.
   """
-  of_picture = picture_flops(config, whole_tower)
+  of_picture = (
+    _connector_flops(config, _Passes.TO_WEIGHTS) if encoded else picture_flops(config, whole_tower))
   return sum(
     shape.rows * (
       3 * shape.length * flops.forward_flops_per_token(config.text, shape.length)
@@ -73,15 +84,16 @@ def picture_flops(config: DockedConfig, whole_tower: bool = False) -> float:
   if whole_tower:
     backward += _patch_flops(config)  # of the weights; no gradient goes on to the pixels
   connector = _connector_flops(config, _Passes.TO_FEATURES if trained else _Passes.TO_WEIGHTS)
-  return _tower_flops(config) + backward + connector
+  return tower_flops(config) + backward + connector
 
 
 def encoding_flops(config: DockedConfig) -> float:
   """Operations of making the vectors of a picture, without a gradient."""
-  return _tower_flops(config) + _connector_flops(config, _Passes.FORWARD)
+  return tower_flops(config) + _connector_flops(config, _Passes.FORWARD)
 
 
-def _tower_flops(config: DockedConfig) -> float:
+def tower_flops(config: DockedConfig) -> float:
+  """Operations of the tower for each picture, without a gradient."""
   return _patch_flops(config) + _blocks_flops(config, config.vision.trunk)
 
 
@@ -96,16 +108,19 @@ def _blocks_flops(config: DockedConfig, stack: TransformerConfig) -> float:
 
 
 def picture_bytes(
-  config: DockedConfig, images: float, whole_tower: bool = False, **sizes
+  config: DockedConfig, images: float, whole_tower: bool = False, encoded: bool = False, **sizes
 ) -> float:
   """Bytes on one device of the activations of tower and connector for one micro-batch.
 
   Args:
     images: pictures of the micro-batch on this device.
     whole_tower: whether all layers of the tower are trained.
+    encoded: whether pictures come as features.
     sizes: `platform`, `num_fsdp` and `num_tensor` of `activations.activation_bytes`.
   """
   num = 1 + config.vision.num_patches
+  if encoded:
+    return images * (_connector_bytes(config) + feature_bytes(config))
   towers = [
     activations.activation_bytes(
       dataclasses.replace(stack, vocab_size=1), images, num,  # it looks up no word
@@ -114,6 +129,12 @@ def picture_bytes(
   of_input = 4 * NUM_CHANNELS * config.vision.image_size**2
   kept = sum(towers) if whole_tower else max(towers)
   return images * of_input + kept + images * _connector_bytes(config)
+
+
+def feature_bytes(config: DockedConfig) -> int:
+  """Bytes of a picture's features, as the connector reads them."""
+  num, width = 1 + config.vision.num_patches, config.vision.trunk.width
+  return num * width * jnp.dtype(config.text.dtype).itemsize
 
 
 def _stacks(config: DockedConfig) -> Mapping[str, Any]:
