@@ -1,4 +1,4 @@
-"""Features of a frozen tower: the same training from them as from pixels, and when they are made."""
+"""Features of a frozen tower: the same training as from pixels, and when they are made."""
 
 import dataclasses
 import json
