@@ -271,13 +271,22 @@ class ImageRows:
     Raises:
       ValueError: if a picture cannot be read; it names the picture.
     """
-    numbers = np.asarray(self._arrays["picture_index"][np.asarray(indices)])
+    numbers = self.picture_numbers(indices)
     out = np.zeros((*numbers.shape, self.settings.height, self.settings.width, 3), np.uint8)
     there = numbers >= 0
     wanted, places = np.unique(numbers[there], return_inverse=True)
     if len(wanted):
       out[there] = np.stack(list(self._pool.map(self._pixels, wanted.tolist())))[places]
     return out
+
+  def picture_numbers(self, indices) -> np.ndarray:
+    """The numbers of the pictures of rows, `[n,I] int64`, -1 for those that a row lacks."""
+    return np.asarray(self._arrays["picture_index"][np.asarray(indices)])
+
+  @property
+  def num_pictures(self) -> int:
+    """Pictures of all rows."""
+    return len(self._spans)
 
   def picture(self, number: int) -> Picture:
     """A picture of the rows by its number."""

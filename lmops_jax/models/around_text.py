@@ -41,9 +41,13 @@ class AroundText(nn.Module):
       unit: divide them by their lengths.
       keys: `[N]` typed keys of the connector's dropout, or None.
     """
+    return connector(self.as_read(features, unit), keys)
+
+  def as_read(self, features: jax.Array, unit: bool) -> jax.Array:
+    """An encoder's vectors `[N,P,D]` as a connector reads them; `unit` as in `connected`."""
     if unit:
       features = unit_length(features, _SMALLEST)
-    return connector(features.astype(self.config.text.dtype), keys)
+    return features.astype(self.config.text.dtype)
 
   def __call__(self, tokens: jax.Array, *args, **kwargs) -> jax.Array:
     """Hidden states `[B,S,D]`; arguments as `Transformer.__call__`.

@@ -83,8 +83,22 @@ class DockedLM(AroundText):
       images: `[N,height,width,3]`, bytes, or floats that are normalised already.
       keys: `[N]` typed keys of dropout, one for each image; None drops nothing.
     """
+    return self.connect(self.features(images, keys), keys)
+
+  def features(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """What the connector reads of each image, `[N,P,width]` in the language model's dtype.
+
+    With a frozen tower without dropout they depend on the image alone, and can be computed once.
+
+    Args:
+      images, keys: as `image_vectors` takes them.
+    """
     features = self.vision.features(images, folded(keys, 0))
-    return self.connected(self.connector, features, self.config.unit_features, folded(keys, 1))
+    return self.as_read(features, self.config.unit_features)
+
+  def connect(self, features: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """Features `[N,P,width]` to vectors `[N,M,W]`; `keys` as `image_vectors` takes them."""
+    return self.connector(features, folded(keys, 1))
 
   def row_vectors(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     """The vectors of each row's images one after the other, `[B,I*M,W]`.
@@ -95,6 +109,10 @@ class DockedLM(AroundText):
       keys: `[B]` typed keys of dropout, which may be the text's.
     """
     return each_in_rows(self.image_vectors, images, keys=keys)
+
+  def connect_rows(self, features: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """`row_vectors` of images whose features `[B,I,P,width]` are known."""
+    return each_in_rows(self.connect, features, keys=keys)
 
   def touch_encoders(self) -> None:
     """See `AroundText`."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lmops_jax.models.docked import DockedConfig
@@ -36,8 +37,13 @@ def trains_whole_tower(optimizer: optax.GradientTransformation, params: Any) -> 
   return any(jax.tree.leaves(encoders.gradients_read(optimizer, params)["vision"]["trunk"]))
 
 
+def trains_tower(optimizer: optax.GradientTransformation, params: Any) -> bool:
+  """Whether an optimizer trains anything of the tower; arguments as for `trains_whole_tower`."""
+  return any(jax.tree.leaves(encoders.gradients_read(optimizer, params)["vision"]))
+
+
 def group_flops(
-  config: DockedConfig, shapes: Iterable[Shape], whole_tower: bool = False
+  config: DockedConfig, shapes: Iterable[Shape], whole_tower: bool = False, encoded: bool = False
 ) -> float:
   """Operations of a training step for each group of rows.
 
@@ -45,8 +51,11 @@ def group_flops(
 
   Args:
     whole_tower: whether all layers of the tower are trained.
+    encoded: whether pictures come as features, so that the tower does nothing.
   """
-  of_picture = picture_flops(config, whole_tower)
+  of_picture = encoders.connector_step_flops(
+    config.connector, config.text, config.vision.trunk.width, config.vision.num_features()
+  ) if encoded else picture_flops(config, whole_tower)
   return sum(
     shape.rows * (
       3 * shape.length * flops.forward_flops_per_token(config.text, shape.length)
@@ -69,17 +78,27 @@ def encoding_flops(config: DockedConfig) -> float:
     encoders.patch_flops(config.vision))
 
 
+def tower_flops(config: DockedConfig) -> float:
+  """Operations of the tower for each picture, without a gradient."""
+  return encoders.forward_flops(
+    config.vision, config.vision.num_features(), encoders.patch_flops(config.vision))
+
+
 def picture_bytes(
-  config: DockedConfig, images: float, whole_tower: bool = False, **sizes
+  config: DockedConfig, images: float, whole_tower: bool = False, encoded: bool = False, **sizes
 ) -> float:
   """Bytes on one device of the activations of tower and connector for one micro-batch.
 
   Args:
     images: pictures of the micro-batch on this device.
     whole_tower: whether all layers of the tower are trained.
+    encoded: whether pictures come as features.
     sizes: `platform`, `num_fsdp` and `num_tensor` of `activations.activation_bytes`.
   """
   vision, num = config.vision, config.vision.num_features()
+  of_connector = encoders.connector_bytes(config.connector, config.text, vision.trunk.width, num)
+  if encoded:
+    return images * (of_connector + feature_bytes(config))
   towers = [
     activations.activation_bytes(
       dataclasses.replace(stack, vocab_size=1), images, num,  # it looks up no word
@@ -87,5 +106,10 @@ def picture_bytes(
     for part, stack in stacks(vision.trunk, vision.top_layers).items()]
   of_input = 4 * NUM_CHANNELS * vision.image_size**2
   kept = sum(towers) if whole_tower else max(towers)
-  of_connector = encoders.connector_bytes(config.connector, config.text, vision.trunk.width, num)
   return images * of_input + kept + images * of_connector
+
+
+def feature_bytes(config: DockedConfig) -> int:
+  """Bytes of a picture's features, as the connector reads them."""
+  vectors = config.vision.num_features() * config.vision.trunk.width
+  return vectors * jnp.dtype(config.text.dtype).itemsize

@@ -84,7 +84,7 @@ def step_flops(
     backward += in_front  # of the weights
   passes = _Passes.TO_WEIGHTS if trained is None else _Passes.TO_FEATURES
   return (
-    in_front + _blocks_flops(encoder.trunk, num) + backward
+    forward_flops(encoder, num, in_front) + backward
     + _connector_flops(connector, text, encoder.trunk.width, num, passes))
 
 
@@ -93,8 +93,20 @@ def encoding_flops(
   in_front: float = 0.0,
 ) -> float:
   """Operations of making the vectors of one sequence, without a gradient; see `step_flops`."""
-  return in_front + _blocks_flops(encoder.trunk, num) + _connector_flops(
+  return forward_flops(encoder, num, in_front) + _connector_flops(
     connector, text, encoder.trunk.width, num, _Passes.FORWARD)
+
+
+def forward_flops(encoder: Stacked, num: int, in_front: float = 0.0) -> float:
+  """Operations of an encoder alone for one sequence, without a gradient; see `step_flops`."""
+  return in_front + _blocks_flops(encoder.trunk, num)
+
+
+def connector_step_flops(
+  connector: ConnectorConfig, text: TransformerConfig, width: int, num: int
+) -> float:
+  """Operations of a training step of a connector for one sequence whose vectors are known."""
+  return _connector_flops(connector, text, width, num, _Passes.TO_WEIGHTS)
 
 
 def patch_flops(vision: VisionConfig) -> float:

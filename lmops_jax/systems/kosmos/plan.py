@@ -13,7 +13,7 @@ from lmops_jax.config.refusals import ConfigError
 from lmops_jax.data.image_tokens import KOSMOS_WORDS
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models.docked import DockedConfig
-from lmops_jax.models.vision import NUM_CHANNELS
+from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig
 from lmops_jax.sizing import activations
 from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.sizing.aot import Program
@@ -27,10 +27,13 @@ _WORD_FIELDS = ("tokens", "targets", "positions", "segment_ids")
 
 
 def abstract_batch(
-  config: training.Training, shapes: Mapping[str, RowShape], image_size: int,
-  partitioner: Partitioner,
+  config: training.Training, shapes: Mapping[str, RowShape], vision: VisionConfig,
+  partitioner: Partitioner, features: jnp.dtype | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """A placed batch of groups of rows of these shapes, by part.
+
+  Args:
+    features: the dtype of features, which pictures come as; None: pixels.
 
   Raises:
     ConfigError: when the mesh does not divide the groups.
@@ -54,15 +57,19 @@ def abstract_batch(
     batch[f"{part}/loss_mask"] = array(jnp.float32, *row)
     if shape.pictures:
       batch[f"{part}/vector_index"] = array(jnp.int32, *row)
-      batch[f"{part}/images"] = array(
-        jnp.uint8, shape.rows, shape.pictures, image_size, image_size, NUM_CHANNELS)
+      pictures, side = (shape.rows, shape.pictures), vision.image_size
+      if features is None:
+        batch[f"{part}/images"] = array(jnp.uint8, *pictures, side, side, NUM_CHANNELS)
+      else:
+        batch[f"{part}/features"] = array(
+          features, *pictures, 1 + vision.num_patches, vision.trunk.width)
   return batch
 
 
 def phase(
   config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner,
   platform: str, shapes: Mapping[str, RowShape] | None = None,
-  words: Sequence[str] = KOSMOS_WORDS,
+  words: Sequence[str] = KOSMOS_WORDS, encoded: bool = False,
 ) -> Phase:
   """Training of the full model.
 
@@ -72,22 +79,23 @@ def phase(
   Args:
     shapes: of the rows of each part; None: those of `config`.
     words: the special ones of the vocabulary.
+    encoded: whether pictures come as features, which were computed before.
   """
   shapes = config.shapes if shapes is None else shapes
   docked, learner, state, batch = _abstract(
-    config, model, vocabulary, partitioner, shapes, words)
+    config, model, vocabulary, partitioner, shapes, words, encoded)
   params = device_bytes(state.params)
   whole_tower = docked_sizes.trains_whole_tower(config.optimizer, state.params)
   parts = {
     "params": params, "opt_state": device_bytes(state.opt_state),
     "accumulators": params * (1 + (config.accumulate > 1)), "data": device_bytes(batch),
     "activations": _activation_bytes(
-      config, docked.config, shapes, partitioner, platform, whole_tower),
+      config, docked.config, shapes, partitioner, platform, whole_tower, encoded),
   }
   return Phase(
     "train", sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
     config.num_steps * config.num_groups * docked_sizes.group_flops(
-      docked.config, shapes.values(), whole_tower),
+      docked.config, shapes.values(), whole_tower, encoded),
     config.num_steps, parts,
     f"{config.num_groups} groups in {config.accumulate} micro-batches",
     _remedies(config, partitioner))
@@ -99,7 +107,9 @@ def _remedies(config, partitioner) -> tuple[str, ...]:
     f"more devices on mesh.make.fsdp (now {partitioner.mesh.shape['fsdp']})")
 
 
-def _activation_bytes(config, model, shapes, partitioner, platform, whole_tower) -> float:
+def _activation_bytes(
+  config, model, shapes, partitioner, platform, whole_tower, encoded
+) -> float:
   groups = config.num_groups / config.accumulate / partitioner.num_batch_shards
   mesh = partitioner.mesh.shape
   sizes = {"platform": platform, "num_fsdp": mesh["fsdp"], "num_tensor": mesh["tensor"]}
@@ -109,11 +119,11 @@ def _activation_bytes(config, model, shapes, partitioner, platform, whole_tower)
       model.text, groups * shape.rows, shape.length, **sizes)
     if shape.pictures:
       total += docked_sizes.picture_bytes(
-        model, groups * shape.rows * shape.pictures, whole_tower, **sizes)
+        model, groups * shape.rows * shape.pictures, whole_tower, encoded, **sizes)
   return total
 
 
-def _abstract(config, model, vocabulary, partitioner, shapes, words):
+def _abstract(config, model, vocabulary, partitioner, shapes, words, encoded):
   """The model, its learner, and its placed state and batch as shapes."""
   docked = training.docked_model(model, vocabulary_size(
     model.text.vocab_size, vocabulary, "text/models.TransformerConfig.vocab_size=64007",
@@ -122,17 +132,18 @@ def _abstract(config, model, vocabulary, partitioner, shapes, words):
   learner = training.learner(docked, config, arm, partitioner)
   state = partitioner.placed_shapes(loop.abstract_state(learner), uneven="whole")
   return docked, learner, state, abstract_batch(
-    config, shapes, model.vision.image_size, partitioner)
+    config, shapes, model.vision, partitioner, jnp.dtype(model.text.dtype) if encoded else None)
 
 
 def program(
   config: training.Training, model: DockedConfig, vocabulary: Any, partitioner: Partitioner,
   shapes: Mapping[str, RowShape] | None = None, words: Sequence[str] = KOSMOS_WORDS,
+  encoded: bool = False,
 ) -> Program:
   """The step of the full model's training; arguments as for `phase`."""
   shapes = config.shapes if shapes is None else shapes
   docked, learner, state, batch = _abstract(
-    config, model, vocabulary, partitioner, shapes, words)
+    config, model, vocabulary, partitioner, shapes, words, encoded)
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def lower():
@@ -141,5 +152,6 @@ def program(
 
   return Program(
     "train", lower,
-    config.num_groups * docked_sizes.group_flops(docked.config, shapes.values()),
+    config.num_groups * docked_sizes.group_flops(
+      docked.config, shapes.values(), encoded=encoded),
     remedies=_remedies(config, partitioner))

@@ -13,7 +13,7 @@ import numpy as np
 
 from lmops_jax.config.setting_types import Count, PositiveInt, component
 from lmops_jax.data.grounded_text import appended_box_words
-from lmops_jax.data.image_rows import ImageRows, write_rows
+from lmops_jax.data.image_rows import METADATA_FILE, ImageRows, write_rows
 from lmops_jax.data.image_tokens import ImageTokens, appended, encode_records, special_words
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.mixture import Mixture
@@ -21,6 +21,7 @@ from lmops_jax.data.multimodal import Record
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.shared_stages import corpora
 from lmops_jax.stages import pipeline
+from lmops_jax.systems.kosmos.features import Features
 from lmops_jax.systems.kosmos.items import Item, items
 from lmops_jax.systems.kosmos.world import CORRECT, Weights, World, records, weights
 from lmops_jax.text.vocabularies import Vocabulary
@@ -145,7 +146,8 @@ class Prepared:
     return [Item(**row) for row in rows], np.load(self._folder / _PICTURES_FILE)
 
   def groups(
-    self, shapes: Mapping[str, RowShape], weights: Weights, side: int, num_groups: int, seed: int
+    self, shapes: Mapping[str, RowShape], weights: Weights, side: int, num_groups: int, seed: int,
+    features: Features | None = None,
   ) -> Groups:
     """Groups of rows of the parts to train on, in the order of a seed.
 
@@ -153,24 +155,38 @@ class Prepared:
       shapes: of the parts.
       weights: shares of the sources in each part's rows.
       side: of pictures.
+      features: of the pictures, whose numbers stand in their place then; None: pixels.
     """
     return Groups({
-      part: Part(self._mixture(_TRAIN, part, weights[part], side, seed), shape.rows)
+      part: Part(self._mixture(_TRAIN, part, weights[part], side, seed, features), shape.rows)
       for part, shape in shapes.items()}, num_groups)
 
   def validation(
-    self, part: str, weights: Weights, side: int, num_groups: int
+    self, part: str, weights: Weights, side: int, num_groups: int,
+    features: Features | None = None,
   ) -> dict[str, np.ndarray]:
-    """A batch of groups of one row each."""
-    mixture = self._mixture(_VALIDATION, part, weights[part], side, 0)
+    """A batch of groups of one row each; arguments as for `groups`."""
+    mixture = self._mixture(_VALIDATION, part, weights[part], side, 0, features)
     return Groups({part: Part(mixture, 1)}, num_groups).batch(0)
 
+  def rows(self, side: int) -> dict[str, ImageRows]:
+    """All rows, to train on and to validate, by the name of their folder."""
+    return {
+      "/".join(name): ImageRows(self._folder.joinpath(*name), ImageSettings(side, side))
+      for name in sorted(
+        found.parent.relative_to(self._folder).parts
+        for found in self._folder.glob(f"*/*/*/{METADATA_FILE}"))}
+
   def _mixture(
-    self, name: str, part: str, weights: Mapping[str, float], side: int, seed: int
+    self, name: str, part: str, weights: Mapping[str, float], side: int, seed: int,
+    features: Features | None,
   ) -> Mixture:
     settings, folder = ImageSettings(side, side), self._folder / name / part
+    rows = {source: ImageRows(folder / source, settings) for source in weights}
     return Mixture(
-      {source: ImageRows(folder / source, settings) for source in weights}, weights, seed=seed)
+      rows if features is None else {
+        source: features.numbered(of, f"{name}/{part}/{source}") for source, of in rows.items()},
+      weights, seed=seed)
 
 
 def batched(values, size: int):

@@ -1,4 +1,8 @@
-"""What the two small studies share: stages scenes, vision, train and evaluate by arm, report."""
+"""What the two small studies share: stages scenes, vision, features, train and evaluate, report.
+
+Training reads the features of a frozen tower, which are computed once for all arms and seeds; an
+optimizer that trains the tower, or a tower with dropout, goes without that stage.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
 from lmops_jax.models.docked import DockedConfig, DockedLM
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.systems.kosmos import plan, prepare, tower, training
+from lmops_jax.systems.kosmos import features, plan, prepare, tower, training
 from lmops_jax.systems.kosmos.evaluate import Evaluate
 from lmops_jax.systems.kosmos.world import Weights, World
 from lmops_jax.text.vocabulary_sources import VocabularySource
@@ -92,6 +96,11 @@ class Study:
     """
     raise NotImplementedError
 
+  @functools.cached_property
+  def encodes_once(self) -> bool:
+    """Whether pictures are encoded once and for all, in the stage `features`."""
+    return features.are_fixed(self.model, self.training.optimizer)
+
   def stages(self, partitioner) -> list[skeleton.Stage]:
     """The run as stages; arguments as for every system."""
     partitioner = partitioner or meshes.single_device()
@@ -111,6 +120,15 @@ class Study:
         seed=self.seeds[0],
       ),
     ]
+    read_by_train = [prepare.STAGE, tower.STAGE]
+    if self.encodes_once:
+      read_by_train.append(features.STAGE)
+      stages.append(skeleton.Stage(
+        features.STAGE, functools.partial(self._encode, partitioner=partitioner),
+        inputs=(prepare.STAGE, tower.STAGE),
+        reads=("model.vision", "model.unit_features", "model.text.dtype"),
+        checks=("model",),  # a part of the whole is applied, which the rest does not enter
+      ))
     runs: dict[tuple[str, int], tuple[str, str]] = {}
     for seed in self.seeds:
       for arm in self.arms:
@@ -119,7 +137,7 @@ class Study:
         stages += [
           skeleton.Stage(
             train, functools.partial(self._train, arm=arm, seed=seed, partitioner=partitioner),
-            inputs=(prepare.STAGE, tower.STAGE),
+            inputs=tuple(read_by_train),
             reads=("training", "model", *self.READS.train), seed=seed,
           ),
           skeleton.Stage(
@@ -140,20 +158,33 @@ class Study:
       rendered=self.world.rendered, seed=self.world.train_seed, init_seed=init_seed,
       num_tested=self.world.num_items, partitioner=partitioner)
 
+  def _taught(self, context: pipeline.StageContext, partitioner):
+    return tower.load(
+      context.input(tower.STAGE), self.tower.num_steps, self.model.vision, partitioner)
+
+  def _encode(self, context: pipeline.StageContext, partitioner) -> None:
+    prepared = prepare.Prepared(context.input(prepare.STAGE))
+    features.run(
+      context, model=training.docked_model(self.model, prepared.ids.vocab_size),
+      tower=self._taught(context, partitioner),
+      rows=prepared.rows(self.model.vision.image_size), partitioner=partitioner)
+
   def _train(self, context: pipeline.StageContext, arm, seed, partitioner) -> None:
     prepared = prepare.Prepared(context.input(prepare.STAGE))
     given, config = self.given(arm), self.training
+    encoded = None
+    if self.encodes_once:
+      encoded = features.Features(context.input(features.STAGE), self.model.text.dtype)
     docked = training.docked_model(self.model, prepared.ids.vocab_size)
     training.run(
       context, config=config, docked=docked, arm=given.arm, seed=seed, partitioner=partitioner,
       source=prepared.groups(
         {part: config.shapes[part] for part in given.arm.parts}, given.weights,
-        self.model.vision.image_size, config.num_groups, seed),
+        self.model.vision.image_size, config.num_groups, seed, encoded),
       vocabulary=prepared.vocabulary, words=self.words,
-      tower=lambda: tower.load(
-        context.input(tower.STAGE), self.tower.num_steps, self.model.vision, partitioner),
+      tower=lambda: self._taught(context, partitioner), features=encoded,
       hooks=[training.validation(
-        docked, prepared, given.weights, given.arm, config.eval_every, partitioner)])
+        docked, prepared, given.weights, given.arm, config.eval_every, partitioner, encoded)])
 
   def _evaluate(self, context: pipeline.StageContext, arm, stage, partitioner) -> None:
     prepared = prepare.Prepared(context.input(prepare.STAGE))
@@ -164,9 +195,11 @@ class Study:
   def phases(self, partitioner, memory, *, platform: str, **sizes):
     """What training an arm with pictures takes, from shapes alone; see `plan.phase`."""
     return [plan.phase(
-      self.training, self.model, self.vocabulary, partitioner, platform, words=self.words)]
+      self.training, self.model, self.vocabulary, partitioner, platform, words=self.words,
+      encoded=self.encodes_once)]
 
   def programs(self, partitioner, memory, **sizes):
     """The step of such an arm, to compile ahead of time."""
     return [plan.program(
-      self.training, self.model, self.vocabulary, partitioner, words=self.words)]
+      self.training, self.model, self.vocabulary, partitioner, words=self.words,
+      encoded=self.encodes_once)]

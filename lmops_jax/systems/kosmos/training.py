@@ -28,6 +28,7 @@ from lmops_jax.models.docked import DockedConfig, DockedLM
 from lmops_jax.pretrained import trained_vocabulary
 from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.stages import pipeline
+from lmops_jax.systems.kosmos.features import NUMBERS, Features
 from lmops_jax.systems.kosmos.prepare import Prepared, RowShape
 from lmops_jax.systems.kosmos.world import PARTS, TEXT, Weights
 from lmops_jax.text.vocabularies import Vocabulary
@@ -102,7 +103,8 @@ class Arm(NamedTuple):
 
   Attributes:
     parts: of a group.
-    trained_on: `(images [...,I,height,width,3], used [...,I] bool) -> images`.
+    trained_on: `(images [...,I,height,width,3], used [...,I] bool) -> images`; and the same for
+      the numbers `[...,I]` of `features`, of which 0 is black.
     shown: the same when it is evaluated; None leaves pictures out of prompts.
   """
 
@@ -126,33 +128,55 @@ ARMS: Mapping[str, Arm] = {
 
 @dataclasses.dataclass(frozen=True)
 class WithPictures:
-  """The batches of groups with what an arm makes of their pictures."""
+  """The batches of groups with what an arm makes of their pictures.
+
+  Attributes:
+    inner: batches of groups, with numbers in the place of pictures if there are features.
+    arm: what the model is given.
+    num_slots: vectors of a picture.
+    features: of all pictures; None: batches have pixels.
+  """
 
   inner: Source
   arm: Arm
   num_slots: int
+  features: Features | None = None
   reads_params: ClassVar[bool] = False
 
   def batch(self, step: int, params=None) -> Mapping[str, np.ndarray]:
     """See `training.sources.Source`."""
-    return changed(self.inner.batch(step), self.arm, self.num_slots)
+    return changed(self.inner.batch(step), self.arm, self.num_slots, self.features)
 
 
-def changed(batch: Mapping[str, np.ndarray], arm: Arm, num_slots: int) -> dict[str, np.ndarray]:
-  """A batch of groups with the pictures that an arm is trained on."""
+def changed(
+  batch: Mapping[str, np.ndarray], arm: Arm, num_slots: int, features: Features | None = None
+) -> dict[str, np.ndarray]:
+  """A batch of groups with the pictures that an arm is trained on.
+
+  Returns:
+    The batch with other `<part>/images`; or, with features, with `<part>/features
+    [B,rows_per_group,I,P,width]`, what the connector reads, in the place of `<part>/pictures`.
+  """
   batch = dict(batch)
   for part in arm.parts:
-    if f"{part}/images" in batch:
-      images = batch[f"{part}/images"]
+    name = f"{part}/images" if features is None else f"{part}/{NUMBERS}"
+    if name in batch:
+      pictures = batch.pop(name)
       num_used = 1 + batch[f"{part}/vector_index"].max(axis=-1) // num_slots
-      used = np.arange(images.shape[2]) < num_used[..., None]
-      batch[f"{part}/images"] = arm.trained_on(images, used)
+      used = np.arange(pictures.shape[2]) < num_used[..., None]
+      pictures = arm.trained_on(pictures, used)
+      if features is None:
+        batch[name] = pictures
+      else:
+        batch[f"{part}/features"] = features.of(pictures)
   return batch
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupLosses:
   """Nats a learned token of each group, times its weight, of batches of `sources.Groups`.
+
+  A part's pictures are `images`, or `features` that were computed before, see `changed`.
 
   Attributes:
     model: a docked language model.
@@ -174,6 +198,9 @@ class GroupLosses:
       if "images" in rows:
         rows["vectors"] = self.model.apply(
           {"params": params}, rows.pop("images"), rows.get("key"), method="row_vectors")
+      elif "features" in rows:
+        rows["vectors"] = self.model.apply(
+          {"params": params}, rows.pop("features"), rows.get("key"), method="connect_rows")
       found = LMExampleLosses(self.model).token_losses(params, rows) * rows["loss_mask"]
       nats += found.reshape(groups, -1).sum(axis=1)
       learned += rows["loss_mask"].reshape(groups, -1).sum(axis=1)
@@ -242,6 +269,7 @@ def run(
   context: pipeline.StageContext, *, config: Training, docked: DockedLM, arm: Arm, seed: int,
   source: Source, vocabulary: Vocabulary, tower: Callable[[], Any] | None, partitioner,
   hooks: Sequence[loop.Evaluate] = (), words: Sequence[str] = KOSMOS_WORDS,
+  features: Features | None = None,
 ) -> None:
   """Trains one arm into a model folder, which `pretrained.load` and `lmops generate` open.
 
@@ -251,8 +279,9 @@ def run(
     tower: makes the parameters that the tower starts from; None draws them.
     hooks: see `loop.train`.
     words: the special tokens, in order.
+    features: of the pictures that the source numbers; None if it has pixels.
   """
-  shown = WithPictures(source, arm, docked.config.vectors_per_image)
+  shown = WithPictures(source, arm, docked.config.vectors_per_image, features)
 
   def initial():
     drawn = jax.jit(loop.initializer(docked))(jax.random.key(seed))
@@ -267,7 +296,7 @@ def run(
   )
   shapes = {part: config.shapes[part] for part in arm.parts}
   context.flops += result.step * config.num_groups * docked_sizes.group_flops(
-    docked.config, shapes.values())
+    docked.config, shapes.values(), encoded=features is not None)
   if context.writes:
     trained_vocabulary.describe_trained(
       context.directory, docked.config, vocabulary, params=f"params/{config.num_steps}",
@@ -275,18 +304,20 @@ def run(
 
 
 def validation(
-  docked, prepared: Prepared, weights: Weights, arm: Arm, every: int, partitioner
+  docked, prepared: Prepared, weights: Weights, arm: Arm, every: int, partitioner,
+  features: Features | None = None,
 ) -> loop.Evaluate:
   """A hook: the nats a learned token of each part's rows of validation.
 
   Args:
     weights: of the parts' sources.
+    features: of the pictures of the rows; None: the tower sees them at each validation.
   """
   side = docked.config.vision.image_size
   rows = {
     part: changed(
-      prepared.validation(part, weights, side, _VALIDATION_ROWS), arm,
-      docked.config.vectors_per_image)
+      prepared.validation(part, weights, side, _VALIDATION_ROWS, features), arm,
+      docked.config.vectors_per_image, features)
     for part in arm.parts}
 
   def figures(params):

@@ -247,7 +247,7 @@ def test_a_step_is_planned_and_compiled_from_shapes(tiny):
   params = jax.eval_shape(loop.initializer(DockedLM(system.model)), jax.random.key(0))
   assert phase.num_params == sum(x.size for x in jax.tree.leaves(params))
   assert phase.parts["opt_state"] < 2 * phase.parts["params"]  # none of the frozen layers
-  batch = plan.abstract_batch(system.training, system.shapes, 28, partitioner)
+  batch = plan.abstract_batch(system.training, system.shapes, system.model.vision, partitioner)
   assert batch["pairs/images"].shape == (2, 2, 1, 28, 28, 3)
   with pytest.raises(Exception, match="2 groups do not split over the mesh's 4 data shards"):
     system.phases(MeshConfig(data=4).plan(4), Memory(), platform="cpu")
