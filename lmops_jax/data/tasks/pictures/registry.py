@@ -48,6 +48,7 @@ class PictureEntry(NamedTuple):
     read: makes the rows from a folder.
     metric: see `Task`.
     source: what the folder holds, for people.
+    dataset: what `tfds.builder` takes, which is read without a folder; None: tfds has none.
     files: patterns of all files in the folder that decide the rows; of pictures only the names.
     templates: prompts by index, the first one the paper's.
     rows, train: splits to evaluate on and to draw from; train "": draw from the other rows.
@@ -66,6 +67,7 @@ class PictureEntry(NamedTuple):
   words: tuple[str, ...] = ()
   names: Callable[[Source], dict[str, str]] | None = None
   way: Way = Way()
+  dataset: str | None = None
 
 
 _KARPATHY = {
@@ -79,11 +81,11 @@ def _expression_files(data: str) -> tuple[str, ...]:
   return (f"*{data}_*.json", f"{data}/refs(*).p", f"{data}/instances.json")
 
 
-def _refcoco(data: str) -> PictureEntry:
+def _refcoco(data: str, dataset: str) -> PictureEntry:
   return PictureEntry(
     functools.partial(referring.comprehension, data=data), "referring",
     "MDETR's JSON or refs, COCO pictures", _expression_files(data), (prompts.EXPRESSION,), "val",
-    way=_LOCATE,
+    way=_LOCATE, dataset=dataset,
   )
 
 
@@ -131,13 +133,13 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
     ("*.txt", "Annotations/*.xml", "Sentences/*.txt"), (prompts.PHRASE,), "test",
     way=_LOCATE,
   ),
-  "refcoco": _refcoco("refcoco"),
-  "refcoco-plus": _refcoco("refcoco+"),
-  "refcocog": _refcoco("refcocog"),
+  "refcoco": _refcoco("refcoco", "ref_coco/refcoco_unc"),
+  "refcoco-plus": _refcoco("refcoco+", "ref_coco/refcocoplus_unc"),
+  "refcocog": _refcoco("refcocog", "ref_coco/refcocog_umd"),
   "refcocog-expressions": PictureEntry(
     functools.partial(referring.description, data="refcocog"), "meteor",
     "MDETR's JSON or refs, COCO pictures", _expression_files("refcocog"), (prompts.DESCRIBE,),
-    "val", "train",
+    "val", "train", dataset="ref_coco/refcocog_umd",
   ),
   "seed-bench": PictureEntry(
     seed_bench.seed_bench, "accuracy", "SEED-Bench JSON", ("SEED-Bench.json",),
