@@ -32,7 +32,8 @@ def add_options(parser) -> None:
   add("--labels", help="label words in the order of the label ids, by commas; of a named task only "
       "where the numbers in --data have another order")
   add("--data", metavar="FOLDER", help="rows of a named task, train.jsonl and test.jsonl; default: "
-      "tfds; of a task with pictures the folder that its data set comes in")
+      "tfds; of a task with pictures the folder that its data set comes in (which tfds has for "
+      "refcoco, refcoco-plus and refcocog only)")
   add("--pictures", metavar="FOLDER", help="where paths of a named task's pictures start; default: "
       "--data")
   add("--split", help="of a named task with pictures; default: the paper's")
@@ -295,7 +296,8 @@ def _show_prompts(rows, front) -> None:
     found = {"id": row.id, "prompt": front.text + row.prompt}
     if row.prompts:
       found["prompts"] = [front.text + prompt for prompt in row.prompts]
-    images = [*front.images, *row.images]
+    images = [image if isinstance(image, str) else image.where
+              for image in (*front.images, *row.images)]
     more = {"images": images, "option_images": row.option_images, "options": row.options}
     found |= {name: list(value) for name, value in more.items() if value}
     found |= {"label": row.label} if row.options else {"answers": list(row.answers)}

@@ -77,10 +77,10 @@ def way(task: str, flavour: str | None = None):
 
 
 def _with_pictures(arguments, grid: Callable[[], int]):
-  """A named task with pictures, from the folder that its data come in."""
+  """A named task with pictures, from the folder that its data come in, or from tfds."""
   from lmops_jax.data import tasks
 
-  if arguments.data is None:
+  if arguments.data is None and tasks.PICTURE_ENTRIES[arguments.task].dataset is None:
     raise ValueError(
       f"--task {arguments.task} reads its data set's own folder; give it with --data FOLDER."
     )

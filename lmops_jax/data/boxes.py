@@ -36,7 +36,7 @@ _PAIR = r"(?:<patch_index_\d{1,9}>){2}"
 _GROUP = re.compile(
   "(?:<phrase>(?P<phrase>[^<]+)</phrase>)?"
   rf"<object>(?P<pairs>{_PAIR}(?:{DELIMITER}{_PAIR})*)</object>")
-_TAG = re.compile("<.*?>")
+TAG = re.compile("<.*?>")
 
 
 class BoxTokens(NamedTuple):
@@ -60,7 +60,9 @@ class Entity(NamedTuple):
 
   Attributes:
     name: the phrase; of a box without one, its two location words with numbers as they are.
-    start, end: where the name is in the clean text; equal for a box without phrase.
+    start, end: where the name is in the clean text; equal for a box without phrase. Such a box may
+      lie outside of it, among blanks that are cut from the text's ends: its place is then negative
+      or behind the end, as in transformers, and whoever cuts the text there takes the nearest end.
     boxes: in the order of the text.
   """
 
@@ -352,7 +354,7 @@ def extract(text: str, grid: int = GRID) -> Grounded:
   """
   _check_grid(grid)
   text = text.rpartition("</image>")[2]
-  untagged = _TAG.sub("", text)
+  untagged = TAG.sub("", text)
   leading = len(untagged) - len(untagged.lstrip())
   entities, num_malformed = [], text.count("<object>")
   for match in _GROUP.finditer(text):
@@ -363,13 +365,13 @@ def extract(text: str, grid: int = GRID) -> Grounded:
     pairs = list(zip(cells[::2], cells[1::2]))
     boxes = [tuple(box) for box in decode(pairs, grid).tolist()]
     if match["phrase"] is None:
-      place = len(_TAG.sub("", text[: match.start()])) - leading
+      place = len(TAG.sub("", text[: match.start()])) - leading
       entities += [
         Entity(f"<patch_index_{a}><patch_index_{b}>", place, place, (box,))
         for (a, b), box in zip(pairs, boxes)]
       continue
     phrase = match["phrase"]
-    start, end = (len(_TAG.sub("", text[:at])) - leading for at in match.span("phrase"))
+    start, end = (len(TAG.sub("", text[:at])) - leading for at in match.span("phrase"))
     start += len(phrase) - len(phrase.lstrip())
     end -= len(phrase) - len(phrase.rstrip())
     entities.append(Entity(phrase.strip(), start, end, tuple(boxes)))

@@ -1,9 +1,11 @@
-"""Image-text pairs of a tfds dataset, by name: captions, or the names of classes."""
+"""Pictures of a tfds dataset, by name: with captions, with the names of classes, or alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,9 +44,8 @@ class TfdsImages(ImageCorpus):
         f"the tfds dataset {self.dataset.name!r} has no feature {self.image_field!r} (there are "
         f"{', '.join(sorted(features))}); set data.TfdsImages.image_field to one of them."
       )
-    undecoded = {self.image_field: tfds.decode.SkipDecoding()}
     title = f"{self.dataset.builder.info.full_name}[{self.dataset.split}]"
-    for row, example in enumerate(self.dataset.examples(undecoded)):
+    for row, example in enumerate(undecoded(self.dataset)):
       where = f"{title}:{row}"
       data = feature_at(example, self.image_field, where, "data.TfdsImages.image_field")
       texts = feature_at(example, self.text_field, where, "data.TfdsImages.text_field")
@@ -68,3 +69,49 @@ class TfdsImages(ImageCorpus):
       except (KeyError, TypeError):
         return None  # `read` says what is missing
     return feature_of.int2str if isinstance(feature_of, tfds.features.ClassLabel) else None
+
+
+class StoredPicture(NamedTuple):
+  """A picture in a dataset with random access, which is read when it is needed, as a `Picture` is.
+
+  Attributes:
+    where: names it in errors.
+    dataset: with its split.
+    row: in storage order.
+    field: the feature with the picture.
+  """
+
+  where: str
+  dataset: Tfds
+  row: int
+  field: str = "image"
+
+  def read(self) -> bytes:
+    """The contents of the picture's file."""
+    return bytes(_opened(self.dataset)[self.row][self.field])
+
+
+def undecoded(dataset: Tfds):
+  """The examples of a dataset as `Tfds.examples` gives them, pictures as their files' contents."""
+  import tensorflow_datasets as tfds
+
+  class Undecoded(tfds.decode.SkipDecoding):
+    """Also within sequences that are read without TensorFlow."""
+
+    def decode_batch_example_np(self, contents):
+      return contents
+
+  def decoders(features) -> dict:
+    found = {}
+    for name, feature in features.items():
+      inner = feature.feature if isinstance(feature, tfds.features.Sequence) else feature
+      if isinstance(inner, tfds.features.Image):
+        found[name] = Undecoded()
+      elif isinstance(inner, tfds.features.FeaturesDict):
+        found |= {name: below} if (below := decoders(inner)) else {}
+    return found
+
+  return dataset.examples(decoders(dataset.builder.info.features))
+
+
+_opened = functools.lru_cache(maxsize=8)(undecoded)

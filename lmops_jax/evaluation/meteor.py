@@ -5,6 +5,10 @@ It is that of Lavie and Agarwal 2007 (alpha 0.9, beta 3, gamma 0.5) on the words
 Java program with other parameters: it punishes broken order far more, weights stages and function
 words, and has two further stages, synonyms and paraphrases, from tables of its own. So figures of
 this module compare models with each other, not with printed ones, which are mostly lower.
+
+Synonyms (words that share a set of WordNet 3.0) would be one more comparison in `aligned`, behind
+the stems: two words match there if their sets meet. It is left out, since no well-kept package
+brings that WordNet along: nltk and wn fetch it from the network.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import numpy as np
 
 from lmops_jax.data.image_tokens import ImageTokens
 from lmops_jax.data.multimodal import IMAGE, Picture, parts_of
+from lmops_jax.data.tfds_images import StoredPicture
 from lmops_jax.decoding.image_prompts import (
   PictureEncoder,
   check_fits,
@@ -24,9 +25,9 @@ from lmops_jax.decoding.scoring import Request
 from lmops_jax.evaluation.in_context import Encoder, check_options
 
 
-def picture_at(path: str | Picture) -> Picture:
+def picture_at(path: str | Picture | StoredPicture) -> Picture | StoredPicture:
   """The picture of a task's row, by its path; one that is a picture already as it is."""
-  if isinstance(path, Picture):
+  if not isinstance(path, str):
     return path
   return Picture(path, os.path.abspath(os.path.expanduser(path)))
 

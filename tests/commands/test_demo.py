@@ -74,7 +74,7 @@ def raw(at, text):
 
 
 class Toy:
-  """Answers with what it was asked, unless that is the name of an error."""
+  """Answers with what it was asked, unless that is the name of an error; writes nothing before."""
 
   max_request_bytes = 10_000
   pages = {"/": server.Page("text/plain", b"the page")}
@@ -82,7 +82,7 @@ class Toy:
   def facts(self):
     return {"name": "toy"}
 
-  def answer(self, request):
+  def answer(self, request, write=None):
     if request == "refuse":
       raise ValueError("one\nsentence.")
     if request == "break":
@@ -126,6 +126,75 @@ def test_answers_come_one_at_a_time_and_errors_end_nothing(toy, capfd):
     status, answer = ask(toy, 1)
     assert status == 503 and "8 requests wait already" in answer["error"]
   assert ask(toy, 1)[0] == 200
+
+
+LINES = {"Accept": "application/x-ndjson"}
+
+
+def lines(at, request):
+  """Status, and a JSON value for each line."""
+  connection = http.client.HTTPConnection(*at.server_address)
+  headers = {"Content-Type": "application/json"} | LINES
+  connection.request("POST", "/answer", json.dumps(request), headers)
+  response = connection.getresponse()
+  with contextlib.closing(connection):
+    return response.status, [json.loads(line) for line in response.read().splitlines()]
+
+
+def test_lines_come_while_the_answer_is_made(toy, monkeypatch):
+  """The answer goes on only when its first piece has arrived."""
+  arrived, left = threading.Event(), []
+
+  def answer(request, write):
+    left.append(write("first\n"))
+    assert arrived.wait(60)
+    left.append(write(" second"))
+    if request == "break":
+      raise RuntimeError("secret")
+    return {"asked": request}
+
+  monkeypatch.setattr(toy, "demo", Toy())
+  toy.demo.answer = answer
+  for request, last in ((3, {"answer": {"asked": 3}}), ("break", None)):
+    arrived.clear()
+    connection = http.client.HTTPConnection(*toy.server_address)
+    connection.request(
+      "POST", "/answer", json.dumps(request), {"Content-Type": "application/json"} | LINES)
+    response = connection.getresponse()
+    assert response.status == 200 and response.headers["Content-Type"] == LINES["Accept"]
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert json.loads(response.readline()) == {"text": "first\n"}
+    arrived.set()
+    assert json.loads(response.readline()) == {"text": " second"}
+    found = json.loads(response.readline())
+    assert found == last if last else "RuntimeError" in found["error"]
+    assert response.read() == b"" and left == [False, False]
+    left.clear()
+    connection.close()
+
+
+def test_what_is_refused_before_a_line_has_its_status(toy):
+  assert lines(toy, "refuse") == (400, [{"error": "one sentence."}])
+  assert lines(toy, [1])[0] == 200
+
+
+def test_a_text_that_nobody_reads_ends(toy, monkeypatch):
+  ended, over = [], threading.Event()
+
+  def answer(request, write):
+    ended.append(next(i for i in range(100_000) if write("a" * 1000)))
+    over.set()
+    return {}
+
+  monkeypatch.setattr(toy, "demo", Toy())
+  toy.demo.answer = answer
+  connection = http.client.HTTPConnection(*toy.server_address)
+  connection.request("POST", "/answer", "1", {"Content-Type": "application/json"} | LINES)
+  connection.getresponse().readline()
+  connection.sock = connection.close()
+  assert over.wait(60) and ended[0] < 100_000
+  monkeypatch.undo()
+  assert ask(toy, 1) == (200, {"asked": 1})
 
 
 def test_a_request_waits_for_the_one_before(toy):
@@ -261,6 +330,31 @@ def test_an_upload_is_answered_with_text_and_boxes(kosmos, picture):
   status, free = ask(kosmos, WHERE | {"picture": upload(picture, "b.png"), "grammar": False})
   assert status == 200 and kosmos.demo._encoder.num_encoded == 1
   assert free["written"] != got["written"]
+
+
+def test_tags_are_held_back_until_they_are_known():
+  written = []
+  show = kosmos_demo._untagged(lambda text: written.append(text) or text == "end")
+  told = [show(0, piece) for piece in ("a <phr", "ase> b", "</phrase><obj", "ect>", "c", "d <\n",
+                                       "1 < 2", "end>", "end")]
+  assert written == ["a ", " b", "c", "d <\n", "1 ", "end"] and told == [False] * 8 + [True]
+
+
+@pytest.mark.parametrize("search", ["greedy", "beams"])
+def test_the_continuation_comes_as_it_is_written(kosmos, picture, search):
+  request = WHERE | {"picture": upload(picture), "search": search, "prompt": "<grounding> a",
+                     "grammar": False, "num_beams": 2}
+  status, plain = ask(kosmos, request)
+  assert status == 200
+  status, found = lines(kosmos, request)
+  assert status == 200 and found[-1].keys() == {"answer"}
+  assert found[-1]["answer"] | {"seconds": 0} == plain | {"seconds": 0}
+  texts = [line["text"] for line in found[:-1]]
+  assert len(texts) == 1 if search == "beams" else len(texts) > 1
+  whole = "".join(piece["text"] for piece in plain["pieces"])
+  assert whole.endswith("".join(texts).strip()) and "".join(texts).strip()
+  assert "</phrase>" in plain["written"]  # which is left out
+  assert lines(kosmos, request | {"prompt": "<image><image>"})[0] == 400
 
 
 @pytest.mark.slow
@@ -413,7 +507,9 @@ def test_a_browser_shows_phrases_and_boxes_in_the_same_colours(kosmos, picture, 
     assert page.evaluate("i => document.querySelector(i).naturalWidth", image) == 40
   page.click("#remove")
   assert page.is_hidden("#preview") and page.is_visible("#shown") and page.is_visible("#hint")
-  want = answers[-1].json()
+  *written, last = map(json.loads, answers[-1].text().splitlines())
+  want = last["answer"]
+  assert written and page.text_content("#written") == ""
   boxes = want["entities"][0]["boxes"]
   assert page.text_content("#caption") == "".join(piece["text"] for piece in want["pieces"])
   stage = page.query_selector("#stage").bounding_box()

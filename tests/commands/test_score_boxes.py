@@ -1,5 +1,6 @@
 """`lmops score` on tasks about boxes, on answers with boxes in them, and on SEED-Bench."""
 
+import functools
 import json
 import re
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmops_jax import cli
+from lmops_jax.data import tasks
 from lmops_jax.data.boxes import decode, grounding_words, words
 from lmops_jax.data.images import as_png
 from lmops_jax.decoding import Generator, image_prompts
@@ -16,6 +18,7 @@ from lmops_jax.evaluation.seeing import SeeingEncoder
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.text.tokenizer import load_tokenizer
 from tests import model_folders
+from tests.data.tasks.test_ref_coco import write_ref_coco
 
 SIDE = 4
 
@@ -218,6 +221,18 @@ def test_rows_of_ones_own_are_located_behind_whole_examples(lmops, folder, says,
     ["R@all", "0.3333"]]
   row, _ = lmops(*base, "--show-prompts", 1)  # on the model's grid as well
   assert json.loads(row)["answers"] == [_pair(0, 13)] and _pair(2, 15) in json.loads(row)["prompt"]
+
+
+@pytest.mark.slow
+def test_expressions_of_tfds_are_scored_by_name(lmops, folder, tmp_path, monkeypatch):
+  write_ref_coco(tmp_path)
+  monkeypatch.setattr(
+    tasks, "picture_task", functools.partial(tasks.picture_task, data_dir=str(tmp_path)))
+  output = tmp_path / "o.jsonl"
+  out, _ = lmops("--model", folder, "--task", "refcoco", "--max-new-tokens", 5, "--output", output)
+  assert "P@1 " in out and len(_read(output)) == 4
+  shown, _ = lmops("--model", folder, "--task", "refcoco", "--show-prompts", 1)
+  assert json.loads(shown.splitlines()[-1])["images"] == ["ref_coco/refcoco_unc[validation]:0"]
 
 
 def test_captions_are_measured_without_their_boxes(lmops, folder, says, tmp_path):

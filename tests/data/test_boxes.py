@@ -151,6 +151,14 @@ def test_a_text_says_what_it_locates():
   assert extract("x</image>" + SNOWMAN) == extract(SNOWMAN)
 
 
+def test_a_box_without_phrase_among_cut_blanks_keeps_its_place():
+  """That of transformers, which the parity test holds; `pieces` of the demo takes the ends."""
+  group = "<object><patch_index_0001><patch_index_0070></object>"
+  text, (before, after), _ = extract(f" {group} a dog  {group} ")
+  assert text == "a dog" and before.name == "<patch_index_1><patch_index_70>"
+  assert (before.start, before.end) == (-1, -1) and (after.start, after.end) == (7, 7)
+
+
 @pytest.mark.parametrize("text", [
   "<object></object>", "<object><patch_index_0001></object>", "<object> <patch_index_1></object>",
   "<object><patch_index_0001><patch_index_0002><patch_index_0003></object>",

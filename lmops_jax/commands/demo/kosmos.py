@@ -9,6 +9,7 @@ import argparse
 import base64
 import binascii
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ import pydantic
 from lmops_jax.commands import grounding, models
 from lmops_jax.commands.demo.server import read_pages
 from lmops_jax.commands.prompts import PromptRow
-from lmops_jax.data.boxes import GROUNDING, Grounded
+from lmops_jax.data.boxes import GROUNDING, TAG, Grounded
 from lmops_jax.data.multimodal import Picture
 from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.decoding import GenerationOptions, Generator, image_prompts
@@ -135,19 +136,26 @@ class KosmosDemo:
         if name not in ("prompt", "picture")},
     }
 
-  def answer(self, request: Any) -> dict[str, Any]:
+  def answer(
+    self, request: Any, write: Callable[[str], bool] | None = None
+  ) -> dict[str, Any]:
     """The text to a request of the form of `Request`, with what it locates.
+
+    Args:
+      request: of that form.
+      write: gets the continuation without tags as it is written, from a search with beams at once;
+        it ends the text by returning True.
 
     Raises:
       ValueError: what is wrong with the request, the picture or the prompt.
     """
     asked = checked(Request, request, "the request")
     try:
-      return self._answer(asked)
+      return self._answer(asked, write)
     except ValueError as error:  # here is only one prompt, which the page does not number
       raise ValueError(str(error).replace("prompt 0", "the prompt")) from error
 
-  def _answer(self, asked: Request) -> dict[str, Any]:
+  def _answer(self, asked: Request, write: Callable[[str], bool] | None) -> dict[str, Any]:
     begun = time.perf_counter()
     row, options, tokenizer = asked.row(), asked.options(), self._tokenizer
     how = argparse.Namespace(grammar=asked.grammar, boxes=None, draw=None, stop=(), chat=False)
@@ -158,7 +166,9 @@ class KosmosDemo:
     checked_prompts(self._source.decoder.config, [ids], options, tokenizer.bos_id)
     sizes = grounding.sizes(row.pictures)
     prompts = [row.text] if seen is None else self._encoder.prompts([seen])
-    found, = grounding.generate(how, self._generator, prompts, options, words, [ids])
+    found, = grounding.generate(
+      how, self._generator, prompts, options, words, [ids],
+      write and _untagged(write))
     located, = grounding.read(words, [row], [ids], [found], how, sizes)
     grounded = Grounded(found.text, ()) if located is None else located.grounded
     width, height = sizes[row.pictures[0]] if row.pictures else (None, None)
@@ -171,6 +181,22 @@ class KosmosDemo:
       "num_tokens": len(found.ids), "is_whole": found.finish_reason != "length",
       "seconds": time.perf_counter() - begun,
     }
+
+
+def _untagged(write: Callable[[str], bool]) -> Callable[[int, str], bool]:
+  """A callback of a generator that passes on what is no tag, once that is known."""
+  held = ""
+
+  def show(_: int, piece: str) -> bool:
+    nonlocal held
+    held += piece
+    front, begin, rest = held.rpartition("<")
+    is_open = bool(begin) and not set(rest) & set(">\n")  # perhaps a tag whose end comes
+    ready, held = (front, begin + rest) if is_open else (held, "")
+    ready = TAG.sub("", ready)
+    return bool(ready) and write(ready)
+
+  return show
 
 
 def pieces(grounded: Grounded) -> list[dict[str, Any]]:

@@ -4,6 +4,9 @@
     GET /facts    JSON for the page
     POST /answer  JSON in, JSON out; what is refused is {"error": one sentence}
 
+Who accepts application/x-ndjson gets lines instead: {"text": ...} as often as something is written,
+then {"answer": ...}, or {"error": ...} if it breaks off; the connection ends behind the last.
+
 It is meant for one machine and few people. Nothing in a request names a file. Requests have a
 bounded size and number. Pages of other origins are kept out: their requests carry another Origin,
 and a name of theirs that is made to point here (DNS rebinding) is no name of this machine.
@@ -22,7 +25,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from lmops_jax.host.foreign_files import parse_json
@@ -31,6 +34,7 @@ MAX_WAITING = 8  # requests that are read, answered or wait for their turn
 _SECONDS = 30  # without a byte, after which a connection is closed
 _MAX_UNREAD = 1 << 28  # bytes of a refused request that are taken, so that the sentence arrives
 _BLOCK = 1 << 16
+_LINES = "application/x-ndjson"
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _HEADERS = {
   "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -73,8 +77,14 @@ class Demo(Protocol):
   def facts(self) -> Mapping[str, Any]:
     """What the page has to know, for JSON."""
 
-  def answer(self, request: Any) -> Mapping[str, Any]:
+  def answer(
+    self, request: Any, write: Callable[[str], bool] | None = None
+  ) -> Mapping[str, Any]:
     """The answer to a JSON value, for JSON; called for one request at a time.
+
+    Args:
+      request: what was asked.
+      write: shows a piece of the answer as soon as there is one; True if nobody listens any more.
 
     Raises:
       ValueError: one sentence for the person who asked.
@@ -147,6 +157,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   server: DemoServer
   timeout = _SECONDS
   server_version, sys_version = "lmops", ""
+  _has_lines = False  # whether the first line of the answer is sent
 
   def do_GET(self) -> None:
     """A page, or the facts."""
@@ -181,7 +192,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.places.release()
     except _Refused as refused:
       status, answer = refused.status, {"error": str(refused)}
-    self._send_json(status, answer)
+    if self._has_lines or (status == 200 and self._wants_lines()):
+      self._send_line({"answer": answer} if status == 200 else answer)
+    else:
+      self._send_json(status, answer)
     got = "an answer" if status == 200 else f"status {status}"
     self._tell(f"got {got} after {time.perf_counter() - begun:.1f} s")
     self._drop(num_unread)
@@ -226,7 +240,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       request = parse_json(body, "the request")
       with self.server.turn:
         self._tell("is being answered")
-        return self.server.demo.answer(request)
+        write = [self._write] if self._wants_lines() else []
+        return self.server.demo.answer(request, *write)
     except ValueError as error:
       raise _Refused(400, " ".join(str(error).split())) from error
     except Exception as error:  # memory, a device: the demo goes on
@@ -241,16 +256,33 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     while left > 0 and (block := self.rfile.read(min(left, _BLOCK))):
       left -= len(block)
 
+  def _wants_lines(self) -> bool:
+    return _LINES in self.headers.get("Accept", "")
+
+  def _write(self, text: str) -> bool:
+    try:
+      self._send_line({"text": text})
+    except OSError:  # the other side went away, or takes nothing more
+      return True
+    return False
+
+  def _send_line(self, value: Mapping[str, Any]) -> None:
+    if not self._has_lines:
+      self._has_lines = True
+      self._begin(200, _LINES)
+    self.wfile.write(json.dumps(value).encode() + b"\n")
+
+  def _begin(self, status: int, content_type: str, **more: str) -> None:
+    self.send_response(status)
+    for name, value in (_HEADERS | {"Content-Type": content_type} | more).items():
+      self.send_header(name, value)
+    self.end_headers()
+
   def _send_json(self, status: int, value: Mapping[str, Any]) -> None:
     self._send(status, "application/json", json.dumps(value).encode())
 
   def _send(self, status: int, content_type: str, content: bytes) -> None:
-    self.send_response(status)
-    for name, value in _HEADERS.items():
-      self.send_header(name, value)
-    self.send_header("Content-Type", content_type)
-    self.send_header("Content-Length", str(len(content)))
-    self.end_headers()
+    self._begin(status, content_type, **{"Content-Length": str(len(content))})
     self.wfile.write(content)
 
   def log_message(self, format: str, *args: Any) -> None:

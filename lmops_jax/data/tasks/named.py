@@ -147,13 +147,13 @@ def _tfds(name: str, of_name: Entry, split: str | None, data_dir: str | None):
       f"tfds has no dataset for the task {name}; give a folder with its rows as JSON lines, "
       "--data FOLDER or data=."
     )
-  builder = tfds_builder(name, of_name, data_dir)
+  builder = tfds_builder(name, of_name.dataset, data_dir)
   split = of_name.rows if split is None else split
   train = of_name.train if of_name.train != split else ""
   return tfds_rows(builder, of_name, split), tfds_rows(builder, of_name, train) if train else None
 
 
-def tfds_builder(name: str, of_name: Entry, data_dir: str | None):
+def tfds_builder(name: str, dataset: str, data_dir: str | None):
   """The prepared dataset of a task. Imports tfds.
 
   Raises:
@@ -161,12 +161,12 @@ def tfds_builder(name: str, of_name: Entry, data_dir: str | None):
   """
   import tensorflow_datasets as tfds
 
-  builder = tfds.builder(of_name.dataset, data_dir=data_dir)
+  builder = tfds.builder(dataset, data_dir=data_dir)
   if not builder.is_prepared():
     raise ValueError(
-      f"the tfds dataset {of_name.dataset!r} of task {name} is not prepared in {builder.data_dir}; "
-      f"run python -m tensorflow_datasets.scripts.cli.main build {of_name.dataset} where there is "
-      "a network, or give a folder of JSON lines, --data FOLDER or data=."
+      f"the tfds dataset {dataset!r} of task {name} is not prepared in {builder.data_dir}; "
+      f"run python -m tensorflow_datasets.scripts.cli.main build {dataset} where there is "
+      "a network, or give a folder with its rows, --data FOLDER or data=."
     )
   return builder
 

@@ -38,7 +38,7 @@ def register_seqio_tasks(data_dir: str | None = None) -> list[str]:
       added.append(task)
 
       def read(split, name=name, entry=entry, wording=wordings[0]):
-        builder = named.tfds_builder(name, entry, data_dir)
+        builder = named.tfds_builder(name, entry.dataset, data_dir)
         part = entry.train if split == "train" else entry.rows
         return rows.examples(named.tfds_rows(builder, entry, part), entry, wording)
 

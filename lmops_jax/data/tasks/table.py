@@ -27,9 +27,10 @@ def table() -> str:
     _templates(installed_kind.TEMPLATES),
   ))
   for name, of_pictures in PICTURE_ENTRIES.items():
+    source = f"tfds, or {of_pictures.source}" if of_pictures.dataset else of_pictures.source
     lines.append((
       name, of_pictures.metric, ", ".join(of_pictures.words) or _OF_PICTURES.get(name, "open"),
-      of_pictures.source, f"pictures {_indices(list(range(len(of_pictures.templates))))}",
+      source, f"pictures {_indices(list(range(len(of_pictures.templates))))}",
     ))
   widths = [max(len(line[i]) for line in lines) for i in range(4)]
   return "\n".join(

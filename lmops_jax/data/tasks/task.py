@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lmops_jax.data.boxes import GRID
-from lmops_jax.data.multimodal import IMAGE
+from lmops_jax.data.multimodal import IMAGE, Picture
+from lmops_jax.data.tfds_images import StoredPicture
 from lmops_jax.host.hashing import order_key
 
 OF_OPTIONS = ("accuracy", "roc_auc")
@@ -29,7 +30,8 @@ class Example(NamedTuple):
     answers: gold answers of an open row, without leading space.
     prompts: one prompt for each option, if they differ (Winogrande, Winograd); the options are then
       the text that follows each, and `prompt` is what the prompts have in common.
-    images: paths of the pictures that stand for the `IMAGE`s in the prompt, in their order.
+    images: the pictures that stand for the `IMAGE`s in the prompt, in their order: paths, or what
+      reads as a `Picture` does.
     option_images: one picture for each option, if they differ in it (Raven's matrices): it stands
       for the last `IMAGE` of the prompt, which `images` leave to it.
     boxes: where what the prompt ends with is in its last picture, any of them: (x1, y1, x2, y2),
@@ -43,7 +45,7 @@ class Example(NamedTuple):
   label: int
   answers: tuple[str, ...] = ()
   prompts: tuple[str, ...] = ()
-  images: tuple[str, ...] = ()
+  images: tuple[str | Picture | StoredPicture, ...] = ()
   option_images: tuple[str, ...] = ()
   boxes: tuple[tuple[float, float, float, float], ...] = ()
   categories: tuple[str, ...] = ()

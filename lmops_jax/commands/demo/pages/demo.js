@@ -22,8 +22,9 @@ export function showError(sentence) {
   if (sentence) byId("error").scrollIntoView({block: "nearest"});
 }
 
-// The JSON that the server answers; an Error has a sentence for the person.
-export async function asked(path, options) {
+// The JSON that the server answers; an Error has a sentence for the person. `written` gets what is
+// written so far, if the server is asked for lines.
+export async function asked(path, options, written) {
   let response;
   try {
     response = await fetch(path, options);
@@ -32,12 +33,32 @@ export async function asked(path, options) {
   }
   let found;
   try {
-    found = await response.json();
+    const lines = response.headers.get("Content-Type") === "application/x-ndjson";
+    found = lines ? await lastOf(response, written) : await response.json();
   } catch {
     throw new Error(`The demo answered ${response.status} and nothing that can be read.`);
   }
-  if (!response.ok) throw new Error(found.error);
+  if (found.error) throw new Error(found.error);
   return found;
+}
+
+// The answer, or the error, in the last of the server's lines.
+async function lastOf(response, written) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let text = "";
+  for (;;) {
+    const {done, value} = await reader.read();
+    if (done) throw new Error("The lines end without an answer.");
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const found = JSON.parse(line);
+      if (found.text === undefined) return found.answer || found;
+      text += found.text;
+      written(text);
+    }
+  }
 }
 
 // The contents of a file.

@@ -148,13 +148,18 @@ form.addEventListener("submit", async (event) => {
   }
   try {
     if (from) request.picture = {name: from.name, base64: await base64(from)};
-    show(from, await asked("/answer", {
-      method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(request),
-    }));
+    const headers = {"Content-Type": "application/json", Accept: "application/x-ndjson"};
+    const answer = await asked("/answer", {
+      method: "POST", headers, body: JSON.stringify(request),
+    }, (text) => {
+      byId("written").textContent = text;
+    });
+    show(from, answer);
   } catch (error) {
     byId("answer").hidden = true;
     showError(error.message);
   }
+  byId("written").textContent = "";
   wait(false);
 });
 

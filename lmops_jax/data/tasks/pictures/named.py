@@ -1,4 +1,4 @@
-"""Named tasks with pictures, read from the folders of their data sets."""
+"""Named tasks with pictures, read from the folders of their data sets or through tfds."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lmops_jax.data.named_datasets import Tfds
+from lmops_jax.data.tasks.named import tfds_builder
 from lmops_jax.data.tasks.pictures import items
 from lmops_jax.data.tasks.pictures.registry import picture_entry
 from lmops_jax.data.tasks.pictures.source import NotThere, Source, published_grid
 from lmops_jax.data.tasks.task import OF_BOXES, Example, Task
 from lmops_jax.host.foreign_files import is_there, printable
 
+_TFDS_SPLITS = {"val": "validation"}  # where tfds has names of its own
+
 
 def picture_task(
-  name: str, data: Path | str, *, pictures: Path | str | None = None, template: int = 0,
-  split: str | None = None, limit: int | None = None, grid: Callable[[], int] = published_grid,
+  name: str, data: Path | str | None = None, *, pictures: Path | str | None = None,
+  template: int = 0, split: str | None = None, limit: int | None = None,
+  grid: Callable[[], int] = published_grid, data_dir: str | None = None,
 ) -> Task:
   """One of the tasks of `registry.PICTURE_ENTRIES`.
 
@@ -24,12 +29,14 @@ def picture_task(
 
   Args:
     name: the task's.
-    data: the folder of its data set, as that is distributed.
+    data: the folder of its data set, as that is distributed; None: tfds, which must have prepared
+      it. Pictures are then read when they are needed if it is stored as ArrayRecord, else at once.
     pictures: folder that its annotations' paths start from; None is `data`.
     template: index of the prompt.
     split: the split to evaluate on; None: the paper's.
     limit: rows to take from the beginning of that split.
     grid: tells the side of the model's grid; called if boxes stand in texts.
+    data_dir: where tfds keeps datasets; None is its own default.
 
   Returns:
     The task. `train` is empty if there is only one split, if `split` is the train split, or if the
@@ -41,17 +48,26 @@ def picture_task(
   """
   check_picture_task(name, data, pictures, template)
   _check_limit(limit)
-  entry, folder = picture_entry(name), Path(data).expanduser()
+  entry, folder = picture_entry(name), Path(data or "").expanduser()
   root = folder if pictures is None else Path(pictures).expanduser()
-  source = Source(name, folder, root, split or entry.rows, entry.templates[template], grid)
-  rows, skipped = _kept(entry.read(source), limit)
+  source = Source(name, folder, root, "", entry.templates[template], grid)
+  if data is None:
+    tfds_builder(name, entry.dataset, data_dir)
+
+  def of_split(split: str) -> Source:
+    at_tfds = None if data is not None else Tfds(
+      entry.dataset, split=_TFDS_SPLITS.get(split, split), data_dir=data_dir)
+    return source._replace(split=split, dataset=at_tfds)
+
+  split = split or entry.rows
+  rows, skipped = _kept(entry.read(of_split(split)), limit)
   train, more = (), 0
-  if entry.train and entry.train != source.split:
+  if entry.train and entry.train != split:
     with contextlib.suppress(NotThere):
-      train, more = _kept(entry.read(source._replace(split=entry.train)), None)
+      train, more = _kept(entry.read(of_split(entry.train)), None)
   words = entry.words
   if entry.names is not None:
-    words = tuple(dict.fromkeys(entry.names(source).values()))
+    words = tuple(dict.fromkeys(entry.names(of_split(split)).values()))
   return _checked(Task(
     name, rows, train, words, None, entry.metric, skipped + more, _grid_of((*rows, *train), grid)))
 
@@ -98,7 +114,7 @@ def picture_rows_task(
 
 
 def check_picture_task(
-  name: str, data: Path | str, pictures: Path | str | None, template: int
+  name: str, data: Path | str | None, pictures: Path | str | None, template: int
 ) -> None:
   """Refuses, as `picture_task` does, what can be told without reading rows."""
   entry = picture_entry(name)
@@ -106,6 +122,13 @@ def check_picture_task(
     raise ValueError(
       f"the task {name} has no template {template}; its indices are "
       f"{', '.join(map(str, range(len(entry.templates))))}."
+    )
+  if data is None and (entry.dataset is None or pictures is not None):
+    raise ValueError(
+      f"the task {name} reads its data set's own folder ({entry.source}); give it with data."
+      if entry.dataset is None else
+      f"pictures={str(pictures)!r} belongs to annotations in a folder, and tfds holds the pictures "
+      f"of the task {name}; leave it out, or give data."
     )
   for label, place in (("data", data), ("pictures", pictures)):
     if place is not None and not Path(place).expanduser().is_dir():
@@ -143,7 +166,7 @@ def _checked(task: Task) -> Task:
   """The task; raises ValueError if its first picture is not there."""
   rows = itertools.chain(task.rows[:1], task.train[:1])
   for path in (path for row in rows for path in (*row.images, *row.option_images)):
-    if not is_there(Path(path)):
+    if isinstance(path, str) and not is_there(Path(path)):
       raise ValueError(
         f"the task {task.name} names the picture {printable(path)}, which is not there; give the "
         "folder of its pictures with pictures=."

@@ -1,10 +1,12 @@
-"""Referring expressions of RefCOCO, RefCOCO+ and RefCOCOg, in either of two forms.
+"""Referring expressions of RefCOCO, RefCOCO+ and RefCOCOg, in any of three forms.
 
 MDETR's (arXiv:2104.12763), which Kosmos-2 was evaluated with: a file `*refcoco_val.json` for each
 split, where each expression is an entry of `images` with its caption. And the original one: folders
 `refcoco` and so on with `refs(unc).p` or `refs(umd).p`, a pickle of plain values, and
 `instances.json`. Boxes are (x, y, width, height) in pixels. Pictures are those of COCO 2014, whose
-names tell their folder.
+names tell their folder. Or the dataset `ref_coco` of tfds, which holds its pictures, and the
+expressions as people typed them (of `refs` the field `sent` is read, in lower case and without
+punctuation).
 """
 
 from __future__ import annotations
@@ -12,17 +14,21 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pydantic
 from annotated_types import Len
 
 from lmops_jax.data.boxes import Box, from_corner_and_size
+from lmops_jax.data.boxes import checked as checked_boxes
+from lmops_jax.data.multimodal import Picture
 from lmops_jax.data.tasks.pictures.source import NotThere, Source, fields_of
 from lmops_jax.data.tasks.pictures.truths import as_words, fractions
 from lmops_jax.data.tasks.task import Example
+from lmops_jax.data.tfds_images import StoredPicture, undecoded
 from lmops_jax.host.foreign_files import checked, printable, read_bytes, read_json
 
 _PART = re.compile(r"COCO_((?:train|val|test)20\d\d)_")
@@ -80,13 +86,13 @@ class Expression(NamedTuple):
 
   Attributes:
     id: of the entry, or of the sentence.
-    picture: path of its picture.
+    picture: its path, or itself.
     words: the expression.
     boxes: fractions of the picture.
   """
 
   id: int
-  picture: str
+  picture: str | Picture | StoredPicture
   words: str
   boxes: tuple[Box, ...]
 
@@ -122,6 +128,8 @@ def description(source: Source, data: str) -> Iterator[Example | None]:
 
 
 def _expressions(source: Source, data: str) -> Iterator[Expression]:
+  if source.dataset is not None:
+    return _of_tfds(source)
   path = source.file(
     f"*{data}_{source.split}.json", f"{data}/refs(umd).p", f"{data}/refs(unc).p")
   return (_original if path.suffix == ".p" else _of_mdetr)(source, path)
@@ -145,6 +153,30 @@ def _of_mdetr(source: Source, path: Path) -> Iterator[Expression]:
   for image in found.images:
     where = f"{printable(path)}: image {image.id}"
     yield _expression(source, image, image.id, image.caption, boxes[image.id], where)
+
+
+def _of_tfds(source: Source) -> Iterator[Expression]:
+  dataset = source.dataset
+  splits = dataset.builder.info.splits
+  if dataset.split not in splits:
+    raise NotThere(
+      f"the tfds dataset {dataset.name} has no split {source.split!r} (it has "
+      f"{', '.join(sorted(splits))}).")
+  examples = undecoded(dataset)
+  is_random = isinstance(examples, Sequence)
+  for row, example in enumerate(examples):
+    where = f"{dataset.name}[{dataset.split}]:{row}"
+    picture = (
+      StoredPicture(where, dataset, row) if is_random
+      else Picture(where, data=bytes(example["image"])))
+    objects = example["objects"]
+    expressions = objects["refexp"]
+    for (top, left, bottom, right), numbers, texts in zip(
+      objects["bbox"], expressions["refexp_id"], expressions["raw"], strict=True
+    ):
+      box, = checked_boxes(np.array([(left, top, right, bottom)], np.float64), where).tolist()
+      for number, text in zip(np.asarray(numbers), np.asarray(texts), strict=True):
+        yield Expression(int(number), picture, " ".join(text.decode().split()), (tuple(box),))
 
 
 def _original(source: Source, path: Path) -> Iterator[Expression]:

@@ -51,6 +51,7 @@ class PictureEntry(NamedTuple):
     read: makes the rows from a folder.
     metric: see `Task`.
     source: what the folder holds, for people.
+    dataset: what `tfds.builder` takes, which is read without a folder; None: tfds has none.
     files: patterns of all files in the folder that decide the rows; of pictures only the names.
     templates: prompts by index, the first one the paper's.
     rows, train: splits to evaluate on and to draw from; train "": draw from the other rows.
@@ -69,6 +70,7 @@ class PictureEntry(NamedTuple):
   words: tuple[str, ...] = ()
   names: Callable[[Source], dict[str, str]] | None = None
   way: Way = Way()
+  dataset: str | None = None
 
 
 _KARPATHY = {
@@ -83,11 +85,11 @@ def _expression_files(data: str) -> tuple[str, ...]:
   return (f"*{data}_*.json", f"{data}/refs(*).p", f"{data}/instances.json")
 
 
-def _refcoco(data: str) -> PictureEntry:
+def _refcoco(data: str, dataset: str) -> PictureEntry:
   return PictureEntry(
     functools.partial(referring.comprehension, data=data), "referring",
     "MDETR's JSON or refs, COCO pictures", _expression_files(data), (prompts.EXPRESSION,), "val",
-    way=_LOCATE,
+    way=_LOCATE, dataset=dataset,
   )
 
 
@@ -135,13 +137,13 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
     ("*.txt", "Annotations/*.xml", "Sentences/*.txt"), (prompts.PHRASE,), "test",
     way=_LOCATE,
   ),
-  "refcoco": _refcoco("refcoco"),
-  "refcoco-plus": _refcoco("refcoco+"),
-  "refcocog": _refcoco("refcocog"),
+  "refcoco": _refcoco("refcoco", "ref_coco/refcoco_unc"),
+  "refcoco-plus": _refcoco("refcoco+", "ref_coco/refcocoplus_unc"),
+  "refcocog": _refcoco("refcocog", "ref_coco/refcocog_umd"),
   "refcocog-expressions": PictureEntry(
     functools.partial(referring.description, data="refcocog"), "meteor",
     "MDETR's JSON or refs, COCO pictures", _expression_files("refcocog"), (prompts.DESCRIBE,),
-    "val", "train",
+    "val", "train", dataset="ref_coco/refcocog_umd",
   ),
   "ok-vqa": PictureEntry(
     captions_and_questions.vqav2, "vqa", "OK-VQA JSON, COCO pictures", ("*mscoco*.json",),

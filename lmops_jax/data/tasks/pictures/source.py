@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 from lmops_jax.data.boxes import GRID, Box
 from lmops_jax.data.documents import document_id
+from lmops_jax.data.multimodal import Picture
+from lmops_jax.data.named_datasets import Tfds
 from lmops_jax.data.tasks.task import Example, problem_of
+from lmops_jax.data.tfds_images import StoredPicture
 from lmops_jax.host.foreign_files import printable, require_regular
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -35,6 +38,7 @@ class Source(NamedTuple):
     split: the part to read.
     prompt: text with fields of a row in braces, and `<image>` for its pictures.
     grid: tells the side of the model's grid, on which boxes in texts are written.
+    dataset: what is read instead of the folder.
   """
 
   name: str
@@ -43,23 +47,28 @@ class Source(NamedTuple):
   split: str
   prompt: str
   grid: Callable[[], int] = published_grid
+  dataset: Tfds | None = None
 
   def example(
-    self, key: str, prompt: str, pictures: Sequence[Path | str], *, options: Sequence[str] = (),
-    label: int = -1, answers: Sequence[str] = (), option_pictures: Sequence[Path | str] = (),
-    boxes: Sequence[Box] = (), categories: Sequence[str] = (),
+    self, key: str, prompt: str, pictures: Sequence[Path | str | Picture | StoredPicture], *,
+    options: Sequence[str] = (), label: int = -1, answers: Sequence[str] = (),
+    option_pictures: Sequence[Path | str] = (), boxes: Sequence[Box] = (),
+    categories: Sequence[str] = (),
   ) -> Example | None:
     """A row, or None for one that cannot be evaluated on.
 
     Args:
       key: the row's name within the data, from which its id comes.
-      pictures, option_pictures: paths relative to `pictures` of the source.
+      pictures, option_pictures: paths relative to `pictures` of the source, or pictures.
       boxes, categories: see `Example`.
     """
+    def placed(picture):
+      return str(self.pictures / picture) if isinstance(picture, str | Path) else picture
+
     found = Example(
       document_id(f"{self.name}:{key}"), prompt, tuple(options), label,
       tuple(answer for answer in answers if answer.strip()), (),
-      *(tuple(str(self.pictures / path) for path in of) for of in (pictures, option_pictures)),
+      tuple(map(placed, pictures)), tuple(map(placed, option_pictures)),
       boxes=tuple(boxes), categories=tuple(categories),
     )
     return None if problem_of(found) else found
