@@ -9,6 +9,10 @@ into a folder and this library loads. Both sides hold float32 and take turns; th
 median. What is timed:
 
 * encode: images to their vectors, 1 and 8 at a time,
+* prefill: an image and three words, and the first new token, encoding included,
+* decode: 32 new tokens behind these, with the image's vectors made beforehand,
+* phrase grounding: an image and `<grounding><phrase> three words</phrase>`, and as many tokens as a
+  box takes, four (`<object>`, two cells, `</object>`), free, by greedy search, encoding included,
 * caption: an image and three words, and 32 new tokens by greedy search, encoding included,
 * beam 5: the same for one image with five beams,
 * candidates: eight context images and one of six candidates in each of six prompts, the
@@ -57,6 +61,8 @@ NEW, SIZE, SLOTS, VOCAB = 32, 224, 64, 65_037
 BOS, IMAGE, IMAGE_END, FIRST_SLOT = 0, 64_003, 64_004, 4
 CAPTION, SO_FAR, NEXT, QUESTION = [712, 1648, 9], [300, 301], [400, 401, 402], [500, 501, 502]
 YES, NUM_CONTEXT, NUM_CANDIDATES = 777, 8, 6
+GROUNDING, PHRASE, PHRASE_END, BOX_TOKENS = 64_012, 64_007, 64_008, 4
+WHERE = [GROUNDING, PHRASE, 10, 43867, 302, PHRASE_END]
 
 
 def build(layers: int):
@@ -98,12 +104,12 @@ class Peer:
                                          return_dict=True).pooler_output
 
   @torch.inference_mode()
-  def caption(self, pixels, num_new, num_beams):
-    ids, index = row([0, CAPTION])
-    ids = torch.tensor([ids] * len(pixels))
-    slots = torch.tensor([[int(i >= 0) for i in index]] * len(pixels))
+  def continued(self, vectors, num_new, num_beams=1, words=CAPTION):
+    ids, index = row([0, words])
+    ids = torch.tensor([ids] * len(vectors))
+    slots = torch.tensor([[int(i >= 0) for i in index]] * len(vectors))
     out = self.model.generate(
-      image_embeds=self.encode(pixels), input_ids=ids, image_embeds_position_mask=slots,
+      image_embeds=vectors, input_ids=ids, image_embeds_position_mask=slots,
       attention_mask=torch.ones_like(ids), max_new_tokens=num_new, min_new_tokens=num_new,
       do_sample=False, num_beams=num_beams)
     return out[:, ids.shape[1] :].tolist()
@@ -139,9 +145,9 @@ class Ours:
   def encode(self, pixels):
     return np.asarray(self.encoded(pixels))
 
-  def caption(self, pixels, num_new, num_beams):
-    ids, index = row([0, CAPTION])
-    prompts = [Prompt(ids, vectors, index) for vectors in self.encode(pixels)]
+  def continued(self, vectors, num_new, num_beams=1, words=CAPTION):
+    ids, index = row([0, words])
+    prompts = [Prompt(ids, of_picture, index) for of_picture in vectors]
     options = GenerationOptions(
       max_new_tokens=num_new, min_new_tokens=num_new, num_beams=num_beams, eos_ids=(2,))
     return [answer.ids for answer in self.generator.generate_ids(prompts, options)]
@@ -175,10 +181,10 @@ class Costs:
     cached = 2 * 4 * rows * before * text.num_layers * text.key_heads * text.head_width
     return rows * (length * each + head), self._decoder + cached
 
-  def caption(self, pictures, beams):
-    start = len(row([0, CAPTION])[0])
-    steps = [self.read(pictures * beams, 1, start + i) for i in range(NEW - 1)]
-    return added(self.encode(pictures), self.read(pictures, start), *steps)
+  def continued(self, pictures, num_new, beams=1, words=CAPTION):
+    start = len(row([0, words])[0])
+    steps = [self.read(pictures * beams, 1, start + i) for i in range(num_new - 1)]
+    return added(self.read(pictures, start), *steps)
 
   def candidates(self, pictures, shared):
     length = len(row(item(0))[0])
@@ -252,12 +258,29 @@ def main() -> None:
              lambda b=batch: ours.encode(pixels[:b]),
              {"PyTorch": lambda b=batch: peer.encode(pixels[:b]).numpy()},
              dict.fromkeys(("JAX", "PyTorch"), costs.encode(batch)))
+
+  def time_answers(name, unit, amount, batch, *how):
+    """A row of which an image is encoded and continued."""
+    time_row(name, unit, amount,
+             lambda: ours.continued(ours.encode(pixels[:batch]), *how),
+             {"PyTorch": lambda: peer.continued(peer.encode(pixels[:batch]), *how)},
+             dict.fromkeys(("JAX", "PyTorch"),
+                           added(costs.encode(batch), costs.continued(batch, *how))))
+
+  for batch in (1, 8):
+    time_answers(f"prefill, batch {batch}", "rows/s", batch, batch, 1)
+  for batch in (1, 8):
+    made, theirs = ours.encode(pixels[:batch]), peer.encode(pixels[:batch])
+    time_row(f"decode, batch {batch}", "tokens/s", batch * NEW,
+             lambda made=made: ours.continued(made, NEW),
+             {"PyTorch": lambda theirs=theirs: peer.continued(theirs, NEW)},
+             dict.fromkeys(("JAX", "PyTorch"), costs.continued(batch, NEW)))
+  for batch in (1, 8):
+    time_answers(
+      f"phrase grounding, batch {batch}", "rows/s", batch, batch, BOX_TOKENS, 1, WHERE)
   for batch, beams in ((1, 1), (8, 1), (1, 5)):
     name = f"caption, batch {batch}" if beams == 1 else f"caption, {beams} beams"
-    time_row(name, "tokens/s", batch * NEW,
-             lambda b=batch, n=beams: ours.caption(pixels[:b], NEW, n),
-             {"PyTorch": lambda b=batch, n=beams: peer.caption(pixels[:b], NEW, n)},
-             dict.fromkeys(("JAX", "PyTorch"), costs.caption(batch, beams)))
+    time_answers(name, "tokens/s", batch * NEW, batch, NEW, beams)
   time_row(f"{NUM_CANDIDATES} candidates", "items/s", 1, lambda: ours.candidates(pixels),
            {"PyTorch": lambda: peer.candidates(pixels, False),
             "PyTorch, 54 images": lambda: peer.candidates(pixels, True)},

@@ -491,6 +491,12 @@ def test_a_browser_shows_phrases_and_boxes_in_the_same_colours(kosmos, picture, 
   page.check("[name=grammar]")
   page.check("text=Greedy")
   page.fill("[name=max_new_tokens]", "16")
+  page.evaluate("""() => {
+    window.seen = [];
+    const written = document.getElementById("written");
+    new MutationObserver(() => window.seen.push(written.textContent)).observe(
+      written, {childList: true});
+  }""")
 
   page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"no"})
   page.keyboard.press("Enter")
@@ -507,9 +513,13 @@ def test_a_browser_shows_phrases_and_boxes_in_the_same_colours(kosmos, picture, 
     assert page.evaluate("i => document.querySelector(i).naturalWidth", image) == 40
   page.click("#remove")
   assert page.is_hidden("#preview") and page.is_visible("#shown") and page.is_visible("#hint")
-  *written, last = map(json.loads, answers[-1].text().splitlines())
-  want = last["answer"]
-  assert written and page.text_content("#written") == ""
+  assert answers[-1].headers["content-type"] == LINES["Accept"]
+  status, want = ask(kosmos, answers[-1].request.post_data_json)
+  assert status == 200
+  # What was written was shown meanwhile, and went away for the answer.
+  *seen, last = page.evaluate("window.seen")
+  assert seen and last == "" == page.text_content("#written")
+  assert all(later.startswith(text) for text, later in zip(seen, seen[1:]))
   boxes = want["entities"][0]["boxes"]
   assert page.text_content("#caption") == "".join(piece["text"] for piece in want["pieces"])
   stage = page.query_selector("#stage").bounding_box()
