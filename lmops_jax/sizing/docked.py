@@ -1,31 +1,22 @@
 """What a docked language model takes: operations of a training step, and bytes of its pictures.
 
-The tower's and the decoder's arithmetic is analytic, as in `flops`. A connector is any module, so
-its matrix products are counted in its own lowered program, and what its backward pass keeps is read
-from its traced one. Unless the whole tower is trained, its layers below `top_layers` are taken to
-be frozen: they have a forward pass alone.
+Unless the whole tower is trained, its layers below `top_layers` are taken to be frozen: they have a
+forward pass alone. See `encoders` on what is counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
-import functools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from lmops_jax.control import dynamics
-from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.docked import DockedConfig
-from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.stacks import stacks
 from lmops_jax.models.vision import NUM_CHANNELS
-from lmops_jax.sizing import activations, flops, hlo
+from lmops_jax.sizing import activations, encoders, flops
 
 
 class Shape(Protocol):
@@ -42,11 +33,7 @@ def trains_whole_tower(optimizer: optax.GradientTransformation, params: Any) -> 
   Args:
     params: those of the docked model, or their shapes.
   """
-  params = unboxed(params)
-  state = dynamics.State(params, jax.eval_shape(optimizer.init, params))
-  is_read = jax.tree.unflatten(
-    jax.tree.structure(params), dynamics.gradients_read(optimizer.update, state))
-  return any(jax.tree.leaves(is_read["vision"]["trunk"]))
+  return any(jax.tree.leaves(encoders.gradients_read(optimizer, params)["vision"]["trunk"]))
 
 
 def group_flops(
@@ -69,31 +56,17 @@ def group_flops(
 
 def picture_flops(config: DockedConfig, whole_tower: bool = False) -> float:
   """Operations of a training step for each picture: tower and connector."""
-  trained = config.vision.trunk if whole_tower else _stacks(config).get("top")
-  backward = 0.0 if trained is None else 2 * _blocks_flops(config, trained)
-  if whole_tower:
-    backward += _patch_flops(config)  # of the weights; no gradient goes on to the pixels
-  connector = _connector_flops(config, _Passes.TO_FEATURES if trained else _Passes.TO_WEIGHTS)
-  return _tower_flops(config) + backward + connector
+  depth = encoders.Depth.WHOLE if whole_tower else encoders.Depth.TOP
+  return encoders.step_flops(
+    config.vision, config.connector, config.text, config.vision.num_features(), depth,
+    encoders.patch_flops(config.vision))
 
 
 def encoding_flops(config: DockedConfig) -> float:
   """Operations of making the vectors of a picture, without a gradient."""
-  return _tower_flops(config) + _connector_flops(config, _Passes.FORWARD)
-
-
-def _tower_flops(config: DockedConfig) -> float:
-  return _patch_flops(config) + _blocks_flops(config, config.vision.trunk)
-
-
-def _patch_flops(config: DockedConfig) -> float:
-  vision = config.vision
-  return 2 * vision.num_patches * vision.patch_size**2 * NUM_CHANNELS * vision.trunk.width
-
-
-def _blocks_flops(config: DockedConfig, stack: TransformerConfig) -> float:
-  num = 1 + config.vision.num_patches
-  return num * flops.forward_flops_per_token(stack, num, unembedding=False)
+  return encoders.encoding_flops(
+    config.vision, config.connector, config.text, config.vision.num_features(),
+    encoders.patch_flops(config.vision))
 
 
 def picture_bytes(
@@ -106,77 +79,13 @@ def picture_bytes(
     whole_tower: whether all layers of the tower are trained.
     sizes: `platform`, `num_fsdp` and `num_tensor` of `activations.activation_bytes`.
   """
-  num = 1 + config.vision.num_patches
+  vision, num = config.vision, config.vision.num_features()
   towers = [
     activations.activation_bytes(
       dataclasses.replace(stack, vocab_size=1), images, num,  # it looks up no word
       unembedding=False, backward=whole_tower or part == "top", **sizes)
-    for part, stack in _stacks(config).items()]
-  of_input = 4 * NUM_CHANNELS * config.vision.image_size**2
+    for part, stack in stacks(vision.trunk, vision.top_layers).items()]
+  of_input = 4 * NUM_CHANNELS * vision.image_size**2
   kept = sum(towers) if whole_tower else max(towers)
-  return images * of_input + kept + images * _connector_bytes(config)
-
-
-def _stacks(config: DockedConfig) -> dict[str, TransformerConfig]:
-  return stacks(config.vision.trunk, config.vision.top_layers)
-
-
-class _Passes(enum.Enum):
-  """What is computed of a connector: its vectors, gradients of its weights, or of its input too."""
-
-  FORWARD = enum.auto()
-  TO_WEIGHTS = enum.auto()
-  TO_FEATURES = enum.auto()
-
-
-@functools.lru_cache(maxsize=16)
-def _connector_flops(config: DockedConfig, passes: _Passes) -> float:
-  def products(num):
-    params, features, cotangent = _connector_inputs(config, num)
-    if passes is _Passes.FORWARD:
-      lowered = jax.jit(_connect(config)).lower(params, features)
-    else:
-      pull = _pull(config, to_features=passes is _Passes.TO_FEATURES)
-      lowered = jax.jit(pull).lower(params, features, cotangent)
-    return hlo.count(lowered.as_text("hlo")).product_flops
-
-  return products(2) - products(1)
-
-
-@functools.lru_cache(maxsize=16)
-def _connector_bytes(config: DockedConfig) -> float:
-  """What a backward pass keeps of each picture."""
-  def kept(num):
-    params, features, _ = _connector_inputs(config, num)
-    pull = jax.eval_shape(lambda *given: jax.vjp(_connect(config), *given)[1], params, features)
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pull))
-
-  return kept(2) - kept(1)
-
-
-def _connect(config: DockedConfig) -> Callable:
-  module = config.connector.module(config.text, config.vision.trunk.width)
-  return lambda params, features: module.apply({"params": params}, features)
-
-
-def _connector_inputs(config: DockedConfig, num: int) -> tuple[Any, Any, Any]:
-  """Shapes of parameters, features, and the cotangent of the vectors."""
-  width, dtype = config.vision.trunk.width, jnp.dtype(config.text.dtype)
-  features = jax.ShapeDtypeStruct((num, 1 + config.vision.num_patches, width), dtype)
-  module = config.connector.module(config.text, width)
-  params = unboxed(jax.eval_shape(module.init, jax.random.key(0), features)["params"])
-  return params, features, jax.eval_shape(_connect(config), params, features)
-
-
-def _pull(config: DockedConfig, to_features: bool) -> Callable:
-  """The connector forwards and backwards, to the features if a layer below them is trained."""
-  connect = _connect(config)
-
-  def pull(params, features, cotangent):
-    if to_features:
-      out, back = jax.vjp(connect, params, features)
-    else:
-      out, back = jax.vjp(lambda params: connect(params, features), params)
-    return out, back(cotangent)
-
-  return pull
+  of_connector = encoders.connector_bytes(config.connector, config.text, vision.trunk.width, num)
+  return images * of_input + kept + images * of_connector
