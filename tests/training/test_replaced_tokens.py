@@ -195,6 +195,7 @@ def _language(rng, rows):
   return (3 + (rng.integers(0, 20, (rows, 1)) + np.arange(LENGTH)) % 20).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_replaced_tokens():
   rng = np.random.default_rng(0)
   learner = supervised(
