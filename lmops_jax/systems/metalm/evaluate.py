@@ -26,7 +26,7 @@ from lmops_jax.config.setting_types import (
   Text,
   component,
 )
-from lmops_jax.data.span_rows import SpanRows
+from lmops_jax.data.instances import Instances
 from lmops_jax.data.tasks import Example, Task, demonstrations
 from lmops_jax.decoding.scoring import OptionScorer, Request, mean, total
 from lmops_jax.evaluation.examples import map_examples
@@ -86,8 +86,9 @@ def run(
   """
   vocabulary = prepared.vocabulary
   unseen = prepared.validation
-  found = {"losses": losses_of(
-    arm, params, unseen, common_mask(models, unseen, vocabulary.vocab_size), config, partitioner)}
+  index = np.arange(min(config.num_rows, len(unseen)))
+  common = common_mask(models, unseen, index, vocabulary.vocab_size)
+  losses = losses_of(arm, params, unseen, index, common, config.batch_size, partitioner)
   other = with_words(tasks[SAME_DOCUMENT], config.other_words)
   shots = tuple(config.shots)
   by_model = {BEFORE: [(tasks[NEXT_PASSAGE], NEXT_PASSAGE, (0,)),
@@ -105,43 +106,44 @@ def run(
           asking.counted(task, num, draw) for num in of_shots
           for draw in (config.draws if num else (0,))]
         bar.update()
-  write_json(context.directory / RESULTS_FILE, {**found, "answers": answers})
+  write_json(context.directory / RESULTS_FILE, {"losses": losses, "answers": answers})
 
 
-def common_mask(models: Models, unseen, vocab_size: int) -> np.ndarray:
-  """Places that every arm learns of all unseen rows, `[N,S] float32`."""
+def common_mask(
+  models: Models, unseen: Instances, index: np.ndarray, vocab_size: int
+) -> np.ndarray:
+  """Places that every arm learns of the unseen rows `index [n]`, `[n,S] float32`."""
   masks = [
-    models.arm(name, vocab_size).validation(unseen).batch(np.arange(len(unseen)))["loss_mask"]
+    models.arm(name, vocab_size).validation(unseen).batch(index)["loss_mask"]
     for name in (PREFIX, SEMI)]
   return masks[0] * masks[1]
 
 
 def losses_of(
-  arm: Arm, params, unseen, common: np.ndarray, config: Evaluate, partitioner
+  arm: Arm, params, unseen: Instances, index: np.ndarray, common: np.ndarray, batch_size: int,
+  partitioner,
 ) -> dict[str, Any]:
-  """Nats a token of unseen rows.
+  """Nats a token of the unseen rows `index [n]`.
 
   Args:
     common: see `common_mask`.
+    batch_size: rows at a time.
 
   Returns:
     `own`: of the tokens that the arm learns, given its spans. `common`: of the tokens that all arms
     learn, each given its own spans. `plain`: of the latter, read by the decoder alone as words.
     And `num_tokens` of each.
   """
-  index = np.arange(min(config.num_rows, len(unseen)))
-  rows: SpanRows = arm.validation(unseen)
-  batch = rows.batch(index)
+  batch = arm.validation(unseen).batch(index)
   encoded = {name: value for name, value in batch.items() if name != "example_id"}
   words = {name: batch[name] for name in ("tokens", "targets")}
   views = {
-    OWN: (encoded, batch["loss_mask"]), COMMON: (encoded, common[index]),
-    PLAIN: (words, common[index])}
+    OWN: (encoded, batch["loss_mask"]), COMMON: (encoded, common), PLAIN: (words, common)}
   example_sums = _sums(SpanLosses(arm.model))
   found, num_tokens = {}, {}
   for name, (given, mask) in views.items():
     sums = map_examples(
-      example_sums, params, {**given, "counted": mask}, config.batch_size, partitioner)
+      example_sums, params, {**given, "counted": mask}, batch_size, partitioner)
     num_tokens[name] = int(mask.sum())
     if not num_tokens[name]:
       raise ValueError(

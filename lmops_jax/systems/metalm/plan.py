@@ -39,7 +39,7 @@ def phase(
   return Phase(
     "train", sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
     config.num_steps * training.step_flops(
-      arm.config, config.batch_size, length, encoder_length),
+      arm.model, config.optimizer, config.batch_size, length, encoder_length),
     config.num_steps, parts,
     f"{config.batch_size} rows in {config.accumulate} micro-batches",
     _remedies(config, partitioner))
@@ -56,7 +56,8 @@ def program(config: training.Training, arm: Arm, length: int, partitioner: Parti
 
   return Program(
     "train", lower, training.step_flops(
-      arm.config, config.batch_size, length, arm.sampler.encoder_length(length)),
+      arm.model, config.optimizer, config.batch_size, length,
+      arm.sampler.encoder_length(length)),
     remedies=_remedies(config, partitioner))
 
 

@@ -105,9 +105,10 @@ def run(
 
 def figures_of(by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """By "task", "task, finetuned" and with "/shots" behind it: shares over seeds and draws."""
-  found = {}
-  for mode, of_tasks in by_seed[0].items():
-    for task, rows in of_tasks.items():
+  found, first = {}, by_seed[0]
+  for mode in (mode for mode in _MODES if mode in first):
+    for task in (task for task in _TASKS if task in first[mode]):
+      rows = first[mode][task]
       for shots in dict.fromkeys(row["shots"] for row in rows):
         counts = [
           tuple(sum(row[part] for row in of[mode][task] if row["shots"] == shots)

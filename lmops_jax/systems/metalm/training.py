@@ -14,8 +14,8 @@ import optax
 from lmops_jax.config.setting_types import PositiveInt, component
 from lmops_jax.data.span_sets import SpanSet
 from lmops_jax.evaluation import lm
-from lmops_jax.models.universal import ENCODER_INPUTS, UniversalConfig, UniversalLM
-from lmops_jax.sizing import flops
+from lmops_jax.models.universal import ENCODER_INPUTS, UniversalLM
+from lmops_jax.sizing import universal
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.metalm.arms import Arm
 from lmops_jax.training import loop, losses
@@ -123,14 +123,15 @@ def learner(
     check_batch=example_losses.check_batch, partitioner=partitioner)
 
 
-def step_flops(config: UniversalConfig, num_rows: int, length: int, encoder_length: int) -> float:
-  """Operations of a training step; all layers of the reader are counted as trained."""
-  total = 3.0 * num_rows * length * flops.forward_flops_per_token(config.text, length)
-  if encoder_length:
-    trunk = config.reader.encoder.trunk
-    total += 3.0 * num_rows * encoder_length * flops.forward_flops_per_token(
-      trunk, encoder_length, unembedding=False)
-  return total
+def step_flops(
+  model: UniversalLM, optimizer: optax.GradientTransformation, num_rows: int, length: int,
+  encoder_length: int,
+) -> float:
+  """Operations of a training step, by what the optimizer trains."""
+  trained = universal.trained_by(
+    optimizer, jax.eval_shape(loop.initializer(model), jax.random.key(0)))
+  return num_rows * universal.row_flops(
+    model.config, universal.RowShape(length, encoder_length), trained)
 
 
 def train(
@@ -164,7 +165,8 @@ def train(
       rows.batch, len(rows), config.batch_size, seed, whole=True, by_epoch=True),
     hooks=[_validation(model, arm.validation(validation), config, partitioner)])
   size, length = config.batch_size, instances.length
-  context.flops += result.step * step_flops(model.config, size, length, rows.encoder_length)
+  context.flops += result.step * step_flops(
+    model, config.optimizer, size, length, rows.encoder_length)
   context.extra["num_params"] = sum(x.size for x in jax.tree.leaves(result.state.params))
   context.extra["spans"] = rows.counts(np.arange(min(len(rows), _COUNTED)))
 
@@ -206,7 +208,7 @@ def finetune(
     context, arm.model, optimizer, config.num_steps, 1, config.checkpoint_every, seed, params,
     partitioner, Epochs(given.batch, len(given), config.batch_size, seed, whole=True))
   context.flops += result.step * step_flops(
-    arm.config, config.batch_size, rows.rows.arrays["tokens"].shape[1],
+    arm.model, optimizer, config.batch_size, rows.rows.arrays["tokens"].shape[1],
     rows.encoder_length if arm.reads_spans else 0)
   context.extra["rows"] = dict(rows.counts)
 

@@ -134,7 +134,7 @@ def test_perplexity_of_common_tokens_is_that_of_full_rows(workdir, system):
   logits = jax.nn.log_softmax(made.model.apply(
     {"params": params}, batch["tokens"], method="logits"))
   nats = -np.take_along_axis(np.asarray(logits), batch["targets"][..., None], axis=-1)[..., 0]
-  common = evaluate.common_mask(system.models, prepared.validation, 400)[index]
+  common = evaluate.common_mask(system.models, prepared.validation, index, 400)
   assert 0 < common.sum() < batch["loss_mask"].sum()
   assert not (common * (1 - batch["loss_mask"])).any()
   assert results["common"] == pytest.approx((nats * common).sum() / common.sum(), rel=1e-5)
