@@ -111,8 +111,9 @@ def test_words_alone_take_their_own_expert_in_all_layers():
     np.testing.assert_allclose(got[row, : len(want)], want, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("images", [IMAGES, np.tile(IMAGES, (1, 2, 1, 1))[:, :9]],
-                         ids=["own size", "interpolated"])
+@pytest.mark.parametrize("images", [
+  pytest.param(IMAGES, marks=pytest.mark.slow), np.tile(IMAGES, (1, 2, 1, 1))[:, :9]],
+  ids=["own size", "interpolated"])
 def test_an_image_alone_is_a_vision_tower(images):
   """That of the image's experts; also in another size, with the tower's interpolation."""
   config = VisionConfig(TRUNK, image_size=6, patch_size=3, any_size=True, top_layers=1)

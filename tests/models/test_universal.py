@@ -356,6 +356,7 @@ SEEING = dataclasses.replace(CONFIG, vision=ImageDocking(VISION, ResamplerConfig
 IMAGES = np.random.default_rng(7).integers(0, 256, (8, 2, 8, 8, 3)).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_images_stand_behind_the_spans_of_a_row():
   """As a docked model computes them."""
   model, params = UniversalLM(SEEING), _params(SEEING)

@@ -90,10 +90,12 @@ def _step_flops(config, shape, frozen):
 
 @pytest.mark.parametrize("config, shape, frozen, trained", [
   (READING, SPANS, "reader/(?!top/).*", Trained()),
-  (READING, SPANS, "text/.*", Trained(text=False, reader=Depth.WHOLE)),
+  pytest.param(READING, SPANS, "text/.*", Trained(text=False, reader=Depth.WHOLE),
+               marks=pytest.mark.slow),
   pytest.param(READING, SPANS, "reader/.*", Trained(reader=Depth.FROZEN), marks=pytest.mark.slow),
   pytest.param(SEEING, PICTURES, "nothing", Trained(vision=Depth.WHOLE), marks=pytest.mark.slow),
-  (SEEING, PICTURES, "vision/(?!top/|post_norm/).*", Trained()),
+  pytest.param(SEEING, PICTURES, "vision/(?!top/|post_norm/).*", Trained(),
+               marks=pytest.mark.slow),
 ], ids=["top", "frozen decoder", "frozen reader", "whole fused", "top fused"])
 def test_a_row_takes_what_xla_compiles(config, shape, frozen, trained):
   rules = {frozen: None} if frozen != "nothing" else {}
