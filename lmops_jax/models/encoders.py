@@ -5,13 +5,15 @@ length, so that all spans of a batch take one call and hardly any padding. Atten
 and stays inside a span, positions start at 0 in each, so that a span's vectors are those it has
 alone. Windows and ALiBi go by distance, which packing keeps.
 
-BERT and RoBERTa fit as they are published, less their heads (`models.transformer`).
+The encoder of MetaLM was not published. BERT and RoBERTa may stand in its place as they are, less
+their heads (`encoder_params`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -19,7 +21,10 @@ import jax.numpy as jnp
 
 from lmops_jax.config.setting_types import Count, component
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.stacks import StackedEncoder, check_top
+from lmops_jax.models.stacks import StackedEncoder, check_top, with_top
+
+_HEADS = (
+  "embedding_out", "head_transform", "head_norm", "unembedding", "unembedding_bias", "pooler")
 
 
 @runtime_checkable
@@ -158,3 +163,17 @@ class TextEncoder(StackedEncoder):
     """The vectors `[N,E,D]` of rows `[N,E]` that are one span each."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return self.features(tokens, positions, jnp.ones_like(tokens))
+
+
+def encoder_params(params: Mapping[str, Any], top_layers: int = 0) -> dict[str, Any]:
+  """Parameters of a `TextEncoder` from those of a `Transformer`, whose heads are left out.
+
+  Args:
+    params: of a whole model with the encoder's trunk, such as a published BERT.
+    top_layers: that of the encoder.
+
+  Raises:
+    ValueError: as `stacks.with_top` does.
+  """
+  encoder = {"trunk": {name: x for name, x in params.items() if name not in _HEADS}}
+  return with_top(encoder, top_layers) if top_layers else encoder

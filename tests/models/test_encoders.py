@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.encoders import TextEncoder, TextEncoderConfig
+from lmops_jax.models.encoders import TextEncoder, TextEncoderConfig, encoder_params
 from lmops_jax.models.stacks import with_top
+from lmops_jax.models.transformer import Transformer
 
 TRUNK = TransformerConfig(
   vocab_size=24, num_layers=3, width=16, num_heads=2, mlp_width=24, max_length=12, norm="layer",
@@ -154,6 +155,21 @@ def test_a_stack_of_the_last_layers_changes_nothing_but_the_tree(config):
   np.testing.assert_allclose(
     _features(params, config=split), _features(_params(config), config=config), rtol=1e-5,
     atol=1e-5)
+
+
+def test_a_masked_language_model_becomes_an_encoder():
+  """With the parts of RoBERTa, and its heads left out."""
+  whole = dataclasses.replace(
+    TRUNK, residual_scale=1.0, branch_gain=1.0, num_token_types=1, head_transform=True,
+    unembedding_bias=True, tied_embeddings=True, pooler=True)
+  model, config = Transformer(whole), TextEncoderConfig(whole, top_layers=1)
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
+  assert {"pooler", "head_transform", "unembedding_bias"} <= params.keys()
+  encoder = encoder_params(params, top_layers=1)
+  fresh = jax.eval_shape(TextEncoder(config).init, jax.random.key(0), TOKENS)["params"]
+  assert jax.tree.map(jnp.shape, encoder) == jax.tree.map(jnp.shape, nn.unbox(fresh))
+  want = jax.jit(model.apply)({"params": params}, TOKENS, POSITIONS, SEGMENTS)
+  np.testing.assert_allclose(_features(encoder, config=config), want, rtol=1e-5, atol=1e-5)
 
 
 def test_impossible_encoders_and_rows_are_refused():
