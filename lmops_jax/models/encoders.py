@@ -5,8 +5,8 @@ length, so that all spans of a batch take one call and hardly any padding. Atten
 and stays inside a span, positions start at 0 in each, so that a span's vectors are those it has
 alone. Windows and ALiBi go by distance, which packing keeps.
 
-The encoder of MetaLM was not published. BERT and RoBERTa may stand in its place as they are, less
-their heads (`encoder_params`).
+The encoder of MetaLM was not published. BERT, RoBERTa and ELECTRA may stand in its place as they
+are, less their heads (`encoder_params`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.stacks import StackedEncoder, check_top, with_top
 
 _HEADS = (
-  "embedding_out", "head_transform", "head_norm", "unembedding", "unembedding_bias", "pooler")
+  "detector", "embedding_out", "head_norm", "head_transform", "pooler", "unembedding",
+  "unembedding_bias")
 
 
 @runtime_checkable
@@ -169,7 +170,8 @@ def encoder_params(params: Mapping[str, Any], top_layers: int = 0) -> dict[str, 
   """Parameters of a `TextEncoder` from those of a `Transformer`, whose heads are left out.
 
   Args:
-    params: of a whole model with the encoder's trunk, such as a published BERT.
+    params: of a whole model with the encoder's trunk, such as a published BERT, or
+      `["discriminator"]` of replaced-token detection.
     top_layers: that of the encoder.
 
   Raises:

@@ -14,16 +14,10 @@ from typing import Any, Literal
 from lmops_jax.config.setting_types import Count, Decay, Text, component
 from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.config import DTYPES, REMAT_POLICIES, TransformerConfig
-from lmops_jax.models.encoders import TextEncoderConfig
-from lmops_jax.models.stacks import with_top
+from lmops_jax.models.encoders import TextEncoderConfig, encoder_params
 from lmops_jax.pretrained.families import by_name
 from lmops_jax.pretrained.families.explicit import explicit
 from lmops_jax.pretrained.model import PretrainedModel, load
-
-_HEADS = (
-  "detector", "embedding_out", "head_norm", "head_transform", "pooler", "unembedding",
-  "unembedding_bias",
-)
 
 
 @component(module="pretrained")
@@ -62,17 +56,6 @@ def without_heads(config: TransformerConfig) -> TransformerConfig:
   return dataclasses.replace(
     config, tied_embeddings=True, head_transform=False, unembedding_bias=False, pooler=False,
     detector=False)
-
-
-def encoder_params(params: Any, top_layers: int = 0) -> dict[str, Any]:
-  """Parameters of a `Transformer` as a `TextEncoder` has them, without those of its heads.
-
-  Args:
-    params: the tree of a published model, or `["discriminator"]` of replaced-token detection.
-    top_layers: as in the encoder's configuration.
-  """
-  trunk = {name: value for name, value in params.items() if name not in _HEADS}
-  return with_top({"trunk": trunk}, top_layers) if top_layers else {"trunk": trunk}
 
 
 def check_text_encoder(path: str | PathLike, config: TextEncoderConfig) -> None:

@@ -10,10 +10,10 @@ import optax
 import pytest
 
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.encoders import TextEncoderConfig
+from lmops_jax.models.encoders import TextEncoderConfig, encoder_params
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.transformer import Transformer
-from lmops_jax.pretrained.text_encoders import encoder_params, without_heads
+from lmops_jax.pretrained.text_encoders import without_heads
 from lmops_jax.training.learner import supervised
 from lmops_jax.training.optimizers import sgd
 from lmops_jax.training.replaced_tokens import (

@@ -20,8 +20,7 @@ from annotated_types import Gt, Lt
 from lmops_jax.config.setting_types import Positive, PositiveInt, component
 from lmops_jax.data.instances import Instances
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.encoders import TextEncoderConfig
-from lmops_jax.pretrained.text_encoders import encoder_params
+from lmops_jax.models.encoders import TextEncoderConfig, encoder_params
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.metalm.texts import Prepared
