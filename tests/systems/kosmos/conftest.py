@@ -10,13 +10,13 @@ from lmops_jax.stages import pipeline, skeleton
 
 @pytest.fixture(scope="session")
 def run_stages():
-  """`(gin file, workdir, *bindings, only=None) -> the system, its stages, and what each did`."""
+  """`(gin file, workdir, *bindings, only=None) -> system, statuses by stage`."""
   def run(file, workdir, *bindings, only=None):
     resolved = resolve.load([str(file)], bindings)
     system = resolved.run().system
     stages = skeleton.resolve_stages(system, system.stages(None), resolved.tree.child("system"))
     records = pipeline.run_stages(stages, workdir, only=only, system=system.name)
     return SimpleNamespace(
-      system=system, stages=stages, statuses={record.name: record.status for record in records})
+      system=system, statuses={record.name: record.status for record in records})
 
   return run

@@ -12,7 +12,6 @@ from PIL import Image
 from lmops_jax.config import resolve
 from lmops_jax.mesh.checkpoints import load_params
 from lmops_jax.models.vision import VisionTransformer
-from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.kosmos import starts
 
 pytestmark = pytest.mark.parity
@@ -20,6 +19,7 @@ torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[pari
 transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
 
 SIZES = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+FILE = "kosmos/kosmos1_paper.gin"
 BINDINGS = [
   "VOCABULARY = @data.TrainSentencePiece()", "data.TrainSentencePiece.vocab_size = 300",
   "STEPS = 2", "HELD_OUT = 0.0", "kosmos.Training.num_groups = 1",
@@ -53,7 +53,7 @@ def peer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def system(peer, tmp_path_factory):
+def bindings(peer, tmp_path_factory):
   folder = tmp_path_factory.mktemp("pairs")
   draws = np.random.default_rng(0)
   for i in range(4):
@@ -63,14 +63,14 @@ def system(peer, tmp_path_factory):
   (folder / "text.jsonl").write_text("\n".join(
     json.dumps({"text": f"the number {i} is one more than the number {i - 1} and is nice"})
     for i in range(30)))
-  return resolve.load(["kosmos/kosmos1_paper.gin"], [
+  return [
     *BINDINGS, f"CLIP_PATH = '{peer}'", f"data.ImageJsonl.path = '{folder}/pairs.jsonl'",
     f"TEXT_PATH = '{folder}/text.jsonl'",
-  ])
+  ]
 
 
-def test_the_tower_has_clips_features(peer, system):
-  vision = system.build().model.vision
+def test_the_tower_has_clips_features(peer, bindings):
+  vision = resolve.load([FILE], bindings).build().model.vision
   params = starts.clip_tower(peer, vision)
   assert jax.tree.leaves(params["top"])[0].shape[0] == 1
   pixels = np.random.default_rng(1).normal(size=(2, 28, 28, 3)).astype(np.float32)
@@ -84,12 +84,9 @@ def test_the_tower_has_clips_features(peer, system):
 
 
 @pytest.mark.slow
-def test_what_is_frozen_keeps_clips_bits(peer, system, tmp_path):
-  job = system.run()
-  pipeline.run_stages(
-    skeleton.resolve_stages(job.system, job.system.stages(None), system.tree.child("system")),
-    tmp_path, system=job.system.name)
-  start = nn.unbox(starts.clip_tower(peer, job.system.model.vision))
+def test_what_is_frozen_keeps_clips_bits(run_stages, peer, bindings, tmp_path):
+  system = run_stages(FILE, tmp_path, *bindings).system
+  start = nn.unbox(starts.clip_tower(peer, system.model.vision))
   after = load_params(tmp_path / "train/params/2")["vision"]
   for name, value in start.items():
     if name in ("top", "post_norm"):
@@ -104,9 +101,9 @@ def test_what_is_frozen_keeps_clips_bits(peer, system, tmp_path):
   ("vision/models.TransformerConfig.num_layers = 2", "has num_layers=3 and .* has 2"),
   ("models.VisionConfig.patch_size = 7", "has patch_size=14 and models.VisionConfig has 7"),
 ])
-def test_a_tower_of_another_size_is_refused(peer, system, binding, message):
+def test_a_tower_of_another_size_is_refused(peer, binding, message):
   other = resolve.load(
-    ["kosmos/kosmos1_paper.gin"], [
+    [FILE], [
       *BINDINGS, f"CLIP_PATH = '{peer}'", "data.ImageJsonl.path = '/data/none'",
       "TEXT_PATH = '/data/none'", binding]).build()
   with pytest.raises(ValueError, match=message):

@@ -9,11 +9,9 @@ import sentencepiece
 from PIL import Image
 
 from lmops_jax import pretrained
-from lmops_jax.config import resolve
 from lmops_jax.data.boxes import GRID, grounding_words
 from lmops_jax.data.image_tokens import KOSMOS_WORDS
 from lmops_jax.pretrained import exporting
-from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.text.tokenizer import load_tokenizer
 from lmops_jax.text.vocabularies import load_vocabulary
 from lmops_jax.text.vocabulary_sources import SentencePieceFile
@@ -40,7 +38,7 @@ def vocabulary(model_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(model_file, vocabulary, tmp_path_factory):
+def workdir(run_stages, model_file, vocabulary, tmp_path_factory):
   folder = tmp_path_factory.mktemp("finetune")
   model_folders.write_docked(
     folder / "published", vocab_size=vocabulary.vocab_size + len(WORDS), max_length=96)
@@ -52,7 +50,7 @@ def workdir(model_file, vocabulary, tmp_path_factory):
                  "ref_exps": [[12, 31, 0.25, 0.125, 0.75, 0.875, 0.9]]})
   (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
   sizes = {"num_layers": 2, "width": 16, "num_heads": 4, "mlp_width": 24, "dtype": "'float32'"}
-  resolved = resolve.load(["kosmos/finetune.gin"], [
+  run_stages("kosmos/finetune.gin", folder / "run", *[
     f"START = '{folder}/published'", f"VOCABULARY_PATH = '{model_file}'",
     f"PAIRS_PATH = '{folder}/pairs.jsonl'", "STEPS = 2", "GROUPS = 2", "HELD_OUT = 0.0",
     "GROUNDED_SHARE = 1.0", "optim.warmup_linear.warmup_steps = 1",
@@ -68,9 +66,6 @@ def workdir(model_file, vocabulary, tmp_path_factory):
     "pairs/kosmos.RowShape.rows = 1", "text/kosmos.RowShape.length = 48",
     "interleaved/kosmos.RowShape.length = 48",
   ])
-  system = resolved.run().system
-  stages = skeleton.resolve_stages(system, system.stages(None), resolved.tree.child("system"))
-  pipeline.run_stages(stages, folder / "run", system=system.name)
   return folder
 
 

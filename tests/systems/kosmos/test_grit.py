@@ -8,13 +8,11 @@ import pytest
 from PIL import Image
 
 from lmops_jax import cli
-from lmops_jax.config import resolve
 from lmops_jax.config.setting_types import component
 from lmops_jax.data import GritJsonl
 from lmops_jax.data.grit.detection import Detection
 from lmops_jax.data.grit.phrases import Phrase, Phrases
 from lmops_jax.data.multimodal import LeftOut
-from lmops_jax.stages import pipeline, skeleton
 
 CAPTION = "a dog in a field of flowers"
 TAGGED = (
@@ -63,29 +61,26 @@ def captions(tmp_path):
   return str(path)
 
 
-def _run(captions, workdir, *bindings):
+def _run(run_stages, captions, workdir, *bindings):
   own = workdir.parent / "own.gin"
   own.write_text("\n".join([
     "import lmops_jax.systems.kosmos", "run.system = @kosmos.Grit()", "run.mesh = None",
     "run.stages = None", "kosmos.Grit.captions = @data.GritJsonl()",
     f"data.GritJsonl.path = '{captions}'", "kosmos.Grit.finder = @grit_test.ByWords()",
     *bindings]))
-  resolved = resolve.load([str(own)], [])
-  job = resolved.run()
-  stages = skeleton.resolve_stages(
-    job.system, job.system.stages(None), resolved.tree.child("system"))
-  records = pipeline.run_stages(stages, workdir, system=job.system.name)
+  found = run_stages(own, workdir)
   summary = json.loads((workdir / "report/summary.json").read_text())
-  return {record.name: record.status for record in records}, summary, job.system.table(summary)
+  return found.statuses, summary, found.system.table(summary)
 
 
-def test_phrases_come_first_and_rows_when_there_is_a_detector(captions, tmp_path):
+def test_phrases_come_first_and_rows_when_there_is_a_detector(run_stages, captions, tmp_path):
   workdir = tmp_path / "run"
-  _, summary, table = _run(captions, workdir)
+  _, summary, table = _run(run_stages, captions, workdir)
   assert summary["counts"] == {"phrases": {"captions": 4, "phrases": 3, "without_phrase": 1}}
   assert not summary["figures"] and "without_phrase" in table
   statuses, summary, table = _run(
-    captions, workdir, "kosmos.Grit.detector = @grit_test.Middle()", "kosmos.Grit.batch_size = 1")
+    run_stages, captions, workdir, "kosmos.Grit.detector = @grit_test.Middle()",
+    "kosmos.Grit.batch_size = 1")
   assert statuses["phrases"] == "cached" and statuses["rows"] == "ran"
   # Rows 0 and 3 show the black picture.
   assert summary["counts"]["rows"] == {
@@ -99,15 +94,15 @@ def test_phrases_come_first_and_rows_when_there_is_a_detector(captions, tmp_path
     (0, 27, (0.25, 0.25, 0.75, 0.75), 0.9),)
 
 
-def test_nothing_found_is_an_error_that_says_why(captions, tmp_path):
+def test_nothing_found_is_an_error_that_says_why(run_stages, captions, tmp_path):
   with pytest.raises(ValueError, match="no caption has rows .1 low_score, 3 without_box.; look"):
-    _run(captions, tmp_path / "run", "kosmos.Grit.detector = @grit_test.Middle()",
+    _run(run_stages, captions, tmp_path / "run", "kosmos.Grit.detector = @grit_test.Middle()",
          "kosmos.Grit.min_score = 0.95")
 
 
-def test_settings_of_another_type_are_refused(captions, tmp_path):
+def test_settings_of_another_type_are_refused(run_stages, captions, tmp_path):
   with pytest.raises(ValueError, match="kosmos.Grit.finder='en_core_web_trf' must be a compo"):
-    _run(captions, tmp_path / "run", "kosmos.Grit.finder = 'en_core_web_trf'")
+    _run(run_stages, captions, tmp_path / "run", "kosmos.Grit.finder = 'en_core_web_trf'")
 
 
 def test_the_command_asks_for_what_it_needs(capsys, captions):

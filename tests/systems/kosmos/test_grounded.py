@@ -15,7 +15,6 @@ from lmops_jax.data.multimodal import Picture
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.shared_stages import corpora
 from lmops_jax.sizing.budget import Memory
-from lmops_jax.stages import pipeline, skeleton
 
 CAPTION = "a red star and two blue moons"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)
@@ -40,7 +39,7 @@ def _regions(*boxes):
 
 
 @pytest.fixture(scope="module")
-def system(tmp_path_factory):
+def file(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
   draws = np.random.default_rng(0)
   for i in range(4):
@@ -61,24 +60,23 @@ def system(tmp_path_factory):
     f"TEXT_PATH = '{folder}/text.jsonl'", f"DOCUMENTS_PATH = '{folder}/pages.jsonl'",
     f"GRIT_PATH = '{folder}/grit.tar'", f"plain/data.ImageJsonl.path = '{folder}/plain.jsonl'",
   ]]))
-  return resolve.load([str(own)], [])
+  return str(own)
 
 
 @pytest.fixture(scope="module")
-def rows(system, tmp_path_factory):
+def found(run_stages, file, tmp_path_factory):
+  """A run up to the rows: its system, and their folder."""
   path = tmp_path_factory.mktemp("run")
-  job = system.run()
-  stages = skeleton.resolve_stages(job.system, job.system.stages(None), system.tree.child("system"))
-  pipeline.run_stages(stages, path, only=["rows"], system=job.system.name)
-  return path / "rows"
+  return run_stages(file, path, only=["rows"]).system, path / "rows"
 
 
-def test_a_group_has_as_many_grounded_pairs_as_plain_ones(system, rows):
+def test_a_group_has_as_many_grounded_pairs_as_plain_ones(found):
+  system, rows = found
   ids = ImageTokens(**json.loads((rows / "ids.json").read_text()))
   words = {word: 300 + i for i, word in enumerate(special_words(4))}
   assert ids.vocab_size == 300 + len(words) == 300 + 6 + 6 + 16
   assert ids.image_id == words["<image>"]
-  batch = system.build()._groups(rows).batch(0)
+  batch = system._groups(rows).batch(0)
   assert batch["pairs/tokens"].shape == (4, 4, 64)
   assert batch["pairs/images"].shape == (4, 4, 1, 28, 28, 3)
   is_grounded = (batch["pairs/tokens"] == words["<grounding>"]).any(-1)
@@ -96,7 +94,8 @@ def test_a_group_has_as_many_grounded_pairs_as_plain_ones(system, rows):
   assert vocabulary.decode([t for t in tokens if t < 300]).strip() == CAPTION
 
 
-def test_what_became_of_the_rows_is_counted(rows):
+def test_what_became_of_the_rows_is_counted(found):
+  _, rows = found
   counts = json.loads((rows / "manifest.json").read_text())["extra"]["counts"]
   assert counts["pairs/grounded"]["examples"] == 4
   assert counts["pairs/grounded"]["without_region"] == 1

@@ -11,16 +11,16 @@ from lmops_jax.data import boxes
 from lmops_jax.data.grounded_text import GroundedText, Located, appended_box_words
 from lmops_jax.data.image_tokens import encode_records
 from lmops_jax.data.synthetic_pictures.scene_texts import captions
-from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.kosmos import prepare
 from lmops_jax.systems.kosmos.grounding import evaluate, world
 from lmops_jax.training.sources import part_of
 
-BINDINGS = ["ARMS = ('grounded',)", "ITEMS = 2", "kosmos.Evaluate.max_new_tokens = 6"]
+FILE = "kosmos/grounding_smoke.gin"
+BINDINGS = ["ARMS = ('blind', 'grounded')", "ITEMS = 2", "kosmos.Evaluate.max_new_tokens = 6"]
 
 
 def _loaded(*bindings):
-  return resolve.load(["kosmos/grounding_smoke.gin"], [*BINDINGS, *bindings])
+  return resolve.load([FILE], [*BINDINGS, *bindings])
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,9 @@ def system():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(run_stages, tmp_path_factory):
   path = tmp_path_factory.mktemp("grounding")
-  resolved = _loaded()
-  job = resolved.run()
-  stages = skeleton.resolve_stages(
-    job.system, job.system.stages(None), resolved.tree.child("system"))
-  pipeline.run_stages(stages, path, system=job.system.name)
+  run_stages(FILE, path, *BINDINGS)
   return path
 
 
@@ -69,6 +65,8 @@ def test_a_run_ends_in_a_report(workdir, system):
       assert not grounded.num_malformed and evaluate.found_box(item, grounded)
   table = system.table(summary)
   assert "best constant box, held-out pairs" in table and "box to words, seen pairs" in table
+  page = (workdir / "report/index.html").read_text()
+  assert "Captions of the arm grounded" in page  # which comes second here
   for name in ("gallery", "expressions"):
     assert (workdir / "report" / f"{name}.png").is_file()
 

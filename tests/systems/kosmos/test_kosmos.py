@@ -16,34 +16,25 @@ from lmops_jax.data.synthetic_pictures.pictographs import COLORS, SHAPES
 from lmops_jax.data.synthetic_pictures.rendered_text import WORDS
 from lmops_jax.mesh import meshes
 from lmops_jax.mesh.checkpoints import load_params
-from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.kosmos import evaluate, prepare, tower, training
 from lmops_jax.systems.kosmos.items import Item, items
 from lmops_jax.systems.kosmos.world import records, weights
 from lmops_jax.training import loop
 from lmops_jax.training.sources import Batches, part_of
 
+FILE = "kosmos/smoke.gin"
 BINDINGS = ["ARMS = ('full', 'text')"]
 
 
 def _loaded(*bindings):
-  return resolve.load(["kosmos/smoke.gin"], [*BINDINGS, *bindings])
+  return resolve.load([FILE], [*BINDINGS, *bindings])
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(run_stages, tmp_path_factory):
   path = tmp_path_factory.mktemp("kosmos")
-  assert set(_run(path).values()) == {"ran"}
+  assert set(run_stages(FILE, path, *BINDINGS).statuses.values()) == {"ran"}
   return path
-
-
-def _run(path, *bindings):
-  resolved = _loaded(*bindings)
-  job = resolved.run()
-  stages = skeleton.resolve_stages(
-    job.system, job.system.stages(None), resolved.tree.child("system"))
-  found = pipeline.run_stages(stages, path, system=job.system.name)
-  return {record.name: record.status for record in found}
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +61,9 @@ def test_a_run_ends_in_a_report(workdir, system):
     assert (workdir / "report" / f"{name}.png").is_file()
 
 
-def test_only_what_reads_a_changed_setting_runs_again(workdir):
-  found = _run(workdir, "kosmos.Evaluate.max_new_tokens = 5")
-  assert {name for name, status in found.items() if status == "ran"} == {
+def test_only_what_reads_a_changed_setting_runs_again(run_stages, workdir):
+  found = run_stages(FILE, workdir, *BINDINGS, "kosmos.Evaluate.max_new_tokens = 5")
+  assert {name for name, status in found.statuses.items() if status == "ran"} == {
     "evaluate/full/seed0", "evaluate/text/seed0", "report"}
 
 
@@ -328,6 +319,7 @@ def test_settings_that_do_not_fit_are_refused(binding, message):
     _loaded(binding).build()
 
 
-def test_an_example_that_does_not_fit_its_row_ends_the_stage(tmp_path):
+def test_an_example_that_does_not_fit_its_row_ends_the_stage(run_stages, tmp_path):
   with pytest.raises(Exception, match="pictures, and a row takes"):
-    _run(tmp_path, "interleaved/kosmos.RowShape.length = 60", "kosmos.World.num_train = 4")
+    run_stages(FILE, tmp_path, *BINDINGS, "interleaved/kosmos.RowShape.length = 60",
+               "kosmos.World.num_train = 4")

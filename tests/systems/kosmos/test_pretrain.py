@@ -23,7 +23,6 @@ from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.docked import DockedLM
 from lmops_jax.shared_stages import corpora
 from lmops_jax.sizing.budget import Memory
-from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.kosmos import InstructionJsonl, plan, starts, training
 from lmops_jax.systems.kosmos.prepare import RowShape
 from lmops_jax.systems.kosmos.sources import Form, Instructions, Side, record_key, text_key
@@ -76,18 +75,11 @@ def tiny(tmp_path_factory):
   return str(own)
 
 
-def _run(file, path, *bindings):
-  resolved = resolve.load([file], bindings)
-  job = resolved.run()
-  stages = skeleton.resolve_stages(
-    job.system, job.system.stages(None), resolved.tree.child("system"))
-  pipeline.run_stages(stages, path, system=job.system.name)
-  return path
-
-
 @pytest.fixture(scope="module")
-def workdir(tiny, tmp_path_factory):
-  return _run(tiny, tmp_path_factory.mktemp("run"))
+def workdir(run_stages, tiny, tmp_path_factory):
+  path = tmp_path_factory.mktemp("run")
+  run_stages(tiny, path)
+  return path
 
 
 OUTPUTS = ("a red star", "two moons", "nothing", "an orange cloud")
@@ -111,8 +103,10 @@ def tuning(tiny):
 
 
 @pytest.fixture(scope="module")
-def tuned(tuning, workdir, tmp_path_factory):
-  return _run(tuning, tmp_path_factory.mktemp("tuned"), f"START = '{workdir}/train'")
+def tuned(run_stages, tuning, workdir, tmp_path_factory):
+  path = tmp_path_factory.mktemp("tuned")
+  run_stages(tuning, path, f"START = '{workdir}/train'")
+  return path
 
 
 def test_a_run_counts_what_it_left_out_and_trains_the_top_of_the_tower(workdir, tiny):

@@ -4,9 +4,6 @@ import json
 
 import pytest
 
-from lmops_jax.config import resolve
-from lmops_jax.stages import pipeline, skeleton
-
 # The default with fewer of everything; its tower knows colours by then and hardly any shape.
 SIZES = [
   "ARMS = ('full', 'shuffled')", "TOWER_STEPS = 700", "kosmos.TowerTraining.num_words = 1",
@@ -18,12 +15,9 @@ SIZES = [
 
 
 @pytest.mark.slow
-def test_a_model_that_sees_tells_colors_and_counts(tmp_path, full_compile):
-  resolved = resolve.load(["kosmos/default.gin"], SIZES)
-  system = resolved.run().system
-  stages = skeleton.resolve_stages(system, system.stages(None), resolved.tree.child("system"))
+def test_a_model_that_sees_tells_colors_and_counts(tmp_path, run_stages, full_compile):
   with full_compile():  # a run this long is slower by half without
-    pipeline.run_stages(stages, tmp_path, system=system.name)
+    run_stages("kosmos/default.gin", tmp_path, *SIZES)
   found = json.loads((tmp_path / "report" / "summary.json").read_text())["figures"]
   full, shuffled = found["full"], found["shuffled"]
   print({arm: {name: of["values"] for name, of in found[arm].items()} for arm in found})

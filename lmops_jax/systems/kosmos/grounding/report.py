@@ -52,13 +52,14 @@ _ENLARGED = 6  # pictures of the gallery
 
 def run(
   context: pipeline.StageContext, *, runs: Mapping[tuple[str, int], tuple[str, str]],
-  stages: Sequence[str], world: World, grid: int,
+  stages: Sequence[str], world: World, grid: int, seeing: str,
 ) -> None:
   """Writes `summary.json`, the plots and `index.html`.
 
   Args:
     runs: (arm, seed) to the names of its stages train and evaluate.
     stages: all stages before this one.
+    seeing: the arm with boxes and pictures, which is shown and compared with the others.
   """
   arms, seeds, results, losses = outcomes(context, runs)
   report = RunReport(context, stages)
@@ -71,9 +72,10 @@ def run(
     "counts": context.manifest(prepare.STAGE)["extra"]["counts"],
     "stages": report.costs,
   }
-  said = results[arms[0], seeds[0]]["said"][FREE]
+  said = results[seeing, seeds[0]]["said"][FREE]
   report.write(
-    summary, _page(report, summary, _shown(list(items(world)), said, grid)), required=REQUIRED)
+    summary, _page(report, summary, _shown(list(items(world)), said, grid), seeing),
+    required=REQUIRED)
 
 
 def _figures(by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -137,24 +139,23 @@ def _rows(summary: Mapping[str, Any]) -> list[list[str]]:
   return rows
 
 
-def _page(report, summary, shown) -> html.Report:
+def _page(report, summary, shown, seeing: str) -> html.Report:
   arms, seeds, figures = summary["arms"], summary["seeds"], summary["figures"]
-  first = arms[0]
   note = ("One seed, so no intervals." if len(seeds) == 1 else
           f"Means of {len(seeds)} seeds with half the width of their 95% interval (t "
           "distribution).")
 
-  def share(kind, group=SEEN, arm=first):
+  def share(kind, group=SEEN, arm=seeing):
     return figures[arm][f"{kind}/{group}"]["mean"]
 
   constant = summary["baselines"]["constant"]
   bars = plots.grouped_bars(
     {arm: {GROUPS[group]: share(EXPRESSION, group, arm) for group in constant} for arm in arms},
     x_label="expressions whose box overlaps the true one by half", styles=plots.looks(
-      arms, emphasis=[first]), order=[GROUPS[group] for group in constant])
+      arms, emphasis=[seeing]), order=[GROUPS[group] for group in constant])
   header, *rows = _rows(summary)
   loss_rows = [[part, *(float(np.mean(summary["losses"][arm][part])) for arm in arms)]
-               for part in summary["losses"][first]]
+               for part in summary["losses"][seeing]]
   return html.Report(
     title="Kosmos-2: a small language model that says where things are",
     lead=f"Asked for a shape by its colour and name, the model puts **{share(EXPRESSION):.0%}** of "
@@ -174,9 +175,9 @@ def _page(report, summary, shown) -> html.Report:
         "What it says and where",
         figures=[report.figure(
           "gallery", gallery(shown),
-          "Captions of the first arm and seed with the boxes that they name, then the box that it "
-          "gives an expression: green if it overlaps the true one by half. The lower row shows "
-          "pairs of shape and colour that training held out.")]),
+          f"Captions of the arm {seeing} and its first seed with the boxes that they name, then "
+          "the box that it gives an expression: green if it overlaps the true one by half. The "
+          "lower row shows pairs of shape and colour that training held out.")]),
       html.Section(
         "Arms", figures=[report.figure("expressions", bars, "Means of seeds.")],
         tables=[html.Table(header, rows, note=note)]),

@@ -49,7 +49,7 @@ class Grounding(study.Study):
     tower, training, evaluation: settings of the stages.
     grid: cells in a row and in a column (Kosmos-2: 32).
     arms: "grounded", half of whose pairs have boxes; "plain", the same pairs without; "blind", with
-      boxes and black pictures. The first is among them.
+      boxes and black pictures; in any order, "grounded" among them.
     seeds: of initialisation and order; the tower has the first.
 
   Raises:
@@ -96,7 +96,10 @@ class Grounding(study.Study):
 
   def report(self, context, runs, stages) -> None:
     """Stage `report`."""
-    report.run(context, runs=runs, stages=stages, world=self.world, grid=self.grid)
+    arms = dict.fromkeys(arm for arm, _ in runs)
+    seeing, = (arm for arm in arms if ARMS[arm].located and ARMS[arm].arm.sees)
+    report.run(
+      context, runs=runs, stages=stages, world=self.world, grid=self.grid, seeing=seeing)
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The figures of a finished run, for the terminal."""
