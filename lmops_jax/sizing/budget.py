@@ -9,6 +9,22 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lmops_jax.config.refusals import ConfigError
+
+
+def check_splits(num: int, what: str, partitioner, setting: str) -> None:
+  """Raises ConfigError when a mesh does not divide the examples of a batch.
+
+  Args:
+    num: examples. what: the word for them. setting: names their number.
+  """
+  shards = partitioner.num_batch_shards
+  if num % shards:
+    raise ConfigError(
+      f"{num} {what} do not split over the mesh's {shards} data shards; use at most "
+      f"{math.gcd(num, shards)} of them and the others for mesh.make.tensor, or another {setting}."
+    )
+
 
 class Memory(NamedTuple):
   """Bytes that a device may give, None if unknown, and the host for each of its devices."""

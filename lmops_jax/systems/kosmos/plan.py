@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmops_jax.config.refusals import ConfigError
 from lmops_jax.data.image_tokens import KOSMOS_WORDS
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models.docked import DockedConfig
@@ -17,7 +16,7 @@ from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig
 from lmops_jax.sizing import activations
 from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.sizing.aot import Program
-from lmops_jax.sizing.budget import Phase, device_bytes
+from lmops_jax.sizing.budget import Phase, check_splits, device_bytes
 from lmops_jax.sizing.vocabulary import vocabulary_size
 from lmops_jax.systems.kosmos import training
 from lmops_jax.systems.kosmos.prepare import RowShape
@@ -38,13 +37,8 @@ def abstract_batch(
   Raises:
     ConfigError: when the mesh does not divide the groups.
   """
-  groups, shards = config.num_groups, partitioner.num_batch_shards
-  if groups % shards:
-    raise ConfigError(
-      f"{groups} groups do not split over the mesh's {shards} data shards; use at most "
-      f"{math.gcd(groups, shards)} of them and the others for mesh.make.tensor, or another "
-      "kosmos.Training.num_groups."
-    )
+  groups = config.num_groups
+  check_splits(groups, "groups", partitioner, "kosmos.Training.num_groups")
 
   def array(dtype, *shape):
     return jax.ShapeDtypeStruct(

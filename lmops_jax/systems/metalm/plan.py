@@ -7,12 +7,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lmops_jax.config.refusals import ConfigError
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models.universal import SPAN_INPUTS
 from lmops_jax.sizing import activations
 from lmops_jax.sizing.aot import Program
-from lmops_jax.sizing.budget import Phase, device_bytes
+from lmops_jax.sizing.budget import Phase, check_splits, device_bytes
 from lmops_jax.systems.metalm import training
 from lmops_jax.systems.metalm.arms import Arm
 from lmops_jax.training import loop
@@ -84,13 +83,8 @@ def _abstract(config, arm, length, partitioner):
   Raises:
     ConfigError: when the mesh does not divide the batch.
   """
-  rows, shards = config.batch_size, partitioner.num_batch_shards
-  if rows % shards:
-    raise ConfigError(
-      f"{rows} rows do not split over the mesh's {shards} data shards; use at most "
-      f"{math.gcd(rows, shards)} of them and the others for mesh.make.tensor, or another "
-      "metalm.Training.batch_size."
-    )
+  rows = config.batch_size
+  check_splits(rows, "rows", partitioner, "metalm.Training.batch_size")
   learner = training.learner(arm.model, config.optimizer, config.accumulate, partitioner)
   state = partitioner.placed_shapes(loop.abstract_state(learner), uneven="whole")
 

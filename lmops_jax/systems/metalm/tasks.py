@@ -96,7 +96,6 @@ def tasks(documents: Sequence[Document], config: Tasks) -> dict[str, Task]:
   def rows(make, num, part) -> tuple[Example, ...]:
     return tuple(make(parts[part], config, seeds[part], index) for index in range(num))
 
-  same_words = tuple(f" {word}" for word in SAME_WORDS)
   kinds = kind_task(
     ordered, num_kinds=config.num_kinds, num_rows=config.num_rows,
     num_train=config.num_demonstrations, seed=config.seed, num_chars=config.kind_chars)
@@ -105,7 +104,7 @@ def tasks(documents: Sequence[Document], config: Tasks) -> dict[str, Task]:
     FILE_KIND: dataclasses.replace(kinds, name=FILE_KIND),
     SAME_DOCUMENT: Task(
       SAME_DOCUMENT, rows(same_document, config.num_rows, 0),
-      rows(same_document, config.num_train, 1), tuple(word.strip() for word in same_words)),
+      rows(same_document, config.num_train, 1), SAME_WORDS),
   }
 
 
