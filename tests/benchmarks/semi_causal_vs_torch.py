@@ -64,7 +64,8 @@ def universal(layers: int, width: int) -> UniversalConfig:
     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, norm_eps=1e-5)
   text = TransformerConfig(
     **shared, width=width, num_heads=width // 64, mlp_width=4 * width, max_length=LENGTH,
-    positions="sinusoidal", tied_embeddings=True, embedding_scale=math.sqrt(width))
+    positions="sinusoidal", tied_embeddings=True, embedding_scale=math.sqrt(width),
+    attention="chunked")
   trunk = TransformerConfig(
     **shared, width=width // 2, num_heads=width // 128, mlp_width=2 * width, max_length=512,
     positions="learned", causal=False)
@@ -190,13 +191,11 @@ class Twin(torch.nn.Module):
     self.encoder_words = parameter(trunk["embedding"])
     self.encoder_positions = parameter(trunk["position_embedding"])
     self.lower = Layers(trunk["layers"], reader, 0, low)
-    whole = dataclasses.replace(reader)
-    self.top = Layers(params["reader"]["top"]["layers"], whole, 0, TOP)
+    self.top = Layers(params["reader"]["top"]["layers"], reader, 0, TOP)
     connector = params["reader_connector"]["dense"]
     self.connector = parameter(connector["kernel"].reshape(reader.width, text.width))
     self.connector_bias = parameter(connector["bias"].reshape(text.width))
-    for frozen in (self.lower, ):
-      frozen.requires_grad_(False)
+    self.lower.requires_grad_(False)
     self.encoder_words.requires_grad_(False)
     self.encoder_positions.requires_grad_(False)
 
