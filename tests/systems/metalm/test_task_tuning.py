@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from lmops_jax.config import resolve
+from lmops_jax.data.tasks import Example, Task
+from lmops_jax.data.tasks.choice import TaskChoice
 from lmops_jax.mesh import meshes
 from lmops_jax.mesh.checkpoints import load_params
 from lmops_jax.stages import pipeline, skeleton
@@ -176,4 +178,13 @@ def test_a_prompt_beyond_the_models_positions_is_refused_before_training(tuning,
   longer = "tasks.choose.template = 'Text: {text}" + " river" * 300 + " Side: {label}'"
   with pytest.raises(ValueError, match="has a prompt of .* tokens with its start"):
     run(tuning(longer), tmp_path)
+  assert not (tmp_path / "train").exists()
+
+
+def test_a_task_without_options_is_refused_as_it_is_read(tuning, tmp_path):
+  task = Task("open", (Example(0, "Say it:", (), -1, ("it",)),), metric="exact_match")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(TaskChoice, "load", lambda self: task)
+    with pytest.raises(ValueError, match="the task open has rows without options"):
+      run(tuning(), tmp_path)
   assert not (tmp_path / "train").exists()
