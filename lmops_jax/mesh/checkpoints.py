@@ -316,6 +316,17 @@ def load_params(directory: Path, abstract=None):
     return checkpointer.restore(directory, abstract)
 
 
+def check_params(directory: Path, abstract) -> None:
+  """Raises MismatchError unless a tree that `save_params` wrote has these names and shapes.
+
+  No array is read.
+  """
+  directory = Path(directory).absolute()
+  with ocp.StandardCheckpointer() as checkpointer, _reading(directory):
+    stored = checkpointer.metadata(directory).item_metadata.tree
+  _check_same(stored, abstract, directory)
+
+
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
   """Turns errors within into an `UnreadableError`, except mismatches and the loss of a process."""

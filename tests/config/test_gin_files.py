@@ -39,6 +39,7 @@ OWED = {
     "ETA = 0.5", "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/tokenizer.json'",
   ],
   "meta_optimizer/paper.gin": ["MODEL = '/data/model'"],
+  "metalm/finetune.gin": ["START = '/data/metalm'"],
   "metalm/language_paper.gin": [
     "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'"],
   "pds/paper.gin": [
@@ -60,7 +61,8 @@ RUNS = [
   "learning_law/default.gin", "learning_law/evaluate.gin", "learning_law/perceptron_paper.gin",
   "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
   "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",
-  "meta_optimizer/paper.gin", "metalm/default.gin", "metalm/language_paper.gin", "metalm/smoke.gin",
+  "meta_optimizer/paper.gin", "metalm/default.gin", "metalm/finetune.gin",
+  "metalm/language_paper.gin", "metalm/smoke.gin",
   "pds/baselines.gin",
   "pds/default.gin", "pds/paper.gin",
   *PAPER_SIZES, "pds/smoke.gin",

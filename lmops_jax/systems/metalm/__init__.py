@@ -4,7 +4,8 @@ Importing this package registers everything its gin files name.
 """
 
 from lmops_jax.systems.metalm.pretrain import Pretrain
-from lmops_jax.systems.metalm.starts import PublishedReader
+from lmops_jax.systems.metalm.starts import FinishedRun, PublishedReader
 from lmops_jax.systems.metalm.system import MetaLM
+from lmops_jax.systems.metalm.task_tuning import TaskTuning
 
-__all__ = ["MetaLM", "Pretrain", "PublishedReader"]
+__all__ = ["FinishedRun", "MetaLM", "Pretrain", "PublishedReader", "TaskTuning"]

@@ -72,6 +72,23 @@ def sized_encoder(encoder: TextEncoderConfig, vocab_size: int | None) -> TextEnc
   return encoder if vocab_size is None else encoder.with_vocab_size(vocab_size + 1)
 
 
+def sized(model: UniversalConfig, vocab_size: int) -> UniversalConfig:
+  """A model with a reader for a vocabulary, if it has no more words of its own.
+
+  Raises:
+    ValueError: for a model with fewer words of its own.
+  """
+  own, docking = model.vocab_size, model.reader
+  if own is not None and own < vocab_size:
+    raise ValueError(
+      f"the vocabulary has {vocab_size} ids and text/models.TransformerConfig.vocab_size is "
+      f"{own}; leave it out, or use the model's own vocabulary."
+    )
+  return dataclasses.replace(
+    model, text=dataclasses.replace(model.text, vocab_size=own or vocab_size),
+    reader=dataclasses.replace(docking, encoder=sized_encoder(docking.encoder, vocab_size)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
   """One objective.

@@ -22,7 +22,7 @@ from lmops_jax.reporting.run_report import RunReport, text_table
 from lmops_jax.sizing.vocabulary import vocabulary_size
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.metalm import plan, reader, starts, texts, training
-from lmops_jax.systems.metalm.arms import Arm, sized_encoder
+from lmops_jax.systems.metalm.arms import Arm, sized
 from lmops_jax.systems.metalm.report import drawn_row
 from lmops_jax.systems.metalm.training import VALIDATION
 from lmops_jax.training import language_models
@@ -94,16 +94,7 @@ class Pretrain:
     Raises:
       ValueError: for a model with fewer words of its own.
     """
-    own, docking = self.model.vocab_size, self.model.reader
-    if own is not None and own < vocab_size:
-      raise ValueError(
-        f"the vocabulary has {vocab_size} ids and text/models.TransformerConfig.vocab_size is "
-        f"{own}; leave it out, or use the model's own vocabulary."
-      )
-    return Arm(dataclasses.replace(
-      self.model, text=dataclasses.replace(self.model.text, vocab_size=own or vocab_size),
-      reader=dataclasses.replace(
-        docking, encoder=sized_encoder(docking.encoder, vocab_size))), self.spans)
+    return Arm(sized(self.model, vocab_size), self.spans)
 
   def _texts(self, context: pipeline.StageContext) -> None:
     texts.run(context, self.texts)

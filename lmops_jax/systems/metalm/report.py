@@ -27,6 +27,7 @@ from lmops_jax.systems.metalm.evaluate import (
   RESULTS_FILE,
 )
 from lmops_jax.systems.metalm.training import ALL, ENCODER, VALIDATION
+from lmops_jax.text.vocabularies import Vocabulary
 from lmops_jax.training.metrics import read_records
 
 REQUIRED = (
@@ -146,8 +147,15 @@ def chances(folder: Path) -> dict[str, float]:
 
 def drawn_row(arm: Arm, prepared: texts.Prepared, title: str) -> html.Excerpt:
   """The first unseen row in which spans are drawn, with its spans marked."""
-  vocabulary, unseen = prepared.vocabulary, prepared.validation
+  unseen = prepared.validation
   batch = arm.validation(unseen).batch(np.arange(min(len(unseen), _LOOKED_AT)))
+  return drawn(batch, prepared.vocabulary, title)
+
+
+def drawn(
+  batch: Mapping[str, np.ndarray], vocabulary: Vocabulary, title: str
+) -> html.Excerpt:
+  """The first row of a batch in which there are spans, with its spans marked."""
   row = int(np.argmax((batch["vector_index"] >= 0).any(axis=1)))
   tokens, index = batch["tokens"][row], batch["vector_index"][row]
   # Between two spans side by side the encoder has a start token.

@@ -158,7 +158,7 @@ def train(
     drawn = dict(nn.unbox(jax.jit(loop.initializer(model))(jax.random.key(seed))))
     return drawn if reader is None else {**drawn, "reader": reader()}
 
-  result = _run(
+  result = run(
     context, model, config.optimizer, config.num_steps, config.accumulate,
     config.checkpoint_every, seed, initial, partitioner,
     Epochs(
@@ -204,7 +204,7 @@ def finetune(
     )
   given = rows if arm.reads_spans else rows.rows
   optimizer = config.encoder if mode == ENCODER else config.all
-  result = _run(
+  result = run(
     context, arm.model, optimizer, config.num_steps, 1, config.checkpoint_every, seed, params,
     partitioner, Epochs(given.batch, len(given), config.batch_size, seed, whole=True))
   context.flops += result.step * step_flops(
@@ -213,10 +213,18 @@ def finetune(
   context.extra["rows"] = dict(rows.counts)
 
 
-def _run(
-  context, model, optimizer, num_steps, accumulate, checkpoint_every, seed, initial, partitioner,
-  source: Source, hooks=(),
+def run(
+  context: pipeline.StageContext, model: UniversalLM, optimizer: optax.GradientTransformation,
+  num_steps: int, accumulate: int, checkpoint_every: int | None, seed: int,
+  initial: Callable[[], Any], partitioner, source: Source, hooks=(),
 ) -> loop.TrainResult:
+  """Trains a model and leaves `metrics.jsonl` and the last parameters in the stage's folder.
+
+  Args:
+    initial: makes the parameters to start from.
+    source: of the batches.
+    hooks: of `loop.train`.
+  """
   return loop.train(
     learner(model, optimizer, accumulate, partitioner), Ahead(source), num_steps, seed,
     context.directory, partitioner, initial_params=initial, hooks=hooks,
