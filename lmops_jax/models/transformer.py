@@ -54,9 +54,8 @@ _CONSTANT_ANGLES = 1 << 20  # the most rotary numbers that a program holds as co
 
 def num_params(config: TransformerConfig) -> int:
   """Number of parameters, from abstract evaluation: nothing is allocated."""
-  shapes = jax.eval_shape(
-    lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-  )
+  init = functools.partial(Transformer(config).init, jax.random.key(0))
+  shapes = jax.eval_shape(init, jnp.zeros((1, 1), jnp.int32))
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
@@ -139,12 +138,10 @@ class Transformer(nn.Module):
     if c.relative_buckets:
       self.relative_bias = self._matrix(
         "relative_bias", (c.relative_buckets, c.num_heads), (None, "heads"),
-        functools.partial(layers_lib.table_init, width=c.width),
-      )
+        functools.partial(layers_lib.table_init, width=c.width))
     if c.num_token_types:
       self.token_type_embedding = self._matrix(
-        "token_type_embedding", (c.num_token_types, c.table_width), (None, "embed")
-      )
+        "token_type_embedding", (c.num_token_types, c.table_width), (None, "embed"))
     if c.embedding_norm:
       self.embedding_norm = layers_lib.norm(c)
     if c.token_width != c.width:
@@ -162,8 +159,7 @@ class Transformer(nn.Module):
       shape = (c.token_width, c.vocab_size)
       self.unembedding = self._matrix(
         "unembedding", shape, ("embed", "vocab"),
-        functools.partial(layers_lib.product_init, num_inputs=shape[0], num_outputs=shape[1]),
-      )
+        functools.partial(layers_lib.product_init, num_inputs=shape[0], num_outputs=shape[1]))
     if c.unembedding_bias:
       self.unembedding_bias = self.param(
         "unembedding_bias",
