@@ -1,14 +1,14 @@
 """Sizes that buffers are padded to, so that few programs serve all lengths."""
 
-_SMALL_BUCKETS = (16, 32, 64, 128)
-
 
 def bucket(length: int) -> int:
-  """The size of buffer for `length` tokens: 16, 32, 64 or a multiple of 128."""
-  for size in _SMALL_BUCKETS:
-    if length <= size:
-      return size
-  return -(-length // 128) * 128
+  """The size of buffer for `length` tokens.
+
+  Every column is computed, so that padding costs what tokens do: sizes are multiples of 16 up to
+  128, of 32 up to 256, of 64 up to 512, and of 128 beyond.
+  """
+  step = min(max((1 << (length - 1).bit_length()) // 8, 16), 128)
+  return -(-max(length, 1) // step) * step
 
 
 def fine_bucket(length: int, smallest: int = 16) -> int:

@@ -147,9 +147,10 @@ def test_prompts_of_similar_length_share_programs(tiny):
 
 
 def test_buckets():
-  assert [bucket(n) for n in (1, 16, 17, 64, 65, 128, 129, 300)] == [
-    16, 16, 32, 64, 128, 128, 256, 384
+  assert [bucket(n) for n in (0, 1, 16, 17, 70, 128, 129, 257, 300, 513, 1025)] == [
+    16, 16, 16, 32, 80, 128, 160, 320, 320, 640, 1152
   ]
+  assert all(n <= bucket(n) <= max(1.25 * n + 1, 16 + n) for n in range(1, 3000))
 
 
 def test_the_cache_is_donated_and_decoding_is_one_loop(generator):
