@@ -12,7 +12,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lmops_jax.config.setting_types import Text, component
 from lmops_jax.data import files, matching
@@ -61,6 +61,7 @@ class Pair(NamedTuple):
   where: str
 
 
+@runtime_checkable
 class PairSource(Protocol):
   """Where pairs come from."""
 

@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -59,6 +59,7 @@ class ImageSource(Protocol):
     """A text that differs if pictures would: models, sampler, steps, guidance, size."""
 
 
+@runtime_checkable
 class SourceSettings(Protocol):
   """A component that makes an `ImageSource`."""
 
