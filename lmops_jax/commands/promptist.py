@@ -39,6 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
   add("--diversity", type=float, default=1.0, help="penalty between groups (default 1)")
   add("--return", type=int, default=1, metavar="N", dest="num_return", help="answers a prompt")
   add("--length-penalty", type=float, default=-1.0, help="above 0 favours longer ones (default -1)")
+  add("--length-basis", default="generated", help="generated (default), or total_unpadded, which "
+      "counts the prompt too, as the library of the released model did")
   add("--max-new-tokens", type=int, default=75)
   add("--json", action="store_true", help="a JSON object an answer")
 
@@ -51,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
 
   options = beam_options(
     arguments.beams, arguments.groups, arguments.num_return, diversity=arguments.diversity,
-    length_penalty=arguments.length_penalty, max_new_tokens=arguments.max_new_tokens)
+    length_penalty=arguments.length_penalty, length_basis=arguments.length_basis,
+    max_new_tokens=arguments.max_new_tokens)
   source, tokenizer, partitioner = models.load(arguments)
   texts = [row.text for row in rows]
   generator = Generator(

@@ -41,6 +41,7 @@ def test_prompts_are_rewritten_as_text_and_as_json(lmops, folder, tmp_path):
   ((), "there is nothing to continue"), (("--prompt", " "), "prompt 0 is empty"),
   (("--prompt", "a", "--beams", "8", "--groups", "3"), "not a multiple"),
   (("--prompt", "a", "--groups", "2", "--diversity", "0"), "diversity=0.0"),
+  (("--prompt", "a", "--length-basis", "padded"), "length_basis='padded'"),
   (("--prompt", "a", "--colour", "red"), "unrecognized arguments: --colour red"),
   (("--prompt", "a", "--gin.X=1"), "takes no bindings")])
 def test_what_makes_no_sense_is_refused(lmops, folder, arguments, why):

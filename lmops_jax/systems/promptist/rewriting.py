@@ -35,7 +35,7 @@ class Rewrite(NamedTuple):
 
 def beam_options(
   num_beams: int = 8, num_groups: int = 1, num_return: int = 1, *, diversity: float = 1.0,
-  length_penalty: float = -1.0, max_new_tokens: int = 75,
+  length_penalty: float = -1.0, length_basis: str = "generated", max_new_tokens: int = 75,
 ) -> GenerationOptions:
   """The published recipe with other numbers.
 
@@ -44,7 +44,8 @@ def beam_options(
     num_groups: of diverse beam search; 1 is plain beam search.
     num_return: answers of a prompt, at most `num_beams`.
     diversity: penalty between groups, above 0; only read if there are several groups.
-    length_penalty, max_new_tokens: see `GenerationOptions`.
+    length_penalty, length_basis, max_new_tokens: see `GenerationOptions`; "total_unpadded" is the
+      basis of the library that the released model was published with.
 
   Raises:
     ValueError: for numbers that do not go together.
@@ -57,7 +58,7 @@ def beam_options(
   return GenerationOptions(
     max_new_tokens=max_new_tokens, num_beams=num_beams, num_beam_groups=num_groups,
     diversity_penalty=diversity if num_groups > 1 else 0.0, num_return_sequences=num_return,
-    length_penalty=length_penalty)
+    length_penalty=length_penalty, length_basis=length_basis)
 
 
 def rewrite(
