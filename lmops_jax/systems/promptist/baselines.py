@@ -2,7 +2,8 @@
 
 A file is JSON lines: first what all of its numbers were made with, then a line a prompt, appended
 when it is known. A run that is killed leaves at most one torn line at the end, which is cut off.
-Numbers of other settings lie in another file, whose name is a hash of them.
+Numbers of other settings lie in another file, whose name is a hash of them. Of several processes
+each appends to a file of its own, and reads all of them when it starts.
 """
 
 from __future__ import annotations
@@ -34,30 +35,29 @@ class Baselines:
   """Numbers by (prompt, seed), in memory and, with a folder, on disk."""
 
   def __init__(
-    self, settings: Mapping[str, str], folder: Path | str | None = None, writes: bool = True
+    self, settings: Mapping[str, str], folder: Path | str | None = None, process: int = 0
   ):
     """
     Args:
       settings: all that the numbers depend on besides prompt and seed: models' fingerprints,
         sampler, number of pictures.
-      folder: where the file lies; it is made. None keeps nothing.
-      writes: False in all processes of a job but one; they read what is there at the start.
+      folder: where the files lie; it is made. None keeps nothing.
+      process: the number of this process.
 
     Raises:
       ValueError: a file with other settings, or a line that is none of these.
     """
     self._known: dict[tuple[str, int], Baseline] = {}
     self.path: Path | None = None
-    self._writes = writes
     if folder is None:
       return
     text = json.dumps({"settings": dict(settings)}, sort_keys=True)
-    self.path = Path(folder).expanduser() / f"{digest([text])}.jsonl"
-    if writes:
-      self.path.parent.mkdir(parents=True, exist_ok=True)
-    if self.path.exists():
-      self._read(text)
-    if writes and not (self.path.exists() and self.path.stat().st_size):
+    folder, name = Path(folder).expanduser(), digest([text])
+    folder.mkdir(parents=True, exist_ok=True)
+    self.path = folder / f"{name}.{process}.jsonl"
+    for path in sorted(folder.glob(f"{name}.*.jsonl")):
+      self._read(path, text)
+    if not (self.path.exists() and self.path.stat().st_size):
       self._append(text)
 
   def get(self, prompt: str, seed: int) -> Baseline | None:
@@ -67,7 +67,7 @@ class Baselines:
   def put(self, prompt: str, seed: int, found: Baseline) -> None:
     """Keeps the numbers of a prompt, on disk before this returns."""
     self._known[prompt, seed] = found
-    if self.path is not None and self._writes:
+    if self.path is not None:
       self._append(json.dumps({"prompt": prompt, "seed": seed, **found._asdict()}))
 
   def _append(self, line: str) -> None:
@@ -76,16 +76,16 @@ class Baselines:
       file.flush()
       os.fsync(file.fileno())
 
-  def _read(self, header: str) -> None:
-    data = self.path.read_bytes()
+  def _read(self, path: Path, header: str) -> None:
+    data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data) and self._writes:
-      os.truncate(self.path, len(whole))
+    if len(whole) < len(data) and path == self.path:
+      os.truncate(path, len(whole))
     for number, line in enumerate(whole.splitlines(), 1):
       if number == 1:
         if line.decode(errors="replace") != header:
           raise ValueError(
-            f"{printable(self.path)} begins with other settings than its name stands for; delete "
+            f"{printable(path)} begins with other settings than its name stands for; delete "
             "it, and the prompts are drawn again."
           )
         continue
@@ -95,6 +95,6 @@ class Baselines:
         self._known[key] = Baseline(**row)
       except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-          f"{printable(self.path)}:{number} is not what was written; delete the file, and the "
+          f"{printable(path)}:{number} is not what was written; delete the file, and the "
           "prompts are drawn again."
         ) from error

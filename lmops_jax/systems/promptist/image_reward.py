@@ -43,7 +43,7 @@ class ImageSource(Protocol):
   def __call__(
     self, prompts: Sequence[str], num_images: int, seeds: Sequence[int]
   ) -> np.ndarray:
-    """Pictures, the same in every process of a job.
+    """Pictures; each process of a job asks for those of its own prompts.
 
     Args:
       prompts: P texts, of which some may be empty.
@@ -143,7 +143,8 @@ class ImageReward:
     """The reward with its models on a mesh.
 
     Args:
-      partitioner: None is the default device.
+      partitioner: of its mesh each process uses its own devices, for prompts of its own; None is
+        the default device.
       cache: a folder for the numbers of users' prompts; runs of other settings may share it.
 
     Raises:
@@ -154,10 +155,11 @@ class ImageReward:
         f"promptist.ImageReward.clip is a {self.clip.family} model, and pictures are rated by one "
         "of the family clip; load CLIP ViT-L/14."
       )
+    partitioner = None if partitioner is None else partitioner.local()
     rater = Rater(
       self.clip.model, self.clip.params(partitioner), self.aesthetic.folded(),
       self.clip.tokenizer(), partitioner, num_rows=self.num_rows)
-    known = Baselines(self.baseline_settings(), cache, writes=jax.process_index() == 0)
+    known = Baselines(self.baseline_settings(), cache, jax.process_index())
     return ImageScorer(self, self.source.build(partitioner), rater, known)
 
 

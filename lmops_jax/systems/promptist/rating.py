@@ -76,7 +76,8 @@ class Rater:
       model, params: CLIP, its parameters on the partitioner's mesh.
       head: the folded aesthetic predictor.
       tokenizer: CLIP's.
-      partitioner: mesh whose batch axes the prompts are split over; None is the default device.
+      partitioner: mesh of this process whose batch axes the prompts are split over; None is the
+        default device.
       num_rows: prompts of a call, rounded up to a multiple of the mesh's shards.
 
     Raises:
@@ -102,7 +103,7 @@ class Rater:
     """Rates pictures against texts.
 
     Args:
-      images: `[P,n,height,width,3] uint8`, the same in every process.
+      images: `[P,n,height,width,3] uint8`.
       texts: P of them.
 
     Raises:

@@ -156,10 +156,18 @@ def test_a_file_that_was_changed_is_named(scorer, tmp_path):
   file.write_text("\n".join([lines[0].replace("painted", "printed"), *lines[1:], ""]))
   with pytest.raises(ValueError, match="begins with other settings"):
     scorer(tmp_path)
-  reader = Baselines({"a": "b"}, tmp_path, writes=False)
-  reader.put("x", 0, Baseline(0.0, 1.0, 3))
-  assert reader.get("x", 0).aesthetic == 1.0 and reader.get("x", 1) is None
-  assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_each_process_writes_its_own_file_and_reads_all(tmp_path):
+  first, second = (Baselines({"a": "b"}, tmp_path, process) for process in (0, 1))
+  first.put("x", 0, Baseline(0.0, 1.0, 3))
+  second.put("y", 0, Baseline(0.0, 2.0, 3))
+  assert first.get("y", 0) is None and first.get("x", 1) is None
+  torn = second.path.read_bytes() + b'{"prompt"'
+  second.path.write_bytes(torn)  # it writes at this moment
+  again = Baselines({"a": "b"}, tmp_path)
+  assert (again.get("x", 0).aesthetic, again.get("y", 0).aesthetic) == (1.0, 2.0)
+  assert second.path.read_bytes() == torn and len(list(tmp_path.iterdir())) == 2
 
 
 def test_failed_pictures_are_left_out_and_counted(scorer, tmp_path):
