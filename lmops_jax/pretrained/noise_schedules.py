@@ -1,8 +1,8 @@
 """The noise schedule of a published diffusion model, out of diffusers' `scheduler_config.json`.
 
 The file also says which sampler its publishers ran. Samplers are chosen here instead
-(`decoding.diffusion.samplers`), so of that nothing is taken, but what would change pictures whatever
-the sampler is refused.
+(`decoding.diffusion.samplers`), so of that nothing is taken; but what would change pictures
+whatever the sampler is refused.
 """
 
 from __future__ import annotations

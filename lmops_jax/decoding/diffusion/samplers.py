@@ -38,7 +38,9 @@ class DpmSolver:
 
   def plan(self, schedule: NoiseSchedule) -> Plan:
     """See `Sampler`. Times are equally far apart, from the last one to 0."""
-    times = np.linspace(0, schedule.num_times - 1, self.num_steps + 1).round()[::-1].astype(np.int32)
+    # Halves are rounded as published only if the numbers are made from 0 on.
+    rising = np.linspace(0, schedule.num_times - 1, self.num_steps + 1).round()
+    times = rising[::-1].astype(np.int32)
     if len(set(times.tolist())) < len(times):
       raise ValueError(
         f"decoding.DpmSolver.num_steps={self.num_steps} is more than there are times between the "
