@@ -27,11 +27,9 @@ def guided(
     guidance: 1 asks the network once, with its condition alone.
 
   Raises:
-    ValueError: for a guidance that is not positive.
+    ValueError: as `check_guidance`.
   """
-  if not guidance > 0:
-    raise ValueError(
-      f"guidance={guidance} must be above 0; 1 draws as the condition says, 7.5 leans towards it.")
+  check_guidance(guidance)
   if guidance == 1:
     return lambda x, times: predict(x, times, condition)
   both = _beside(without, condition)
@@ -42,6 +40,15 @@ def guided(
     return output[:, 0] + guidance * (output[:, 1] - output[:, 0])
 
   return ask
+
+
+def check_guidance(guidance: float) -> None:
+  """Raises ValueError unless the guidance is positive and finite."""
+  if not 0 < guidance < float("inf"):
+    raise ValueError(
+      f"guidance={guidance} must be a number above 0; 1 draws as the condition says, 7.5 leans "
+      "towards it."
+    )
 
 
 def _beside(a: jax.Array, b: jax.Array) -> jax.Array:

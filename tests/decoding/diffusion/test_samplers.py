@@ -167,8 +167,8 @@ def test_guidance_of_one_asks_once():
   (lambda: DpmSolver(1000).plan(SCHEDULE), "num_steps=1000 is more than .* take at most 999"),
   (lambda: Ddim(1000).plan(SCHEDULE), "num_steps=1000 and offset=1 asks for the time 1000"),
   (lambda: Plms(20).plan(NoiseSchedule(num_times=10)), "decoding.Plms with num_steps=20"),
-  (lambda: guided(conditioned, None, None, 0.0), "guidance=0.0 must be above 0"),
-  (lambda: guided(conditioned, None, None, float("nan")), "guidance=nan must be above 0"),
+  (lambda: guided(conditioned, None, None, 0.0), "guidance=0.0 must be a number above 0"),
+  (lambda: guided(conditioned, None, None, float("nan")), "guidance=nan must be a number above 0"),
 ])
 def test_refuses(make, message):
   with pytest.raises(ValueError, match=message):
