@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmops_jax.host.foreign_files import checked, is_there, read_bytes, read_json, read_text
-from lmops_jax.text import chat_template, tokenizer_errors
+from lmops_jax.text import chat_template, clip, tokenizer_errors
 from lmops_jax.text import tokenizer_schemas as schemas
 from lmops_jax.text.gguf_tokenizer import QWEN2_WORDS
 from lmops_jax.text.tokenizer_backends import Added, FastBackend, SentencePieceBackend, surround
@@ -30,7 +30,7 @@ FILES = (
   *VOCABULARIES, CONFIG, SPECIAL, ADDED, TEMPLATE, TEMPLATES, GENERATION, "config.json",
 )
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_END = "<|endoftext|>"
+_END = clip.END
 _FAIRSEQ = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>",
             "cls": "<s>"}
 
@@ -59,6 +59,8 @@ _FAMILIES = {
   "OPT": _Family(  # no class of its own: GPT-2's, with this in tokenizer_config.json
     "bytes", {"bos": "</s>", "eos": "</s>", "unk": "</s>", "pad": "<pad>"}, add_bos=True),
   "Qwen2Tokenizer": _Family("bytes", {"eos": _END, "unk": _END, "pad": _END}),
+  "CLIPTokenizer": _Family(
+    "bytes", {"bos": "<|startoftext|>", "eos": _END, "unk": _END, "pad": _END}, ("bos",), ("eos",)),
   "RobertaTokenizer": _Family("bytes", {**_FAIRSEQ, "mask": "<mask>"}, ("cls",), ("sep",)),
   "BertTokenizer": _Family(
     "words", {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"},
@@ -254,14 +256,18 @@ def _byte_level(settings: _Settings) -> FastBackend:
   family = settings.family(("bytes",), "GPT2Tokenizer")
   vocab = _checked(schemas.Vocabulary, folder / VOCAB)
   merges = _merges(folder / MERGES)
+  is_clip = settings.class_name == "CLIPTokenizer"
+  word_end, unknown = (clip.WORD_END, clip.END) if is_clip else ("", None)
   with tokenizer_errors.named(folder / VOCAB, f"and {MERGES} do not fit together"):
     model = models.BPE(
-      vocab, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False
-    )
+      vocab, merges, continuing_subword_prefix="", end_of_word_suffix=word_end, fuse_unk=False,
+      unk_token=unknown)
   tokenizer = Tokenizer(model)
   prefix = bool(settings.flag("add_prefix_space", False))
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-  if settings.class_name == "Qwen2Tokenizer":
+  if is_clip:
+    clip.set_words(tokenizer)
+  elif settings.class_name == "Qwen2Tokenizer":
     from tokenizers import Regex
 
     tokenizer.normalizer = normalizers.NFC()
@@ -272,7 +278,7 @@ def _byte_level(settings: _Settings) -> FastBackend:
   tokenizer.decoder = decoders.ByteLevel()
   _add_tokens(tokenizer, settings, family)
   _surround(tokenizer, settings, family)
-  return FastBackend(tokenizer, where=folder / VOCAB)
+  return FastBackend(tokenizer, where=folder / VOCAB, word_end=word_end or None)
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
