@@ -8,8 +8,9 @@ of its own key: a picture depends neither on its batch nor on the mesh.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,9 +24,15 @@ from lmops_jax.decoding.diffusion.plans import Plan, Sampler, follow
 from lmops_jax.decoding.results import on_host
 from lmops_jax.host.hashing import digest
 from lmops_jax.mesh.meshes import Partitioner, activated, shards_of
-from lmops_jax.models.diffusion.autoencoder import Autoencoder, from_latents, to_images
+from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.diffusion.autoencoder import (
+  Autoencoder,
+  AutoencoderConfig,
+  from_latents,
+  to_images,
+)
 from lmops_jax.models.diffusion.noise import NoiseSchedule
-from lmops_jax.models.diffusion.unet import UNet
+from lmops_jax.models.diffusion.unet import UNet, UNetConfig
 from lmops_jax.models.transformer import Transformer
 
 
@@ -43,6 +50,16 @@ class DiffusionModels(NamedTuple):
   unet: UNet
   autoencoder: Autoencoder | None
   schedule: NoiseSchedule
+
+  @classmethod
+  def of(
+    cls, text: TransformerConfig, unet: UNetConfig, autoencoder: AutoencoderConfig | None,
+    schedule: NoiseSchedule,
+  ) -> DiffusionModels:
+    """The parts of these configurations."""
+    return cls(
+      Transformer(text, with_unembedding=False), UNet(unet),
+      None if autoencoder is None else Autoencoder(autoencoder), schedule)
 
   @property
   def reduction(self) -> int:
@@ -75,6 +92,66 @@ class DiffusionModels(NamedTuple):
     unscaled = from_latents(self.autoencoder.config, latents)
     return self.autoencoder.apply(
       {"params": params["autoencoder"]}, unscaled, method=Autoencoder.decode)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawing:
+  """The program that draws a batch of pictures.
+
+  Attributes:
+    models: the parts. plan: of a sampler. guidance: see `guidance.guided`.
+    shape: height, width and channels of the latents.
+    decoded_at_once: most latents that a device decodes at a time.
+    partitioner: mesh to run on; None is one device.
+  """
+
+  models: DiffusionModels
+  plan: Plan
+  guidance: float
+  shape: tuple[int, int, int]
+  decoded_at_once: int
+  partitioner: Partitioner | None = None
+
+  def __call__(
+    self, impl: str, params, rows: dict[str, jax.Array], without: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Pictures `[B,H,W,3] uint8`, and whether each is finite, `[B] bool`.
+
+    Args:
+      impl: the kind of the keys.
+      params: of all parts.
+      rows: `tokens [B,S] int32` and `key_data [B,...] uint32`, B a multiple of the mesh's shards.
+      without: `[S] int32`, the text to lean away from; None if the guidance is 1.
+    """
+    own = functools.partial(self._own, impl)
+    if self.partitioner is None:
+      return own(params, rows, without)
+    split, whole = PartitionSpec(self.partitioner.batch_axes), PartitionSpec()
+    return jax.shard_map(
+      own, mesh=self.partitioner.mesh, in_specs=(whole, split, whole), out_specs=split,
+      check_vma=False)(params, rows, without)
+
+  def _own(self, impl, params, rows, without):
+    """The pictures of one device's rows."""
+    models = self.models
+    keys = jax.random.wrap_key_data(rows["key_data"], impl=impl)
+    noise = jax.vmap(lambda key: jax.random.normal(key, self.shape, jnp.float32))(keys)
+    states = models.states(params, rows["tokens"])
+    if without is not None:
+      empty = models.states(params, without[None])
+      without = jnp.broadcast_to(empty, (len(states), *empty.shape[1:]))
+    latents = models.latents(params, self.plan, noise, states, without, self.guidance)
+    most = min(len(latents), self.decoded_at_once)
+    together = next(size for size in range(most, 0, -1) if len(latents) % size == 0)
+
+    def decode(some):
+      pixels = models.pixels(params, some)
+      return to_images(pixels), jnp.isfinite(pixels).all(axis=(1, 2, 3))
+
+    parts = latents.reshape(-1, together, *latents.shape[1:])
+    images, finite = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(decode, parts))
+    return images, finite & jnp.isfinite(latents).all(axis=(1, 2, 3))
 
 
 class Imagined(NamedTuple):
@@ -129,11 +206,14 @@ class Imaginer:
       if value < 1:
         raise ValueError(f"Imaginer has {name}={value}, which must be at least 1.")
     self._models, self._guidance, self._partitioner = models, guidance, partitioner
-    self._shape = latent_shape(models, size)
-    self._batch_size, self._decoded_at_once = batch_size, decoded_at_once
-    self._plan = sampler.plan(models.schedule)
-    self.params = _placed(models, nn.unbox(params), partitioner)
-    self._draw = jax.jit(self._images, static_argnums=0)
+    self._batch_size = batch_size
+    drawing = Drawing(
+      models, sampler.plan(models.schedule), guidance, latent_shape(models, size), decoded_at_once,
+      partitioner)
+    self.params = cast_params(models, nn.unbox(params))
+    if partitioner is not None:
+      self.params = jax.device_put(self.params, partitioner.replicated)
+    self._draw = jax.jit(drawing, static_argnums=0)
 
   @property
   def batch_size(self) -> int:
@@ -148,7 +228,14 @@ class Imaginer:
   def __call__(
     self, tokens: np.ndarray, keys: jax.Array, negative: Sequence[int] | None = None
   ) -> Imagined:
-    """A picture for each row of tokens and its key.
+    """All pictures of `batches` together."""
+    parts = zip(*self.batches(tokens, keys, negative), strict=True)
+    return Imagined(*map(np.concatenate, parts))
+
+  def batches(
+    self, tokens: np.ndarray, keys: jax.Array, negative: Sequence[int] | None = None
+  ) -> Iterator[Imagined]:
+    """A picture for each row of tokens and its key, some at a time and in order.
 
     Args:
       tokens: `[n,S] int32`, S being 77 for CLIP, padded as the model was trained with.
@@ -157,17 +244,16 @@ class Imaginer:
         unless the guidance is 1.
 
     Raises:
-      ValueError: tokens that are not rows, ids that the model does not have, another number of
-        keys, or guidance without negative text.
+      ValueError: at once, for tokens that are not rows, ids that the model does not have, another
+        number of keys, or guidance without negative text.
     """
     tokens = np.asarray(tokens)
     self._check(tokens, keys, negative)
     without = None if negative is None or self._guidance == 1 else np.asarray(negative, np.int32)
-    found = [
-      self._batch(tokens[first : first + self.batch_size], keys[first : first + self.batch_size],
-                  without)
-      for first in range(0, len(tokens), self.batch_size)]
-    return Imagined(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    shards = shards_of(self._partitioner)
+    size = shards * min(self._batch_size, 1 << (-(-len(tokens) // shards) - 1).bit_length())
+    return (self._batch(tokens[first : first + size], keys[first : first + size], without, size)
+            for first in range(0, len(tokens), size))
 
   def _check(self, tokens, keys, negative):
     rows = [("tokens", tokens)] + [("negative", np.asarray(negative)[None])] * (
@@ -198,10 +284,9 @@ class Imaginer:
         "the empty text as negative, or take guidance 1."
       )
 
-  def _batch(self, tokens, keys, without) -> Imagined:
-    """Pictures of at most `batch_size` rows; the rows that fill a bucket are the first one."""
-    num, shards = len(tokens), shards_of(self._partitioner)
-    size = shards * min(self._batch_size, 1 << (-(-num // shards) - 1).bit_length())
+  def _batch(self, tokens, keys, without, size) -> Imagined:
+    """Pictures of at most `size` rows; the first one is drawn in the place of those that lack."""
+    num = len(tokens)
     places = np.where(np.arange(size) < num, np.arange(size), 0)
     rows = {"tokens": tokens[places].astype(np.int32),
             "key_data": np.asarray(jax.random.key_data(keys))[places]}
@@ -210,38 +295,6 @@ class Imaginer:
         rows = self._partitioner.place_rows(rows)
       drawn = self._draw(jax.random.key_impl(keys), self.params, rows, without)
     return Imagined(*(on_host(array)[:num] for array in drawn))
-
-  def _images(self, impl, params, rows, without) -> tuple[jax.Array, jax.Array]:
-    """The program: `[B,H,W,3] uint8` and `[B] bool`."""
-    own = functools.partial(self._images_of_own, impl)
-    if self._partitioner is None:
-      return own(params, rows, without)
-    axes = self._partitioner.batch_axes
-    split, whole = PartitionSpec(axes), PartitionSpec()
-    return jax.shard_map(
-      own, mesh=self._partitioner.mesh, in_specs=(whole, split, whole), out_specs=split,
-      check_vma=False)(params, rows, without)
-
-  def _images_of_own(self, impl, params, rows, without):
-    """The pictures of one device's rows."""
-    models = self._models
-    keys = jax.random.wrap_key_data(rows["key_data"], impl=impl)
-    noise = jax.vmap(lambda key: jax.random.normal(key, self._shape, jnp.float32))(keys)
-    states = models.states(params, rows["tokens"])
-    if without is not None:
-      empty = models.states(params, without[None])
-      without = jnp.broadcast_to(empty, (len(states), *empty.shape[1:]))
-    latents = models.latents(params, self._plan, noise, states, without, self._guidance)
-    together = _largest_divisor(len(latents), self._decoded_at_once)
-
-    def decode(some):
-      pixels = models.pixels(params, some)
-      return to_images(pixels), jnp.isfinite(pixels).all(axis=(1, 2, 3))
-
-    parts = latents.reshape(-1, together, *latents.shape[1:])
-    images, finite = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(decode, parts))
-    return images, finite & jnp.isfinite(latents).all(axis=(1, 2, 3))
 
 
 def latent_shape(models: DiffusionModels, size: int | tuple[int, int]) -> tuple[int, int, int]:
@@ -289,8 +342,8 @@ def _folded(key, high, low, num_images):
   return jax.vmap(of_prompt)(high, low)
 
 
-def _placed(models: DiffusionModels, params, partitioner: Partitioner | None):
-  """The parameters on every device, matrices in the type of the products that use them."""
+def cast_params(models: DiffusionModels, params: dict[str, Any]) -> dict[str, Any]:
+  """The parameters that drawing needs, matrices in the type of the products that use them."""
   dtypes = {"text": models.text.config.dtype, "unet": models.unet.config.dtype}
   if models.autoencoder is not None:
     dtypes["autoencoder"] = models.autoencoder.config.dtype
@@ -299,11 +352,9 @@ def _placed(models: DiffusionModels, params, partitioner: Partitioner | None):
     leaf = jnp.asarray(leaf)
     return leaf.astype(dtype) if leaf.ndim > 1 and leaf.dtype != dtype else leaf
 
-  params = {
+  params = {name: params[name] for name in dtypes}
+  if models.autoencoder is not None:
+    params["autoencoder"] = {name: params["autoencoder"][name] for name in ("latents", "decoder")}
+  return {
     name: jax.tree.map(functools.partial(cast, jnp.dtype(dtype)), params[name])
     for name, dtype in dtypes.items()}
-  return params if partitioner is None else jax.device_put(params, partitioner.replicated)
-
-
-def _largest_divisor(num: int, most: int) -> int:
-  return next(size for size in range(min(num, most), 0, -1) if num % size == 0)
