@@ -4,38 +4,18 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import models, trainers
 
 from lmops_jax.text import clip
 from lmops_jax.text.tokenizer import load_tokenizer
 from tests.text import tiny_tokenizers as tiny
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+END = "<|endoftext|>"
 LONG = "The quick brown FOX, painted by N. Rosé (oil, 8k) in the style of a naïve café"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Files as Stable Diffusion's folder `tokenizer` has them."""
-  path = tmp_path_factory.mktemp("tokenizer")
-  trained = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
-  clip.set_words(trained)
-  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-  trained.train_from_iterator(tiny.sentences(), trainers.BpeTrainer(
-    vocab_size=600, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False))
-  state = json.loads(trained.to_str())["model"]
-  vocab = {token: i for i, token in enumerate(state["vocab"])}
-  for letter in sorted(alphabet):
-    vocab.setdefault(letter + "</w>", len(vocab))
-  vocab |= {START: len(vocab), END: len(vocab) + 1}
-  merges = [" ".join(pair) for pair in state["merges"]]
-  tiny.write(path, {
-    "vocab.json": vocab, "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-    "tokenizer_config.json": {
-      "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": END,
-      "do_lower_case": True}})
-  return path
+  return tiny.clip(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parity

@@ -10,52 +10,20 @@ import pytest
 from lmops_jax.decoding.diffusion.imagine import DiffusionModels, Imaginer, image_keys
 from lmops_jax.decoding.diffusion.samplers import Ddim, DpmSolver, Plms
 from lmops_jax.mesh.meshes import MeshConfig
-from lmops_jax.models.diffusion.autoencoder import Autoencoder, AutoencoderConfig
+from lmops_jax.models.diffusion.autoencoder import Autoencoder
 from lmops_jax.models.diffusion.noise import NoiseSchedule
-from lmops_jax.models.diffusion.unet import UNet, UNetConfig
-from lmops_jax.models.partitioning import unboxed
-from lmops_jax.models.transformer import Transformer, TransformerConfig
+from lmops_jax.models.diffusion.unet import UNet
+from tests.decoding.diffusion import tiny_models
+from tests.decoding.diffusion.tiny_models import UNET, models, random_params
 
-TEXT = TransformerConfig(
-  num_layers=1, width=16, num_heads=2, mlp_width=32, vocab_size=50, max_length=7, norm="layer",
-  positions="learned", tied_embeddings=True)
-UNET = UNetConfig(
-  widths=(8, 16), with_attention=(False, False), num_heads=(2, 2), num_residuals=1,
-  context_width=16, norm_groups=4)
-AUTOENCODER = AutoencoderConfig(widths=(8, 16), num_residuals=1, norm_groups=4)
 EMPTY = [0] * 7
 TOKENS = np.random.default_rng(0).integers(1, 50, (5, 7))
 PROMPTS = ["a", "b", "c", "d", "e"]
 
 
-def models(dtype="float32"):
-  return DiffusionModels(
-    Transformer(dataclasses.replace(TEXT, dtype=dtype), with_unembedding=False),
-    UNet(dataclasses.replace(UNET, dtype=dtype)),
-    Autoencoder(dataclasses.replace(AUTOENCODER, dtype=dtype)), NoiseSchedule())
-
-
-def random_params(module, *inputs):
-  """Parameters that leave no part without effect, drawn without compiling anything."""
-  shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-  rng = np.random.default_rng(0)
-
-  def draw(leaf):
-    fan_in = max(np.prod(leaf.shape[:-1]), 1)
-    drawn = rng.normal(size=leaf.shape) * 1.2 / np.sqrt(fan_in if leaf.ndim > 1 else 30)
-    return jnp.asarray(drawn + (leaf.ndim == 1), jnp.float32)
-
-  return jax.tree.map(draw, unboxed(shapes))
-
-
 @pytest.fixture(scope="module")
 def params():
-  text, unet, autoencoder, _ = models()
-  times, states = jnp.zeros(1, jnp.int32), jnp.zeros((1, 7, 16))
-  return {
-    "text": random_params(text, jnp.zeros((1, 7), jnp.int32)),
-    "unet": random_params(unet, jnp.zeros((1, 4, 4, 4)), times, states),
-    "autoencoder": random_params(autoencoder, jnp.zeros((1, 8, 8, 3)))}
+  return tiny_models.params()
 
 
 def imaginer(params, *args, dtype="float32", batch_size=8, **kwargs):
