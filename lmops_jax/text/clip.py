@@ -1,4 +1,4 @@
-"""Texts as CLIP reads them: its words, and rows of one length with what is cut off told."""
+"""Texts as CLIP reads them: rows of one length, and what is cut off."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ import numpy as np
 
 if TYPE_CHECKING:
   from lmops_jax.text.tokenizer import Tokenizer
-
-END, WORD_END = "<|endoftext|>", "</w>"
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-
-
-def set_words(tokenizer) -> None:
-  """Has a `tokenizers.Tokenizer` read lower case, and words without the blanks between them."""
-  from tokenizers import Regex, normalizers, pre_tokenizers
-
-  tokenizer.normalizer = normalizers.Sequence(
-    [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True),
-    pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 class ClipTexts(NamedTuple):

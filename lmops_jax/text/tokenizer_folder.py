@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmops_jax.host.foreign_files import checked, is_there, read_bytes, read_json, read_text
-from lmops_jax.text import chat_template, clip, tokenizer_errors
+from lmops_jax.text import chat_template, tokenizer_errors
 from lmops_jax.text import tokenizer_schemas as schemas
 from lmops_jax.text.gguf_tokenizer import QWEN2_WORDS
 from lmops_jax.text.tokenizer_backends import Added, FastBackend, SentencePieceBackend, surround
@@ -30,7 +30,7 @@ FILES = (
   *VOCABULARIES, CONFIG, SPECIAL, ADDED, TEMPLATE, TEMPLATES, GENERATION, "config.json",
 )
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_END = clip.END
+_END = "<|endoftext|>"
 _FAIRSEQ = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>",
             "cls": "<s>"}
 
@@ -45,6 +45,7 @@ class _Family(NamedTuple):
     before, after: names of the tokens that surround every text; None leaves them to `add_bos_token`
       and `add_eos_token`.
     add_bos: `add_bos_token` if the folder does not say.
+    word_end: what the last piece of a word ends in, in the vocabulary.
   """
 
   form: str
@@ -52,6 +53,7 @@ class _Family(NamedTuple):
   before: tuple[str, ...] | None = None
   after: tuple[str, ...] = ()
   add_bos: bool = False
+  word_end: str = ""
 
 
 _FAMILIES = {
@@ -60,7 +62,8 @@ _FAMILIES = {
     "bytes", {"bos": "</s>", "eos": "</s>", "unk": "</s>", "pad": "<pad>"}, add_bos=True),
   "Qwen2Tokenizer": _Family("bytes", {"eos": _END, "unk": _END, "pad": _END}),
   "CLIPTokenizer": _Family(
-    "bytes", {"bos": "<|startoftext|>", "eos": _END, "unk": _END, "pad": _END}, ("bos",), ("eos",)),
+    "bytes", {"bos": "<|startoftext|>", "eos": _END, "unk": _END, "pad": _END}, ("bos",), ("eos",),
+    word_end="</w>"),
   "RobertaTokenizer": _Family("bytes", {**_FAIRSEQ, "mask": "<mask>"}, ("cls",), ("sep",)),
   "BertTokenizer": _Family(
     "words", {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"},
@@ -76,6 +79,8 @@ _BY_MODEL = {
   "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "xglm": "XGLMTokenizer",
   "xlm-roberta": "XLMRobertaTokenizer",
 }
+_CLIP_WORDS = (
+  r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 _GENERIC = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 _XGLM_UNUSED = 7  # <madeupword0> and on fill its vocabulary up
 
@@ -256,18 +261,15 @@ def _byte_level(settings: _Settings) -> FastBackend:
   family = settings.family(("bytes",), "GPT2Tokenizer")
   vocab = _checked(schemas.Vocabulary, folder / VOCAB)
   merges = _merges(folder / MERGES)
-  is_clip = settings.class_name == "CLIPTokenizer"
-  word_end, unknown = (clip.WORD_END, clip.END) if is_clip else ("", None)
   with tokenizer_errors.named(folder / VOCAB, f"and {MERGES} do not fit together"):
     model = models.BPE(
-      vocab, merges, continuing_subword_prefix="", end_of_word_suffix=word_end, fuse_unk=False,
-      unk_token=unknown)
+      vocab, merges, continuing_subword_prefix="", end_of_word_suffix=family.word_end,
+      fuse_unk=False, unk_token=_unknown(settings, family) if family.word_end else None,
+    )
   tokenizer = Tokenizer(model)
   prefix = bool(settings.flag("add_prefix_space", False))
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-  if is_clip:
-    clip.set_words(tokenizer)
-  elif settings.class_name == "Qwen2Tokenizer":
+  if settings.class_name == "Qwen2Tokenizer":
     from tokenizers import Regex
 
     tokenizer.normalizer = normalizers.NFC()
@@ -275,10 +277,23 @@ def _byte_level(settings: _Settings) -> FastBackend:
       pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
       pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
     ])
+  elif settings.class_name == "CLIPTokenizer":
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _clip_words()
   tokenizer.decoder = decoders.ByteLevel()
   _add_tokens(tokenizer, settings, family)
   _surround(tokenizer, settings, family)
-  return FastBackend(tokenizer, where=folder / VOCAB, word_end=word_end or None)
+  return FastBackend(tokenizer, where=folder / VOCAB, word_end=family.word_end or None)
+
+
+def _clip_words():
+  """What CLIP makes of a text, and how it splits that into words."""
+  from tokenizers import Regex, normalizers, pre_tokenizers
+
+  blanks = normalizers.Replace(Regex(r"\s+"), " ")
+  normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+  words = pre_tokenizers.Split(Regex(_CLIP_WORDS), "removed", invert=True)
+  return normalizer, pre_tokenizers.Sequence(
+    [words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
@@ -298,7 +313,7 @@ def _word_pieces(settings: _Settings) -> FastBackend:
   from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
   family = settings.family(("words",), "BertTokenizer")
-  unknown = settings.tokens(family).get("unk", {"content": "[UNK]"})["content"]
+  unknown = _unknown(settings, family)
   path = settings.folder / WORDS
   words = read_text(path).split("\n")
   vocab = {word.rstrip("\r"): i for i, word in enumerate(words) if word or i + 1 < len(words)}
@@ -315,6 +330,11 @@ def _word_pieces(settings: _Settings) -> FastBackend:
   _add_tokens(tokenizer, settings, family)
   _surround(tokenizer, settings, family)
   return FastBackend(tokenizer, where=path)
+
+
+def _unknown(settings: _Settings, family: _Family) -> str:
+  """The token for what the vocabulary has not."""
+  return settings.tokens(family).get("unk", {"content": family.special["unk"]})["content"]
 
 
 def _surround(tokenizer, settings: _Settings, family: _Family) -> None:

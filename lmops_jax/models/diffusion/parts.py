@@ -46,9 +46,9 @@ def products(config: Any, width: int, num_heads: int = 1, length: int = 0) -> Tr
   """
   is_long = length > config.attention_chunk
   return TransformerConfig(
-    width=width, num_heads=num_heads, mlp_width=4 * width, norm="layer", norm_eps=1e-5,
-    positions="none", causal=False, activation="gelu", gated_mlp=True, mlp_bias=True, out_bias=True,
-    initialization="fan_in", attention=config.attention if is_long else "xla",
+    num_layers=1, width=width, num_heads=num_heads, mlp_width=4 * width, norm="layer",
+    norm_eps=1e-5, positions="none", causal=False, activation="gelu", gated_mlp=True, mlp_bias=True,
+    out_bias=True, initialization="fan_in", attention=config.attention if is_long else "xla",
     attention_chunk=config.attention_chunk, dtype=config.dtype, param_dtype=config.param_dtype,
   )
 
