@@ -20,11 +20,13 @@ from lmops_jax.host.foreign_files import checked, read_json, require_regular, sh
 from lmops_jax.host.whole_files import filled_folder
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.diffusion.autoencoder import AutoencoderConfig
+from lmops_jax.models.diffusion.noise import NoiseSchedule
 from lmops_jax.models.diffusion.unet import UNetConfig
 from lmops_jax.pretrained import exporting, importing
 from lmops_jax.pretrained.families import clip, diffusion, published_diffusion
 from lmops_jax.pretrained.families.family import ConfigReader, Family
 from lmops_jax.pretrained.model import naming
+from lmops_jax.pretrained.noise_schedules import noise_schedule
 from lmops_jax.pretrained.sources import TensorSource, open_source, write_safetensors
 from lmops_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,23 +41,6 @@ _SCHEDULERS = (  # whose files mean the same by betas
   "DEISMultistepScheduler", "UniPCMultistepScheduler",
 )
 _EVERY_NAME = 1 << 20  # of tensors that do not fit
-
-
-class Schedule(NamedTuple):
-  """The noise that a model was trained with; the fields of `models.NoiseSchedule`.
-
-  Attributes:
-    beta_start, beta_end: the first and the last variance.
-    kind: "linear", or "scaled_linear" for equal steps between their roots.
-    num_times: training times.
-    prediction: "epsilon" or "v_prediction".
-  """
-
-  beta_start: float = 0.00085
-  beta_end: float = 0.012
-  kind: str = "scaled_linear"
-  num_times: int = 1000
-  prediction: str = "epsilon"
 
 
 class Pipeline(NamedTuple):
@@ -74,7 +59,7 @@ class Pipeline(NamedTuple):
   text: TransformerConfig
   params: dict[str, Any]
   tokenizer: Tokenizer
-  schedule: Schedule
+  schedule: NoiseSchedule
 
 
 class _Part(NamedTuple):
@@ -280,15 +265,13 @@ def _check_together(folder: Path, configs: dict[str, Any]) -> None:
       )
 
 
-def _schedule(path: Path) -> Schedule:
+def _schedule(path: Path) -> NoiseSchedule:
   fields = checked(dict[str, Any], read_json(path), path)
   _check_class(path, fields, _SCHEDULERS)
-  p = checked(published_diffusion.Scheduler, fields, path)
-  return Schedule(
-    p.beta_start, p.beta_end, p.beta_schedule, p.num_train_timesteps, p.prediction_type)
+  return noise_schedule(fields, str(path))
 
 
-def _written_schedule(schedule: Schedule) -> dict[str, Any]:
+def _written_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
   return {
     CLASS: _SCHEDULER, "beta_start": schedule.beta_start, "beta_end": schedule.beta_end,
     "beta_schedule": schedule.kind, "num_train_timesteps": schedule.num_times,

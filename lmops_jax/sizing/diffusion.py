@@ -1,4 +1,4 @@
-"""Arithmetic of Stable Diffusion's networks for one picture, analytic.
+"""Arithmetic of Stable Diffusion for one picture, analytic.
 
 Each matrix is applied once at every position of its level, each kernel of 3 x 3 with all its nine
 entries. Published figures count so; XLA leaves out products with the zeros around a picture, and
@@ -9,12 +9,31 @@ from __future__ import annotations
 
 import math
 
+from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.diffusion import parts
 from lmops_jax.models.diffusion.autoencoder import AutoencoderConfig
 from lmops_jax.models.diffusion.unet import UNetConfig
 from lmops_jax.sizing import flops
 
 Sides = tuple[int, int]
+
+
+def drawing_flops(
+  text: TransformerConfig, unet: UNetConfig, autoencoder: AutoencoderConfig, height: int,
+  width: int, num_evaluations: int, *, guided: bool = True, edges: bool = True,
+) -> float:
+  """Operations of drawing one picture from a text.
+
+  Args:
+    height, width, edges: see `unet_flops`.
+    num_evaluations: of the UNet, see `decoding.diffusion.plans.Plan.num_evaluations`.
+    guided: whether each is of two rows; the negative text is encoded once for many pictures and
+      does not count.
+  """
+  length = text.max_length
+  reading = length * flops.forward_flops_per_token(text, length, unembedding=False)
+  step = (1 + guided) * unet_flops(unet, height, width, length, edges=edges)
+  return reading + num_evaluations * step + decoder_flops(autoencoder, height, width, edges=edges)
 
 
 def unet_flops(

@@ -17,7 +17,6 @@ _MOST_LEVELS, _MOST_LAYERS = 16, 64  # of any sane model; every one of them is t
 Layers = Annotated[int, Field(ge=1, le=_MOST_LAYERS)]
 Widths = Annotated[list[Count], Field(min_length=1, max_length=_MOST_LEVELS)]
 ClassName = Annotated[list[str], Field(min_length=2, max_length=2)]  # library and name
-Beta = Annotated[float, Field(gt=0, lt=1)]
 TEXT, PLAIN = "CrossAttn", ""
 _DOWN = {TEXT: "CrossAttnDownBlock2D", PLAIN: "DownBlock2D"}
 _UP = {TEXT: "CrossAttnUpBlock2D", PLAIN: "UpBlock2D"}
@@ -146,18 +145,6 @@ class Autoencoder(Published):
       up_block_types=(why, ["UpDecoderBlock2D"] * num),
       out_channels=("as many as in_channels", self.in_channels))
     return self
-
-
-class Scheduler(Published):
-  """`scheduler/scheduler_config.json`, as far as it tells of noise; steps are a sampler's."""
-
-  num_train_timesteps: Length = 1000
-  beta_start: Beta = 0.0001
-  beta_end: Beta = 0.02
-  beta_schedule: only(str, "linear", "scaled_linear") = "linear"
-  trained_betas: only(Any, None) = None
-  prediction_type: only(str, "epsilon", "v_prediction") = "epsilon"
-  rescale_betas_zero_snr: only(bool, False) = False
 
 
 class PipelineIndex(Published):
