@@ -27,7 +27,8 @@ def params(source):
   return source.params()
 
 
-@pytest.mark.parametrize("exploration, count", [(SAMPLED, 1), (SEARCHED, 4)], ids=["draw", "beams"])
+@pytest.mark.parametrize("exploration, count", [
+  (SEARCHED, 4), pytest.param(SAMPLED, 1, marks=pytest.mark.slow)], ids=["beams", "draw"])
 def test_one_program_serves_all_lengths_and_parameters(source, params, exploration, count):
   respond = Responder(exploration, source.model, source.tokenizer())
   limits, programs = set(), []
