@@ -14,7 +14,7 @@ _MOST = 0.2  # of the relative error that a change follows
 
 
 class KLControl(Protocol):
-  """Chooses the coefficient of the penalty. Hashable, so that it can stand in a compiled step.
+  """Chooses the coefficient of the penalty: a frozen dataclass of JSON values, which runs record.
 
   Attributes:
     coefficient: the one of the first batch.

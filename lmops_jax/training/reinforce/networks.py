@@ -22,8 +22,6 @@ from lmops_jax.models.transformer import Transformer
 from lmops_jax.training import loop, losses
 from lmops_jax.training.reinforce import objectives
 
-VALUES = ("none", "separate", "shared")
-
 
 class Evaluated(NamedTuple):
   """What the networks say of a batch's responses.

@@ -137,6 +137,18 @@ def test_only_the_top_blocks_learn():
     updates.learner(PPO(num_unfrozen_blocks=3), MODEL, SGD)
 
 
+@pytest.mark.parametrize("learned", [True, False])
+def test_ends_that_the_policy_did_not_choose_may_be_left_out(learned):
+  mask = jnp.array([[1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 1, 0]], jnp.float32)
+  batch = {"score": jnp.array([1.0, 2.0, 5.0, 5.0]), "loss_mask": mask,
+           "is_cut": jnp.array([1.0, 0.0, 0.0, 1.0])}
+  rows, figures = GRPO(group_size=2, learn_cut_ends=learned).prepare(None, None, batch, 0.1)
+  want = mask if learned else mask - jnp.array([[0, 0, 1], [0, 0, 0], [0, 0, 0], [0, 1, 0]])
+  np.testing.assert_array_equal(rows["policy_mask"], want)
+  assert float(figures["level_groups"]) == 0.5
+  np.testing.assert_allclose(rows["advantages"][:, 0], [-0.70701, 0.70701, 0, 0], atol=1e-4)
+
+
 def test_batches_that_do_not_split_are_refused(tmp_path, batch):
   for algorithm, said in (
       (PPO(num_minibatches=3), "8 rollouts does not split into num_minibatches=3"),
@@ -180,7 +192,11 @@ def test_resume_between_rollouts_gives_the_same_bits(tmp_path, algorithm, stop_b
   assert len(made) == 4 - stop_before // 2 * 2
   jax.tree.map(np.testing.assert_array_equal, got.state, want.state)
   assert got.history == want.history
-  assert float(got.state.coefficient) == float(want.state.coefficient)
+  coefficient = algorithm.kl.coefficient
+  for record in want.history:
+    assert record["coefficient"] == pytest.approx(coefficient, rel=1e-6)
+    coefficient = float(algorithm.kl.after(coefficient, record["kl"], 8))
+  assert float(want.state.coefficient) == pytest.approx(coefficient, rel=1e-6)
   texts = [(tmp_path / name / "r.jsonl").read_text() for name in ("cut", "whole")]
   assert texts[0] == texts[1]
   steps = [json.loads(line)["step"] for line in texts[0].splitlines()]
