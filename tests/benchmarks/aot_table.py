@@ -3,10 +3,11 @@
 For each size of PDS (160M to 1.7B parameters), each program (pre-training at 512 x 1024 with AdamW,
 the solve's forward and reverse segment at 256 x 1024) and each kind of chip, and for the training
 steps of Kosmos-1 and 2 (`--sizes kosmos1 kosmos2`, a group of rows on each device at a time) and of
-MetaLM (`--sizes metalm`, four rows on each device at a time): the slices are tried from small to
-large. A slice that the arithmetic of `lmops plan` puts far above the memory is not compiled; the
-first that compiles and fits is the row, and the next smaller one, tried or planned, is named in it.
-Figures are kept in a JSON file as they come, so a run that is stopped goes on.
+MetaLM (`--sizes metalm`, four rows on each device at a time, and `metalm_vl`, a group of four): the
+slices are tried from small to large. A slice that the arithmetic of `lmops plan` puts far above the
+memory is not compiled; the first that compiles and fits is the row, and the next smaller one, tried
+or planned, is named in it. Figures are kept in a JSON file as they come, so a run that is stopped
+goes on.
 With `--planned` nothing is compiled and the table is that of the arithmetic.
 
   python tests/benchmarks/aot_table.py --sizes 160m 470m --chips v5e v5p
@@ -58,7 +59,8 @@ SIZES = {size: Size(f"pds/paper_{size}.gin", _PDS) for size in ("160m", "470m", 
   "kosmos1": Size("kosmos/kosmos1_paper.gin", {"train": "train"}, groups=128),
   "kosmos2": Size("kosmos/kosmos2_paper.gin", {"train": "train"}, groups=48,
                   bindings=("GROUPS = 48",)),
-  "metalm": Size("metalm/language_paper.gin", {"train": "train"}, groups=256)}
+  "metalm": Size("metalm/language_paper.gin", {"train": "train"}, groups=256),
+  "metalm_vl": Size("metalm/vision_language.gin", {"train": "train"}, groups=64)}
 PROGRAMS = tuple(dict.fromkeys(name for size in SIZES.values() for name in size.programs))
 _UNSURE = 1.5  # the estimate of activations may be so far off; beyond, a slice is not compiled
 COLUMNS = ("size", "program", "slice", "GiB a device", "of", "temporaries", "a step at peak, ms",
