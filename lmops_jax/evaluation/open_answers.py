@@ -26,6 +26,7 @@ from lmops_jax.evaluation import generated, grounding, in_context
 from lmops_jax.evaluation.demonstrations import SEPARATOR, Front, drawn, fitted, pictures_of
 from lmops_jax.evaluation.estimates import Estimate, by_category, estimate, picture_of
 from lmops_jax.evaluation.in_context import Encoder, Figure
+from lmops_jax.evaluation.wordnet import WordNet
 from lmops_jax.models.config import TransformerConfig
 
 _COMPANIONS = {  # what papers tell beside a metric
@@ -59,6 +60,11 @@ class Answered(NamedTuple):
   num_dropped: np.ndarray
   estimates: list[Estimate]
   located: grounding.Measured | None = None
+
+
+def told_of(metric: str) -> tuple[str, ...]:
+  """The metrics that an evaluation tells of a task with open answers, the task's own first."""
+  return (metric, *_COMPANIONS.get(metric, ()))
 
 
 def rows_and_front(
@@ -103,6 +109,7 @@ def evaluate(
   separator: str = SEPARATOR,
   progress: Callable[[int], None] | None = None,
   encoder: Encoder | None = None,
+  wordnet: WordNet | None = None,
 ) -> Answered:
   """Generates an answer to each row and measures them.
 
@@ -119,6 +126,7 @@ def evaluate(
     separator: text behind each demonstration.
     progress: called with the number of rows done since the last call.
     encoder: encodes prompts, with pictures if it sees; None is an `Encoder` of the tokenizer.
+    wordnet: tells METEOR synonyms; None for no such stage.
 
   Raises:
     ValueError: as `rows_and_front`; both restrictions; names with the same tokens; a tokenizer
@@ -175,10 +183,11 @@ def evaluate(
     located = grounding.measure(name, rows, answers, grid)
     name, score, more = located.estimates[0].name, located.score, located.estimates
   else:
-    score = generated.score(name, answers, golds)
+    score = generated.score(name, answers, golds, wordnet)
+    pictures = list(map(picture_of, rows))
     more = [
-      estimate(other, generated.score(other, answers, golds).rows, list(map(picture_of, rows)))
-      for other in _COMPANIONS.get(name, ())]
+      estimate(other, generated.score(other, answers, golds, wordnet).rows, pictures)
+      for other in told_of(name)[1:]]
   error = score.rows.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
   return Answered(
     Figure(name, score.corpus, float(error)), np.array([row.id for row in rows]), answers, golds,
