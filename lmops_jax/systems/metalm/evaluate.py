@@ -26,7 +26,9 @@ from lmops_jax.config.setting_types import (
   Text,
   component,
 )
+from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.instances import Instances
+from lmops_jax.data.span_examples import SpecialIds
 from lmops_jax.data.tasks import Example, Task, demonstrations
 from lmops_jax.decoding.scoring import OptionScorer, Request, mean, total
 from lmops_jax.evaluation.examples import map_examples
@@ -166,9 +168,18 @@ def _sums(losses: SpanLosses) -> Callable:
 class Asking:
   """A trained model that chooses among options."""
 
-  def __init__(self, arm: Arm, params: Any, vocabulary: Vocabulary, partitioner):
+  def __init__(
+    self, arm: Arm, params: Any, vocabulary: Vocabulary, partitioner,
+    ids: SpecialIds | None = None, images: ImageSettings | None = None,
+  ):
+    """
+    Args:
+      ids, images: of a model that reads pictures, see `prompts.SpanReader`; the special ids of
+        others are the vocabulary's.
+    """
     self._vocabulary, self._max_length = vocabulary, arm.config.text.max_length
-    self._reader = prompts.SpanReader(arm.model, params, vocabulary)
+    self._ids = vocabulary if ids is None else ids
+    self._reader = prompts.SpanReader(arm.model, params, self._ids, images)
     self._scorer = OptionScorer(Transformer(arm.config.text), params["text"], partitioner)
 
   def counted(self, task: Task, shots: int, draw: int) -> dict[str, int]:
@@ -191,8 +202,8 @@ class Asking:
     options = [vocabulary.encode_batch(row.options) for row in rows]
     behind = prompts.answered(shown, vocabulary)
     made, dropped = zip(*(
-      prompts.fitted(behind, row, of_row, vocabulary, self._max_length)
-      for row, of_row in zip(prompts.asked(rows, vocabulary), options)))
+      prompts.fitted(behind, row, of_row, self._ids, self._max_length)
+      for row, of_row in zip(prompts.asked(rows, vocabulary, self._ids), options)))
     scores = self._scorer.score([
       Request(prompt, of_row) for prompt, of_row in zip(self._reader.prompts(made), options)])
     return [int(np.argmax(value(of_row))) for of_row in scores], sum(dropped)
