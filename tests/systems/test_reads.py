@@ -16,6 +16,7 @@ from tests import model_folders
 from tests.systems import conftest
 
 FINETUNE, REINFORCE = "train/finetune.gin", "train/reinforce.gin"
+SFT = "promptist/sft.gin"
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,11 @@ def files(tmp_path_factory):
   rows = folder / "rows.jsonl"
   rows.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
   model = model_folders.write(folder / "model")
-  return {FINETUNE: [f"MODEL = '{model}'", f"TRAIN = '{rows}'", "LENGTH = 32"],
-          REINFORCE: [f"MODEL = '{model}'", f"PROMPTS = '{rows}'"]}
+  return {
+    FINETUNE: [f"MODEL = '{model}'", f"TRAIN = '{rows}'", "LENGTH = 32"],
+    REINFORCE: [f"MODEL = '{model}'", f"PROMPTS = '{rows}'"],
+    SFT: [f"MODEL = '{model}'", f"PAIRS = '{rows}'", "LENGTH = 32"],
+  }
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +97,9 @@ def _behind(identities, names):
   (REINFORCE, "reinforce.PPO.clip = 0.3", "train"),
   (REINFORCE, "reinforce.ShareOf.characters = 'a'", "train"),
   (REINFORCE, "reinforce.Reinforce.num_shown = 3", "report"),
+  (SFT, "data.PairFiles.completion_field = 'text'", "prepare"),
+  (SFT, "promptist.SFT.select_step = 7", "train"),
+  (SFT, "LEARNING_RATE = 1e-3", "train"),
 ])
 def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, binding, readers, files):
   bindings = files.get(file, [])
@@ -112,8 +119,7 @@ def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, bindin
   ("meta_optimizer/momentum.gin", {"seeds"}),
   ("metalm/smoke.gin", {"arms", "seeds"}),
   ("structured_prompting/default.gin", {"seeds"}),
-  (FINETUNE, set()),
-  (REINFORCE, set()),
+  (FINETUNE, set()), (REINFORCE, set()), (SFT, set()),
 ])
 def test_every_setting_is_read_by_a_stage(file, free, files):
   """Seeds show as `seed` of the stages; the engine changes no result."""
