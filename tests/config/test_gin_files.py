@@ -71,7 +71,7 @@ RUNS = [
   "pds/baselines.gin",
   "pds/default.gin", "pds/paper.gin",
   *PAPER_SIZES, "pds/smoke.gin",
-  "promptist/ppo.gin", "promptist/sft.gin",
+  "promptist/default.gin", "promptist/ppo.gin", "promptist/sft.gin", "promptist/smoke.gin",
   "structured_prompting/default.gin", "structured_prompting/paper.gin",
 ]
 PARTS = ("pipeline", "sizes", "model", "vocabulary")  # of a run, named by what they are

@@ -16,7 +16,7 @@ from tests import model_folders
 from tests.systems import conftest
 
 FINETUNE, REINFORCE = "train/finetune.gin", "train/reinforce.gin"
-SFT = "promptist/sft.gin"
+SFT, PROMPTIST = "promptist/sft.gin", "promptist/smoke.gin"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,7 @@ def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, bindin
   ("metalm/smoke.gin", {"arms", "seeds"}),
   ("structured_prompting/default.gin", {"seeds"}),
   (FINETUNE, set()), (REINFORCE, set()), (SFT, set()),
+  (PROMPTIST, {"generator_seed", "seeds"}),
 ])
 def test_every_setting_is_read_by_a_stage(file, free, files):
   """Seeds show as `seed` of the stages; the engine changes no result."""
