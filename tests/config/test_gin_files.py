@@ -50,6 +50,10 @@ OWED = {
     "CORPUS_PATH = '/data/corpus'", "TARGET_PATH = '/data/target.jsonl'",
     "TARGET_TEST_PATH = '/data/test.jsonl'", "VOCABULARY_PATH = '/data/tokenizer.model'",
   ],
+  "promptist/ppo.gin": [
+    "MODEL = '/data/gpt2'", "PROMPTS = '/data/prompts.jsonl'", "IMAGES = '/data/sd'",
+    "CLIP = '/data/clip'", "AESTHETIC = '/data/aesthetic.pth'",
+  ],
   "promptist/sft.gin": ["MODEL = '/data/gpt2'", "PAIRS = '/data/pairs.jsonl'"],
   "structured_prompting/paper.gin": ["MODEL = '/data/model'"],
 }
@@ -73,7 +77,7 @@ RUNS = [
   "pds/baselines.gin",
   "pds/default.gin", "pds/paper.gin",
   *PAPER_SIZES, "pds/smoke.gin",
-  "promptist/sft.gin",
+  "promptist/default.gin", "promptist/ppo.gin", "promptist/sft.gin", "promptist/smoke.gin",
   "structured_prompting/default.gin", "structured_prompting/paper.gin",
 ]
 PARTS = ("pipeline", "sizes", "model", "vocabulary")  # of a run, named by what they are
