@@ -192,23 +192,29 @@ def binned(targets: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def prototypical(
+  init_encoder: Callable[[jax.Array], Any],
   encode: Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array],
-  optimizer: optax.GradientTransformation, settings: Growth, *, num_classes: int | None,
-  steps_per_epoch: int, edges: tuple[float, ...] = (),
+  optimizer: optax.GradientTransformation, settings: Growth, *, width: int,
+  num_classes: int | None, steps_per_epoch: int, edges: tuple[float, ...] = (),
 ) -> Learner:
-  """The learner; `init` wants params of `first_prototypes` with the `encoder`'s beside them.
+  """The learner; a run begins at the params of `first_prototypes` with the `encoder`'s beside them.
+
+  Without any, all prototypes lie at 0.
 
   Args:
+    init_encoder: `key -> encoder params`, with Linen's boxes.
     encode: `(encoder params, batch, keys [B]) -> [B,D]`, in training mode.
     optimizer: of the encoder and, with a state of its own, of the prototypes, so that a clipped
       norm is that of each.
+    width: D.
     num_classes: None if targets are numbers.
     steps_per_epoch: what warm-up and pruning points are counted in.
     edges: see `bin_edges`, if targets are numbers.
 
   The batch holds `label [B] int32`, or `target [B] float32` for numbers, and what `encode` reads.
   """
-  init, step = _prototypical(encode, optimizer, settings, num_classes, steps_per_epoch, edges)
+  init, step = _prototypical(
+    init_encoder, encode, optimizer, settings, width, num_classes, steps_per_epoch, edges)
   told = {**dataclasses.asdict(settings), "steps_per_epoch": steps_per_epoch,
           "num_classes": num_classes}
   return Learner(init, step, kept, settings=told)
@@ -227,15 +233,27 @@ def current_threshold(prototypes: Prototypes, table: Table, alpha: float) -> jax
 
 
 @functools.lru_cache(maxsize=16)
-def _prototypical(encode, optimizer, settings: Growth, num_classes, steps_per_epoch, edges):
+def _prototypical(
+  init_encoder, encode, optimizer, settings: Growth, width, num_classes, steps_per_epoch, edges
+):
   """The functions of `prototypical`; equal arguments give the same, which compile once."""
   warmup = settings.warmup_epochs * steps_per_epoch
   every = steps_per_epoch // max(settings.prunings_per_epoch, 1) or 1
 
+  def nowhere():
+    number = num_classes or settings.bins
+    room = settings.room(number)
+    log_variance = jnp.zeros((room,) if settings.private_variances else ())
+    window = settings.steps_of_window(steps_per_epoch)
+    return {
+      "prototypes": Prototypes(
+        jnp.zeros((room, width)), jnp.zeros((room, num_classes or 1)), log_variance),
+      "table": growth.new_table(jnp.arange(number, dtype=jnp.int32), room, window),
+    }
+
   def init(key, params=None):
     if params is None:
-      raise ValueError(
-        "prototypes begin at the rows' vectors; give `params` of prototypes.first_prototypes.")
+      params = {"encoder": init_encoder(key), **nowhere()}
     trained = {name: params[name] for name in ("encoder", "prototypes")}
     opt_state = {name: optimizer.init(tree) for name, tree in trained.items()}
     limit = current_threshold(params["prototypes"], params["table"], settings.alpha)
