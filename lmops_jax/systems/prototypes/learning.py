@@ -47,7 +47,9 @@ class Growth:
 
   Attributes:
     first_rows: rows of each class whose mean is its first prototype (n).
-    start: "means" of those rows, or "random", a row's place taken at random from all rows (PF-I).
+    start: "means" of those rows; "clusters", `per_class` centres of all rows of the class by
+      k-means; or "random", the place of any row (PF-I).
+    per_class: first prototypes of a class, for "clusters" alone.
     alpha: concentration; smaller opens fewer prototypes.
     quantile: of the distances of rows to their class's first prototype, where the threshold begins.
     variance: the first variance; None takes the one that `quantile` asks for.
@@ -66,7 +68,8 @@ class Growth:
   """
 
   first_rows: PositiveInt = 8
-  start: Literal["means", "random"] = "means"
+  start: Literal["means", "clusters", "random"] = "means"
+  per_class: PositiveInt = 1
   alpha: Annotated[float, Gt(0), Le(1)] = 0.1
   quantile: Part = 0.9
   variance: Positive | None = None
@@ -83,18 +86,26 @@ class Growth:
   rate_of_prototypes: Positive = 1.0
   bins: PositiveInt = 5
 
+  def __post_init__(self):
+    if self.per_class > 1 and self.start != "clusters":
+      raise ValueError(
+        f"prototypes.Growth.per_class={self.per_class} needs start='clusters', and start is "
+        f"{self.start!r}; set that, or per_class to 1."
+      )
+
   def room(self, num_classes: int) -> int:
     """K, the slots of a run.
 
     Raises:
-      ValueError: for a capacity below the number of classes.
+      ValueError: for a capacity below the number of first prototypes.
     """
+    first = num_classes * self.per_class
     if self.capacity is None:
-      return max(num_classes, min(max(_CAPACITY, _PER_CLASS * num_classes), _MOST))
-    if self.capacity < num_classes:
+      return max(first, min(max(_CAPACITY, _PER_CLASS * num_classes), _MOST))
+    if self.capacity < first:
       raise ValueError(
-        f"prototypes.Growth.capacity={self.capacity} is below the {num_classes} classes, each of "
-        f"which has a prototype; set it to {num_classes} or more."
+        f"prototypes.Growth.capacity={self.capacity} is below the {first} prototypes that "
+        f"{num_classes} classes begin with; set it to {first} or more."
       )
     return self.capacity
 
@@ -144,7 +155,7 @@ def first_prototypes(
   labels = np.asarray(targets, np.int64) if num_classes else binned(targets, edges)
   number = num_classes or settings.bins
   rng = np.random.default_rng(seed)
-  centers, says = [], []
+  centers, of_label, says = [], [], []
   for label in range(number):
     rows = np.flatnonzero(labels == label)
     if not len(rows):
@@ -153,32 +164,47 @@ def first_prototypes(
         f"no row is of {what}, so it has no prototype to begin with; give rows of it or leave it "
         "out."
       )
-    chosen = rng.permutation(rows)[: settings.first_rows]
-    says.append(np.mean(np.asarray(targets)[rows], dtype=np.float64))
-    if settings.start == "random":
-      chosen = rng.integers(len(features), size=1)
-    centers.append(features[chosen].mean(axis=0, dtype=np.float64))
-  centers = np.asarray(centers, np.float32)
+    begun = _first_centers(features, rows, settings, rng)
+    centers.extend(begun)
+    of_label += [label] * len(begun)
+    says += [np.mean(np.asarray(targets)[rows], dtype=np.float64)] * len(begun)
+  centers, of_label = np.asarray(centers, np.float32), np.asarray(of_label, np.int32)
   room, width = settings.room(number), features.shape[1]
-  spread = mixture.spread_of(jnp.asarray(centers), jnp.ones(number, bool))
+  spread = mixture.spread_of(jnp.asarray(centers), jnp.ones(len(centers), bool))
   variance = settings.variance
   if variance is None:
     rows = rng.permutation(len(features))[:_CALIBRATION_ROWS]
-    distances = np.square(features[rows] - centers[labels[rows]]).sum(axis=1)
+    distances = np.array([
+      np.square(features[row] - centers[of_label == labels[row]]).sum(axis=1).min()
+      for row in rows])
     variance = mixture.calibrated_variance(
       distances, float(spread), settings.alpha, width, settings.quantile)
-  first = jnp.asarray(np.arange(number), jnp.int32)
+  first = jnp.asarray(of_label)
   if num_classes:
     logits = mixture.first_logits(first, number)
   else:
     logits = jnp.asarray(says, jnp.float32)[:, None]
-  in_front = ((0, room - number), (0, 0))
+  in_front = ((0, room - len(centers)), (0, 0))
   return {
     "prototypes": Prototypes(
       jnp.pad(jnp.asarray(centers), in_front), jnp.pad(logits, in_front),
       jnp.full((room,) if settings.private_variances else (), np.log(variance), jnp.float32)),
     "table": growth.new_table(first, room, window),
   }
+
+
+def _first_centers(features, rows, settings: Growth, rng) -> np.ndarray:
+  """Where the prototypes of a class begin, `[n,D]`."""
+  if settings.start == "random":
+    return features[rng.integers(len(features), size=1)]
+  if settings.start == "means":
+    chosen = rng.permutation(rows)[: settings.first_rows]
+    return features[chosen].mean(axis=0, keepdims=True, dtype=np.float64)
+  from sklearn.cluster import KMeans
+
+  number = min(settings.per_class, len(np.unique(features[rows], axis=0)))
+  found = KMeans(number, n_init=3, random_state=int(rng.integers(2**31))).fit(features[rows])
+  return found.cluster_centers_
 
 
 def bin_edges(targets: np.ndarray, bins: int) -> np.ndarray:
