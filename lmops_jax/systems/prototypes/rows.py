@@ -25,7 +25,7 @@ from lmops_jax.data.files import Jsonl
 from lmops_jax.data.lines import jsonl_rows
 from lmops_jax.data.tasks.installed_kind import excerpt
 from lmops_jax.host.foreign_files import printable
-from lmops_jax.host.hashing import order_key
+from lmops_jax.host.hashing import order_key, order_keys
 
 ROWS_FILE = "rows.json"
 
@@ -264,7 +264,7 @@ def nested_order(
   Args:
     classes: False orders by (seed, id) alone, for targets that are numbers.
   """
-  keys = np.array([order_key(i, seed) for i in ids], np.uint64)
+  keys = order_keys(np.asarray(ids), seed)
   by_key = np.argsort(keys, kind="stable")
   if not classes:
     return by_key
