@@ -84,13 +84,16 @@ def prototypes_of(context: pipeline.StageContext, stage: str) -> list[dict[str, 
   train, _ = rows.read_rows(context.input(ROWS))
   some = train.taken(np.load(folder / SAID_FILE)["chosen"])
   near = classifier.nearest_rows(params, np.load(folder / VECTORS_FILE), _NEAREST)
-  table = params["table"]
-  targets = np.asarray(some.targets)
-  shares = classifier.purity(near, targets, table) if some.names else {}
-  return [
-    {"slot": k, "class": some.names[int(table.label[k])] if some.names else int(table.label[k]),
-     "born": int(table.born[k]), "purity": shares.get(k),
-     "texts": [some.texts[i] for i in found]} for k, found in near.items()]
+  table, targets = params["table"], np.asarray(some.targets)
+
+  def known(k, found):
+    label = int(table.label[k])
+    return {
+      "slot": k, "class": some.names[label] if some.names else label, "born": int(table.born[k]),
+      "purity": float(np.mean(targets[found] == label)) if some.names else None,
+      "texts": [some.texts[i] for i in found]}
+
+  return [known(k, found) for k, found in near.items()]
 
 
 def table(summary: Mapping[str, Any]) -> str:

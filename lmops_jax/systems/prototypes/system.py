@@ -18,8 +18,8 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained.text_encoders import without_heads
 from lmops_jax.shared_stages.small_model import ModelSource
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.systems.prototypes import classifier, report, rows, texts
-from lmops_jax.systems.prototypes.encoding import Encoded, Encoder, Encoding
+from lmops_jax.systems.prototypes import classifier, report, rows
+from lmops_jax.systems.prototypes.encoding import Encoded, Encoding
 from lmops_jax.systems.prototypes.methods import Material, Method
 from lmops_jax.systems.prototypes.report import (
   CLASSIFIER,
@@ -30,6 +30,7 @@ from lmops_jax.systems.prototypes.report import (
   VECTORS_FILE,
 )
 from lmops_jax.systems.prototypes.rows import Rows
+from lmops_jax.systems.prototypes.texts import TextReader, encoder_of
 
 _HIDDEN, _TOP = "{}_hidden.npy", "top"
 
@@ -98,6 +99,10 @@ class Study:
               partitioner=partitioner),
             inputs=(ROWS, *before, ENCODE), reads=(*model, "encoding", f"methods[{i}]"),
             seed=seed))
+    stages.append(skeleton.Stage(
+      "classifier",
+      functools.partial(self._ship, fits=fits, model=before), result="classifier",
+      inputs=(ROWS, *before, *(fit[3] for fit in fits)), reads=(*model, "encoding")))
     inputs = tuple(stage.name for stage in stages)
     stages.append(skeleton.Stage(
       "report",
@@ -113,30 +118,25 @@ class Study:
     context.extra |= {"name": self.rows.name, "num_train": len(train.texts),
                       "num_test": len(test.texts), "names": train.names}
 
-  def _encoder(self, source) -> Encoder:
-    return _encoder_of(without_heads(source.config), self.encoding)
-
   def _encode(self, context: pipeline.StageContext, model, partitioner) -> None:
     source = self.model.opened(*(context.input(name) for name in model))
-    encoder, tokenizer = self._encoder(source), source.tokenizer()
-    lower, top = encoder.split(source.params(partitioner))
-    counts = {}
+    reader, counts = TextReader(source, self.encoding, partitioner), {}
     for part, labelled in zip(("train", "test"), rows.read_rows(context.input(ROWS))):
-      ids = texts.ids_of(tokenizer, labelled.texts, labelled.others)
+      number = len(labelled.texts)
       with context.progress(
-        total=len(ids), unit="texts", description=f"{context.name}, {part}"
+        total=number, unit="texts", description=f"{context.name}, {part}"
       ) as bar:
-        encoded = encoder.encode(lower, ids, progress=bar.update)
+        encoded = reader.read(labelled.texts, labelled.others, bar.update)
       np.save(context.directory / _HIDDEN.format(part), encoded.hidden)
       np.save(context.directory / f"{part}_lengths.npy", encoded.lengths)
       counts[part] = encoded.num_cut
       if encoded.num_cut:
         context.log(
-          f"{encoded.num_cut} of {len(ids)} texts are read to their first "
+          f"{encoded.num_cut} of {number} texts are read to their first "
           f"{self.encoding.max_tokens} tokens (prototypes.Encoding.max_tokens)")
-    if top:
-      save_params(context.directory / _TOP, top)
-    context.extra |= {"num_cut": counts, "width": encoder.width}
+    if reader.top:
+      save_params(context.directory / _TOP, reader.top)
+    context.extra |= {"num_cut": counts, "width": reader.encoder.width}
 
   def _fit(
     self, context: pipeline.StageContext, method, size, seed, model, partitioner
@@ -147,7 +147,7 @@ class Study:
       context.log(f"left out: there are {len(train.texts)} rows")
       return
     source = self.model.opened(*(context.input(name) for name in model))
-    encoder = self._encoder(source)
+    encoder = encoder_of(without_heads(source.config), self.encoding)
     folder = context.input(ENCODE)
     of_train, of_test = (_encoded(folder, part) for part in ("train", "test"))
     number = len(train.names) or None
@@ -178,15 +178,27 @@ class Study:
         context.directory / VECTORS_FILE,
         encoder.all_vectors(fitted.params["encoder"], taken(of_train, chosen)))
 
+  def _ship(self, context: pipeline.StageContext, fits, model) -> None:
+    """Writes the first method's classifier of the most rows and the first seed as a folder."""
+    train, _ = rows.read_rows(context.input(ROWS))
+    label, seed = self.methods[0].label, self.seeds[0]
+    kept = [name for of, _, its, name in fits if (of, its) == (label, seed)
+            and (context.input(name) / CLASSIFIER).is_dir()]
+    if not kept or not train.names:
+      context.log("no classifier is written: the first method keeps none, or targets are numbers")
+      return
+    folder = context.input(kept[-1])
+    some = train.taken(np.load(folder / SAID_FILE)["chosen"])
+    source = self.model.opened(*(context.input(name) for name in model))
+    classifier.write(
+      context.directory / "kept", source, self.encoding, some.names,
+      classifier.load(folder / CLASSIFIER), some.texts, some.targets,
+      np.load(folder / VECTORS_FILE))
+    context.log(f"the classifier of {kept[-1]}: lmops prototypes predict --model WORKDIR")
+
   def table(self, summary: Mapping[str, Any]) -> str:
     """The figures of a finished run, for the terminal."""
     return report.table(summary)
-
-
-@functools.lru_cache(maxsize=4)
-def _encoder_of(config: TransformerConfig, encoding: Encoding) -> Encoder:
-  """One encoder for all fits, which then share their programs."""
-  return Encoder(config, encoding)
 
 
 def taken(encoded: Encoded, index: np.ndarray) -> Encoded:

@@ -94,19 +94,3 @@ def test_numbers_are_predicted(encoders, method, tmp_path):
 def test_what_a_method_cannot_tell_is_refused(encoders, tmp_path):
   with pytest.raises(ValueError, match="'discriminant' tells classes"):
     Frozen("discriminant").fit(material(encoders, 0, tmp_path, num_classes=None))
-
-
-def test_prototypes_behind_a_prediction(encoders, tmp_path):
-  given = material(encoders, 0, tmp_path)
-  params = Prototypical(OPTIMIZER, num_epochs=4).fit(given).params
-  train, rows = given.train.hidden[:, 0], clusters(np.random.default_rng(1), 6, 1)[0].hidden[:, 0]
-  active = np.flatnonzero(params["table"].active)
-  near = classifier.nearest_rows(params, train, 4)
-  assert set(near) == set(active)
-  for found, x in zip(classifier.behind(params, rows, train), rows):
-    distances = {k: np.sum((params["prototypes"].centers[k] - x) ** 2) for k in active}
-    assert found[0].prototype == min(distances, key=distances.get)
-    assert all(a.weight >= b.weight for a, b in zip(found, found[1:]))
-    assert found[0].nearest == near[found[0].prototype][0]
-  pure = classifier.purity(near, given.targets, params["table"])
-  assert np.mean(list(pure.values())) > 0.8
