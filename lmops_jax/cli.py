@@ -15,6 +15,7 @@ from pathlib import Path
 import lmops_jax
 from lmops_jax.commands import models as model_commands
 from lmops_jax.commands import plans as plan_commands
+from lmops_jax.commands import promptist as promptist_commands
 from lmops_jax.commands.demo import command as demo_commands
 from lmops_jax.config import gin_files, refusals
 from lmops_jax.mesh import processes
@@ -38,6 +39,7 @@ examples:
   lmops show pds
   lmops plan pds
   lmops generate --model MODEL --prompt "The capital of France is"
+  lmops promptist rewrite --model POLICY --prompt "a cat in the rain"
 
 to read: the README.md of each system, whose paths lmops list shows
 """
@@ -218,6 +220,8 @@ def _one_line(error: Exception) -> str:
 
 def _dispatch(argv: list[str]) -> int:
   rest, bindings = _split_bindings(argv)
+  if rest[:2] == [promptist_commands.SYSTEM, promptist_commands.ACTION]:
+    return _rewrite(rest[2:], bindings)
   systems = gin_files.systems()
   names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS,
            *demo_commands.COMMANDS]
@@ -274,6 +278,19 @@ def _dispatch(argv: list[str]) -> int:
     return 0
   workdir = arguments.workdir or _default_workdir(gin_files.find(files[-1]))
   return _run(resolved, Path(workdir))
+
+
+def _rewrite(options: list[str], bindings: list[str]) -> int:
+  """The action of a system that has options of its own instead of a gin file."""
+  name = f"lmops {promptist_commands.SYSTEM} {promptist_commands.ACTION}"
+  if bindings:
+    raise _UsageError(f"{name} takes no bindings; it has options of its own, see {name} --help.")
+  parser = _Parser(prog=name, formatter_class=argparse.RawDescriptionHelpFormatter,
+                   allow_abbrev=False)
+  promptist_commands.add_options(parser)
+  arguments = parser.parse_args(options, argparse.Namespace(command=name.removeprefix("lmops ")))
+  _set_environment()
+  return promptist_commands.run(arguments)
 
 
 def _listing(systems: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ Importing this package registers everything that gin files name in the module `d
 
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.data.documents import Corpus, Document, split_documents
-from lmops_jax.data.files import Jsonl, Parquet, TextFolder
+from lmops_jax.data.files import Jsonl, Parquet, TextFolder, TextLines
 from lmops_jax.data.grit.detection import DetectorFunction, RecordedBoxes
 from lmops_jax.data.grit.files import GritJsonl, GritShards
 from lmops_jax.data.grit.pairs import GroundedPairs
@@ -22,6 +22,8 @@ from lmops_jax.data.named_datasets import SeqioTask, Tfds
 from lmops_jax.data.near_duplicates import Deduplicated, OverlapIndex, overlapping_documents
 from lmops_jax.data.packing import Instance, one_per_document, pack
 from lmops_jax.data.prefix_rows import PrefixRows, PromptPrefix, RandomPrefix
+from lmops_jax.data.prompt_pairs import PairFiles, TfdsPairs
+from lmops_jax.data.prompt_parts import EngineeredPrompts
 from lmops_jax.data.python_reference import PythonReference
 from lmops_jax.data.span_rows import SpanRows
 from lmops_jax.data.spans import NoSpans, PrefixSpan, RandomSpans
@@ -45,6 +47,7 @@ __all__ = [
   "DetectorFunction",
   "Document",
   "Engine",
+  "EngineeredPrompts",
   "GritJsonl",
   "GritShards",
   "GroundedInstructions",
@@ -63,6 +66,7 @@ __all__ = [
   "ModelTokenizer",
   "NoSpans",
   "OverlapIndex",
+  "PairFiles",
   "Parquet",
   "PrefixRows",
   "PrefixSpan",
@@ -81,8 +85,10 @@ __all__ = [
   "TaskClusters",
   "TaskRecords",
   "TextFolder",
+  "TextLines",
   "Tfds",
   "TfdsImages",
+  "TfdsPairs",
   "TrainSentencePiece",
   "Vocabulary",
   "WebPages",

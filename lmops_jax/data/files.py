@@ -1,4 +1,4 @@
-"""Corpora in files of the user's own: JSON lines, Parquet, folders of text.
+"""Corpora in files of the user's own: lines of text, JSON lines, Parquet, folders of text.
 
 A document's id is a hash of its file's path, relative to the part of the pattern without wildcards,
 and of its row; or it comes from a field of the data. Moving a corpus therefore keeps its ids.
@@ -14,7 +14,7 @@ from pathlib import Path
 from lmops_jax.config.setting_types import ByteCount, Text, component
 from lmops_jax.data import matching
 from lmops_jax.data.documents import Corpus, Document, document_id, given_id, kind_label
-from lmops_jax.data.lines import MAX_LINE_BYTES, is_text, jsonl_rows
+from lmops_jax.data.lines import MAX_LINE_BYTES, is_text, jsonl_rows, text_lines
 from lmops_jax.host import manifests
 from lmops_jax.host.foreign_files import printable
 
@@ -114,6 +114,29 @@ def check_field(fields, field: str, where: str, parameter: str) -> None:
     raise ValueError(
       f"{where} has no field {field!r} (it has {there or 'none'}); set {parameter} to one of them."
     )
+
+
+@component(module="data")
+@dataclasses.dataclass(frozen=True)
+class TextLines(_Files):
+  """Text files with one document a line, plain or compressed (`.txt`, `.txt.gz`, `.txt.zst`).
+
+  Attributes:
+    path: a file, a folder (all its text files), or a pattern with `*` and `**`.
+    max_line_bytes: a longer line, decompressed, is refused.
+  """
+
+  path: Text
+  max_line_bytes: ByteCount = _limit(MAX_LINE_BYTES)
+
+  def found(self):
+    return matching.matching(self.path, "data.TextLines.path", (".txt", ".txt.gz", ".txt.zst"))
+
+  def read_file(self, name, path, counts):
+    source = printable(name)
+    for number, line in text_lines(path, counts, self.max_line_bytes):
+      identifier = document_id(f"{name}:{number}")
+      yield Document(identifier, line.strip(), "text", f"{source}:{number}")
 
 
 @component(module="data")

@@ -9,9 +9,8 @@ How a file becomes RGB of 8 bits:
 - Palettes, grey, CMYK, YCbCr, Lab and HSV are converted by Pillow. Grey of 32-bit floats has no
   agreed range and is refused.
 
-Pictures are resized on the host: CLIP was trained with Pillow's bicubic filter on 8-bit numbers,
-and `jax.image.resize` gives other numbers.
-`models.pixels.normalise` does the rest on the device.
+Files are resized on the host, by Pillow, with whose bicubic filter on 8-bit numbers CLIP was
+trained. `models.pixels` does the rest on the device, where it also resizes what was drawn there.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import numpy as np
 
 from lmops_jax.config.setting_types import PositiveInt, component
 from lmops_jax.host.foreign_files import printable, read_bytes
+from lmops_jax.models.crops import cropped
 
 if TYPE_CHECKING:
   from PIL import Image
@@ -183,24 +183,6 @@ def crop(image: Image.Image, size: int) -> np.ndarray:
   width, height, left, top = cropped(*image.size, size)
   image = image.resize((width, height), _bicubic())
   return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def cropped(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-  """The sizes and offsets of `crop`, for boxes that have to follow it.
-
-  The longer side is `size * long / short`, rounded down, and the middle begins at half of the
-  excess, rounded down, as in transformers.
-
-  Args:
-    width, height: the picture's. size: the square's side.
-
-  Returns:
-    Width and height after resizing; left and top of the square within the resized picture.
-  """
-  shorter = min(width, height)
-  width, height = (
-    size if side == shorter else int(size * side / shorter) for side in (width, height))
-  return width, height, (width - size) // 2, (height - size) // 2
 
 
 def upright_size(data: bytes, where: str) -> tuple[int, int]:

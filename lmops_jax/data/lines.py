@@ -33,26 +33,52 @@ def jsonl_rows(
   Raises:
     ValueError: for a line that cannot be read or is no object; it names file and line.
   """
-  path = Path(path).expanduser()
-  name = printable(path)
-  for number, line in _lines(path, max_line_bytes):
+  name = printable(Path(path).expanduser())
+  for number, text in text_lines(path, counts, max_line_bytes):
     where = f"{name}:{number}"
-    try:
-      text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-      if counts is None:
-        raise ValueError(f"{where} is not UTF-8 text ({error.reason}).") from error
-      counts["undecodable"] += 1
-      continue
-    row = parse_json(text, where)
-    if not isinstance(row, dict):
-      raise ValueError(f"{where} holds a {type(row).__name__}, not an object with fields.")
-    if counts is None and (b"\\ud" in line or b"\\uD" in line) and _has_halves(row):
+    row = object_of(text, where)
+    if counts is None and ("\\ud" in text or "\\uD" in text) and _has_halves(row):
       raise ValueError(
         f"{where} holds half a character (an escape such as \\ud800 alone), which is no text; "
         "repair the line."
       )
     yield number, row
+
+
+def text_lines(
+  path: Path | str, counts: Counter[str] | None = None, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, str]]:
+  """The lines of one file (`.gz`, `.zst` or plain) that are not blank, and their numbers, from 1.
+
+  Args:
+    path, max_line_bytes: see `jsonl_rows`.
+    counts: gets the number of lines that are not UTF-8 under "undecodable"; without it they are an
+      error.
+
+  Raises:
+    ValueError: for a line that cannot be read; it names file and line.
+  """
+  path = Path(path).expanduser()
+  for number, line in _lines(path, max_line_bytes):
+    try:
+      yield number, line.decode("utf-8")
+    except UnicodeDecodeError as error:
+      if counts is None:
+        raise ValueError(
+          f"{printable(path)}:{number} is not UTF-8 text ({error.reason}).") from error
+      counts["undecodable"] += 1
+
+
+def object_of(text: str, where: str) -> dict[str, Any]:
+  """The object that a line of JSON lines holds.
+
+  Raises:
+    ValueError: for anything else; it begins with `where`.
+  """
+  row = parse_json(text, where)
+  if not isinstance(row, dict):
+    raise ValueError(f"{where} holds a {type(row).__name__}, not an object with fields.")
+  return row
 
 
 def is_text(value: str) -> bool:

@@ -12,6 +12,11 @@ Sums are those of the filtered scores (repetition penalty and so on), not renorm
 ends as `GenerationOptions.early_stopping` says. All this is what transformers' `generate` does for
 a prompt on its own; rows do not influence each other here.
 
+With the length basis "total_unpadded" the length counts the prompt and the generated tokens without
+the end token, the bound on what is running takes the best continuation, an end token too, at the
+length before it, and at `max_new_tokens` all running hypotheses enter. That is transformers 4.23,
+with which Promptist was published, for a prompt without padding.
+
 Diverse beam search (Vijayakumar et al. 2016, arXiv:1610.02424, Hamming diversity): the beams are
 G groups, each a beam search of its own with its own finished hypotheses. Within a step groups go in
 order, and in group g every token's log-probability is lowered by `diversity_penalty` for each beam
@@ -28,6 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+GENERATED, TOTAL = "generated", "total_unpadded"
+LENGTH_BASES = (GENERATED, TOTAL)
 _NEVER = -1e9  # as transformers: finite, so that an order remains among those ruled out
 
 
@@ -38,13 +45,14 @@ class BeamPlan(NamedTuple):
     num_beams: the beams of all groups together.
     num_groups: a divisor of `num_beams`.
     eos_ids: tokens that end a hypothesis.
-    early_stopping: as in `GenerationOptions`.
+    early_stopping, length_basis: as in `GenerationOptions`.
   """
 
   num_beams: int
   num_groups: int
   eos_ids: tuple[int, ...]
   early_stopping: bool | str
+  length_basis: str = GENERATED
 
   @property
   def group_size(self) -> int:
@@ -61,7 +69,8 @@ class BeamKnobs(NamedTuple):
   """Numbers that change without a new program.
 
   Attributes:
-    norms: `[N+1] float32`, what the sum of a hypothesis of n tokens is divided by.
+    norms: `[N+1] float32`, what the sum of a hypothesis of n tokens is divided by; n counts up to
+      the prompts' and the new ones if lengths are total.
     longer_is_better: `[] bool`, a positive length penalty.
     max_new_tokens: `[] int32`.
     diversity_penalty: `[] float32`.
@@ -98,7 +107,7 @@ class Beams(NamedTuple):
 
 
 def knobs(length_penalty, diversity_penalty, max_new_tokens, num_slots) -> BeamKnobs:
-  """`BeamKnobs` for a buffer of `num_slots` new tokens, on the host."""
+  """`BeamKnobs` for lengths up to `num_slots`, on the host."""
   lengths = np.maximum(np.arange(num_slots + 1), 1).astype(np.float64)
   with np.errstate(over="ignore", under="ignore"):
     norms = (lengths**length_penalty).astype(np.float32)
@@ -172,7 +181,8 @@ def _advance_group(plan, knobs, group: Beams, scores, log_probs, lengths, step):
   best, index = jax.lax.top_k(total, plan.num_candidates)
   parent, token = index // vocab_size, (index % vocab_size).astype(jnp.int32)
   is_eos = jnp.isin(token, jnp.asarray(plan.eos_ids, jnp.int32))
-  ends = is_eos | (step + 1 >= knobs.max_new_tokens)
+  is_last = step + 1 >= knobs.max_new_tokens
+  ends = is_eos if plan.length_basis == TOTAL else is_eos | is_last
 
   own = jnp.take_along_axis(log_probs.reshape(b, n * vocab_size), index, axis=1)
   history = _put(_rows(group.history, parent), token, lengths[:, None])
@@ -182,36 +192,56 @@ def _advance_group(plan, knobs, group: Beams, scores, log_probs, lengths, step):
   running = jax.lax.top_k(running_scores, n)[1]
   running_scores = _rows(running_scores, running)
 
-  ended = ends & (jnp.arange(plan.num_candidates) < n)[None]
-  final = best / knobs.norms[step + 1] + jnp.where(ended, 0.0, _NEVER)
-  merged = jnp.concatenate([group.finished_scores, final], axis=1)
-  finished_scores, kept = jax.lax.top_k(merged, n)
+  def with_entering(pool: Beams, enters, norm) -> Beams:
+    final = best / norm + jnp.where(enters, 0.0, _NEVER)
+    finished_scores, kept = jax.lax.top_k(jnp.concatenate([pool.finished_scores, final], axis=1), n)
 
-  def merge(old, new):
-    return _rows(jnp.concatenate([old, new], axis=1), kept)
+    def merge(old, new):
+      return _rows(jnp.concatenate([old, new], axis=1), kept)
 
-  is_finished = merge(group.is_finished, ended)
-  length = jnp.full(token.shape, step + 1, jnp.int32)
+    length = jnp.full(token.shape, step + 1, jnp.int32)
+    return pool._replace(
+      finished_history=merge(pool.finished_history, history),
+      finished_log_probs=merge(pool.finished_log_probs, own), finished_scores=finished_scores,
+      finished_length=merge(pool.finished_length, length),
+      is_finished=merge(pool.is_finished, enters))
 
-  reference = step + 1
+  is_first = jnp.arange(plan.num_candidates) < n
+  so_far = step + 1
+  if plan.length_basis == TOTAL:
+    so_far = lengths  # of each row, before this token
+  pool = with_entering(group, ends & is_first[None], _column(knobs.norms[so_far]))
+  reference = so_far
   if plan.early_stopping == "never":
-    reference = jnp.where(knobs.longer_is_better, knobs.max_new_tokens, reference)
-  possible = running_scores[:, 0] / knobs.norms[reference]
-  worst = jnp.where(jnp.all(is_finished, axis=1), finished_scores[:, -1], _NEVER)
+    longest = so_far + knobs.max_new_tokens - (step + 1)
+    if plan.length_basis == TOTAL:
+      longest = longest + 1
+    reference = jnp.where(knobs.longer_is_better, longest, so_far)
+  highest = best[:, 0] if plan.length_basis == TOTAL else running_scores[:, 0]
+  possible = highest / knobs.norms[reference]
+  worst = jnp.where(jnp.all(pool.is_finished, axis=1), pool.finished_scores[:, -1], _NEVER)
   done = (possible <= worst) | jnp.all(ends, axis=1)
   if plan.early_stopping is True:
-    done = done | jnp.all(is_finished, axis=1)
+    done = done | jnp.all(pool.is_finished, axis=1)
+  if plan.length_basis == TOTAL:
+    runs_on = ~is_eos & (jnp.cumsum(~is_eos, axis=1) <= n)
+    enters = runs_on & is_last & ~done[:, None]
+    pool = with_entering(pool, enters, _column(knobs.norms[lengths + 1]))
+    done = done | is_last
 
-  after = Beams(
-    _rows(history, running), _rows(own, running), running_scores,
-    merge(group.finished_history, history), merge(group.finished_log_probs, own),
-    finished_scores, merge(group.finished_length, length), is_finished, done | group.done,
-  )
+  after = pool._replace(
+    history=_rows(history, running), log_probs=_rows(own, running), scores=running_scores,
+    done=done | group.done)
   frozen = Beams(*(
     jnp.where(group.done.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
     for old, new in zip(group, after)
   ))
   return frozen, _rows(token, running), _rows(parent, running)
+
+
+def _column(norms):
+  """One norm, or one of each row, beside the row's candidates."""
+  return norms[:, None] if norms.ndim else norms
 
 
 def reorder(cache_part, parents):

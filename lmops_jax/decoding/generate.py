@@ -241,7 +241,7 @@ class Generator:
     if self._count_padding:
       padding = np.zeros(size, np.int32)
       padding[: len(rows)] = max(map(len, prompts)) - np.array([len(prompt) for prompt in of_rows])
-    knobs = loop_lib.knobs_of(options, num_new)
+    knobs = loop_lib.knobs_of(options, num_new, width)
     with activated(self._partitioner):
       batch, identifiers, exists, padding = jax.tree.map(
         self._put, (batch, identifiers, exists, padding))

@@ -117,7 +117,8 @@ def plan_of(options: GenerationOptions, eos_ids: tuple[int, ...]) -> Plan:
   beam = None
   if options.num_beams > 1:
     beam = beam_lib.BeamPlan(
-      options.num_beams, options.num_beam_groups, eos_ids, options.early_stopping
+      options.num_beams, options.num_beam_groups, eos_ids, options.early_stopping,
+      options.length_basis,
     )
   return Plan(
     copies=options.num_beams if beam else options.num_return_sequences,
@@ -134,12 +135,13 @@ def plan_of(options: GenerationOptions, eos_ids: tuple[int, ...]) -> Plan:
   )
 
 
-def knobs_of(options: GenerationOptions, num_new: int) -> Knobs:
-  """The numbers of the options, for N new slots, on the host."""
+def knobs_of(options: GenerationOptions, num_new: int, width: int = 0) -> Knobs:
+  """The numbers of the options on the host, for N new slots behind prompts of at most `width`."""
   beam = None
   if options.num_beams > 1:
     beam = beam_lib.knobs(
-      options.length_penalty, options.diversity_penalty, options.max_new_tokens, num_new
+      options.length_penalty, options.diversity_penalty, options.max_new_tokens,
+      num_new if options.length_basis == beam_lib.GENERATED else width + num_new,
     )
   return Knobs(
     np.float32(options.repetition_penalty), np.int32(options.min_new_tokens),

@@ -19,6 +19,7 @@ from lmops_jax.config.setting_types import (
   Share,
   component,
 )
+from lmops_jax.decoding.beam import GENERATED, LENGTH_BASES
 
 _NAME = "decoding.GenerationOptions"
 _Few = Annotated[int, Ge(1), Le(2**20)]  # beams and answers: far more than memory or use
@@ -54,6 +55,10 @@ class GenerationOptions:
       it at the same step.
     length_penalty: a finished hypothesis scores sum of log-probabilities / length**length_penalty,
       its length in generated tokens with the end token. Above 0 favours longer ones.
+    length_basis: what counts as length: "generated", the tokens behind the prompt with the end
+      token, as transformers 5 does; or "total_unpadded", the prompt and what was generated without
+      the end token, as transformers 4.23 does for a prompt without padding. A prefix counts in
+      neither. With a length penalty below 0 they can choose different answers.
     early_stopping: True ends a search when `num_beams` hypotheses are finished; False when the best
       running one, scored at its present length, cannot beat the worst finished one; "never" when it
       could not at any length up to `max_new_tokens`.
@@ -77,6 +82,7 @@ class GenerationOptions:
   num_beam_groups: PositiveInt = 1
   diversity_penalty: NonNegative = 0.0
   length_penalty: float = 1.0
+  length_basis: Literal[LENGTH_BASES] = GENERATED
   early_stopping: bool | Literal["never"] = False
   eos_ids: Sequence[Count] | None = None
 

@@ -61,8 +61,7 @@ def estimate(
     low, high = intervals.of_proportion(round(mean * num), num)
     return Estimate(name, mean, low, high, len(values))
   totals, counts = np.bincount(index, values), np.bincount(index)
-  rng = np.random.default_rng(seed)
-  drawn = (rng.integers(num, size=num) for _ in range(_RESAMPLES))
+  drawn = intervals.resampled(num, _RESAMPLES, seed)
   means = [totals[chosen].sum() / counts[chosen].sum() for chosen in drawn]
   low, high = np.quantile(means, intervals.quantiles(0.95))
   return Estimate(name, mean, float(low), float(high), len(values))

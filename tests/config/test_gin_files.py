@@ -46,6 +46,7 @@ OWED = {
     "CORPUS_PATH = '/data/corpus'", "TARGET_PATH = '/data/target.jsonl'",
     "TARGET_TEST_PATH = '/data/test.jsonl'", "VOCABULARY_PATH = '/data/tokenizer.model'",
   ],
+  "promptist/sft.gin": ["MODEL = '/data/gpt2'", "PAIRS = '/data/pairs.jsonl'"],
   "structured_prompting/paper.gin": ["MODEL = '/data/model'"],
 }
 PAPER_SIZES = [f"pds/paper_{size}.gin" for size in ("1.7b", "160m", "1b", "470m")]
@@ -66,6 +67,7 @@ RUNS = [
   "pds/baselines.gin",
   "pds/default.gin", "pds/paper.gin",
   *PAPER_SIZES, "pds/smoke.gin",
+  "promptist/sft.gin",
   "structured_prompting/default.gin", "structured_prompting/paper.gin",
 ]
 PARTS = ("pipeline", "sizes", "model", "vocabulary")  # of a run, named by what they are

@@ -46,11 +46,43 @@ def _slow_search(log_probs, prompt, options):
   return found[: options.num_return_sequences]
 
 
-def _check(tiny, generator, options):
+def _search_of_old(log_probs, prompt, options):
+  """The search of transformers 4.23 on lists: pool and running hypotheses of one prompt."""
+  size, eos, penalty = options.num_beams, set(options.eos_ids), options.length_penalty
+  running, pool = [(0.0, [])], []
+
+  def enter(score, ids, length):
+    pool.append((score / length**penalty, ids))
+    pool.sort(key=lambda found: -found[0])
+    del pool[size:]
+
+  for step in range(options.max_new_tokens):
+    candidates = sorted((
+      (score + lp, [*ids, token])
+      for score, ids in running for token, lp in enumerate(log_probs(prompt + ids))
+    ), key=lambda c: -c[0])[: 2 * size]
+    running = []
+    for rank, (score, ids) in enumerate(candidates):
+      if ids[-1] not in eos:
+        running.append((score, ids))
+      elif rank < size:
+        enter(score, ids, len(prompt) + step)  # the end token does not count
+      if len(running) == size:
+        break
+    if len(pool) == size:
+      bound = candidates[0][0] / (len(prompt) + step) ** penalty
+      if options.early_stopping is True or pool[-1][0] >= bound:
+        return pool
+  for score, ids in running:
+    enter(score, ids, len(prompt) + options.max_new_tokens)
+  return pool
+
+
+def _check(tiny, generator, options, search=_slow_search):
   got = generator.generate_ids(PROMPTS, options)
   per_prompt = options.num_return_sequences
   for i, prompt in enumerate(PROMPTS):
-    want = _slow_search(tiny.log_probs, prompt, options)
+    want = search(tiny.log_probs, prompt, options)[:per_prompt]
     mine = got[i * per_prompt : (i + 1) * per_prompt]
     assert [g.ids for g in mine] == [ids for _, ids in want]
     np.testing.assert_allclose([g.score for g in mine], [s for s, _ in want], rtol=2e-4)
@@ -72,6 +104,19 @@ def test_equals_a_slow_search(tiny, generator, early):
       max_new_tokens=7, num_beams=4, num_return_sequences=4, length_penalty=penalty,
       early_stopping=early, eos_ids=(9, 21),
     ))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_total_lengths_are_those_of_an_older_search(tiny, generator, early):
+  chosen = []
+  for penalty in (-1.0, 0.0, 1.0, 3.0):
+    options = GenerationOptions(
+      max_new_tokens=6, num_beams=3, num_return_sequences=3, length_penalty=penalty,
+      early_stopping=early, eos_ids=(9,), length_basis="total_unpadded")
+    _check(tiny, generator, options, _search_of_old)
+    other = generator.generate_ids(PROMPTS, dataclasses.replace(options, length_basis="generated"))
+    chosen += [a.ids != b.ids for a, b in zip(generator.generate_ids(PROMPTS, options), other)]
+  assert any(chosen)
 
 
 def test_without_end_token_the_best_of_full_length_win(tiny, generator):

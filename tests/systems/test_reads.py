@@ -15,7 +15,7 @@ from lmops_jax.stages import pipeline, skeleton
 from tests import model_folders
 from tests.systems import conftest
 
-FINETUNE = "train/finetune.gin"
+FINETUNE, SFT = "train/finetune.gin", "promptist/sft.gin"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,10 @@ def files(tmp_path_factory):
   rows = folder / "rows.jsonl"
   rows.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
   model = model_folders.write(folder / "model")
-  return {FINETUNE: [f"MODEL = '{model}'", f"TRAIN = '{rows}'", "LENGTH = 32"]}
+  return {
+    FINETUNE: [f"MODEL = '{model}'", f"TRAIN = '{rows}'", "LENGTH = 32"],
+    SFT: [f"MODEL = '{model}'", f"PAIRS = '{rows}'", "LENGTH = 32"],
+  }
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +92,9 @@ def _behind(identities, names):
   (FINETUNE, "finetune.Finetune.pack = False", "prepare"),
   (FINETUNE, "LEARNING_RATE = 1e-3", "train"),
   (FINETUNE, "pretrained.load.attention = 'chunked'", "prepare|train"),
+  (SFT, "data.PairFiles.completion_field = 'text'", "prepare"),
+  (SFT, "promptist.SFT.select_step = 7", "train"),
+  (SFT, "LEARNING_RATE = 1e-3", "train"),
 ])
 def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, binding, readers, files):
   bindings = files.get(file, [])
@@ -108,7 +114,7 @@ def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, bindin
   ("meta_optimizer/momentum.gin", {"seeds"}),
   ("metalm/smoke.gin", {"arms", "seeds"}),
   ("structured_prompting/default.gin", {"seeds"}),
-  (FINETUNE, set()),
+  (FINETUNE, set()), (SFT, set()),
 ])
 def test_every_setting_is_read_by_a_stage(file, free, files):
   """Seeds show as `seed` of the stages; the engine changes no result."""

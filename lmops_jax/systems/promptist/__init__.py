@@ -1,0 +1,6 @@
+"""Promptist (arXiv 2212.09611): a language model that rewrites prompts for an image model."""
+
+from lmops_jax.systems.promptist.image_reward import ImageReward, OwnReward
+from lmops_jax.systems.promptist.sft import SupervisedTuning
+
+__all__ = ["ImageReward", "OwnReward", "SupervisedTuning"]
