@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lmops_jax
+from lmops_jax.commands import imagine as imagine_command
 from lmops_jax.commands import models as model_commands
 from lmops_jax.commands import plans as plan_commands
 from lmops_jax.commands import promptist as promptist_commands
@@ -123,6 +124,7 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
   options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
   plan_commands.add_parsers(commands, options, add_gin)
   model_commands.add_parsers(commands, options)
+  imagine_command.add_parsers(commands, options)
   demo_commands.add_parsers(commands, options)
   return parser
 
@@ -231,7 +233,7 @@ def _dispatch(argv: list[str]) -> int:
     return _act(*rest[:2], rest[2:], bindings)
   systems = gin_files.systems()
   names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS,
-           *demo_commands.COMMANDS]
+           *imagine_command.COMMANDS, *demo_commands.COMMANDS]
   command = next((argument for argument in rest if not argument.startswith("-")), None)
   if command is not None and command not in names:
     if command.endswith(".gin"):
@@ -255,7 +257,7 @@ def _dispatch(argv: list[str]) -> int:
     else:
       print(_listing(systems))
     return 0
-  for own in (model_commands, demo_commands):
+  for own in (model_commands, imagine_command, demo_commands):
     if arguments.command not in own.COMMANDS:
       continue
     if bindings:

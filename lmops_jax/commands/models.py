@@ -142,7 +142,7 @@ def load(arguments):
   """
   from lmops_jax.pretrained import model as model_lib
 
-  partitioner = _partitioner(arguments.mesh)
+  partitioner = partitioner_of(arguments.mesh)
   source = model_lib.load(
     arguments.model, dtype=arguments.dtype, param_dtype=arguments.param_dtype,
     attention=arguments.attention, inert_objects=arguments.inert_objects,
@@ -155,7 +155,12 @@ def load(arguments):
   return source, source.tokenizer(), partitioner
 
 
-def _partitioner(text: str | None):
+def partitioner_of(text: str | None):
+  """The mesh that `--mesh` names; None is one device.
+
+  Raises:
+    ValueError: for another form, or a mesh that does not fit the devices.
+  """
   from lmops_jax.mesh.meshes import AXES, MeshConfig
 
   if text is None:

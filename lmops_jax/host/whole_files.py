@@ -91,3 +91,22 @@ def new_folder(directory: Path) -> Path:
   except OSError as error:
     raise ValueError(f"{directory} cannot be written ({error.strerror}).") from error
   return partial
+
+
+@contextlib.contextmanager
+def filled_folder(directory: Path) -> Iterator[Path]:
+  """Gives an empty folder to write into, which becomes `directory` when all is written.
+
+  Raises:
+    ValueError: as `new_folder`.
+  """
+  directory = directory.expanduser().absolute()
+  partial = new_folder(directory)
+  try:
+    yield partial
+    if directory.exists():
+      directory.rmdir()
+    partial.rename(directory)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise

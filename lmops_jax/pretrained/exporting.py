@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.host.whole_files import new_folder
+from lmops_jax.host.whole_files import filled_folder
 from lmops_jax.host.words import listed
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained import families, importing
@@ -53,10 +52,7 @@ def export(
     ValueError: if `directory` holds something already, the dtype does not exist, or transformers
       does not have the model.
   """
-  if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-    raise ValueError(f"dtype={dtype!r} is not one of float32, bfloat16, float16.")
-  if jax.process_count() > 1:
-    raise ValueError("A model is exported by one process; run lmops export outside of the job.")
+  check_can_write(dtype)
   family = families.by_name(source.family)
   momentum = family.text(source.config).momentum
   if momentum:
@@ -64,8 +60,7 @@ def export(
       f"{source.path} has momentum attention (models.TransformerConfig.momentum={momentum}), which "
       "no model of transformers has; load it with lmops_jax."
     )
-  partial = new_folder(Path(directory).expanduser().absolute())
-  try:
+  with filled_folder(Path(directory)) as partial:
     params = source.params() if params is None else params
     stored = jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     config = config_json(family, source, str(stored))
@@ -78,13 +73,14 @@ def export(
       partial / "model.safetensors", tensors(family, source.config, params, stored),
       max_shard_bytes=max_shard_bytes,
     )
-    target = Path(directory).expanduser().absolute()
-    if target.exists():
-      target.rmdir()
-    partial.rename(target)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
+
+
+def check_can_write(dtype: str | None) -> None:
+  """Raises ValueError for a dtype that does not exist, or in a job of several processes."""
+  if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+    raise ValueError(f"dtype={dtype!r} is not one of float32, bfloat16, float16.")
+  if jax.process_count() > 1:
+    raise ValueError("A model is exported by one process; run lmops export outside of the job.")
 
 
 def preprocessor_json(source: PretrainedModel) -> dict[str, Any] | None:

@@ -99,7 +99,7 @@ class NameTable:
 
 def named(source: TensorSource, family: Family, config) -> NameTable:
   """The tensors of a checkpoint of a model; a tied one may have its embedding by either name."""
-  tied = family.tied if family.text(config).tied_embeddings else {}
+  tied = family.tied if family.ties(config) else {}
   return NameTable(source, family, {**tied, **family.same})
 
 
@@ -160,13 +160,32 @@ def load_params(
   Raises:
     ValueError: if tensors are missing, left over or of another shape; the sentence lists them.
   """
+  return place(*matched(source, family, config, ignore), partitioner)
+
+
+def matched(
+  source: TensorSource, family: Family, config, ignore: Sequence[str] = (),
+  most_listed: int = _MAX_LISTED,
+):
+  """What `place` wants of a checkpoint that fits a model, of which no weight has been read yet.
+
+  Args:
+    source, family, config, ignore: as in `load_params`.
+    most_listed: names of a kind that the error lists.
+
+  Returns:
+    The tensors by their full names, the rule of each leaf, and the leaves' shapes.
+
+  Raises:
+    ValueError: as `load_params`.
+  """
   names = named(source, family, config)
   boxed = abstract_params(family, config)
   ignored = (*family.ignored, *ignore)
-  table = check_fit(names, source, family.rules(config), unboxed(boxed), ignored)
-  if family.text(config).tied_embeddings:
+  table = check_fit(names, source, family.rules(config), unboxed(boxed), ignored, most_listed)
+  if family.ties(config):
     _check_twins(names)
-  return place(names, table, boxed, partitioner)
+  return names, table, boxed
 
 
 def place(names, table: Mapping[str, tuple[Rule, int]], boxed, partitioner):
@@ -217,7 +236,8 @@ def _once_a_part(read):
 
 
 def check_fit(
-  names: NameTable, source: TensorSource, rules: Sequence[Rule], params, ignored: Sequence[str]
+  names: NameTable, source: TensorSource, rules: Sequence[Rule], params, ignored: Sequence[str],
+  most_listed: int = _MAX_LISTED,
 ) -> dict[str, tuple[Rule, int]]:
   """Compares a checkpoint with a model by name and shape.
 
@@ -260,11 +280,11 @@ def check_fit(
   if missing or wrong or left:
     problems = []
     if missing:
-      problems.append(f"it lacks {listed(missing, _MAX_LISTED)}")
+      problems.append(f"it lacks {listed(missing, most_listed)}")
     if wrong:
-      problems.append(listed(wrong, _MAX_LISTED))
+      problems.append(listed(wrong, most_listed))
     if left:
-      problems.append(f"the model has no place for its {listed(list(left.values()), _MAX_LISTED)}")
+      problems.append(f"the model has no place for its {listed(list(left.values()), most_listed)}")
     advice = "Give it the configuration that it was saved with"
     if left and not missing and not wrong and all(map(_OTHER_HEADS.fullmatch, left)):
       advice += ", or leave the other task's head out by its name in pretrained.load.ignore"

@@ -28,7 +28,7 @@ from lmops_jax.config.setting_types import ByteCount, Text, component
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.host.foreign_files import checked, read_json, require_regular
 from lmops_jax.host.manifests import verify_read
-from lmops_jax.host.whole_files import new_folder, replacing, write_text
+from lmops_jax.host.whole_files import filled_folder, replacing, write_text
 from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.config import DTYPES, REMAT_POLICIES, TransformerConfig
 from lmops_jax.models.partitioning import unboxed
@@ -251,7 +251,7 @@ def load(
   path = (folder.parent if is_weights else folder) / _CONFIG
   original = _read_object(path) if path.exists() else _unsaid(folder, path, reading)
   family = families.find(original, str(path))
-  with _naming(path):
+  with naming(path):
     config = family.read_config(families.ConfigReader(original, str(path)))
   with open_source(folder, **reading) as source:
     names = importing.named(source, family, config)
@@ -273,7 +273,7 @@ def _unsaid(weights: Path, path: Path, reading: dict[str, Any]) -> dict[str, Any
 
 
 def _gguf(source) -> tuple[families.Family, TransformerConfig]:
-  with _naming(source.where):
+  with naming(source.where):
     family, config = read_gguf(source)
   names = importing.named(source, family, config)
   importing.check_sizes(names, source, family, config, source.where)
@@ -281,7 +281,7 @@ def _gguf(source) -> tuple[families.Family, TransformerConfig]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path | str):
+def naming(path: Path | str):
   """An error about a configuration that makes no model names the file that holds it."""
   try:
     yield
@@ -366,18 +366,10 @@ def save_model(directory: Path, source: PretrainedModel, params) -> None:
   """
   from lmops_jax.mesh import checkpoints
 
-  directory = Path(directory).expanduser().absolute()
-  partial = new_folder(directory)
-  try:
+  with filled_folder(Path(directory)) as partial:
     checkpoints.save_params(partial / PARAMS_FOLDER, params)
     copy_tokenizer(source, partial / TOKENIZER_FOLDER)
     describe(partial, source.config, family=source.family, original=source.original)
-    if directory.exists():
-      directory.rmdir()
-    partial.rename(directory)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
 
 
 def copy_tokenizer(source: PretrainedModel, directory: Path) -> None:

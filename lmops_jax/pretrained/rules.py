@@ -87,23 +87,46 @@ def conv1d(theirs: str, ours: str, inputs: Sequence[int], outputs: Sequence[int]
   return Rule(theirs, (ours,), lambda x: [x.reshape(shape)], join, (rows, columns))
 
 
+def convolution(theirs: str, ours: str, inputs: int, outputs: int, side: int) -> Rule:
+  """torch's `[out,in,side,side]` kernel and ours `[side,side,in,out]`."""
+
+  def split(x):
+    return [x.transpose(2, 3, 1, 0)]
+
+  return Rule(theirs, (ours,), split, lambda y: y[0].transpose(3, 2, 0, 1),
+              (outputs, inputs, side, side))
+
+
+def pointwise(theirs: str, ours: str, inputs: int, outputs: int) -> Rule:
+  """torch's convolution of 1 x 1, `[out,in,1,1]`, and our kernel `[in,out]`."""
+  return Rule(
+    theirs, (ours,), lambda x: [x[:, :, 0, 0].T], lambda y: y[0].T[:, :, None, None],
+    (outputs, inputs, 1, 1))
+
+
 def attention_rules(
-  config: TransformerConfig, query: str, key: str, value: str, out: str, *, bias: str | None = None
+  config: TransformerConfig, query: str, key: str, value: str, out: str, *,
+  at: str = "layers/attention", key_width: int | None = None,
 ) -> list[Rule]:
-  """Four separate torch matrices, given by name without `.weight`, and their biases."""
+  """Four separate torch matrices, given by name without `.weight`, and their biases.
+
+  Keys and values are made of vectors of `key_width` numbers, by default those of queries.
+  """
   c = config
-  d, e = c.width, c.head_width
+  d, e = (c.width,), c.head_width
+  inputs = d if key_width is None else (key_width,)
   rules = []
-  for theirs, ours, heads in (
-    (query, "query", c.num_heads), (key, "key", c.key_heads), (value, "value", c.key_heads)
+  for theirs, ours, heads, width in (
+    (query, "query", c.num_heads, d), (key, "key", c.key_heads, inputs),
+    (value, "value", c.key_heads, inputs),
   ):
-    path = f"layers/attention/{ours}"
-    rules.append(linear(f"{theirs}.weight", f"{path}/kernel", (d,), (heads, e)))
+    path = f"{at}/{ours}"
+    rules.append(linear(f"{theirs}.weight", f"{path}/kernel", width, (heads, e)))
     if c.qkv_bias:
       rules.append(same(f"{theirs}.bias", f"{path}/bias", (heads, e)))
-  rules.append(linear(f"{out}.weight", "layers/attention/out/kernel", (c.num_heads, e), (d,)))
+  rules.append(linear(f"{out}.weight", f"{at}/out/kernel", (c.num_heads, e), d))
   if c.out_bias:
-    rules.append(same(f"{out}.bias", "layers/attention/out/bias"))
+    rules.append(same(f"{out}.bias", f"{at}/out/bias"))
   return rules
 
 

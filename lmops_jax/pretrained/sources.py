@@ -7,7 +7,7 @@ that slicing one reads just the part that is asked for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +105,18 @@ class GGUFSource(TensorSource):
 
 
 def open_source(
-  path: Path | str, max_inflated_bytes: int = MAX_INFLATED_BYTES, inert_objects: bool = False
+  path: Path | str, max_inflated_bytes: int = MAX_INFLATED_BYTES, inert_objects: bool = False,
+  names: Sequence[str] = _FOLDER_FILES,
 ) -> TensorSource:
   """Opens a checkpoint and checks that it is complete.
 
   Args:
-    path: a folder with `model.safetensors`, `pytorch_model.bin` or the index of a sharded one, or
-      one `.safetensors`, `.bin`, `.pt`, `.pth` or `.gguf` file (this gives a `GGUFSource`).
+    path: a folder with `model.safetensors`, `pytorch_model.bin` or the index of a sharded one (or
+      what `names` says), or one `.safetensors`, `.bin`, `.pt`, `.pth` or `.gguf` file (this gives a
+      `GGUFSource`).
     max_inflated_bytes: the most that a PyTorch file's pickle and compressed entries may hold.
     inert_objects: see `torch_pickle.map_torch_file`.
+    names: files that a folder's weights may be in; the first that is there is read.
 
   Raises:
     ValueError: nothing readable there, or a file that is missing, damaged or truncated.
@@ -124,16 +127,16 @@ def open_source(
       metadata, tensors = mapped(path, map_gguf)
       return GGUFSource(path, tensors, metadata)
     return TensorSource(path, _map_file(path, max_inflated_bytes, inert_objects))
-  for name in _FOLDER_FILES:
+  for name in names:
     if is_there(path / name):
-      if name.endswith(".index.json"):
+      if name.endswith(".json"):
         return TensorSource(path, _map_shards(path / name, max_inflated_bytes, inert_objects))
       return TensorSource(path, _map_file(path / name, max_inflated_bytes, inert_objects))
   there = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)
   found = "it has none"
   if there:
     found = f"it holds {listed(there, _MAX_LISTED)}, of which one can be named itself"
-  raise ValueError(f"{path} should hold one of {', '.join(_FOLDER_FILES)}, but {found}.")
+  raise ValueError(f"{path} should hold one of {', '.join(names)}, but {found}.")
 
 
 def _map_file(path: Path, max_inflated_bytes: int, inert_objects: bool) -> Tensors:

@@ -74,6 +74,10 @@ class Tokenizer:
     """Text of ids; ids beyond the vocabulary, which a padded output matrix has, are left out."""
     return self._backend.decode([int(i) for i in ids], skip_special)
 
+  def behind(self, text: str, num_tokens: int) -> str:
+    """What stands in a text behind its first tokens, those around every text not counted."""
+    return self._backend.behind(text, num_tokens)
+
   def token(self, identifier: int) -> str | None:
     """The vocabulary's own spelling of an id, or None."""
     return self._backend.id_to_token(identifier)

@@ -58,6 +58,11 @@ class FastBackend:
       text = self.tokenizer.decode(ids, skip_special_tokens=skip_special)
     return text if self._word_end is None else text.replace(self._word_end, " ").strip()
 
+  def behind(self, text: str, num_tokens: int) -> str:
+    with tokenizer_errors.named(self._where, "cannot encode a text", tokenizer_errors.OTHER):
+      offsets = self.tokenizer.encode(text, add_special_tokens=False).offsets
+    return text[offsets[num_tokens][0] :] if num_tokens < len(offsets) else ""
+
   def fingerprint(self) -> bytes:
     return hashlib.blake2b(self.tokenizer.to_str().encode(), digest_size=16).digest()
 
@@ -190,6 +195,9 @@ class SentencePieceBackend:
     if self._begins_word:
       steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)
+
+  def behind(self, text: str, num_tokens: int) -> str:
+    return self.decode(self.encode_batch([text], False)[0][num_tokens:], False)
 
   def fingerprint(self) -> bytes:
     state = hashlib.blake2b(self.model, digest_size=16)

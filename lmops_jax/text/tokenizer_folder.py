@@ -45,6 +45,7 @@ class _Family(NamedTuple):
     before, after: names of the tokens that surround every text; None leaves them to `add_bos_token`
       and `add_eos_token`.
     add_bos: `add_bos_token` if the folder does not say.
+    word_end: what the last piece of a word ends in, in the vocabulary.
   """
 
   form: str
@@ -52,6 +53,7 @@ class _Family(NamedTuple):
   before: tuple[str, ...] | None = None
   after: tuple[str, ...] = ()
   add_bos: bool = False
+  word_end: str = ""
 
 
 _FAMILIES = {
@@ -59,6 +61,9 @@ _FAMILIES = {
   "OPT": _Family(  # no class of its own: GPT-2's, with this in tokenizer_config.json
     "bytes", {"bos": "</s>", "eos": "</s>", "unk": "</s>", "pad": "<pad>"}, add_bos=True),
   "Qwen2Tokenizer": _Family("bytes", {"eos": _END, "unk": _END, "pad": _END}),
+  "CLIPTokenizer": _Family(
+    "bytes", {"bos": "<|startoftext|>", "eos": _END, "unk": _END, "pad": _END}, ("bos",), ("eos",),
+    word_end="</w>"),
   "RobertaTokenizer": _Family("bytes", {**_FAIRSEQ, "mask": "<mask>"}, ("cls",), ("sep",)),
   "BertTokenizer": _Family(
     "words", {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"},
@@ -74,6 +79,8 @@ _BY_MODEL = {
   "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "xglm": "XGLMTokenizer",
   "xlm-roberta": "XLMRobertaTokenizer",
 }
+_CLIP_WORDS = (
+  r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 _GENERIC = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 _XGLM_UNUSED = 7  # <madeupword0> and on fill its vocabulary up
 
@@ -256,7 +263,8 @@ def _byte_level(settings: _Settings) -> FastBackend:
   merges = _merges(folder / MERGES)
   with tokenizer_errors.named(folder / VOCAB, f"and {MERGES} do not fit together"):
     model = models.BPE(
-      vocab, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False
+      vocab, merges, continuing_subword_prefix="", end_of_word_suffix=family.word_end,
+      fuse_unk=False, unk_token=_unknown(settings, family) if family.word_end else None,
     )
   tokenizer = Tokenizer(model)
   prefix = bool(settings.flag("add_prefix_space", False))
@@ -269,10 +277,23 @@ def _byte_level(settings: _Settings) -> FastBackend:
       pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
       pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
     ])
+  elif settings.class_name == "CLIPTokenizer":
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _clip_words()
   tokenizer.decoder = decoders.ByteLevel()
   _add_tokens(tokenizer, settings, family)
   _surround(tokenizer, settings, family)
-  return FastBackend(tokenizer, where=folder / VOCAB)
+  return FastBackend(tokenizer, where=folder / VOCAB, word_end=family.word_end or None)
+
+
+def _clip_words():
+  """What CLIP makes of a text, and how it splits that into words."""
+  from tokenizers import Regex, normalizers, pre_tokenizers
+
+  blanks = normalizers.Replace(Regex(r"\s+"), " ")
+  normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+  words = pre_tokenizers.Split(Regex(_CLIP_WORDS), "removed", invert=True)
+  return normalizer, pre_tokenizers.Sequence(
+    [words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
@@ -292,7 +313,7 @@ def _word_pieces(settings: _Settings) -> FastBackend:
   from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
   family = settings.family(("words",), "BertTokenizer")
-  unknown = settings.tokens(family).get("unk", {"content": "[UNK]"})["content"]
+  unknown = _unknown(settings, family)
   path = settings.folder / WORDS
   words = read_text(path).split("\n")
   vocab = {word.rstrip("\r"): i for i, word in enumerate(words) if word or i + 1 < len(words)}
@@ -309,6 +330,11 @@ def _word_pieces(settings: _Settings) -> FastBackend:
   _add_tokens(tokenizer, settings, family)
   _surround(tokenizer, settings, family)
   return FastBackend(tokenizer, where=path)
+
+
+def _unknown(settings: _Settings, family: _Family) -> str:
+  """The token for what the vocabulary has not."""
+  return settings.tokens(family).get("unk", {"content": family.special["unk"]})["content"]
 
 
 def _surround(tokenizer, settings: _Settings, family: _Family) -> None:

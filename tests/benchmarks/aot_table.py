@@ -3,9 +3,11 @@
 For each size of PDS (160M to 1.7B parameters), each program (pre-training at 512 x 1024 with AdamW,
 the solve's forward and reverse segment at 256 x 1024) and each kind of chip, and for the training
 steps of Kosmos-1 and 2 (`--sizes kosmos1 kosmos2`, a group of rows on each device at a time) and of
-MetaLM (`--sizes metalm`, four rows on each device at a time): the slices are tried from small to
-large. A slice that the arithmetic of `lmops plan` puts far above the memory is not compiled; the
-first that compiles and fits is the row, and the next smaller one, tried or planned, is named in it.
+MetaLM (`--sizes metalm`, four rows on each device at a time), and for drawing so many pictures on
+each device (`--sizes sd1`, `image_programs`): the slices are tried from small to large. A slice
+that the arithmetic of `lmops plan` puts far above the memory is not compiled; the first that
+compiles and fits is the row, and the next smaller one, tried or planned, is named in it. Pictures
+are drawn by each chip for itself, so for them one chip is all that is tried.
 Figures are kept in a JSON file as they come, so a run that is stopped goes on.
 With `--planned` nothing is compiled and the table is that of the arithmetic.
 
@@ -59,6 +61,8 @@ SIZES = {size: Size(f"pds/paper_{size}.gin", _PDS) for size in ("160m", "470m", 
   "kosmos2": Size("kosmos/kosmos2_paper.gin", {"train": "train"}, groups=48,
                   bindings=("GROUPS = 48",)),
   "metalm": Size("metalm/language_paper.gin", {"train": "train"}, groups=256)}
+IMAGES = {f"images, {num} a device": num for num in (1, 4, 16, 32, 64)}  # see image_programs
+SIZES["sd1"] = Size("", dict.fromkeys(IMAGES, ""))
 PROGRAMS = tuple(dict.fromkeys(name for size in SIZES.values() for name in size.programs))
 _UNSURE = 1.5  # the estimate of activations may be so far off; beyond, a slice is not compiled
 COLUMNS = ("size", "program", "slice", "GiB a device", "of", "temporaries", "a step at peak, ms",
@@ -88,6 +92,9 @@ def _planned(size: str, topology: str) -> dict[str, tuple[float, str]]:
 
 def planned(size: str, program: str, topology: str) -> tuple[float, str]:
   """Bytes a device by arithmetic, and why the program cannot run for another reason."""
+  if program in IMAGES:
+    import image_programs
+    return image_programs.planned_bytes(IMAGES[program]), ""
   return _planned(size, topology)[SIZES[size].programs[program]]
 
 
@@ -96,11 +103,18 @@ def compile_one(size: str, program: str, topology: str) -> dict:
   from lmops_jax.sizing import aot, chips
   from lmops_jax.sizing.budget import Memory
   slice_ = chips.topology(topology)
-  job = _job(size, slice_.num_devices)
-  partitioner = job.mesh.build(aot.tpu_devices(slice_))
-  programs = job.system.programs(
-    partitioner, Memory(slice_.chip.memory_bytes, slice_.chip.host_bytes), num_target=1024)
-  chosen, = (p for p in programs if p.name == program)
+  if program in IMAGES:
+    import image_programs
+
+    from lmops_jax.mesh.meshes import MeshConfig
+    partitioner = MeshConfig().build(aot.tpu_devices(slice_))
+    chosen = image_programs.program(IMAGES[program], partitioner)
+  else:
+    job = _job(size, slice_.num_devices)
+    partitioner = job.mesh.build(aot.tpu_devices(slice_))
+    programs = job.system.programs(
+      partitioner, Memory(slice_.chip.memory_bytes, slice_.chip.host_bytes), num_target=1024)
+    chosen, = (p for p in programs if p.name == program)
   try:
     compiled = aot.compile_program(chosen, partitioner)
   except aot.CompilerError as error:
@@ -121,7 +135,7 @@ def compile_one(size: str, program: str, topology: str) -> dict:
 def smallest(size: str, program: str, kind: str, rows: dict, save) -> dict:
   """The row of the smallest slice that fits, filling `rows` by (size, program, topology)."""
   smaller = "none"
-  for shape in SLICES[kind]:
+  for shape in SLICES[kind][: 1 if program in IMAGES else None]:
     topology = f"{kind}:{shape}"
     key = f"{size}/{program}/{topology}"
     if key not in rows:

@@ -114,6 +114,28 @@ def write(folder, files):
   return folder
 
 
+def clip(folder):
+  """A folder `tokenizer` as Stable Diffusion is published with; every byte has a token."""
+  end, words = "<|endoftext|>", "</w>"
+  tokenizer = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=words, unk_token=end))
+  tokenizer.normalizer = normalizers.Lowercase()
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  _train(tokenizer, trainers.BpeTrainer(
+    vocab_size=600, end_of_word_suffix=words, initial_alphabet=alphabet, show_progress=False))
+  state = json.loads(tokenizer.to_str())["model"]
+  tokens = dict.fromkeys(
+    [*state["vocab"], *(letter + words for letter in alphabet), "<|startoftext|>", end])
+  merges = [" ".join(pair) for pair in state["merges"]]
+  return write(folder, {
+    "vocab.json": {token: i for i, token in enumerate(tokens)},
+    "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+    "tokenizer_config.json": {
+      "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": end,
+      "do_lower_case": True}})
+
+
 def vocab_and_merges(tokenizer):
   """GPT-2's two files."""
   model = json.loads(tokenizer.to_str())["model"]

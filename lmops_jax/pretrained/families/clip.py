@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from lmops_jax.models.clip import Clip, ClipConfig
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.transformer import Transformer
 from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig
 from lmops_jax.pretrained.families import published
 from lmops_jax.pretrained.families.explicit import explicit, explicit_vision
@@ -17,6 +19,7 @@ from lmops_jax.pretrained.families.family import ConfigReader, Family, Sizes, wr
 from lmops_jax.pretrained.rules import (
   Rule,
   attention_rules,
+  convolution,
   linear,
   mlp_rules,
   norm_rules,
@@ -32,13 +35,17 @@ def _read(r: ConfigReader) -> ClipConfig:
   text = p.text_config_dict or p.text_config or published.ClipText()
   vision = p.vision_config_dict or p.vision_config or published.ClipVision()
   return ClipConfig(
-    text=TransformerConfig(
-      **_parts(r, text), vocab_size=text.vocab_size, positions="learned",
-      max_length=text.max_position_embeddings, tied_embeddings=True,
-    ),
+    text=_read_text(r, text),
     vision=read_vision(r, vision),
     projection_width=p.projection_dim,
     eos_id=None if text.eos_token_id == _FIRST_EOS else text.eos_token_id,
+  )
+
+
+def _read_text(r: ConfigReader, p: published.ClipText) -> TransformerConfig:
+  return TransformerConfig(
+    **_parts(r, p), vocab_size=p.vocab_size, positions="learned",
+    max_length=p.max_position_embeddings, tied_embeddings=True,
   )
 
 
@@ -61,18 +68,20 @@ def _parts(r: ConfigReader, p: published.ClipText | published.ClipVision) -> dic
 
 
 def _sizes(c: ClipConfig) -> tuple[Sizes, ...]:
-  text = _tower_sizes(
-    "text_config", "text/", c.text, vocab_size=c.text.vocab_size,
-    max_position_embeddings=c.text.max_length,
-  )
+  text = _text_sizes(c.text, "text_config.", "text/")
   text.axes["projection_dim"] = c.projection_width
   return text, vision_sizes(c.vision)
+
+
+def _text_sizes(c: TransformerConfig, name: str = "", part: str = "") -> Sizes:
+  return _tower_sizes(
+    name, part, c, vocab_size=c.vocab_size, max_position_embeddings=c.max_length)
 
 
 def vision_sizes(c: VisionConfig) -> Sizes:
   """What a `vision_config` declares."""
   return _tower_sizes(
-    "vision_config", "vision/", c.trunk, patch_size=c.patch_size,
+    "vision_config.", "vision/", c.trunk, patch_size=c.patch_size,
     **{"(image_size / patch_size)^2": c.num_patches},
   )
 
@@ -80,8 +89,8 @@ def vision_sizes(c: VisionConfig) -> Sizes:
 def _tower_sizes(name: str, part: str, t: TransformerConfig, **axes: int) -> Sizes:
   axes |= {"hidden_size": t.width, "intermediate_size": t.mlp_width}
   return Sizes(
-    f"{name}.num_hidden_layers", t.num_layers,
-    {f"{name}.{field}": size for field, size in axes.items()}, part,
+    f"{name}num_hidden_layers", t.num_layers,
+    {f"{name}{field}": size for field, size in axes.items()}, part,
   )
 
 
@@ -89,12 +98,15 @@ def _write(c: ClipConfig) -> dict[str, Any]:
   width = {"projection_dim": c.projection_width}
   return {
     **width,
-    "text_config": _written(c.text) | width | {
-      "vocab_size": c.text.vocab_size, "max_position_embeddings": c.text.max_length,
+    "text_config": _write_text(c.text) | width | {
       "eos_token_id": _FIRST_EOS if c.eos_id is None else c.eos_id,
     },
     "vision_config": write_vision(c.vision) | width,
   }
+
+
+def _write_text(c: TransformerConfig) -> dict[str, Any]:
+  return _written(c) | {"vocab_size": c.vocab_size, "max_position_embeddings": c.max_length}
 
 
 def write_vision(c: VisionConfig) -> dict[str, Any]:
@@ -111,17 +123,24 @@ def _written(t: TransformerConfig) -> dict[str, Any]:
 
 
 def _rules(c: ClipConfig) -> list[Rule]:
-  text, width = "text_model", (c.projection_width,)
+  width = (c.projection_width,)
   return [
     same("logit_scale", "logit_scale"),
     linear("text_projection.weight", "text_projection/kernel", (c.text.width,), width),
     linear(
       "visual_projection.weight", "visual_projection/kernel", (c.vision.trunk.width,), width),
-    same(f"{text}.embeddings.token_embedding.weight", "text/embedding"),
-    same(f"{text}.embeddings.position_embedding.weight", "text/position_embedding"),
-    *under("text", _tower(c.text, text)),
-    *norm_rules(c.text, f"{text}.final_layer_norm", "text/final_norm"),
+    *under("text", _text_rules(c.text)),
     *under("vision", vision_rules(c.vision, "vision_model")),
+  ]
+
+
+def _text_rules(c: TransformerConfig) -> list[Rule]:
+  text = "text_model"
+  return [
+    same(f"{text}.embeddings.token_embedding.weight", "embedding"),
+    same(f"{text}.embeddings.position_embedding.weight", "position_embedding"),
+    *_tower(c, text),
+    *norm_rules(c, f"{text}.final_layer_norm", "final_norm"),
   ]
 
 
@@ -129,11 +148,8 @@ def vision_rules(c: VisionConfig, theirs: str) -> list[Rule]:
   """The tensors of an image tower whose names begin with `theirs`."""
   trunk, p = c.trunk, c.patch_size
   below = trunk.num_layers - c.top_layers
-  patch = Rule(
-    f"{theirs}.embeddings.patch_embedding.weight", ("patch_embedding",),
-    lambda x: [x.transpose(2, 3, 1, 0)], lambda y: y[0].transpose(3, 2, 0, 1),
-    (trunk.width, NUM_CHANNELS, p, p),
-  )
+  patch = convolution(
+    f"{theirs}.embeddings.patch_embedding.weight", "patch_embedding", NUM_CHANNELS, trunk.width, p)
   layers = _tower(trunk, theirs)
   top = [rule._replace(first=below) for rule in layers] if c.top_layers else []
   return [
@@ -174,10 +190,21 @@ def _explicit(c: ClipConfig) -> ClipConfig:
   return dataclasses.replace(c, text=explicit(c.text), vision=explicit_vision(c.vision))
 
 
+_IGNORED = (r".*embeddings\.position_ids",)
+
 FAMILY = Family(
   name="clip", architecture="CLIPModel", prefix="", schema=published.Clip, read_config=_read,
   write_config=_write, rules=_rules, tied={}, sizes=_sizes,
-  ignored=(r".*embeddings\.position_ids",), module=Clip, inputs=_inputs,
+  ignored=_IGNORED, module=Clip, inputs=_inputs,
   with_choices=_with_choices, config=ClipConfig, text=lambda config: config.text,
   decoder=lambda config: None, explicit=_explicit,
+)
+
+# The text tower alone, without projection: what guides Stable Diffusion.
+TEXT = Family(
+  name="clip_text_model", architecture="CLIPTextModel", prefix="text_model.",
+  schema=published.ClipText,
+  read_config=lambda r: _read_text(r, r.read(published.ClipText)), write_config=_write_text,
+  rules=_text_rules, tied={}, sizes=lambda c: (_text_sizes(c),), ignored=_IGNORED,
+  module=functools.partial(Transformer, with_unembedding=False), decoder=lambda config: None,
 )

@@ -74,7 +74,7 @@ class Family:
     inputs: gives shapes of inputs that a configuration's module can be initialised with.
     with_choices: changes the execution choices (`dtype=`, ...) of a configuration.
     config: the class of the configuration.
-    text: gives the configuration of the transformer over tokens.
+    text: gives the configuration of the transformer over tokens, or None.
     decoder: gives the configuration of the transformer that continues a text, or None.
     decoder_part: the name of that transformer's part of the parameters; "" for all of them.
     image_size: gives the sides in pixels of pictures that stand among the words; None if none can.
@@ -99,13 +99,18 @@ class Family:
   inputs: Callable[[Any], tuple] = lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
   with_choices: Callable[..., Any] = dataclasses.replace
   config: type = TransformerConfig
-  text: Callable[[Any], TransformerConfig] = lambda config: config
+  text: Callable[[Any], TransformerConfig | None] = lambda config: config
   decoder: Callable[[Any], TransformerConfig | None] = lambda config: (
     config if config.causal else None)
   decoder_part: str = ""
   image_size: Callable[[Any], int | None] = lambda config: None
   explicit: Callable[[Any], Any] = explicit
   originals: tuple[tuple[str, str], ...] = ()
+
+  def ties(self, config: Any) -> bool:
+    """Whether a model's output matrix is its embedding."""
+    text = self.text(config)
+    return text is not None and text.tied_embeddings
 
   def published_name(self, name: str) -> str:
     """The published name of a tensor of its authors' own file; another name stays."""

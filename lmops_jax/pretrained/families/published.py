@@ -39,12 +39,12 @@ def _modelled(allowed, value, info):
   return value
 
 
-def _only(kind: Any, *allowed: Any) -> Any:
+def only(kind: Any, *allowed: Any) -> Any:
   """A field of which only the values in `allowed` are modelled."""
   return Annotated[kind, pydantic.AfterValidator(functools.partial(_modelled, allowed))]
 
 
-class _Published(pydantic.BaseModel):
+class Published(pydantic.BaseModel):
   """Any part of a `config.json`; further fields are left alone."""
 
   model_config = pydantic.ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
@@ -80,7 +80,7 @@ class _Published(pydantic.BaseModel):
     return made
 
 
-class AnyModel(_Published):
+class AnyModel(Published):
   """What the files of all families have in common."""
 
   architectures: list[str] | None = None
@@ -89,8 +89,8 @@ class AnyModel(_Published):
   bos_token_id: int | list[int] | None = None
   eos_token_id: int | list[int] | None = None
   pad_token_id: int | None = None
-  quantization_config: _only(dict | None, None, {}) = None
-  pruned_heads: _only(dict | None, None, {}) = None
+  quantization_config: only(dict | None, None, {}) = None
+  pruned_heads: only(dict | None, None, {}) = None
 
 
 class GPT2(AnyModel):
@@ -103,9 +103,9 @@ class GPT2(AnyModel):
   n_inner: Count | None = None
   activation_function: str = "gelu_new"
   layer_norm_epsilon: Positive = 1e-5
-  scale_attn_weights: _only(bool, True) = True
-  scale_attn_by_inverse_layer_idx: _only(bool, False) = False
-  add_cross_attention: _only(bool, False) = False
+  scale_attn_weights: only(bool, True) = True
+  scale_attn_by_inverse_layer_idx: only(bool, False) = False
+  add_cross_attention: only(bool, False) = False
   tie_word_embeddings: bool = True
 
 
@@ -132,7 +132,7 @@ class Bloom(AnyModel):
   n_layer: Count = _named(2, "num_hidden_layers", "n_layer")
   n_head: Count = _named(8, "num_attention_heads", "n_head")
   layer_norm_epsilon: Positive = 1e-5
-  apply_residual_connection_post_layernorm: _only(bool, False) = False
+  apply_residual_connection_post_layernorm: only(bool, False) = False
   tie_word_embeddings: bool = True
   seq_length: Length = 2048  # in training; transformers has no such field, for ALiBi has no end
 
@@ -150,7 +150,7 @@ class OPT(AnyModel):
   word_embed_proj_dim: Count | None = None
   activation_function: str = "relu"
   enable_bias: bool = True
-  layer_norm_elementwise_affine: _only(bool, True) = True
+  layer_norm_elementwise_affine: only(bool, True) = True
   tie_word_embeddings: bool = True
 
 
@@ -164,17 +164,17 @@ class XGLM(AnyModel):
   attention_heads: Count = _named(16, "num_attention_heads", "attention_heads")
   activation_function: str = "gelu"
   scale_embedding: bool = True
-  add_cross_attention: _only(bool, False) = False
-  pad_token_id: _only(int | None, None, 0, 1) = 1  # others empty the row of a position
+  add_cross_attention: only(bool, False) = False
+  pad_token_id: only(int | None, None, 0, 1) = 1  # others empty the row of a position
   tie_word_embeddings: bool = True
 
 
-class Stretch(_Published):
+class Stretch(Published):
   """`rope_parameters` or `rope_scaling`: how rotary frequencies are stretched."""
 
   rope_theta: Positive | None = None
   rope_type: str = _named("default", "rope_type", "type")
-  partial_rotary_factor: _only(float | None, None, 1.0) = None
+  partial_rotary_factor: only(float | None, None, 1.0) = None
   factor: Positive | None = None
   low_freq_factor: Positive | None = None
   high_freq_factor: Positive | None = None
@@ -187,8 +187,8 @@ class Stretch(_Published):
   truncate: bool | None = True
   short_factor: list[Positive] | None = None
   long_factor: list[Positive] | None = None
-  full_attention: _only(dict | None, None) = None
-  sliding_attention: _only(dict | None, None) = None
+  full_attention: only(dict | None, None) = None
+  sliding_attention: only(dict | None, None) = None
 
 
 class _Rotary(AnyModel):
@@ -209,7 +209,7 @@ class _Rotary(AnyModel):
   rope_scaling: Stretch | None = None
   rope_parameters: Stretch | None = None
   original_max_position_embeddings: Length | None = None
-  partial_rotary_factor: _only(float | None, None, 1.0) = None
+  partial_rotary_factor: only(float | None, None, 1.0) = None
 
   @pydantic.model_validator(mode="after")
   def _has_head_dim(self):
@@ -237,8 +237,8 @@ class Mistral(_Rotary):
   max_position_embeddings: Length = 4096 * 32
   sliding_window: Length | None = 4096
   layer_types: list[str] | None = None
-  attention_bias: _only(bool, False) = False
-  mlp_bias: _only(bool, False) = False
+  attention_bias: only(bool, False) = False
+  mlp_bias: only(bool, False) = False
 
 
 class Qwen2(_Rotary):
@@ -250,7 +250,7 @@ class Qwen2(_Rotary):
   sliding_window: Length | None = 4096
   max_window_layers: Index = 28
   layer_types: list[str] | None = None
-  mlp_bias: _only(bool, False) = False
+  mlp_bias: only(bool, False) = False
 
 
 class Bert(AnyModel):
@@ -264,15 +264,15 @@ class Bert(AnyModel):
   max_position_embeddings: Length = 512
   type_vocab_size: Index = 2
   layer_norm_eps: Positive = 1e-12
-  position_embedding_type: _only(str, "absolute") = "absolute"
-  is_decoder: _only(bool, False) = False
-  add_cross_attention: _only(bool, False) = False
+  position_embedding_type: only(str, "absolute") = "absolute"
+  is_decoder: only(bool, False) = False
+  add_cross_attention: only(bool, False) = False
   tie_word_embeddings: bool = True
 
 
 class Roberta(Bert):
   vocab_size: Count = 50265
-  pad_token_id: _only(int | None, 1) = 1  # the first position is the row after the padding's
+  pad_token_id: only(int | None, 1) = 1  # the first position is the row after the padding's
 
 
 class Electra(Bert):
@@ -282,7 +282,7 @@ class Electra(Bert):
   intermediate_size: Count = 1024
 
 
-class _Tower(_Published):
+class _Tower(Published):
   multiples = (("hidden_size", "num_attention_heads"),)
   num_hidden_layers: Count = 12
   hidden_act: str = "quick_gelu"
@@ -304,7 +304,7 @@ class ClipVision(_Tower):
   num_attention_heads: Count = 12
   image_size: Length = 224
   patch_size: Length = 32
-  num_channels: _only(int, 3) = 3
+  num_channels: only(int, 3) = 3
 
   @pydantic.model_validator(mode="after")
   def _has_a_patch(self):
@@ -326,7 +326,7 @@ class Clip(AnyModel):
   vision_config_dict: ClipVision | None = None
 
 
-class Kosmos2Text(_Published):
+class Kosmos2Text(Published):
   multiples = (("embed_dim", "attention_heads"),)
   vocab_size: Count = 65037
   max_position_embeddings: Length = 2048
@@ -337,7 +337,7 @@ class Kosmos2Text(_Published):
   activation_function: str = "gelu"
   layer_norm_eps: Positive = 1e-5
   scale_embedding: bool = True
-  add_cross_attention: _only(bool, False) = False
+  add_cross_attention: only(bool, False) = False
   pad_token_id: Index = 1  # positions begin behind it
 
 

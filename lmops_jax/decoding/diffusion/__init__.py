@@ -1,0 +1,1 @@
+"""Pictures from noise: samplers of diffusion models, and pictures of prompts with them."""
