@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 
@@ -97,6 +98,12 @@ class Generator:
     """V of the model."""
     return self._model.config.vocab_size
 
+  def with_params(self, params) -> Generator:
+    """The same generator for other parameters of its model; the two share their programs."""
+    other = copy.copy(self)
+    other.params = _for_decoding(self._model, nn.unbox(params), self._partitioner)
+    return other
+
   @property
   def num_programs(self) -> int:
     """Programs compiled so far."""
@@ -113,6 +120,7 @@ class Generator:
     add_special: bool = True,
     prefix: Prefix | None = None,
     constraint: Constraint | None = None,
+    capacity: int = 0,
   ) -> list[text_lib.Generation]:
     """Continues texts.
 
@@ -127,7 +135,7 @@ class Generator:
       add_special: put in front of every text what the tokenizer puts there, such as a BOS: once,
         even if the text begins with it, and never behind a prefix. False leaves texts as they are,
         which suits what a chat template wrote. A `Prompt` is left as it is in any case.
-      prefix, constraint: see `generate_ids`.
+      prefix, constraint, capacity: see `generate_ids`.
 
     Returns:
       As `generate_ids`, with texts.
@@ -155,7 +163,7 @@ class Generator:
 
     live = (stop or callback) and options.num_beams == 1
     results = self.generate_ids(
-      prompts, options, watch if live else None, row_ids, prefix, constraint
+      prompts, options, watch if live else None, row_ids, prefix, constraint, capacity
     )
     generations = []
     for i, (result, stream) in enumerate(zip(results, streams, strict=True)):
@@ -178,6 +186,7 @@ class Generator:
     row_ids: Sequence[int] | None = None,
     prefix: Prefix | None = None,
     constraint: Constraint | None = None,
+    capacity: int = 0,
   ) -> list[Generated]:
     """Continues prompts of token ids, and vectors in the place of some.
 
@@ -193,6 +202,8 @@ class Generator:
       prefix: made by `prefixes.read_groups`, in front of every prompt. Repetition penalty and
         n-grams do not look at it.
       constraint: what all answers keep to, see `constraints`.
+      capacity: new tokens to have room for if `options.max_new_tokens` is less, so that one program
+        serves calls with different numbers of them.
 
     Returns:
       For each prompt in order its `num_return_sequences` results.
@@ -216,7 +227,7 @@ class Generator:
     for first in range(0, len(order), at_once):
       rows = order[first : first + at_once]
       for place, generated in self._batch(
-        prompts, row_ids, rows, plan, options, callback, prefix, constraint):
+        prompts, row_ids, rows, plan, options, callback, prefix, constraint, capacity):
         results[place] = generated
     return results
 
@@ -226,11 +237,13 @@ class Generator:
     stop_ids = () if self._tokenizer is None else self._tokenizer.stop_ids
     return tuple(sorted(set(stop_ids)))
 
-  def _batch(self, prompts, row_ids, rows, plan, options, callback, prefix, constraint):
+  def _batch(
+    self, prompts, row_ids, rows, plan, options, callback, prefix, constraint, capacity,
+  ):
     """Generates for some of the prompts; yields places among the results, and results."""
     of_rows = [prompts[i] for i in rows]
     width = min(bucket(max(map(len, of_rows))), self._model.config.max_length)
-    num_new = bucket(options.max_new_tokens)
+    num_new = bucket(max(options.max_new_tokens, capacity))
     size = self._num_rows(len(rows), plan.copies)
     batch = padded(of_rows, size, width, self._padding)
     batch.valid[len(rows) :, -1] = True  # a row has at least one token

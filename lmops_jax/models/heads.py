@@ -1,4 +1,8 @@
-"""A transformer with one number a sequence on top: PDS's data scorer (arXiv:2410.07064, 2.3)."""
+"""A transformer with numbers on top.
+
+One number a sequence is PDS's data scorer (arXiv:2410.07064, 2.3); one number a token is the value
+model of reinforcement learning.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +86,45 @@ class Head(nn.Module):
     return out
 
 
+class TokenValues(nn.Module):
+  """A trunk and one number for each of its tokens.
+
+  Attributes:
+    config: the trunk's.
+
+  Parameters: `trunk` (a `Transformer` without output matrix) and `head` (a `TokenHead`).
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, tokens, positions=None, segment_ids=None) -> jax.Array:
+    """Numbers `[B,S] float32`; arguments as in `Transformer`."""
+    trunk = Transformer(self.config, with_unembedding=False, name="trunk")
+    return TokenHead(self.config, name="head")(trunk(tokens, positions, segment_ids))
+
+
+class TokenHead(nn.Module):
+  """Two layers on hidden states `[...,D]`, `D -> 2D`, ReLU, `2D -> 1`, computed in float32.
+
+  The value head of Promptist (arXiv:2212.09611).
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    width, dtype = self.config.width, jnp.dtype(self.config.param_dtype)
+    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    for name, size, axes in (("inner", 2 * width, ("embed", "mlp")), ("out", 1, ("mlp", None))):
+      hidden = nn.Dense(
+        size, dtype=hidden.dtype, param_dtype=dtype, name=name,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+      )(hidden if name == "inner" else nn.relu(hidden))
+    return hidden[..., 0]
+
+
 def pool(hidden: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
   """`[B,S,D]` and a mask `[B,S]` to `[B,D]`; values at masked positions do not matter."""
   real = mask != 0
@@ -92,6 +135,11 @@ def pool(hidden: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
   total = jnp.sum(jnp.where(real[:, :, None], hidden, 0), axis=1)
   return total / jnp.maximum(jnp.sum(real, axis=1), 1)[:, None].astype(hidden.dtype)
+
+
+def trunk_of(lm_params, trunk):
+  """The part of a language model's parameters that a trunk without output matrix has."""
+  return {name: part for name, part in lm_params.items() if name in trunk}
 
 
 def regressor_params(model: SequenceRegressor, key: jax.Array, lm_params):
@@ -110,7 +158,7 @@ def regressor_params(model: SequenceRegressor, key: jax.Array, lm_params):
   """
   tokens = jnp.zeros((1, 1), jnp.int32)
   fresh = nn.unbox(jax.eval_shape(lambda: model.init(key, tokens, tokens))["params"])
-  trunk = {k: v for k, v in nn.unbox(lm_params).items() if k in fresh["trunk"]}
+  trunk = trunk_of(nn.unbox(lm_params), fresh["trunk"])
   want, got = (
     {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
     for tree in (fresh["trunk"], trunk)

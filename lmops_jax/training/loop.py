@@ -9,6 +9,7 @@ figures of step n are read, unless the source needs the parameters.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,24 +107,24 @@ def train(
         state = _first_state(learner, seed, initial_params, abstract, shardings)
       else:
         state = found[1]
-      if first_batch is None:
-        first_batch = source.batch(0 if found is None else found[0], learner.params(state))
+      done = 0 if found is None else found[0]
+      if first_batch is None and done < num_steps:
+        first_batch = source.batch(done, learner.params(state))
       settings = {
         "num_steps": num_steps, "seed": seed, **learner.settings, "log_every": records.log_every,
-        "batch": {name: [np.shape(value)[0] * processes.count(), *np.shape(value)[1:]]
-                  for name, value in sorted(first_batch.items())},  # of all processes
+        "batch": found[2]["settings"]["batch"] if first_batch is None else _shapes(first_batch),
       }
       resumed = None if found is None else _checked(found[2], settings, directory)
       run = _Run(
         learner, source, num_steps, seed, directory, partitioner, hooks, records, store, settings,
         step_fn=compiled_step(learner, partitioner, shardings), state=state,
-        done=0 if found is None else found[0], resumed=resumed,
-        num_positions=_num_positions(first_batch))
+        done=done, resumed=resumed, num_positions=_num_positions(settings["batch"]))
+      first_step = done if source.reads_params else 0
       with run.bar:
         if resumed is None:
           run.between_steps()
         while run.done < num_steps:
-          run.take_step(first_batch if run.done == 0 else None)
+          run.take_step(first_batch if run.done == first_step else None)
           if run.is_boundary():
             run.between_steps()
             run.note_speed()
@@ -157,6 +158,7 @@ class _Run:
   def take_step(self, batch) -> None:
     """Dispatches the next step, on `batch` if it is there already, and reads the one before."""
     if batch is None and self._source.reads_params:
+      self._settle()  # parameters that are not finite make no batch
       batch = self._source.batch(self.done, self._learner.params(self.state))
     elif batch is None:
       batch = self._source.batch(self.done)
@@ -353,9 +355,15 @@ def _check_finite(sums, step, ids, description):
   )
 
 
-def _num_positions(batch) -> int:
+def _shapes(batch) -> dict[str, list[int]]:
+  """Shapes of the arrays that all processes have together."""
+  return {name: [np.shape(value)[0] * processes.count(), *np.shape(value)[1:]]
+          for name, value in sorted(batch.items())}
+
+
+def _num_positions(shapes) -> int:
   """Token positions of the global batch."""
-  return int(np.size(batch["tokens"])) * jax.process_count() if "tokens" in batch else 0
+  return math.prod(shapes["tokens"]) if "tokens" in shapes else 0
 
 
 def _progress(factory, total, description, initial):

@@ -93,18 +93,37 @@ class LMExampleLosses:
       {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids"),
       keys=batch.get("key"), **vectors,
     )
-    hidden, matrix, bias = self.model.apply({"params": params}, hidden, method=_output_parts)
-
-    def chunk_nats(hidden, targets):
-      return _cross_entropy(project_to_vocabulary(hidden, matrix, bias), targets)
-
-    b, s = batch["targets"].shape
-    chunk = self.chunk or _default_chunk(b, s, self.model.config.vocab_size)
-    return map_sequence_chunks(chunk_nats, hidden, batch["targets"], chunk)
+    return of_logits(
+      cross_entropy, self.model, params, hidden, batch["targets"], chunk=self.chunk)
 
   def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
     """Refuses batches on the host that would be silently wrong on the device; see `check_batch`."""
     check_batch(batch, vocab_size=self.model.config.vocab_size)
+
+
+def of_logits(
+  function, model: Transformer, params, hidden: jax.Array, targets: jax.Array, *,
+  chunk: int | None = None,
+):
+  """`function(logits [B,c,V] float32, targets [B,c])` at all positions, some of them at a time.
+
+  Args:
+    function: returns a pytree of leaves `[B,c]`.
+    model, params: of the head.
+    hidden: `[B,S,D]`, after the last norm.
+    targets: `[B,S] int32`.
+    chunk: positions whose logits exist at a time; None chooses from the sizes and the platform.
+
+  Returns:
+    A pytree of leaves `[B,S]`.
+  """
+  hidden, matrix, bias = model.apply({"params": params}, hidden, method=_output_parts)
+
+  def of_chunk(hidden, targets):
+    return function(project_to_vocabulary(hidden, matrix, bias), targets)
+
+  chunk = chunk or _default_chunk(*targets.shape, model.config.vocab_size)
+  return map_sequence_chunks(of_chunk, hidden, targets, chunk)
 
 
 def _output_parts(model: Transformer, hidden):
@@ -202,19 +221,19 @@ def check_batch(
         )
 
 
-def map_sequence_chunks(function, hidden: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
+def map_sequence_chunks(function, hidden: jax.Array, targets: jax.Array, chunk: int):
   """`function(hidden [B,c,D], targets [B,c]) -> [B,c]` over chunks of the sequence, rematerialised.
 
   Only one chunk's intermediate values exist at a time, forwards, backwards and under `jax.jvp`.
 
   Args:
-    function: applied to each chunk.
+    function: applied to each chunk; it may return a pytree of such leaves.
     hidden: `[B,S,D]`.
     targets: `[B,S]`.
     chunk: positions at a time; `S` or more calls the function once and keeps what it computes.
 
   Returns:
-    `[B,S]`.
+    `[B,S]`, or a pytree of such leaves.
   """
   b, s = targets.shape
   if chunk >= s:
@@ -228,10 +247,11 @@ def map_sequence_chunks(function, hidden: jax.Array, targets: jax.Array, chunk: 
 
   body = jax.checkpoint(lambda inputs: function(*inputs))
   out = jax.lax.map(body, (split(hidden), split(targets)))
-  return jnp.moveaxis(out, 0, 1).reshape(b, num_chunks * chunk)[:, :s]
+  return jax.tree.map(
+    lambda x: jnp.moveaxis(x, 0, 1).reshape(b, num_chunks * chunk)[:, :s], out)
 
 
-def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """`[...,V]` and `[...]` to nats, by a comparison, since a gather's transpose is a scatter."""
   chosen = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
   target_logit = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)

@@ -33,7 +33,7 @@ from lmops_jax.models import layers, positions
 from lmops_jax.models.products import project_to_vocabulary
 from lmops_jax.models.transformer import Transformer, TransformerConfig, num_params
 from lmops_jax.sizing.flops import forward_flops_per_token
-from lmops_jax.training.losses import _cross_entropy, lm_example_losses
+from lmops_jax.training.losses import cross_entropy, lm_example_losses
 
 CONFIG = TransformerConfig(
   vocab_size=8192, num_layers=4, width=256, num_heads=4, mlp_width=1024, max_length=128,
@@ -84,7 +84,7 @@ def parts(config: TransformerConfig, batch_size: int):
     return loss, (params, x)
 
   def head(args):
-    return jnp.mean(_cross_entropy(project_to_vocabulary(*args), targets))
+    return jnp.mean(cross_entropy(project_to_vocabulary(*args), targets))
 
   targets = jax.random.randint(keys[1], (batch_size, length), 0, config.vocab_size)
   matrix = 0.02 * jax.random.normal(keys[2], (width, config.vocab_size))

@@ -16,6 +16,7 @@ from tests import model_folders
 from tests.systems import conftest
 
 FINETUNE, SFT = "train/finetune.gin", "promptist/sft.gin"
+REINFORCE = "train/reinforce.gin"
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def files(tmp_path_factory):
   return {
     FINETUNE: [f"MODEL = '{model}'", f"TRAIN = '{rows}'", "LENGTH = 32"],
     SFT: [f"MODEL = '{model}'", f"PAIRS = '{rows}'", "LENGTH = 32"],
+    REINFORCE: [f"MODEL = '{model}'", f"PROMPTS = '{rows}'"],
   }
 
 
@@ -95,6 +97,9 @@ def _behind(identities, names):
   (SFT, "data.PairFiles.completion_field = 'text'", "prepare"),
   (SFT, "promptist.SFT.select_step = 7", "train"),
   (SFT, "LEARNING_RATE = 1e-3", "train"),
+  (REINFORCE, "reinforce.PPO.clip = 0.3", "train"),
+  (REINFORCE, "reinforce.ShareOf.characters = 'a'", "train"),
+  (REINFORCE, "reinforce.Reinforce.num_shown = 3", "report"),
 ])
 def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, binding, readers, files):
   bindings = files.get(file, [])
@@ -114,7 +119,7 @@ def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, bindin
   ("meta_optimizer/momentum.gin", {"seeds"}),
   ("metalm/smoke.gin", {"arms", "seeds"}),
   ("structured_prompting/default.gin", {"seeds"}),
-  (FINETUNE, set()), (SFT, set()),
+  (FINETUNE, set()), (SFT, set()), (REINFORCE, set()),
 ])
 def test_every_setting_is_read_by_a_stage(file, free, files):
   """Seeds show as `seed` of the stages; the engine changes no result."""
