@@ -30,6 +30,14 @@ def label_accuracy(answer: str, golds: Sequence[str]) -> float:
   return float(any(own == normalised(parts(gold)[0]) for gold in golds))
 
 
+def explanations(
+  found: Sequence[str], golds: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+  """The explanations of answers and of the right ones of each row."""
+  return ([parts(answer)[1] for answer in found],
+          [[parts(gold)[1] for gold in of_row] for of_row in golds])
+
+
 def explanation_scores(
   found: Sequence[str], golds: Sequence[Sequence[str]]
 ) -> dict[str, Scores]:
@@ -42,8 +50,7 @@ def explanation_scores(
   Raises:
     ValueError: as `captions.cider`, naming the row.
   """
-  own = [parts(answer)[1] for answer in found]
-  right = [[parts(gold)[1] for gold in of_row] for of_row in golds]
+  own, right = explanations(found, golds)
   scores = captions.caption_scores(own, right)
   rows = np.array([meteor(answer, of_row) for answer, of_row in zip(own, right)])
   return {**scores, "METEOR": Scores(float(rows.mean()), rows)}

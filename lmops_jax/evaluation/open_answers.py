@@ -24,13 +24,21 @@ from lmops_jax.decoding.constraints import PrefixTree, prefix_tree
 from lmops_jax.decoding.prompts import Prompt
 from lmops_jax.evaluation import generated, grounding, in_context
 from lmops_jax.evaluation.demonstrations import SEPARATOR, Front, drawn, fitted, pictures_of
-from lmops_jax.evaluation.estimates import Estimate, by_category, estimate, picture_of
+from lmops_jax.evaluation.estimates import (
+  Estimate,
+  by_category,
+  estimate,
+  of_corpus,
+  picture_of,
+)
 from lmops_jax.evaluation.in_context import Encoder, Figure
 from lmops_jax.models.config import TransformerConfig
 
 _COMPANIONS = {  # what papers tell beside a metric
-  "meteor": ("cider",), "rouge_l": ("rouge_1", "rouge_2"),
-  "explained": ("explanation_cider", "explanation_meteor", "explanation_rouge_l"),
+  "cider": ("bleu_4",), "meteor": ("cider",), "rouge_l": ("rouge_1", "rouge_2"),
+  "explained": (
+    "explanation_cider", "explanation_meteor", "explanation_rouge_l",
+    *(f"explanation_bleu_{n}" for n in range(1, 5))),
 }
 _AT_ONCE = 256  # rows, if the encoder does not say
 
@@ -176,13 +184,22 @@ def evaluate(
     name, score, more = located.estimates[0].name, located.score, located.estimates
   else:
     score = generated.score(name, answers, golds)
-    more = [
-      estimate(other, generated.score(other, answers, golds).rows, list(map(picture_of, rows)))
-      for other in _COMPANIONS.get(name, ())]
+    more = companions(name, rows, answers)
   error = score.rows.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
   return Answered(
     Figure(name, score.corpus, float(error)), np.array([row.id for row in rows]), answers, golds,
     score.rows, shots, num_dropped, [*more, *by_category(rows, score.rows)], located)
+
+
+def companions(metric: str, rows: Sequence[Example], answers: Sequence[str]) -> list[Estimate]:
+  """What papers tell beside a metric of generated answers."""
+  golds, groups, found = [row.answers for row in rows], list(map(picture_of, rows)), []
+  for name in _COMPANIONS.get(metric, ()):
+    figure = generated.of_corpus(name, answers, golds)
+    found.append(
+      estimate(name, generated.score(name, answers, golds).rows, groups) if figure is None
+      else of_corpus(name, figure, groups))
+  return found
 
 
 def _context(

@@ -99,6 +99,10 @@ class VisionConfig:
     """None are read."""
     return 0
 
+  def longest_text(self) -> int:
+    """None are read."""
+    return 0
+
   def with_vocab_size(self, vocab_size: int) -> VisionConfig:
     """The same, which has no table of words."""
     return self

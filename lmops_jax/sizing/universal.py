@@ -27,12 +27,14 @@ class RowShape:
     encoder_length: E, positions of the encoder of spans; 0 for none.
     images: I, of the encoder's own size.
     image_words: T, words that are encoded with each image.
+    pictured: False for words that are encoded as with an image, and without one.
   """
 
   length: int
   encoder_length: int = 0
   images: int = 0
   image_words: int = 0
+  pictured: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,8 @@ def _encoded(config: UniversalConfig, shape: RowShape) -> dict[str, tuple[Any, i
     found["reader"] = config.reader, shape.encoder_length, 1, 0.0
   if shape.images:
     encoder = config.vision.encoder
-    num = encoder.num_features() + shape.image_words
-    found["vision"] = config.vision, num, shape.images, encoders.patch_flops(encoder)
+    num, in_front = shape.image_words, 0.0
+    if shape.pictured:
+      num, in_front = num + encoder.num_features(), encoders.patch_flops(encoder)
+    found["vision"] = config.vision, num, shape.images, in_front
   return found

@@ -26,11 +26,12 @@ from lmops_jax.evaluation.over_seeds import share, shares_of
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
-from lmops_jax.models.universal import UniversalConfig
+from lmops_jax.models.universal import UniversalConfig, UniversalLM
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
+from lmops_jax.sizing.universal import RowShape
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.systems.metalm import prompts, training
+from lmops_jax.systems.metalm import plan, prompts, training
 from lmops_jax.systems.metalm.arms import Arm, sized
 from lmops_jax.systems.metalm.evaluate import RESULTS_FILE, Asking
 from lmops_jax.systems.metalm.report import drawn
@@ -45,7 +46,7 @@ _MOMENTS = ("before", "after")
 
 @component(module="metalm")
 @dataclasses.dataclass(frozen=True)
-class TaskTuning:
+class TaskTuning(plan.Planned):
   """Finetunes a trained model on tasks, and asks it before and after.
 
   Attributes:
@@ -134,6 +135,21 @@ class TaskTuning:
         reads=("start", "num_steps"), together=False)]
 
   @property
+  def _shape(self) -> RowShape:
+    return RowShape(self.length, encoder_length=self.length)
+
+  def planned(self) -> plan.Step:
+    """See `plan.Planned`; the start is read if the model lacks the size of its vocabulary."""
+    size = self.model.vocab_size
+    config = sized(self.model, self.start.vocabulary.vocab_size if size is None else size)
+    return plan.Step(
+      config, self.optimizer, self.num_steps, self.batch_size, self.accumulate,
+      {"": plan.Part(self._shape, packed=True)},
+      lambda partitioner: training.learner(
+        UniversalLM(config), self.optimizer, self.accumulate, partitioner),
+      "metalm.TaskTuning")
+
+  @property
   def _arm(self) -> Arm:
     return Arm(sized(self.model, self.start.vocabulary.vocab_size), NoSpans())
 
@@ -178,8 +194,7 @@ class TaskTuning:
       self.seed, functools.partial(self.start.params, arm.model, partitioner), partitioner,
       Endless(task_sets.mixed(sets, self.seed).batch, self.batch_size))
     context.flops += result.step * training.step_flops(
-      arm.model, self.optimizer, self.batch_size, self.length,
-      next(iter(sets.values())).encoder_length)
+      arm.model, self.optimizer, self.batch_size, self._shape)
     context.extra["num_params"] = sum(x.size for x in jax.tree.leaves(result.state.params))
 
   def _evaluate(self, context: pipeline.StageContext, partitioner) -> None:

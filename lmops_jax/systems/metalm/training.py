@@ -124,14 +124,13 @@ def learner(
 
 
 def step_flops(
-  model: UniversalLM, optimizer: optax.GradientTransformation, num_rows: int, length: int,
-  encoder_length: int,
+  model: UniversalLM, optimizer: optax.GradientTransformation, num_rows: int,
+  shape: universal.RowShape,
 ) -> float:
   """Operations of a training step, by what the optimizer trains."""
   trained = universal.trained_by(
     optimizer, jax.eval_shape(loop.initializer(model), jax.random.key(0)))
-  return num_rows * universal.row_flops(
-    model.config, universal.RowShape(length, encoder_length), trained)
+  return num_rows * universal.row_flops(model.config, shape, trained)
 
 
 def train(
@@ -164,9 +163,9 @@ def train(
     Epochs(
       rows.batch, len(rows), config.batch_size, seed, whole=True, by_epoch=True),
     hooks=[_validation(model, arm.validation(validation), config, partitioner)])
-  size, length = config.batch_size, instances.length
   context.flops += result.step * step_flops(
-    model, config.optimizer, size, length, rows.encoder_length)
+    model, config.optimizer, config.batch_size,
+    universal.RowShape(instances.length, rows.encoder_length))
   context.extra["num_params"] = sum(x.size for x in jax.tree.leaves(result.state.params))
   context.extra["spans"] = rows.counts(np.arange(min(len(rows), _COUNTED)))
 
@@ -208,8 +207,8 @@ def finetune(
     context, arm.model, optimizer, config.num_steps, 1, config.checkpoint_every, seed, params,
     partitioner, Epochs(given.batch, len(given), config.batch_size, seed, whole=True))
   context.flops += result.step * step_flops(
-    arm.model, optimizer, config.batch_size, rows.rows.arrays["tokens"].shape[1],
-    rows.encoder_length if arm.reads_spans else 0)
+    arm.model, optimizer, config.batch_size, universal.RowShape(
+      rows.rows.arrays["tokens"].shape[1], rows.encoder_length if arm.reads_spans else 0))
   context.extra["rows"] = dict(rows.counts)
 
 

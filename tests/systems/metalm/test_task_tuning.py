@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from lmops_jax.config import resolve
+from lmops_jax.data import task_sets
 from lmops_jax.data.tasks import Example, Task
 from lmops_jax.data.tasks.choice import TaskChoice
 from lmops_jax.mesh import meshes
 from lmops_jax.mesh.checkpoints import load_params
 from lmops_jax.stages import pipeline, skeleton
+from lmops_jax.systems.metalm import plan
 
 SIZES = """
 include 'mesh/data.gin'
@@ -155,6 +157,40 @@ def test_several_tasks_train_the_whole_model(start, tuning, tmp_path):
   assert of["after"]["mean"] >= of["before"]["mean"] + 0.25
   before, after = params_of(start, tmp_path)
   assert not np.array_equal(before["text"]["embedding"], after["text"]["embedding"])
+
+
+def test_a_plan_has_the_batches_that_training_reads(tuned, tuning):
+  system, partitioner = tuning().build(), meshes.single_device()
+  sets = task_sets.open_tasks(tuned / "rows", ["task"])
+  batch = dict(task_sets.mixed(sets, 0).batch(np.arange(16)))
+  del batch["example_id"]  # it stays on the host
+  planned = plan.abstract_batch(system.planned(), partitioner)
+  assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
+    name: (x.shape, x.dtype) for name, x in batch.items()}
+  phase, = system.phases(partitioner, None, platform="cpu")
+  summary = json.loads((tuned / "report" / "summary.json").read_text())
+  assert phase.num_params == summary["num_params"] and phase.steps == STEPS
+  manifest = json.loads((tuned / "train" / "manifest.json").read_text())
+  assert phase.flops == manifest["flops"]
+  program, = system.programs(partitioner, None)
+  assert program.flops == phase.flops / STEPS
+
+
+def test_the_published_finetuning_is_planned_from_shapes_alone():
+  def planned(*more):
+    system = resolve.load(["metalm/finetune.gin"], list(more), owed="named").build()
+    phase, = system.phases(meshes.single_device(), None, platform="tpu")
+    return phase
+
+  frozen = planned()
+  whole = planned("optim.partition.rules = {'.*': @optim.adamw()}")
+  assert frozen.num_params == whole.num_params == pytest.approx(1.3e9 + 366e6, rel=0.035)
+  # Two moments of each parameter in float32, or of the encoder and its connector alone.
+  assert whole.parts["opt_state"] == pytest.approx(8 * whole.num_params, rel=1e-3)
+  assert frozen.parts["opt_state"] < 0.3 * whole.parts["opt_state"]
+  # The decoder's weights get no gradient, a third of what training them takes.
+  of_decoder = 2 * 1.21e9 * 32 * 256  # products of 24 layers of width 2048, of each position
+  assert whole.flops - frozen.flops > 36_816 * of_decoder
 
 
 @pytest.mark.parametrize("more, sentence", [
