@@ -53,7 +53,8 @@ class Exploration:
     """The most new tokens of a step."""
     longest = self.options.max_new_tokens
     shortest = self.shortest or longest
-    return shortest + order_key(1, seed) % (longest - shortest + 1)
+    # Numbers from 0 on are rows, whose answers are chosen by the same seed.
+    return shortest + order_key(-1, seed) % (longest - shortest + 1)
 
 
 class Responder:

@@ -19,12 +19,16 @@ _TAKEN = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
           "num_train_timesteps": 1000, "prediction_type": "epsilon"}
 _OFF = ("trained_betas", "thresholding", "clip_sample", "rescale_betas_zero_snr",
         "use_flow_sigmas", "variance_type", "lambda_min_clipped")
+# A variance that is not learned is that of steps which add noise; lambda above -inf is not bounded.
+_NOTHING = (None, False, float("-inf"), "-inf", "fixed_small", "fixed_small_log", "fixed_large",
+            "fixed_large_log")
 _OF_SAMPLERS = frozenset((
-  "_class_name", "_diffusers_version", "algorithm_type", "clip_sample_range",
-  "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "flow_shift",
-  "lower_order_final", "sample_max_value", "set_alpha_to_one", "skip_prk_steps", "solver_order",
-  "solver_type", "steps_offset", "time_shift_type", "timestep_spacing", "use_beta_sigmas",
-  "use_dynamic_shifting", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+  "algorithm_type", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio",
+  "euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type", "lower_order_final",
+  "predict_x0", "sample_max_value", "set_alpha_to_one", "shift_terminal", "sigma_max", "sigma_min",
+  "skip_prk_steps", "solver_order", "solver_p", "solver_type", "steps_offset", "time_shift_type",
+  "timestep_spacing", "timestep_type", "use_beta_sigmas", "use_dynamic_shifting",
+  "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
 ))
 
 
@@ -46,15 +50,15 @@ def noise_schedule(fields: Mapping[str, Any], where: str) -> NoiseSchedule:
   Raises:
     ValueError: naming a field that is not known, or a value that is not done here.
   """
-  unknown = sorted(set(fields) - set(_TAKEN) - set(_OFF) - _OF_SAMPLERS)
+  known = {*_TAKEN, *_OFF, *_OF_SAMPLERS}
+  unknown = sorted(name for name in fields if name not in known and not name.startswith("_"))
   if unknown:
     raise ValueError(
       f"{where} has the field {unknown[0]!r}, which is not known here; leave it out if it has no "
       "effect on the model."
     )
-  # A lower bound of lambda that is None or -inf bounds nothing; JSON may have it as a text.
   for name in _OFF:
-    if fields.get(name) not in (None, False, float("-inf"), "-inf"):
+    if fields.get(name) not in _NOTHING:
       raise ValueError(
         f"{where} has {name}={foreign_files.shown(fields[name])}, which is not done here; only "
         "models without it can be used."

@@ -41,7 +41,7 @@ MODELS = DiffusionModels.of(TEXT, UNET, AUTOENCODER, NoiseSchedule())
 def flops_per_image() -> float:
   plan = SAMPLER.plan(MODELS.schedule)
   return drawing_flops(
-    TEXT, UNET, AUTOENCODER, latent_shape(MODELS, SIZE)[:2], plan.num_evaluations)
+    TEXT, UNET, AUTOENCODER, *latent_shape(MODELS, SIZE)[:2], plan.num_evaluations)
 
 
 def params():

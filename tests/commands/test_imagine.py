@@ -49,7 +49,7 @@ SETTINGS = ("--size", "8x16", "--steps", 2, "--batch-size", 2)
 
 @pytest.fixture(scope="module")
 def drawn(folder, tmp_path_factory):
-  """Two pictures of each of two prompts, three batches' worth with a third, and where they are."""
+  """The folder with two pictures of each of two prompts, of which one is given twice."""
   to = tmp_path_factory.mktemp("drawn") / "pictures"
   prompts = to.parent / "prompts.jsonl"
   prompts.write_text(json.dumps({"prompt": LONG}) + '\n{"prompt": "a fox"}\n')
@@ -106,13 +106,13 @@ def test_the_same_command_gives_the_same_bytes(drawn, folder, lmops, tmp_path):
 
 
 def test_what_is_cut_is_shown_exactly(folder, lmops, tmp_path):
-  captured = lmops("--model", folder, "--prompt", LONG, "--images", 1, *SETTINGS,
+  captured = lmops("--model", folder, "--prompt", LONG, "--images", 2, *SETTINGS,
                    "--to", tmp_path / "to", "--negative", LONG)
   cut = clip_texts(load_tokenizer(folder / "tokenizer"), [LONG], 24).cut[0]
   assert f"this end of it is not read: {cut!r}" in captured.err
   assert "prompt 0 ('A quick brown FOX" in captured.err
   assert "warning: --negative is longer than the 24 tokens" in captured.err
-  assert "1 pictures of 1 prompts" in captured.out
+  assert "2 pictures of 1 prompts" in captured.out
 
 
 def test_pictures_that_are_not_finite_end_the_run_by_name(folder, lmops, tmp_path, monkeypatch):

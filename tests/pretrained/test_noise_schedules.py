@@ -22,6 +22,19 @@ def test_the_published_file_is_the_default(tmp_path):
   assert read_noise_schedule(path) == NoiseSchedule()
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", [
+  "PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler",
+  "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_the_files_of_many_schedulers_say_the_same_noise(kind):
+  diffusers = pytest.importorskip("diffusers")
+  settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+  fields = getattr(diffusers, kind)(**settings).config
+  if "clip_sample" in fields:
+    fields = {**fields, "clip_sample": False}  # as latents want it
+  assert noise_schedule(json.loads(json.dumps(dict(fields), default=list)), "f") == NoiseSchedule()
+
+
 def test_what_a_file_leaves_out_is_what_diffusers_takes():
   assert noise_schedule({"prediction_type": "v_prediction"}, "f") == NoiseSchedule(
     1e-4, 0.02, "linear", 1000, "v_prediction")
@@ -34,6 +47,8 @@ def test_what_a_file_leaves_out_is_what_diffusers_takes():
   ({"thresholding": True}, "f has thresholding=true"),
   ({"rescale_betas_zero_snr": True}, "f has rescale_betas_zero_snr=true"),
   ({"clip_sample": True}, "f has clip_sample=true"),
+  ({"variance_type": "learned_range"}, 'f has variance_type="learned_range"'),
+  ({"lambda_min_clipped": -5.1}, "f has lambda_min_clipped=-5.1"),
   ({"shift": 3.0}, "f has the field 'shift', which is not known here"),
   ({"num_train_timesteps": 0}, "f describes no noise schedule: .*num_times=0"),
   ({"beta_start": "0.1"}, "f describes no noise schedule: .*beta_start='0.1'"),

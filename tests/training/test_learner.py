@@ -243,3 +243,16 @@ def test_a_source_may_read_the_parameters_and_resumes(tmp_path):
   got = run(tmp_path / "cut", whole)
   np.testing.assert_array_equal(got.state.params["w"], want.state.params["w"])
   assert [r["loss"] for r in want.history] == pytest.approx([11.0])  # mean of 1, 4, 9, 16, 25
+
+
+def test_a_step_that_is_not_finite_ends_the_run_before_a_source_sees_its_parameters(tmp_path):
+  class Rollouts:
+    reads_params = True
+
+    def batch(self, step, params=None):
+      assert np.isfinite(params["w"]).all()
+      return BATCH | {"y": np.full(6, np.inf if step == 1 else 0.0, np.float32)}
+
+  with pytest.raises(loop.NonFiniteLossError, match="step 1 has loss inf"):
+    loop.train(supervised(lambda key: PARAMS, _losses, sgd(0.05)), Rollouts(), 5, 0, tmp_path,
+               records=QUIET)

@@ -111,6 +111,7 @@ def test_other_samplers_draw_too_and_without_guidance(params, sampler):
   np.testing.assert_array_equal(draws(TOKENS, image_keys(PROMPTS, 1), EMPTY).images, found.images)
 
 
+@pytest.mark.slow
 def test_bfloat16_draws_nearly_the_same(drawn, params):
   draws = imaginer(params, dtype="bfloat16")
   assert draws.params["unet"]["convolution_in"]["kernel"].dtype == jnp.bfloat16
@@ -138,6 +139,7 @@ def test_a_picture_that_is_not_finite_is_marked_alone(drawn, params):
   assert draws.num_programs == 1
 
 
+@pytest.mark.slow
 def test_a_unet_over_pixels_needs_no_autoencoder(params):
   unet = UNet(dataclasses.replace(UNET, in_channels=3, out_channels=3))
   inputs = jnp.zeros((1, 4, 4, 3)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 7, 16))

@@ -17,7 +17,7 @@ from lmops_jax.text.clip import clip_texts
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
 tiny_diffusion = pytest.importorskip("tests.pretrained.tiny_diffusion")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 PROMPTS, NEGATIVE, GUIDANCE = ["the cat on the cat", "on"], "cat", 7.5
 SETTINGS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -72,7 +72,6 @@ def theirs(peer, kind, settings, noise):
   return np.stack(path), images
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sampler, kind, settings", SAMPLERS, ids=lambda x: str(x)[:12])
 def test_every_step_and_picture_is_theirs(sampler, kind, settings, ours, loaded, peer, noise):
   want, images = theirs(peer, kind, settings, noise)
@@ -108,7 +107,6 @@ def test_imagined_pictures_are_theirs(ours, loaded, peer, noise):
   assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-@pytest.mark.slow
 def test_a_network_that_says_v_draws_theirs(tmp_path):
   """Stable Diffusion 2's kind of UNet and prediction."""
   folder = tiny_diffusion.save(tmp_path / "model", second=True)
