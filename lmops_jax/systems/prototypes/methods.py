@@ -106,7 +106,8 @@ class Prototypical:
       learning.bin_edges(m.targets, self.growth.bins).tolist())
     learner = learning.prototypical(
       m.encoder.init_top, m.encoder.vectors, self.optimizer, self.growth,
-      width=m.encoder.width, num_classes=m.num_classes, steps_per_epoch=per_epoch, edges=edges)
+      width=m.encoder.width, num_classes=m.num_classes, steps_per_epoch=per_epoch,
+      num_epochs=self.num_epochs, edges=edges)
 
     def start():
       first = learning.first_prototypes(
