@@ -91,13 +91,12 @@ def test_questions_beyond_a_row_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_who_sees_tells_colours_and_numbers_and_who_does_not_is_at_chance(tmp_path):
-  system, stages = stages_of("SEEDS = [0]", "STEPS = 250", "SCENES = 4_000", "ITEMS = 128")
+def test_who_sees_tells_colours_and_numbers_better_than_the_most_frequent_answer(tmp_path):
+  system, stages = stages_of(
+    "SEEDS = [0]", "STEPS = 250", "SCENES = 4_000", "ITEMS = 128", "ARMS = ('seeing',)")
   pipeline.run_stages(stages, tmp_path, system=system.name)
   summary = json.loads((tmp_path / "report" / "summary.json").read_text())
-  seeing, blind, chance = (*(summary["figures"][arm] for arm in ("seeing", "blind")),
-                           summary["chance"])
-  for name, least in (("count/seen", 0.8), ("color/seen", 0.4)):
-    assert seeing[name]["mean"] > least > blind[name]["mean"]
-    assert blind[name]["interval"][0] <= chance[name]
+  for name in ("count/seen", "color/seen"):
+    low, _ = summary["figures"]["seeing"][name]["interval"]
+    assert low > summary["chance"][name]
   assert "color, seen" in system.table(summary)
