@@ -128,8 +128,9 @@ class Promptist:
       context, self.generator, self._prepared(context), self.generator_seed, partitioner)
 
   def _quality(self, context: pipeline.StageContext, partitioner) -> None:
+    folders = {name: context.input(name) for name in (generator.TOWERS, generator.AUTOENCODER)}
     quality.run(
-      context, generator.Parts(context, self.generator, self._prepared(context), partitioner))
+      context, generator.Parts(folders, self.generator, self._prepared(context), partitioner))
 
   def _unet(self, context: pipeline.StageContext, partitioner) -> None:
     generator.fit_unet(
