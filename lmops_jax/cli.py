@@ -17,6 +17,7 @@ from lmops_jax.commands import imagine as imagine_command
 from lmops_jax.commands import models as model_commands
 from lmops_jax.commands import plans as plan_commands
 from lmops_jax.commands import promptist as promptist_commands
+from lmops_jax.commands import prototypes as prototypes_commands
 from lmops_jax.commands.demo import command as demo_commands
 from lmops_jax.config import gin_files, refusals
 from lmops_jax.mesh import processes
@@ -53,6 +54,12 @@ class _Parser(argparse.ArgumentParser):
 
 class _UsageError(ValueError):
   pass
+
+
+_ACTIONS = {  # of systems, which have options of their own
+  (of.SYSTEM, action): parts for of in (promptist_commands, prototypes_commands)
+  for action, parts in of.ACTIONS.items()
+}
 
 
 def _split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -222,8 +229,8 @@ def _one_line(error: Exception) -> str:
 
 def _dispatch(argv: list[str]) -> int:
   rest, bindings = _split_bindings(argv)
-  if rest[:2] == [promptist_commands.SYSTEM, promptist_commands.ACTION]:
-    return _rewrite(rest[2:], bindings)
+  if tuple(rest[:2]) in _ACTIONS:
+    return _act(*rest[:2], rest[2:], bindings)
   systems = gin_files.systems()
   names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS,
            *imagine_command.COMMANDS, *demo_commands.COMMANDS]
@@ -282,17 +289,19 @@ def _dispatch(argv: list[str]) -> int:
   return _run(resolved, Path(workdir))
 
 
-def _rewrite(options: list[str], bindings: list[str]) -> int:
-  """The action of a system that has options of its own instead of a gin file."""
-  name = f"lmops {promptist_commands.SYSTEM} {promptist_commands.ACTION}"
+def _act(system: str, action: str, options: list[str], bindings: list[str]) -> int:
+  """An action of a system that has options of its own instead of a gin file."""
+  name = f"lmops {system} {action}"
   if bindings:
     raise _UsageError(f"{name} takes no bindings; it has options of its own, see {name} --help.")
   parser = _Parser(prog=name, formatter_class=argparse.RawDescriptionHelpFormatter,
                    allow_abbrev=False)
-  promptist_commands.add_options(parser)
-  arguments = parser.parse_args(options, argparse.Namespace(command=name.removeprefix("lmops ")))
+  add_options, run = _ACTIONS[system, action]
+  parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+  add_options(parser)
+  arguments = parser.parse_args(options, argparse.Namespace(command=f"{system} {action}"))
   _set_environment()
-  return promptist_commands.run(arguments)
+  return run(arguments)
 
 
 def _listing(systems: Sequence[str]) -> str:

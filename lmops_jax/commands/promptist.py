@@ -11,7 +11,7 @@ import sys
 
 from lmops_jax.commands import models, prompts
 
-SYSTEM, ACTION = "promptist", "rewrite"
+SYSTEM = "promptist"
 _TEXT = "rewrite prompts for an image model with a policy that was tuned to"
 _EPILOG = """\
 examples:
@@ -29,7 +29,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
   """Adds the options of the action."""
   add = parser.add_argument
   parser.description, parser.epilog = f"{_TEXT[0].upper()}{_TEXT[1:]}.", _EPILOG
-  add("--traceback", action="store_true", help="show where an error came from")
   models.running_options(parser)
   add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
   add("--prompts", metavar="FILE", help='further prompts: JSON lines with "prompt", or plain lines')
@@ -72,3 +71,6 @@ def run(arguments: argparse.Namespace) -> int:
       print(f"lmops: prompt {i}: the policy wrote nothing in {empty} of {len(own)} answers; they "
             "are the prompt as it was.", file=sys.stderr)
   return 0
+
+
+ACTIONS = {"rewrite": (add_options, run)}

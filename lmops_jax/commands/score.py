@@ -17,7 +17,7 @@ _NORMALISATIONS = ("sum", "token", "first", "char", "null", "auto", "answer")
 # What only tasks with options, or only those with open answers, read; as given by default.
 _OF_OPTIONS = {"normalise": None, "balanced": False}
 _OF_ANSWERS = {"only_names": False, "grammar": False, "beams": None, "max_new_tokens": None,
-               "length_penalty": None, "no_repeat_ngram": None, "stop": None}
+               "length_penalty": None, "no_repeat_ngram": None, "stop": None, "wordnet": None}
 _MAX_NEW_TOKENS = 32
 
 
@@ -50,6 +50,8 @@ def add_options(parser) -> None:
   add("--metric", help="of a file of rows with images: exact_match (default), f1, vqa, cider or "
       "meteor of answers, accuracy (default) or roc_auc of options, referring (default) or "
       "phrase_grounding of targets")
+  add("--wordnet", metavar="FOLDER", help="WordNet's database files (index.noun, noun.exc, ...), "
+      "by which meteor pairs synonyms; default: equal words and stems alone")
   add("--only-names", action="store_true", help="generate nothing but the task's names of classes, "
       "such as imagenet's")
   add("--grammar", action="store_true", help="let the model write well-formed boxes only")
@@ -201,6 +203,7 @@ class _Answers:
     self._how = dict(
       shots=arguments.shots, seed=arguments.seed, train=train, only_names=arguments.only_names)
     self.grammar = arguments.grammar
+    self._wordnet = _wordnet(arguments.wordnet, task)
     self.rows, self.front = open_answers.rows_and_front(task, **self._how, sees=True)
     self.num_steps = len(self.rows)
 
@@ -214,7 +217,8 @@ class _Answers:
 
     return open_answers.evaluate(
       engine, tokenizer, self._task, **self._how, grammar=self.grammar, options=self._options,
-      stop=self._stop, config=source.decoder.config, progress=update, encoder=encoder)
+      stop=self._stop, config=source.decoder.config, progress=update, encoder=encoder,
+      wordnet=self._wordnet)
 
   def record(self, found, index: int):
     from lmops_jax.evaluation import open_answers
@@ -226,14 +230,28 @@ class _Answers:
     how = "greedy" if beams == 1 else f"{beams} beams"
     names = f", of {len(self._task.words)} names alone" if self._arguments.only_names else ""
     grammar = ", by the grammar of boxes" if self.grammar else ""
+    synonyms = ", with synonyms" if self._wordnet else ""
     print(f"{_shown(found.figure)}, {len(found.answers)} rows, {found.num_shots} shots, "
-          f"{how}{names}{grammar}")
+          f"{how}{names}{grammar}{synonyms}")
     _tell(found.estimates)
     if found.located is not None:
       malformed = sum(of.num_malformed for of in found.located.located)
       if malformed:
         print(f"{malformed} groups of boxes in the answers are malformed and count for nothing.",
               file=sys.stderr)
+
+
+def _wordnet(folder: str | None, task):
+  """The synonyms of a folder that is given, for a task that METEOR is told of."""
+  from lmops_jax.evaluation import open_answers, wordnet
+
+  if folder is None:
+    return None
+  if not {"meteor", "explanation_meteor"} & set(open_answers.told_of(task.metric)):
+    raise ValueError(
+      f"the task {task.name} is measured by {task.metric} and not by meteor, so that --wordnet "
+      "changes nothing; leave it out, or give another --metric.")
+  return wordnet.read(folder)
 
 
 def _encoding(way, task, source, tokenizer, partitioner):

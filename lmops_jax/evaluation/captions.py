@@ -110,6 +110,39 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list
   Returns:
     The four, each with the whole corpus' counts put together and for each row.
   """
+  counts = bleu_counts(candidates, references)
+  corpus, rows = corpus_bleu(counts), _bleu(
+    counts.right, counts.total, counts.lengths[:, None], counts.closest[:, None])
+  return [Scores(float(corpus[n]), rows[:, n]) for n in range(_MAX_N)]
+
+
+class BleuCounts(NamedTuple):
+  """What BLEU counts of each caption.
+
+  Attributes:
+    right, total: `[N,4]`, n-grams that a reference has, and all.
+    lengths, closest: `[N]`, words of the caption, and of the reference of the closest length.
+  """
+
+  right: np.ndarray
+  total: np.ndarray
+  lengths: np.ndarray
+  closest: np.ndarray
+
+
+def corpus_bleu(counts: BleuCounts, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+  """BLEU-1 to BLEU-4 of some captions together, `[4]`.
+
+  Args:
+    counts: of all. rows: the numbers of those that count, perhaps several times.
+  """
+  return _bleu(*(of[rows].sum(axis=0) for of in counts))
+
+
+def bleu_counts(
+  candidates: Sequence[str], references: Sequence[Sequence[str]]
+) -> BleuCounts:
+  """What `bleu` counts; arguments and errors as for `cider`."""
   _check(candidates, references)
   num = len(candidates)
   right, total = np.zeros((num, _MAX_N)), np.zeros((num, _MAX_N))
@@ -124,9 +157,7 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list
     total[i] = np.maximum(lengths[i] - np.arange(_MAX_N), 0)
     sizes = [len(caption.split()) for caption in captions]
     closest[i] = min(sizes, key=lambda size: (abs(size - lengths[i]), size))
-  corpus = _bleu(right.sum(axis=0), total.sum(axis=0), lengths.sum(), closest.sum())
-  rows = _bleu(right, total, lengths[:, None], closest[:, None])
-  return [Scores(float(corpus[n]), rows[:, n]) for n in range(_MAX_N)]
+  return BleuCounts(right, total, lengths, closest)
 
 
 def _bleu(right, total, length, closest) -> np.ndarray:

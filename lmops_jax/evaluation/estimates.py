@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ class Estimate(NamedTuple):
 
   Attributes:
     name: of what is measured.
-    value: the mean.
+    value: the mean, or a figure of all of them together.
     low, high: ends of its interval of 95 %.
     num_rows: rows that it is over.
   """
@@ -52,10 +52,8 @@ def estimate(
   values = np.asarray(values, np.float64)
   if not len(values):
     raise ValueError(f"there are no rows to estimate {name} over; give at least one.")
-  numbers: dict[Hashable, int] = {}
-  keys = range(len(values)) if groups is None else groups
-  index = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
-  num, mean = len(numbers), float(values.mean())
+  index = _numbered(range(len(values)) if groups is None else groups)
+  num, mean = index.max() + 1, float(values.mean())
   is_binary = np.isin(values, (0, 1)).all()
   if is_binary and (num == len(values) or mean in (0, 1)):
     low, high = intervals.of_proportion(round(mean * num), num)
@@ -65,6 +63,33 @@ def estimate(
   means = [totals[chosen].sum() / counts[chosen].sum() for chosen in drawn]
   low, high = np.quantile(means, intervals.quantiles(0.95))
   return Estimate(name, mean, float(low), float(high), len(values))
+
+
+def of_corpus(
+  name: str, figure: Callable[[np.ndarray], float], groups: Sequence[Hashable], seed: int = 0
+) -> Estimate:
+  """A figure of all rows together, such as BLEU, with a bootstrap interval as in `estimate`.
+
+  Args:
+    name: of what is measured.
+    figure: `(numbers of rows) -> figure`, a row perhaps several times.
+    groups: what each row belongs to.
+    seed: of the drawing.
+  """
+  index = _numbered(groups)
+  members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
+  rng = np.random.default_rng(seed)
+  found = [
+    figure(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
+    for _ in range(_RESAMPLES)]
+  low, high = np.quantile(found, intervals.quantiles(0.95))
+  return Estimate(name, figure(np.arange(len(index))), float(low), float(high), len(index))
+
+
+def _numbered(keys: Sequence[Hashable]) -> np.ndarray:
+  """The number of each key, from 0 on by first appearance."""
+  numbers: dict[Hashable, int] = {}
+  return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def by_category(rows: Sequence[Example], values: np.ndarray) -> list[Estimate]:

@@ -14,6 +14,7 @@ from lmops_jax.evaluation import captions
 from lmops_jax.evaluation.answers import normalised
 from lmops_jax.evaluation.captions import Scores
 from lmops_jax.evaluation.meteor import meteor
+from lmops_jax.evaluation.wordnet import WordNet
 
 _BECAUSE = " because "
 
@@ -30,20 +31,28 @@ def label_accuracy(answer: str, golds: Sequence[str]) -> float:
   return float(any(own == normalised(parts(gold)[0]) for gold in golds))
 
 
-def explanation_scores(
+def explanations(
   found: Sequence[str], golds: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+  """The explanations of answers and of the right ones of each row."""
+  return ([parts(answer)[1] for answer in found],
+          [[parts(gold)[1] for gold in of_row] for of_row in golds])
+
+
+def explanation_scores(
+  found: Sequence[str], golds: Sequence[Sequence[str]], wordnet: WordNet | None = None
 ) -> dict[str, Scores]:
   """CIDEr, BLEU-1 to BLEU-4, ROUGE-L and METEOR of explanations, by name.
 
   Args:
     found: whole answers as they were generated; one without explanation scores 0.
     golds: of each row, the right answers.
+    wordnet: tells METEOR synonyms; None for no such stage.
 
   Raises:
     ValueError: as `captions.cider`, naming the row.
   """
-  own = [parts(answer)[1] for answer in found]
-  right = [[parts(gold)[1] for gold in of_row] for of_row in golds]
+  own, right = explanations(found, golds)
   scores = captions.caption_scores(own, right)
-  rows = np.array([meteor(answer, of_row) for answer, of_row in zip(own, right)])
+  rows = np.array([meteor(answer, of_row, wordnet) for answer, of_row in zip(own, right)])
   return {**scores, "METEOR": Scores(float(rows.mean()), rows)}

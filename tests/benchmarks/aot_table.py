@@ -3,12 +3,12 @@
 For each size of PDS (160M to 1.7B parameters), each program (pre-training at 512 x 1024 with AdamW,
 the solve's forward and reverse segment at 256 x 1024) and each kind of chip, and for the training
 steps of Kosmos-1 and 2 (`--sizes kosmos1 kosmos2`, a group of rows on each device at a time) and of
-MetaLM (`--sizes metalm`, four rows on each device at a time), and for drawing so many pictures on
-each device (`--sizes sd1`, `image_programs`): the slices are tried from small to large. A slice
-that the arithmetic of `lmops plan` puts far above the memory is not compiled; the first that
-compiles and fits is the row, and the next smaller one, tried or planned, is named in it. Pictures
-are drawn by each chip for itself, so for them one chip is all that is tried.
-Figures are kept in a JSON file as they come, so a run that is stopped goes on.
+MetaLM (`--sizes metalm`, four rows on each device at a time, and `metalm_vl`, a group of four), and
+for drawing so many pictures on each device (`--sizes sd1`, `image_programs`): the slices are tried
+from small to large. A slice that the arithmetic of `lmops plan` puts far above the memory is not
+compiled; the first that compiles and fits is the row, and the next smaller one, tried or planned,
+is named in it. Pictures are drawn by each chip for itself, so for them one chip is all that is
+tried. Figures are kept in a JSON file as they come, so a run that is stopped goes on.
 With `--planned` nothing is compiled and the table is that of the arithmetic.
 
   python tests/benchmarks/aot_table.py --sizes 160m 470m --chips v5e v5p
@@ -60,7 +60,8 @@ SIZES = {size: Size(f"pds/paper_{size}.gin", _PDS) for size in ("160m", "470m", 
   "kosmos1": Size("kosmos/kosmos1_paper.gin", {"train": "train"}, groups=128),
   "kosmos2": Size("kosmos/kosmos2_paper.gin", {"train": "train"}, groups=48,
                   bindings=("GROUPS = 48",)),
-  "metalm": Size("metalm/language_paper.gin", {"train": "train"}, groups=256)}
+  "metalm": Size("metalm/language_paper.gin", {"train": "train"}, groups=256),
+  "metalm_vl": Size("metalm/vision_language.gin", {"train": "train"}, groups=64)}
 IMAGES = {f"images, {num} a device": num for num in (1, 4, 16, 32, 64)}  # see image_programs
 SIZES["sd1"] = Size("", dict.fromkeys(IMAGES, ""))
 PROGRAMS = tuple(dict.fromkeys(name for size in SIZES.values() for name in size.programs))

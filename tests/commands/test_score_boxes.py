@@ -17,7 +17,7 @@ from lmops_jax.decoding.text import Generation
 from lmops_jax.evaluation.seeing import SeeingEncoder
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.text.tokenizer import load_tokenizer
-from tests import model_folders
+from tests import model_folders, wordnet_files
 from tests.data.tasks.test_ref_coco import write_ref_coco
 
 SIDE = 4
@@ -272,6 +272,25 @@ def test_expressions_are_measured_by_two_figures_behind_whole_examples(
   first, second = out.splitlines()
   assert first.startswith(f"meteor {meteor:.4f} (standard error ") and "1 shots, greedy" in first
   assert second.startswith("  cider  ") and second.endswith("2 rows")
+
+
+def test_synonyms_of_wordnet_are_told_of(lmops, folder, says, tmp_path):
+  _expressions(tmp_path, ("an auto", [0, 0, 20, 20]), data="refcocog")
+  base = ("--model", folder, "--task", "refcocog-expressions", "--data", tmp_path)
+  says[1].extend([" an automobile", " an automobile"])
+  out, _ = lmops(*base)
+  assert out.splitlines()[0] == "meteor 0.2500, 1 rows, 0 shots, greedy"
+  files = wordnet_files.write(tmp_path / "wordnet")
+  out, _ = lmops(*base, "--wordnet", files)
+  assert out.splitlines()[0] == (
+    f"meteor {0.9 * (1 - 0.5 / 8):.4f}, 1 rows, 0 shots, greedy, with synonyms")
+  (files / "verb.exc").unlink()
+  _, err = lmops(*base, "--wordnet", files, fails=True)
+  assert f"{files} has no verb.exc; give the folder of WordNet's database files" in err
+  _expressions(tmp_path, ("an auto", [0, 0, 20, 20]))
+  _, err = lmops("--model", folder, "--task", "refcoco", "--data", tmp_path, "--wordnet", files,
+                 fails=True)
+  assert "the task refcoco is measured by referring and not by meteor, so that --wordnet" in err
 
 
 def test_questions_are_compared_by_their_mean_and_told_by_type(lmops, folder, tmp_path):

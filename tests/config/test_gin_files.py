@@ -40,8 +40,12 @@ OWED = {
   ],
   "meta_optimizer/paper.gin": ["MODEL = '/data/model'"],
   "metalm/finetune.gin": ["START = '/data/metalm'"],
+  "metalm/finetune_pictures.gin": ["START = '/data/metalm'", "DATA = '/data'"],
   "metalm/language_paper.gin": [
     "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'"],
+  "metalm/vision_language.gin": [
+    "PAIRS_PATH = '/data/pairs'", "TEXT_PATH = '/data/text'",
+    "VOCABULARY_PATH = '/data/tokenizer.json'"],
   "pds/paper.gin": [
     "CORPUS_PATH = '/data/corpus'", "TARGET_PATH = '/data/target.jsonl'",
     "TARGET_TEST_PATH = '/data/test.jsonl'", "VOCABULARY_PATH = '/data/tokenizer.model'",
@@ -67,7 +71,9 @@ RUNS = [
   "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
   "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",
   "meta_optimizer/paper.gin", "metalm/default.gin", "metalm/finetune.gin",
-  "metalm/language_paper.gin", "metalm/smoke.gin",
+  "metalm/finetune_pictures.gin", "metalm/language_paper.gin", "metalm/pictures.gin",
+  "metalm/smoke.gin",
+  "metalm/vision_language.gin",
   "pds/baselines.gin",
   "pds/default.gin", "pds/paper.gin",
   *PAPER_SIZES, "pds/smoke.gin",

@@ -73,3 +73,18 @@ def test_bad_input(candidates, references, message):
   for score in (captions.cider, captions.bleu, captions.rouge_l):
     with pytest.raises(ValueError, match=message):
       score(candidates, references)
+
+
+def test_bleu_is_that_of_sacrebleu():
+  bleu = pytest.importorskip("sacrebleu").BLEU
+  draws = np.random.default_rng(0)
+  words = np.array("a the red dog cat on grass runs and sits".split())
+  def sentence(low, high):
+    return " ".join(draws.choice(words, draws.integers(low, high)))
+  found = [sentence(3, 12) for _ in range(60)]
+  golds = [[sentence(4, 12) for _ in range(3)] for _ in found]
+  for order in range(1, 5):
+    peer = bleu(tokenize="none", max_ngram_order=order, smooth_method="none")
+    want = peer.corpus_score(found, list(zip(*golds))).score / 100
+    assert want > 0.01 and captions.bleu(found, golds)[order - 1].corpus == pytest.approx(
+      want, rel=1e-5)

@@ -30,3 +30,23 @@ def test_captions_are_taken_as_they_were_generated():
 def test_bad_input(arguments, message):
   with pytest.raises(ValueError, match=message):
     generated.score(*arguments)
+
+
+def test_bleu_of_captions_and_of_explanations():
+  """By hand: of 8 words 7 are right, of 6 bigrams 5, of 4 trigrams 3; both as long as theirs."""
+  found = ["a dog on the grass", "two red cars"]
+  golds = [["A dog on the grass."], ["two blue cars"]]
+  right, total = np.array([7, 4, 3, 2]), np.array([8, 6, 4, 2])
+  want = np.cumprod(right / total) ** (1 / np.arange(1, 5))
+  got = [generated.score(f"bleu_{n}", found, golds).corpus for n in range(1, 5)]
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  told = [f"yes because {one}" for one in found], [[f"no because {one[0]}"] for one in golds]
+  assert [generated.score(f"explanation_bleu_{n}", *told).corpus for n in range(1, 5)] == got
+  for n in range(1, 5):
+    figure = generated.of_corpus(f"bleu_{n}", found, golds)
+    assert figure(np.arange(2)) == got[n - 1]
+    assert figure(np.array([0, 0])) == pytest.approx(1, abs=1e-6)  # the first caption twice
+    one = generated.score(f"bleu_{n}", found[1:], golds[1:]).corpus
+    assert figure(np.array([1])) == pytest.approx(one, rel=1e-9)
+    assert generated.of_corpus(f"explanation_bleu_{n}", *told)(np.arange(2)) == got[n - 1]
+  assert generated.of_corpus("cider", found, golds) is None

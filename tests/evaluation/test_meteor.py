@@ -1,11 +1,12 @@
-"""METEOR's first stages against examples worked by hand, Porter's own, and nltk."""
+"""METEOR's stages against examples worked by hand, Porter's own, and nltk."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from lmops_jax.evaluation import meteor
+from lmops_jax.evaluation import explained, meteor, wordnet
+from tests import wordnet_files
 
 # From the examples of Porter's paper, step by step.
 STEMS = """
@@ -47,6 +48,34 @@ def test_equal_words_come_before_equal_stems():
 def test_the_best_reference_counts_as_people_wrote_it():
   assert meteor.meteor("A dog runs.", ["two cats", "a DOG, runs!"]) == pytest.approx(1 - 0.5 / 27)
   assert meteor.meteor("...", ["a dog"]) == 0
+
+
+@pytest.fixture(scope="module")
+def synonyms(tmp_path_factory):
+  return wordnet.read(wordnet_files.write(tmp_path_factory.mktemp("wordnet")))
+
+
+def test_synonyms_come_last_and_count_less(synonyms):
+  assert meteor.aligned("large autos ran".split(), "run big automobile".split(), synonyms) == [
+    (0, 1), (1, 2), (2, 0)]
+  assert meteor.aligned(["goose"], ["gooses", "twit"], synonyms) == [(0, 0)]  # by their stems
+  assert meteor.aligned(["geese"], ["goose", "twit"], synonyms) == [(0, 1)]
+  assert meteor.aligned(["auto", "auto"], ["tip", "automobile"], synonyms) == [(1, 1)]
+  # 1 and a synonym of 3 and 2 words, in one piece
+  precision, recall = 1.8 / 3, 1.8 / 2
+  want = precision * recall / (0.9 * precision + 0.1 * recall) * (1 - 0.5 / 8)
+  assert meteor.of_words("a big auto".split(), "big automobile".split(), synonyms) == pytest.approx(
+    want)
+  assert meteor.meteor("An auto.", ["two cats", "AUTOMOBILE!"], synonyms) == pytest.approx(
+    0.4 * 0.8 / (0.9 * 0.4 + 0.1 * 0.8) * 0.5)
+  assert meteor.meteor("An auto.", ["AUTOMOBILE!"]) == 0
+
+
+def test_explanations_are_compared_by_synonyms(synonyms):
+  found, golds = ["yes because autos"], [["no because automobiles run"]]
+  assert explained.explanation_scores(found, golds)["METEOR"].corpus == 0
+  got = explained.explanation_scores(found, golds, synonyms)["METEOR"].corpus
+  assert got == meteor.of_words(["auto"], ["automobile", "run"], synonyms) > 0
 
 
 @pytest.mark.parity

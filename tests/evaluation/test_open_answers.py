@@ -8,7 +8,7 @@ import pytest
 from lmops_jax.data.tasks import Example, Task
 from lmops_jax.decoding import GenerationOptions
 from lmops_jax.decoding.text import Generation
-from lmops_jax.evaluation import open_answers
+from lmops_jax.evaluation import captions, open_answers
 from lmops_jax.models.transformer import TransformerConfig
 
 CONFIG = TransformerConfig(vocab_size=300, num_layers=1, width=8, num_heads=1, max_length=40)
@@ -110,3 +110,22 @@ def test_a_tokenizer_without_end_cannot_tell_names(monkeypatch):
   task = Task("colors", ROWS, words=("red", "blue"), metric="exact_match")
   with pytest.raises(ValueError, match="tokenizer of letters has no end token, which tells a name"):
     _evaluate(task, only_names=True)
+
+
+def test_what_is_told_beside_a_metric():
+  golds = "a dog on grass here", "two cars in a street", "a cat on a mat", "one tall tree"
+  rows = [Example(i, "caption:", (), -1, (gold,), images=(f"{i // 2}.png",))
+          for i, gold in enumerate(golds)]
+  answers = ["a dog on grass here", "two cars in a road", "a cat on a mat", "a tall tree"]
+  found, = open_answers.companions("cider", rows, answers)
+  figures = dict(captions.caption_scores(answers, [row.answers for row in rows]))
+  assert (found.name, found.num_rows) == ("bleu_4", 4)
+  assert found.value == pytest.approx(figures["BLEU-4"].corpus)
+  assert found.low < found.value < found.high
+  told = [row._replace(answers=tuple(f"no because {gold}" for gold in row.answers)) for row in rows]
+  beside = {of.name: of for of in open_answers.companions(
+    "explained", told, [f"yes because {answer}" for answer in answers])}
+  assert beside["explanation_bleu_4"] == found._replace(name="explanation_bleu_4")
+  assert beside["explanation_bleu_1"].value == pytest.approx(figures["BLEU-1"].corpus)
+  assert beside["explanation_cider"].value == pytest.approx(figures["CIDEr"].corpus)
+  assert open_answers.companions("vqa", rows, answers) == []

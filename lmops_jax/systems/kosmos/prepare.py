@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmops_jax.config.setting_types import Count, PositiveInt, component
+from lmops_jax.config.setting_types import component
 from lmops_jax.data.grounded_text import appended_box_words
 from lmops_jax.data.image_rows import METADATA_FILE, ImageRows, write_rows
 from lmops_jax.data.image_tokens import ImageTokens, appended, encode_records, special_words
@@ -19,7 +19,7 @@ from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.mixture import Mixture
 from lmops_jax.data.multimodal import Record
 from lmops_jax.host.whole_files import write_json
-from lmops_jax.shared_stages import corpora
+from lmops_jax.shared_stages import corpora, row_sources
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.kosmos.features import Features
 from lmops_jax.systems.kosmos.items import Item, items
@@ -35,18 +35,8 @@ _VOCABULARY_RECORDS = 500  # of each source
 
 @component(module="kosmos")
 @dataclasses.dataclass(frozen=True)
-class RowShape:
-  """Rows of one part of a group.
-
-  Attributes:
-    length: predicted positions.
-    pictures: of a row, at most; 0 for texts.
-    rows: in each group.
-  """
-
-  length: PositiveInt
-  pictures: Count
-  rows: PositiveInt
+class RowShape(row_sources.RowShape):
+  """Rows of one part of a group."""
 
 
 # By part and source: the records to train on, or those to validate if it is told so.

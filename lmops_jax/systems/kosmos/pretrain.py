@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 import annotated_types as at
 import flax.linen as nn
 import jax
-import numpy as np
 
 from lmops_jax.config.setting_types import (
   Decay,
@@ -32,27 +31,24 @@ from lmops_jax.data.boxes import LARGEST_GRID
 from lmops_jax.data.grounded_text import appended_box_words
 from lmops_jax.data.image_tokens import KOSMOS_WORDS, ImageTokens, appended, special_words
 from lmops_jax.data.images import ImageSettings
-from lmops_jax.data.mixture import Mixture
-from lmops_jax.data.multimodal import LeftOut
 from lmops_jax.data.supervised import TOO_LONG
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
 from lmops_jax.models.docked import DockedConfig
 from lmops_jax.pretrained import trained_vocabulary
-from lmops_jax.reporting.run_report import text_table
-from lmops_jax.shared_stages import corpora
+from lmops_jax.shared_stages import corpora, group_report, held_out
+from lmops_jax.shared_stages.grouped_rows import GroupedSources
+from lmops_jax.shared_stages.row_sources import RowSource, Side
 from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.systems.kosmos import held_out, plan, pretrain_report, starts, training
+from lmops_jax.systems.kosmos import plan, starts, training
 from lmops_jax.systems.kosmos.prepare import RowShape
-from lmops_jax.systems.kosmos.row_texts import marked
-from lmops_jax.systems.kosmos.sources import Form, Instructions, Pictures, RowSource, Side, Texts
-from lmops_jax.systems.kosmos.training import VALIDATION
+from lmops_jax.systems.kosmos.sources import Instructions, Pictures, Texts
 from lmops_jax.systems.kosmos.world import INTERLEAVED, PAIRS, PARTS, TEXT
 from lmops_jax.text.vocabulary_sources import VocabularySource
 from lmops_jax.training import loop
-from lmops_jax.training.sources import Ahead, Groups, Part
+from lmops_jax.training.sources import Ahead, Groups
 
 INSTRUCTIONS = "instructions"
 _IDS_FILE = "ids.json"
@@ -79,7 +75,7 @@ class Pretrain:
     grid: cells in a row of the words for boxes, which follow the special tokens (Kosmos-2: 32);
       None: a vocabulary without them, as that of Kosmos-1.
     held_out: share of each source's records that nothing is learned from; their loss is measured
-      every `kosmos.Training.eval_every` steps. See `kosmos.sources`.
+      every `kosmos.Training.eval_every` steps. See `shared_stages.row_sources`.
     held_out_rows: of each source, the most that are measured.
     seed: of initialisation and order.
 
@@ -110,9 +106,7 @@ class Pretrain:
   name = "kosmos_pretrain"
 
   def __post_init__(self):
-    if not self.sources:
-      raise ValueError(
-        "kosmos.Pretrain has no source; give it texts, pairs, documents or instructions.")
+    self._grouped.check("kosmos.Pretrain")
     if bool(self.instructions) != (self.instruction_rows is not None):
       raise ValueError(
         f"kosmos.Pretrain has {len(self.instructions)} instructions and instruction_rows="
@@ -133,12 +127,6 @@ class Pretrain:
         f"data.ImageSettings makes pictures of {self.images.height} x {self.images.width} and "
         f"models.VisionConfig.image_size is {size}; give both one size."
       )
-    for part, sources in self.sources.items():
-      names = Counter(source.name for source in sources)
-      name, num = names.most_common(1)[0]
-      if num > 1:
-        raise ValueError(
-          f"{num} sources of the part {part!r} are called {name!r}; give them different names.")
 
   @property
   def words(self) -> tuple[str, ...]:
@@ -151,6 +139,12 @@ class Pretrain:
     parts = {TEXT: self.texts, PAIRS: self.pairs, INTERLEAVED: self.documents,
              INSTRUCTIONS: self.instructions}
     return {part: sources for part, sources in parts.items() if sources}
+
+  @property
+  def _grouped(self) -> GroupedSources:
+    return GroupedSources(
+      self.sources, self.shapes, self.images, self.too_long, self.pictures_per_document,
+      self.held_out)
 
   @property
   def shapes(self) -> dict[str, RowShape]:
@@ -178,7 +172,10 @@ class Pretrain:
         "train", functools.partial(self._train, partitioner=partitioner), inputs=("rows",),
         reads=("training", "model", "clip", "start", "seed", "images", "held_out_rows"),
         result="model"),
-      skeleton.Stage("report", pretrain_report.run, inputs=("rows", "train"), together=False),
+      skeleton.Stage(
+        "report", functools.partial(
+          group_report.run, title="Kosmos: training on texts, pairs and documents with pictures"),
+        inputs=("rows", "train"), together=False),
     ]
 
   def _rows(self, context: pipeline.StageContext) -> None:
@@ -187,34 +184,7 @@ class Pretrain:
     box_words = None if self.grid is None else appended_box_words(vocabulary, self.words)
     self._check_start(ids)
     write_json(context.directory / _IDS_FILE, dataclasses.asdict(ids))
-    counts: dict[str, Mapping[str, int]] = {}
-    for part, sources in self.sources.items():
-      form = Form(self.shapes[part], vocabulary, ids, self.images, self.too_long,
-                  self.pictures_per_document, box_words)
-      for source in sources:
-        name = f"{part}/{source.name}"
-        counts[name] = self._write(context, name, source, form, held=False)
-        if self.held_out:
-          counts[f"{VALIDATION}/{name}"] = self._write(context, name, source, form, held=True)
-    context.extra["counts"] = counts
-    context.extra["first_rows"] = {
-      f"{part}/{name}": marked(
-        {key: of[0] for key, of in rows.batch(np.zeros(1, np.int64)).items()}, vocabulary, ids,
-        self.words)
-      for part, opened in self._opened(context.directory).items() for name, rows in opened.items()}
-
-  def _write(self, context, name: str, source: RowSource, form: Form, held: bool):
-    """Writes one side of a source; returns counts of what became of it."""
-    left_out, records = LeftOut(), Counter()
-    folder = context.directory / VALIDATION if held else context.directory
-    counts = source.write(
-      folder / name, form, Side(name, self.held_out, held, records), left_out)
-    if self.held_out and not held:
-      counts["held_out"] = records["others"]
-    if not held:
-      for reason, names in left_out.named.items():
-        context.log(f"{name}: {left_out.counts[reason]} {reason}, {names[0]} first")
-    return counts | dict(left_out.counts)
+    self._grouped.write(context, vocabulary, ids, self.words, box_words)
 
   def _check_start(self, ids: ImageTokens) -> None:
     if self.start is not None:
@@ -228,31 +198,20 @@ class Pretrain:
       side = Side(f"{TEXT}/{source.name}", self.held_out, False, Counter())
       yield from (document.text for document in source.documents(side))
 
-  def _opened(self, folder: Path) -> dict[str, dict[str, Any]]:
-    """Rows by part and name of the source."""
-    return {
-      part: {source.name: source.open(folder / part / source.name, self.images)
-             for source in sources}
-      for part, sources in self.sources.items()}
-
   def _groups(self, folder: Path) -> Groups:
-    parts = {}
-    for part, opened in self._opened(folder).items():
-      weights = {source.name: source.weight for source in self.sources[part]}
-      parts[part] = Part(Mixture(opened, weights, seed=self.seed), self.shapes[part].rows)
-    return Groups(parts, self.training.num_groups)
+    grouped = self._grouped
+    return grouped.groups(grouped.opened(folder), self.training.num_groups, self.seed)
 
   def _train(self, context: pipeline.StageContext, partitioner) -> None:
     folder, config = context.input("rows"), self.training
     ids = ImageTokens(**json.loads((folder / _IDS_FILE).read_text()))
     self._check_start(ids)
     docked = training.docked_model(self.model, ids.vocab_size)
-    hooks = []
+    grouped, hooks = self._grouped, []
     if self.held_out:
-      rows = {(part, name): rows for part, opened in self._opened(folder / VALIDATION).items()
-              for name, rows in opened.items()}
       hooks.append(held_out.validation(
-        docked, rows, self.held_out_rows, config.eval_every, partitioner))
+        lambda part: training.group_losses(docked, (part,)), grouped.opened_held_out(folder),
+        self.held_out_rows, config.eval_every, partitioner))
     result = loop.train(
       training.learner(docked, config, self._arm, partitioner), Ahead(self._groups(folder)),
       config.num_steps, self.seed, context.directory, partitioner, hooks=hooks,
@@ -298,8 +257,4 @@ class Pretrain:
 
   def table(self, summary: Mapping[str, Any]) -> str:
     """The losses and the rows of a finished run, for the terminal."""
-    rows = [("", "rows"), *((name, f"{of['rows']:,}") for name, of in summary["counts"].items())]
-    lines = [f"training loss at the end: {summary['train_loss']:.4f}"]
-    lines += [f"validation loss of {name}: {loss:.4f}"
-              for name, loss in summary["validation_loss"].items()]
-    return "\n".join([*lines, text_table(rows)])
+    return group_report.table(summary)

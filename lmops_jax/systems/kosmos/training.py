@@ -11,13 +11,11 @@ Arms start from the same numbers and the same tower, and read the same rows in t
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -26,6 +24,7 @@ from lmops_jax.data.image_tokens import KOSMOS_WORDS
 from lmops_jax.evaluation import lm
 from lmops_jax.models.docked import DockedConfig, DockedLM
 from lmops_jax.pretrained import trained_vocabulary
+from lmops_jax.shared_stages.grouped_rows import VALIDATION
 from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.kosmos.features import NUMBERS, Features
@@ -33,11 +32,11 @@ from lmops_jax.systems.kosmos.prepare import Prepared, RowShape
 from lmops_jax.systems.kosmos.world import PARTS, TEXT, Weights
 from lmops_jax.text.vocabularies import Vocabulary
 from lmops_jax.training import language_models, loop
+from lmops_jax.training.group_losses import GroupLosses
 from lmops_jax.training.learner import supervised
-from lmops_jax.training.losses import LMExampleLosses, check_batch
-from lmops_jax.training.sources import Ahead, Source, part_of
+from lmops_jax.training.losses import LMExampleLosses
+from lmops_jax.training.sources import Ahead, Source
 
-VALIDATION = "validation"
 FULL = "full"
 _VALIDATION_ROWS = 32  # of each part
 
@@ -173,48 +172,24 @@ def changed(
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupLosses:
-  """Nats a learned token of each group, times its weight, of batches of `sources.Groups`.
-
-  A part's pictures are `images`, or `features` that were computed before, see `changed`.
-
-  Attributes:
-    model: a docked language model.
-    parts: of a group.
-  """
+class PictureLosses(LMExampleLosses):
+  """`LMExampleLosses` of rows with `images`, or with `features` computed before, see `changed`."""
 
   model: DockedLM
-  parts: tuple[str, ...]
 
-  def __call__(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
-    nats, learned = jnp.float32(0), jnp.float32(0)
-    for number, part in enumerate(self.parts):
-      rows = part_of(batch, part)
-      groups, per_group = rows["tokens"].shape[:2]
-      rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
-      if "key" in batch:
-        keys = jax.vmap(functools.partial(_keys_of_rows, number=number, num=per_group))
-        rows["key"] = keys(batch["key"]).reshape(-1)
-      if "images" in rows:
-        rows["vectors"] = self.model.apply(
-          {"params": params}, rows.pop("images"), rows.get("key"), method="row_vectors")
-      elif "features" in rows:
-        rows["vectors"] = self.model.apply(
-          {"params": params}, rows.pop("features"), rows.get("key"), method="connect_rows")
-      found = LMExampleLosses(self.model).token_losses(params, rows) * rows["loss_mask"]
-      nats += found.reshape(groups, -1).sum(axis=1)
-      learned += rows["loss_mask"].reshape(groups, -1).sum(axis=1)
-    return nats / jnp.maximum(learned, 1) * batch["weight"]
-
-  def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
-    """Refuses ids outside of the vocabulary, and rows of which nothing is learned."""
-    for part in self.parts:
-      rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in part_of(batch, part).items()}
-      check_batch(rows, vocab_size=self.model.config.vocab_size)
+  def token_losses(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Nats of every target `[B,S] float32`, masked or not."""
+    for name, method in (("images", "row_vectors"), ("features", "connect_rows")):
+      if name in batch:
+        vectors = self.model.apply(
+          {"params": params}, batch[name], batch.get("key"), method=method)
+        batch = {**batch, "vectors": vectors}
+    return super().token_losses(params, batch)
 
 
-def _keys_of_rows(key: jax.Array, number: int, num: int) -> jax.Array:
-  return jax.random.split(jax.random.fold_in(key, number), num)
+def group_losses(model: DockedLM, parts: tuple[str, ...]) -> GroupLosses:
+  """Nats a learned token of each group of some parts."""
+  return GroupLosses(PictureLosses(model), parts)
 
 
 def docked_model(config: DockedConfig, vocab_size: int) -> DockedLM:
@@ -259,7 +234,7 @@ def check_sizes(
 
 def learner(model: DockedLM, config: Training, arm: Arm, partitioner):
   """What `config` makes of a model: the one that the stage trains and that plans compile."""
-  losses = GroupLosses(model, arm.parts)
+  losses = group_losses(model, arm.parts)
   return supervised(
     loop.initializer(model), losses, config.optimizer, accumulate=config.accumulate,
     keyed=True, check_batch=losses.check_batch, partitioner=partitioner)
@@ -323,7 +298,7 @@ def validation(
   def figures(params):
     return {
       part: lm.mean_loss(
-        GroupLosses(docked, (part,)), params, [batch], place=partitioner.place_batch,
+        group_losses(docked, (part,)), params, [batch], place=partitioner.place_batch,
         multiple_of=partitioner.num_batch_shards)
       for part, batch in rows.items()}
 

@@ -73,20 +73,23 @@ def sized_encoder(encoder: TextEncoderConfig, vocab_size: int | None) -> TextEnc
 
 
 def sized(model: UniversalConfig, vocab_size: int) -> UniversalConfig:
-  """A model with a reader for a vocabulary, if it has no more words of its own.
+  """A model for a vocabulary, if it has no more words of its own.
 
   Raises:
     ValueError: for a model with fewer words of its own.
   """
-  own, docking = model.vocab_size, model.reader
+  own, reader, vision = model.vocab_size, model.reader, model.vision
   if own is not None and own < vocab_size:
     raise ValueError(
       f"the vocabulary has {vocab_size} ids and text/models.TransformerConfig.vocab_size is "
       f"{own}; leave it out, or use the model's own vocabulary."
     )
-  return dataclasses.replace(
-    model, text=dataclasses.replace(model.text, vocab_size=own or vocab_size),
-    reader=dataclasses.replace(docking, encoder=sized_encoder(docking.encoder, vocab_size)))
+  if reader is not None:
+    reader = dataclasses.replace(reader, encoder=sized_encoder(reader.encoder, vocab_size))
+  if vision is not None:
+    vision = dataclasses.replace(vision, encoder=vision.encoder.with_vocab_size(vocab_size))
+  text = dataclasses.replace(model.text, vocab_size=own or vocab_size)
+  return dataclasses.replace(model, text=text, reader=reader, vision=vision)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ TRAIN, REPORT = "train", "report"
 
 @component(module="metalm")
 @dataclasses.dataclass(frozen=True)
-class Pretrain:
+class Pretrain(plan.Planned):
   """Trains a decoder whose spans an encoder reads.
 
   Attributes:
@@ -156,17 +156,9 @@ class Pretrain:
       ["training, the same", f"{summary['train_loss']:.4f}"],
       ["parameters", f"{summary['num_params']:,}"]])
 
-  def phases(self, partitioner, memory, *, platform: str, **sizes):
-    """What training takes, from shapes alone; see `plan.phase`."""
-    return [plan.phase(
-      self.training, self._planned, self.texts.length, partitioner, platform)]
-
-  def programs(self, partitioner, memory, **sizes):
-    """The training step, to compile ahead of time."""
-    return [plan.program(self.training, self._planned, self.texts.length, partitioner)]
-
-  @property
-  def _planned(self) -> Arm:
-    return self.arm(vocabulary_size(
+  def planned(self) -> plan.Step:
+    """See `plan.Planned`."""
+    size = vocabulary_size(
       self.model.vocab_size, self.texts.vocabulary,
-      "text/models.TransformerConfig.vocab_size=64000"))
+      "text/models.TransformerConfig.vocab_size=64000")
+    return plan.of_arm(self.training, self.arm(size), self.texts.length)

@@ -32,7 +32,7 @@ REPORT = "report"
 
 @component(module="metalm")
 @dataclasses.dataclass(frozen=True)
-class MetaLM:
+class MetaLM(plan.Planned):
   """Trains small models by several objectives, finetunes them, and asks them.
 
   Attributes:
@@ -145,8 +145,8 @@ class MetaLM:
     prepared = Prepared(context.input(texts.STAGE))
     made = self._arm(arm, prepared.vocabulary.vocab_size)
     rows = prompts.tuning_rows(
-      tasks.read(context.input(tasks.STAGE), tasks.SAME_DOCUMENT).train, prepared.vocabulary,
-      self.finetune.length, self._trunk.max_length)
+      [row for name in tasks.TUNED for row in tasks.read(context.input(tasks.STAGE), name).train],
+      prepared.vocabulary, self.finetune.length, self._trunk.max_length)
     training.finetune(
       context, self.finetune, made,
       lambda: self._params(context, run.train, self.training, made, partitioner), rows, mode,
@@ -176,17 +176,9 @@ class MetaLM:
     """The figures of a finished run, for the terminal."""
     return report.table(summary)
 
-  def phases(self, partitioner, memory, *, platform: str, **sizes):
-    """What training the arm semi_causal takes, from shapes alone; see `plan.phase`."""
-    return [plan.phase(
-      self.training, self._planned, self.texts.length, partitioner, platform)]
-
-  def programs(self, partitioner, memory, **sizes):
-    """The step of that arm, to compile ahead of time."""
-    return [plan.program(self.training, self._planned, self.texts.length, partitioner)]
-
-  @property
-  def _planned(self) -> Arm:
-    return self._arm(SEMI, vocabulary_size(
+  def planned(self) -> plan.Step:
+    """The step of the arm semi_causal; see `plan.Planned`."""
+    size = vocabulary_size(
       self.models.docked.vocab_size, self.texts.vocabulary,
-      "text/models.TransformerConfig.vocab_size=64000"))
+      "text/models.TransformerConfig.vocab_size=64000")
+    return plan.of_arm(self.training, self._arm(SEMI, size), self.texts.length)

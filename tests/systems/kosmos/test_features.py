@@ -36,7 +36,7 @@ def test_losses_and_gradients_are_those_of_pixels(encoded):
   model = training.docked_model(system.model, prepared.ids.vocab_size)
   params = {**nn.unbox(jax.jit(loop.initializer(model))(jax.random.key(0))), "vision": tower.load(
     path / "vision", 2, system.model.vision, meshes.single_device())}
-  losses = training.GroupLosses(model, training.ARMS["full"].parts)
+  losses = training.group_losses(model, training.ARMS["full"].parts)
   learned = {name: params[name] for name in ("text", "connector")}
 
   @jax.jit

@@ -196,7 +196,7 @@ def test_the_loss_is_that_of_single_rows(workdir, system):
   params = load_params(workdir / "train/full/seed0/params" / str(system.training.num_steps))
   parts = ("text", "pairs", "interleaved")
   batch = prepared.groups(system.training.shapes, weights(system.world), 48, 2, seed=0).batch(0)
-  got = jax.jit(training.GroupLosses(model, parts))(
+  got = jax.jit(training.group_losses(model, parts))(
     params, {name: x for name, x in batch.items() if name != "example_id"})
   nats, learned = np.zeros(2), np.zeros(2)
 

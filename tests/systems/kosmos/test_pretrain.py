@@ -22,10 +22,11 @@ from lmops_jax.mesh.checkpoints import load_params
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.docked import DockedLM
 from lmops_jax.shared_stages import corpora
+from lmops_jax.shared_stages.row_sources import Form, Side, record_key, text_key
 from lmops_jax.sizing.budget import Memory
 from lmops_jax.systems.kosmos import InstructionJsonl, plan, starts, training
 from lmops_jax.systems.kosmos.prepare import RowShape
-from lmops_jax.systems.kosmos.sources import Form, Instructions, Side, record_key, text_key
+from lmops_jax.systems.kosmos.sources import Instructions
 from lmops_jax.training import loop
 from lmops_jax.training.metrics import read_records
 

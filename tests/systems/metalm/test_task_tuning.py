@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from lmops_jax.config import resolve
+from lmops_jax.data import task_sets
 from lmops_jax.data.tasks import Example, Task
 from lmops_jax.data.tasks.choice import TaskChoice
 from lmops_jax.mesh import meshes
 from lmops_jax.mesh.checkpoints import load_params
 from lmops_jax.stages import pipeline, skeleton
+from lmops_jax.systems.metalm import plan
 
 SIZES = """
 include 'mesh/data.gin'
@@ -157,6 +159,40 @@ def test_several_tasks_train_the_whole_model(start, tuning, tmp_path):
   assert not np.array_equal(before["text"]["embedding"], after["text"]["embedding"])
 
 
+def test_a_plan_has_the_batches_that_training_reads(tuned, tuning):
+  system, partitioner = tuning().build(), meshes.single_device()
+  sets = task_sets.open_tasks(tuned / "rows", ["task"])
+  batch = dict(task_sets.mixed(sets, 0).batch(np.arange(16)))
+  del batch["example_id"]  # it stays on the host
+  planned = plan.abstract_batch(system.planned(), partitioner)
+  assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
+    name: (x.shape, x.dtype) for name, x in batch.items()}
+  phase, = system.phases(partitioner, None, platform="cpu")
+  summary = json.loads((tuned / "report" / "summary.json").read_text())
+  assert phase.num_params == summary["num_params"] and phase.steps == STEPS
+  manifest = json.loads((tuned / "train" / "manifest.json").read_text())
+  assert phase.flops == manifest["flops"]
+  program, = system.programs(partitioner, None)
+  assert program.flops == phase.flops / STEPS
+
+
+def test_the_published_finetuning_is_planned_from_shapes_alone():
+  def planned(*more):
+    system = resolve.load(["metalm/finetune.gin"], list(more), owed="named").build()
+    phase, = system.phases(meshes.single_device(), None, platform="tpu")
+    return phase
+
+  frozen = planned()
+  whole = planned("optim.partition.rules = {'.*': @optim.adamw()}")
+  assert frozen.num_params == whole.num_params == pytest.approx(1.3e9 + 366e6, rel=0.035)
+  # Two moments of each parameter in float32, or of the encoder and its connector alone.
+  assert whole.parts["opt_state"] == pytest.approx(8 * whole.num_params, rel=1e-3)
+  assert frozen.parts["opt_state"] < 0.3 * whole.parts["opt_state"]
+  # The decoder's weights get no gradient, a third of what training them takes.
+  of_decoder = 2 * 1.21e9 * 32 * 256  # products of 24 layers of width 2048, of each position
+  assert whole.flops - frozen.flops > 36_816 * of_decoder
+
+
 @pytest.mark.parametrize("more, sentence", [
   ("text/models.TransformerConfig.width = 64", "holds another model than .*shape"),
   ("models.UniversalConfig.reader = None", "metalm.TaskTuning.model has no reader"),
@@ -181,10 +217,30 @@ def test_a_prompt_beyond_the_models_positions_is_refused_before_training(tuning,
   assert not (tmp_path / "train").exists()
 
 
-def test_a_task_without_options_is_refused_as_it_is_read(tuning, tmp_path):
-  task = Task("open", (Example(0, "Say it:", (), -1, ("it",)),), metric="exact_match")
+def test_a_task_with_a_prompt_for_each_option_is_refused_as_it_is_read(tuning, tmp_path):
+  row = Example(0, "It", (" is", " was"), 0, prompts=("Here it", "There it"))
+  task = Task("each", (row,))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(TaskChoice, "load", lambda self: task)
-    with pytest.raises(ValueError, match="the task open has rows without options"):
+    with pytest.raises(ValueError, match="the task each has rows with a prompt or a picture for"):
       run(tuning(), tmp_path)
   assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.slow
+def test_open_answers_are_generated(tuning, tmp_path):
+  """A task without options is learned from and asked, by beams."""
+  own = tuning.folder / "side.jsonl"
+  rows = [json.loads(line) for line in own.read_text().splitlines()]
+  examples = [
+    Example(i, f"Text: {row['text']} Side:", (), -1, (("red", "blue")[row["label"]],))
+    for i, row in enumerate(rows)]
+  task = Task("open", tuple(examples[:40]), tuple(examples[40:]), metric="exact_match")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(TaskChoice, "load", lambda self: task)
+    run(tuning("BEAMS = 3", "LENGTH_PENALTY = 0.6",
+               "decoding.GenerationOptions.max_new_tokens = 4"), tmp_path)
+  summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+  of = summary["answers"]["side"]
+  assert of["before"]["figures"]["exact_match"][0] < 0.3
+  assert of["after"]["figures"]["exact_match"][0] > 0.7

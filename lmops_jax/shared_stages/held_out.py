@@ -1,40 +1,40 @@
-"""The loss of rows that are held out, by source, while a docked model is trained."""
+"""The loss of rows that are held out, by source, while a model is trained on groups of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from lmops_jax.data.mixture import Rows
 from lmops_jax.evaluation import lm
-from lmops_jax.models.docked import DockedLM
-from lmops_jax.systems.kosmos.training import VALIDATION, GroupLosses
+from lmops_jax.shared_stages.grouped_rows import VALIDATION, Opened
 from lmops_jax.training import loop
+from lmops_jax.training.group_losses import GroupLosses
 
 _TOGETHER = 32  # rows
 
 
 def validation(
-  docked: DockedLM, rows: Mapping[tuple[str, str], Rows], num_rows: int, every: int, partitioner,
+  losses_of: Callable[[str], GroupLosses], opened: Opened, num_rows: int, every: int, partitioner,
 ) -> loop.Evaluate:
   """A hook: nats a learned token of each source, as `validation/<part>/<source>`.
 
   Args:
-    docked: the model.
-    rows: what is held out, by part and name of the source.
+    losses_of: makes those of a part.
+    opened: what is held out.
     num_rows: the most of a source, its first ones.
     every: steps between two evaluations.
     partitioner: the run's.
   """
-  losses = {part: GroupLosses(docked, (part,)) for part, _ in rows}
+  losses = {part: losses_of(part) for part in opened}
 
   def figures(params):
     return {
       f"{part}/{name}": lm.mean_loss(
         losses[part], params, batches(part, of_source, num_rows), place=partitioner.place_batch,
         multiple_of=partitioner.num_batch_shards)
-      for (part, name), of_source in rows.items()}
+      for part, of_part in opened.items() for name, of_source in of_part.items()}
 
   return loop.Evaluate(VALIDATION, every, figures)
 

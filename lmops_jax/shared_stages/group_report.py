@@ -1,17 +1,24 @@
-"""The report of a training on one's own data: losses by step, and what became of each source."""
+"""The report of a training on groups of rows: losses by step, and what became of each source."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lmops_jax.reporting import html, plots
-from lmops_jax.reporting.run_report import RunReport
+from lmops_jax.reporting.run_report import RunReport, text_table
+from lmops_jax.shared_stages.grouped_rows import VALIDATION
+from lmops_jax.shared_stages.row_texts import LEARNED
 from lmops_jax.stages import pipeline
-from lmops_jax.systems.kosmos.row_texts import LEARNED
-from lmops_jax.systems.kosmos.training import VALIDATION
 from lmops_jax.training.metrics import read_records
 
 
-def run(context: pipeline.StageContext) -> None:
-  """Writes the report of the stages `rows` and `train`."""
+def run(context: pipeline.StageContext, *, title: str) -> None:
+  """Writes the report of the stages `rows`, by `GroupedSources.write`, and `train`.
+
+  Args:
+    title: of the page.
+  """
   report = RunReport(context, ("rows", "train"))
   records = read_records(context.input("train") / "metrics.jsonl")
   counts, first_rows = (
@@ -38,7 +45,7 @@ def run(context: pipeline.StageContext) -> None:
     {"train_loss": last, "validation_loss": validation, "num_steps": trained[-1]["step"],
      "counts": counts, "stages": report.costs},
     html.Report(
-      title="Kosmos: training on texts, pairs and documents with pictures",
+      title=title,
       lead=f"The training loss is {last:.3f} nats a learned token after {trained[-1]['step']} "
            "steps.",
       key_figures=[html.KeyFigure(f"{last:.3f}", "training loss", "nats a learned token"),
@@ -54,6 +61,15 @@ def run(context: pipeline.StageContext) -> None:
         report.cost_section()],
       facts={"work": report.work, "versions": report.versions}),
     required=["train_loss", "counts.*.rows"])
+
+
+def table(summary: Mapping[str, Any]) -> str:
+  """The losses and the rows of a finished run, for the terminal."""
+  rows = [("", "rows"), *((name, f"{of['rows']:,}") for name, of in summary["counts"].items())]
+  lines = [f"training loss at the end: {summary['train_loss']:.4f}"]
+  lines += [f"validation loss of {name}: {loss:.4f}"
+            for name, loss in summary["validation_loss"].items()]
+  return "\n".join([*lines, text_table(rows)])
 
 
 def _curve(records, name: str) -> plots.Run:

@@ -1,0 +1,297 @@
+"""Methods that learn a classifier from an encoder's vectors, under one protocol.
+
+Prototypical fine-tuning and its ablations are one method with other settings of `Growth`: `proto`
+(one prototype a class that stays), `fixed` (five a class by k-means). `Head` is plain fine-tuning,
+and `Frozen` what people use on vectors that are not trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lmops_jax.config.setting_types import Name, PositiveInt, component
+from lmops_jax.models.partitioning import unboxed
+from lmops_jax.systems.prototypes import learning, mixture
+from lmops_jax.systems.prototypes.encoding import Encoded, Encoder
+from lmops_jax.systems.prototypes.learning import Growth
+from lmops_jax.training import loop
+from lmops_jax.training.learner import Learner, supervised
+from lmops_jax.training.records import Records
+from lmops_jax.training.sources import Epochs
+
+
+class Material(NamedTuple):
+  """What a method is given.
+
+  Attributes:
+    encoder: makes vectors.
+    top: the trained layers as they are before any training, {} if there are none.
+    train: rows to learn from.
+    targets: `[N] int32` classes, or `float32` numbers.
+    num_classes: None if targets are numbers.
+    seed: of all choices.
+    directory: where a training run may stand; it is looked into after a kill.
+    partitioner: mesh and rules, or None.
+    describe: the run's name in progress lines.
+  """
+
+  encoder: Encoder
+  top: Any
+  train: Encoded
+  targets: np.ndarray
+  num_classes: int | None
+  seed: int
+  directory: Path
+  partitioner: Any = None
+  describe: str = "train"
+
+
+class Fitted(NamedTuple):
+  """What a method has learned.
+
+  Attributes:
+    predict: rows to log-probabilities `[N,C]`, or to values `[N]` if targets are numbers.
+    figures: numbers for the report.
+    history: records of a training run, () if there is none.
+    params: what predicts, a tree to keep; None if the method keeps nothing.
+  """
+
+  predict: Callable[[Encoded], np.ndarray]
+  figures: Mapping[str, float] = {}
+  history: tuple = ()
+  params: Any = None
+
+
+@runtime_checkable
+class Method(Protocol):
+  """A setting with a `label`."""
+
+  def fit(self, material: Material) -> Fitted:
+    """Learns from the rows; raises ValueError for targets of a kind that it does not tell."""
+
+
+@component(module="prototypes")
+@dataclasses.dataclass(frozen=True)
+class Prototypical:
+  """Prototypical fine-tuning (arXiv:2211.13638) and what its settings leave of it.
+
+  Attributes:
+    optimizer: of the encoder's trained layers and of the prototypes.
+    label: name in the report.
+    growth: how prototypes begin, come and go.
+    num_epochs: over the rows.
+    batch_size: rows of a step, fewer if there are fewer.
+  """
+
+  optimizer: optax.GradientTransformation
+  label: Name = "pfit"
+  growth: Growth = Growth()
+  num_epochs: PositiveInt = 10
+  batch_size: PositiveInt = 32
+
+  def fit(self, material: Material) -> Fitted:
+    """See `Method`."""
+    m, source = material, _source(material, self.batch_size)
+    per_epoch = len(m.targets) // source.batch_size
+    edges = () if m.num_classes else tuple(
+      learning.bin_edges(m.targets, self.growth.bins).tolist())
+    learner = learning.prototypical(
+      m.encoder.init_top, m.encoder.vectors, self.optimizer, self.growth,
+      width=m.encoder.width, num_classes=m.num_classes, steps_per_epoch=per_epoch, edges=edges)
+
+    def start():
+      first = learning.first_prototypes(
+        m.encoder.all_vectors(m.top, m.train), m.targets, m.num_classes, self.growth,
+        self.growth.steps_of_window(per_epoch), m.seed)
+      return {"encoder": m.top, **first}
+
+    done = _trained(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
+    params = jax.device_get(learner.params(done.state))
+    table = params["table"]
+    figures = {
+      "prototypes": int(table.active.sum()), "created": int(table.created),
+      "pruned": int(table.pruned), "suppressed": int(table.suppressed), "seconds": done.seconds,
+      **{name: done.history[-1][name] for name in ("threshold", "variance", "spread")}}
+    predict = functools.partial(told, m.encoder, params, m.num_classes)
+    return Fitted(predict, figures, tuple(done.history), params)
+
+
+def told(encoder: Encoder, params: Mapping[str, Any], num_classes: int | None, rows: Encoded):
+  """What trained prototypes say of rows: log-probabilities `[N,C]`, or values `[N]`."""
+  vectors = encoder.all_vectors(params["encoder"], rows)
+  found = []
+  for first in range(0, len(vectors), 256):
+    weights = mixture.log_importance(
+      params["prototypes"], params["table"].active, vectors[first : first + 256])
+    tell = mixture.log_probabilities if num_classes else mixture.values
+    found.append(np.asarray(tell(weights, params["prototypes"].logits)))
+  return np.concatenate(found)
+
+
+@component(module="prototypes")
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """Plain fine-tuning: a linear head on the vector, and the same layers trained.
+
+  Attributes:
+    optimizer: of the encoder's trained layers and of the head.
+    label, num_epochs, batch_size: as `Prototypical` has them.
+  """
+
+  optimizer: optax.GradientTransformation
+  label: Name = "raw"
+  num_epochs: PositiveInt = 10
+  batch_size: PositiveInt = 32
+
+  def fit(self, material: Material) -> Fitted:
+    """See `Method`."""
+    m, source = material, _source(material, self.batch_size)
+    per_epoch = len(m.targets) // source.batch_size
+    init, losses = _head(m.encoder, m.num_classes)
+    learner = supervised(init, losses, self.optimizer, keyed=True, partitioner=m.partitioner)
+
+    def start():
+      fresh = jax.tree.map(np.asarray, unboxed(init(jax.random.key(m.seed))))
+      return {**fresh, "encoder": m.top}
+
+    done = _trained(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
+    params = jax.device_get(learner.params(done.state))
+
+    def predict(rows):
+      said = m.encoder.all_vectors(params["encoder"], rows) @ params["kernel"] + params["bias"]
+      return np.asarray(jax.nn.log_softmax(said)) if m.num_classes else said[:, 0]
+
+    return Fitted(predict, {"seconds": done.seconds}, tuple(done.history))
+
+
+@functools.lru_cache(maxsize=8)
+def _head(encoder: Encoder, num_classes: int | None):
+  """`init` and the loss of each example, of a linear head."""
+  shape = (encoder.width, num_classes or 1)
+
+  def init(key):
+    return {"encoder": encoder.init_top(key),
+            "kernel": 0.02 * jax.random.normal(jax.random.fold_in(key, 1), shape),
+            "bias": jnp.zeros(shape[1])}
+
+  def losses(params, batch):
+    vectors = encoder.vectors(params["encoder"], batch, batch["key"])
+    found = vectors @ params["kernel"] + params["bias"]
+    if num_classes:
+      return optax.softmax_cross_entropy_with_integer_labels(found, batch["label"])
+    return jnp.square(found[:, 0] - batch["target"])
+
+  return init, losses
+
+
+@component(module="prototypes")
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+  """A classical method on vectors that are not trained, its strength chosen by cross-validation.
+
+  Attributes:
+    kind: "logistic" regression, "discriminant" analysis with Ledoit and Wolf's shrinkage, or
+      nearest "neighbours". For numbers: ridge regression, and neighbours.
+  """
+
+  kind: Literal["logistic", "discriminant", "neighbours"]
+
+  @property
+  def label(self) -> str:
+    """The name in the report."""
+    return self.kind
+
+  def fit(self, material: Material) -> Fitted:
+    """See `Method`."""
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    m = material
+    vectors, number = m.encoder.all_vectors(m.top, m.train), m.num_classes
+    if number is None and self.kind == "discriminant":
+      raise ValueError(
+        "prototypes.Frozen.kind='discriminant' tells classes, and these targets are numbers; leave "
+        "the method out."
+      )
+    splits = _splits(m.targets, number, m.seed)
+    model = make_pipeline(StandardScaler(), _estimator(self.kind, number, splits, len(vectors)))
+    model.fit(vectors, m.targets)
+
+    def predict(rows):
+      given = m.encoder.all_vectors(m.top, rows)
+      if number is None:
+        return model.predict(given)
+      found = np.full((len(given), number), 1e-12)
+      found[:, model.classes_.astype(int)] = np.maximum(model.predict_proba(given), 1e-12)
+      return np.log(found / found.sum(axis=1, keepdims=True))
+
+    return Fitted(predict)
+
+
+def _splits(targets, number, seed):
+  """Folds of cross-validation, as many as the rarest class has rows, at most 5; None for 1."""
+  from sklearn.model_selection import KFold, StratifiedKFold
+
+  least = len(targets) if number is None else np.bincount(targets)[np.unique(targets)].min()
+  if least < 2:
+    return None
+  kind = KFold if number is None else StratifiedKFold
+  return kind(min(5, int(least)), shuffle=True, random_state=seed)
+
+
+def _estimator(kind, number, splits, num_rows):
+  from sklearn import discriminant_analysis, linear_model, neighbors
+  from sklearn.model_selection import GridSearchCV
+
+  strengths = 10.0 ** np.arange(-4, 3)
+  if kind == "discriminant":
+    return discriminant_analysis.LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+  if kind == "neighbours":
+    model = (neighbors.KNeighborsClassifier if number else neighbors.KNeighborsRegressor)
+    base, grid = model(1), {"n_neighbors": [1, 3, 5, 9, 15]}
+  elif number is None:
+    return linear_model.RidgeCV(alphas=strengths * 1e4)
+  else:
+    base, grid = linear_model.LogisticRegression(max_iter=500), {"C": strengths}
+  if splits is None:
+    return base
+  if kind == "neighbours":  # what is left of a fold must have as many rows
+    most = num_rows - -(-num_rows // splits.n_splits)
+    grid = {"n_neighbors": [k for k in grid["n_neighbors"] if k <= most]}
+  return GridSearchCV(base, grid, cv=splits, scoring="neg_log_loss" if number else None)
+
+
+def _source(m: Material, batch_size: int) -> Epochs:
+  """Batches of the rows, the order a function of the seed; at most as large as there are rows."""
+  number = len(m.targets)
+  field = "label" if m.num_classes else "target"
+
+  def rows(index):
+    return {"hidden": m.train.hidden[index], "lengths": m.train.lengths[index],
+            field: m.targets[index], "example_id": index}
+
+  shards = 1 if m.partitioner is None else m.partitioner.num_batch_shards
+  size = min(batch_size, number) // shards * shards
+  if not size:
+    raise ValueError(
+      f"{number} rows do not fill a batch on {shards} devices; give more rows, or fewer devices."
+    )
+  return Epochs(rows, number, size, m.seed)
+
+
+def _trained(learner: Learner, source, num_steps, per_epoch, m: Material, start):
+  records = Records(
+    log_every=per_epoch, checkpoint_every=max(50, num_steps // 4), description=m.describe,
+    tensorboard=False)
+  return loop.train(
+    learner, source, num_steps, m.seed, m.directory, m.partitioner, records=records,
+    initial_params=start)

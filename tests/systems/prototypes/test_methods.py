@@ -1,0 +1,96 @@
+"""Methods under one protocol: each tells clusters apart, by rows that one encoder has read."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmops_jax.models.transformer import Transformer, TransformerConfig
+from lmops_jax.systems.prototypes import classifier
+from lmops_jax.systems.prototypes.encoding import Encoded, Encoder, Encoding
+from lmops_jax.systems.prototypes.learning import Growth
+from lmops_jax.systems.prototypes.methods import Frozen, Head, Material, Prototypical, told
+from lmops_jax.training.optimizers import adamw
+
+WIDTH, C = 16, 3
+CONFIG = TransformerConfig(
+  vocab_size=8, num_layers=2, width=WIDTH, num_heads=2, mlp_width=16, max_length=8, causal=False)
+OPTIMIZER = adamw(1e-2, b2=0.999, eps=1e-8, weight_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def encoders():
+  whole = Transformer(CONFIG, with_unembedding=False)
+  params = nn.unbox(whole.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+  found = []
+  for tuned in (0, 1):
+    encoder = Encoder(CONFIG, Encoding(tuned_layers=tuned, max_tokens=8, dropout=0.1))
+    found.append((encoder, encoder.split(params)[1]))
+  return found
+
+
+def clusters(rng, number, tokens):
+  """Rows whose class is where their hidden states lie."""
+  targets = rng.integers(C, size=number).astype(np.int32)
+  hidden = rng.normal(size=(number, tokens, WIDTH)).astype(np.float32)
+  hidden[..., :C] += 3 * np.eye(C, dtype=np.float32)[targets][:, None]
+  return Encoded(hidden, np.full(number, tokens, np.int32), 0), targets
+
+
+def material(encoders, tuned, directory, number=96, num_classes=C):
+  encoder, top = encoders[tuned]
+  rows, targets = clusters(np.random.default_rng(0), number, 4 if tuned else 1)
+  if num_classes is None:
+    targets = rows.hidden[:, 0, 0].astype(np.float32)
+  return Material(encoder, top, rows, targets, num_classes, 0, directory)
+
+
+@pytest.mark.parametrize("method", [
+  Prototypical(OPTIMIZER, num_epochs=4), Head(OPTIMIZER, num_epochs=30),
+  Prototypical(OPTIMIZER, "fixed", Growth(start="clusters", per_class=2, create=False),
+               num_epochs=4),
+  Frozen("logistic"), Frozen("discriminant"), Frozen("neighbours")], ids=lambda m: m.label)
+def test_each_method_tells_clusters_apart(encoders, method, tmp_path):
+  given = material(encoders, 0, tmp_path)
+  fitted = method.fit(given)
+  rows, targets = clusters(np.random.default_rng(1), 200, 1)
+  said = fitted.predict(rows)
+  np.testing.assert_allclose(np.exp(said).sum(axis=1), 1, rtol=1e-4)
+  assert np.mean(np.argmax(said, axis=1) == targets) > 0.8  # chance is a third
+
+
+@pytest.mark.parametrize("method", [
+  Prototypical(adamw(1e-3, weight_decay=0.0), num_epochs=2), Head(OPTIMIZER, num_epochs=2)],
+  ids=lambda m: m.label)
+def test_trained_layers_move_and_are_kept(encoders, method, tmp_path):
+  given = material(encoders, 1, tmp_path / "run", number=64)
+  fitted = method.fit(given)
+  rows, _ = clusters(np.random.default_rng(1), 5, 4)
+  said = fitted.predict(rows)
+  assert fitted.history[-1]["loss"] < fitted.history[0]["loss"]
+  again = method.fit(given)  # it stands in its directory
+  np.testing.assert_array_equal(again.predict(rows), said)
+  if fitted.params is None:
+    return
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), fitted.params["encoder"], given.top)
+  assert all(x > 0 for x in jax.tree.leaves(moved))
+  classifier.save(tmp_path / "kept", fitted.params)
+  kept = classifier.load(tmp_path / "kept")
+  np.testing.assert_array_equal(told(given.encoder, kept, C, rows), said)
+
+
+@pytest.mark.parametrize("method", [
+  Prototypical(OPTIMIZER, num_epochs=30), Head(OPTIMIZER, num_epochs=60), Frozen("logistic"),
+  Frozen("neighbours")], ids=lambda m: m.label)
+def test_numbers_are_predicted(encoders, method, tmp_path):
+  given = material(encoders, 0, tmp_path, num_classes=None)
+  rows, _ = clusters(np.random.default_rng(1), 100, 1)
+  wanted = rows.hidden[:, 0, 0]
+  errors = np.square(method.fit(given).predict(rows) - wanted)
+  assert errors.mean() < 0.7 * wanted.var()
+
+
+def test_what_a_method_cannot_tell_is_refused(encoders, tmp_path):
+  with pytest.raises(ValueError, match="'discriminant' tells classes"):
+    Frozen("discriminant").fit(material(encoders, 0, tmp_path, num_classes=None))
