@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from lmops_jax import cli
-from lmops_jax.commands import promptist
 from lmops_jax.config import gin_files, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +28,8 @@ def files_and_bindings(command: str) -> tuple[list[str], list[str]] | None:
   name, systems = rest[0], gin_files.systems()
   if "my_package" in command or "own.gin" in command:
     return None
-  if rest[:2] == [promptist.SYSTEM, promptist.ACTION]:
-    return None  # a command of its own
+  if tuple(rest[:2]) in cli._ACTIONS:
+    return None  # it has options of its own
   if name in systems:
     action = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else "default"
     owed = [f"{option.removeprefix('--').upper()} = 'given'" for option in rest[2:]
