@@ -29,7 +29,7 @@ def files_and_bindings(command: str) -> tuple[list[str], list[str]] | None:
   if "my_package" in command or "own.gin" in command:
     return None
   if tuple(rest[:2]) in cli._ACTIONS:
-    return None
+    return None  # it has options of its own
   if name in systems:
     action = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else "default"
     owed = [f"{option.removeprefix('--').upper()} = 'given'" for option in rest[2:]

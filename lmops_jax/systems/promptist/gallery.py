@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from lmops_jax.reporting.plots.style import INK, WIDTH, plot
 
-_LINE = 34  # characters of a prompt in a line
 _PICTURE = 0.62  # inches
+_LETTERS = 8.8  # of a prompt on the width of a picture
 
 
 class Shown(NamedTuple):
@@ -51,7 +51,7 @@ def before_and_after(shown: Sequence[Shown]) -> Figure:
     len(rows), 1 + num, squeeze=False, width_ratios=[text_share] + [1] * num)
   figure.subplots_adjust(0.01, 0.01, 0.99, 0.99, wspace=0.06, hspace=0.12)
   for cells, (name, text, pictures, note) in zip(axes, rows):
-    wrapped = "\n".join(textwrap.wrap(text, int(text_share * _LINE / 3.2)))
+    wrapped = "\n".join(textwrap.wrap(text, int(0.83 * text_share * _LETTERS)))
     cells[0].text(0, 0.98, name, fontsize=8, color=INK, weight="bold", va="top")
     cells[0].text(0.17, 0.98, f"{wrapped}\n{note}", fontsize=7.5, color=INK, va="top")
     for cell, picture in zip(cells[1:], pictures):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lmops_jax.data import batches as batches_lib
 from lmops_jax.data.synthetic_pictures.styled_pictures import CONTENTS
 from lmops_jax.decoding.diffusion.imagine import DiffusionModels, Imaginer
 from lmops_jax.decoding.diffusion.plans import Sampler
+from lmops_jax.host.manifests import load_manifest
 from lmops_jax.models.clip import Clip, ClipConfig
 from lmops_jax.models.diffusion.autoencoder import Autoencoder, AutoencoderConfig
 from lmops_jax.models.diffusion.noise import NoiseSchedule
@@ -276,17 +278,23 @@ class Parts:
       its measured scaling factor.
   """
 
-  def __init__(self, context: pipeline.StageContext, config: Generator, prepared: Prepared,
+  def __init__(self, folders: Mapping[str, Path], config: Generator, prepared: Prepared,
                partitioner):
+    """
+    Args:
+      folders: of the finished stages `TOWERS` and `AUTOENCODER`, by name.
+      config, prepared: settings, and the world.
+      partitioner: where parameters are placed.
+    """
     self.prepared, self.config = prepared, config
     self.clip = config.clip(prepared.tokenizer.vocab_size, prepared.tokenizer.eos_id)
     self.clip_params = fitting.fitted(
-      context.input(TOWERS), config.towers_fit, towers_init(self.clip), partitioner)
-    factor = context.manifest(AUTOENCODER)["extra"]["scaling_factor"]
+      folders[TOWERS], config.towers_fit, towers_init(self.clip), partitioner)
+    factor = load_manifest(folders[AUTOENCODER], AUTOENCODER)["extra"]["scaling_factor"]
     self.autoencoder = Autoencoder(
       dataclasses.replace(config.autoencoder, scaling_factor=factor))
     self.autoencoder_params = fitting.fitted(
-      context.input(AUTOENCODER), config.autoencoder_fit,
+      folders[AUTOENCODER], config.autoencoder_fit,
       autoencoder_init(Autoencoder(config.autoencoder)), partitioner)
 
   @property
@@ -322,8 +330,9 @@ def fit_unet(
   context: pipeline.StageContext, config: Generator, prepared: Prepared, seed: int, partitioner
 ) -> None:
   """Stage `unet`."""
-  parts, model, num = Parts(context, config, prepared, partitioner), UNet(config.unet), (
-    prepared.num_train)
+  folders = {name: context.input(name) for name in (TOWERS, AUTOENCODER)}
+  parts, model = Parts(folders, config, prepared, partitioner), UNet(config.unet)
+  num = prepared.num_train
   clean = encoded(parts.autoencoder, parts.autoencoder_params, prepared.pictures[:num])
   clean *= parts.autoencoder.config.scaling_factor
   # Every different caption once.

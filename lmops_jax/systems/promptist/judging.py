@@ -7,6 +7,7 @@ aesthetic predictor; the rest is the reward of the published setting.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -63,6 +64,18 @@ class Judging:
     return Weights(self.relevance_weight, self.aesthetic_weight)
 
 
+@functools.lru_cache(maxsize=1)
+def _opened(
+  folders: tuple[Path, ...], made_of: str, config: Generator, partitioner
+) -> tuple[Parts, DrawnImages]:
+  """The generator of finished stages; those that follow each other share its compiled program."""
+  by_name = dict(zip(STAGES, folders))
+  parts = Parts(by_name, config, Prepared(by_name[WORLD]), partitioner)
+  return parts, DrawnImages(
+    generator.imaginer(parts, by_name[generator.UNET], partitioner), parts.rows, made_of,
+    whole_batches=True)
+
+
 class Judge:
   """Scores and draws with the finished stages of the generator.
 
@@ -78,11 +91,9 @@ class Judge:
   def __init__(self, context: pipeline.StageContext, config: Generator, judging: Judging,
                partitioner, cache: Path | None = None):
     partitioner = partitioner.local()  # each process draws for its own rollouts
-    parts = Parts(context, config, Prepared(context.input(WORLD)), partitioner)
     made_of = " ".join(context.manifest(name)["fingerprint"] for name in STAGES)
-    self.images = DrawnImages(
-      generator.imaginer(parts, context.input(generator.UNET), partitioner), parts.rows, made_of,
-      whole_batches=True)
+    folders = tuple(context.input(name) for name in STAGES)
+    parts, self.images = _opened(folders, made_of, config, partitioner)
     rater = Rater(
       parts.clip, parts.clip_params, quality.load(context.input(quality.STAGE)),
       parts.prepared.tokenizer, partitioner, num_rows=judging.num_rows)

@@ -155,7 +155,7 @@ def _page(report, summary, rows, training, hacked, images) -> html.Report:
       "score", "relevance", "aesthetic", "modifiers", "distinct"))] for arm in ARMS],
     caption=domain.capitalize()) for domain in DOMAINS]
   tables.append(html.Table(
-    ["difference of scores", *(html.Column(domain) for domain in DOMAINS)],
+    ["difference of scores", *(html.Column(domain.capitalize()) for domain in DOMAINS)],
     [[f"{NAMES[name.split(' - ')[0]]} – {NAMES[name.split(' - ')[1]]}",
       *(_interval(differences[domain][name]) for domain in DOMAINS)] for name in first],
     note="Paired over prompts, means of seeds, 95 % intervals of the bootstrap over contents: of "
@@ -179,11 +179,11 @@ def _page(report, summary, rows, training, hacked, images) -> html.Report:
     sections=[
       html.Section(
         "Before and after",
-        "Each column starts from one noise: only the words differ. Of the first seed, held-out "
-        "prompts, the first of each third of scores and more.",
+        "Each column starts from one noise: only the words differ. Held-out prompts in the "
+        "wordings of the domain, evenly over their list, with the policies of the first seed.",
         figures=[report.figure(
           "pictures", before_and_after(_shown(rows[0], images)),
-          "Three prompts for the same content, one row each.")]),
+          "What the user wrote, and what both policies made of it.")]),
       html.Section(
         "Rewards", "Score is relevance to the user's own prompt (0 if the pictures show it, down "
         "to -5.6) plus the gain of the rating over the user's pictures.", tables=tables),

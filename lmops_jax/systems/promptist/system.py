@@ -70,8 +70,8 @@ class Promptist:
         inputs=(world.STAGE,), seed=seed,
         reads=("generator.autoencoder", "generator.autoencoder_fit", "generator.kl_weight")),
       skeleton.Stage(
-        generator.TOWERS, functools.partial(self._towers, **bound), inputs=(world.STAGE,),
-        seed=seed, reads=("generator.towers", "generator.towers_fit")),
+        generator.TOWERS, self._towers, inputs=(world.STAGE,), seed=seed,
+        reads=("generator.towers", "generator.towers_fit")),
       skeleton.Stage(
         quality.STAGE, functools.partial(self._quality, **bound),
         inputs=(world.STAGE, generator.AUTOENCODER, generator.TOWERS)),
@@ -123,13 +123,16 @@ class Promptist:
     generator.fit_autoencoder(
       context, self.generator, self._prepared(context), self.generator_seed, partitioner)
 
-  def _towers(self, context: pipeline.StageContext, partitioner) -> None:
+  def _towers(self, context: pipeline.StageContext) -> None:
+    # A step contrasts one group of pictures, which is not split over devices.
     generator.fit_towers(
-      context, self.generator, self._prepared(context), self.generator_seed, partitioner)
+      context, self.generator, self._prepared(context), self.generator_seed,
+      meshes.single_device())
 
   def _quality(self, context: pipeline.StageContext, partitioner) -> None:
+    folders = {name: context.input(name) for name in (generator.TOWERS, generator.AUTOENCODER)}
     quality.run(
-      context, generator.Parts(context, self.generator, self._prepared(context), partitioner))
+      context, generator.Parts(folders, self.generator, self._prepared(context), partitioner))
 
   def _unet(self, context: pipeline.StageContext, partitioner) -> None:
     generator.fit_unet(
