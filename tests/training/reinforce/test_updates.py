@@ -44,7 +44,7 @@ def _by_hand(params, batch, values_of):
   b, r = batch["targets"].shape
   mask, beta = np.asarray(batch["loss_mask"], float), 0.2
   kl = (batch["log_probs"] - batch["reference"]).astype(float)
-  old = np.asarray(values_of(params), float)
+  old = np.asarray(jax.jit(values_of)(params), float)
   advantages = np.zeros((b, r))
   for row in range(b):
     end = int(mask[row].sum()) - 1
