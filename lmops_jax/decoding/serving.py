@@ -44,6 +44,7 @@ class Piece(NamedTuple):
   """What a step adds to a job's answer.
 
   Attributes:
+    row_id: the job's.
     text: that is certain now; may be empty, and lag behind the ids.
     ids: new tokens, one or none.
     logprobs: of each id, see `results.Generated`.
@@ -51,6 +52,7 @@ class Piece(NamedTuple):
     error: one sentence if the job broke off, and then this is its last piece; else None.
   """
 
+  row_id: int
   text: str = ""
   ids: tuple[int, ...] = ()
   logprobs: tuple[float, ...] = ()
@@ -72,7 +74,7 @@ class Job:
     options: greedy or sampled; of the filters only `top_p`, and no beams.
     stop: texts that end the answer, which is cut before them.
     row_id: with the seed, decides what is drawn; see `Generator.generate_ids`.
-    pieces: what has come and not been taken; the last has `is_last`.
+    pieces: what has come and not been taken; the last has `is_last`. Several jobs may share one.
     cancelled: set by who does not want the rest; no further piece is certain to come then.
   """
 
@@ -301,7 +303,7 @@ class Batcher:
     running = self._running[slot]
     running.num_new += 1
     if np.isnan(log_prob):
-      piece = Piece(error="the model's logits are not finite.")
+      piece = Piece(running.job.row_id, error="the model's logits are not finite.")
     else:
       piece = self._piece(running, int(token), float(log_prob))
     if piece.is_last:
@@ -319,7 +321,7 @@ class Batcher:
       reason = "length"
     if reason is not None:
       text += stream.finish()
-    return Piece(text, (token,), (log_prob,), reason)
+    return Piece(running.job.row_id, text, (token,), (log_prob,), reason)
 
   def _fit(self, least: int = 0):
     """Gives the cache as many columns as the longest row needs for its next token."""
@@ -338,4 +340,4 @@ class Batcher:
       self._running = [None] * self.num_slots
       self._waiting.clear()
     for job in jobs:
-      job.pieces.put(Piece(error=sentence))
+      job.pieces.put(Piece(job.row_id, error=sentence))

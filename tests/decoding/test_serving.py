@@ -176,6 +176,19 @@ def test_end_tokens_and_stop_texts_end_a_job_and_no_other(tiny, batcher):
   assert (c[0], c[2]) == (whole.ids, "length")
 
 
+def test_characters_arrive_whole(recite, byte_tokenizer):
+  text = "größer als 日本語 und 🙂"
+  batcher = Batcher(*recite(text), byte_tokenizer, num_slots=1)
+  job = Job([text.encode()[0] + 3], GenerationOptions(max_new_tokens=60))
+  batcher.submit(job)
+  while batcher.num_running or batcher.num_waiting:
+    batcher.step()
+  pieces = taken(job)
+  assert "".join(piece.text for piece in pieces) == text[1:]
+  assert pieces[-1].finish_reason == "eos" and len(pieces) == len(text.encode())
+  assert [piece.text for piece in pieces[:4]] == ["r", "", "ö", ""]
+
+
 def test_a_full_queue_takes_all_jobs_or_none(batcher):
   jobs = [greedy([5], 2) for _ in range(9)]
   with pytest.raises(Full, match="0 answers wait already, and 0 of 2 slots"):
