@@ -371,7 +371,13 @@ def checked_prompts(
 
 
 def for_decoding(model, params, partitioner: Partitioner | None = None):
-  """Parameters placed on the mesh, layers apart, matrices in the dtype of the products."""
+  """Parameters placed on the mesh, layers apart, matrices in the dtype of the products.
+
+  Args:
+    model: `Transformer`.
+    params: its parameters, unboxed, with stacked or unstacked layers.
+    partitioner: the mesh; None is the default device.
+  """
   if partitioner is not None and not isinstance(params["layers"], tuple):
     abstract = jax.eval_shape(
       lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

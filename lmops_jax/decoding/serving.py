@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -147,7 +148,7 @@ class Batcher:
     self.num_slots, self.max_waiting = num_slots, max_waiting
     self.max_length = min(max_length or config.max_length, config.max_length)
     self._model, self._tokenizer, self._partitioner = model, tokenizer, partitioner
-    self._params = for_decoding(model, params, partitioner)
+    self._params = for_decoding(model, nn.unbox(params), partitioner)
     self._running: list[_Running | None] = [None] * num_slots
     self._waiting: collections.deque[Job] = collections.deque()
     self._changed = threading.Condition()

@@ -52,9 +52,8 @@ def at(source):
   with server.ModelServer("127.0.0.1", 0) as found:
     thread = threading.Thread(target=found.serve, args=("tiny", tokenizer, batcher))
     thread.start()
-    while not hasattr(found, "places"):  # set by the thread, first of all
-      pass
     try:
+      assert get(found, "/health")[0] == 200  # from here on it is complete
       yield found
     finally:
       found.shutdown()
@@ -272,6 +271,14 @@ def test_other_refusals_have_their_status(at):
   assert answer["error"]["code"] == "context_length_exceeded"
 
 
+def test_what_is_no_request_is_refused_in_the_same_form(at):
+  for text, status in ((f"PUT {CHAT} HTTP/1.0", 501), ("GET / HTTP/9.9", 505), ("a b c d", 400)):
+    with socket.create_connection(at.server_address) as connection:
+      connection.sendall(f"{text}\r\nHost: localhost\r\n\r\n".encode())
+      head, _, body = connection.makefile("rb").read().decode().partition("\r\n\r\n")
+    assert f" {status} " in head and "no GET or POST" in json.loads(body)["error"]["message"]
+
+
 def test_requests_have_a_bounded_size(at):
   for size in (server.MAX_REQUEST_BYTES + 1, 9_000_000):  # sent in full, and the answer arrives
     status, answer = post(at, b" " * size)
@@ -336,11 +343,12 @@ def test_many_clients_at_once_on_four_slots(at, generator):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(at, monkeypatch, stream):
   """The model waits at its fourth token until the server has seen that the client is gone."""
-  gone, steps, step = threading.Event(), [], at.batcher._advance
+  gone, fourth, steps, step = threading.Event(), threading.Event(), [], at.batcher._advance
 
   def slow():
     steps.append(at.batcher._running[0].job)
     if len(steps) > 3:
+      fourth.set()
       assert gone.wait(60) and steps[0].cancelled.wait(60)
     step()
 
@@ -352,10 +360,9 @@ def test_a_client_that_hangs_up_frees_its_slot(at, monkeypatch, stream):
       f"Content-Length: {len(body)}\r\n\r\n").encode() + body)
     if stream:
       assert b" 200 " in connection.recv(20)
-    while len(steps) < 4:
-      pass
+    assert fourth.wait(60)
   gone.set()
-  while at.batcher.num_running:
+  while get(at, "/health")[1]["running"]:
     pass
   assert len(steps) == 4
   monkeypatch.undo()

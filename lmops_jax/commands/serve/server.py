@@ -123,6 +123,10 @@ class _Handler(LocalHandler):
     self.tell(f"got {status} after {time.perf_counter() - begun:.1f} s")
     self.drop(num_unread)
 
+  def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+    """What Python's own server refuses, such as another method, in the protocol's form."""
+    self.send_json(code, error_body(Refused(code, "the request is no GET or POST of HTTP.")))
+
   def _check_post(self, path: str, length: int) -> None:
     self.check_origin()
     if path not in _PATHS:
@@ -226,5 +230,6 @@ class _Handler(LocalHandler):
 
   def _has_gone(self) -> bool:
     """Whether the other side has closed the connection."""
-    readable, _, _ = select.select([self.connection], [], [], 0)
-    return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+    look = select.poll()  # which, unlike select, takes any number of open files
+    look.register(self.connection, select.POLLIN)
+    return bool(look.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
