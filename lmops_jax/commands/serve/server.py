@@ -125,7 +125,7 @@ class _Handler(LocalHandler):
 
   def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
     """What Python's own server refuses, such as another method, in the protocol's form."""
-    self.send_json(code, error_body(Refused(code, "the request is no GET or POST of HTTP.")))
+    self.send_json(400, error_body(Refused(400, "the request is no GET or POST of HTTP.")))
 
   def _check_post(self, path: str, length: int) -> None:
     self.check_origin()
