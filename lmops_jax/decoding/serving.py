@@ -254,19 +254,16 @@ class Batcher:
     for slot, running in enumerate(self._running):
       if running is not None and running.job.cancelled.is_set():
         self._running[slot] = None
+    with self._changed:
+      wanted = [job for job in self._waiting if not job.cancelled.is_set()]
+      self._waiting = collections.deque(wanted)
 
   def _join(self):
     for slot in [i for i, running in enumerate(self._running) if running is None]:
-      while self._running[slot] is None and (job := self._next()) is not None:
+      with self._changed:
+        job = self._waiting.popleft() if self._waiting else None
+      if job is not None:  # one a slot and step, so that those who run are not kept waiting
         self._start(job, slot)
-
-  def _next(self) -> Job | None:
-    with self._changed:
-      while self._waiting:
-        job = self._waiting.popleft()
-        if not job.cancelled.is_set():
-          return job
-    return None
 
   def _start(self, job, slot):
     """Reads the prompt; the job takes the slot unless its first token is its last."""
