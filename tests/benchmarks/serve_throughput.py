@@ -87,8 +87,9 @@ class Torch:
     self.model.eval()
     self.num_new = num_new
     self.how = transformers.GenerationConfig(
-      max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False, eos_token_id=-1,
-      pad_token_id=0)
+      max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False, pad_token_id=0)
+    self.without_end = transformers.GenerationConfig(
+      max_new_tokens=num_new, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
   def generate(self, rows) -> float:
     """Seconds for the rows as one batch, padded on the left."""
@@ -97,8 +98,7 @@ class Torch:
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     start = time.perf_counter()
     with torch.no_grad():
-      found = self.model.generate(
-        tokens, attention_mask=mask, generation_config=self.how, eos_token_id=None)
+      found = self.model.generate(tokens, attention_mask=mask, generation_config=self.how)
     seconds = time.perf_counter() - start
     assert found.shape[1] == width + self.num_new
     return seconds
@@ -110,7 +110,8 @@ class Torch:
   def continuous(self, rows) -> float:
     """Seconds of its own continuous batching."""
     start = time.perf_counter()
-    found = self.model.generate_batch(inputs=rows, generation_config=self.how, progress_bar=False)
+    found = self.model.generate_batch(
+      inputs=rows, generation_config=self.without_end, progress_bar=False)
     seconds = time.perf_counter() - start
     lengths = [len(output.generated_tokens) for output in found.values()]
     if lengths != [self.num_new] * len(rows):
