@@ -19,6 +19,7 @@ from lmops_jax.commands import plans as plan_commands
 from lmops_jax.commands import promptist as promptist_commands
 from lmops_jax.commands import prototypes as prototypes_commands
 from lmops_jax.commands.demo import command as demo_commands
+from lmops_jax.commands.serve import command as serve_commands
 from lmops_jax.config import gin_files, refusals
 from lmops_jax.mesh import processes
 
@@ -126,6 +127,7 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
   model_commands.add_parsers(commands, options)
   imagine_command.add_parsers(commands, options)
   demo_commands.add_parsers(commands, options)
+  serve_commands.add_parsers(commands, options)
   return parser
 
 
@@ -233,7 +235,7 @@ def _dispatch(argv: list[str]) -> int:
     return _act(*rest[:2], rest[2:], bindings)
   systems = gin_files.systems()
   names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS,
-           *imagine_command.COMMANDS, *demo_commands.COMMANDS]
+           *imagine_command.COMMANDS, *demo_commands.COMMANDS, *serve_commands.COMMANDS]
   command = next((argument for argument in rest if not argument.startswith("-")), None)
   if command is not None and command not in names:
     if command.endswith(".gin"):
@@ -257,7 +259,7 @@ def _dispatch(argv: list[str]) -> int:
     else:
       print(_listing(systems))
     return 0
-  for own in (model_commands, imagine_command, demo_commands):
+  for own in (model_commands, imagine_command, demo_commands, serve_commands):
     if arguments.command not in own.COMMANDS:
       continue
     if bindings:

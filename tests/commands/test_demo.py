@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from lmops_jax import cli
+from lmops_jax.commands import local_server
 from lmops_jax.commands.demo import command, server
 from lmops_jax.commands.demo import kosmos as kosmos_demo
 from lmops_jax.commands.demo.kosmos import KosmosDemo, pieces
@@ -208,7 +209,7 @@ def test_a_port_that_cannot_be_had_is_told(toy):
 @pytest.mark.parametrize("host, local", [
   ("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("box", False)])
 def test_who_can_reach_an_address(host, local):
-  assert command._is_local(host) == local
+  assert local_server.is_local(host) == local
 
 
 # ---------------------------------------------------------------------------------- Kosmos

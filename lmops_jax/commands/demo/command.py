@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import sys
 
-from lmops_jax.commands import models
+from lmops_jax.commands import local_server, models
 
 COMMANDS = {"demo": "try a published model on a page in the browser"}
 EPILOG = """\
@@ -48,9 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
   with DemoServer(arguments.host, arguments.port) as server:  # a taken port is told at once
     demo = _load(arguments)
-    if not _is_local(arguments.host):
-      print(f"lmops: warning: everybody who reaches {arguments.host} can use this model; there is "
-            "no password.", file=sys.stderr)
+    local_server.warn_if_open(arguments.host)
     print(f"lmops: {server.address} shows {arguments.model}; Ctrl-C ends it.", file=sys.stderr,
           flush=True)
     try:
@@ -76,10 +73,3 @@ def _load(arguments: argparse.Namespace):
   from lmops_jax.commands.demo.kosmos import KosmosDemo
 
   return KosmosDemo.load(arguments)
-
-
-def _is_local(host: str) -> bool:
-  try:
-    return ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return host == "localhost"
