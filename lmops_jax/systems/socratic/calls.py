@@ -143,8 +143,8 @@ class Calls:
     sampling = Sampling(self.limits.max_new_tokens, self.limits.temperature, self.limits.top_p,
                         self.limits.seed)
     self._check(messages, problem)
-    key = sha256([dataclasses.astuple(place), messages, dataclasses.asdict(sampling),
-                  list(choices), self._backend.model])
+    key = sha256([*vars(place).values(), messages, vars(sampling), list(choices),
+                  self._backend.model])
     reply = self._log.reply(key)
     if reply is None:
       if self._is_over():
@@ -184,10 +184,11 @@ class Calls:
       raise Spent
 
   def _choose(self, messages: Messages, choices: Sequence[str]) -> Reply:
-    scores = self._backend.score(messages, choices)
+    replied = [f"DECISION: {choice}" for choice in choices]
+    scores = self._backend.score(messages, replied)
     best = max(range(len(choices)), key=lambda i: scores[i])
     usage = Usage(self._backend.count_tokens(messages), 1, estimated=True)
-    return Reply(f"DECISION: {choices[best]}", "stop", usage, self._backend.model)
+    return Reply(replied[best], "stop", usage, self._backend.model)
 
   def _record(self, problem, name, persona, key, reply, references, notes, by_human=False) -> None:
     spent, usage = self.spent, reply.usage
@@ -322,8 +323,8 @@ class _Exchange:
     return Refused("the model refused") if plain and replies.is_refusal(text) else parsed
 
   def _key(self, hook: str, step: int = 0) -> str:
-    return sha256([hook, self._problem.id, self._pattern.name, len(self._calls.turns), step,
-                   self._sample])
+    return " ".join(map(str, (hook, self._problem.id, self._pattern.name, self._sample,
+                              len(self._calls.turns), step)))
 
   def _edited(self, built: context.Built) -> tuple[Messages, str | None]:
     """The messages as a person wants them, or the reply that the person gives."""

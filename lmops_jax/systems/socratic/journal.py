@@ -8,6 +8,7 @@ resumed run needs: answered calls are answered from it, and the first that is no
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -60,41 +61,33 @@ class Journal:
     config: what the last `run` line holds; None for a new log.
   """
 
-  def __init__(self, folder: Path | str):
+  def __init__(self, folder: Path | str, *, writes: bool = True):
     """Opens or begins a log; a last line that was not written to its end is cut off.
+
+    Args:
+      writes: False reads what is there, also while another process writes.
 
     Raises:
       ValueError: if another process writes it, or a line is damaged, by its number.
     """
     self.path = Path(folder) / LOG
-    try:
-      self.path.parent.mkdir(parents=True, exist_ok=True)
-      self._lock = open(self.path.parent / LOCK, "ab")
-    except OSError as error:
-      raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another folder."
-                       ) from error
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      self._lock.close()
-      raise ValueError(f"{folder} is being written by another process; wait until it has ended, "
-                       "or choose another folder.") from None
+    self._lock = _locked(self.path.parent) if writes else contextlib.nullcontext()
     self.config: dict[str, Any] | None = None
     self._calls: dict[str, int] = {}
     self._replies: dict[str, int] = {}
     self._humans: dict[str, int] = {}
     self._end: dict[str, Any] | None = None
-    try:
+    with contextlib.ExitStack() as opened:
+      opened.enter_context(self._lock)
       foreign_files.require_regular(self.path)
-      self._file = open(self.path, "a+b")
+      self._file = opened.enter_context(open(self.path, "a+b" if writes else "rb"))
       self._size = 0
       for line, end in _lines(self.path):
         self._index(line, self._size)
         self._size = end
-      self._file.truncate(self._size)
-    except BaseException:
-      self._lock.close()
-      raise
+      if writes:
+        self._file.truncate(self._size)
+      self._opened = opened.pop_all()
 
   def _index(self, line: dict[str, Any], offset: int) -> None:
     kind = line["kind"]
@@ -114,8 +107,7 @@ class Journal:
 
   def close(self) -> None:
     """Lets another process write."""
-    self._file.close()
-    self._lock.close()
+    self._opened.close()
 
   @property
   def num_replies(self) -> int:
@@ -168,6 +160,23 @@ class Journal:
       whole_files.sync_folder(self.path.parent)
     self._index(line, self._size)
     self._size += len(data)
+
+
+def _locked(folder: Path):
+  """The lock file of a folder, held until it is closed."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / LOCK, "ab")
+  except OSError as error:
+    raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another folder."
+                     ) from error
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    lock.close()
+    raise ValueError(f"{folder} is being written by another process; wait until it has ended, or "
+                     "choose another folder.") from None
+  return lock
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ in a reply is evaluated or opened, and every pattern here takes time linear in i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ _COLON = r"[*_` \t]{0,4}:[*_` \t]{0,4}"
 _LIST_ITEM = re.compile(r"^[ \t]{0,8}(\d{1,2})[.)][ \t]+(\S.*)$", re.M)
 _NEEDS = re.compile(r"\(\s*needs?\b([^)]{0,80})\)", re.I)
 _FENCE = "```"
+_MOST_BLOCKS = 20  # of JSON that are tried, the last ones
 _REFUSED = re.compile(
   r"\s{0,20}(i['’]?m sorry|i am sorry|sorry,|i can(?:no|['’])t (?:help|assist|comply|do)|"
   r"i am unable|i['’]m unable|as an ai\b)", re.I)
@@ -73,9 +75,7 @@ def fields(text: str, names: Sequence[str]) -> dict[str, str]:
   found = _json_fields(text, names)
   if found:
     return found
-  alternatives = "|".join(map(re.escape, names))
-  marker = re.compile(rf"^{_DECOR}({alternatives}){_COLON}", re.I | re.M)
-  marks = list(marker.finditer(text))
+  marks = list(_marker("|".join(names)).finditer(text))
   found = {}
   for mark, following in zip(marks, [*marks[1:], None]):
     end = following.start() if following else len(text)
@@ -83,11 +83,17 @@ def fields(text: str, names: Sequence[str]) -> dict[str, str]:
   return found
 
 
+@functools.cache
+def _marker(alternatives: str) -> re.Pattern:
+  return re.compile(rf"^{_DECOR}({alternatives}){_COLON}", re.I | re.M)
+
+
 def _json_fields(text: str, names: Sequence[str]) -> dict[str, str]:
   blocks = [text] if text.lstrip().startswith("{") else []
   pieces = text.split(_FENCE)
-  blocks += [piece.removeprefix("json") for piece in pieces[1::2]]
-  for block in reversed(blocks):
+  fenced = [piece.removeprefix("json") for piece in pieces[1::2]]
+  blocks += [block for block in fenced if block.lstrip().startswith("{")]
+  for block in blocks[: -_MOST_BLOCKS - 1 : -1]:
     try:
       value = json.loads(block)
     except (ValueError, RecursionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated
 
 from annotated_types import Ge, Le
@@ -124,13 +125,15 @@ def persona_code(message: str) -> str | None:
   return next((code for code in PERSONAS if message == system_message(code)), None)
 
 
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def control_character(text: str) -> str | None:
   """The first character that no prompt should hold, such as the bell that "\\alpha" became."""
-  return next((c for c in text if (ord(c) < 32 and c not in "\n\t\r") or 127 <= ord(c) < 160
-               or 0xD800 <= ord(c) < 0xE000), None)
+  found = _CONTROL.search(text)
+  return found[0] if found else None
 
 
 def repaired(text: str) -> tuple[str, int]:
   """The text without control characters, and how many there were."""
-  kept = "".join(c for c in text if control_character(c) is None)
-  return kept, len(text) - len(kept)
+  return _CONTROL.subn("", text)

@@ -25,7 +25,8 @@ def test_random_histories_keep_to_the_budget_and_keep_what_is_protected():
   for _ in range(1000):
     view = View(
       _words(generator, 20), tuple(_words(generator, 20) for _ in range(generator.randrange(5))),
-      tuple(Pin(f"p{i}", "Definition", _words(generator, 30)) for i in range(generator.randrange(3))),
+      tuple(Pin(f"p{i}", "Definition", _words(generator, 30))
+            for i in range(generator.randrange(3))),
       tuple(Known(f"S{i}", "s", "verified", _words(generator, 30))
             for i in range(1, 1 + generator.randrange(4))))
     past = [Past(i, _words(generator, 30),
@@ -76,16 +77,16 @@ def test_a_selected_passage_goes_before_the_whole_reply():
   ("ASSESS", View("Is 7 prime?", words=("SOLVE", "SPLIT")),
    "We are working on this problem:\n\nIs 7 prime?\n\nDo not solve it yet. Decide how to go on:\n"
    "SOLVE if you can reach its conclusion in one reply and no question stays open;\n"
-   "REPHRASE if the wording or the viewpoint is the obstacle, and a similar, more general or better "
-   "posed problem would be easier;\nSPLIT if it is really several problems.\n\n"
+   "REPHRASE if the wording or the viewpoint is the obstacle, and a similar, more general or "
+   "better posed problem would be easier;\nSPLIT if it is really several problems.\n\n"
    "End your reply with:\nDECISION: SOLVE or SPLIT\nREASON: one sentence"),
   ("INT", View("P", ("Q", "R"), (Pin("d", "Definition", "x"),),
                (Known("S1", "a", "verified", "A"), Known("S2", "b", "abandoned"))),
    "The problem:\n\nP\n\nIt is part of:\n- Q\n- R\n\nDefinitions and results to build on:\n"
    "Definition: x\n\nIts parts were worked on one by one:\n\n[S1] a\nStatus: verified\n"
-   "Conclusion: A\n\n[S2] b\nStatus: abandoned\n\nJoin them into a conclusion for the whole problem. "
-   "Use each conclusion and cite it as [S1], [S2] and so on; say what stays open where a part has "
-   "none.\n\nEnd your reply with:\nCONCLUSION: the conclusion, complete in itself\n"
+   "Conclusion: A\n\n[S2] b\nStatus: abandoned\n\nJoin them into a conclusion for the whole "
+   "problem. Use each conclusion and cite it as [S1], [S2] and so on; say what stays open where "
+   "a part has none.\n\nEnd your reply with:\nCONCLUSION: the conclusion, complete in itself\n"
    "ANSWER: the short value that was asked for, or none"),
   ("REFINE", View("P", conclusion="C", critique="wrong sign"),
    "The problem:\n\nP\n\nThe conclusion so far:\n\nC\n\nThis was objected to it:\n\nwrong sign\n\n"

@@ -73,7 +73,8 @@ def test_a_thousand_random_runs_end_within_their_limits():
   generator = random.Random(1)
   ended = set()
   for seed in range(1000):
-    limits = {"max_turns": generator.randrange(1, 50), "max_tokens": generator.randrange(600, 30_000),
+    limits = {"max_turns": generator.randrange(1, 50),
+              "max_tokens": generator.randrange(600, 30_000),
               "max_depth": generator.randrange(4), "attempts": generator.randrange(1, 4),
               "rounds": generator.randrange(4), "rephrases": generator.randrange(3),
               "samples": generator.randrange(1, 3), "max_new_tokens": 64}
