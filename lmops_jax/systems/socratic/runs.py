@@ -14,7 +14,7 @@ from lmops_jax.systems.socratic.backends import Backend, BackendError
 from lmops_jax.systems.socratic.calls import Calls, Spending, Turn
 from lmops_jax.systems.socratic.engine import Engine
 from lmops_jax.systems.socratic.journal import Journal
-from lmops_jax.systems.socratic.patterns import Pattern, default_patterns
+from lmops_jax.systems.socratic.patterns import Pattern, default_patterns, named_patterns
 from lmops_jax.systems.socratic.problems import Pin, Tree, sha256
 from lmops_jax.systems.socratic.settings import Cast, Limits
 
@@ -27,6 +27,7 @@ class Plan:
     backend: its kind and how to reach it, such as `{"kind": "http", "endpoint": ..., "model": ...,
       "key_env": ...}`; never a key.
     texts: templates other than the packaged ones, by pattern.
+    named: patterns of installed packages, by the names of their entry points.
   """
 
   statement: str
@@ -35,6 +36,7 @@ class Plan:
   backend: dict[str, Any]
   pins: tuple[Pin, ...] = ()
   texts: dict[str, str] = dataclasses.field(default_factory=dict)
+  named: tuple[str, ...] = ()
 
   def record(self) -> dict[str, Any]:
     """As JSON values."""
@@ -42,6 +44,7 @@ class Plan:
       "statement": self.statement, "limits": dataclasses.asdict(self.limits),
       "cast": dataclasses.asdict(self.cast), "backend": self.backend,
       "pins": [dataclasses.asdict(pin) for pin in self.pins], "texts": self.texts,
+      "named": list(self.named),
     }
 
   @classmethod
@@ -49,11 +52,12 @@ class Plan:
     """From what `record` gave."""
     return cls(
       record["statement"], Limits(**record["limits"]), Cast(**record["cast"]), record["backend"],
-      tuple(Pin(**pin) for pin in record["pins"]), record["texts"])
+      tuple(Pin(**pin) for pin in record["pins"]), record["texts"],
+      tuple(record["named"]))
 
   def patterns(self) -> dict[str, Pattern]:
     """The patterns of the run."""
-    return default_patterns(self.cast, self.texts)
+    return {**default_patterns(self.cast, self.texts), **named_patterns(self.named)}
 
 
 class Outcome(NamedTuple):
