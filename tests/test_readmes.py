@@ -29,7 +29,9 @@ def files_and_bindings(command: str) -> tuple[list[str], list[str]] | None:
   name, systems = rest[0], gin_files.systems()
   if "my_package" in command or "own.gin" in command:
     return None
-  if name in systems and (len(rest) < 2 or (name, rest[1]) not in cli._ACTIONS):
+  if tuple(rest[:2]) in cli._ACTIONS:
+    return None
+  if name in systems:
     action = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else "default"
     owed = [f"{option.removeprefix('--').upper()} = 'given'" for option in rest[2:]
             if option.startswith("--") and option != "--workdir"]

@@ -27,7 +27,7 @@ from lmops_jax.data.prompt_parts import EngineeredPrompts
 from lmops_jax.data.python_reference import PythonReference
 from lmops_jax.data.span_rows import SpanRows
 from lmops_jax.data.spans import NoSpans, PrefixSpan, RandomSpans
-from lmops_jax.data.synthetic_pictures import Matrices, RenderedTexts, Scenes
+from lmops_jax.data.synthetic_pictures import Matrices, RenderedTexts, Scenes, StyledPictures
 from lmops_jax.data.tar_shards import TarShards
 from lmops_jax.data.task_records import TaskClusters, TaskRecords
 from lmops_jax.data.tfds_images import TfdsImages
@@ -77,6 +77,7 @@ __all__ = [
   "RecordedBoxes",
   "RenderedTexts",
   "Scenes",
+  "StyledPictures",
   "SentencePieceFile",
   "SeqioTask",
   "SpacyPhrases",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmops_jax.data.prefix_rows import PrefixRows
+from lmops_jax.data.mixture import Rows
 
 
 class Beside(NamedTuple):
@@ -34,6 +34,12 @@ class Beside(NamedTuple):
     """An index of vectors `[B,S]`, -1 for words that are not read, in the new numbers."""
     found = np.take_along_axis(self.numbers, np.maximum(index, 0), axis=1)
     return np.where(index < 0, -1, found).astype(np.int32)
+
+
+  def renumbered_lists(self, index: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The same for rows of different lengths."""
+    return [np.where(of_row < 0, -1, numbers[np.maximum(of_row, 0)]).astype(np.int32)
+            for of_row, numbers in zip(index, self.numbers, strict=True)]
 
 
 def beside_pictures(
@@ -93,41 +99,44 @@ def beside_pictures(
 
 
 class FusedRows:
-  """`PrefixRows` for an encoder that reads pictures and words together.
-
-  Attributes:
-    rows, num_words: the arguments.
+  """Rows for an encoder of text, as one that reads pictures and words together takes them.
 
   Args:
-    rows: with at most `num_words` positions for an encoder; those without pictures have one text
-      each.
-    num_words: T, the most words beside a picture, the start token counted.
+    rows: `PrefixRows` or `PictureSpans`, with at most `num_words` positions for an encoder; those
+      without pictures have one text each.
+    num_slots, num_words: see `beside_pictures`.
   """
 
-  def __init__(self, rows: PrefixRows, num_words: int):
-    self.rows, self.num_words = rows, num_words
+  def __init__(self, rows: Rows, num_slots: int, num_words: int):
+    self._rows, self._num_slots, self._num_words = rows, num_slots, num_words
 
   def __len__(self) -> int:
-    return len(self.rows)
+    return len(self._rows)
 
-  def batch(
-    self, indices: Sequence[int] | np.ndarray, epoch: int | np.ndarray = 0
-  ) -> dict[str, np.ndarray]:
-    """Rows as a batch: that of `PrefixRows`, with words beside pictures.
+  def batch(self, indices: Sequence[int] | np.ndarray, **told) -> dict[str, np.ndarray]:
+    """Rows as a batch, with words beside pictures; what is `told` is the rows' own, see `fused`."""
+    return fused(self._rows.batch(indices, **told), self._num_slots, self._num_words)
 
-    Returns:
-      Its arrays without those of an encoder of text, and `image_tokens`, `image_segments [B,I,T]
-      int32` as `models.universal.UniversalLM.row_vectors` takes them; `vector_index` refers to the
-      vectors that it gives then.
-    """
-    return fused(
-      self.rows.batch(indices, epoch), self.rows.rows.image_tokens.num_slots, self.num_words)
-
-  def num_learned(
-    self, indices: Sequence[int] | np.ndarray, epoch: int | np.ndarray = 0
-  ) -> np.ndarray:
+  def num_learned(self, indices: Sequence[int] | np.ndarray, **told) -> np.ndarray:
     """Number of learned tokens of rows, `[n] int64`; decodes nothing."""
-    return self.rows.num_learned(indices, epoch)
+    return self._rows.num_learned(indices, **told)
+
+
+class ApartRows(FusedRows):
+  """The same for two encoders, one of pictures and one of words, which do not see each other.
+
+  Args:
+    rows: as there.
+  """
+
+  def __init__(self, rows: Rows):
+    super().__init__(rows, 0, 0)
+
+  def batch(self, indices: Sequence[int] | np.ndarray, **told) -> dict[str, np.ndarray]:
+    """Rows as a batch, without what tells which picture belongs to which text."""
+    batch = dict(self._rows.batch(indices, **told))
+    batch.pop("image_segments", None)
+    return batch
 
 
 def fused(
@@ -138,6 +147,11 @@ def fused(
   Args:
     batch: with the arrays of `encoded_spans` and, if there are pictures, `image_segments [B,I]`.
     num_slots, num_words: see `beside_pictures`, which also tells of errors.
+
+  Returns:
+    Its arrays without those of an encoder of text, and `image_tokens`, `image_segments [B,I,T]
+    int32` as `models.universal.UniversalLM.row_vectors` takes them; `vector_index` refers to the
+    vectors that it gives then.
   """
   kept = {name: value for name, value in batch.items()
           if not name.startswith("encoder_") and name != "image_segments"}

@@ -14,6 +14,7 @@ from lmops_jax.data.documents import document_id
 from lmops_jax.data.grit.pairs import draw
 from lmops_jax.data.multimodal import ImageCorpus, LeftOut, Picture, Record, parts_of
 from lmops_jax.data.tasks.choice import TaskChoice, chosen
+from lmops_jax.data.tasks.pictures import PictureTaskChoice
 from lmops_jax.data.tasks.task import Example, Task
 from lmops_jax.host.hashing import digest, order_key
 
@@ -85,7 +86,7 @@ class TaskRecords(ImageCorpus):
     ValueError: for a template that the task does not have.
   """
 
-  task: TaskChoice
+  task: TaskChoice | PictureTaskChoice
   other_templates: Sequence[Count | Text] = ()
   list_options: bool = False
   num_rows: PositiveInt | None = 30_000
@@ -94,7 +95,7 @@ class TaskRecords(ImageCorpus):
   def __post_init__(self):
     self._wordings()
 
-  def _wordings(self) -> list[TaskChoice]:
+  def _wordings(self) -> list[TaskChoice | PictureTaskChoice]:
     return [dataclasses.replace(self.task, template=template)
             for template in (self.task.template, *self.other_templates)]
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lmops_jax.data import span_sets
-from lmops_jax.data.mixture import Mixture
-from lmops_jax.data.multimodal import ImageCorpus, LeftOut
+from lmops_jax.data import picture_spans, span_sets
+from lmops_jax.data.image_tokens import ImageTokens
+from lmops_jax.data.images import ImageSettings
+from lmops_jax.data.mixture import Mixture, Rows
+from lmops_jax.data.multimodal import ImageCorpus, LeftOut, sound
+from lmops_jax.data.picture_spans import PictureSpans
 from lmops_jax.data.span_examples import SpecialIds, encode, whole_input
 from lmops_jax.data.span_sets import SpanSet
 from lmops_jax.text.vocabularies import Vocabulary
@@ -45,21 +48,51 @@ def write_tasks(
   return counts
 
 
+def write_picture_tasks(
+  directory: Path, corpora: Mapping[str, ImageCorpus], vocabulary: Vocabulary, ids: ImageTokens,
+  images: ImageSettings, length: int, *, pictures: int, encoder_positions: int,
+) -> dict[str, dict[str, int]]:
+  """The same for tasks with pictures, each example in a row of its own.
+
+  Args:
+    directory, corpora, vocabulary: as for `write_tasks`.
+    ids: the special ids.
+    images: how pictures become pixels; those that do not are left out.
+    length, pictures, encoder_positions: see `picture_spans.write`.
+  """
+  counts = {}
+  for name, corpus in corpora.items():
+    left_out = LeftOut()
+    records = map(whole_input, sound(corpus.records(left_out), images, left_out))
+    made = picture_spans.write(
+      directory / name, encode(records, vocabulary, ids), ids, length, pictures=pictures,
+      encoder_positions=encoder_positions)
+    counts[name] = {**made, **left_out.counts}
+  return counts
+
+
+def open_picture_tasks(
+  directory: Path, names: Iterable[str], images: ImageSettings
+) -> dict[str, PictureSpans]:
+  """The sets of some of the tasks that `write_picture_tasks` wrote."""
+  return {name: PictureSpans(directory / name, images) for name in names}
+
+
 def open_tasks(directory: Path, names: Iterable[str]) -> dict[str, SpanSet]:
   """The sets of some of the tasks that `write_tasks` wrote."""
   return {name: span_sets.load(directory / name) for name in names}
 
 
 def mixed(
-  sets: Mapping[str, SpanSet], seed: int, *, encoded: bool = True,
+  sets: Mapping[str, Rows], seed: int, *, encoded: bool = True,
   weights: Mapping[str, float] | None = None,
 ) -> Mixture:
   """The rows of all tasks as an endless list, for `training.sources.Endless`.
 
   Args:
-    sets: by task.
+    sets: by task, of one kind.
     seed: of the order.
-    encoded: False gives the same rows to a model without an encoder.
+    encoded: False gives the same rows, of texts, to a model without an encoder.
     weights: of the tasks; None: each example comes equally often.
   """
   sources = {name: rows if encoded else rows.rows for name, rows in sets.items()}

@@ -68,6 +68,9 @@ class PictureEncoderConfig(Protocol):
   def num_features(self) -> int:
     """P, vectors of an image of the encoder's own size."""
 
+  def features_of(self, height: int, width: int) -> int:
+    """P of an image of that size in pixels; raises ValueError if the encoder does not take it."""
+
   def num_words(self) -> int | None:
     """V of its table of words, 0 if it reads none; None until a system fills it."""
 

@@ -111,6 +111,21 @@ class VisionConfig:
     """Vectors of an image of its own size, that of the class included."""
     return 1 + self.num_patches
 
+  def features_of(self, height: int, width: int) -> int:
+    """See `PictureEncoderConfig`."""
+    side, patch = self.image_size, self.patch_size
+    if (height, width) != (side, side) and not self.any_size:
+      raise ValueError(
+        f"pictures of {height} x {width} are given and models.{type(self).__name__}.image_size is "
+        f"{side}; give both one size, or set any_size."
+      )
+    if height % patch or width % patch:
+      raise ValueError(
+        f"pictures of {height} x {width} are given, which are not multiples of "
+        f"models.{type(self).__name__}.patch_size={patch}; give others."
+      )
+    return 1 + height // patch * (width // patch)
+
   def example_inputs(self) -> tuple[jax.Array, ...]:
     """An image of its own size, as `features` takes it."""
     return jnp.zeros((1, self.image_size, self.image_size, NUM_CHANNELS)),

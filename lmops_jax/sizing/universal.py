@@ -25,16 +25,17 @@ class RowShape:
   Attributes:
     length: S, positions of the decoder.
     encoder_length: E, positions of the encoder of spans; 0 for none.
-    images: I, of the encoder's own size.
+    images: I.
     image_words: T, words that are encoded with each image.
-    pictured: False for words that are encoded as with an image, and without one.
+    image_features: vectors of each image, None for one of the encoder's own size; 0 for words that
+      are encoded as with an image, and without one.
   """
 
   length: int
   encoder_length: int = 0
   images: int = 0
   image_words: int = 0
-  pictured: bool = True
+  image_features: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +117,8 @@ def _encoded(config: UniversalConfig, shape: RowShape) -> dict[str, tuple[Any, i
     found["reader"] = config.reader, shape.encoder_length, 1, 0.0
   if shape.images:
     encoder = config.vision.encoder
-    num, in_front = shape.image_words, 0.0
-    if shape.pictured:
-      num, in_front = num + encoder.num_features(), encoders.patch_flops(encoder)
-    found["vision"] = config.vision, num, shape.images, in_front
+    own = encoder.num_features()
+    features = own if shape.image_features is None else shape.image_features
+    in_front = encoders.patch_flops(encoder) * max(features - 1, 0) / (own - 1)
+    found["vision"] = config.vision, features + shape.image_words, shape.images, in_front
   return found

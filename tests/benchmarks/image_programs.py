@@ -96,5 +96,5 @@ def planned_bytes(num_own: int) -> float:
   joined = area * (first + UNET.widths[1])
   scores = UNET.num_heads[0] * UNET.attention_chunk * area * 4
   row = 2 * passed + (2 + 2 + 4) * joined + 2 * scores
-  decoded = SIZE**2 * AUTOENCODER.widths[1] * (2 * 4 + 2 * 2) * DECODED_AT_ONCE
+  decoded = SIZE**2 * AUTOENCODER.widths[1] * (2 * 4 + 2 * 2) * min(num_own, DECODED_AT_ONCE)
   return held + max(2 * num_own * row, decoded)

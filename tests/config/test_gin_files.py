@@ -40,6 +40,7 @@ OWED = {
   ],
   "meta_optimizer/paper.gin": ["MODEL = '/data/model'"],
   "metalm/finetune.gin": ["START = '/data/metalm'"],
+  "metalm/finetune_pictures.gin": ["START = '/data/metalm'", "DATA = '/data'"],
   "metalm/language_paper.gin": [
     "CORPUS_PATH = '/data/corpus'", "VOCABULARY_PATH = '/data/sentencepiece.bpe.model'"],
   "metalm/vision_language.gin": [
@@ -48,6 +49,10 @@ OWED = {
   "pds/paper.gin": [
     "CORPUS_PATH = '/data/corpus'", "TARGET_PATH = '/data/target.jsonl'",
     "TARGET_TEST_PATH = '/data/test.jsonl'", "VOCABULARY_PATH = '/data/tokenizer.model'",
+  ],
+  "promptist/ppo.gin": [
+    "MODEL = '/data/gpt2'", "PROMPTS = '/data/prompts.jsonl'", "IMAGES = '/data/sd'",
+    "CLIP = '/data/clip'", "AESTHETIC = '/data/aesthetic.pth'",
   ],
   "promptist/sft.gin": ["MODEL = '/data/gpt2'", "PAIRS = '/data/pairs.jsonl'"],
   "structured_prompting/paper.gin": ["MODEL = '/data/model'"],
@@ -66,11 +71,14 @@ RUNS = [
   "learning_law/transformer.gin", "learning_law/transformer_paper.gin",
   "meta_optimizer/default.gin", "meta_optimizer/momentum.gin", "meta_optimizer/momentum_paper.gin",
   "meta_optimizer/paper.gin", "metalm/default.gin", "metalm/finetune.gin",
-  "metalm/language_paper.gin", "metalm/smoke.gin", "metalm/vision_language.gin",
+  "metalm/finetune_pictures.gin", "metalm/language_paper.gin", "metalm/pictures.gin",
+  "metalm/smoke.gin",
+  "metalm/vision_language.gin",
   "pds/baselines.gin",
   "pds/default.gin", "pds/paper.gin",
   *PAPER_SIZES, "pds/smoke.gin",
-  "promptist/sft.gin",
+  "promptist/default.gin", "promptist/ppo.gin", "promptist/sft.gin", "promptist/smoke.gin",
+  "prototypes/default.gin", "prototypes/smoke.gin", "prototypes/tuned.gin",
   "structured_prompting/default.gin", "structured_prompting/paper.gin",
 ]
 PARTS = ("pipeline", "sizes", "model", "vocabulary")  # of a run, named by what they are

@@ -57,15 +57,15 @@ def _vectors(batch, num_slots):
 @pytest.mark.parametrize("pictured, per_row", [(1, 1), (1, 2), (0, 0)])
 def test_each_place_points_at_the_vector_of_the_same_word_or_picture(tmp_path, pictured, per_row):
   packed = _rows(tmp_path, pictured, per_row)
-  rows = FusedRows(packed, WORDS)
+  rows = FusedRows(packed, IDS.num_slots, WORDS)
   indices = np.arange(len(rows))
-  old, new = packed.batch(indices, 2), rows.batch(indices, 2)
+  old, new = packed.batch(indices, 2), rows.batch(indices, epoch=2)
   num_slots, e = IDS.num_slots * pictured, old["encoder_tokens"].shape[1]
   assert new["image_tokens"].shape == (len(rows), per_row or 1, WORDS)
   assert ("images" in new) == bool(pictured) and not any(n.startswith("encoder_") for n in new)
   for name in ("tokens", "targets", "loss_mask", "positions", "segment_ids", "example_id"):
     np.testing.assert_array_equal(old[name], new[name])
-  np.testing.assert_array_equal(rows.num_learned(indices, 2), packed.num_learned(indices, 2))
+  np.testing.assert_array_equal(rows.num_learned(indices, epoch=2), packed.num_learned(indices, 2))
   before, after = _vectors(old, num_slots), _vectors(new, num_slots)
   num_words = 0
   for row, place in zip(*np.nonzero(old["vector_index"] >= 0)):

@@ -15,8 +15,8 @@ from lmops_jax.stages import pipeline, skeleton
 from tests import model_folders
 from tests.systems import conftest
 
-FINETUNE, SFT = "train/finetune.gin", "promptist/sft.gin"
-REINFORCE = "train/reinforce.gin"
+FINETUNE, REINFORCE = "train/finetune.gin", "train/reinforce.gin"
+SFT, PROMPTIST = "promptist/sft.gin", "promptist/smoke.gin"
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def files(tmp_path_factory):
   model = model_folders.write(folder / "model")
   return {
     FINETUNE: [f"MODEL = '{model}'", f"TRAIN = '{rows}'", "LENGTH = 32"],
-    SFT: [f"MODEL = '{model}'", f"PAIRS = '{rows}'", "LENGTH = 32"],
     REINFORCE: [f"MODEL = '{model}'", f"PROMPTS = '{rows}'"],
+    SFT: [f"MODEL = '{model}'", f"PAIRS = '{rows}'", "LENGTH = 32"],
   }
 
 
@@ -94,12 +94,12 @@ def _behind(identities, names):
   (FINETUNE, "finetune.Finetune.pack = False", "prepare"),
   (FINETUNE, "LEARNING_RATE = 1e-3", "train"),
   (FINETUNE, "pretrained.load.attention = 'chunked'", "prepare|train"),
-  (SFT, "data.PairFiles.completion_field = 'text'", "prepare"),
-  (SFT, "promptist.SFT.select_step = 7", "train"),
-  (SFT, "LEARNING_RATE = 1e-3", "train"),
   (REINFORCE, "reinforce.PPO.clip = 0.3", "train"),
   (REINFORCE, "reinforce.ShareOf.characters = 'a'", "train"),
   (REINFORCE, "reinforce.Reinforce.num_shown = 3", "report"),
+  (SFT, "data.PairFiles.completion_field = 'text'", "prepare"),
+  (SFT, "promptist.SFT.select_step = 7", "train"),
+  (SFT, "LEARNING_RATE = 1e-3", "train"),
 ])
 def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, binding, readers, files):
   bindings = files.get(file, [])
@@ -119,7 +119,9 @@ def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, bindin
   ("meta_optimizer/momentum.gin", {"seeds"}),
   ("metalm/smoke.gin", {"arms", "seeds"}),
   ("structured_prompting/default.gin", {"seeds"}),
-  (FINETUNE, set()), (SFT, set()), (REINFORCE, set()),
+  (FINETUNE, set()), (REINFORCE, set()), (SFT, set()),
+  (PROMPTIST, {"generator_seed", "seeds"}),
+  ("prototypes/smoke.gin", {"seeds", "sizes"}),
 ])
 def test_every_setting_is_read_by_a_stage(file, free, files):
   """Seeds show as `seed` of the stages; the engine changes no result."""

@@ -1,10 +1,11 @@
 """Pictures made on the spot, of which everything is known: functions of (seed, index) alone.
 
 `Scenes` has pictographs on photographs, with captions, questions, referring expressions, documents
-of several pictures and episodes with invented names; `Matrices` has Raven's matrices, and
-`RenderedTexts` has words and sentences to be read. They stand in for photographs and benchmarks in
-a run without any download. Fonts and photographs come from installed packages, so pixels
-may differ if Pillow's JPEG decoder or Matplotlib's fonts do.
+of several pictures and episodes with invented names; `Matrices` has Raven's matrices,
+`RenderedTexts` words and sentences to be read, and `StyledPictures` things in styles that words of
+a caption change. They stand in for photographs and benchmarks in a run without any download. Fonts
+and photographs come from installed packages, so pixels may differ if Pillow's JPEG decoder or
+Matplotlib's fonts do.
 """
 
 from lmops_jax.data.synthetic_pictures.matrices import Matrices, Matrix
@@ -31,6 +32,7 @@ from lmops_jax.data.synthetic_pictures.sequences import (
   interleaved,
   introduction,
 )
+from lmops_jax.data.synthetic_pictures.styled_pictures import StyledPicture, StyledPictures
 
 __all__ = [
   "Caption",
@@ -45,6 +47,8 @@ __all__ = [
   "RenderedTexts",
   "Scene",
   "Scenes",
+  "StyledPicture",
+  "StyledPictures",
   "caption",
   "captions",
   "described",

@@ -1,9 +1,10 @@
 """Stage `evaluate`: perplexities of unseen text, and what an arm answers.
 
-Every question is a choice by `decoding.scoring`: among label words the one with the highest
-log-probability wins, among passages, whose lengths differ, the one with the highest mean over its
-tokens. What is given is encoded for arms with an encoder, and read as words by the others; the
-tokens are the same.
+Every question is a choice by `decoding.scoring`. Small models find some words likely whatever they
+are asked, so what is compared is how much more likely an option is than otherwise: a passage than
+it is behind a line end alone (GPT-3, arXiv:2005.14165, section 2.4), a label word than it is on
+average over a task's rows (batch calibration, arXiv:2309.17249). What is given is encoded for arms
+with an encoder, and read as words by the others; the tokens are the same.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from lmops_jax.config.setting_types import (
   Text,
   component,
 )
+from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.instances import Instances
+from lmops_jax.data.span_examples import SpecialIds
 from lmops_jax.data.tasks import Example, Task, demonstrations
-from lmops_jax.decoding.scoring import OptionScorer, Request, mean, total
+from lmops_jax.decoding.scoring import OptionScorer, Request, total
 from lmops_jax.evaluation.examples import map_examples
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.models.transformer import Transformer
@@ -49,6 +52,7 @@ RESULTS_FILE = "results.json"
 OWN, COMMON, PLAIN = "own", "common", "plain"
 BEFORE = "trained"  # the model that is not finetuned
 OTHER_WORDS = "same_document, other words"
+_NO_CONTENT = "\n"  # what passages are compared behind
 
 
 @component(module="metalm")
@@ -166,33 +170,59 @@ def _sums(losses: SpanLosses) -> Callable:
 class Asking:
   """A trained model that chooses among options."""
 
-  def __init__(self, arm: Arm, params: Any, vocabulary: Vocabulary, partitioner):
+  def __init__(
+    self, arm: Arm, params: Any, vocabulary: Vocabulary, partitioner,
+    ids: SpecialIds | None = None, images: ImageSettings | None = None,
+  ):
+    """
+    Args:
+      ids, images: of a model that reads pictures, see `prompts.SpanReader`; the special ids of
+        others are the vocabulary's.
+    """
     self._vocabulary, self._max_length = vocabulary, arm.config.text.max_length
-    self._reader = prompts.SpanReader(arm.model, params, vocabulary)
+    self._ids = vocabulary if ids is None else ids
+    self._reader = prompts.SpanReader(arm.model, params, self._ids, images)
     self._scorer = OptionScorer(Transformer(arm.config.text), params["text"], partitioner)
 
   def counted(self, task: Task, shots: int, draw: int) -> dict[str, int]:
     """How many rows of a task are right behind `shots` demonstrations, drawn by a seed."""
     shown = demonstrations(task.train, shots, draw)
-    chosen, num_dropped = self.chosen(task.rows, shown, total if task.words else mean)
-    right = sum(int(pick == row.label) for pick, row in zip(chosen, task.rows, strict=True))
+    values, num_dropped = self.values(task.rows, shown)
+    if task.words:
+      values = calibrated(values)
+    else:
+      values -= self.values([row._replace(prompt=_NO_CONTENT) for row in task.rows], ())[0]
+    right = int((values.argmax(axis=1) == [row.label for row in task.rows]).sum())
     return {"shots": shots, "draw": draw, "right": right, "num": len(task.rows),
             "num_dropped": num_dropped}
 
-  def chosen(
-    self, rows: Sequence[Example], shown: Sequence[Example], value: Callable
-  ) -> tuple[list[int], int]:
-    """The best option of each row, and how many demonstrations had no room in all.
+  def values(
+    self, rows: Sequence[Example], shown: Sequence[Example]
+  ) -> tuple[np.ndarray, int]:
+    """Log-probabilities of the options, and how many demonstrations had no room in all.
 
     Args:
-      shown: demonstrations in front of each. value: `total` or `mean` of `decoding.scoring`.
+      rows: each with as many options.
+      shown: demonstrations in front of each.
+
+    Returns:
+      `[N,options] float64`, nats, and the number.
     """
     vocabulary = self._vocabulary
     options = [vocabulary.encode_batch(row.options) for row in rows]
     behind = prompts.answered(shown, vocabulary)
     made, dropped = zip(*(
-      prompts.fitted(behind, row, of_row, vocabulary, self._max_length)
-      for row, of_row in zip(prompts.asked(rows, vocabulary), options)))
+      prompts.fitted(behind, row, of_row, self._ids, self._max_length)
+      for row, of_row in zip(prompts.asked(rows, vocabulary, self._ids), options)))
     scores = self._scorer.score([
       Request(prompt, of_row) for prompt, of_row in zip(self._reader.prompts(made), options)])
-    return [int(np.argmax(value(of_row))) for of_row in scores], sum(dropped)
+    return np.stack([total(of_row) for of_row in scores]), sum(dropped)
+
+
+def calibrated(values: np.ndarray) -> np.ndarray:
+  """Log-probabilities `[N,options]` less the logarithm of each option's mean share over the rows.
+
+  An option's share in a row is its probability among the row's options.
+  """
+  shares = values - np.logaddexp.reduce(values, axis=1, keepdims=True)
+  return shares - np.logaddexp.reduce(shares, axis=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,12 @@ import numpy as np
 from lmops_jax.config.setting_types import component
 from lmops_jax.data import packing
 from lmops_jax.data.documents import Document
-from lmops_jax.data.fused_rows import FusedRows
+from lmops_jax.data.fused_rows import ApartRows, FusedRows
 from lmops_jax.data.image_rows import ImageRows, write_rows
 from lmops_jax.data.image_tokens import Encoded, ImageTokens
 from lmops_jax.data.images import ImageSettings
 from lmops_jax.data.mixture import Rows
 from lmops_jax.data.multimodal import LeftOut
-from lmops_jax.data.prefix_rows import Prefix, PrefixRows
 from lmops_jax.models.universal import UniversalConfig
 from lmops_jax.shared_stages.row_sources import (
   Form,
@@ -26,6 +25,7 @@ from lmops_jax.shared_stages.row_sources import (
   Side,
   TextSource,
 )
+from lmops_jax.sizing.universal import RowShape as SizedRow
 from lmops_jax.text.vocabularies import Vocabulary
 
 
@@ -77,15 +77,17 @@ def pieces(
           np.full(len(piece), -1, np.int32), ())
 
 
-def check_reads_words(model: UniversalConfig, setting: str) -> None:
+def check_reads_words(model: UniversalConfig, images: ImageSettings, setting: str) -> None:
   """Holds a model against rows of pictures and texts.
 
   Args:
+    images: how pictures become pixels.
     setting: names the model in gin files.
 
   Raises:
-    ValueError: for a model without an encoder of pictures or of words, or with two of words, and
-      for a connector that does not give a vector for each word.
+    ValueError: for a model without an encoder of pictures or of words, or with two of words, for a
+      connector that does not give a vector for each word, and for pictures of a size that the
+      encoder does not take.
   """
   if model.vision is None:
     raise ValueError(
@@ -97,7 +99,7 @@ def check_reads_words(model: UniversalConfig, setting: str) -> None:
       f"{setting} has {found}; give models.UniversalConfig.vision a models.FusedEncoderConfig, "
       "which reads pictures and words, or one of pictures and a reader beside it."
     )
-  num = model.vision.encoder.num_features()
+  num = model.vision.encoder.features_of(images.height, images.width)
   if fused and model.vision.connector.num_vectors(num) != num:
     raise ValueError(
       "models.UniversalConfig.vision.connector must give a vector for each vector, since words "
@@ -112,39 +114,36 @@ def positions_of_words(model: UniversalConfig) -> int:
   return model.reader.encoder.longest_span()
 
 
-def read_by(model: UniversalConfig, rows: ImageRows, prefix: Prefix, seed: int) -> Rows:
-  """Rows whose pictures and beginnings of texts the model's encoders read.
+def read_by(model: UniversalConfig, rows: Rows, num_slots: int) -> Rows:
+  """Rows as the model's encoders read them.
 
   Args:
     model: see `check_reads_words`.
-    rows: of pairs or of texts.
-    prefix: how much of each text is read.
-    seed: of what is drawn.
+    rows: `PrefixRows` or `PictureSpans`.
+    num_slots: vectors of a picture.
   """
-  positions = positions_of_words(model)
-  found = PrefixRows(rows, prefix, seed, encoder_positions=positions)
-  return FusedRows(found, positions) if model.reader is None else Apart(found)
+  if model.reader is not None:
+    return ApartRows(rows)
+  return FusedRows(rows, num_slots, positions_of_words(model))
 
 
-class Apart:
-  """`PrefixRows` for two encoders: pictures and words do not see each other."""
+def vectors_of_picture(model: UniversalConfig, images: ImageSettings) -> int:
+  """Vectors that the decoder reads of a picture."""
+  features = model.vision.encoder.features_of(images.height, images.width)
+  return model.vision.connector.num_vectors(features)
 
-  def __init__(self, rows: PrefixRows):
-    self._rows = rows
 
-  def __len__(self) -> int:
-    return len(self._rows)
+def row_shape(
+  model: UniversalConfig, length: int, pictures: int, images: ImageSettings
+) -> SizedRow:
+  """The shape of rows that `read_by` gives.
 
-  def batch(
-    self, indices: Sequence[int] | np.ndarray, epoch: int | np.ndarray = 0
-  ) -> dict[str, np.ndarray]:
-    """Rows as a batch, without which picture belongs to which text."""
-    batch = self._rows.batch(indices, epoch)
-    batch.pop("image_segments", None)
-    return batch
-
-  def num_learned(
-    self, indices: Sequence[int] | np.ndarray, epoch: int | np.ndarray = 0
-  ) -> np.ndarray:
-    """Number of learned tokens of rows, `[n] int64`; decodes nothing."""
-    return self._rows.num_learned(indices, epoch)
+  Args:
+    length: S. pictures: I, 0 for texts alone. images: how pictures become pixels.
+  """
+  features = model.vision.encoder.features_of(images.height, images.width)
+  if model.reader is not None:
+    return SizedRow(length, length, images=pictures, image_features=features)
+  return SizedRow(
+    length, images=pictures or 1, image_words=positions_of_words(model),
+    image_features=features if pictures else 0)

@@ -31,11 +31,14 @@ class Part(NamedTuple):
   Attributes:
     shape: of each. rows: their number.
     packed: whether several texts may share a row, which `segment_ids` and `positions` then tell.
+    height, width: of pictures, in pixels; 0 without any.
   """
 
   shape: RowShape
   rows: int = 1
   packed: bool = False
+  height: int = 0
+  width: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,20 +158,20 @@ def _activation_bytes(step: Step, partitioner, platform) -> float:
       total += activations.activation_bytes(
         step.config.reader.encoder.trunk, rows, shape.encoder_length, unembedding=False, **sizes)
     if shape.images:
-      total += _image_bytes(step.config, rows * shape.images, shape, sizes)
+      total += _image_bytes(step.config, rows * shape.images, part, sizes)
   return total
 
 
-def _image_bytes(config: UniversalConfig, images: float, shape: RowShape, sizes) -> float:
+def _image_bytes(config: UniversalConfig, images: float, part: Part, sizes) -> float:
   """Of encoder and connector of images; an expert of an MLP counts as the only one."""
-  encoder = config.vision.encoder
-  num = shape.image_words + (encoder.num_features() if shape.pictured else 0)
+  encoder, shape = config.vision.encoder, part.shape
+  num = shape.image_words + shape.image_features
   of_encoder = sum(
     activations.activation_bytes(
       dataclasses.replace(stack, vocab_size=stack.vocab_size or 1), images, num,
       unembedding=False, **sizes)
     for stack in stacks(encoder.trunk, encoder.top_layers).values())
-  of_input = 4.0 * NUM_CHANNELS * encoder.image_size**2 if shape.pictured else 0.0
+  of_input = 4.0 * NUM_CHANNELS * part.height * part.width
   return of_encoder + images * (of_input + encoders.connector_bytes(
     config.vision.connector, config.text, encoder.feature_width(), num))
 
@@ -197,11 +200,11 @@ def abstract_batch(step: Step, partitioner: Partitioner) -> dict[str, jax.ShapeD
   for name, part in step.parts.items():
     front, group = (f"{name}/", (part.rows,)) if name else ("", ())
     batch |= {f"{front}{field}": array(dtype, *group, *shape)
-              for field, dtype, shape in _fields(step.config, part)}
+              for field, dtype, shape in _fields(part)}
   return batch
 
 
-def _fields(config: UniversalConfig, part: Part) -> Iterator[tuple[str, type, tuple[int, ...]]]:
+def _fields(part: Part) -> Iterator[tuple[str, type, tuple[int, ...]]]:
   """Name, type and shape of each array of a row."""
   shape = part.shape
   row = shape.length,
@@ -217,6 +220,5 @@ def _fields(config: UniversalConfig, part: Part) -> Iterator[tuple[str, type, tu
   if shape.image_words:
     for name in IMAGE_WORDS:
       yield name, jnp.int32, (shape.images, shape.image_words)
-  if shape.images and shape.pictured:
-    side = config.vision.encoder.image_size
-    yield "images", jnp.uint8, (shape.images, side, side, NUM_CHANNELS)
+  if part.height:
+    yield "images", jnp.uint8, (shape.images, part.height, part.width, NUM_CHANNELS)

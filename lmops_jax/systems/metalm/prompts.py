@@ -15,11 +15,14 @@ import jax
 import numpy as np
 
 from lmops_jax.data import span_examples, span_sets
-from lmops_jax.data.multimodal import Record
-from lmops_jax.data.span_examples import Read, SpanExample
+from lmops_jax.data.fused_rows import beside_pictures
+from lmops_jax.data.images import ImageSettings
+from lmops_jax.data.multimodal import Record, parts_of
+from lmops_jax.data.span_examples import Read, SpanExample, SpecialIds, whole_input
 from lmops_jax.data.span_sets import SpanSet
 from lmops_jax.data.tasks import Example
 from lmops_jax.decoding.prompts import Prompt
+from lmops_jax.evaluation.seeing import picture_at
 from lmops_jax.models.universal import UniversalLM
 from lmops_jax.text.vocabularies import Vocabulary
 
@@ -32,10 +35,23 @@ def answered(rows: Iterable[Example], vocabulary: Vocabulary) -> list[SpanExampl
     (_record(row, row.options[row.label]) for row in rows), vocabulary, vocabulary))
 
 
-def asked(rows: Iterable[Example], vocabulary: Vocabulary) -> list[SpanExample]:
-  """Rows without an answer."""
+def asked(
+  rows: Iterable[Example], vocabulary: Vocabulary, ids: SpecialIds | None = None
+) -> list[SpanExample]:
+  """Rows without an answer.
+
+  Args:
+    ids: the special ones of rows with pictures; None takes the vocabulary's.
+  """
   return list(span_examples.encode(
-    (_record(row) for row in rows), vocabulary, vocabulary, end=False))
+    (_pictured(row) if row.images else _record(row) for row in rows), vocabulary,
+    vocabulary if ids is None else ids, end=False))
+
+
+def _pictured(row: Example) -> Record:
+  where = f"row {row.id} of a task"
+  parts, _ = parts_of(row.prompt, list(map(picture_at, row.images)), where)
+  return whole_input(Record(row.id, parts, len(parts), where))
 
 
 def _record(row: Example, *answer: str) -> Record:
@@ -44,12 +60,13 @@ def _record(row: Example, *answer: str) -> Record:
 
 def fitted(
   shown: Sequence[SpanExample], row: SpanExample, options: Sequence[Sequence[int]],
-  vocabulary: Vocabulary, max_length: int,
+  special: SpecialIds, max_length: int,
 ) -> tuple[SpanExample, int]:
   """A row behind as many demonstrations as have room, the first of which go first.
 
   Args:
     shown: demonstrations. row: the row. options: ids of what may follow it.
+    special: the special ids.
     max_length: positions of the model.
 
   Returns:
@@ -60,7 +77,7 @@ def fitted(
   """
   longest = max(map(len, options))
   for dropped in range(len(shown) + 1):
-    prompt = span_examples.behind(shown[dropped:], row, vocabulary)
+    prompt = span_examples.behind(shown[dropped:], row, special)
     # An option's last token is predicted and never read.
     if len(prompt.tokens) + longest - 1 <= max_length:
       return prompt, dropped
@@ -88,31 +105,63 @@ def tuning_rows(
 
 
 class SpanReader:
-  """Turns prompts into those that decoding takes; spans become vectors.
+  """Turns prompts into those that decoding takes; spans and pictures become vectors.
 
-  Spans are read with the other spans of their prompt, in batches of one shape.
+  Spans are read with the other spans of their prompt, or with their picture, in batches of one
+  shape.
   """
 
-  def __init__(self, model: UniversalLM, params: Any, vocabulary: Vocabulary):
-    self._model, self._params, self._vocabulary = model, params, vocabulary
+  def __init__(
+    self, model: UniversalLM, params: Any, ids: SpecialIds, images: ImageSettings | None = None
+  ):
+    """
+    Args:
+      ids: the special ones; `ImageTokens` for prompts with pictures.
+      images: how pictures become pixels; None for prompts without any.
+    """
+    self._model, self._params, self._ids, self._images = model, params, ids, images
 
   def prompts(self, examples: Sequence[SpanExample]) -> list[Prompt]:
     """Prompts with vectors in their spans; of words alone for a model without an encoder."""
-    if self._model.config.reader is None:
+    config = self._model.config
+    if config.reader is None and config.vision is None:
       return [Prompt(example.tokens.tolist()) for example in examples]
-    found = span_examples.encoded_prompts(examples, self._vocabulary)
-    vectors = self._vectors(found.inputs, len(examples))
-    return [Prompt(*parts) for parts in zip(found.ids, vectors, found.index)]
+    found = span_examples.encoded_prompts(examples, self._ids)
+    inputs, index = found.inputs, found.index
+    if config.reader is None:
+      beside = beside_pictures(
+        inputs, found.image_segments if found.image_segments.size else None,
+        self._ids.num_slots if found.image_segments.size else 0,
+        config.vision.encoder.longest_text(),
+        max(len(example.spans) for example in examples))
+      inputs = {"image_tokens": beside.tokens, "image_segments": beside.segments}
+      index = beside.renumbered_lists(index)
+    vectors = self._vectors(inputs, examples, found.image_segments.shape[1])
+    return [Prompt(*parts) for parts in zip(found.ids, vectors, index)]
 
-  def _vectors(self, inputs: Mapping[str, np.ndarray], num: int) -> np.ndarray:
-    """`[num,E,W]`."""
+  def _vectors(
+    self, inputs: Mapping[str, np.ndarray], examples: Sequence[SpanExample], num_images: int
+  ) -> np.ndarray:
+    """`[num,M,W]` of examples with at most so many pictures."""
     found = []
-    for start in range(0, num, _AT_ONCE):
+    for start in range(0, len(examples), _AT_ONCE):
       some = {name: value[start : start + _AT_ONCE] for name, value in inputs.items()}
-      missing = _AT_ONCE - min(_AT_ONCE, num - start)
-      filled = {name: np.pad(value, ((0, missing), (0, 0))) for name, value in some.items()}
+      if num_images:
+        some["images"] = self._pixels(examples[start : start + _AT_ONCE], num_images)
+      missing = _AT_ONCE - min(_AT_ONCE, len(examples) - start)
+      filled = {name: np.pad(value, ((0, missing), *((0, 0),) * (value.ndim - 1)))
+                for name, value in some.items()}
       found.append(np.asarray(_encode(self._model, self._params, filled))[: _AT_ONCE - missing])
     return np.concatenate(found)
+
+  def _pixels(self, examples: Sequence[SpanExample], num_images: int) -> np.ndarray:
+    """`[n,num_images,height,width,3] uint8`, 0 for pictures that an example lacks."""
+    shape = len(examples), num_images, self._images.height, self._images.width, 3
+    pixels = np.zeros(shape, np.uint8)
+    for into, example in zip(pixels, examples):
+      for i, picture in enumerate(example.pictures):
+        into[i] = self._images.pixels(picture.read(), picture.where)
+    return pixels
 
 
 @functools.partial(jax.jit, static_argnums=0)

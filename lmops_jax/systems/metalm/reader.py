@@ -2,6 +2,10 @@
 
 It is the discriminator of ELECTRA (arXiv:2003.10555), as MetaLM's text encoder is; all arms with an
 encoder start from it. The mask is a word of its own, behind the vocabulary's.
+
+A replaced token is told from its neighbours, and attention to these takes thousands of steps to
+form when all that is learned is which tokens were replaced. So the encoder may first be trained for
+some steps as a causal language model, which learns from every token.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -19,11 +24,15 @@ from annotated_types import Gt, Lt
 
 from lmops_jax.config.setting_types import Positive, PositiveInt, component
 from lmops_jax.data.instances import Instances
+from lmops_jax.data.spans import NoSpans
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.encoders import TextEncoderConfig, encoder_params
+from lmops_jax.models.universal import UniversalConfig
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline
+from lmops_jax.systems.metalm.arms import Arm
 from lmops_jax.systems.metalm.texts import Prepared
+from lmops_jax.systems.metalm.training import Training, train
 from lmops_jax.text.vocabularies import Vocabulary
 from lmops_jax.training import language_models, loop
 from lmops_jax.training.learner import supervised
@@ -31,6 +40,7 @@ from lmops_jax.training.replaced_tokens import ReplacedTokenLosses, ReplacedToke
 from lmops_jax.training.sources import Ahead, Epochs
 
 STAGE = "encoder"
+_CAUSAL = "causal"  # the folder of the steps as a causal language model
 
 
 @component(module="metalm")
@@ -45,6 +55,7 @@ class ReaderTraining:
     num_steps: optimizer steps.
     batch_size: rows of a batch.
     rate, weight: see `training.ReplacedTokens`.
+    causal: how the encoder is trained as a causal language model before; None: not at all.
     num_tested: unseen rows on which it is tested, at most.
     checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
   """
@@ -55,6 +66,7 @@ class ReaderTraining:
   batch_size: PositiveInt = 16
   rate: Annotated[float, Gt(0), Lt(1)] = 0.15
   weight: Positive = 50.0
+  causal: Training | None = None
   num_tested: PositiveInt = 64
   checkpoint_every: PositiveInt | None = 100
 
@@ -102,12 +114,13 @@ class ReaderTraining:
       )
     losses = self.losses(encoder, vocabulary)
     rows = functools.partial(_rows, instances, vocabulary.pad_id)
+    start = self._start(context, losses, prepared, seed, partitioner)
     result = loop.train(
       supervised(
         losses.init_params, losses, self.optimizer, keyed=True, check_batch=losses.check_batch,
         partitioner=partitioner),
       Ahead(Epochs(rows, len(instances), self.batch_size, seed)), self.num_steps, seed,
-      context.directory, partitioner, records=loop.Records(
+      context.directory, partitioner, initial_params=start, records=loop.Records(
         checkpoint_every=self.checkpoint_every, params_at=(self.num_steps,),
         description=context.name, progress=context.progress))
     length = instances.length
@@ -122,8 +135,27 @@ class ReaderTraining:
     context.extra["tested"] = {
       "told_right": float(parts.num_right.sum() / parts.num_real.sum()),
       "kept": float(1 - parts.num_replaced.sum() / parts.num_real.sum()),  # what "kept" alone tells
+      "detector_nats": float(np.average(parts.detector_nats, weights=parts.num_real)),
       "masked_nats": float(np.average(parts.masked_nats, weights=parts.num_masked)),
     }
+
+  def _start(self, context, losses: ReplacedTokenLosses, prepared: Prepared, seed, partitioner):
+    """What makes the parameters to start from, or None for those that are drawn."""
+    if self.causal is None:
+      return None
+    trunk = dataclasses.replace(losses.config.discriminator, causal=True, detector=False)
+    arm, folder = Arm(UniversalConfig(trunk), NoSpans()), context.directory / _CAUSAL
+    train(
+      context, self.causal, arm, prepared.train, prepared.validation, seed=seed, reader=None,
+      partitioner=partitioner, directory=folder)
+
+    def start():
+      drawn = nn.unbox(jax.jit(losses.init_params)(jax.random.key(seed)))
+      learned = language_models.load_params(
+        folder, self.causal.num_steps, arm.model, partitioner)["text"]
+      return {**drawn, "discriminator": {**drawn["discriminator"], **learned}}
+
+    return start
 
   def load(
     self, folder: Path, encoder: TextEncoderConfig, vocabulary: Vocabulary, partitioner

@@ -235,6 +235,8 @@ def _page(report: RunReport, summary, curves, drawn) -> html.Report:
   def best(name):
     return max((found[arm][name]["mean"], arm) for arm in arms if name in found[arm])
 
+  of_tuned = named(*(f"{task}/{mode}" for task in tasks.TUNED for mode in (ENCODER, ALL)))
+  taught = [name for name in of_tuned if name.split("/")[2:] in ([], ["0"])]
   zero, tuned_best = (
     best(f"{tasks.NEXT_PASSAGE}/{BEFORE}"), best(f"{tasks.SAME_DOCUMENT}/{ALL}"))
   common = min((summary["perplexity"][arm][COMMON]["mean"], arm) for arm in arms)
@@ -267,14 +269,14 @@ def _page(report: RunReport, summary, curves, drawn) -> html.Report:
         tables=[html.Table(header, _rows(summary, named(
           tasks.NEXT_PASSAGE, f"{tasks.FILE_KIND}/{BEFORE}")), note=note)]),
       html.Section(
-        "Finetuned", "Whether two passages stand in one document.", figures=[finetuned],
-        tables=[html.Table(
-          header, _rows(summary, named(f"{tasks.SAME_DOCUMENT}/")), note=note)]),
+        "Finetuned", "Whether two passages stand in one document, and kinds of files, both learned "
+        "together.", figures=[finetuned],
+        tables=[html.Table(header, _rows(summary, taught), note=note)]),
       html.Section(
-        "In-context customisation", "The finetuned models, asked behind k examples with other "
-        "label words, and of another task.",
-        tables=[html.Table(header, _rows(summary, named(OTHER_WORDS, *(
-          f"{tasks.FILE_KIND}/{mode}" for mode in (ENCODER, ALL)))), note=note)]),
+        "In-context customisation", "The finetuned models, asked with other label words and "
+        "behind k examples, of which they saw none in one row.",
+        tables=[html.Table(header, _rows(summary, [
+          *named(OTHER_WORDS), *(name for name in of_tuned if name not in taught)]), note=note)]),
       report.cost_section(by_kind=True, total=True),
     ],
     facts={

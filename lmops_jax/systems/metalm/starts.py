@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from lmops_jax.config.setting_types import ExistingPath, Text, component
+from lmops_jax.data.span_examples import SpecialIds
 from lmops_jax.mesh import checkpoints
 from lmops_jax.models.encoders import TextEncoderConfig
 from lmops_jax.models.partitioning import unboxed
@@ -128,14 +129,19 @@ class FinishedRun:
     self._manifest(texts.STAGE)
     return Prepared(Path(self.path) / texts.STAGE).vocabulary
 
+  @property
+  def ids(self) -> SpecialIds:
+    """The special ids of the run's rows, and `vocab_size`, those of the model."""
+    return self.vocabulary
+
   def check(self, model: UniversalConfig) -> None:
     """Raises ValueError unless the run has trained a model of these shapes.
 
     Args:
       model: sizes of vocabularies that it lacks are the run's.
     """
-    step, vocabulary = self._step, self.vocabulary
-    built = UniversalLM(sized(model, vocabulary.vocab_size))
+    step, size = self._step, self.ids.vocab_size
+    built = UniversalLM(sized(model, size))
     wanted = jax.eval_shape(lambda key: unboxed(loop.initializer(built)(key)), jax.random.key(0))
     try:
       checkpoints.check_params(Path(self.path) / _TRAIN / "params" / str(step), wanted)

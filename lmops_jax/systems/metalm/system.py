@@ -145,8 +145,8 @@ class MetaLM(plan.Planned):
     prepared = Prepared(context.input(texts.STAGE))
     made = self._arm(arm, prepared.vocabulary.vocab_size)
     rows = prompts.tuning_rows(
-      tasks.read(context.input(tasks.STAGE), tasks.SAME_DOCUMENT).train, prepared.vocabulary,
-      self.finetune.length, self._trunk.max_length)
+      [row for name in tasks.TUNED for row in tasks.read(context.input(tasks.STAGE), name).train],
+      prepared.vocabulary, self.finetune.length, self._trunk.max_length)
     training.finetune(
       context, self.finetune, made,
       lambda: self._params(context, run.train, self.training, made, partitioner), rows, mode,

@@ -4,14 +4,16 @@ Each row is a function of the documents, a seed and its index.
 
 - next passage: which of some passages continues this one. The paper's tasks that choose an ending
   (StoryCloze, HellaSwag) are of this kind.
-- file kind: `data.tasks.installed_kind`, with a few examples in context.
-- same document: whether two passages stand in one document, as natural language inference relates
-  two texts; it is finetuned.
+- file kind: what kind of file an excerpt is from, with a few examples in context, and finetuned.
+- same document: whether two passages stand in one document or in two of different kinds, as natural
+  language inference relates two texts; it is finetuned.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,13 +23,14 @@ from lmops_jax.config.setting_types import PositiveInt, Seed, at_least, componen
 from lmops_jax.data.documents import Document
 from lmops_jax.data.tasks import Example, Task
 from lmops_jax.data.tasks.choice import read_task, write_task
-from lmops_jax.data.tasks.installed_kind import kind_task
+from lmops_jax.data.tasks.installed_kind import TEMPLATES, WORDS
 from lmops_jax.host.hashing import order_key
 from lmops_jax.stages import pipeline
 
 STAGE = "tasks"
 NEXT_PASSAGE, FILE_KIND, SAME_DOCUMENT = "next_passage", "file_kind", "same_document"
 NAMES = (NEXT_PASSAGE, FILE_KIND, SAME_DOCUMENT)
+TUNED = (SAME_DOCUMENT, FILE_KIND)  # tasks that are finetuned together
 SAME_WORDS = ("no", "yes")
 _SAME_TEMPLATE = "First: {first} Second: {second} Same:"
 _SEEDS = 2  # of rows to evaluate on, and to train on
@@ -40,10 +43,9 @@ class Tasks:
 
   Attributes:
     num_rows: rows of each task to evaluate on.
-    num_train: rows of "same document" to finetune on, each an excerpt of other documents than those
-      to evaluate on.
-    num_kinds: kinds of files that are told apart.
-    num_demonstrations: rows of file kinds to draw demonstrations from, at most.
+    num_train: rows of "same document" and of "file kind" each to finetune on and to draw
+      demonstrations from, of other documents than those to evaluate on.
+    num_kinds: kinds of files that are told apart, those with the most documents.
     num_options: passages of which one continues.
     context_chars, option_chars: characters of a passage and of what may continue it, at most.
     kind_chars: characters of an excerpt whose kind is asked, at most.
@@ -54,7 +56,6 @@ class Tasks:
   num_rows: PositiveInt = 200
   num_train: PositiveInt = 2000
   num_kinds: at_least(2) = 5
-  num_demonstrations: PositiveInt = 100
   num_options: at_least(2) = 4
   context_chars: at_least(16) = 200
   option_chars: at_least(16) = 80
@@ -96,16 +97,34 @@ def tasks(documents: Sequence[Document], config: Tasks) -> dict[str, Task]:
   def rows(make, num, part) -> tuple[Example, ...]:
     return tuple(make(parts[part], config, seeds[part], index) for index in range(num))
 
-  kinds = kind_task(
-    ordered, num_kinds=config.num_kinds, num_rows=config.num_rows,
-    num_train=config.num_demonstrations, seed=config.seed, num_chars=config.kind_chars)
+  kinds = _kinds(parts, config.num_kinds)
+  of_kinds = functools.partial(file_kind, kinds=kinds)
   return {
     NEXT_PASSAGE: Task(NEXT_PASSAGE, rows(next_passage, config.num_rows, 0)),
-    FILE_KIND: dataclasses.replace(kinds, name=FILE_KIND),
+    FILE_KIND: Task(
+      FILE_KIND, rows(of_kinds, config.num_rows, 0), rows(of_kinds, config.num_train, 1),
+      tuple(map(_word, kinds))),
     SAME_DOCUMENT: Task(
       SAME_DOCUMENT, rows(same_document, config.num_rows, 0),
       rows(same_document, config.num_train, 1), SAME_WORDS),
   }
+
+
+def _kinds(parts: Sequence[Sequence[Document]], num: int) -> list[str]:
+  """The kinds with the most documents in the part that has the fewest of them, by name."""
+  counts = [collections.Counter(one.kind for one in part) for part in parts]
+  found = sorted(
+    set(counts[0]) & set(counts[1]), key=lambda kind: (-min(of[kind] for of in counts), kind))
+  if len(found) < num:
+    raise ValueError(
+      f"the unseen documents are of {len(found)} kinds ({', '.join(found)}) and metalm.Tasks."
+      f"num_kinds={num}; give text of more kinds or ask for fewer."
+    )
+  return sorted(found[:num])
+
+
+def _word(kind: str) -> str:
+  return WORDS.get(kind, kind)
 
 
 def with_words(task: Task, words: Sequence[str]) -> Task:
@@ -152,10 +171,38 @@ def next_passage(
   return _first(made, NEXT_PASSAGE)
 
 
+def file_kind(
+  documents: Sequence[Document], config: Tasks, seed: int, index: int, *, kinds: Sequence[str]
+) -> Example:
+  """An excerpt in one line, whose kind is asked; rows have the kinds in turn.
+
+  Args:
+    kinds: those that are told apart, each of some document.
+
+  Raises:
+    ValueError: if all excerpts are blank.
+  """
+  draws = np.random.default_rng((seed, index, 2))
+  label = index % len(kinds)
+  usable = [document for document in documents if document.kind == kinds[label]]
+
+  def made() -> Example | None:
+    text = _line(usable[draws.integers(len(usable))].text, draws, config.kind_chars)
+    if not text:
+      return None
+    return Example(
+      index, TEMPLATES["fs"][0].format(text=text), tuple(f" {_word(kind)}" for kind in kinds),
+      label)
+
+  return _first(made, FILE_KIND)
+
+
 def same_document(
   documents: Sequence[Document], config: Tasks, seed: int, index: int
 ) -> Example:
   """Two passages without line ends; rows of odd index have both from one document.
+
+  The others have two of different kinds, if there are.
 
   Raises:
     ValueError: if too few documents are long enough.
@@ -166,12 +213,14 @@ def same_document(
   label = index % 2
 
   def made() -> Example | None:
-    first, second = (usable[i] for i in draws.permutation(len(usable))[:2])
+    first = usable[draws.integers(len(usable))]
     if label:  # from the two halves, so that they do not overlap
       half = len(first.text) // 2
       texts = [first.text[:half], first.text[half:]]
     else:
-      texts = [first.text, second.text]
+      others = [one for one in usable if one.kind != first.kind] or [
+        one for one in usable if one is not first]
+      texts = [first.text, others[draws.integers(len(others))].text]
     texts = [texts[i] for i in draws.permutation(2)]
     shown = [_line(text, draws, size) for text in texts]
     if not all(shown):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -65,7 +66,7 @@ class Training:
 @component(module="metalm")
 @dataclasses.dataclass(frozen=True)
 class Finetune:
-  """How an arm is finetuned on "same document"; only answers are learned.
+  """How an arm is finetuned on the tasks of `tasks.TUNED`; only answers are learned.
 
   Attributes:
     all: an optax transformation that trains everything.
@@ -135,13 +136,14 @@ def step_flops(
 
 def train(
   context: pipeline.StageContext, config: Training, arm: Arm, instances, validation, *,
-  seed: int, reader: Callable[[], Any] | None, partitioner,
+  seed: int, reader: Callable[[], Any] | None, partitioner, directory: Path | None = None,
 ) -> None:
   """Trains an arm from scratch, its reader from `reader`.
 
   Args:
     instances: rows to train on. validation: unseen rows.
     reader: makes the parameters that the reader starts from; None for an arm without one.
+    directory: see `run`.
 
   Raises:
     ValueError: for fewer rows than a batch has.
@@ -162,7 +164,8 @@ def train(
     config.checkpoint_every, seed, initial, partitioner,
     Epochs(
       rows.batch, len(rows), config.batch_size, seed, whole=True, by_epoch=True),
-    hooks=[_validation(model, arm.validation(validation), config, partitioner)])
+    hooks=[_validation(model, arm.validation(validation), config, partitioner)],
+    directory=directory)
   context.flops += result.step * step_flops(
     model, config.optimizer, config.batch_size,
     universal.RowShape(instances.length, rows.encoder_length))
@@ -191,7 +194,7 @@ def finetune(
 
   Args:
     params: makes the trained parameters.
-    rows: sequences of the task; an arm without an encoder reads them as words.
+    rows: sequences of the tasks; an arm without an encoder reads them as words.
 
   Raises:
     ValueError: for fewer rows than a batch has.
@@ -216,17 +219,19 @@ def run(
   context: pipeline.StageContext, model: UniversalLM, optimizer: optax.GradientTransformation,
   num_steps: int, accumulate: int, checkpoint_every: int | None, seed: int,
   initial: Callable[[], Any], partitioner, source: Source, hooks=(),
+  directory: Path | None = None,
 ) -> loop.TrainResult:
-  """Trains a model and leaves `metrics.jsonl` and the last parameters in the stage's folder.
+  """Trains a model and leaves `metrics.jsonl` and the last parameters in a folder.
 
   Args:
     initial: makes the parameters to start from.
     source: of the batches.
     hooks: of `loop.train`.
+    directory: the folder; None is the stage's.
   """
   return loop.train(
     learner(model, optimizer, accumulate, partitioner), Ahead(source), num_steps, seed,
-    context.directory, partitioner, initial_params=initial, hooks=hooks,
+    directory or context.directory, partitioner, initial_params=initial, hooks=hooks,
     records=loop.Records(
       checkpoint_every=checkpoint_every, params_at=(num_steps,), description=context.name,
       progress=context.progress))

@@ -21,7 +21,7 @@ import optax
 from lmops_jax.config.setting_types import Decay, PositiveInt, Seed, component
 from lmops_jax.data.image_tokens import KOSMOS_WORDS, ImageTokens, appended
 from lmops_jax.data.images import ImageSettings
-from lmops_jax.data.prefix_rows import Prefix, RandomPrefix
+from lmops_jax.data.prefix_rows import Prefix, PrefixRows, RandomPrefix
 from lmops_jax.data.supervised import TOO_LONG
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.mesh import meshes
@@ -30,7 +30,6 @@ from lmops_jax.models.universal import UniversalConfig, UniversalLM
 from lmops_jax.shared_stages import corpora, group_report, held_out
 from lmops_jax.shared_stages.grouped_rows import GroupedSources, Opened
 from lmops_jax.shared_stages.row_sources import RowSource, Side
-from lmops_jax.sizing.universal import RowShape
 from lmops_jax.sizing.vocabulary import vocabulary_size
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.metalm import plan
@@ -42,6 +41,8 @@ from lmops_jax.systems.metalm.picture_rows import (
   check_reads_words,
   positions_of_words,
   read_by,
+  row_shape,
+  vectors_of_picture,
 )
 from lmops_jax.systems.metalm.training import SpanLosses
 from lmops_jax.text.vocabulary_sources import VocabularySource
@@ -135,15 +136,9 @@ class VisionLanguage(plan.Planned):
 
   def __post_init__(self):
     self._grouped.check("metalm.VisionLanguage")
-    check_reads_words(self.model, "metalm.VisionLanguage.model")
+    check_reads_words(self.model, self.images, "metalm.VisionLanguage.model")
     for shape in self._shapes.values():
       language_models.check_length(self.model.text, shape.length)
-    size = self.model.vision.encoder.image_size
-    if {self.images.height, self.images.width} != {size}:
-      raise ValueError(
-        f"data.ImageSettings makes pictures of {self.images.height} x {self.images.width} and the "
-        f"encoder's image_size is {size}; give both one size."
-      )
 
   @property
   def _sources(self) -> dict[str, Sequence[RowSource]]:
@@ -153,6 +148,10 @@ class VisionLanguage(plan.Planned):
   @property
   def _shapes(self) -> dict[str, PairShape]:
     return {part: getattr(self.training, part) for part in self._sources}
+
+  @property
+  def _num_slots(self) -> int:
+    return vectors_of_picture(self.model, self.images)
 
   @property
   def _grouped(self) -> GroupedSources:
@@ -178,7 +177,7 @@ class VisionLanguage(plan.Planned):
 
   def _rows(self, context: pipeline.StageContext) -> None:
     vocabulary = corpora.build_vocabulary(context, self.vocabulary, self._all_texts())
-    ids = appended(vocabulary, self.model.vectors_per_image)
+    ids = appended(vocabulary, self._num_slots)
     sized(self.model, ids.vocab_size)  # refuses a vocabulary that the model has no room for
     write_json(context.directory / IDS_FILE, dataclasses.asdict(ids))
     self._grouped.write(context, vocabulary, ids, KOSMOS_WORDS)
@@ -194,8 +193,12 @@ class VisionLanguage(plan.Planned):
                   if isinstance(part, str))
 
   def _read(self, opened: Opened) -> Opened:
-    return {part: {name: read_by(self.model, rows, self.prefix, self.seed)
-                   for name, rows in of_part.items()} for part, of_part in opened.items()}
+    positions = positions_of_words(self.model)
+    return {part: {
+      name: read_by(
+        self.model, PrefixRows(rows, self.prefix, self.seed, encoder_positions=positions),
+        self._num_slots)
+      for name, rows in of_part.items()} for part, of_part in opened.items()}
 
   def groups(self, folder: Path) -> Groups:
     """The batches of groups from the folder of the stage `rows`."""
@@ -221,14 +224,9 @@ class VisionLanguage(plan.Planned):
     config, of = sized(self.model, vocab_size), self.training
     parts = {}
     for part, shape in self._shapes.items():
-      row = RowShape(shape.length, images=shape.pictures)
-      if self.model.reader is not None:
-        row = dataclasses.replace(row, encoder_length=shape.length)
-      else:
-        row = dataclasses.replace(
-          row, images=shape.pictures or 1, image_words=positions_of_words(self.model),
-          pictured=shape.pictures > 0)
-      parts[part] = plan.Part(row, shape.rows, packed=True)
+      size = (self.images.height, self.images.width) if shape.pictures else (0, 0)
+      row = row_shape(self.model, shape.length, shape.pictures, self.images)
+      parts[part] = plan.Part(row, shape.rows, True, *size)
     losses = GroupLosses(SpanLosses(UniversalLM(config)), tuple(parts))
 
     def learner(partitioner):

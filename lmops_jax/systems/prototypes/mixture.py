@@ -117,8 +117,13 @@ def diversity(
   """
   limit = jax.lax.stop_gradient(threshold if squared else jnp.sqrt(threshold))
   k = len(centers)
-  # From differences and with a floor: coinciding centres give gradient 0, not NaN.
-  distances = jnp.sqrt(squared_distances(centers, centers) + 1e-12)
+  # By products, which take a hundredth of the time of differences. A floor of what products get
+  # wrong keeps the slope of near centres from growing beyond their accuracy.
+  centers = centers - jnp.mean(centers, axis=0, where=active[:, None])
+  norms = jnp.sum(jnp.square(centers), axis=1)
+  sums = norms[:, None] + norms
+  squares = jnp.maximum(sums - 2 * jnp.matmul(centers, centers.T, precision="highest"), 0)
+  distances = jnp.sqrt(squares + 1e-6 * jax.lax.stop_gradient(sums) + 1e-12)
   pairs = active[:, None] & active & (jnp.arange(k)[:, None] < jnp.arange(k))
   return jnp.sum(jnp.where(pairs, jnp.square(jnp.maximum(limit - distances, 0)), 0))
 

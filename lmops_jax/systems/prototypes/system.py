@@ -99,10 +99,11 @@ class Study:
               partitioner=partitioner),
             inputs=(ROWS, *before, ENCODE), reads=(*model, "encoding", f"methods[{i}]"),
             seed=seed))
+    kept = tuple(name for label, _, seed, name in fits
+                 if (label, seed) == (self.methods[0].label, self.seeds[0]))
     stages.append(skeleton.Stage(
-      "classifier",
-      functools.partial(self._ship, fits=fits, model=before), result="classifier",
-      inputs=(ROWS, *before, *(fit[3] for fit in fits)), reads=(*model, "encoding")))
+      "classifier", functools.partial(self._ship, fits=kept, model=before), result="classifier",
+      inputs=(ROWS, *before, *kept), reads=(*model, "encoding")))
     inputs = tuple(stage.name for stage in stages)
     stages.append(skeleton.Stage(
       "report",
@@ -179,11 +180,9 @@ class Study:
         encoder.all_vectors(fitted.params["encoder"], taken(of_train, chosen)))
 
   def _ship(self, context: pipeline.StageContext, fits, model) -> None:
-    """Writes the first method's classifier of the most rows and the first seed as a folder."""
+    """Writes as a folder the classifier of the last of some fits that keeps one."""
     train, _ = rows.read_rows(context.input(ROWS))
-    label, seed = self.methods[0].label, self.seeds[0]
-    kept = [name for of, _, its, name in fits if (of, its) == (label, seed)
-            and (context.input(name) / CLASSIFIER).is_dir()]
+    kept = [name for name in fits if (context.input(name) / CLASSIFIER).is_dir()]
     if not kept or not train.names:
       context.log("no classifier is written: the first method keeps none, or targets are numbers")
       return

@@ -13,7 +13,7 @@ from lmops_jax.training.reinforce.rollouts import Question
 
 
 def read_prompts(
-  path: Path | str, tokenizer, length: int, too_long: str = "error"
+  path: Path | str, tokenizer, length: int, too_long: str = "error", ending: str = ""
 ) -> tuple[list[Question], Mapping[str, int]]:
   """The questions of a file (`.gz`, `.zst` or plain), and how many there are and were dropped.
 
@@ -22,6 +22,7 @@ def read_prompts(
     tokenizer: see `data.supervised`.
     length: the most tokens of a prompt.
     too_long: "drop" longer ones, or make them an "error".
+    ending: text that the model reads behind every prompt, and rewards do not see.
 
   Raises:
     ValueError: for a line without such a text, an empty one, one that is too long, or no line; it
@@ -33,7 +34,7 @@ def read_prompts(
     where, text = f"{printable(path)}:{number}", row.get("prompt")
     if not isinstance(text, str) or not text.strip() or "\0" in text:
       raise ValueError(f'{where} has no text in the field "prompt"; give every line one.')
-    ids = encode_behind(front, tokenizer, text)
+    ids = encode_behind(front, tokenizer, text + ending)
     if len(ids) > length:
       if too_long == "error":
         raise ValueError(

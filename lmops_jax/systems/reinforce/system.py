@@ -51,6 +51,7 @@ class Reinforce:
     batch_size: responses of a batch.
     prompt_length: the most tokens of a prompt.
     too_long: "drop" longer prompts, or make them an "error".
+    ending: text that the model reads behind every prompt, and rewards do not see.
     min_kl, max_kl: mean nats a response by which the policy may leave the model that it began as;
       beyond them the run ends.
     checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
@@ -72,6 +73,7 @@ class Reinforce:
   batch_size: PositiveInt = 64
   prompt_length: PositiveInt = 64
   too_long: Literal["error", "drop"] = "error"
+  ending: str = ""
   min_kl: float | None = None
   max_kl: float | None = None
   checkpoint_every: PositiveInt | None = 50
@@ -119,8 +121,8 @@ class Reinforce:
         "train", functools.partial(self._train, partitioner=partitioner or single_device()),
         result="model",
         reads=("init", "prompts", "rows.fingerprint", "reward", "algorithm", "exploration",
-               "optimizer", "num_steps", "batch_size", "prompt_length", "too_long", "min_kl",
-               "max_kl", "checkpoint_every", "log_every", "seed"),
+               "optimizer", "num_steps", "batch_size", "prompt_length", "too_long", "ending",
+               "min_kl", "max_kl", "checkpoint_every", "log_every", "seed"),
       ),
       skeleton.Stage("export", self._export, inputs=("train",), together=False,
                      result="for transformers"),
@@ -137,7 +139,8 @@ class Reinforce:
         "eos_token in tokenizer_config.json."
       )
     path = Path(self.prompts).expanduser()
-    questions, counts = read_prompts(path, tokenizer, self.prompt_length, self.too_long)
+    questions, counts = read_prompts(
+      path, tokenizer, self.prompt_length, self.too_long, self.ending)
     context.extra["prompts"] = counts
     context.log(", ".join(f"{value} {name}" for name, value in counts.items()))
     reference = self.init.params(partitioner)

@@ -158,3 +158,27 @@ def test_a_choice_of_a_task_knows_its_files(tmp_path):
   _write(tmp_path / "test1.json", text.replace("True", "False"))
   assert choice.fingerprint() != before
   assert set(tasks.PICTURE_ENTRIES) >= {"nlvr2", "e-snli-ve", "ok-vqa", "nocaps"}
+
+
+def test_vqa_by_karpathys_splits_tells_rare_answers_apart(tmp_path):
+  splits = {1: "test", 2: "train", 3: "test", 4: "restval"}
+  _write(tmp_path / "dataset_coco.json", {"images": [
+    {"filename": f"{i}.jpg", "split": split, "cocoid": i, "sentences": [{"raw": "x"}]}
+    for i, split in splits.items()]})
+  # Nine questions are answered "yes", of which one is about a picture to test on.
+  asked = {"train2014": [(10 + i, 2, "yes") for i in range(8)] + [(30, 1, "a yak")],
+           "val2014": [(40, 3, "yes"), (41, 4, "no")]}
+  for part, questions in asked.items():
+    _write(tmp_path / f"v2_OpenEnded_mscoco_{part}_questions.json", {"questions": [
+      {"question_id": key, "image_id": image, "question": f"{key}?"}
+      for key, image, _ in questions]})
+    _write(tmp_path / f"v2_mscoco_{part}_annotations.json", {"annotations": [
+      {"question_id": key, "answers": [{"answer": "maybe"}] + [{"answer": answer}] * 9}
+      for key, _, answer in questions]})
+    for _, image, _ in questions:
+      _write(tmp_path / f"{part}/COCO_{part}_{image:012d}.jpg")
+  task = picture_task("vqa-karpathy", tmp_path)
+  assert [(row.prompt.split()[2], row.answers[-1], row.categories) for row in task.rows] == [
+    ("30?", "a yak", ("out-domain",)), ("40?", "yes", ("in-domain",))]
+  assert task.rows[1].images[0].endswith("val2014/COCO_val2014_000000000003.jpg")
+  assert len(task.train) == 9 and {row.categories for row in task.train[:8]} == {("in-domain",)}

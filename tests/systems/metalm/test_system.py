@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from lmops_jax.data.tasks import demonstrations
-from lmops_jax.decoding.scoring import total
 from lmops_jax.mesh import meshes
 from lmops_jax.mesh.checkpoints import load_params
 from lmops_jax.systems.metalm import evaluate, prompts, tasks, texts
@@ -76,14 +75,13 @@ def _differ(a, b):
 
 
 def test_choices_are_those_of_full_passes(workdir, system):
-  """What `Asking` chooses, from logits of whole rows without cache, shared prefix or packing."""
+  """What `Asking` finds, from logits of whole rows without cache, shared prefix or packing."""
   prepared = texts.Prepared(workdir / "texts")
   vocabulary, task = prepared.vocabulary, tasks.read(workdir / "tasks", tasks.FILE_KIND)
   made = system.models.arm(SEMI, vocabulary.vocab_size)
   params = _params(workdir, system, "train/semi_causal/seed0", system.training)
   shown = demonstrations(task.train, 2, 0)
-  chosen, dropped = evaluate.Asking(made, params, vocabulary, None).chosen(
-    task.rows[:3], shown, total)
+  values, dropped = evaluate.Asking(made, params, vocabulary, None).values(task.rows[:3], shown)
   assert dropped == 0
 
   @jax.jit
@@ -120,7 +118,7 @@ def test_choices_are_those_of_full_passes(workdir, system):
     found = np.asarray(log_probs(row_tokens, padded, row_index))
     return sum(found[start - 1 + i, token] for i, token in enumerate(answer))
 
-  for row, pick in zip(task.rows[:3], chosen):
+  for row, pick in zip(task.rows[:3], values.argmax(axis=1)):
     assert pick == int(np.argmax([score(row, option) for option in row.options]))
 
 
@@ -180,11 +178,14 @@ def test_settings_that_do_not_fit_are_refused(bindings, binding, message):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bits(workdir, system, bindings, tmp_path, monkeypatch):
-  """What the generator of replaced tokens draws depends on the step alone."""
+  """What the generator of replaced tokens draws depends on the step alone.
+
+  The run is cut in the third step of detection, behind those as a causal language model.
+  """
   real, calls = loop._Run.take_step, []
 
   def cut(self, *args):
-    if len(calls) == 3:
+    if len(calls) == system.reader.causal.num_steps + 2:
       calls.append("cut")
       raise InterruptedError
     calls.append(self.done)

@@ -217,10 +217,30 @@ def test_a_prompt_beyond_the_models_positions_is_refused_before_training(tuning,
   assert not (tmp_path / "train").exists()
 
 
-def test_a_task_without_options_is_refused_as_it_is_read(tuning, tmp_path):
-  task = Task("open", (Example(0, "Say it:", (), -1, ("it",)),), metric="exact_match")
+def test_a_task_with_a_prompt_for_each_option_is_refused_as_it_is_read(tuning, tmp_path):
+  row = Example(0, "It", (" is", " was"), 0, prompts=("Here it", "There it"))
+  task = Task("each", (row,))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(TaskChoice, "load", lambda self: task)
-    with pytest.raises(ValueError, match="the task open has rows without options"):
+    with pytest.raises(ValueError, match="the task each has rows with a prompt or a picture for"):
       run(tuning(), tmp_path)
   assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.slow
+def test_open_answers_are_generated(tuning, tmp_path):
+  """A task without options is learned from and asked, by beams."""
+  own = tuning.folder / "side.jsonl"
+  rows = [json.loads(line) for line in own.read_text().splitlines()]
+  examples = [
+    Example(i, f"Text: {row['text']} Side:", (), -1, (("red", "blue")[row["label"]],))
+    for i, row in enumerate(rows)]
+  task = Task("open", tuple(examples[:40]), tuple(examples[40:]), metric="exact_match")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(TaskChoice, "load", lambda self: task)
+    run(tuning("BEAMS = 3", "LENGTH_PENALTY = 0.6",
+               "decoding.GenerationOptions.max_new_tokens = 4"), tmp_path)
+  summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+  of = summary["answers"]["side"]
+  assert of["before"]["figures"]["exact_match"][0] < 0.3
+  assert of["after"]["figures"]["exact_match"][0] > 0.7

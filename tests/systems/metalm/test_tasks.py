@@ -16,7 +16,7 @@ def _document(number, num_words=300):
 
 
 DOCUMENTS = [_document(number) for number in range(1, 41)]
-CONFIG = tasks.Tasks(num_rows=30, num_train=20, num_kinds=2, num_demonstrations=6)
+CONFIG = tasks.Tasks(num_rows=30, num_train=20, num_kinds=2)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,11 @@ def _owner(text):
   """The number of the document that a passage is from."""
   word = text.split()[0]
   return int(word.split("w")[0].removeprefix("code").removeprefix("prose"))
+
+
+def _kind(text):
+  """The kind of the document that a passage is from."""
+  return next(kind for kind in KINDS if text.startswith(kind))
 
 
 def test_the_right_passage_continues_the_text_and_no_other_does(made):
@@ -50,24 +55,35 @@ def test_pairs_are_of_one_document_or_of_two(made):
   for row in (*task.rows, *task.train):
     first, second = row.prompt.removeprefix("First: ").removesuffix(" Same:").split(" Second: ")
     assert (_owner(first) == _owner(second)) == (row.label == 1)
+    assert (_kind(first) == _kind(second)) == (row.label == 1)
     assert first != second and max(len(first), len(second)) <= CONFIG.pair_chars
+  assert sum(row.label for row in task.rows) == len(task.rows) // 2
+
+
+def test_kinds_are_asked_in_turn_of_excerpts_of_such_documents(made):
+  task = made[tasks.FILE_KIND]
+  assert task.words == KINDS and len(task.rows) == CONFIG.num_rows
+  for row in (*task.rows, *task.train):
+    text = row.prompt.removeprefix("Text: ").removesuffix(" Type:")
+    assert _kind(text) == KINDS[row.label] and len(text) <= CONFIG.kind_chars
+    assert row.options == (" code", " prose")
   assert sum(row.label for row in task.rows) == len(task.rows) // 2
 
 
 def test_rows_to_train_on_are_of_other_documents_than_those_to_evaluate_on(made):
   def owners(rows):
     return {_owner(part) for row in rows
-            for part in row.prompt.removeprefix("First: ").split(" Second: ")}
+            for part in row.prompt.split(": ", 1)[1].split(" Second: ")}
 
-  task = made[tasks.SAME_DOCUMENT]
-  assert not owners(task.rows) & owners(task.train)
+  for name in tasks.TUNED:
+    assert not owners(made[name].rows) & owners(made[name].train)
 
 
 def test_rows_depend_on_seed_and_index_alone(made):
   again = tasks.tasks(list(reversed(DOCUMENTS)), CONFIG)
   assert again == made
   other = tasks.tasks(DOCUMENTS, tasks.Tasks(
-    num_rows=30, num_train=20, num_kinds=2, num_demonstrations=6, seed=1))
+    num_rows=30, num_train=20, num_kinds=2, seed=1))
   assert other[tasks.NEXT_PASSAGE].rows != made[tasks.NEXT_PASSAGE].rows
 
 
@@ -77,6 +93,11 @@ def test_other_words_change_nothing_but_the_options(made):
   for row, was in zip(task.train, made[tasks.SAME_DOCUMENT].train, strict=True):
     assert row.options == (" left", " right")
     assert row._replace(options=was.options) == was
+
+
+def test_too_few_kinds_are_refused():
+  with pytest.raises(ValueError, match=r"are of 2 kinds \(code, prose\) and .*num_kinds=3; give"):
+    tasks.tasks(DOCUMENTS, tasks.Tasks(num_rows=4, num_train=4, num_kinds=3))
 
 
 def test_too_little_text_is_refused():

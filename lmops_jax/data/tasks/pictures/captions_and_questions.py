@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import pydantic
 
 from lmops_jax.data.tasks.pictures.source import NotThere, Source, fields_of
 from lmops_jax.data.tasks.task import Example
 from lmops_jax.host.foreign_files import checked, printable, read_json
+
+_FREQUENT = 9  # questions
 
 
 class _Sentence(pydantic.BaseModel):
@@ -21,6 +25,7 @@ class _Captioned(pydantic.BaseModel):
   split: str
   sentences: list[_Sentence]
   filepath: str = ""
+  cocoid: int | None = None
 
 
 class _Karpathy(pydantic.BaseModel):
@@ -74,6 +79,14 @@ class _VizWiz(pydantic.BaseModel):
 
 def karpathy(source: Source) -> Iterator[Example | None]:
   """Pictures with their captions, by Karpathy's splits; "train" takes COCO's "restval" along."""
+  for image in _of_split(source):
+    answers = [sentence.raw.strip() for sentence in image.sentences]
+    place = f"{image.filepath}/{image.filename}" if image.filepath else image.filename
+    yield source.example(place, source.prompt, [place], answers=answers)
+
+
+def _of_split(source: Source) -> list[_Captioned]:
+  """The pictures of a split of Karpathy's file."""
   path = source.file("dataset_*.json", "dataset.json")
   splits = ("train", "restval") if source.split == "train" else (source.split,)
   found = checked(_Karpathy, read_json(path), path)
@@ -83,11 +96,7 @@ def karpathy(source: Source) -> Iterator[Example | None]:
       f"{printable(path)} has no pictures of the split {source.split!r} (it has "
       f"{', '.join(sorted(there)) or 'none'})."
     )
-  for image in found.images:
-    if image.split in splits:
-      answers = [sentence.raw.strip() for sentence in image.sentences]
-      place = f"{image.filepath}/{image.filename}" if image.filepath else image.filename
-      yield source.example(place, source.prompt, [place], answers=answers)
+  return [image for image in found.images if image.split in splits]
 
 
 def nocaps(source: Source) -> Iterator[Example | None]:
@@ -105,6 +114,37 @@ def nocaps(source: Source) -> Iterator[Example | None]:
 
 def vqav2(source: Source) -> Iterator[Example | None]:
   """Questions about pictures of COCO, each with ten answers; OK-VQA has the same form."""
+  for asked in _asked(source):
+    yield source.example(asked.key, asked.prompt, [asked.picture], answers=asked.answers)
+
+
+def vqa_karpathy(source: Source) -> Iterator[Example | None]:
+  """Questions of VQAv2 about the pictures of a split of Karpathy's, for COCO's captions.
+
+  What tells in-domain questions from others: whether people's commonest answer is that of nine
+  questions or more of VQAv2's two parts, as the 3,129 answers are that classifiers choose among.
+  """
+  parts = [list(_asked(source._replace(split=part))) for part in ("train2014", "val2014")]
+  frequent = collections.Counter(asked.answers[-1] for part in parts for asked in part)
+  ids = {image.cocoid for image in _of_split(source)}
+  for asked in itertools.chain(*parts):
+    if asked.image_id in ids:
+      domain = "in-domain" if frequent[asked.answers[-1]] >= _FREQUENT else "out-domain"
+      yield source.example(
+        asked.key, asked.prompt, [asked.picture], answers=asked.answers, categories=(domain,))
+
+
+class _Asked(NamedTuple):
+  """A question with its picture, and answers of which the commonest is the last."""
+
+  key: str
+  prompt: str
+  image_id: int
+  picture: str
+  answers: list[str]
+
+
+def _asked(source: Source) -> Iterator[_Asked]:
   path = source.file(f"*OpenEnded_mscoco_{source.split}*_questions.json")
   questions = checked(_Questions, read_json(path), path).questions
   path = source.file(f"*mscoco_{source.split}*_annotations.json")
@@ -119,8 +159,9 @@ def vqav2(source: Source) -> Iterator[Example | None]:
       )
     picture = f"{part}/COCO_{part}_{question.image_id:012d}.jpg"
     prompt = fields_of(source.prompt, question=question.question)
-    yield source.example(str(question.question_id), prompt, [picture],
-                         answers=_commonest_last(answers[question.question_id]))
+    yield _Asked(
+      str(question.question_id), prompt, question.image_id, picture,
+      _commonest_last(answers[question.question_id]))
 
 
 def vizwiz(source: Source) -> Iterator[Example | None]:

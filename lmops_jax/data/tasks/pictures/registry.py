@@ -100,6 +100,10 @@ PICTURE_ENTRIES: dict[str, PictureEntry] = {
     captions_and_questions.vqav2, "vqa", "VQAv2 JSON, COCO pictures", ("*mscoco*.json",),
     (prompts.QUESTION, prompts.GROUNDED_QUESTION, prompts.ASKED), "val2014", "train2014",
   ),
+  "vqa-karpathy": PictureEntry(
+    captions_and_questions.vqa_karpathy, "vqa", "VQAv2 JSON, Karpathy's JSON, COCO pictures",
+    ("*mscoco*.json", "dataset*.json"), (prompts.QUESTION, prompts.ASKED), "test", "train",
+  ),
   "vizwiz": PictureEntry(
     captions_and_questions.vizwiz, "vqa", "VizWiz JSON", ("*.json", "Annotations/*.json"),
     (prompts.QUESTION, prompts.GROUNDED_QUESTION), "val", "train",
