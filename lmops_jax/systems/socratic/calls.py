@@ -216,9 +216,9 @@ class Calls:
     if action is None:
       if self._person is None:
         return None
-      action = hooks.checked(hook, ask(self._person))
+      action = hooks.checked(hook, ask(self._person), self.limits.max_parts)
       self._log.write("human", key=key, hook=hook, action=action)
-    return hooks.checked(hook, action)
+    return action
 
   def build(self, pattern: Pattern, view: View, past: Sequence[Past], share: float = 1.0
             ) -> context.Built:

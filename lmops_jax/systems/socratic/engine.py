@@ -219,12 +219,10 @@ class Engine:
     action = self.calls.human("on_problem", key, lambda person: person.on_problem(
       p.id, [text for text, *_ in new])) or {"do": "keep"}
     if action["do"] == "parts":
-      new = [(checked_statement(text), tuple(needs), "") for text, needs in action["parts"]]
-      if len(new) > self._limits.max_parts:
-        raise ValueError(f"a person gave {len(new)} parts, and max_parts={self._limits.max_parts}.")
+      new = [(text, tuple(needs), "") for text, needs in action["parts"]]
     for text, needs, bridge in new:
       self._event("new", self.tree.add(p, text, origin=origin, bridge=bridge, needs=needs))
-    return bool(new)
+    return True
 
   # ------------------------------------------------------------------------------- conclusions
 
@@ -326,7 +324,7 @@ class Engine:
       uses = tuple(c.id for c in self.tree.children(p) if c.conclusion is not None)
       earlier = p.conclusion
       p.conclusion = Conclusion(
-        checked_statement(action["text"], "a person's conclusion"), action.get("answer"),
+        action["text"], action.get("answer"),
         "unverified", uses, earlier.turns if earlier else (), earlier.critiques if earlier else ())
       p.integrating, p.state, p.reason = bool(p.children), "unverified", "concluded by a person"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from lmops_jax.systems.socratic.context import Messages
+from lmops_jax.systems.socratic.settings import control_character, described
 
 Action = dict[str, Any]
 _ACTIONS = {
@@ -18,6 +19,7 @@ _ACTIONS = {
   "on_problem": {"keep": (), "parts": ("parts",)},
   "on_stuck": {"go_on": (), "conclude": ("text",)},
 }
+_TEXTS = ("prompt", "text", "critique", "question", "answer")
 
 
 class Hooks(Protocol):
@@ -42,8 +44,11 @@ class Hooks(Protocol):
     """When a problem failed or its conclusion is unverified."""
 
 
-def checked(hook: str, action: Action) -> Action:
-  """An action that the hook knows, with what belongs to it.
+def checked(hook: str, action: Action, max_parts: int) -> Action:
+  """An action that the hook knows, with what belongs to it; before it is logged.
+
+  Args:
+    max_parts: of a problem.
 
   Raises:
     ValueError: for another one.
@@ -55,6 +60,21 @@ def checked(hook: str, action: Action) -> Action:
   for name in known[action["do"]]:
     if name not in action:
       raise ValueError(f"{hook}: the action {action['do']} needs {name!r}.")
+  if "persona" in action:
+    described(action["persona"])
+  parts = action.get("parts", ())
+  if len(parts) > max_parts or (action["do"] == "parts" and not parts):
+    raise ValueError(f"{hook}: {len(parts)} parts were given, of 1 to {max_parts}.")
+  for number, (_, needs) in enumerate(parts, 1):
+    if any(not 1 <= need < number for need in needs):
+      raise ValueError(
+        f"{hook}: part {number} needs {list(needs)}; it can need earlier parts only.")
+  texts = [action[name] for name in _TEXTS if name in action] + [text for text, _ in parts]
+  for text in texts:
+    found = control_character(text)
+    if found is not None or not text.strip():
+      what = "is empty" if found is None else f"holds the control character {found!r}"
+      raise ValueError(f"{hook}: a text {what}; write it again.")
   return action
 
 

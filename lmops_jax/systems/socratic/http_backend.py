@@ -35,6 +35,7 @@ _RETRIED = (408, 409, 429)
 _TOO_LONG = ("context_length", "context length", "maximum context", "context window",
              "exceeds the available context")
 _MAX_REPLY_BYTES = 1 << 24
+_MIN_SECRET = 8  # characters; local servers take "none" or "x" for a key, which texts may hold
 
 
 class _Transient(Exception):
@@ -184,7 +185,8 @@ class Http:
 
   def _redacted(self, text: str) -> str:
     key = self._key()
-    return text.replace(key, "[key]") if key else text
+    is_secret = key is not None and len(key) >= _MIN_SECRET
+    return text.replace(key, "[key]") if is_secret else text
 
   def _once(self, body: dict[str, Any], messages: Messages, stream) -> Reply:
     key = self._key()
@@ -252,7 +254,7 @@ class Http:
   def _made(self, text: str, finish: str, usage, model: str, messages: Messages) -> Reply:
     text = self._redacted(text)
     try:
-      counted = Usage(int(usage["prompt_tokens"]), int(usage["completion_tokens"]))
+      counted = Usage(max(0, int(usage["prompt_tokens"])), max(0, int(usage["completion_tokens"])))
     except (TypeError, KeyError, ValueError):
       counted = Usage(self.count_tokens(messages), estimated_tokens(text), estimated=True)
     return Reply(text, finish, counted, self._redacted(str(model)))

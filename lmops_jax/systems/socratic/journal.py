@@ -110,11 +110,6 @@ class Journal:
     self._opened.close()
 
   @property
-  def num_replies(self) -> int:
-    """Calls that have a reply."""
-    return len(self._replies)
-
-  @property
   def end(self) -> dict[str, Any] | None:
     """The line that ends a finished run."""
     return self._end

@@ -248,6 +248,17 @@ def test_bad_problems_are_refused_before_any_call(statement, message):
     engine(cooperative(), statement=statement)
 
 
+def test_a_small_model_that_ignores_every_form_still_ends_with_what_it_said():
+  """As models of 135M parameters reply: chat, echoes of the form, "yes" to every check."""
+  said = {"ASSESS": "Sure! To SOLVE or to SPLIT, this is the question. Let me SOLVE or SPLIT it.",
+          "DED": "The answer to the question is 42.\n\nI hope that this helps!",
+          "VER": "Yes, the conclusion is correct.", "CHECK": "Yes."}
+  made, backend = engine(cooperative(said))
+  root = made.run()
+  assert root.conclusion.text.startswith("The answer to the question is 42.")
+  assert root.state == "unverified" and backend.num_calls == 2 + 1 + 2 * 2
+
+
 def test_limits_are_checked():
   with pytest.raises(ValueError, match="socratic.Limits.max_turns=-1"):
     Limits(max_turns=-1)

@@ -240,6 +240,23 @@ class Tags(html.parser.HTMLParser):
     assert not any(name.startswith("on") for name, _ in attrs)
 
 
+@pytest.mark.parametrize("hook, action, message", [
+  ("before_call", {"do": "edit", "persona": "Q"}, "no persona 'Q'"),
+  ("before_call", {"do": "edit", "prompt": "a\x07"}, "control character"),
+  ("before_call", {"do": "fly"}, "must be one of send, edit, answer"),
+  ("after_reply", {"do": "reject"}, "reject needs 'critique'"),
+  ("on_problem", {"do": "parts", "parts": [["a", [1]]]}, "earlier parts only"),
+  ("on_problem", {"do": "parts", "parts": [["a", []]] * 6}, "6 parts were given"),
+])
+def test_what_people_cannot_mean_is_not_logged(tmp_path, hook, action, message):
+  """So that a resumed run asks again."""
+  person = Person()
+  setattr(person, hook, lambda *unused: action)
+  with pytest.raises(ValueError, match=message):
+    runs.run(tmp_path, PLAN, Rules(_asked), person=person)
+  assert runs.run(tmp_path, PLAN, Rules(_asked), person=Person()).tree.root.conclusion is not None
+
+
 def test_pages_escape_what_a_model_writes_and_ask_for_nothing(tmp_path):
   evil = ("<script>alert(1)</script><img src=http://evil.example/x onerror=x> </pre>```\n# no\n"
           + "x" * 1_000_000)
