@@ -18,6 +18,7 @@ from lmops_jax.commands import models as model_commands
 from lmops_jax.commands import plans as plan_commands
 from lmops_jax.commands import promptist as promptist_commands
 from lmops_jax.commands import prototypes as prototypes_commands
+from lmops_jax.commands import socratic as socratic_commands
 from lmops_jax.commands.demo import command as demo_commands
 from lmops_jax.commands.serve import command as serve_commands
 from lmops_jax.config import gin_files, refusals
@@ -58,7 +59,7 @@ class _UsageError(ValueError):
 
 
 _ACTIONS = {  # of systems, which have options of their own
-  (of.SYSTEM, action): parts for of in (promptist_commands, prototypes_commands)
+  (of.SYSTEM, action): parts for of in (promptist_commands, prototypes_commands, socratic_commands)
   for action, parts in of.ACTIONS.items()
 }
 
@@ -237,6 +238,10 @@ def _dispatch(argv: list[str]) -> int:
   names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS,
            *imagine_command.COMMANDS, *demo_commands.COMMANDS, *serve_commands.COMMANDS]
   command = next((argument for argument in rest if not argument.startswith("-")), None)
+  actions = [action for system, action in _ACTIONS if system == command]
+  if actions and command not in systems:
+    raise _UsageError(f"lmops {command} needs an action: {', '.join(actions)}; see lmops {command} "
+                      f"{actions[0]} --help.")
   if command is not None and command not in names:
     if command.endswith(".gin"):
       raise _UsageError(f"{command!r} is not a command; to run that file, write lmops run "
