@@ -157,7 +157,10 @@ def _run(folder: str, plan, arguments, *, fork: bool = False) -> int:
   asks = "interactive" if arguments.interactive else "confirm" if arguments.confirm else None
   backend = backend_of.backend_of(plan.backend)
   is_over = _clock(arguments.minutes)
-  with socratic_view.view(plan.limits, plain=arguments.plain or asks is not None
+  limits = plan.limits
+  print(f"lmops: at most {limits.max_turns:,} calls, {limits.max_tokens:,} tokens and a cost of "
+        f"{limits.most_cost:.4g}, in {folder}", file=sys.stderr)
+  with socratic_view.view(limits, plain=arguments.plain or asks is not None
                           or arguments.stream) as watch:
     try:
       outcome = runs.run(

@@ -37,8 +37,9 @@ def solve(problem, tmp_path, *more):
 
 
 def test_solve_show_export_and_resume(problem, model, tmp_path, capsys):
-  assert solve(problem, tmp_path) == 0
+  assert solve(problem, tmp_path, "--price-in", 2, "--price-out", 10) == 0
   shown = capsys.readouterr()
+  assert "at most 200 calls, 400,000 tokens and a cost of 4, in" in shown.err
   assert "└─ ✓ 0.2  question 2 of 0  [verified]" in shown.out
   assert "verified, by the model's own checks only:\nwhole 0 from" in shown.out
   assert "0.1 -> verified" in shown.err and "9/200 calls" in shown.err

@@ -82,6 +82,12 @@ class Limits:
     """The most problems of a tree."""
     return sum(self.max_parts**depth for depth in range(self.max_depth + 1))
 
+  @property
+  def most_cost(self) -> float:
+    """The most that a run can cost by these prices."""
+    most = self.max_tokens * max(self.price_in, self.price_out) / 1e6
+    return most if self.max_cost is None else min(most, self.max_cost)
+
   def cost(self, prompt: int, reply: int) -> float:
     """The price of some tokens."""
     return (prompt * self.price_in + reply * self.price_out) / 1e6
