@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from lmops_jax.commands import models, prompts
 from lmops_jax.host import progress
-from lmops_jax.host.hashing import digest
 from lmops_jax.host.words import listed, shortened
 
 COMMANDS = {"imagine": "draw pictures of prompts with a published diffusion model"}
@@ -258,6 +257,8 @@ def _record(picture: Picture, settings: dict[str, Any], cut: str, is_finite: boo
 
 def file_name(prompt: str, seed: int, number: int) -> str:
   """A picture's name: the prompt's first letters and a hash of it, seed and number."""
+  from lmops_jax.host.hashing import digest
+
   letters = re.sub(r"[^a-z0-9]+", "-", prompt.lower()[:48]).strip("-")
   return f"{letters or 'prompt'}-{digest([prompt])[:8]}-seed{seed}-{number}.png"
 

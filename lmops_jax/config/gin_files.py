@@ -84,7 +84,7 @@ def find(name: str, beside: Path | None = None) -> Path:
   here = path.parent if beside is None else (beside / path).parent
   if here.is_dir():
     candidates += [str(path.parent / file.name) for file in here.glob("*.gin")]
-  raise ConfigError(f"there is no gin file {name!r}{nearest(name, candidates)}")
+  raise ConfigError(f"there is no gin file {name!r}{nearest('/'.join(parts), candidates)}")
 
 
 def display(path: Path) -> str:

@@ -82,7 +82,7 @@ def _behind(identities, names):
   ("metalm/smoke.gin", "metalm.Texts.seed = 3", "texts"),
   ("metalm/smoke.gin", "metalm.Tasks.pair_chars = 33", "tasks"),
   ("metalm/smoke.gin", "metalm.ReaderTraining.rate = 0.2", "encoder"),
-  ("metalm/smoke.gin", "metalm.Training.batch_size = 2", "train/.*"),
+  ("metalm/smoke.gin", "metalm.Training.batch_size = 2", "encoder|train/.*"),
   ("metalm/smoke.gin", "data.RandomSpans.proportion = 0.2", "train/.*|report"),
   ("metalm/smoke.gin", "tuned/optim.warmup_cosine.peak = 1e-2", "finetune/.*"),
   ("metalm/smoke.gin", "metalm.Evaluate.shots = (0,)", "evaluate/.*"),
