@@ -18,7 +18,9 @@ from lmops_jax.commands import models as model_commands
 from lmops_jax.commands import plans as plan_commands
 from lmops_jax.commands import promptist as promptist_commands
 from lmops_jax.commands import prototypes as prototypes_commands
+from lmops_jax.commands import socratic as socratic_commands
 from lmops_jax.commands.demo import command as demo_commands
+from lmops_jax.commands.serve import command as serve_commands
 from lmops_jax.config import gin_files, refusals
 from lmops_jax.mesh import processes
 
@@ -57,7 +59,7 @@ class _UsageError(ValueError):
 
 
 _ACTIONS = {  # of systems, which have options of their own
-  (of.SYSTEM, action): parts for of in (promptist_commands, prototypes_commands)
+  (of.SYSTEM, action): parts for of in (promptist_commands, prototypes_commands, socratic_commands)
   for action, parts in of.ACTIONS.items()
 }
 
@@ -126,6 +128,7 @@ def _parser(systems: Sequence[str]) -> argparse.ArgumentParser:
   model_commands.add_parsers(commands, options)
   imagine_command.add_parsers(commands, options)
   demo_commands.add_parsers(commands, options)
+  serve_commands.add_parsers(commands, options)
   return parser
 
 
@@ -233,8 +236,12 @@ def _dispatch(argv: list[str]) -> int:
     return _act(*rest[:2], rest[2:], bindings)
   systems = gin_files.systems()
   names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS,
-           *imagine_command.COMMANDS, *demo_commands.COMMANDS]
+           *imagine_command.COMMANDS, *demo_commands.COMMANDS, *serve_commands.COMMANDS]
   command = next((argument for argument in rest if not argument.startswith("-")), None)
+  actions = [action for system, action in _ACTIONS if system == command]
+  if actions and command not in systems:
+    raise _UsageError(f"lmops {command} needs an action: {', '.join(actions)}; see lmops {command} "
+                      f"{actions[0]} --help.")
   if command is not None and command not in names:
     if command.endswith(".gin"):
       raise _UsageError(f"{command!r} is not a command; to run that file, write lmops run "
@@ -257,7 +264,7 @@ def _dispatch(argv: list[str]) -> int:
     else:
       print(_listing(systems))
     return 0
-  for own in (model_commands, imagine_command, demo_commands):
+  for own in (model_commands, imagine_command, demo_commands, serve_commands):
     if arguments.command not in own.COMMANDS:
       continue
     if bindings:

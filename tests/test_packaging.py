@@ -39,7 +39,7 @@ def test_every_dependency_is_ranged_and_none_is_a_git_head(project):
 @needs_checkout
 def test_torch_comes_with_the_parity_extra_only(project):
   extras = project["project"]["optional-dependencies"]
-  assert set(extras) == {"test", "gpu", "tpu", "parity", "beam", "lm-eval", "grit"}
+  assert set(extras) == {"test", "gpu", "tpu", "parity", "beam", "lm-eval", "grit", "socratic"}
   holding = {name for name, listed in extras.items() if "torch" in map(_name, listed)}
   assert holding == {"parity"}
   pulled, pending = set(), list(map(_name, project["project"]["dependencies"]))

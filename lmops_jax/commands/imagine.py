@@ -83,7 +83,7 @@ def add_parsers(commands, options: dict) -> None:
 def run(arguments: argparse.Namespace) -> int:
   """Draws all pictures; returns the exit code."""
   texts = _texts(arguments)
-  size, folder = _size(arguments.size), Path(arguments.to).expanduser()
+  size, folder = size_of(arguments.size), Path(arguments.to).expanduser()
   sampler = _sampler(arguments)
   _check(arguments, folder)
   from lmops_jax.decoding.diffusion.imagine import DiffusionModels, Imaginer, image_keys
@@ -161,8 +161,8 @@ def _check_text(text: str, name: str) -> None:
     raise ValueError(f"{name} holds a NUL character; leave it out.")
 
 
-def _size(text: str) -> tuple[int, int]:
-  """Height and width.
+def size_of(text: str) -> tuple[int, int]:
+  """Height and width of pictures that `--size` names.
 
   Raises:
     ValueError: for another form.

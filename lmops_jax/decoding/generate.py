@@ -85,7 +85,7 @@ class Generator:
     self._padding = padding
     self._chunk = chunk
     self._count_padding = count_padding
-    self.params = _for_decoding(model, nn.unbox(params), partitioner)
+    self.params = for_decoding(model, nn.unbox(params), partitioner)
     self._prefill = jax.jit(
       functools.partial(loop_lib.prefill, model), static_argnums=(0, 1)
     )
@@ -101,7 +101,7 @@ class Generator:
   def with_params(self, params) -> Generator:
     """The same generator for other parameters of its model; the two share their programs."""
     other = copy.copy(self)
-    other.params = _for_decoding(self._model, nn.unbox(params), self._partitioner)
+    other.params = for_decoding(self._model, nn.unbox(params), self._partitioner)
     return other
 
   @property
@@ -370,8 +370,14 @@ def checked_prompts(
   return ready
 
 
-def _for_decoding(model, params, partitioner):
-  """Parameters placed on the mesh, layers apart, matrices in the dtype of the products."""
+def for_decoding(model, params, partitioner: Partitioner | None = None):
+  """Parameters placed on the mesh, layers apart, matrices in the dtype of the products.
+
+  Args:
+    model: `Transformer`.
+    params: its parameters, unboxed, with stacked or unstacked layers.
+    partitioner: the mesh; None is the default device.
+  """
   if partitioner is not None and not isinstance(params["layers"], tuple):
     abstract = jax.eval_shape(
       lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

@@ -36,6 +36,8 @@ class Plan(NamedTuple):
     top_k: as in the options.
     sampled: whether tokens are drawn; else the best ones are taken.
     beam: the plan of beam search, or None.
+    mixed: whether rows differ in what they need of `sampled`, `scaled` and `top_p`, as their own
+      temperature and top_p say; a row gets what it would without `mixed`.
   """
 
   copies: int
@@ -49,6 +51,7 @@ class Plan(NamedTuple):
   top_p: bool
   min_p: bool
   beam: beam_lib.BeamPlan | None
+  mixed: bool = False
 
 
 class Knobs(NamedTuple):
@@ -229,21 +232,27 @@ def decode(
     done = state.chosen.done | stopped.reshape(-1)
     state = state._replace(chosen=state.chosen._replace(done=done))
 
-  def body(state):
-    length = state.prompt_length if state.padding is None else state.prompt_length + state.padding
-    position = _repeat(length, plan.copies) + state.step - 1 + _start(prefix)
-    # A row that is done goes on without effect; its positions stay within the tables.
-    hidden, cache = model.apply(
-      {"params": params}, state.token[:, None], state.cache, positions=position[:, None],
-      shared=prefix, method="extend",
-    )
-    logits = model.apply({"params": params}, hidden[:, 0], method="unembed")
-    state = state._replace(cache=cache)
-    return _placed(_choose(plan, knobs, state, logits, constraint, reorder=True))
-
   return jax.lax.while_loop(
-    lambda state: (state.step < stop_at) & ~jnp.all(state.done), body, _placed(state)
+    lambda state: (state.step < stop_at) & ~jnp.all(state.done),
+    lambda state: advance(model, plan, params, knobs, state, prefix, constraint), _placed(state)
   )
+
+
+def advance(
+  model, plan: Plan, params, knobs, state: State, prefix: Prefix | None = None,
+  constraint: Constraint | None = None,
+) -> State:
+  """Reads the last token of every row and chooses the next; arguments as in `decode`."""
+  length = state.prompt_length if state.padding is None else state.prompt_length + state.padding
+  position = _repeat(length, plan.copies) + state.step - 1 + _start(prefix)
+  # A row that is done goes on without effect; its positions stay within the tables.
+  hidden, cache = model.apply(
+    {"params": params}, state.token[:, None], state.cache, positions=position[:, None],
+    shared=prefix, method="extend",
+  )
+  logits = model.apply({"params": params}, hidden[:, 0], method="unembed")
+  state = state._replace(cache=cache)
+  return _placed(_choose(plan, knobs, state, logits, constraint, reorder=True))
 
 
 def _start(prefix):
@@ -268,14 +277,7 @@ def _choose_tokens(plan, knobs, state, logits, allowed, reorder):
   if allowed is not None:
     allowed = allowed | rows.done[:, None]  # which may have come to an end without any token
   scores = _forbidding(plan, knobs, logits, rows.history, lengths, rows.num_new, allowed)
-  if plan.sampled:
-    scores = scores / knobs.temperature if plan.scaled else scores
-    scores = sampling.top_k(scores, plan.top_k) if plan.top_k else scores
-    scores = sampling.top_p(scores, knobs.top_p) if plan.top_p else scores
-    scores = sampling.min_p(scores, knobs.min_p) if plan.min_p else scores
-    token = sampling.sample(_keys(plan, knobs, state), scores)
-  else:
-    token = sampling.best(scores)
+  token = _drawn(plan, knobs, state, scores) if plan.sampled else sampling.best(scores)
   alive = ~rows.done
   here = alive[:, None] & (jnp.arange(rows.history.shape[1])[None] == lengths[:, None])
   column = alive[:, None] & (jnp.arange(rows.log_probs.shape[1])[None] == state.step)
@@ -289,6 +291,22 @@ def _choose_tokens(plan, knobs, state, logits, allowed, reorder):
     rows.num_new + alive, ended,
   )
   return state._replace(token=token, chosen=chosen)
+
+
+def _drawn(plan, knobs, state, scores):
+  """Tokens `[R] int32` drawn from filtered scores; in a mixed plan the best at temperature 0."""
+  temperature = knobs.temperature
+  if plan.mixed:
+    temperature = jnp.where(knobs.temperature > 0, knobs.temperature, 1)
+  filtered = scores / temperature if plan.scaled else scores
+  filtered = sampling.top_k(filtered, plan.top_k) if plan.top_k else filtered
+  if plan.top_p:
+    kept = sampling.top_p(filtered, knobs.top_p)
+    # Rounded, all probabilities but the least may make 1.
+    filtered = jnp.where(knobs.top_p < 1, kept, filtered) if plan.mixed else kept
+  filtered = sampling.min_p(filtered, knobs.min_p) if plan.min_p else filtered
+  token = sampling.sample(_keys(plan, knobs, state), filtered)
+  return jnp.where(knobs.temperature > 0, token, sampling.best(scores)) if plan.mixed else token
 
 
 def _choose_beams(plan, knobs, state, logits, allowed, reorder):

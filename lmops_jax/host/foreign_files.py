@@ -160,6 +160,18 @@ def read_json(path: Path | str) -> Any:
   return parse_json(read_bytes(path), path)
 
 
+class Unfit(ValueError):
+  """A value does not fit its schema.
+
+  Attributes:
+    field: the first that does not, such as `a.b[0]`; empty for the whole.
+  """
+
+  def __init__(self, sentence: str, field: str):
+    super().__init__(sentence)
+    self.field = field
+
+
 _MAX_SHOWN = 60  # characters of a value in a sentence
 _MAX_AT_ONCE = 10_000  # entries of a mapping
 
@@ -177,7 +189,8 @@ def checked(schema: Any, value: Any, where: Path | str) -> Any:
     What pydantic makes of it: an instance of the model.
 
   Raises:
-    ValueError: naming the first field that does not fit, its value and what it should be.
+    Unfit: naming the first field that does not fit, its value and what it should be.
+    ValueError: for a value that is nested too deeply.
   """
   import pydantic
 
@@ -195,12 +208,12 @@ def checked(schema: Any, value: Any, where: Path | str) -> Any:
   missing = first["type"] == "missing"
   field, found, expected = _located(schema, value, first["loc"], missing)
   if first["type"] in ("value_error", "assertion_error"):
-    raise ValueError(f"{where}: {first['ctx']['error']}")
+    raise Unfit(f"{where}: {first['ctx']['error']}", field)
   if missing:
-    raise ValueError(f"{where} has no field {field!r}, which should be {expected}.")
+    raise Unfit(f"{where} has no field {field!r}, which should be {expected}.", field)
   if not field:
-    raise ValueError(f"{where} holds {shown(found)} and should hold {expected}.")
-  raise ValueError(f"{where}: {field}={shown(found)} should be {expected}.")
+    raise Unfit(f"{where} holds {shown(found)} and should hold {expected}.", field)
+  raise Unfit(f"{where}: {field}={shown(found)} should be {expected}.", field)
 
 
 def _first(errors: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import http.client
 import io
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,47 +18,16 @@ import pytest
 from PIL import Image
 
 from lmops_jax import cli
+from lmops_jax.commands import local_server
 from lmops_jax.commands.demo import command, server
 from lmops_jax.commands.demo import kosmos as kosmos_demo
 from lmops_jax.commands.demo.kosmos import KosmosDemo, pieces
 from lmops_jax.data.boxes import Entity, Grounded, extract, grounding_words
 from tests import model_folders
+from tests.commands import demos
+from tests.commands.demos import LINES, ask, get, lines, serving
 
 SIDE = 4
-
-
-@contextlib.contextmanager
-def serving(demo):
-  """A server in a thread, at a port that is free."""
-  with server.DemoServer("127.0.0.1", 0) as found:
-    thread = threading.Thread(target=found.serve, args=(demo,))
-    thread.start()
-    try:
-      yield found
-    finally:
-      found.shutdown()
-      thread.join()
-
-
-def get(at, path, **headers):
-  """Status, headers and content."""
-  connection = http.client.HTTPConnection(*at.server_address)
-  connection.request("GET", path, headers=headers)
-  response = connection.getresponse()
-  with contextlib.closing(connection):
-    return response.status, response.headers, response.read()
-
-
-def ask(at, request, path="/answer", **headers):
-  """Status and answer; a request of bytes is sent as it is."""
-  connection = http.client.HTTPConnection(*at.server_address)
-  headers = {"Content-Type": "application/json"} | {
-    name.replace("_", "-"): value for name, value in headers.items()}
-  body = request if isinstance(request, bytes) else json.dumps(request).encode()
-  connection.request("POST", path, body, headers)
-  response = connection.getresponse()
-  with contextlib.closing(connection):
-    return response.status, json.loads(response.read())
 
 
 def raw(at, text):
@@ -126,19 +94,6 @@ def test_answers_come_one_at_a_time_and_errors_end_nothing(toy, capfd):
     status, answer = ask(toy, 1)
     assert status == 503 and "8 requests wait already" in answer["error"]
   assert ask(toy, 1)[0] == 200
-
-
-LINES = {"Accept": "application/x-ndjson"}
-
-
-def lines(at, request):
-  """Status, and a JSON value for each line."""
-  connection = http.client.HTTPConnection(*at.server_address)
-  headers = {"Content-Type": "application/json"} | LINES
-  connection.request("POST", "/answer", json.dumps(request), headers)
-  response = connection.getresponse()
-  with contextlib.closing(connection):
-    return response.status, [json.loads(line) for line in response.read().splitlines()]
 
 
 def test_lines_come_while_the_answer_is_made(toy, monkeypatch):
@@ -254,7 +209,7 @@ def test_a_port_that_cannot_be_had_is_told(toy):
 @pytest.mark.parametrize("host, local", [
   ("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("box", False)])
 def test_who_can_reach_an_address(host, local):
-  assert command._is_local(host) == local
+  assert local_server.is_local(host) == local
 
 
 # ---------------------------------------------------------------------------------- Kosmos
@@ -298,23 +253,8 @@ WHERE = {
 
 
 def test_the_page_asks_no_other_machine_and_has_all_it_needs(kosmos):
-  page = get(kosmos, "/")[2].decode()
-  parts = re.findall(r'(?:src|href)="(/[^"]+)"', page)
-  assert parts == ["/demo.css", "/kosmos.js"]
-  script = get(kosmos, "/kosmos.js")[2].decode()
-  names, path = re.search(r'import {(.*)} from "(.*)";', script).groups()
-  shared = get(kosmos, path)[2].decode()
-  assert set(names.split(", ")) == set(re.findall(r"export (?:async )?function (\w+)", shared))
-  kinds = [get(kosmos, path)[1]["Content-Type"] for path in ("/", *parts, path)]
-  assert [kind.partition(";")[0] for kind in kinds] == [
-    "text/html", "text/css", "text/javascript", "text/javascript"]
-  for text in (page, script, shared, get(kosmos, "/demo.css")[2].decode()):
-    assert not re.search(r"https?:|url\(|@import|[\"'`]//", text)
-  ids = re.findall(r'\bid="([\w-]+)"', page)
-  assert len(ids) == len(set(ids))
-  assert set(re.findall(r'byId\("([\w-]+)"\)', script + shared)) <= set(ids)
-  fields = set(re.findall(r'<input type="(?:number|radio|checkbox)" name="(\w+)"', page))
-  assert fields == json.loads(get(kosmos, "/facts")[2])["defaults"].keys()
+  imported, exported = demos.check_page(kosmos, "kosmos")
+  assert imported == exported
 
 
 def test_an_upload_is_answered_with_text_and_boxes(kosmos, picture):
@@ -468,15 +408,8 @@ def test_the_command_serves_until_it_is_interrupted(folder):
 
 @pytest.fixture(scope="module")
 def browser():
-  playwright = pytest.importorskip("playwright.sync_api")
-  names = ("chromium", "chromium-browser", "google-chrome")
-  path = next(filter(None, map(shutil.which, names)), None)
-  if path is None:
-    pytest.skip(f"needs one of {', '.join(names)}")
-  with playwright.sync_playwright() as found:
-    opened = found.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-    yield opened
-    opened.close()
+  with demos.browser() as found:
+    yield found
 
 
 @pytest.mark.slow

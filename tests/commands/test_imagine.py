@@ -1,6 +1,5 @@
 """`lmops imagine` on a tiny random model folder."""
 
-import dataclasses
 import json
 import re
 
@@ -10,12 +9,11 @@ from PIL import Image
 
 from lmops_jax import cli
 from lmops_jax.commands import imagine
-from lmops_jax.models.diffusion.noise import NoiseSchedule
-from lmops_jax.pretrained.pipelines import Pipeline, export_pipeline, load_pipeline
+from lmops_jax.decoding.diffusion.imagine import Imagined
+from lmops_jax.pretrained.pipelines import load_pipeline
 from lmops_jax.text.clip import clip_texts
 from lmops_jax.text.tokenizer import load_tokenizer
 from tests.decoding.diffusion import tiny_models
-from tests.text import tiny_tokenizers
 
 LONG = "A quick brown FOX and the lazy dog " * 3 + "Painted by N. Rosé"
 
@@ -23,14 +21,7 @@ LONG = "A quick brown FOX and the lazy dog " * 3 + "Painted by N. Rosé"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """A folder as diffusers writes it."""
-  path = tmp_path_factory.mktemp("sd") / "model"
-  tokenizer = load_tokenizer(tiny_tokenizers.clip(tmp_path_factory.mktemp("tokenizer")))
-  text = dataclasses.replace(
-    tiny_models.TEXT, vocab_size=tokenizer.vocab_size, max_length=24)
-  export_pipeline(path, Pipeline(
-    unet=tiny_models.UNET, autoencoder=tiny_models.AUTOENCODER, text=text,
-    params=tiny_models.params(text), tokenizer=tokenizer, schedule=NoiseSchedule()))
-  return path
+  return tiny_models.write(tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture
@@ -105,7 +96,22 @@ def test_the_same_command_gives_the_same_bytes(drawn, folder, lmops, tmp_path):
   assert len(records(to)) == 2
 
 
-def test_what_is_cut_is_shown_exactly(folder, lmops, tmp_path):
+class Draws:
+  """An imaginer whose pictures are black, and finite or not."""
+
+  def __init__(self, is_finite):
+    self.is_finite = is_finite
+
+  def __call__(self, *settings, **options):
+    return self
+
+  def batches(self, tokens, keys, negative):
+    size = len(tokens), 8, 16, 3
+    yield Imagined(np.zeros(size, np.uint8), np.full(len(tokens), self.is_finite))
+
+
+def test_what_is_cut_is_shown_exactly(folder, lmops, tmp_path, monkeypatch):
+  monkeypatch.setattr("lmops_jax.decoding.diffusion.imagine.Imaginer", Draws(True))
   captured = lmops("--model", folder, "--prompt", LONG, "--images", 2, *SETTINGS,
                    "--to", tmp_path / "to", "--negative", LONG)
   cut = clip_texts(load_tokenizer(folder / "tokenizer"), [LONG], 24).cut[0]
@@ -116,12 +122,7 @@ def test_what_is_cut_is_shown_exactly(folder, lmops, tmp_path):
 
 
 def test_pictures_that_are_not_finite_end_the_run_by_name(folder, lmops, tmp_path, monkeypatch):
-  def spoiled(path, **options):
-    loaded = load_pipeline(path, **options)
-    loaded.params["unet"]["convolution_out"]["bias"] *= np.inf
-    return loaded
-
-  monkeypatch.setattr("lmops_jax.pretrained.pipelines.load_pipeline", spoiled)
+  monkeypatch.setattr("lmops_jax.decoding.diffusion.imagine.Imaginer", Draws(False))
   captured = lmops("--model", folder, "--prompt", "a fox", "--images", 2, *SETTINGS,
                    "--to", tmp_path / "to", fails=True)
   assert "image 0 of prompt 0, image 1 of prompt 0 with seed 0 came out with" in captured.err

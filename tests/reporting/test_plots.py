@@ -142,6 +142,19 @@ def test_scatter_switches_to_density_and_keeps_every_point():
   assert len(many.axes) == 2  # with a colour bar
 
 
+def test_clouds_draw_every_group_and_its_marks():
+  groups = {"a": np.array([[0.0, 1.0], [2.0, 3.0]]), "b": np.array([[4.0, 5.0]])}
+  figure = plots.clouds(groups, {"b": np.array([[6.0, 7.0], [8.0, 9.0]])})
+  found = [c.get_offsets() for c in figure.axes[0].collections]
+  assert [len(points) for points in found] == [2, 0, 1, 2]
+  np.testing.assert_array_equal(found[3], [[6, 7], [8, 9]])
+  assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
+  with pytest.raises(ValueError, match="marks of c need points"):
+    plots.clouds(groups, {"c": np.zeros((1, 2))})
+  with pytest.raises(ValueError, match="group a has points that are not finite"):
+    plots.clouds({"a": np.array([[np.nan, 0]])}, {})
+
+
 def test_heatmap_with_labels_writes_the_values():
   values = np.array([[0.1, 0.9], [0.5, np.nan]])
   axes = plots.heatmap(

@@ -121,6 +121,7 @@ def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, bindin
   ("structured_prompting/default.gin", {"seeds"}),
   (FINETUNE, set()), (REINFORCE, set()), (SFT, set()),
   (PROMPTIST, {"generator_seed", "seeds"}),
+  ("prototypes/smoke.gin", {"seeds", "sizes"}),
 ])
 def test_every_setting_is_read_by_a_stage(file, free, files):
   """Seeds show as `seed` of the stages; the engine changes no result."""

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from lmops_jax.systems.promptist.world import write_tokenizer
 from lmops_jax.text import clip
 from lmops_jax.text.tokenizer import load_tokenizer
+from tests.systems.promptist import tiny_clip
 from tests.text import tiny_tokenizers as tiny
 
 END = "<|endoftext|>"
@@ -53,6 +55,28 @@ def test_padding_is_the_folders(folder, tmp_path):
   tokenizer = load_tokenizer(tmp_path)
   row = clip.clip_texts(tokenizer, ["a"], 5).tokens[0]
   assert row[-2:].tolist() == [tokenizer.token_id("!")] * 2 != [tokenizer.eos_id] * 2
+
+
+def test_a_text_is_cut_before_its_end_token(tmp_path):
+  tokenizer = load_tokenizer(tiny_clip.write(tmp_path / "model"))
+  tokens, cut = clip.clip_texts(tokenizer, ["a cat", "x" * 40, ""], 20)
+  assert tokens.shape == (3, 20) and cut == ["", "x" * 22, ""]
+  assert tokens[1].tolist() == [*tokenizer.encode("x" * 18), 1][:19] + [1]
+  assert (tokens[:, 0] == 0).all() and (tokens[:, -1] == 1).all()
+  assert tokens[2].tolist() == [0] + [1] * 19
+
+
+def test_a_token_that_begins_and_ends_stands_behind_a_text_alone(tmp_path):
+  tokenizer = write_tokenizer(tmp_path, ["a cat"])
+  a, end = tokenizer.encode("a")
+  assert end == tokenizer.bos_id == tokenizer.eos_id
+  found = clip.clip_texts(tokenizer, ["a", "a" * 6], 4)
+  assert found.tokens.tolist() == [[a, end, end, end], [a, a, a, end]] and found.cut == ["", "aaa"]
+
+
+def test_cleaning_resolves_twice_and_collapses_blanks():
+  assert clip.cleaned(" Tom &amp;amp; Jerry\n  at\tsea &amp;quot;") == 'Tom & Jerry at sea "'
+  assert clip.cleaned(" ") == ""
 
 
 def test_another_tokenizer_is_refused(tmp_path):

@@ -10,14 +10,20 @@ import base64
 import binascii
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import annotated_types as at
-import jax
 import pydantic
 
 from lmops_jax.commands import grounding, models
+from lmops_jax.commands.demo.requests import (
+  NewTokens,
+  Prompt,
+  Seed,
+  defaults,
+  model_facts,
+  one_prompt,
+)
 from lmops_jax.commands.demo.server import read_pages
 from lmops_jax.commands.prompts import PromptRow
 from lmops_jax.data.boxes import GROUNDING, TAG, Grounded
@@ -25,12 +31,10 @@ from lmops_jax.data.multimodal import Picture
 from lmops_jax.data.supervised import encode_behind, front_ids
 from lmops_jax.decoding import GenerationOptions, Generator, image_prompts
 from lmops_jax.decoding.generate import checked_prompts
-from lmops_jax.host import progress
 from lmops_jax.host.foreign_files import checked, printable
 from lmops_jax.host.words import shortened
 
 MAX_PICTURE_BYTES = 24 << 20
-_MAX_CHARACTERS = 20_000  # of a prompt, more than any context has
 _VECTOR_BYTES = 1 << 26  # of pictures whose vectors are kept for further prompts
 
 
@@ -51,14 +55,14 @@ class Request(pydantic.BaseModel, extra="forbid"):
     grammar: allow well-formed boxes only.
   """
 
-  prompt: Annotated[str, at.MaxLen(_MAX_CHARACTERS)]
+  prompt: Prompt
   picture: Upload | None = None
   search: Literal["greedy", "beams", "sampling"] = "beams"
   num_beams: Annotated[int, at.Ge(2), at.Le(10)] = 5
   temperature: Annotated[float, at.Ge(0.05), at.Le(5)] = 0.7
   top_p: Annotated[float, at.Ge(0.01), at.Le(1)] = 0.9
-  seed: Annotated[int, at.Ge(0), at.Le(2**32 - 1)] = 0
-  max_new_tokens: Annotated[int, at.Ge(1), at.Le(2**16)] = 128
+  seed: Seed = 0
+  max_new_tokens: NewTokens = 128
   no_repeat_ngram: Annotated[int, at.Ge(0), at.Le(20)] = 3
   grammar: bool = False
 
@@ -108,7 +112,7 @@ class KosmosDemo:
     self._source, self._tokenizer = source, tokenizer
     self._settings = source.image_settings()
     params = source.params(partitioner)
-    self._num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    self._facts = model_facts(source, params)
     self._encoder = None if self._settings is None else image_prompts.PictureEncoder(
       source.model, params, self._settings, partitioner, cache_bytes=_VECTOR_BYTES)
     self._generator = Generator(source.decoder, source.of_decoder(params), tokenizer, partitioner)
@@ -124,16 +128,12 @@ class KosmosDemo:
 
   def facts(self) -> dict[str, Any]:
     """What the page says about the model, and what it offers."""
-    return {
-      "model": Path(self._source.path).name, "family": self._source.family,
-      "parameters": progress.format_count(self._num_params),
-      "device": jax.devices()[0].device_kind, "sees": self._settings is not None,
+    offered = defaults(Request)
+    del offered["picture"]  # which is chosen otherwise
+    return self._facts | {
+      "sees": self._settings is not None,
       "grounds": self._tokenizer.token_id(GROUNDING) is not None,
-      "max_length": self._source.decoder.config.max_length,
-      "max_picture_bytes": MAX_PICTURE_BYTES,
-      "defaults": {
-        name: field.default for name, field in Request.model_fields.items()
-        if name not in ("prompt", "picture")},
+      "max_picture_bytes": MAX_PICTURE_BYTES, "defaults": offered,
     }
 
   def answer(
@@ -150,10 +150,8 @@ class KosmosDemo:
       ValueError: what is wrong with the request, the picture or the prompt.
     """
     asked = checked(Request, request, "the request")
-    try:
+    with one_prompt():
       return self._answer(asked, write)
-    except ValueError as error:  # here is only one prompt, which the page does not number
-      raise ValueError(str(error).replace("prompt 0", "the prompt")) from error
 
   def _answer(self, asked: Request, write: Callable[[str], bool] | None) -> dict[str, Any]:
     begun = time.perf_counter()

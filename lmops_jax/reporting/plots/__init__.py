@@ -7,11 +7,11 @@ the curve.
 """
 
 from lmops_jax.reporting.plots.bars import grouped_bars, histogram
-from lmops_jax.reporting.plots.fields import heatmap, scatter
+from lmops_jax.reporting.plots.fields import clouds, heatmap, scatter
 from lmops_jax.reporting.plots.lines import Fit, curves, fits, paths
 from lmops_jax.reporting.plots.style import DPI, NEUTRAL, Look, Run, looks, png, save
 
 __all__ = [
-  "DPI", "NEUTRAL", "Fit", "Look", "Run", "curves", "fits", "grouped_bars", "heatmap", "histogram",
-  "looks", "paths", "png", "save", "scatter",
+  "DPI", "NEUTRAL", "Fit", "Look", "Run", "clouds", "curves", "fits", "grouped_bars", "heatmap",
+  "histogram", "looks", "paths", "png", "save", "scatter",
 ]

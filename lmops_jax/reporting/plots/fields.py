@@ -1,6 +1,6 @@
 """Points and their density, and matrices as colours."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -63,6 +63,47 @@ def scatter(
       0.02, 0.97, note, transform=axes.transAxes, va="top", fontsize=9,
       bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 3},
     )
+  return figure
+
+
+@plot
+def clouds(
+  groups: Mapping[str, np.ndarray],
+  marks: Mapping[str, np.ndarray],
+  *,
+  x_label: str = "",
+  y_label: str = "",
+  title: str = "",
+  height: float = 4.6,
+) -> Figure:
+  """Points of several groups, each with a colour, and marks of the same groups on top.
+
+  Args:
+    groups: `[n,2]` points by group; a colour returns after eight groups, with another shape.
+    marks: `[m,2]` by group, drawn large; its groups are those of `groups`.
+
+  Raises:
+    ValueError: no group, a mark of none of them, or points that are not finite pairs.
+  """
+  if not groups or set(marks) - set(groups):
+    raise ValueError(
+      f"marks of {', '.join(sorted(set(marks) - set(groups))) or 'no group'} need points of the "
+      "same groups."
+    )
+  figure, axes = new(height)
+  for i, (name, points) in enumerate(groups.items()):
+    both = [np.asarray(of, np.float64).reshape(-1, 2)
+            for of in (points, marks.get(name, np.zeros((0, 2))))]
+    if not all(np.isfinite(of).all() for of in both):
+      raise ValueError(f"the group {name} has points that are not finite.")
+    colour, shape = COLOURS[i % len(COLOURS)], "o^sDv"[i // len(COLOURS) % 5]
+    axes.scatter(*both[0].T, s=9, alpha=0.45, color=colour, marker=shape, linewidths=0, label=name)
+    axes.scatter(*both[1].T, s=90, color=colour, marker="*", edgecolors=INK, linewidths=0.7)
+  axes.set_xlabel(x_label)
+  axes.set_ylabel(y_label)
+  axes.set_title(title)
+  axes.legend(
+    loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False, markerscale=2)
   return figure
 
 

@@ -35,7 +35,7 @@ from lmops_jax.stages import pipeline
 from lmops_jax.systems.promptist import fitting
 from lmops_jax.systems.promptist.fitting import Fit
 from lmops_jax.systems.promptist.world import Prepared
-from lmops_jax.text.clip_texts import clip_rows
+from lmops_jax.text.clip import cleaned, clip_texts
 from lmops_jax.training.diffusion import AutoencoderLosses, DenoisingLosses
 from lmops_jax.training.learner import supervised
 from lmops_jax.training.sources import Ahead, Batches, Epochs
@@ -208,11 +208,11 @@ def fit_towers(
 ) -> None:
   """Stage `towers`."""
   model = config.clip(prepared.tokenizer.vocab_size, prepared.tokenizer.eos_id)
-  tokens, cut = clip_rows(prepared.tokenizer, prepared.captions, model.config.text.max_length)
-  if cut.any():
+  tokens, cut = clip_texts(prepared.tokenizer, prepared.captions, model.config.text.max_length)
+  if any(cut):
     raise ValueError(
-      f"{int(cut.sum())} captions are longer than promptist.Generator.towers.text.max_length="
-      f"{model.config.text.max_length}, such as {prepared.captions[int(cut.argmax())]!r}; raise it."
+      f"{sum(map(bool, cut))} captions are longer than promptist.Generator.towers.text.max_length="
+      f"{model.config.text.max_length}, which loses {next(filter(None, cut))!r}; raise it."
     )
   size, num = config.towers_fit.batch_size, prepared.num_train
 
@@ -241,8 +241,8 @@ def _towers_tested(model: Clip, params, prepared: Prepared) -> dict[str, float]:
   """How often a picture's content is the nearest of all contents, and both cosines."""
   pictures = image_features(model, params, prepared.pictures[prepared.num_train:])
   texts = text_features(
-    model, params, clip_rows(prepared.tokenizer, [of.said() for of in CONTENTS],
-                             model.config.text.max_length)[0])
+    model, params, clip_texts(prepared.tokenizer, [of.said() for of in CONTENTS],
+                              model.config.text.max_length).tokens)
   cosine = pictures @ texts.T
   truth = np.array([CONTENTS.index(of) for of in prepared.contents[prepared.num_train:]])
   right = cosine[np.arange(len(truth)), truth]
@@ -309,7 +309,7 @@ class Parts:
 
   def rows(self, texts) -> np.ndarray:
     """Texts as the towers read them, `[N,S] int32`."""
-    return clip_rows(self.prepared.tokenizer, texts, self.length)[0]
+    return clip_texts(self.prepared.tokenizer, [*map(cleaned, texts)], self.length).tokens
 
   def states(self, tokens: np.ndarray) -> np.ndarray:
     """What the UNet attends to, `[N,S,X] float32`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -223,8 +224,7 @@ class ImageScorer:
     found = scores(rewritten, raw.aesthetic, self._settings.weights)
     self.counts.update(
       prompts=len(prompts), dropped_rows=int(np.isnan(found).sum()),
-      cut_prompts=int(self._rater.cut(prompts).sum()),
-      cut_rewrites=int(self._rater.cut(rewrites).sum()))
+      cut_prompts=self._count_cut(prompts), cut_rewrites=self._count_cut(rewrites))
     return Measured(found, rewritten, raw)
 
   def summary(self) -> str:
@@ -235,6 +235,16 @@ class ImageScorer:
       f"users' prompts: {c['baselines_drawn']:,} drawn, {c['baselines_known']:,} known; of "
       f"{c['prompts']:,} pairs CLIP cut {c['cut_prompts']} prompts and {c['cut_rewrites']} rewrites"
     )
+
+  def _count_cut(self, texts: Sequence[str]) -> int:
+    """How many texts CLIP cuts; the first one ever is shown with its end that is not read."""
+    cut = {text: end for text, end in zip(texts, self._rater.cut(texts)) if end}
+    if cut and not self.counts["cut_prompts"] + self.counts["cut_rewrites"]:
+      text, end = next(iter(cut.items()))
+      warnings.warn(
+        f"CLIP does not read all of {shortened(text, _SHOWN)!r}; this end is cut off: {end!r}. "
+        "Further ones are counted.", stacklevel=2)
+    return sum(text in cut for text in texts)
 
   def _of_users(self, prompts: Sequence[str], bad: list[str]) -> Terms:
     """The terms of users' prompts; each that is not known is drawn once."""

@@ -18,7 +18,7 @@ from lmops_jax.mesh.meshes import Partitioner, activated, shards_of
 from lmops_jax.models.aesthetic import Folded, rate
 from lmops_jax.models.clip import Clip
 from lmops_jax.models.pixels import normalise, resized_middle
-from lmops_jax.text.clip_texts import clip_rows
+from lmops_jax.text.clip import ClipTexts, cleaned, clip_texts
 
 
 class Ratings(NamedTuple):
@@ -27,12 +27,12 @@ class Ratings(NamedTuple):
   Attributes:
     cosine: `[P,n] float32` of picture and text, -1 .. 1.
     aesthetic: `[P,n] float32`.
-    cut: `[P] bool`, whether the text was too long for CLIP and lost its end.
+    cut: of each text the end that was too much for CLIP, else empty.
   """
 
   cosine: np.ndarray
   aesthetic: np.ndarray
-  cut: np.ndarray
+  cut: list[str]
 
 
 def ratings(model: Clip, params, head: Folded, images: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ def ratings(model: Clip, params, head: Folded, images: jax.Array, tokens: jax.Ar
     params: its parameters.
     head: of the width of CLIP's common space.
     images: `[P,n,height,width,3] uint8`.
-    tokens: `[P,S] int32`, of `clip_rows`.
+    tokens: `[P,S] int32`, of `clip_texts`.
 
   Returns:
     `[2,P,n] float32`.
@@ -95,9 +95,9 @@ class Rater:
     self._partitioner, self._length = partitioner, model.config.text.max_length
     self._program = jax.jit(functools.partial(ratings, model))
 
-  def cut(self, texts: Sequence[str]) -> np.ndarray:
-    """Which texts are too long for CLIP, `[P] bool`."""
-    return clip_rows(self._tokenizer, texts, self._length)[1]
+  def cut(self, texts: Sequence[str]) -> list[str]:
+    """Of each text, cleaned, the end that is too much for CLIP; empty if all of it is read."""
+    return self._read(texts).cut
 
   def __call__(self, images: np.ndarray, texts: Sequence[str]) -> Ratings:
     """Rates pictures against texts.
@@ -115,12 +115,15 @@ class Rater:
         f"pictures of shape {list(images.shape)} are to be rated against {len(texts)} texts; give "
         "[texts, pictures of each, height, width, 3]."
       )
-    tokens, cut = clip_rows(self._tokenizer, texts, self._length)
+    tokens, cut = self._read(texts)
     found = [
       self._rated(images[i : i + self.num_rows], tokens[i : i + self.num_rows])
       for i in range(0, len(images), self.num_rows)]
     cosine, aesthetic = np.concatenate(found, axis=1) if found else np.zeros((2, *images.shape[:2]))
     return Ratings(cosine, aesthetic, cut)
+
+  def _read(self, texts: Sequence[str]) -> ClipTexts:
+    return clip_texts(self._tokenizer, [*map(cleaned, texts)], self._length)
 
   def _rated(self, images: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     num = len(images)

@@ -6,10 +6,11 @@ Importing this package registers everything its gin files name.
 from lmops_jax.systems.prototypes.classifier import Classifier, load_classifier
 from lmops_jax.systems.prototypes.encoding import Encoding
 from lmops_jax.systems.prototypes.learning import Growth
+from lmops_jax.systems.prototypes.means import Means
 from lmops_jax.systems.prototypes.methods import Frozen, Head, Prototypical
 from lmops_jax.systems.prototypes.rows import InstalledPackages, LabelledFile
 from lmops_jax.systems.prototypes.system import Study
 
 __all__ = [
   "Classifier", "Encoding", "Frozen", "Growth", "Head", "InstalledPackages", "LabelledFile",
-  "Prototypical", "Study", "load_classifier"]
+  "Means", "Prototypical", "Study", "load_classifier"]

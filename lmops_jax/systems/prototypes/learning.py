@@ -56,6 +56,8 @@ class Growth:
     private_variances: a variance for each prototype in place of one for all.
     create: whether prototypes are added.
     warmup_epochs: epochs before the first is.
+    cooldown_epochs: epochs after the last is. A prototype that comes in lies among the rows, nearer
+      to most of them than those that have learned, and errs until it has learned too.
     capacity: most prototypes; None is max(64, 16 classes), at most 256.
     prunings_per_epoch: M; 0 prunes nothing.
     least_importance: eps, below which a prototype may go.
@@ -76,6 +78,7 @@ class Growth:
   private_variances: bool = False
   create: bool = True
   warmup_epochs: Count = 1
+  cooldown_epochs: Count = 1
   capacity: Size | None = None
   prunings_per_epoch: Count = 1
   least_importance: NonNegative = 1e-3
@@ -221,7 +224,7 @@ def prototypical(
   init_encoder: Callable[[jax.Array], Any],
   encode: Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array],
   optimizer: optax.GradientTransformation, settings: Growth, *, width: int,
-  num_classes: int | None, steps_per_epoch: int, edges: tuple[float, ...] = (),
+  num_classes: int | None, steps_per_epoch: int, num_epochs: int, edges: tuple[float, ...] = (),
 ) -> Learner:
   """The learner; a run begins at the params of `first_prototypes` with the `encoder`'s beside them.
 
@@ -234,13 +237,15 @@ def prototypical(
       norm is that of each.
     width: D.
     num_classes: None if targets are numbers.
-    steps_per_epoch: what warm-up and pruning points are counted in.
+    steps_per_epoch: what warm-up, cool-down and pruning points are counted in.
+    num_epochs: of the run.
     edges: see `bin_edges`, if targets are numbers.
 
   The batch holds `label [B] int32`, or `target [B] float32` for numbers, and what `encode` reads.
   """
   init, step = _prototypical(
-    init_encoder, encode, optimizer, settings, width, num_classes, steps_per_epoch, edges)
+    init_encoder, encode, optimizer, settings, width, num_classes, steps_per_epoch, num_epochs,
+    edges)
   told = {**dataclasses.asdict(settings), "steps_per_epoch": steps_per_epoch,
           "num_classes": num_classes}
   return Learner(init, step, kept, settings=told)
@@ -260,10 +265,12 @@ def current_threshold(prototypes: Prototypes, table: Table, alpha: float) -> jax
 
 @functools.lru_cache(maxsize=16)
 def _prototypical(
-  init_encoder, encode, optimizer, settings: Growth, width, num_classes, steps_per_epoch, edges
+  init_encoder, encode, optimizer, settings: Growth, width, num_classes, steps_per_epoch,
+  num_epochs, edges,
 ):
   """The functions of `prototypical`; equal arguments give the same, which compile once."""
   warmup = settings.warmup_epochs * steps_per_epoch
+  last_created = (num_epochs - settings.cooldown_epochs) * steps_per_epoch
   every = steps_per_epoch // max(settings.prunings_per_epoch, 1) or 1
 
   def nowhere():
@@ -323,7 +330,7 @@ def _prototypical(
       labels, logits = _as_prototypes(batch, num_classes, edges)
       grown, larger, new = growth.create(
         prototypes, table, jax.lax.stop_gradient(features), labels, logits, limit, done)
-      use = done > warmup
+      use = (done > warmup) & (done <= last_created)
       prototypes, table = jax.tree.map(
         lambda a, b: jnp.where(use, a, b), (grown, larger), (prototypes, table))
       moments = _forgotten(optimizer, moments, prototypes, new & use)

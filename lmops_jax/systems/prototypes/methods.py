@@ -106,7 +106,8 @@ class Prototypical:
       learning.bin_edges(m.targets, self.growth.bins).tolist())
     learner = learning.prototypical(
       m.encoder.init_top, m.encoder.vectors, self.optimizer, self.growth,
-      width=m.encoder.width, num_classes=m.num_classes, steps_per_epoch=per_epoch, edges=edges)
+      width=m.encoder.width, num_classes=m.num_classes, steps_per_epoch=per_epoch,
+      num_epochs=self.num_epochs, edges=edges)
 
     def start():
       first = learning.first_prototypes(
@@ -114,7 +115,7 @@ class Prototypical:
         self.growth.steps_of_window(per_epoch), m.seed)
       return {"encoder": m.top, **first}
 
-    done = _trained(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
+    done = train(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
     params = jax.device_get(learner.params(done.state))
     table = params["table"]
     figures = {
@@ -163,7 +164,7 @@ class Head:
       fresh = jax.tree.map(np.asarray, unboxed(init(jax.random.key(m.seed))))
       return {**fresh, "encoder": m.top}
 
-    done = _trained(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
+    done = train(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
     params = jax.device_get(learner.params(done.state))
 
     def predict(rows):
@@ -288,7 +289,8 @@ def _source(m: Material, batch_size: int) -> Epochs:
   return Epochs(rows, number, size, m.seed)
 
 
-def _trained(learner: Learner, source, num_steps, per_epoch, m: Material, start):
+def train(learner: Learner, source, num_steps, per_epoch, m: Material, start) -> loop.TrainResult:
+  """Trains in the material's directory from the parameters that `start` gives."""
   records = Records(
     log_every=per_epoch, checkpoint_every=max(50, num_steps // 4), description=m.describe,
     tensorboard=False)

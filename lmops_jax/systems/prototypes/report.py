@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lmops_jax.evaluation.intervals import of_difference
 from lmops_jax.evaluation.over_seeds import LEVEL, spread, spread_of
 from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
@@ -65,6 +66,9 @@ def run(
       label: {str(size): over_seeds(label, size, lambda r: r["fit"]["seconds"])
               for size in sizes}
       for label in labels if "seconds" in results[label, sizes[0], seeds[0]]["fit"]},
+    "differences": {
+      label: {str(size): differences(results, first, label, size, seeds) for size in sizes}
+      for label in labels if label != first},
     "stages": report.costs,
   }
   shown = []
@@ -74,7 +78,30 @@ def run(
     shown = prototypes_of(context, largest)
     summary["kept"] = {"method": first, "size": sizes[-1], "seed": seeds[0], "stage": largest,
                        "prototypes": shown}
-  report.write(summary, _page(report, summary, results, shown), required=REQUIRED)
+  last = {seed: next(stage for *key, stage in fits if key == [first, sizes[-1], seed])
+          for seed in seeds}
+  drawn = []
+  if classes:
+    drawn.append(report.figure("confusion", confusion(context, last.values()), (
+      f"What {first} says of rows of each class after {sizes[-1]:,} rows, all seeds.")))
+  if classes and shown:
+    drawn.append(report.figure("map", map_of(context, last[seeds[0]]), (
+      "Rows that it has learned from by their two main axes, and its prototypes as stars.")))
+  report.write(summary, _page(report, summary, results, shown, drawn), required=REQUIRED)
+
+
+def differences(results, first: str, other: str, size: int, seeds) -> dict[str, float]:
+  """How much better the first method is than another, over rows and seeds in pairs.
+
+  In shares of right rows, or in how much smaller the squared error is.
+  """
+  def rows_of(label):
+    found = [results[label, size, seed] for seed in seeds]
+    return np.concatenate([
+      np.asarray(r["right"], float) if "right" in r else -np.asarray(r["errors"]) for r in found])
+
+  found = of_difference(rows_of(other), rows_of(first), LEVEL)
+  return {"mean": found.value, "low": found.low, "high": found.high}
 
 
 def prototypes_of(context: pipeline.StageContext, stage: str) -> list[dict[str, Any]]:
@@ -96,6 +123,35 @@ def prototypes_of(context: pipeline.StageContext, stage: str) -> list[dict[str, 
   return [known(k, found) for k, found in near.items()]
 
 
+def confusion(context: pipeline.StageContext, stages):
+  """Shares of what is said, `[C said of,C said]`, of the rows to test on."""
+  _, test = rows.read_rows(context.input(ROWS))
+  counts = np.zeros((len(test.names),) * 2)
+  for stage in stages:
+    said = np.load(context.input(stage) / SAID_FILE)["said"].argmax(axis=1)
+    np.add.at(counts, (np.asarray(test.targets), said), 1)
+  return plots.heatmap(
+    counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), row_labels=test.names,
+    column_labels=test.names, annotate=".0%", x_label="said", y_label="class", limits=(0, 1))
+
+
+def map_of(context: pipeline.StageContext, stage: str):
+  """The rows of a fit and its prototypes on the rows' first two principal axes."""
+  folder = context.input(stage)
+  params, vectors = classifier.load(folder / CLASSIFIER), np.load(folder / VECTORS_FILE)
+  train, _ = rows.read_rows(context.input(ROWS))
+  some = train.taken(np.load(folder / SAID_FILE)["chosen"])
+  middle = vectors.mean(axis=0)
+  axes = np.linalg.svd(vectors - middle, full_matrices=False)[2][:2]
+  used = np.asarray(params["table"].active)
+  centers, labels = (
+    np.asarray(of)[used] for of in (params["prototypes"].centers, params["table"].label))
+  groups, marks = (
+    {name: (points[labels == i] - middle) @ axes.T for i, name in enumerate(some.names)}
+    for points, labels in ((vectors, np.asarray(some.targets)), (centers, labels)))
+  return plots.clouds(groups, marks, x_label="first axis", y_label="second axis")
+
+
 def table(summary: Mapping[str, Any]) -> str:
   """A line for each method, a column for each number of rows."""
   return text_table(_rows(summary))
@@ -115,7 +171,7 @@ def _scaled(of, scale):
   return {**of, "mean": scale * of["mean"], "half_width": None if half is None else scale * half}
 
 
-def _page(report: RunReport, summary, results, shown) -> html.Report:
+def _page(report: RunReport, summary, results, shown, drawn) -> html.Report:
   labels, sizes, seeds = summary["methods"], summary["sizes"], summary["seeds"]
   metric, styles = summary["metric"], plots.looks(labels, emphasis=labels[:1])
   many = len(sizes) > 1
@@ -129,6 +185,18 @@ def _page(report: RunReport, summary, results, shown) -> html.Report:
     tables=[html.Table(*_split(_rows(summary)), note=(
       f"Means of seeds with half the width of their {LEVEL:.0%} interval (t distribution)."
       if len(seeds) > 1 else "One seed."))])]
+  if summary["differences"]:
+    scale, spec = (100, "+.1f") if metric == "accuracy" else (1, "+.3g")
+    found = summary["differences"]
+    sections.append(html.Section(
+      f"{labels[0]} against the others",
+      "Mean difference over rows and seeds, with the paired bootstrap's interval of "
+      f"{LEVEL:.0%}: above 0 the first method is better.",
+      tables=[html.Table(
+        ["against", *(f"{size:,} rows" for size in sizes)],
+        [[label, *(
+          f"{scale * of['mean']:{spec}} ({scale * of['low']:{spec}} to {scale * of['high']:{spec}})"
+          for of in (found[label][str(size)] for size in sizes))] for label in found])]))
   if summary["prototypes"]:
     grown = {label: [plots.Run(sizes, [results[label, size, seed]["fit"]["prototypes"]
                                        for size in sizes]) for seed in seeds]
@@ -159,6 +227,8 @@ def _page(report: RunReport, summary, results, shown) -> html.Report:
         ["prototype", "class", "since step", html.Column("purity", ".0%"), "nearest text"],
         [[one["slot"], str(one["class"]), one["born"], one["purity"], one["texts"][0][:160]]
          for one in shown])]))
+  if drawn:
+    sections.append(html.Section("Where it errs, and where prototypes lie", "", figures=drawn))
   best = {size: max(labels, key=lambda label: _good(summary, label, size)) for size in sizes}
   sections.append(report.cost_section(by_kind=True, total=True))
   value = summary["figures"][labels[0]][str(sizes[-1])]["mean"]

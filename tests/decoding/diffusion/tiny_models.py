@@ -12,6 +12,9 @@ from lmops_jax.models.diffusion.noise import NoiseSchedule
 from lmops_jax.models.diffusion.unet import UNetConfig
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.transformer import TransformerConfig
+from lmops_jax.pretrained.pipelines import Pipeline, export_pipeline
+from lmops_jax.text.tokenizer import load_tokenizer
+from tests.text import tiny_tokenizers
 
 TEXT = TransformerConfig(
   num_layers=1, width=16, num_heads=2, mlp_width=32, vocab_size=50, max_length=7, norm="layer",
@@ -51,3 +54,14 @@ def params(text=TEXT):
     "text": random_params(parts.text, jnp.zeros((1, length), jnp.int32)),
     "unet": random_params(parts.unet, jnp.zeros((1, 4, 4, 4)), times, states),
     "autoencoder": random_params(parts.autoencoder, jnp.zeros((1, 8, 8, 3)))}
+
+
+def write(folder):
+  """A folder as diffusers writes it, of a model whose texts have 24 tokens at most."""
+  (folder / "tokenizer").mkdir()
+  tokenizer = load_tokenizer(tiny_tokenizers.clip(folder / "tokenizer"))
+  text = dataclasses.replace(TEXT, vocab_size=tokenizer.vocab_size, max_length=24)
+  export_pipeline(folder / "model", Pipeline(
+    unet=UNET, autoencoder=AUTOENCODER, text=text, params=params(text), tokenizer=tokenizer,
+    schedule=NoiseSchedule()))
+  return folder / "model"

@@ -11,7 +11,6 @@ from lmops_jax.config import resolve
 from lmops_jax.data.prompt_pairs import as_row
 from lmops_jax.data.synthetic_pictures import StyledPictures, styled_pictures
 from lmops_jax.data.synthetic_pictures.styles import MODIFIERS
-from lmops_jax.models.clip import Clip
 from lmops_jax.systems.promptist import arms, generator, quality, report, world
 
 FILE = "promptist/smoke.gin"
@@ -95,13 +94,13 @@ def test_contrastive_losses_are_those_of_a_plain_computation(tokenizer):
   batch = {"images": rng.integers(0, 256, (2, 3, 16, 16, 3), np.uint8),
            "tokens": rng.integers(1, 50, (2, 3, 8)).astype(np.int32)}
   batch["tokens"][..., -1] = tokenizer.eos_id
-  params = generator.nn.unbox(generator.towers_init(model)(jax.random.key(0)))
-  found = generator.ContrastiveLosses(model)(params, batch)
-  for group, loss in enumerate(found):
-    images, texts = (
-      np.asarray(x, np.float64) for x in (
-        generator.image_features(model, params, batch["images"][group]),
-        model.apply({"params": params}, batch["tokens"][group], method=Clip.text_features)))
+  params = generator.nn.unbox(jax.jit(generator.towers_init(model))(jax.random.key(0)))
+  found = jax.jit(generator.ContrastiveLosses(model))(params, batch)
+  features = [
+    np.asarray(x, np.float64).reshape(2, 3, -1) for x in (
+      generator.image_features(model, params, batch["images"].reshape(6, 16, 16, 3)),
+      generator.text_features(model, params, batch["tokens"].reshape(6, 8)))]
+  for loss, images, texts in zip(found, *features, strict=True):
     logits = np.exp(float(params["logit_scale"])) * images @ texts.T
     both = [np.log(np.exp(of).sum(axis=1)) - np.diag(of) for of in (logits, logits.T)]
     assert loss == pytest.approx(np.mean(both), abs=2e-4)

@@ -73,6 +73,7 @@ def test_only_the_engineered_prompt_and_the_end_are_learned(finished, folder):
     assert given == text.strip().removesuffix(", 4k, art") + ANCHOR
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_transformers_gives_the_same_logits_from_the_exported_folder(finished):
   torch = pytest.importorskip("torch")

