@@ -78,6 +78,19 @@ class TextReward(Protocol):
     """Rewards of rewritten prompts, `[P] float64`; NaN for a row that none can be given."""
 
 
+class Scoring(Protocol):
+  """What an `ImageScorer` reads of its settings; `ImageReward` tells what they mean."""
+
+  num_images: int
+  common_seeds: bool
+  seed: int
+  max_bad_share: float
+
+  @property
+  def weights(self) -> Weights:
+    """Of the two terms."""
+
+
 class Measured(NamedTuple):
   """What P rewritten prompts score.
 
@@ -174,7 +187,7 @@ class ImageScorer:
   """
 
   def __init__(
-    self, settings: ImageReward, source: ImageSource, rater: Rater, baselines: Baselines
+    self, settings: Scoring, source: ImageSource, rater: Rater, baselines: Baselines
   ):
     self.counts: Counter[str] = Counter()
     self._settings, self._source, self._rater = settings, source, rater

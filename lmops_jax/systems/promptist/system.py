@@ -66,17 +66,17 @@ class Promptist:
     stages = [
       skeleton.Stage(world.STAGE, self._world, reads=("world",), together=False),
       skeleton.Stage(
-        generator.AUTOENCODER, functools.partial(self._autoencoder, **bound),
+        generator.AUTOENCODER, functools.partial(self._autoencoder, seed=seed, **bound),
         inputs=(world.STAGE,), seed=seed,
         reads=("generator.autoencoder", "generator.autoencoder_fit", "generator.kl_weight")),
       skeleton.Stage(
-        generator.TOWERS, self._towers, inputs=(world.STAGE,), seed=seed,
-        reads=("generator.towers", "generator.towers_fit")),
+        generator.TOWERS, functools.partial(self._towers, seed=seed), inputs=(world.STAGE,),
+        seed=seed, reads=("generator.towers", "generator.towers_fit")),
       skeleton.Stage(
         quality.STAGE, functools.partial(self._quality, **bound),
         inputs=(world.STAGE, generator.AUTOENCODER, generator.TOWERS)),
       skeleton.Stage(
-        generator.UNET, functools.partial(self._unet, **bound),
+        generator.UNET, functools.partial(self._unet, seed=seed, **bound),
         inputs=(world.STAGE, generator.AUTOENCODER, generator.TOWERS), seed=seed,
         reads=("generator.unet", "generator.unet_fit", "generator.schedule", "generator.drop")),
       skeleton.Stage(
@@ -119,14 +119,14 @@ class Promptist:
   def _prepared(self, context: pipeline.StageContext) -> Prepared:
     return Prepared(context.input(world.STAGE))
 
-  def _autoencoder(self, context: pipeline.StageContext, partitioner) -> None:
+  def _autoencoder(self, context: pipeline.StageContext, seed, partitioner) -> None:
     generator.fit_autoencoder(
-      context, self.generator, self._prepared(context), self.generator_seed, partitioner)
+      context, self.generator, self._prepared(context), seed, partitioner)
 
-  def _towers(self, context: pipeline.StageContext) -> None:
+  def _towers(self, context: pipeline.StageContext, seed) -> None:
     # A step contrasts one group of pictures, which is not split over devices.
     generator.fit_towers(
-      context, self.generator, self._prepared(context), self.generator_seed,
+      context, self.generator, self._prepared(context), seed,
       meshes.single_device())
 
   def _quality(self, context: pipeline.StageContext, partitioner) -> None:
@@ -134,9 +134,9 @@ class Promptist:
     quality.run(
       context, generator.Parts(folders, self.generator, self._prepared(context), partitioner))
 
-  def _unet(self, context: pipeline.StageContext, partitioner) -> None:
+  def _unet(self, context: pipeline.StageContext, seed, partitioner) -> None:
     generator.fit_unet(
-      context, self.generator, self._prepared(context), self.generator_seed, partitioner)
+      context, self.generator, self._prepared(context), seed, partitioner)
 
   def _judge(self, context: pipeline.StageContext, judging: Judging, partitioner) -> Judge:
     return Judge(context, self.generator, judging, partitioner, context.directory / _CACHE)
