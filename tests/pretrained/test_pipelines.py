@@ -235,7 +235,7 @@ def test_torch_files_and_half_precision(pipeline, copy):
   save_file(halves, vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
   unet.unlink(), vae.unlink()
   found = load_pipeline(copy, param_dtype="float16")
-  want = jax.tree.map(lambda x: x.astype(np.float16), pipeline.params)
+  want = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), pipeline.params)
   same_trees(found.params, want)
   assert {x.dtype for x in jax.tree.leaves(found.params)} == {np.dtype(np.float16)}
 

@@ -115,8 +115,7 @@ class Rollouts:
     self._min_kl = -np.inf if min_kl is None else min_kl
     self._max_kl = np.inf if max_kl is None else max_kl
     self._journal = None if journal is None else Journal(_own(journal))
-    self._log_probs = jax.jit(
-      functools.partial(networks.log_probs, model), out_shardings=self._partitioner.replicated)
+    self._log_probs = _log_probs_of(model, self._partitioner)
 
   def batch(self, step: int, params: Any = None) -> dict[str, np.ndarray]:
     """The rollouts of a step.
@@ -210,6 +209,13 @@ class Rollouts:
         f"{self._min_kl:g} and max_kl={self._max_kl:g}; raise the coefficient of the penalty, "
         "lower the learning rate, or widen the bounds."
       )
+
+
+@functools.lru_cache(maxsize=16)
+def _log_probs_of(model, partitioner):
+  """The jitted log-probabilities; sources of one model and mesh share the compiled program."""
+  return jax.jit(
+    functools.partial(networks.log_probs, model), out_shardings=partitioner.replicated)
 
 
 def _content(answer: Answer) -> Sequence[int]:

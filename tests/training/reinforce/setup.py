@@ -19,7 +19,7 @@ QUESTIONS = [Question(100 + i, f"q{i}", [2 + i % 5, *([3] * (i % 3))]) for i in 
 
 @functools.cache
 def params(seed=0):
-  found = MODEL.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+  found = jax.jit(MODEL.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
   return jax.tree.map(lambda p: p * (3 if np.std(p) > 0 else 1), nn.unbox(found))
 
 

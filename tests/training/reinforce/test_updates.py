@@ -1,6 +1,7 @@
 """The learners: one step by hand, meshes, freezing, resume, and problems with a known answer."""
 
 import dataclasses
+import functools
 import json
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ from tests.training.reinforce.setup import MODEL, V
 QUIET = loop.Records(tensorboard=False, log_every=1)
 SGD = optax.sgd(0.05)
 ADAM = optax.adamw(3e-2, weight_decay=0.1)
+learner_of = functools.cache(updates.learner)  # runs of one learner share the compiled step
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def batch():
 
 def _train(directory, algorithm, source, num_steps, optimizer=ADAM, partitioner=None, **records):
   return loop.train(
-    updates.learner(algorithm, MODEL, optimizer, partitioner), source, num_steps, 0, directory,
+    learner_of(algorithm, MODEL, optimizer, partitioner), source, num_steps, 0, directory,
     partitioner, records=dataclasses.replace(QUIET, **records), initial_params=setup.params(1))
 
 
@@ -42,7 +44,7 @@ def _by_hand(params, batch, values_of):
   b, r = batch["targets"].shape
   mask, beta = np.asarray(batch["loss_mask"], float), 0.2
   kl = (batch["log_probs"] - batch["reference"]).astype(float)
-  old = np.asarray(values_of(params), float)
+  old = np.asarray(jax.jit(values_of)(params), float)
   advantages = np.zeros((b, r))
   for row in range(b):
     end = int(mask[row].sum()) - 1
@@ -72,7 +74,7 @@ def _by_hand(params, batch, values_of):
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_of_ppo_is_the_one_written_out_by_hand(tmp_path, batch, shared):
   algorithm = PPO(num_epochs=1, shared_trunk=shared)
-  learner = updates.learner(algorithm, MODEL, SGD)
+  learner = learner_of(algorithm, MODEL, SGD)
   state = jax.jit(learner.init)(jax.random.key(0), setup.params(1))
   state = nn.unbox(state)
   nets = networks.Networks(MODEL, algorithm.values)
@@ -87,7 +89,7 @@ def test_a_step_of_ppo_is_the_one_written_out_by_hand(tmp_path, batch, shared):
 
 
 def test_the_value_model_begins_as_the_policy_and_apart_from_it():
-  learner = updates.learner(PPO(), MODEL, SGD)
+  learner = learner_of(PPO(num_epochs=1), MODEL, SGD)
   state = nn.unbox(jax.jit(learner.init)(jax.random.key(0), setup.params(1)))
   policy, trunk = state.params["policy"], state.params["value"]["trunk"]
   np.testing.assert_array_equal(trunk["embedding"], policy["embedding"])
