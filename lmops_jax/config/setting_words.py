@@ -97,10 +97,11 @@ def _described(option: Any) -> str:
     return f"a list of {at_least}{values}, each {described(arguments[0])}"
   if origin in (dict, Mapping):
     return f"a mapping from {described(arguments[0])} to {described(arguments[1])}"
+  if origin is Callable or bare is Callable:  # whichever components can be called
+    return "a function"
   examples = _examples(bare)
-  if examples:
-    return f"a component such as {' or '.join(examples)}"
-  return "a function" if origin is Callable or bare is Callable else "a component of another kind"
+  return (f"a component such as {' or '.join(examples)}" if examples
+          else "a component of another kind")
 
 
 def _bounds(marks: tuple) -> str:
