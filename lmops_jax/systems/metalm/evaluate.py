@@ -188,9 +188,9 @@ class Asking:
     """How many rows of a task are right behind `shots` demonstrations, drawn by a seed."""
     shown = demonstrations(task.train, shots, draw)
     values, num_dropped = self.values(task.rows, shown)
-    if task.words:
+    if len({row.options for row in task.rows}) == 1:  # labels, which may be likely by themselves
       values = calibrated(values)
-    else:
+    elif not any(row.images for row in task.rows):
       values -= self.values([row._replace(prompt=_NO_CONTENT) for row in task.rows], ())[0]
     right = int((values.argmax(axis=1) == [row.label for row in task.rows]).sum())
     return {"shots": shots, "draw": draw, "right": right, "num": len(task.rows),

@@ -33,7 +33,6 @@ from lmops_jax.data.spans import NoSpans
 from lmops_jax.data.synthetic_pictures import Scenes, questions
 from lmops_jax.data.tasks import Example
 from lmops_jax.data.tasks.picture_prompts import ASKED
-from lmops_jax.decoding.scoring import total
 from lmops_jax.evaluation.over_seeds import share, shares_of
 from lmops_jax.host.whole_files import write_json
 from lmops_jax.mesh import meshes
@@ -242,12 +241,12 @@ class Pictures(plan.Planned):
     for group in GROUPS:
       rows = self.questions.items(group == "held_out")
       shown = rows if arm == SEEING else list(map(_black, rows))
-      chosen, _ = asking.chosen(shown, (), total)
-      results[group] = {
-        kind: {"right": sum(pick == row.label for pick, row in zip(chosen, rows)
-                            if kind in row.categories),
-               "num": sum(kind in row.categories for row in rows)}
-        for kind in self.questions.kinds}
+      results[group] = {}
+      for kind in self.questions.kinds:  # each has options of its own
+        asked = [row for row in shown if kind in row.categories]
+        picks = asking.values(asked, ())[0].argmax(axis=1)
+        right = int((picks == [row.label for row in asked]).sum())
+        results[group][kind] = {"right": right, "num": len(asked)}
     write_json(context.directory / RESULTS_FILE, results)
 
   def _report(self, context: pipeline.StageContext, stages) -> None:
