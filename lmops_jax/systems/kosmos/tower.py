@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmops_jax.config.setting_types import Count, PositiveInt, component
+from lmops_jax.config.setting_types import Count, PositiveInt, Probability, component
 from lmops_jax.data.box_overlap import iou
 from lmops_jax.data.synthetic_pictures import RenderedText, RenderedTexts, Scene, Scenes
 from lmops_jax.data.synthetic_pictures.pictographs import COLORS, SHAPES
@@ -39,6 +40,7 @@ _NO_WORD = -1  # the word of a scene
 _DARK = 128  # grey levels of ink are below
 _OUTPUTS = (len(SHAPES) + 1, len(COLORS), 4)
 _AMPLITUDE = 0.1  # of positions in the beginning
+_ORDERS = tuple(itertools.permutations(range(NUM_CHANNELS)))[1:]  # of channels, all but their own
 _BOX_WEIGHT = 4.0  # of the error of a box's four fractions beside two cross-entropies
 
 
@@ -52,6 +54,8 @@ class TowerTraining:
     num_steps: optimizer steps.
     batch_size: scenes of a step, each of them seen once.
     num_words: pictures of words of a step, likewise.
+    recolored_share: of the scenes, those whose red, green and blue are exchanged and of which no
+      colour is asked: a shape then counts as the same in any colour.
     checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
   """
 
@@ -59,6 +63,7 @@ class TowerTraining:
   num_steps: PositiveInt = 1000
   batch_size: PositiveInt = 64
   num_words: Count = 32
+  recolored_share: Probability = 0.0
   checkpoint_every: PositiveInt | None = 100
 
 
@@ -99,11 +104,13 @@ class TowerLosses:
   def __call__(self, params, batch) -> jax.Array:
     seen = self.model.apply({"params": params}, batch["images"])
     there = batch["shapes"] != _NONE
+    named = there & batch["colored"][:, None]
     nats = optax.softmax_cross_entropy_with_integer_labels
     shapes, colors = nats(seen.shapes, batch["shapes"]), nats(seen.colors, batch["colors"])
     boxes = _BOX_WEIGHT * jnp.abs(seen.boxes - batch["boxes"]).sum(axis=-1)
     # Apart, since far fewer patches have a shape.
-    of_scenes = _mean(shapes, ~there) + _mean(shapes + colors + boxes, there)
+    of_scenes = (
+      _mean(shapes, ~there) + _mean(shapes + boxes, there) + _mean(colors, named))
     words = nats(seen.words, jnp.maximum(batch["words"], 0)[:, None])
     return jnp.where(batch["words"] == _NO_WORD, of_scenes, _mean(words, batch["ink"]))
 
@@ -135,23 +142,26 @@ def patch_labels(scene: Scene, per_side: int) -> dict[str, np.ndarray]:
 
 
 def batch_of(
-  scenes: Sequence[Scene], texts: Sequence[RenderedText], per_side: int
+  scenes: Sequence[Scene], texts: Sequence[RenderedText], per_side: int, num_recolored: int = 0
 ) -> dict[str, np.ndarray]:
-  """Scenes, and behind them pictures of words.
+  """Scenes, the first `num_recolored` of them in other colours, and behind them pictures of words.
 
   Returns:
-    `images [B,side,side,3]`, the labels of `patch_labels`, which mean nothing for words, `words
-    [B]`, the number of a word, `_NO_WORD` for a scene, and `ink [B,P] bool`, where a patch has some
-    that is dark.
+    `images [B,side,side,3]`, the labels of `patch_labels`, which mean nothing for words, `colored
+    [B] bool`, whether colours can be told, `words [B]`, the number of a word, `_NO_WORD` for a
+    scene, and `ink [B,P] bool`, where a patch has some that is dark.
   """
   labels = [patch_labels(scene, per_side) for scene in scenes]
   missing = ((0, len(texts)),)
   stacked = {name: np.stack([of[name] for of in labels]) for name in labels[0]}
   images = np.stack([one.picture for one in (*scenes, *texts)])
+  for i in range(num_recolored):
+    images[i] = images[i][..., _ORDERS[i % len(_ORDERS)]]
   size = images.shape[1] // per_side
   in_patches = images[..., 0].reshape(-1, per_side, size, per_side, size)
   return {
     "images": images,
+    "colored": np.arange(len(images)) >= num_recolored,
     "ink": (in_patches.min(axis=(2, 4)) < _DARK).reshape(len(images), -1),
     "words": np.array([_NO_WORD] * len(scenes) + [WORDS.index(word_of(one)) for one in texts]),
     **{name: np.pad(x, missing + ((0, 0),) * (x.ndim - 1)) for name, x in stacked.items()},
@@ -204,7 +214,7 @@ def run(
   def at(step):
     found = batch_of(
       [scenes.scene(seed, i) for i in range(step * size, (step + 1) * size)],
-      texts(seed, step * num_words, num_words), per_side)
+      texts(seed, step * num_words, num_words), per_side, round(config.recolored_share * size))
     return found | {"example_id": np.arange(size + num_words) + step * (size + num_words)}
 
   def initial():

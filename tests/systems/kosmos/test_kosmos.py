@@ -294,6 +294,30 @@ def test_words_and_scenes_have_their_own_losses():
   assert again[0] == got[0]
 
 
+def test_recolored_scenes_teach_shapes_and_boxes_but_no_colors():
+  scenes = [Scenes().scene(0, i) for i in range(7)]
+  plain, batch = (tower.batch_of(scenes, [], 6, num_recolored=num) for num in (0, 6))
+  kept = [i for i in range(7) if (batch["images"][i] == plain["images"][i]).all()]
+  assert kept == [6] == np.flatnonzero(batch["colored"]).tolist()
+  np.testing.assert_array_equal(np.sort(batch["images"]), np.sort(plain["images"]))
+
+  draws = np.random.default_rng(0)
+  outputs = [draws.normal(size=(7, 36, n)).astype(np.float32) for n in (9, 8, 4, len(WORDS))]
+
+  class Model:
+    def apply(self, variables, images):
+      return tower.Seen(*variables["params"])
+
+  def changed(which):
+    others = [x + draws.normal(size=x.shape).astype(np.float32) * (i == which)
+              for i, x in enumerate(outputs)]
+    return losses(others, batch) != losses(outputs, batch)
+
+  losses = tower.TowerLosses(Model())
+  assert changed(0).all() and changed(2).all()
+  assert changed(1).tolist() == [False] * 6 + [True]
+
+
 def test_figures_count_what_is_right():
   asked = [
     Item("caption", "seen", "", (), (), -1, ("a red star", "a star")),
