@@ -3,9 +3,14 @@
 Groups (structured prompting, arXiv 2212.06713, section 2) do not see each other. They are aligned
 at their ends, so that what follows is equally far from all of them: a group of n tokens lies at
 positions W - n .. W - 1 and rows go on at W, W being the longest group's length or more. A
-common BOS token lies at position 0 of every group and stands once in front of the rows; the other
-tokens then lie at W - n + 1 .. W, and rows go on at W + 1. A row's own tokens then weigh as much as
-there are groups. One group is an ordinary context.
+common front of f tokens, a BOS for instance, lies at the first positions of every group and stands
+once in front of the rows; the other tokens then lie at W - n + f .. W + f - 1, and rows go on at
+W + f. A row's own tokens then weigh as much as there are groups. One group is an ordinary
+context.
+
+Adaptive parallel encoding (arXiv 2502.05431) weighs the groups beside front and row by a
+temperature and a scale, and a row's own tokens by 1 (`scale=1`); with both 1 these are parallel
+context windows (arXiv 2212.10947).
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import numpy as np
 from lmops_jax.decoding.lengths import bucket
 from lmops_jax.decoding.prompts import Prompt, checked, padded
 from lmops_jax.mesh.meshes import activated, shards_of
-from lmops_jax.models.cache import KVCache, Prefix, constrain_heads, empty_cache
+from lmops_jax.models.cache import Adaptive, KVCache, Prefix, constrain_heads, empty_cache
 from lmops_jax.models.partitioning import constrain
 from lmops_jax.models.transformer import unstack_layers
 
@@ -49,7 +54,10 @@ def read_groups(
   *,
   window: int | None = None,
   bos_id: int | None = None,
+  front: Sequence[int] = (),
   scale: float | None = None,
+  temperature: float = 1.0,
+  group_scale: float = 1.0,
   partitioner=None,
   spread: bool = False,
   progress: Callable[[int], None] | None = None,
@@ -68,7 +76,10 @@ def read_groups(
     mask: `[M,W] bool`, False for what is in front.
     window: the positions that groups end at, at least W; None is W.
     bos_id: token in front of every group, None for none.
+    front: more tokens in front of every group, behind BOS.
     scale: what a row's own tokens weigh; None is M (at least 1).
+    temperature: T, which divides the scores of the groups' tokens, front apart.
+    group_scale: S; the logarithm of their summed exponentials is multiplied by S T.
     partitioner: mesh to run on; None is the default device.
     spread: leave the keys and values spread over the mesh's data axis, for contexts larger than a
       device; rows are then to be split over other axes (`rows_partitioner`). False puts all on
@@ -80,30 +91,31 @@ def read_groups(
 
   Raises:
     ValueError: for an encoder, ids outside of the vocabulary, an empty group or one that is not at
-      its row's end, a window that is too short or beyond the model's positions, a scale that is
-      not positive, or vectors that do not fit (`prompts.checked`).
+      its row's end, a window that is too short or beyond the model's positions, a scale or a
+      temperature that is not positive, or vectors that do not fit (`prompts.checked`).
   """
   config = model.config
   ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
   if vectors is not None or vector_index is not None:
     ids, vectors, vector_index = _with_vectors(config, ids, mask, vectors, vector_index)
-  _check(config, ids, mask, window, bos_id, scale)
+  front = [*([] if bos_id is None else [bos_id]), *front]
+  _check(config, ids, mask, window, front, scale, temperature, group_scale)
   num_groups, width = ids.shape
   if num_groups == 0:
     ids, mask, width = np.zeros((1, 0), np.int32), np.zeros((1, 0), bool), 0
   window = width if window is None else window
-  front = 0 if bos_id is None else 1
-  check_length(config, window + front, 0)
-  columns = bucket(max(window + front, 1))
+  end = window + len(front)
+  check_length(config, end, 0)
+  columns = bucket(max(end, 1))
+  of_front = slice(columns - end, columns - window)
   tokens, valid = (np.zeros((len(ids), columns), kind) for kind in (np.int32, bool))
   if width:
     tokens[:, columns - width :], valid[:, columns - width :] = ids, mask
   if vectors is not None:
     in_front = ((0, 0), (columns - width, 0))
     vector_index = np.pad(vector_index, in_front, constant_values=-1)
-  if front:
-    tokens[:, columns - window - 1], valid[:, columns - window - 1] = bos_id, True
-  positions = np.maximum(np.arange(columns) - (columns - window - front), 0).astype(np.int32)
+  tokens[:, of_front], valid[:, of_front] = front, True
+  positions = np.maximum(np.arange(columns) - (columns - end), 0).astype(np.int32)
 
   over_groups = None if partitioner is None else partitioner.with_batch_over("data")
   shards = shards_of(over_groups)
@@ -134,9 +146,13 @@ def read_groups(
         progress(min(size, num_groups - first))
     if over_groups is not None:
       held = _in_one_row(held, spread)
+    adaptive = None
+    if num_groups and (temperature, group_scale) != (1, 1):
+      adaptive = Adaptive(
+        *_sliced(held, of_front.start, len(front)), np.arange(len(front), dtype=np.int32)[None],
+        np.float32(temperature), np.float32(group_scale * temperature))
   seen = valid.copy()  # the programs above may still read `valid` itself
-  if front:
-    seen[1:, columns - window - 1] = False  # once for all groups
+  seen[int(adaptive is None) :, of_front] = False  # once for all groups, or apart from them
   order = np.arange(len(valid)).reshape(calls, shards, per_shard).swapaxes(0, 1).ravel()
   slots = seen[order].reshape(1, -1)
   cache = KVCache(
@@ -144,7 +160,7 @@ def read_groups(
     branch=np.zeros(slots.shape, np.int32), length=np.int32(slots.shape[1]),
   )
   weight = max(num_groups, 1) if scale is None else scale
-  return Prefix(cache, np.int32(window + front), np.float32(math.log(weight)))
+  return Prefix(cache, np.int32(end), np.float32(math.log(weight)), adaptive)
 
 
 def rows_partitioner(partitioner, spread: bool):
@@ -175,7 +191,7 @@ def check_model(config, prefix: Prefix) -> None:
     )
 
 
-def _check(config, ids, mask, window, bos_id, scale):
+def _check(config, ids, mask, window, front, scale, temperature, group_scale):
   if not config.causal:
     raise ValueError(
       "models.TransformerConfig.causal is False: an encoder's tokens see later ones, so groups "
@@ -184,8 +200,10 @@ def _check(config, ids, mask, window, bos_id, scale):
   if ids.ndim != 2 or ids.shape != mask.shape:
     raise ValueError(f"groups have ids {ids.shape} and mask {mask.shape}; expected [M,W] both.")
   num_groups, width = ids.shape
-  if scale is not None and not (math.isfinite(scale) and scale > 0):
-    raise ValueError(f"scale={scale} must be finite and positive.")
+  factors = {"scale": scale, "temperature": temperature, "group_scale": group_scale}
+  for name, factor in factors.items():
+    if factor is not None and not (math.isfinite(factor) and factor > 0):
+      raise ValueError(f"{name}={factor} must be finite and positive.")
   if num_groups == 0 and scale is not None:
     raise ValueError(f"scale={scale} is given without any group to weigh against; leave it out.")
   lengths = mask.sum(axis=1)
@@ -210,7 +228,13 @@ def _check(config, ids, mask, window, bos_id, scale):
       f"momentum={config.momentum}), which {num_groups} groups side by side do not have; read one "
       "group."
     )
-  used = np.append(ids[mask], [] if bos_id is None else bos_id)
+  if config.momentum is not None and (temperature, group_scale) != (1, 1):
+    raise ValueError(
+      f"temperature={temperature} and group_scale={group_scale} weigh scores, which this model's "
+      f"decayed sum (models.TransformerConfig.momentum={config.momentum}) does not have; leave "
+      "them out."
+    )
+  used = np.append(ids[mask], front)
   bad = used[(used < 0) | (used >= config.vocab_size)]
   if bad.size:
     raise ValueError(
@@ -263,6 +287,16 @@ def _read(
     return constrain_heads(jax.lax.dynamic_update_slice_in_dim(room, new, start, axis=2))
 
   return jax.tree.map(put, held, (cache.keys, cache.values))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sliced(held, start, length):
+  """Some slots of every layer's keys and values, on every device."""
+  def cut(x):
+    x = jax.lax.dynamic_slice_in_dim(x, start, length, axis=2)
+    return constrain(x, (None, "kv_heads", None, "head_dim"))
+
+  return jax.tree.map(cut, held)
 
 
 def _in_one_row(held, spread):
