@@ -181,7 +181,8 @@ class Prompter:
     return prefixes.read_groups(
       self._model, self.scorer.params, groups.ids, groups.mask, bos_id=self.bos_id,
       front=self._front, scale=prompting.scale if groups.num_groups else None,
-      temperature=prompting.temperature, group_scale=prompting.group_scale, partitioner=self._partitioner,
+      temperature=prompting.temperature, group_scale=prompting.group_scale,
+      partitioner=self._partitioner,
       spread=prompting.spread, progress=progress)
 
   def evaluate(

@@ -329,7 +329,8 @@ def test_groups_are_weighed_and_have_a_front(source):
   windows = scores(scale=1.0)
   np.testing.assert_array_equal(windows, scores(scale=1.0, temperature=1.0, group_scale=1.0))
   changed = [scores(scale=1.0, **change) for change in (
-    {"temperature": 0.5}, {"group_scale": 0.5}, {"front": ">>"}, {"front": ">>", "temperature": 0.5})]
+    {"temperature": 0.5}, {"group_scale": 0.5}, {"front": ">>"},
+    {"front": ">>", "temperature": 0.5})]
   for i, one in enumerate(changed):
     assert all(np.abs(one - other).max() > 1e-4 for other in (windows, *changed[:i]))
   assert _prompter(source, front=">>").num_front == 3 == 2 + _prompter(source).num_front
