@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.decoding.group_store import GroupStore
 from lmops_jax.decoding.lengths import bucket
 from lmops_jax.decoding.prompts import Prompt, checked, padded
 from lmops_jax.mesh.meshes import activated, shards_of
@@ -63,6 +64,7 @@ def read_groups(
   progress: Callable[[int], None] | None = None,
   vectors=None,
   vector_index=None,
+  store: GroupStore | None = None,
 ) -> Prefix:
   """Reads M groups of demonstrations, each on its own.
 
@@ -88,6 +90,7 @@ def read_groups(
     vectors: `[M,m,D]` that stand in the place of some of the ids, of images for instance, or None.
     vector_index: `[M,W] int32`, which of its group's vectors stands where, -1 for a word; None if
       `vectors` is.
+    store: takes what it has of these groups, and keeps what it has not; one process only.
 
   Raises:
     ValueError: for an encoder, ids outside of the vocabulary, an empty group or one that is not at
@@ -118,45 +121,30 @@ def read_groups(
   positions = np.maximum(np.arange(columns) - (columns - end), 0).astype(np.int32)
 
   over_groups = None if partitioner is None else partitioner.with_batch_over("data")
-  shards = shards_of(over_groups)
-  calls = -(-len(ids) // (shards * max(1, _TOKENS_AT_ONCE // columns)))
-  size = -(-len(ids) // (calls * shards)) * shards
-  missing = calls * size - len(ids)
   arrays = {"tokens": tokens, "valid": valid}
   if vectors is not None:
     arrays |= {"vectors": vectors, "vector_index": vector_index}
-  arrays = {name: np.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
-            for name, x in arrays.items()}
-  valid = arrays["valid"]
   params = unstack_layers(nn.unbox(params))
   if config.attention == "xla" and columns > _WRITTEN_OUT:
     model = model.clone(config=dataclasses.replace(config, attention="chunked"))
-  per_shard = size // shards
+  read = functools.partial(
+    _held, model, params, positions=positions, mesh=over_groups, progress=progress)
   with activated(over_groups):
-    held = _nothing(config, shards, calls * per_shard * columns)
-    for first in range(0, len(valid), size):
-      batch = {name: x[first : first + size] for name, x in arrays.items()}
-      if over_groups is not None:
-        batch = over_groups.place_batch(batch)
-      held = _read(
-        model, params, batch["tokens"], positions, batch["valid"], held, first // shards * columns,
-        batch.get("vectors"), batch.get("vector_index"))
-      if progress:
-        jax.block_until_ready(held)
-        progress(min(size, num_groups - first))
-    if over_groups is not None:
-      held = _in_one_row(held, spread)
+    if store is None:
+      held, order = read(arrays, spread=spread)
+    else:
+      held, order = _through(store, read, arrays, positions, over_groups, spread)
     adaptive = None
     if num_groups and (temperature, group_scale) != (1, 1):
       adaptive = Adaptive(
         *_sliced(held, of_front.start, len(front)), np.arange(len(front), dtype=np.int32)[None],
         np.float32(temperature), np.float32(group_scale * temperature))
-  seen = valid.copy()  # the programs above may still read `valid` itself
+  # A copy, since the programs above may still read `valid` itself.
+  seen = np.pad(valid, ((0, len(order) - len(valid)), (0, 0)))
   seen[int(adaptive is None) :, of_front] = False  # once for all groups, or apart from them
-  order = np.arange(len(valid)).reshape(calls, shards, per_shard).swapaxes(0, 1).ravel()
   slots = seen[order].reshape(1, -1)
   cache = KVCache(
-    *held, positions=np.tile(positions, len(valid))[None], valid=slots,
+    *held, positions=np.tile(positions, len(order))[None], valid=slots,
     branch=np.zeros(slots.shape, np.int32), length=np.int32(slots.shape[1]),
   )
   weight = max(num_groups, 1) if scale is None else scale
@@ -261,6 +249,67 @@ def _with_vectors(config, ids, mask, vectors, vector_index):
   return rows.tokens, rows.vectors, rows.vector_index
 
 
+def _held(model, params, arrays, positions, mesh, progress, spread):
+  """Keys and values `[1,K,n*columns,E]` of rows, and which row lies at each of the n places."""
+  num_rows, columns = arrays["valid"].shape
+  shards = shards_of(mesh)
+  calls = -(-num_rows // (shards * max(1, _TOKENS_AT_ONCE // columns)))
+  size = -(-num_rows // (calls * shards)) * shards
+  missing, per_shard = calls * size - num_rows, size // shards
+  arrays = {name: np.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
+            for name, x in arrays.items()}
+  held = _nothing(model.config, shards, calls * per_shard * columns)
+  for first in range(0, calls * size, size):
+    batch = {name: x[first : first + size] for name, x in arrays.items()}
+    if mesh is not None:
+      batch = mesh.place_batch(batch)
+    held = _read(
+      model, params, batch["tokens"], positions, batch["valid"], held, first // shards * columns,
+      batch.get("vectors"), batch.get("vector_index"))
+    if progress:
+      jax.block_until_ready(held)
+      progress(min(size, num_rows - first))
+  if mesh is not None:
+    held = _in_one_row(held, spread)
+  return held, np.arange(calls * size).reshape(calls, shards, per_shard).swapaxes(0, 1).ravel()
+
+
+def _through(store, read, arrays, positions, mesh, spread):
+  """As `_held`, by way of a store: reads what it has not, and takes all from it."""
+  valid = arrays["valid"]
+  num_rows, columns = valid.shape
+  paths = [
+    store.path(positions[seen], *(None if x is None else x[row] if x.ndim > 2 else x[row][seen]
+                                  for x in map(arrays.get, ("tokens", "vectors", "vector_index"))))
+    for row, seen in enumerate(valid)]
+  new = [row for row, path in enumerate(paths) if not path.exists()]
+  if new:
+    held, order = read({name: x[new] for name, x in arrays.items()}, spread=spread)
+    for i, row in enumerate(new):
+      start = int(np.flatnonzero(order == i)[0]) * columns
+      store.write(paths[row], *(
+        [np.asarray(layer[0, :, start : start + columns])[:, valid[row]] for layer in part]
+        for part in held))
+    del held
+  total = -(-num_rows // shards_of(mesh)) * shards_of(mesh)
+  found = [store.read(path, int(seen.sum())) for path, seen in zip(paths, valid)]
+
+  def layer(part, i):
+    x = np.zeros((1, found[0].shape[2], total * columns, found[0].shape[4]), found[0].dtype)
+    for row, group in enumerate(found):
+      x[0][:, row * columns + np.flatnonzero(valid[row])] = group[part, i]
+    return _spread(x, spread)
+
+  return tuple(tuple(layer(part, i) for i in range(found[0].shape[1])) for part in range(2)), (
+    np.arange(total))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _spread(x, spread):
+  """`[1,K,slots,E]` with its slots over the data axis or on every device."""
+  return constrain(x, (None, "kv_heads", "batch" if spread else None, "head_dim"))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _nothing(config, num_shards, num_slots):
   """Room for keys and values, `[n,K,slots,E]` for each layer; each of n devices has one row."""
@@ -293,8 +342,7 @@ def _read(
 def _sliced(held, start, length):
   """Some slots of every layer's keys and values, on every device."""
   def cut(x):
-    x = jax.lax.dynamic_slice_in_dim(x, start, length, axis=2)
-    return constrain(x, (None, "kv_heads", None, "head_dim"))
+    return _spread(jax.lax.dynamic_slice_in_dim(x, start, length, axis=2), False)
 
   return jax.tree.map(cut, held)
 
@@ -304,8 +352,7 @@ def _in_one_row(held, spread):
 
   @jax.jit
   def one_row(x):
-    x = x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
-    return constrain(x, (None, "kv_heads", "batch" if spread else None, "head_dim"))
+    return _spread(x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3]), spread)
 
   def moved(x):
     row = one_row(x)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lmops_jax.decoding import GenerationOptions, Generator, prefixes
+from lmops_jax.decoding.group_store import GroupStore
 from lmops_jax.decoding.scoring import OptionScorer, Request
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.cache import empty_cache
@@ -143,6 +144,49 @@ def test_temperature_and_scale_of_one_are_parallel_windows(tiny):
   assert nearly.adaptive is not None
   np.testing.assert_allclose(
     _logits(tiny, nearly, TEST), _logits(tiny, ones, TEST), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_store_reads_no_group_twice(make_tiny, tmp_path, dtype, monkeypatch):
+  tiny = make_tiny(dtype=dtype)
+  ids, mask = _groups(7, 5, 4, width=8)
+  kwargs = dict(front=[BOS, 2], temperature=0.9, scale=1.0, window=9)
+  want = _read(tiny, ids, mask, **kwargs)
+  read, place = [], prefixes._held
+  monkeypatch.setattr(prefixes, "_held", lambda model, params, arrays, **rest: (
+    read.append(len(arrays["valid"])), place(model, params, arrays, **rest))[1])
+
+  def stored(ids, mask, tiny=tiny, **changes):
+    store = GroupStore(tmp_path, tiny.model, tiny.params)
+    return _read(tiny, ids, mask, store=store, **kwargs | changes)
+
+  def same(got, want):
+    for a, b in zip(jax.tree.leaves(got.adaptive), jax.tree.leaves(want.adaptive), strict=True):
+      np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(_logits(tiny, got, TEST), _logits(tiny, want, TEST))
+
+  same(stored(ids[:2], mask[:2]), _read(tiny, ids[:2], mask[:2], **kwargs))
+  assert read.pop(0) == 2
+  read.clear()
+  same(stored(ids, mask), want)
+  assert read == [1]  # the third one alone
+  same(stored(ids[::-1], mask[::-1], temperature=1.0), _read(
+    tiny, ids[::-1], mask[::-1], **kwargs | {"temperature": 1.0}))
+  assert read == [1, 3]  # that of the comparison
+  for changes in ({"window": 10}, {"front": [BOS, 3]}, {"front": [BOS]}):
+    stored(ids, mask, **changes)
+    assert read.pop() == 3
+  stored(ids, mask, make_tiny(seed=2, dtype=dtype))
+  assert read.pop() == 3
+  file = sorted(tmp_path.iterdir())[0]
+  file.write_bytes(file.read_bytes()[:-8])
+  with pytest.raises(ValueError, match="does not hold keys and values of .* delete it"):
+    for changes in ({}, {"window": 10}, {"front": [BOS, 3]}, {"front": [BOS]}):
+      stored(ids, mask, **changes)
+    stored(ids, mask, make_tiny(seed=2, dtype=dtype))
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match="file cannot be a folder"):
+    GroupStore(tmp_path / "file", tiny.model, tiny.params)
 
 
 @pytest.mark.parametrize("changes", KINDS)

@@ -14,6 +14,7 @@ import numpy as np
 from lmops_jax.config.setting_types import Positive, PositiveInt, Text, component
 from lmops_jax.data.tasks import Example, Task
 from lmops_jax.decoding import GenerationOptions, Generator, prefixes
+from lmops_jax.decoding.group_store import GroupStore
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import answers, in_context
 from lmops_jax.host.progress import Progress
@@ -42,6 +43,8 @@ class Prompting:
     balanced: take equally many demonstrations of each label.
     normalisation: that of options' scores, see `in_context.evaluate`; "auto" is the papers'.
     spread: leave the groups spread over the mesh's data axis.
+    store: a folder for keys and values, so that groups that were read once are not read again; None
+      keeps nothing.
     batch_tokens: the most token positions of a batch of rows.
     max_new_tokens, num_beams, length_penalty: settings of the search for open answers.
 
@@ -60,6 +63,7 @@ class Prompting:
   balanced: bool = False
   normalisation: Literal[tuple(n for n in in_context.NORMALISATIONS if n != "null")] = "auto"
   spread: bool = False
+  store: Text | None = None
   batch_tokens: PositiveInt = 4096
   max_new_tokens: PositiveInt = 30
   num_beams: PositiveInt = 3
@@ -123,7 +127,9 @@ class Prompter:
     self._encoder = in_context.Encoder(tokenizer, start=())
     self._front = self._encoder.encode(prompting.front) if prompting.front else []
     self.scorer = OptionScorer(model, params, self._rows, batch_tokens=prompting.batch_tokens)
-    self._generator = None
+    self._generator, self._store = None, None
+    if prompting.store is not None:
+      self._store = GroupStore(prompting.store, model, self.scorer.params)
 
   @property
   def config(self):
@@ -182,8 +188,8 @@ class Prompter:
       self._model, self.scorer.params, groups.ids, groups.mask, bos_id=self.bos_id,
       front=self._front, scale=prompting.scale if groups.num_groups else None,
       temperature=prompting.temperature, group_scale=prompting.group_scale,
-      partitioner=self._partitioner,
-      spread=prompting.spread, progress=progress)
+      partitioner=self._partitioner, spread=prompting.spread, progress=progress,
+      store=self._store if groups.num_groups else None)
 
   def evaluate(
     self, task: Task, rows: Sequence[Example], demos: Sequence[Sequence[int]], budget: int | None,
