@@ -41,6 +41,27 @@ class KVCache(NamedTuple):
     return self.valid.shape[1]
 
 
+class Adaptive(NamedTuple):
+  """How much texts that were read apart count (arXiv 2502.05431, APE).
+
+  Their scores are divided by the temperature, and the logarithm of the sum of their exponentials is
+  multiplied before their part is joined with that of the front and a row's own tokens.
+
+  Attributes:
+    keys: the front, which stood before every text: for each layer `[1,K,f,E]`, or those of one.
+    values: like `keys`.
+    positions: `[1,f] int32` of the front.
+    temperature: `[] float32`, T.
+    power: `[] float32`, the factor of the logarithm, S T.
+  """
+
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+  positions: jax.Array
+  temperature: jax.Array
+  power: jax.Array
+
+
 class Prefix(NamedTuple):
   """Keys and values that stand in front of every row of a batch, held once.
 
@@ -49,11 +70,13 @@ class Prefix(NamedTuple):
     end: `[] int32`, the position at which the rows go on.
     own_weight: `[] float32`, natural logarithm of the weight of a row's own tokens in the softmax,
       the prefix's being 1 (arXiv 2212.06713, equation 3: the number of texts); 0 is ordinary.
+    adaptive: what weighs the cache's texts beside a front that is not in the cache; None is 1.
   """
 
   cache: KVCache
   end: jax.Array
   own_weight: jax.Array
+  adaptive: Adaptive | None = None
 
 
 class Readout(NamedTuple):

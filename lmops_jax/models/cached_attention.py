@@ -20,6 +20,7 @@ from lmops_jax.models.attention_scores import (
   softmax_attention,
   summed,
 )
+from lmops_jax.models.cache import Adaptive, Prefix
 from lmops_jax.models.partitioning import platform_in_use
 
 _WHOLE_BYTES = 1 << 25  # most bytes of scores over shared keys that one CPU device makes at once
@@ -37,6 +38,7 @@ class Shared(NamedTuple):
     at: `[B,S] int32`, positions of the queries.
     own_weight: `[]`, added to the scores of a row's own keys.
     window: number of latest positions that a query sees, itself included; None for all.
+    adaptive: how the shared keys are weighed, with one layer's front; None is 1.
   """
 
   keys: jax.Array
@@ -46,10 +48,30 @@ class Shared(NamedTuple):
   at: jax.Array
   own_weight: jax.Array | float = 0.0
   window: int | None = None
+  adaptive: Adaptive | None = None
+
+  def astype(self, dtype) -> Shared:
+    """With keys and values of another type."""
+    adaptive = self.adaptive
+    if adaptive is not None:
+      adaptive = adaptive._replace(
+        keys=adaptive.keys.astype(dtype), values=adaptive.values.astype(dtype))
+    return self._replace(
+      keys=self.keys.astype(dtype), values=self.values.astype(dtype), adaptive=adaptive)
 
   def visible(self) -> tuple[jax.Array, jax.Array]:
     """`visible_shared` for these keys and queries."""
     return visible_shared(self.valid, self.positions, self.at, self.window)
+
+
+def of_layer(prefix: Prefix, i: int, at, window: int | None) -> Shared:
+  """The i-th layer's keys and values in front of queries at the positions `at [B,S]`."""
+  cache, adaptive = prefix.cache, prefix.adaptive
+  if adaptive is not None:
+    adaptive = adaptive._replace(keys=adaptive.keys[i], values=adaptive.values[i])
+  return Shared(
+    cache.keys[i], cache.values[i], cache.valid, cache.positions, at, prefix.own_weight, window,
+    adaptive)
 
 
 def visible_shared(valid, positions, at, window: int | None) -> tuple[jax.Array, jax.Array]:
@@ -92,7 +114,7 @@ def cached_attention(
     out = softmax_attention(q_BKGSE, keys, values, mask, bias)
   else:
     bias = shared.own_weight if bias is None else shared.own_weight + bias
-    part = _joined(_part(q_BKGSE, keys, values, mask, bias), _over_shared(q, shared, slopes))
+    part = _joined(_part(q_BKGSE, keys, values, mask, bias), _before(q, shared, slopes))
     out = (part.out / part.total).astype(values.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -127,6 +149,24 @@ def _joined(a: _Part, b: _Part) -> _Part:
   largest = jnp.maximum(a.largest, b.largest)
   of_a, of_b = jnp.exp(a.largest - largest), jnp.exp(b.largest - largest)
   return _Part(largest, a.total * of_a + b.total * of_b, a.out * of_a + b.out * of_b)
+
+
+def _before(q, shared: Shared, slopes):
+  """The `_Part` of all that stands before the rows."""
+  how = shared.adaptive
+  if how is None:
+    return _over_shared(q, shared, slopes)
+  cooled = 1 / how.temperature
+  texts = _over_shared(
+    (q * cooled).astype(q.dtype), shared, None if slopes is None else slopes * cooled)
+  logarithm = texts.largest + jnp.log(texts.total)
+  weighed = _Part(logarithm * how.power, jnp.ones_like(texts.total), texts.out / texts.total)
+  if not how.positions.shape[1]:
+    return weighed
+  front = Shared(
+    how.keys, how.values, jnp.ones(how.positions.shape, bool), how.positions, shared.at,
+    window=shared.window)
+  return _joined(_over_shared(q, front, slopes), weighed)
 
 
 def _over_shared(q, shared: Shared, slopes):

@@ -54,7 +54,6 @@ class Slots(NamedTuple):
     mask: `[B,S,M] bool`, or None for `fresh` tokens, which see each other only.
     distance: `[B,S,M] int32`, key position minus query position; None with `mask` None.
     segment_ids: `[B,S] int32` for `fresh` tokens, which keep padding apart.
-    shared: the fields of `cached_attention.Shared` except keys, values and window; or None.
     readout: `[B,R] int32`, new tokens to report on, or None.
   """
 
@@ -63,7 +62,6 @@ class Slots(NamedTuple):
   mask: jax.Array | None = None
   distance: jax.Array | None = None
   segment_ids: jax.Array | None = None
-  shared: tuple[jax.Array, ...] | None = None
   readout: jax.Array | None = None
 
 
@@ -234,8 +232,8 @@ class Attention(nn.Module):
   def extend(self, x, slots: Slots, keys, values, shared=None):
     """Writes the new keys and values and attends; returns the output, both caches, the readout.
 
-    `shared` are keys and values `[1,K,P,E]` that all rows see, or None. The readout is None, or
-    output `[B,R,D]` and queries `[B,R,H,E]`.
+    `shared` are the `cached_attention.Shared` keys that all rows see, or None. The readout is None,
+    or output `[B,R,D]` and queries `[B,R,H,E]`.
     """
     q, k, v = self._project(x, slots.angles)
     keys, values = (
@@ -246,9 +244,7 @@ class Attention(nn.Module):
     if slots.mask is None:
       out = self._attend(q, k, v, slots.segment_ids)
     else:
-      if shared is not None:
-        shared = cached_attention.Shared(
-          *(x.astype(q.dtype) for x in shared), *slots.shared, self.config.sliding_window)
+      shared = None if shared is None else shared.astype(q.dtype)
       out = cached_attention.cached_attention(
         q, keys.astype(q.dtype), values.astype(q.dtype), slots.mask, slots.distance,
         self._slopes(), shared,

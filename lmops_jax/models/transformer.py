@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models import cache as cache_lib
+from lmops_jax.models import cached_attention
 from lmops_jax.models import layers as layers_lib
 from lmops_jax.models import positions as positions_lib
 from lmops_jax.models.config import TransformerConfig
@@ -328,13 +329,12 @@ class Transformer(nn.Module):
     else:
       mask, distance = cache_lib.visible(cache, num_new, c.sliding_window)
       slots = slots._replace(mask=mask, distance=distance)
-    if shared is not None:
-      before = shared.cache
-      slots = slots._replace(shared=(before.valid, before.positions, positions, shared.own_weight))
     slots = slots._replace(readout=readout)
     keys, values, found = list(cache.keys), list(cache.values), []
     for i, params in enumerate(self._layer_params()):
-      before = None if shared is None else (shared.cache.keys[i], shared.cache.values[i])
+      before = None
+      if shared is not None:
+        before = cached_attention.of_layer(shared, i, positions, c.sliding_window)
       x, keys[i], values[i], of_layer = Block(c, self.make_mlp, parent=None).apply(
         {"params": params}, x, slots, keys[i], values[i], before, method="extend"
       )

@@ -79,7 +79,8 @@ RUNS = [
   *PAPER_SIZES, "pds/smoke.gin",
   "promptist/default.gin", "promptist/ppo.gin", "promptist/sft.gin", "promptist/smoke.gin",
   "prototypes/default.gin", "prototypes/smoke.gin", "prototypes/tuned.gin",
-  "structured_prompting/default.gin", "structured_prompting/paper.gin",
+  "structured_prompting/adaptive.gin", "structured_prompting/default.gin",
+  "structured_prompting/paper.gin",
 ]
 PARTS = ("pipeline", "sizes", "model", "vocabulary")  # of a run, named by what they are
 

@@ -1,17 +1,21 @@
 """Groups in front of rows: against PyTorch with dense masks, and by what must not matter."""
 
 import dataclasses
+import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lmops_jax.decoding import GenerationOptions, Generator, prefixes
+from lmops_jax.decoding.group_store import GroupStore
 from lmops_jax.decoding.scoring import OptionScorer, Request
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.cache import empty_cache
+from lmops_jax.models.positions import alibi_slopes
 
 BOS = 1
 
@@ -85,6 +89,104 @@ def test_the_scale_weighs_own_tokens(tiny):
   whole = tiny.model.apply(  # own tokens only, at their positions
     {"params": tiny.params}, TEST, np.broadcast_to(6 + np.arange(4), TEST.shape), method="logits")
   np.testing.assert_allclose(wide, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature, group_scale", [(0.6, 0.8), (1.5, 1.0)])
+@pytest.mark.parametrize("changes, front", [({}, [BOS, 2]), ({"positions": "alibi"}, [])])
+def test_temperature_and_scale_are_the_published_equation(
+    make_tiny, changes, front, temperature, group_scale):
+  """One layer: attention of the last token, by hand from the keys and values of each text alone."""
+  tiny = make_tiny(num_layers=1, **changes)
+  ids, mask = _groups(6, 4)
+  kwargs = dict(front=front, scale=1.0)
+  read = functools.partial(_read, tiny, ids, mask, **kwargs)
+  adaptive = read(temperature=temperature, group_scale=group_scale)
+  own = np.array([[5, 6, 7]], np.int32)
+  c, length = tiny.model.config, int(adaptive.end)
+  positions = (length + np.arange(3))[None]
+  _, cache, found = tiny.model.apply(
+    {"params": tiny.params}, own, empty_cache(c, 1, 3), positions=positions, shared=adaptive,
+    readout=np.array([[2]]), method="extend")
+  plain = read().cache  # holds the front once, in front of the first group
+  keys, values, at, of_front = [], [], [], []
+  for part, is_prefix in ((plain, True), (cache, False)):
+    seen = np.asarray(part.valid[0])
+    keys.append(np.asarray(part.keys[0])[0][:, seen])
+    values.append(np.asarray(part.values[0])[0][:, seen])
+    at.append(np.asarray(part.positions[0])[seen])
+    of_front.append((at[-1] < len(front)) if is_prefix else np.ones(seen.sum(), bool))
+  keys, values = (np.concatenate(x, 1).astype(np.float64) for x in (keys, values))
+  at, apart = np.concatenate(at), ~np.concatenate(of_front)
+  assert apart.sum() == mask.sum()
+  q = np.asarray(found.queries[0, 0, 0], np.float64)  # [H,E]
+  heads = q.shape[0] // len(keys)
+  scores = np.einsum("he,hme->hm", q, np.repeat(keys, heads, 0)) * q.shape[1] ** -0.5
+  if c.positions == "alibi":
+    scores += np.asarray(alibi_slopes(c.num_heads))[:, None] * (at - (length + 2))
+  values = np.repeat(values, heads, 0)
+  cooled = np.exp(scores[:, apart] / temperature)
+  texts = np.einsum("hm,hme->he", cooled, values[:, apart]) / cooled.sum(1, keepdims=True)
+  weight = cooled.sum(1, keepdims=True) ** (group_scale * temperature)
+  others = np.exp(scores[:, ~apart])
+  want = (weight * texts + np.einsum("hm,hme->he", others, values[:, ~apart])) / (
+    weight + others.sum(1, keepdims=True))
+  layer = nn.unbox(tiny.params)["layers"]["attention"]["out"]
+  want = np.einsum("he,hed->d", want, np.asarray(layer["kernel"][0], np.float64))
+  np.testing.assert_allclose(found.attention[0, 0, 0], want, rtol=2e-4, atol=2e-5)
+
+
+def test_temperature_and_scale_of_one_are_parallel_windows(tiny):
+  ids, mask = _groups(6, 4)
+  plain = _read(tiny, ids, mask, bos_id=BOS, front=[2], scale=1.0)
+  ones = _read(tiny, ids, mask, front=[BOS, 2], scale=1.0, temperature=1.0, group_scale=1.0)
+  np.testing.assert_array_equal(_logits(tiny, plain, TEST), _logits(tiny, ones, TEST))
+  nearly = _read(tiny, ids, mask, front=[BOS, 2], scale=1.0, temperature=1 + 1e-6)
+  assert nearly.adaptive is not None
+  np.testing.assert_allclose(
+    _logits(tiny, nearly, TEST), _logits(tiny, ones, TEST), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_store_reads_no_group_twice(make_tiny, tmp_path, dtype, monkeypatch):
+  tiny = make_tiny(dtype=dtype)
+  ids, mask = _groups(7, 5, 4, width=8)
+  kwargs = dict(front=[BOS, 2], temperature=0.9, scale=1.0, window=9)
+  want = _read(tiny, ids, mask, **kwargs)
+  read, place = [], prefixes._held
+  monkeypatch.setattr(prefixes, "_held", lambda model, params, arrays, **rest: (
+    read.append(len(arrays["valid"])), place(model, params, arrays, **rest))[1])
+
+  def stored(ids, mask, tiny=tiny, **changes):
+    store = GroupStore(tmp_path, tiny.model, tiny.params)
+    return _read(tiny, ids, mask, store=store, **kwargs | changes)
+
+  def same(got, want):
+    for a, b in zip(jax.tree.leaves(got.adaptive), jax.tree.leaves(want.adaptive), strict=True):
+      np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(_logits(tiny, got, TEST), _logits(tiny, want, TEST))
+
+  same(stored(ids[:2], mask[:2]), _read(tiny, ids[:2], mask[:2], **kwargs))
+  assert read.pop(0) == 2
+  read.clear()
+  same(stored(ids, mask), want)
+  assert read == [1]  # the third one alone
+  same(stored(ids[::-1], mask[::-1], temperature=1.0), _read(
+    tiny, ids[::-1], mask[::-1], **kwargs | {"temperature": 1.0}))
+  assert read == [1, 3]  # that of the comparison
+  for changes in ({"window": 10}, {"front": [BOS, 3]}, {"front": [BOS]}):
+    stored(ids, mask, **changes)
+    assert read.pop() == 3
+  stored(ids, mask, make_tiny(seed=2, dtype=dtype))
+  assert read.pop() == 3
+  file = sorted(tmp_path.iterdir())[0]
+  file.write_bytes(file.read_bytes()[:-8])
+  with pytest.raises(ValueError, match="does not hold keys and values of .* delete it"):
+    for changes in ({}, {"window": 10}, {"front": [BOS, 3]}, {"front": [BOS]}):
+      stored(ids, mask, **changes)
+    stored(ids, mask, make_tiny(seed=2, dtype=dtype))
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match="file cannot be a folder"):
+    GroupStore(tmp_path / "file", tiny.model, tiny.params)
 
 
 @pytest.mark.parametrize("changes", KINDS)
@@ -220,6 +322,9 @@ def test_refuses_what_cannot_be_aligned(make_tiny, tiny):
     (dict(window=5), "window=5 is shorter"),
     (dict(scale=0.0), "scale=0.0 must be"),
     (dict(scale=math.inf), "scale=inf must be"),
+    (dict(temperature=0.0), "temperature=0.0 must be"),
+    (dict(group_scale=math.nan), "group_scale=nan must be"),
+    (dict(front=[40]), "id 40, outside of the model's vocabulary of 32"),
     (dict(mask=mask[:1]), r"ids \(2, 6\) and mask \(1, 6\)"),
     (dict(bos_id=32), "id 32, outside of the model's vocabulary of 32"),
     (dict(ids=ids + 30), "outside of the model's vocabulary"),
@@ -232,6 +337,8 @@ def test_refuses_what_cannot_be_aligned(make_tiny, tiny):
     _read(make_tiny(sliding_window=5), ids, mask)
   with pytest.raises(ValueError, match="momentum=0.5.* 2 groups side by side"):
     _read(make_tiny(momentum=0.5), ids, mask)
+  with pytest.raises(ValueError, match="temperature=0.5 .*momentum=0.5.* leave them out"):
+    _read(make_tiny(momentum=0.5), ids[1:], mask[1:], temperature=0.5)
   with pytest.raises(ValueError, match="causal is False"):
     _read(make_tiny(causal=False), ids, mask)
   learned = make_tiny(positions="learned")

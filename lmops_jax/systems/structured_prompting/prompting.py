@@ -14,6 +14,7 @@ import numpy as np
 from lmops_jax.config.setting_types import Positive, PositiveInt, Text, component
 from lmops_jax.data.tasks import Example, Task
 from lmops_jax.decoding import GenerationOptions, Generator, prefixes
+from lmops_jax.decoding.group_store import GroupStore
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import answers, in_context
 from lmops_jax.host.progress import Progress
@@ -35,10 +36,15 @@ class Prompting:
     separator: text behind each demonstration, or "eos" for the end token (the published separator
       if groups have a common BOS).
     bos: whether groups and rows have a common BOS; None: if the tokenizer puts one before texts.
+    front: text in front of every group, behind BOS; rows see it once.
     scale: the weight of a row's own tokens; None is the number of groups.
+    temperature: divides the scores of the groups' tokens (APE, arXiv 2502.05431), front apart.
+    group_scale: times the temperature the factor of the logarithm of their summed exponentials.
     balanced: take equally many demonstrations of each label.
     normalisation: that of options' scores, see `in_context.evaluate`; "auto" is the papers'.
     spread: leave the groups spread over the mesh's data axis.
+    store: a folder for keys and values, so that groups that were read once are not read again; None
+      keeps nothing.
     batch_tokens: the most token positions of a batch of rows.
     max_new_tokens, num_beams, length_penalty: settings of the search for open answers.
 
@@ -50,15 +56,18 @@ class Prompting:
   group_tokens: PositiveInt | None = None
   separator: Text = in_context.SEPARATOR
   bos: bool | None = None
+  front: str = ""
   scale: Positive | None = None
+  temperature: Positive = 1.0
+  group_scale: Positive = 1.0
   balanced: bool = False
   normalisation: Literal[tuple(n for n in in_context.NORMALISATIONS if n != "null")] = "auto"
   spread: bool = False
+  store: Text | None = None
   batch_tokens: PositiveInt = 4096
   max_new_tokens: PositiveInt = 30
   num_beams: PositiveInt = 3
   length_penalty: float = 0.6
-
 
 
 class Measured(NamedTuple):
@@ -116,13 +125,21 @@ class Prompter:
         "give a text."
       )
     self._encoder = in_context.Encoder(tokenizer, start=())
+    self._front = self._encoder.encode(prompting.front) if prompting.front else []
     self.scorer = OptionScorer(model, params, self._rows, batch_tokens=prompting.batch_tokens)
-    self._generator = None
+    self._generator, self._store = None, None
+    if prompting.store is not None:
+      self._store = GroupStore(prompting.store, model, self.scorer.params)
 
   @property
   def config(self):
     """The model's configuration."""
     return self._model.config
+
+  @property
+  def num_front(self) -> int:
+    """Tokens in front of every group: BOS, if there is one, and `Prompting.front`."""
+    return (self.bos_id is not None) + len(self._front)
 
   def demonstrations(self, examples: Sequence[Example]) -> list[list[int]]:
     """Token ids of each example, tokenised on its own, with the separator behind."""
@@ -134,7 +151,7 @@ class Prompter:
       for example in examples]
 
   def budget(self, rows: Sequence[Example]) -> int:
-    """The most tokens of a group, BOS included, with which every row fits behind it.
+    """The most tokens of a group, BOS and front included, with which every row fits behind it.
 
     Raises:
       ValueError: if the longest row leaves no room; it names the row.
@@ -142,7 +159,7 @@ class Prompter:
     lengths = [self._length(row) for row in rows]
     longest = int(np.argmax(lengths))
     room = self._model.config.max_length - lengths[longest]
-    if room < 1 + (self.bos_id is not None):
+    if room < 1 + self.num_front:
       raise ValueError(
         f"row {rows[longest].id} has {lengths[longest]} tokens with its answer, which leaves no "
         f"room for a demonstration in the model's {self._model.config.max_length} positions; take "
@@ -153,14 +170,14 @@ class Prompter:
 
   def in_one_window(self, demos: Sequence[Sequence[int]], budget: int) -> int:
     """How many of the demonstrations fit into one group: ordinary prompting's limit."""
-    room = budget - (self.bos_id is not None)
+    room = budget - self.num_front
     return int(np.sum(np.cumsum([len(demo) for demo in demos]) <= room))
 
   def groups(self, demos: Sequence[Sequence[int]], budget: int) -> grouping.Groups:
     """See `grouping.pack`."""
     blank = self._tokenizer.encode(" ", False)
     return grouping.pack(
-      demos, budget, self.prompting.strategy, bos_id=self.bos_id,
+      demos, budget - len(self._front), self.prompting.strategy, bos_id=self.bos_id,
       space_id=blank[0] if len(blank) == 1 else None)
 
   def read(
@@ -169,8 +186,10 @@ class Prompter:
     prompting = self.prompting
     return prefixes.read_groups(
       self._model, self.scorer.params, groups.ids, groups.mask, bos_id=self.bos_id,
-      scale=prompting.scale if groups.num_groups else None, partitioner=self._partitioner,
-      spread=prompting.spread, progress=progress)
+      front=self._front, scale=prompting.scale if groups.num_groups else None,
+      temperature=prompting.temperature, group_scale=prompting.group_scale,
+      partitioner=self._partitioner, spread=prompting.spread, progress=progress,
+      store=self._store if groups.num_groups else None)
 
   def evaluate(
     self, task: Task, rows: Sequence[Example], demos: Sequence[Sequence[int]], budget: int | None,
@@ -191,7 +210,7 @@ class Prompter:
     if not rows:
       raise ValueError(f"the task {task.name} has no rows to evaluate on.")
     start = time.monotonic()
-    groups = self.groups(demos, budget if demos else 1 + (self.bos_id is not None))
+    groups = self.groups(demos, budget if demos else 1 + self.num_front)
     if demos and not groups.num_groups:
       raise ValueError(
         f"all {len(demos)} demonstrations are longer than a group of {budget} tokens; raise "

@@ -10,6 +10,7 @@ import pytest
 from lmops_jax import cli, pretrained
 from lmops_jax.config import resolve
 from lmops_jax.data.tasks import Example, Task, TaskChoice
+from lmops_jax.decoding import prefixes
 from lmops_jax.decoding.scoring import OptionScorer
 from lmops_jax.evaluation import in_context
 from lmops_jax.host.progress import Progress
@@ -308,6 +309,50 @@ def test_the_budget_leaves_room_for_the_longest_row(source):
   with pytest.raises(ValueError, match=f"row 10 has {POSITIONS - 1} tokens .* {POSITIONS} pos"):
     _prompter(source).budget([*rows, long])
   assert _prompter(source, bos=False).budget([long]) == 1
+
+
+def test_groups_are_weighed_and_have_a_front(source):
+  rows = tuple(Example(i, "ab" * (i + 1), ("c", "d"), 0) for i in range(3))
+  task = Task("letters", rows, words=("c", "d"))
+
+  def scores(**changes):
+    prompter = _prompter(source, group_tokens=14, **changes)
+    demos = prompter.demonstrations([Example(i, "xy" * i, ("c", "d"), i % 2) for i in range(1, 5)])
+    groups = prompter.groups(demos, 14)
+    assert groups.num_groups > 1 and groups.ids.shape[1] <= 14 - prompter.num_front
+    prefix = prompter.read(groups)
+    assert int(prefix.end) == groups.ids.shape[1] + prompter.num_front
+    found = in_context.score_rows(
+      prompter.scorer, in_context.Encoder(source.tokenizer(), start=()), task, rows,
+      normalisation="none", prefix=prefix)
+    return np.concatenate(found.values)
+
+  windows = scores(scale=1.0)
+  np.testing.assert_array_equal(windows, scores(scale=1.0, temperature=1.0, group_scale=1.0))
+  changed = [scores(scale=1.0, **change) for change in (
+    {"temperature": 0.5}, {"group_scale": 0.5}, {"front": ">>"},
+    {"front": ">>", "temperature": 0.5})]
+  for i, one in enumerate(changed):
+    assert all(np.abs(one - other).max() > 1e-4 for other in (windows, *changed[:i]))
+  assert _prompter(source, front=">>").num_front == 3 == 2 + _prompter(source).num_front
+  with pytest.raises(ValueError, match="row 10 has .* leaves no room"):
+    _prompter(source, front=">" * 8).budget([Example(10, "a" * (POSITIONS - 10), ("b", "c"), 0)])
+
+
+def test_groups_in_a_store_are_not_read_again(source, tmp_path, monkeypatch):
+  rows = tuple(Example(i, "ab" * (i + 1), ("c", "d"), 0) for i in range(3))
+  task = Task("letters", rows, words=("c", "d"))
+
+  def measured():
+    prompter = _prompter(source, group_tokens=14, store=str(tmp_path / "groups"))
+    demos = prompter.demonstrations([Example(i, "xy" * i, ("c", "d"), i % 2) for i in range(1, 5)])
+    return prompter.evaluate(task, rows, demos, 14)
+
+  first = measured()
+  assert len(list((tmp_path / "groups").iterdir())) == first.num_groups > 1
+  monkeypatch.setattr(prefixes, "_read", None)
+  again = measured()
+  assert (again.metric, again.predictions) == (first.metric, first.predictions)
 
 
 def test_labels_with_equal_tokens_are_refused(source):
