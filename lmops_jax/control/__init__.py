@@ -8,6 +8,7 @@ from lmops_jax.control.adjoint import (
 )
 from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.control.guards import finite_derivatives
+from lmops_jax.control.in_run import InRunValues, in_run_values
 from lmops_jax.control.influence import influence_direction
 from lmops_jax.control.options import SolveOptions
 from lmops_jax.control.outer import WeightSolution, solve_weights
@@ -39,6 +40,7 @@ __all__ = [
   "ControlledRun",
   "ExponentiatedGradient",
   "FrankWolfe",
+  "InRunValues",
   "Improvement",
   "PmpResult",
   "ProjectedGradient",
@@ -58,6 +60,7 @@ __all__ = [
   "gradient_norms",
   "hvp_and_scores",
   "improve_policy",
+  "in_run_values",
   "influence_direction",
   "mean_target_loss",
   "pmp_scores",

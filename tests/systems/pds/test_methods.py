@@ -147,6 +147,36 @@ def test_scores_over_gradient_norm_or_length(tmp_path, make, devices):
     np.testing.assert_allclose(got, plain / divisor, rtol=1e-3, atol=1e-5 * np.abs(got).max())
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_in_run_values_count_every_proxy_of_every_epoch(tmp_path, order):
+  method = methods.InRun(SGD, order=order, epochs=2, batch_size=8, micro_batch_size=4)
+  benches = [
+    _bench(tmp_path / str(n), num_target=9, num_proxies=21, devices=n) for n in (1, 2)]
+  got, on_mesh = (method.score_proxies(bench) for bench in benches)
+  np.testing.assert_allclose(on_mesh, got, rtol=1e-3, atol=1e-5 * np.abs(got).max())
+  bench = benches[0]
+  params, rows = bench.proxy_params(), bench.proxies
+  target = {k: v for k, v in bench.target_batch(None).items() if k != "example_id"}
+  losses = bench.example_losses
+  index, weights = method._batches(21)
+  assert np.bincount(index[weights > 0], minlength=21).tolist() == [2] * 21
+  want, slope = np.zeros(21), jax.jit(jax.grad(lambda p: losses(p, target).mean()))
+  gradient = jax.jit(jax.grad(lambda p, batch: losses(p, batch).sum() / 8))
+  curvature = jax.jit(lambda p, change: jax.jvp(slope, (p,), (change,))[1])
+  slopes = jax.jit(lambda p, batch, along: jax.jvp(lambda q: losses(q, batch), (p,), (along,))[1])
+  for chosen in (own[of > 0] for own, of in zip(index, weights)):
+    batch = {k: v[chosen] for k, v in rows.items() if k != "example_id"}
+    change = jax.tree.map(lambda g: -0.1 * g, gradient(params, batch))
+    along = slope(params)
+    if order == 2:
+      along = jax.tree.map(lambda g, h: g + h / 2, along, curvature(params, change))
+    want[chosen] += 0.1 / 8 * np.asarray(slopes(params, batch, along))
+    params = jax.tree.map(jnp.add, params, change)
+  np.testing.assert_allclose(got[0], want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
+  assert bench.context.flops / flops.forward_flops_per_token(CONFIG, LENGTH) == (
+    6 * LENGTH * (8 * 6 + 9 * (3 if order == 1 else 9)))
+
+
 def test_a_trajectory_is_decided_before_the_method_scores(tmp_path):
   bench = _bench(tmp_path, num_target=9, num_proxies=16, devices=1)
   method = methods.PMP(SGD, num_steps=2, batch_size=8, device_bytes=1e12,

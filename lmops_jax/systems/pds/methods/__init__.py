@@ -10,6 +10,7 @@ your own needs a `name` and either `score_proxies(bench)` or `score_corpus(bench
 from lmops_jax.systems.pds.methods.bench import Bench
 from lmops_jax.systems.pds.methods.corpus_methods import DSIR, Length, Perplexity, Random, texts_of
 from lmops_jax.systems.pds.methods.directions import InfluenceScores, OneStep
+from lmops_jax.systems.pds.methods.in_run import InRun
 from lmops_jax.systems.pds.methods.kinds import (
   CheckpointsMethod,
   CorpusMethod,
@@ -35,6 +36,7 @@ __all__ = [
   "CheckpointsMethod",
   "CorpusMethod",
   "ForwardMethod",
+  "InRun",
   "InfluenceScores",
   "Length",
   "OneStep",
