@@ -248,8 +248,8 @@ def _page(report: RunReport, summary, curves, drawn) -> html.Report:
          "reads random spans. On the tokens that all of them learn the lowest perplexity is that "
          f"of **{common[1]}** ({common[0]:.1f}); the most next passages are found by {zero[1]} "
          f"({zero[0]:.0%}), and after finetuning the most pairs are told by "
-         f"{tuned_best[1]} ({tuned_best[0]:.0%}). The intervals say which of these differences are more than "
-         "chance.",
+         f"{tuned_best[1]} ({tuned_best[0]:.0%}). The intervals say which of these differences are "
+         "more than chance.",
     key_figures=[
       *(html.KeyFigure(f"{summary['num_params'][arm]:,}", f"parameters, {arm}") for arm in arms),
       report.work_figure()],
