@@ -112,6 +112,14 @@ def test_bars_have_their_lengths_and_order():
   assert {"80.0%", "70.0%", "30.0%"} <= {text.get_text() for text in axes.texts}
 
 
+def test_what_was_not_measured_has_no_bar():
+  bars = {"causal": {"all": 0.6, "frozen": None}, "prefix": {"all": 0.5, "frozen": 0.4}}
+  axes = plots.grouped_bars(bars, x_label="share", order=["frozen", "all"]).axes[0]
+  assert [[(bar.get_width(), round(bar.get_y() + bar.get_height() / 2, 6)) for bar in group]
+          for group in axes.containers] == [[(0.6, 0.8)], [(0.4, 0.2), (0.5, 1.2)]]
+  assert [text.get_text() for text in axes.texts] == ["60.0%", "40.0%", "50.0%"]
+
+
 def test_histogram_counts_every_value_once():
   values = np.concatenate([np.random.default_rng(0).normal(size=5000), [50.0, -60.0]])
   figure = plots.histogram({"all": values}, x_label="score", bins=40, clip_quantile=0.01)

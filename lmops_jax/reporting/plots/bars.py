@@ -20,7 +20,7 @@ from lmops_jax.reporting.plots.style import (
 
 @plot
 def grouped_bars(
-  series: Mapping[str, Mapping[str, float]],
+  series: Mapping[str, Mapping[str, float | None]],
   *,
   x_label: str,
   styles: Mapping[str, Look] | None = None,
@@ -31,7 +31,8 @@ def grouped_bars(
   """Horizontal bars: for every category one bar a series, with its value written beside it.
 
   Args:
-    series: name to category to value >= 0; a missing category counts as 0.
+    series: name to category to value >= 0; a missing category counts as 0, and None
+      has no bar.
     x_label: what a value is.
     order: categories from top to bottom; by the first series' value if not given.
     format: the format spec of the written values; a "%" format also labels the axis in percent.
@@ -43,18 +44,19 @@ def grouped_bars(
   if not categories:
     raise ValueError("A bar plot needs at least one series with one category.")
   first = next(iter(series.values()))
-  order = list(order or sorted(categories, key=lambda name: -first.get(name, 0)))
+  order = list(order or sorted(categories, key=lambda name: -(first.get(name) or 0)))
   for name, values in series.items():
     for category, value in values.items():
-      if not 0 <= value < math.inf:
+      if value is not None and not 0 <= value < math.inf:
         raise ValueError(f"The bar {category!r} of {name!r} is {value}, not a size.")
   styles = styles or looks(list(series))
   figure, axes = new(0.75 + len(order) * (0.17 * len(series) + 0.12))
   thick = 0.8 / len(series)
-  largest = max(max(values.values(), default=0) for values in series.values()) or 1
+  largest = max(value or 0 for values in series.values() for value in values.values()) or 1
   for i, (name, values) in enumerate(series.items()):
     centres = np.arange(len(order)) + (i - (len(series) - 1) / 2) * thick
-    sizes = [values.get(category, 0.0) for category in order]
+    drawn = [place for place, category in enumerate(order) if values.get(category, 0) is not None]
+    centres, sizes = centres[drawn], [values.get(order[place], 0.0) for place in drawn]
     colour = styles.get(name, NEUTRAL).colour
     axes.barh(centres, sizes, height=thick * 0.9, color=colour, label=name)
     for centre, size in zip(centres, sizes):
@@ -71,7 +73,7 @@ def grouped_bars(
   axes.set_xlabel(x_label)
   axes.set_title(title)
   if len(series) > 1:
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper left", ncols=4)  # bars and their values may be anywhere
   return figure
 
 

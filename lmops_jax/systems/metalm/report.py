@@ -221,9 +221,8 @@ def _page(report: RunReport, summary, curves, drawn) -> html.Report:
       reference=(summary["chance"][tasks.FILE_KIND], "most frequent kind")),
       "Accuracy by number of demonstrations, mean and span of seeds."))
   tuned = {
-    arm: {_MODES[mode]: found[arm][f"{tasks.SAME_DOCUMENT}/{mode}"]["mean"]
-          for mode in (ENCODER, ALL) if f"{tasks.SAME_DOCUMENT}/{mode}" in found[arm]}
-    for arm in arms}
+    arm: {_MODES[mode]: found[arm].get(f"{tasks.SAME_DOCUMENT}/{mode}", {}).get("mean")
+          for mode in (ENCODER, ALL)} for arm in arms}
   finetuned = report.figure("finetuned", plots.grouped_bars(
     tuned, x_label="pairs told right", styles=styles, order=[_MODES[ALL], _MODES[ENCODER]]),
     "Same document, mean of seeds. Arms without an encoder have no run with a frozen decoder.")
@@ -233,7 +232,9 @@ def _page(report: RunReport, summary, curves, drawn) -> html.Report:
     return [name for name in every if name.startswith(starts)]
 
   def best(name):
-    return max((found[arm][name]["mean"], arm) for arm in arms if name in found[arm])
+    means = {arm: found[arm][name]["mean"] for arm in arms if name in found[arm]}
+    highest = max(means.values())
+    return highest, " and ".join(arm for arm in means if means[arm] == highest)
 
   of_tuned = named(*(f"{task}/{mode}" for task in tasks.TUNED for mode in (ENCODER, ALL)))
   taught = [name for name in of_tuned if name.split("/")[2:] in ([], ["0"])]
@@ -246,9 +247,9 @@ def _page(report: RunReport, summary, curves, drawn) -> html.Report:
          "parameters as decoder and encoder together, prefix, and semi-causal, in which an encoder "
          "reads random spans. On the tokens that all of them learn the lowest perplexity is that "
          f"of **{common[1]}** ({common[0]:.1f}); the most next passages are found by {zero[1]} "
-         f"({zero[0]:.0%}), and after finetuning {tuned_best[1]} tells the most pairs "
-         f"({tuned_best[0]:.0%}). The intervals say which of these differences are more than "
-         "chance.",
+         f"({zero[0]:.0%}), and after finetuning the most pairs are told by "
+         f"{tuned_best[1]} ({tuned_best[0]:.0%}). The intervals say which of these differences are "
+         "more than chance.",
     key_figures=[
       *(html.KeyFigure(f"{summary['num_params'][arm]:,}", f"parameters, {arm}") for arm in arms),
       report.work_figure()],
