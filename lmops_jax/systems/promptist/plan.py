@@ -61,10 +61,9 @@ def unet_flops(config: Generator) -> float:
   return 3 * config.unet_fit.batch_size * diffusion.unet_flops(config.unet, side, side, length)
 
 
-def sft_flops(config: Policy, model: TransformerConfig) -> float:
-  """Operations of a step on pairs."""
-  per_token = flops.forward_flops_per_token(model, config.length)
-  return 3 * config.sft.batch_size * config.length * per_token
+def sft_flops(batch_size: int, length: int, model: TransformerConfig) -> float:
+  """Operations of a step on pairs of `length` predicted positions."""
+  return 3 * batch_size * length * flops.forward_flops_per_token(model, length)
 
 
 def judged_flops(config: Generator, judging: Judging) -> float:
@@ -117,7 +116,7 @@ def phases(
   each = f" of {seeds} policies" if seeds > 1 else ""
   return [
     _towers(generator, clip), _unet(generator, clip.config, partitioner),
-    _sft(policy, model, f"each{each}", partitioner, platform),
+    tuning_phase("sft", policy.sft, model, policy.length, f"each{each}", partitioner, platform),
     _rl(policy, model, generator, judging, f"each{each}", partitioner, platform)]
 
 
@@ -153,17 +152,30 @@ def _unet(config: Generator, clip: ClipConfig, partitioner) -> Phase:
     f"{fit.batch_size} pictures", ("a smaller unet/promptist.Fit.batch_size",))
 
 
-def _sft(config: Policy, model: Transformer, note: str, partitioner, platform) -> Phase:
-  fit, length = config.sft, config.length
-  check_splits(fit.batch_size, "pairs", partitioner, "sft/promptist.Fit.batch_size")
+def tuning_phase(
+  name: str, fit: Fit, model: Transformer, length: int, note: str, partitioner, platform: str, *,
+  accumulate: int = 1, setting: str = "sft/promptist.Fit.batch_size",
+) -> Phase:
+  """What training on pairs takes.
+
+  Args:
+    length: predicted positions of a pair.
+    accumulate: micro-batches of a step.
+    setting: the name of the batch size in gin files, for messages.
+  """
+  check_splits(fit.batch_size, "pairs", partitioner, setting)
   loss = losses.weighted_example_losses(losses.lm_example_losses(model))
   batch = {name: _shape((fit.batch_size, length), dtype) for name, dtype in (
     ("tokens", jnp.int32), ("targets", jnp.int32), ("loss_mask", jnp.float32))}
-  return _phase(
-    "sft", fit, policy_lib.sft_learner(config, model, loss, partitioner), batch,
-    _transformer_bytes(model, fit.batch_size, length, partitioner, platform),
-    sft_flops(config, model.config), partitioner, note,
-    ("a smaller sft/promptist.Fit.batch_size",))
+  phase = _phase(
+    name, fit, policy_lib.sft_learner(fit, model, loss, partitioner, accumulate), batch,
+    _transformer_bytes(model, fit.batch_size / accumulate, length, partitioner, platform),
+    sft_flops(fit.batch_size, length, model.config), partitioner, note,
+    (f"a smaller {setting}", f"more devices on mesh.make.fsdp (now "
+     f"{partitioner.mesh.shape['fsdp']})"))
+  if accumulate > 1:
+    phase.parts["accumulators"] *= 2
+  return phase
 
 
 def _rl(config: Policy, model: Transformer, generator, judging, note, partitioner,

@@ -81,11 +81,13 @@ class Policy:
     return Fit(self.optimizer, self.num_updates, self.batch_size, self.checkpoint_every)
 
 
-def sft_learner(config: Policy, model: Transformer, loss, partitioner) -> Learner:
-  """What the stage `sft/seed<k>` descends."""
+def sft_learner(
+  config: Fit, model: Transformer, loss, partitioner, accumulate: int = 1
+) -> Learner:
+  """What training on pairs descends."""
   return supervised(
-    loop.initializer(model), loss, config.sft.optimizer, check_batch=loss.check_batch,
-    partitioner=partitioner)
+    loop.initializer(model), loss, config.optimizer, accumulate=accumulate,
+    check_batch=loss.check_batch, partitioner=partitioner)
 
 
 def run_sft(
@@ -112,7 +114,7 @@ def run_sft(
       multiple_of=partitioner.num_batch_shards)}
 
   fitting.fit(
-    context, config.sft, sft_learner(config, model, loss, partitioner),
+    context, config.sft, sft_learner(config.sft, model, loss, partitioner),
     Epochs(train.batch, len(train), config.sft.batch_size, seed, whole=True), seed, partitioner,
     hooks=[loop.Evaluate("validation", config.eval_every, validation)])
 

@@ -147,7 +147,8 @@ class Promptist:
   def _sft(self, context: pipeline.StageContext, seed, partitioner) -> None:
     policy.run_sft(context, self.policy, self.world, seed, partitioner)
     model = self.policy.built(self._prepared(context)).config
-    context.flops = self.policy.sft.num_steps * plan.sft_flops(self.policy, model)
+    context.flops = self.policy.sft.num_steps * plan.sft_flops(
+      self.policy.sft.batch_size, self.policy.length, model)
 
   def _rl(self, context: pipeline.StageContext, run, seed, partitioner) -> None:
     policy.run_rl(

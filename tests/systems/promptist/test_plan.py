@@ -13,6 +13,7 @@ from lmops_jax.mesh.meshes import MeshConfig, single_device
 from lmops_jax.sizing import activations, diffusion, hlo
 from lmops_jax.systems.promptist import generator, plan
 from lmops_jax.training import loop
+from tests.systems.promptist import tiny_gpt2
 
 FILE = "promptist/smoke.gin"
 
@@ -78,6 +79,21 @@ def test_more_devices_share_pictures_and_a_batch_that_does_not_split_is_refused(
   assert four[0].parts == one[0].parts, "towers contrast one group on one device"
   with pytest.raises(ValueError, match="8 pictures do not split over the mesh's 16 data shards"):
     system.phases(MeshConfig(data=16).plan(16), None, platform="cpu")
+
+
+def test_the_published_fine_tuning_is_planned_without_reading_pairs(tmp_path):
+  folder = tiny_gpt2.write(tmp_path / "gpt2")
+  one, four = (resolve.load(["promptist/sft.gin"], [
+    f"MODEL = '{folder}'", f"PAIRS = '{tmp_path / 'none.jsonl'}'", "LENGTH = 32", "BATCH_SIZE = 8",
+    f"promptist.SFT.accumulate = {accumulate}"]).build().phases(
+      single_device(), None, platform="cpu")[0] for accumulate in (1, 4))
+  assert (one.name, one.steps, one.flops) == ("train", 15_000, four.flops)
+  # 2 blocks of 4 * 16^2 + 2 * 16 * 64, an output matrix for 257 tokens, and half of the scores.
+  a_token = 2 * (2 * (4 * 16**2 + 2 * 16 * 64) + 16 * 257) + 2 * 2 * 32 * 16
+  assert one.flops == 15_000 * 3 * 8 * 32 * a_token
+  assert one.parts["params"] == 4 * one.num_params == one.parts["accumulators"]
+  assert four.parts["accumulators"] == 2 * one.parts["accumulators"]
+  assert four.parts["activations"] < one.parts["activations"] / 2
 
 
 def test_more_pictures_take_more_in_reinforcement_learning(system):
