@@ -7,6 +7,10 @@ chunk of logits, and the copies of parameters that `fsdp` gathers for use. The c
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
 from lmops_jax.models.config import TransformerConfig
@@ -56,6 +60,21 @@ def activation_bytes(
              + (2 + c.gated_mlp) * c.width * c.mlp_width) / num_tensor
     gathered = (4 + item) * tables + 2 * item * layer
   return (1 + tangents) * (blocks + head + gathered)
+
+
+def kept_bytes(function: Callable, inputs: tuple, *fixed) -> int:
+  """What the backward pass of any function keeps, from its traced program; nothing is allocated.
+
+  Args:
+    function: of `(*inputs, *fixed)`.
+    inputs: shapes of what is differentiated, such as parameters.
+    fixed: shapes of what is not, such as a batch.
+  """
+  def pull(inputs, *fixed):
+    return jax.vjp(lambda *given: function(*given, *fixed), *inputs)[1]
+
+  kept = jax.eval_shape(pull, inputs, *fixed)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
 
 def _scores_bytes(config: TransformerConfig, rows: float, length: int) -> float:

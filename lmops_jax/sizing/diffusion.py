@@ -19,12 +19,13 @@ Sides = tuple[int, int]
 
 
 def drawing_flops(
-  text: TransformerConfig, unet: UNetConfig, autoencoder: AutoencoderConfig, height: int,
+  text: TransformerConfig, unet: UNetConfig, autoencoder: AutoencoderConfig | None, height: int,
   width: int, num_evaluations: int, *, guided: bool = True, edges: bool = True,
 ) -> float:
   """Operations of drawing one picture from a text.
 
   Args:
+    autoencoder: None for a UNet of pixels.
     height, width, edges: see `unet_flops`.
     num_evaluations: of the UNet, see `decoding.diffusion.plans.Plan.num_evaluations`.
     guided: whether each is of two rows; the negative text is encoded once for many pictures and
@@ -33,7 +34,8 @@ def drawing_flops(
   length = text.max_length
   reading = length * flops.forward_flops_per_token(text, length, unembedding=False)
   step = (1 + guided) * unet_flops(unet, height, width, length, edges=edges)
-  return reading + num_evaluations * step + decoder_flops(autoencoder, height, width, edges=edges)
+  decoding = 0.0 if autoencoder is None else decoder_flops(autoencoder, height, width, edges=edges)
+  return reading + num_evaluations * step + decoding
 
 
 def unet_flops(
@@ -57,7 +59,7 @@ def unet_flops(
       total += _transformer(c, math.prod(sides), outputs, length)
     return total
 
-  total = 2.0 * time * (first + time)
+  total = 2.0 * time * (first + time + c.tells_mean * c.context_width)
   total += _convolution(sizes[0], c.in_channels, first, edges)
   channels, passed = first, [first]
   for level, new in enumerate(c.widths):

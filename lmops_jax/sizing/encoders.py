@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from lmops_jax.models.connectors import ConnectorConfig
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.models.stacks import stacks
 from lmops_jax.models.vision import NUM_CHANNELS, VisionConfig
-from lmops_jax.sizing import flops, hlo
+from lmops_jax.sizing import activations, flops, hlo
 
 
 class Stacked(Protocol):
@@ -141,8 +140,7 @@ def connector_bytes(
   """What a connector's backward pass keeps of each sequence of `num` vectors of that width."""
   def kept(batch):
     connect, params, features, _ = _connector(connector, text, width, num, batch)
-    pull = jax.eval_shape(lambda *given: jax.vjp(connect, *given)[1], params, features)
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pull))
+    return activations.kept_bytes(connect, (params, features))
 
   return kept(2) - kept(1)
 

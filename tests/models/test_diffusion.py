@@ -89,6 +89,20 @@ def test_time_and_text_are_seen():
 
 
 @pytest.mark.slow
+def test_the_mean_of_the_text_may_stand_beside_the_time():
+  """As a bias of the last product that tells the time, for a picture alone."""
+  told = dataclasses.replace(SMALL, tells_mean=True)
+  alone = tuple(x[:1] for x in INPUTS)
+  own = nn.unbox(UNet(told).init(jax.random.key(0), *alone)["params"]["mean_in"])
+  product = jax.tree.map(lambda x: RNG.normal(size=x.shape).astype(np.float32), own)
+  shift = INPUTS[2][0].mean(axis=0) @ product["kernel"] + product["bias"]
+  time = {**_params()["time_out"], "bias": _params()["time_out"]["bias"] + shift}
+  want = _compiled(SMALL, {**_params(), "time_out": time}, *alone)
+  found = _compiled(told, {**_params(), "mean_in": product}, *alone)
+  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+  assert np.abs(found - _output()[:1]).max() > 1e-3
+
+
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_rematerialised_gradients_are_the_same(remat):
   def loss(config, params):

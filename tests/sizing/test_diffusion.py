@@ -1,5 +1,7 @@
 """Operations of the networks of Stable Diffusion against XLA's count and published figures."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -24,10 +26,11 @@ def _products(module, *shapes, method=None):
   return hlo.count(lowered.as_text("hlo")).product_flops
 
 
-@pytest.mark.parametrize("sides", [(8, 12), (7, 5)])
-def test_small_unet_is_what_xla_counts(sides):
-  counted = _products(UNet(SMALL), (1, *sides, 4), (1,), (1, 5, 24))
-  assert diffusion.unet_flops(SMALL, *sides, 5, edges=False) == counted
+@pytest.mark.parametrize("sides, tells_mean", [((8, 12), False), ((7, 5), False), ((7, 5), True)])
+def test_small_unet_is_what_xla_counts(sides, tells_mean):
+  config = dataclasses.replace(SMALL, tells_mean=tells_mean)
+  counted = _products(UNet(config), (1, *sides, 4), (1,), (1, 5, 24))
+  assert diffusion.unet_flops(config, *sides, 5, edges=False) == counted
 
 
 def test_small_autoencoder_is_what_xla_counts():

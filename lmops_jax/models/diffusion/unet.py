@@ -52,6 +52,8 @@ class UNetConfig:
     num_residuals: residual blocks of a level on the way down; on the way up it is one more.
     num_blocks: blocks of a transformer.
     context_width: width of the text's vectors.
+    tells_mean: add a product of the mean of the text's vectors to what tells the time, so that all
+      residual blocks are told of the text at once; published models have none.
     norm_groups: groups of channels in a norm, a divisor of every width.
     linear_projections: the products around a transformer's blocks are matrices in published files
       (Stable Diffusion 2), not convolutions of 1 x 1. The function is the same.
@@ -75,6 +77,7 @@ class UNetConfig:
   num_residuals: Size = 2
   num_blocks: Size = 1
   context_width: Size = 768
+  tells_mean: bool = False
   norm_groups: Size = 32
   linear_projections: bool = False
   attention: Literal[ATTENTION_KINDS] = "chunked"
@@ -116,10 +119,11 @@ class UNetConfig:
 class UNet(nn.Module):
   """Noise (or what a schedule predicts) in latents.
 
-  Parameters: `time_in`, `time_out`, `convolution_in`; for each level `down_<i>_residual_<j>`,
-  `down_<i>_transformer_<j>` and `down_<i>_halving`; `middle_residual_0`, `middle_transformer`,
-  `middle_residual_1`; for each level on the way up, the lowest being 0, `up_<i>_residual_<j>`,
-  `up_<i>_transformer_<j>` and `up_<i>_doubling`; `norm_out`, `convolution_out`.
+  Parameters: `time_in`, `time_out`, `mean_in` if asked for, `convolution_in`; for each level
+  `down_<i>_residual_<j>`, `down_<i>_transformer_<j>` and `down_<i>_halving`; `middle_residual_0`,
+  `middle_transformer`, `middle_residual_1`; for each level on the way up, the lowest being 0,
+  `up_<i>_residual_<j>`, `up_<i>_transformer_<j>` and `up_<i>_doubling`; `norm_out`,
+  `convolution_out`.
   """
 
   config: UNetConfig
@@ -148,6 +152,9 @@ class UNet(nn.Module):
     time = projection(c, (c.widths[0],), c.time_width, (None, "mlp"), name="time_in")(time)
     time = projection(c, (c.time_width,), c.time_width, ("mlp", None), name="time_out")(
       nn.silu(time))
+    if c.tells_mean:
+      time += projection(c, (c.context_width,), c.time_width, (None, "mlp"), name="mean_in")(
+        context.mean(axis=1))
 
     x = Convolution(c, c.widths[0], (None, "embed"), name="convolution_in")(latents.astype(dtype))
     passed = [x]

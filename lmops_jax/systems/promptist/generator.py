@@ -1,15 +1,13 @@
-"""Stages `autoencoder`, `towers` and `unet`: a small text-to-image model, and what tells texts and
-pictures apart.
+"""Stages `towers` and `unet`: a small text-to-image model, and what tells texts and pictures apart.
 
-The autoencoder learns from pictures alone. The towers are a CLIP-like pair; its text tower is then
-frozen, and its states are what the UNet attends to, as in Stable Diffusion.
+The towers are a CLIP-like pair; its text tower is then frozen, and its states are what the UNet
+attends to, as in Stable Diffusion. Pictures are so small that the UNet works on their pixels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmops_jax.config.setting_types import Decay, NonNegative, Positive, PositiveInt, component
+from lmops_jax.config.setting_types import Decay, Positive, PositiveInt, component
 from lmops_jax.data import batches as batches_lib
 from lmops_jax.data.synthetic_pictures.styled_pictures import CONTENTS
 from lmops_jax.decoding.diffusion.imagine import DiffusionModels, Imaginer
 from lmops_jax.decoding.diffusion.plans import Sampler
-from lmops_jax.host.manifests import load_manifest
+from lmops_jax.mesh.meshes import single_device
 from lmops_jax.models.clip import Clip, ClipConfig
-from lmops_jax.models.diffusion.autoencoder import Autoencoder, AutoencoderConfig
 from lmops_jax.models.diffusion.noise import NoiseSchedule
 from lmops_jax.models.diffusion.unet import UNet, UNetConfig
 from lmops_jax.models.pixels import normalise
 from lmops_jax.models.transformer import Transformer
+from lmops_jax.models.vision import NUM_CHANNELS
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.promptist import fitting
 from lmops_jax.systems.promptist.fitting import Fit
 from lmops_jax.systems.promptist.world import Prepared
 from lmops_jax.text.clip import cleaned, clip_texts
-from lmops_jax.training.diffusion import AutoencoderLosses, DenoisingLosses
-from lmops_jax.training.learner import supervised
+from lmops_jax.training.diffusion import DenoisingLosses
+from lmops_jax.training.learner import Learner, supervised
 from lmops_jax.training.sources import Ahead, Batches, Epochs
 
-AUTOENCODER, TOWERS, UNET = "autoencoder", "towers", "unet"
+TOWERS, UNET = "towers", "unet"
 _ENCODED_AT_ONCE = 256
 _POSITIONS = 10.0  # factor of the towers' first position embeddings
 
@@ -48,30 +46,25 @@ _POSITIONS = 10.0  # factor of the towers' first position embeddings
 @component(module="promptist")
 @dataclasses.dataclass(frozen=True)
 class Generator:
-  """A small latent diffusion model with the text tower of a small CLIP.
+  """A small diffusion model of pixels with the text tower of a small CLIP.
 
   Attributes:
-    autoencoder, towers, unet: the models; the text tower's vocabulary comes from the world. The
-      autoencoder's scaling factor is measured.
-    autoencoder_fit, towers_fit, unet_fit: how each is trained. A batch of the towers is a group of
-      pictures and captions, each of which is told from all others of the group.
+    towers, unet: the models; the text tower's vocabulary comes from the world.
+    towers_fit, unet_fit: how each is trained. A batch of the towers is a group of pictures and
+      captions, each of which is told from all others of the group.
     schedule: the noise.
-    kl_weight: of the autoencoder's latents.
     drop: share of captions that the UNet does not see, so that it can be guided.
     sampler: draws pictures.
     guidance: of drawing; 1 is none.
     batch_size: pictures drawn at a time.
   """
 
-  autoencoder: AutoencoderConfig
   towers: ClipConfig
   unet: UNetConfig
-  autoencoder_fit: Fit
   towers_fit: Fit
   unet_fit: Fit
   sampler: Sampler
   schedule: NoiseSchedule = NoiseSchedule()
-  kl_weight: NonNegative = 1e-4
   drop: Decay = 0.1
   guidance: Positive = 2.0
   batch_size: PositiveInt = 64
@@ -92,81 +85,21 @@ class Generator:
     name = "promptist.Generator"
     wrong = {
       "towers.vision.image_size": (self.towers.vision.image_size, side, "the pictures' side"),
-      "unet.in_channels": (
-        self.unet.in_channels, self.autoencoder.latent_channels, "autoencoder.latent_channels"),
-      "unet.out_channels": (
-        self.unet.out_channels, self.autoencoder.latent_channels, "autoencoder.latent_channels"),
+      "unet.sample_size": (self.unet.sample_size, side, "the pictures' side"),
+      "unet.in_channels": (self.unet.in_channels, NUM_CHANNELS, "the number of colours"),
+      "unet.out_channels": (self.unet.out_channels, NUM_CHANNELS, "the number of colours"),
       "unet.context_width": (
         self.unet.context_width, self.towers.text.width, "towers.text.width"),
     }
     for field, (have, want, of) in wrong.items():
       if have != want:
         raise ValueError(f"{name}.{field}={have} and {of} is {want}; make them equal.")
-    if side % self.autoencoder.reduction:
-      raise ValueError(
-        f"{name}.autoencoder halves pictures of {side} pixels to fractions of a latent; take fewer "
-        "levels."
-      )
 
 
 @functools.cache
 def _clip(config: ClipConfig, vocab_size: int, eos_id: int) -> Clip:
   text = dataclasses.replace(config.text, vocab_size=vocab_size)
   return Clip(dataclasses.replace(config, text=text, eos_id=eos_id))
-
-
-# ----------------------------------------------------------------------------------- autoencoder
-
-
-@functools.cache
-def autoencoder_init(model: Autoencoder):
-  """`key -> parameters`; one object a model."""
-  side = model.config.sample_size
-  return lambda key: model.init(
-    key, jnp.zeros((1, side, side, model.config.image_channels)))["params"]
-
-
-def fit_autoencoder(
-  context: pipeline.StageContext, config: Generator, prepared: Prepared, seed: int, partitioner
-) -> None:
-  """Stage `autoencoder`."""
-  model = Autoencoder(config.autoencoder)
-
-  def applied(method):
-    return lambda params, x: model.apply({"params": params}, x, method=method)
-
-  losses = AutoencoderLosses(
-    applied(Autoencoder.encode), applied(Autoencoder.decode), config.kl_weight)
-  train = prepared.pictures[: prepared.num_train]
-  params = fitting.fit(
-    context, config.autoencoder_fit,
-    supervised(autoencoder_init(model), losses, config.autoencoder_fit.optimizer, keyed=True,
-               partitioner=partitioner),
-    Ahead(Epochs(lambda index: {"images": train[index], "example_id": index}, len(train),
-                 config.autoencoder_fit.batch_size, seed)), seed, partitioner)
-  tested = np.asarray(prepared.pictures[prepared.num_train:])
-  latents = encoded(model, params, tested)
-  decoded = jax.jit(applied(Autoencoder.decode))(params, latents)
-  error = np.square(np.asarray(decoded) - (tested / 127.5 - 1)).mean()
-  context.extra["scaling_factor"] = 1 / float(latents.std())
-  context.extra["tested"] = {"explained": 1 - float(error / np.var(tested / 127.5 - 1))}
-
-
-def encoded(model: Autoencoder, params, pictures: np.ndarray) -> np.ndarray:
-  """Means of the latents of pictures `[N,H,W,3] uint8`, unscaled, `[N,h,w,C] float32`."""
-  encode = jax.jit(lambda params, images: model.apply(
-    {"params": params}, images.astype(jnp.float32) / 127.5 - 1, method=Autoencoder.encode)[0])
-  return _in_parts(lambda images: encode(params, images), pictures)
-
-
-def _in_parts(function, rows: np.ndarray) -> np.ndarray:
-  """A function of rows, asked for a few at a time; the last ones are filled up."""
-  found = []
-  for start in range(0, len(rows), _ENCODED_AT_ONCE):
-    part = np.asarray(rows[start : start + _ENCODED_AT_ONCE])
-    filled = np.concatenate([part, np.repeat(part[-1:], _ENCODED_AT_ONCE - len(part), axis=0)])
-    found.append(np.asarray(function(filled))[: len(part)])
-  return np.concatenate(found)
 
 
 # ---------------------------------------------------------------------------------------- towers
@@ -203,8 +136,15 @@ def towers_init(model: Clip):
     key, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, side, side, 3)))["params"]
 
 
+def towers_learner(config: Generator, model: Clip) -> Learner:
+  """What the stage `towers` descends, on one device: a step contrasts one group of pictures."""
+  return supervised(
+    towers_init(model), ContrastiveLosses(model), config.towers_fit.optimizer,
+    partitioner=single_device())
+
+
 def fit_towers(
-  context: pipeline.StageContext, config: Generator, prepared: Prepared, seed: int, partitioner
+  context: pipeline.StageContext, config: Generator, prepared: Prepared, seed: int
 ) -> None:
   """Stage `towers`."""
   model = config.clip(prepared.tokenizer.vocab_size, prepared.tokenizer.eos_id)
@@ -230,10 +170,8 @@ def fit_towers(
     return drawn
 
   params = fitting.fit(
-    context, config.towers_fit,
-    supervised(towers_init(model), ContrastiveLosses(model), config.towers_fit.optimizer,
-               partitioner=partitioner),
-    Ahead(Batches(at)), seed, partitioner, initial_params=initial)
+    context, config.towers_fit, towers_learner(config, model), Ahead(Batches(at)), seed,
+    single_device(), initial_params=initial)
   context.extra["tested"] = _towers_tested(model, params, prepared)
 
 
@@ -249,6 +187,16 @@ def _towers_tested(model: Clip, params, prepared: Prepared) -> dict[str, float]:
   others = (cosine.sum(axis=1) - right) / (len(CONTENTS) - 1)
   return {"content_named": float((cosine.argmax(axis=1) == truth).mean()),
           "cosine_of_right": float(right.mean()), "cosine_of_others": float(others.mean())}
+
+
+def _in_parts(function, rows: np.ndarray) -> np.ndarray:
+  """A function of rows, asked for a few at a time; the last ones are filled up."""
+  found = []
+  for start in range(0, len(rows), _ENCODED_AT_ONCE):
+    part = np.asarray(rows[start : start + _ENCODED_AT_ONCE])
+    filled = np.concatenate([part, np.repeat(part[-1:], _ENCODED_AT_ONCE - len(part), axis=0)])
+    found.append(np.asarray(function(filled))[: len(part)])
+  return np.concatenate(found)
 
 
 def image_features(model: Clip, params, pictures: np.ndarray) -> np.ndarray:
@@ -270,32 +218,24 @@ def text_features(model: Clip, params, tokens: np.ndarray) -> np.ndarray:
 
 
 class Parts:
-  """The models of the finished stages before the UNet, on the mesh.
+  """The towers of a finished stage, on the mesh.
 
   Attributes:
     prepared: of the world.
-    clip, clip_params; autoencoder, autoencoder_params: models and parameters; the autoencoder has
-      its measured scaling factor.
+    clip, clip_params: model and parameters.
   """
 
-  def __init__(self, folders: Mapping[str, Path], config: Generator, prepared: Prepared,
-               partitioner):
+  def __init__(self, towers: Path, config: Generator, prepared: Prepared, partitioner):
     """
     Args:
-      folders: of the finished stages `TOWERS` and `AUTOENCODER`, by name.
+      towers: the finished stage's folder.
       config, prepared: settings, and the world.
       partitioner: where parameters are placed.
     """
     self.prepared, self.config = prepared, config
     self.clip = config.clip(prepared.tokenizer.vocab_size, prepared.tokenizer.eos_id)
     self.clip_params = fitting.fitted(
-      folders[TOWERS], config.towers_fit, towers_init(self.clip), partitioner)
-    factor = load_manifest(folders[AUTOENCODER], AUTOENCODER)["extra"]["scaling_factor"]
-    self.autoencoder = Autoencoder(
-      dataclasses.replace(config.autoencoder, scaling_factor=factor))
-    self.autoencoder_params = fitting.fitted(
-      folders[AUTOENCODER], config.autoencoder_fit,
-      autoencoder_init(Autoencoder(config.autoencoder)), partitioner)
+      towers, config.towers_fit, towers_init(self.clip), partitioner)
 
   @property
   def length(self) -> int:
@@ -326,31 +266,45 @@ def unet_init(model: UNet, length: int):
     jnp.zeros((1, length, c.context_width)))["params"]
 
 
-def fit_unet(
-  context: pipeline.StageContext, config: Generator, prepared: Prepared, seed: int, partitioner
-) -> None:
-  """Stage `unet`."""
-  folders = {name: context.input(name) for name in (TOWERS, AUTOENCODER)}
-  parts, model = Parts(folders, config, prepared, partitioner), UNet(config.unet)
-  num = prepared.num_train
-  clean = encoded(parts.autoencoder, parts.autoencoder_params, prepared.pictures[:num])
-  clean *= parts.autoencoder.config.scaling_factor
-  # Every different caption once.
-  distinct, which = np.unique(np.array(prepared.captions[:num]), return_inverse=True)
-  states = parts.states(parts.rows(distinct.tolist()))
+def unet_losses(config: Generator, empty: np.ndarray) -> DenoisingLosses:
+  """What the stage `unet` descends.
+
+  Args:
+    empty: states of the text that says nothing, `[S,X]`.
+  """
+  model = UNet(config.unet)
 
   def predict(params, noised, times, condition):
     return model.apply({"params": params}, noised, times, condition)
 
-  losses = DenoisingLosses(predict, config.schedule, config.drop, parts.states(parts.rows([""]))[0])
+  return DenoisingLosses(predict, config.schedule, config.drop, empty)
+
+
+def unet_learner(config: Generator, losses: DenoisingLosses, length: int, partitioner) -> Learner:
+  """The learner of the stage `unet`; `length` is that of texts in tokens."""
+  return supervised(
+    unet_init(UNet(config.unet), length), losses, config.unet_fit.optimizer, keyed=True,
+    partitioner=partitioner)
+
+
+def fit_unet(
+  context: pipeline.StageContext, config: Generator, prepared: Prepared, seed: int, partitioner
+) -> None:
+  """Stage `unet`."""
+  parts = Parts(context.input(TOWERS), config, prepared, partitioner)
+  num = prepared.num_train
+  # Every different caption once.
+  distinct, which = np.unique(np.array(prepared.captions[:num]), return_inverse=True)
+  states = parts.states(parts.rows(distinct.tolist()))
+  losses = unet_losses(config, parts.states(parts.rows([""]))[0])
 
   def rows(index):
-    return {"clean": clean[index], "condition": states[which[index]], "example_id": index}
+    clean = prepared.pictures[index].astype(np.float32) / 127.5 - 1
+    return {"clean": clean, "condition": states[which[index]], "example_id": index}
 
   fitting.fit(
     context, config.unet_fit,
-    supervised(unet_init(model, parts.length), losses, config.unet_fit.optimizer, keyed=True,
-               partitioner=partitioner),
+    unet_learner(config, losses, parts.length, partitioner),
     Ahead(Epochs(rows, num, config.unet_fit.batch_size, seed)), seed, partitioner)
 
 
@@ -358,10 +312,9 @@ def imaginer(parts: Parts, unet_folder: Path, partitioner) -> Imaginer:
   """Draws with the finished models."""
   config, model = parts.config, UNet(parts.config.unet)
   params: dict[str, Any] = {
-    "text": parts.clip_params["text"], "autoencoder": parts.autoencoder_params,
-    "unet": fitting.fitted(
+    "text": parts.clip_params["text"], "unet": fitting.fitted(
       unet_folder, config.unet_fit, unet_init(model, parts.length), partitioner)}
   return Imaginer(
-    DiffusionModels(parts.text, model, parts.autoencoder, config.schedule), params, config.sampler,
-    config.guidance, config.autoencoder.sample_size, partitioner,
-    batch_size=config.batch_size, decoded_at_once=config.batch_size)
+    DiffusionModels(parts.text, model, None, config.schedule), params, config.sampler,
+    config.guidance, config.unet.sample_size, partitioner, batch_size=config.batch_size,
+    decoded_at_once=config.batch_size)

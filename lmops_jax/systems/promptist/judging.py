@@ -33,7 +33,7 @@ from lmops_jax.systems.promptist.world import STAGE as WORLD
 from lmops_jax.systems.promptist.world import Prepared
 from lmops_jax.training.reinforce.rewards import Rollout
 
-STAGES = (WORLD, generator.AUTOENCODER, generator.TOWERS, quality.STAGE, generator.UNET)
+STAGES = (WORLD, generator.TOWERS, quality.STAGE, generator.UNET)
 
 
 @component(module="promptist")
@@ -70,7 +70,7 @@ def _opened(
 ) -> tuple[Parts, DrawnImages]:
   """The generator of finished stages; those that follow each other share its compiled program."""
   by_name = dict(zip(STAGES, folders))
-  parts = Parts(by_name, config, Prepared(by_name[WORLD]), partitioner)
+  parts = Parts(by_name[generator.TOWERS], config, Prepared(by_name[WORLD]), partitioner)
   return parts, DrawnImages(
     generator.imaginer(parts, by_name[generator.UNET], partitioner), parts.rows, made_of,
     whole_batches=True)

@@ -20,7 +20,7 @@ from lmops_jax.systems.promptist.fitting import Fit
 from lmops_jax.systems.promptist.judging import Judge
 from lmops_jax.systems.promptist.world import Prepared, World
 from lmops_jax.training import loop, losses, reinforce
-from lmops_jax.training.learner import supervised
+from lmops_jax.training.learner import Learner, supervised
 from lmops_jax.training.reinforce.rollouts import Question, Rollouts
 from lmops_jax.training.reinforce.updates import Updating
 from lmops_jax.training.sources import Epochs
@@ -81,6 +81,15 @@ class Policy:
     return Fit(self.optimizer, self.num_updates, self.batch_size, self.checkpoint_every)
 
 
+def sft_learner(
+  config: Fit, model: Transformer, loss, partitioner, accumulate: int = 1
+) -> Learner:
+  """What training on pairs descends."""
+  return supervised(
+    loop.initializer(model), loss, config.optimizer, accumulate=accumulate,
+    check_batch=loss.check_batch, partitioner=partitioner)
+
+
 def run_sft(
   context: pipeline.StageContext, config: Policy, of_world: World, seed: int, partitioner
 ) -> None:
@@ -95,10 +104,6 @@ def run_sft(
     rows_lib.build(part, config.length, pad_id=tokenizer.eos_id, pack=False, too_long="error",
                    name="pairs") for part in parts)
   loss = losses.weighted_example_losses(losses.lm_example_losses(model))
-  learner = supervised(
-    loop.initializer(model), loss, config.sft.optimizer, check_batch=loss.check_batch,
-    partitioner=partitioner)
-
   size = config.sft.batch_size
 
   def validation(params):
@@ -109,7 +114,7 @@ def run_sft(
       multiple_of=partitioner.num_batch_shards)}
 
   fitting.fit(
-    context, config.sft, learner,
+    context, config.sft, sft_learner(config.sft, model, loss, partitioner),
     Epochs(train.batch, len(train), config.sft.batch_size, seed, whole=True), seed, partitioner,
     hooks=[loop.Evaluate("validation", config.eval_every, validation)])
 
@@ -131,7 +136,8 @@ def run_rl(
     Responder(config.exploration, model, tokenizer, partitioner), judge,
     batch_size=config.batch_size, seed=seed, prompt_length=config.prompt_length,
     response_length=config.exploration.options.max_new_tokens, end_id=tokenizer.eos_id,
-    group_size=config.algorithm.group_size, partitioner=partitioner,
+    group_size=config.algorithm.group_size,
+    live_blocks=reinforce.updates.live_blocks(config.algorithm), partitioner=partitioner,
     journal=context.directory / JOURNAL, max_kl=config.max_kl)
   result = loop.train(
     reinforce.updates.learner(config.algorithm, model, config.optimizer, partitioner), rollouts,

@@ -68,7 +68,7 @@ def run(
     "kl": [records[-1]["kl"] for records in training.values()],
     "generator": {
       name: context.manifest(name)["extra"]["tested"]
-      for name in (generator.AUTOENCODER, generator.TOWERS, quality.STAGE)},
+      for name in (generator.TOWERS, quality.STAGE)},
     "stages": report.costs,
   }
   hacked = worst_kept(context.input(next(iter(runs.values())).rl) / policy.JOURNAL)
@@ -202,8 +202,7 @@ def _page(report, summary, rows, training, hacked, images) -> html.Report:
         figures=[report.figure(
           "hacked", before_and_after(_hacked(hacked, images)), "The rewrite and its pictures.")]),
       html.Section(
-        "The generator", f"The autoencoder explains {tested['autoencoder']['explained']:.0%} of "
-        f"pictures' variance. Towers name the right one of 48 contents of "
+        "The generator", f"Towers name the right one of 48 contents of "
         f"{tested['towers']['content_named']:.0%} of pictures they have not seen (cosine "
         f"{tested['towers']['cosine_of_right']:.2f}, of wrong contents "
         f"{tested['towers']['cosine_of_others']:.2f}). The quality head's correlation with ratings "

@@ -26,7 +26,10 @@ from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.model import PretrainedModel
 from lmops_jax.shared_stages import fine_tuning
 from lmops_jax.shared_stages.fine_tuning import TRAIN, VALIDATION
+from lmops_jax.sizing.budget import Phase
 from lmops_jax.stages import pipeline, skeleton
+from lmops_jax.systems.promptist import plan
+from lmops_jax.systems.promptist.fitting import Fit
 
 SELECTIONS = ("step", "nll")
 EXPORTED = "transformers"  # the folder within the stage `export`
@@ -113,6 +116,14 @@ class SupervisedTuning:
                      result="model for transformers"),
       skeleton.Stage("report", self._report, inputs=("prepare", "train"), together=False),
     ]
+
+  def phases(self, partitioner, memory, *, platform: str, **sizes) -> list[Phase]:
+    """What training takes; see `commands.plans.Planned`. Pairs are not read."""
+    fit = Fit(self.optimizer, self.num_steps, self.batch_size)
+    return [plan.tuning_phase(
+      "train", fit, self.init.model, self.length,
+      f"{self.batch_size} sequences in {self.accumulate} micro-batches", partitioner, platform,
+      accumulate=self.accumulate, setting="promptist.SFT.batch_size")]
 
   def _prepare(self, context: pipeline.StageContext) -> None:
     tokenizer = self.init.tokenizer()

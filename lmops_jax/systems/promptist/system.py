@@ -1,4 +1,4 @@
-"""Promptist as stages: world, autoencoder, towers, quality, unet, fixed; by seed sft, rl, evaluate.
+"""Promptist as stages: world, towers, quality, unet, fixed; by seed sft, rl, evaluate.
 
 The stages of the generator do not depend on the policy's settings, so a second run with other ones
 in the same workdir uses it again.
@@ -14,8 +14,9 @@ from typing import Any
 from lmops_jax.config.setting_types import Seed, Seeds, component
 from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
+from lmops_jax.sizing.budget import Phase
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.systems.promptist import arms, generator, policy, quality, report, world
+from lmops_jax.systems.promptist import arms, generator, plan, policy, quality, report, world
 from lmops_jax.systems.promptist.judging import STAGES as JUDGED_BY
 from lmops_jax.systems.promptist.judging import Judge, Judging
 from lmops_jax.systems.promptist.world import Prepared
@@ -66,18 +67,14 @@ class Promptist:
     stages = [
       skeleton.Stage(world.STAGE, self._world, reads=("world",), together=False),
       skeleton.Stage(
-        generator.AUTOENCODER, functools.partial(self._autoencoder, seed=seed, **bound),
-        inputs=(world.STAGE,), seed=seed,
-        reads=("generator.autoencoder", "generator.autoencoder_fit", "generator.kl_weight")),
-      skeleton.Stage(
         generator.TOWERS, functools.partial(self._towers, seed=seed), inputs=(world.STAGE,),
         seed=seed, reads=("generator.towers", "generator.towers_fit")),
       skeleton.Stage(
         quality.STAGE, functools.partial(self._quality, **bound),
-        inputs=(world.STAGE, generator.AUTOENCODER, generator.TOWERS)),
+        inputs=(world.STAGE, generator.TOWERS)),
       skeleton.Stage(
         generator.UNET, functools.partial(self._unet, seed=seed, **bound),
-        inputs=(world.STAGE, generator.AUTOENCODER, generator.TOWERS), seed=seed,
+        inputs=(world.STAGE, generator.TOWERS), seed=seed,
         reads=("generator.unet", "generator.unet_fit", "generator.schedule", "generator.drop")),
       skeleton.Stage(
         arms.FIXED, functools.partial(self._fixed, **bound), inputs=JUDGED_BY,
@@ -113,30 +110,31 @@ class Promptist:
         inputs=(*JUDGED_BY, run.sft, run.rl), reads=("evaluation", *self._drawing)),
     ], run
 
+  def phases(self, partitioner, memory, *, platform: str, **sizes) -> list[Phase]:
+    """What training takes; see `commands.plans.Planned`. The vocabulary counts at its largest."""
+    return plan.phases(
+      self.generator, self.policy, self.judging, world.MOST_IDS, len(self.seeds), partitioner,
+      platform)
+
   def _world(self, context: pipeline.StageContext) -> None:
     world.run(context, self.world)
 
   def _prepared(self, context: pipeline.StageContext) -> Prepared:
     return Prepared(context.input(world.STAGE))
 
-  def _autoencoder(self, context: pipeline.StageContext, seed, partitioner) -> None:
-    generator.fit_autoencoder(
-      context, self.generator, self._prepared(context), seed, partitioner)
-
   def _towers(self, context: pipeline.StageContext, seed) -> None:
-    # A step contrasts one group of pictures, which is not split over devices.
-    generator.fit_towers(
-      context, self.generator, self._prepared(context), seed,
-      meshes.single_device())
+    generator.fit_towers(context, self.generator, self._prepared(context), seed)
+    fit = self.generator.towers_fit
+    context.flops = fit.num_steps * plan.towers_flops(self.generator.towers, fit.batch_size)
 
   def _quality(self, context: pipeline.StageContext, partitioner) -> None:
-    folders = {name: context.input(name) for name in (generator.TOWERS, generator.AUTOENCODER)}
-    quality.run(
-      context, generator.Parts(folders, self.generator, self._prepared(context), partitioner))
+    quality.run(context, generator.Parts(
+      context.input(generator.TOWERS), self.generator, self._prepared(context), partitioner))
 
   def _unet(self, context: pipeline.StageContext, seed, partitioner) -> None:
     generator.fit_unet(
       context, self.generator, self._prepared(context), seed, partitioner)
+    context.flops = self.generator.unet_fit.num_steps * plan.unet_flops(self.generator)
 
   def _judge(self, context: pipeline.StageContext, judging: Judging, partitioner) -> Judge:
     return Judge(context, self.generator, judging, partitioner, context.directory / _CACHE)
@@ -148,11 +146,17 @@ class Promptist:
 
   def _sft(self, context: pipeline.StageContext, seed, partitioner) -> None:
     policy.run_sft(context, self.policy, self.world, seed, partitioner)
+    model = self.policy.built(self._prepared(context)).config
+    context.flops = self.policy.sft.num_steps * plan.sft_flops(
+      self.policy.sft.batch_size, self.policy.length, model)
 
   def _rl(self, context: pipeline.StageContext, run, seed, partitioner) -> None:
     policy.run_rl(
       context, self.policy, self._judge(context, self.judging, partitioner),
       context.input(run.sft), seed, partitioner)
+    model = self.policy.built(self._prepared(context)).config
+    context.flops = self.policy.num_updates * plan.rl_flops(
+      self.policy, model, self.generator, self.judging)
 
   def _evaluate(self, context: pipeline.StageContext, run, partitioner) -> None:
     arms.run_policies(

@@ -28,7 +28,7 @@ STAGE = "world"
 IN_DOMAIN, OUT_OF_DOMAIN = "in domain", "out of domain"
 _TOKENIZER, _PICTURES, _FACTS = "tokenizer", "pictures.npy", "facts.json"
 _END = "<|endoftext|>"
-_MOST_IDS = 768  # 256 bytes, an end, and merges until every word is one token
+MOST_IDS = 768  # 256 bytes, an end, and merges until every word is one token
 
 
 @component(module="promptist")
@@ -161,7 +161,7 @@ def write_tokenizer(folder: Path, texts: list[str]) -> Tokenizer:
   made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = decoders.ByteLevel()
   made.train_from_iterator(sorted(texts), trainers.BpeTrainer(
-    vocab_size=_MOST_IDS, special_tokens=[_END], show_progress=False,
+    vocab_size=MOST_IDS, special_tokens=[_END], show_progress=False,
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
   made.post_processor = processors.TemplateProcessing(
     single=f"$A {_END}", special_tokens=[(_END, made.token_to_id(_END))])

@@ -149,7 +149,8 @@ class Reinforce:
       Responder(self.exploration, model, tokenizer, partitioner), self.reward,
       batch_size=self.batch_size, seed=self.seed, prompt_length=self.prompt_length,
       response_length=self.exploration.options.max_new_tokens, end_id=end_id,
-      group_size=self.algorithm.group_size, partitioner=partitioner,
+      group_size=self.algorithm.group_size, live_blocks=updates.live_blocks(self.algorithm),
+      partitioner=partitioner,
       journal=context.directory / ROLLOUTS, min_kl=self.min_kl, max_kl=self.max_kl)
     result = loop.train(
       updates.learner(self.algorithm, model, self.optimizer, partitioner), source, self.num_steps,

@@ -65,6 +65,15 @@ def gae(rewards, values, mask, gamma: float = 1.0, lam: float = 0.95):
   return advantages, advantages + values
 
 
+def with_padding(mask) -> jax.Array:
+  """1 in all columns that the longest response of the batch reaches, like the mask.
+
+  Promptist's code whitens over these, where values behind a response's end are 0, so that the scale
+  of advantages depends on the other lengths of the batch.
+  """
+  return jnp.broadcast_to(jnp.max(mask, axis=0), mask.shape)
+
+
 def whiten(values, mask) -> jax.Array:
   """`(x - mean) / sqrt(variance + 1e-8)` over the whole batch where the mask is 1, 0 elsewhere.
 

@@ -34,18 +34,23 @@ class PPO:
   defaults are those of Promptist (arXiv:2212.09611).
 
   Attributes:
-    num_epochs, num_minibatches, accumulate, num_unfrozen_blocks: see `updates.Updating`.
+    num_epochs, num_minibatches, accumulate, num_unfrozen_blocks, live_trunk: see
+      `updates.Updating`; the last is what Promptist's code does.
     clip: how far a ratio of probabilities may leave 1.
     value_clip: how far a value may leave the old one; None for any distance.
     gamma, lam: of `advantages.gae`.
     value_weight: factor of the values' loss.
     entropy_weight: factor of the entropy, which is rewarded.
     whiten: whiten the advantages over the batch.
+    whiten_padding: count places behind a response's end as advantages of 0 in that, see
+      `advantages.with_padding`.
     kl: chooses the coefficient of the penalty.
     kl_at_end: see `advantages.token_rewards`.
     learn_cut_ends: whether the end of a response that was cut, which the policy did not choose,
       counts in the policy's loss.
     shared_trunk: let the values be a head on the policy's trunk, not a model of their own.
+    late_values: let the loss read values of the text up to a token, where returns are of the text
+      in front of it, as Promptist's code does; they are then learned one token late.
   """
 
   num_epochs: PositiveInt = 4
@@ -58,11 +63,14 @@ class PPO:
   value_weight: NonNegative = 2.3
   entropy_weight: NonNegative = 0.0
   whiten: bool = True
+  whiten_padding: bool = False
   kl: KLControl = FixedKL()
   kl_at_end: Literal[advantages_lib.AT_END] = "add"
   learn_cut_ends: bool = True
   shared_trunk: bool = False
+  late_values: bool = False
   num_unfrozen_blocks: PositiveInt | None = None
+  live_trunk: bool = False
   group_size = 1
 
   @property
@@ -79,7 +87,8 @@ class PPO:
     advantages, returns = advantages_lib.gae(rewards, values, mask, self.gamma, self.lam)
     policy_mask = mask if self.learn_cut_ends else _chosen_tokens(mask, batch["is_cut"])
     if self.whiten:
-      advantages = advantages_lib.whiten(advantages, policy_mask)
+      over = advantages_lib.with_padding(policy_mask) if self.whiten_padding else policy_mask
+      advantages = advantages_lib.whiten(jnp.where(policy_mask > 0, advantages, 0), over)
     errors = jnp.sum(jnp.square(returns - values) * mask) / jnp.sum(mask)
     return {
       **batch, "policy_mask": policy_mask, "old_values": values, "advantages": advantages,
@@ -96,7 +105,7 @@ class PPO:
   def objective(self, networks, params, rows, coefficient):
     """See `updates.Updating`: policy loss + `value_weight` value loss - `entropy_weight` entropy.
     """
-    found = networks.evaluate(params, rows)
+    found = networks.evaluate(params, rows, self.late_values)
     policy, sums = _policy_loss(found, rows, self.clip, self.clip)
     value = jnp.sum(rows["value_weights"] * objectives.clipped_value_loss(
       found.values, rows["old_values"], rows["returns"], self.value_clip))
@@ -114,7 +123,8 @@ class GRPO:
 
   Attributes:
     group_size: responses to each prompt.
-    num_epochs, num_minibatches, accumulate, num_unfrozen_blocks: see `updates.Updating`.
+    num_epochs, num_minibatches, accumulate, num_unfrozen_blocks, live_trunk: see
+      `updates.Updating`.
     clip_low, clip_high: how far a ratio of probabilities may leave 1 downwards and upwards.
     by_spread: divide advantages by their group's standard deviation.
     mean: the mean of the loss over a batch, see `objectives.mean_weights`.
@@ -134,6 +144,7 @@ class GRPO:
   entropy_weight: NonNegative = 0.0
   learn_cut_ends: bool = True
   num_unfrozen_blocks: PositiveInt | None = None
+  live_trunk: bool = False
   values = "none"
 
   def prepare(self, networks, params, batch, coefficient):
@@ -178,4 +189,5 @@ def _policy_loss(found, rows, low, high):
     "entropy": jnp.sum(weights * found.entropy),
     "clipped": jnp.sum(weights * objectives.clipped_share(*ratio_parts, low, high)),
     "drift": jnp.sum(weights * objectives.reference_penalty(old, found.log_probs)),
+    "gain": jnp.sum(found.log_probs - old),
   }

@@ -70,11 +70,22 @@ class Networks:
     trunk = jax.tree.map(jnp.copy, trunk_of(policy, fresh["trunk"]))
     return {"policy": policy, "value": {"trunk": trunk, "head": fresh["head"]}}
 
-  def evaluate(self, params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Evaluated:
-    """Everything that a loss reads."""
+  def evaluate(
+    self, params: Mapping[str, Any], batch: Mapping[str, jax.Array], late_values: bool = False
+  ) -> Evaluated:
+    """Everything that a loss reads.
+
+    Args:
+      params, batch: see the module.
+      late_values: take the values one column late: of the text that ends in a token, not of the one
+        in front of it.
+    """
     states = _states(self.model, params["policy"], batch)
     log_probs, entropy = losses.of_logits(
       _log_probs_and_entropy, self.model, params["policy"], states, batch["targets"])
+    if late_values:
+      later = _with_last_column(batch)
+      return Evaluated(log_probs, entropy, self.value(params, later))
     return Evaluated(log_probs, entropy, self._values(params, batch, states))
 
   def value(self, params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -93,11 +104,34 @@ class Networks:
     return values[:, -batch["targets"].shape[1]:]
 
 
-def log_probs(model: Transformer, params, batch: Mapping[str, jax.Array]) -> jax.Array:
-  """Nats of a batch's responses under one policy, `[B,R] float32`."""
+def log_probs(
+  model: Transformer, params, batch: Mapping[str, jax.Array], head: Any = None
+) -> jax.Array:
+  """Nats of a batch's responses under one policy, `[B,R] float32`.
+
+  Args:
+    head: parameters whose output matrix is used; None takes those of `params`.
+  """
   states = _states(model, params, batch)
-  nats = losses.of_logits(losses.cross_entropy, model, params, states, batch["targets"])
+  head = params if head is None else head
+  nats = losses.of_logits(losses.cross_entropy, model, head, states, batch["targets"])
   return -nats
+
+
+def on_live_trunk(params: Mapping[str, Any], reference: Mapping[str, Any], num_blocks: int):
+  """The reference as Promptist's code has it: its top blocks and last norm on the policy's trunk.
+
+  The policy's embeddings learn, so this reference drifts with them. Its output matrix is the
+  reference's own, see `log_probs`.
+
+  Args:
+    params: the policy's. reference: what it began as. num_blocks: blocks of the reference.
+  """
+  mixed = jax.tree.map(
+    lambda live, kept: jnp.concatenate([live[: len(live) - num_blocks], kept[-num_blocks:]]),
+    params["layers"], reference["layers"])
+  top = {"final_norm": reference["final_norm"]} if "final_norm" in reference else {}
+  return {**params, "layers": mixed, **top}
 
 
 def top_blocks_only(
@@ -131,6 +165,16 @@ def top_blocks_only(
 
 def _inputs(batch):
   return batch["tokens"], batch["positions"], batch["segment_ids"]
+
+
+def _with_last_column(batch):
+  """The batch with the last token of each row, so that its last R columns lie one further right."""
+  last = batch["loss_mask"][:, -1:].astype(jnp.int32)
+  positions = batch["positions"]
+  return {
+    **batch, "tokens": jnp.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1),
+    "segment_ids": jnp.concatenate([batch["segment_ids"], last], axis=1),
+    "positions": jnp.concatenate([positions, positions[:, -1:] + last], axis=1)}
 
 
 def _states(model, params, batch):

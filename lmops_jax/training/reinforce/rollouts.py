@@ -87,6 +87,8 @@ class Rollouts:
     response_length: most new tokens, R - 1.
     end_id: the end token of responses that were cut.
     group_size: responses taken of each question, at random from those that `respond` gives.
+    live_blocks: let the reference be its top blocks on the policy's trunk, see
+      `networks.on_live_trunk`; None is all of it.
     partitioner: the partitioner of the run; None is one device.
     journal: a file that gets every rollout as a JSON line; None for none.
     min_kl, max_kl: the nats a response by which the policy may have left the reference, a batch's
@@ -103,8 +105,9 @@ class Rollouts:
   def __init__(
     self, model: Transformer, reference, questions: Sequence[Question], respond: Respond,
     reward: Reward, *, batch_size: int, seed: int, prompt_length: int, response_length: int,
-    end_id: int, group_size: int = 1, partitioner: Partitioner | None = None,
-    journal: Path | None = None, min_kl: float | None = None, max_kl: float | None = None,
+    end_id: int, group_size: int = 1, live_blocks: int | None = None,
+    partitioner: Partitioner | None = None, journal: Path | None = None,
+    min_kl: float | None = None, max_kl: float | None = None,
   ):
     _check(model.config, questions, batch_size, prompt_length, response_length, group_size)
     self._questions, self._respond, self._reward = list(questions), respond, reward
@@ -115,7 +118,7 @@ class Rollouts:
     self._min_kl = -np.inf if min_kl is None else min_kl
     self._max_kl = np.inf if max_kl is None else max_kl
     self._journal = None if journal is None else Journal(_own(journal))
-    self._log_probs = _log_probs_of(model, self._partitioner)
+    self._log_probs = _log_probs_of(model, self._partitioner, live_blocks)
 
   def batch(self, step: int, params: Any = None) -> dict[str, np.ndarray]:
     """The rollouts of a step.
@@ -199,7 +202,7 @@ class Rollouts:
     """Log-probabilities under the policy and the reference, from one program: equal if they are."""
     batch = self._partitioner.place_rows(arrays)
     with self._partitioner.activate():
-      found = [np.asarray(self._log_probs(p, batch)) for p in (params, self._reference)]
+      found = [np.asarray(self._log_probs(p, params, batch)) for p in (params, self._reference)]
     return dict(zip(("log_probs", "reference"), found))
 
   def _check_kl(self, kl: float) -> None:
@@ -212,10 +215,17 @@ class Rollouts:
 
 
 @functools.lru_cache(maxsize=16)
-def _log_probs_of(model, partitioner):
-  """The jitted log-probabilities; sources of one model and mesh share the compiled program."""
-  return jax.jit(
-    functools.partial(networks.log_probs, model), out_shardings=partitioner.replicated)
+def _log_probs_of(model, partitioner, live_blocks):
+  """The jitted log-probabilities of `(parameters, the policy's, batch)`; sources of one model and
+  mesh share the compiled program."""
+
+  def log_probs(params, policy, batch):
+    if live_blocks is None:
+      return networks.log_probs(model, params, batch)
+    mixed = networks.on_live_trunk(policy, params, live_blocks)
+    return networks.log_probs(model, mixed, batch, params)
+
+  return jax.jit(log_probs, out_shardings=partitioner.replicated)
 
 
 def _content(answer: Answer) -> Sequence[int]:

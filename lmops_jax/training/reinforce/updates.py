@@ -52,6 +52,8 @@ class Updating(Protocol):
     accumulate: micro-batches of an optimizer step; it changes memory, not results.
     kl: chooses the coefficient of the penalty.
     num_unfrozen_blocks: the policy's top blocks that learn; None is all.
+    live_trunk: whether the reference is these blocks, as they were, on the policy's trunk, which
+      its embeddings move; else all of the policy as it was.
     values: what kind of value model there is, see `Networks`.
   """
 
@@ -61,6 +63,7 @@ class Updating(Protocol):
   accumulate: int
   kl: KLControl
   num_unfrozen_blocks: int | None
+  live_trunk: bool
   values: str
 
   def prepare(
@@ -74,7 +77,11 @@ class Updating(Protocol):
   def objective(
     self, networks: Networks, params: Any, rows: Mapping[str, jax.Array], coefficient: jax.Array,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a micro-batch, and figures; both add up over the micro-batches of a step."""
+    """The loss of a micro-batch, and figures; both add up over the micro-batches of a step.
+
+    The figure `gain`, which is not recorded, is the sum over all rows and places of what
+    log-probabilities have gained since the batch was written.
+    """
 
 
 def learner(
@@ -101,6 +108,11 @@ def learner(
     )
   num_shards, device_rows = (
     (1, None) if partitioner is None else (partitioner.num_batch_shards, partitioner.device_rows))
+  if algorithm.live_trunk and unfrozen is None:
+    raise ValueError(
+      "live_trunk=True lets the reference's top blocks stand on the policy's trunk, and "
+      "num_unfrozen_blocks=None says of none how many; set it, to 2 as in Promptist's code."
+    )
   init, step = _functions(algorithm, model, optimizer, num_shards, device_rows)
   settings = {
     "algorithm": type(algorithm).__name__, **dataclasses.asdict(algorithm),
@@ -108,6 +120,11 @@ def learner(
   }
   check = functools.partial(check_batch, vocab_size=model.config.vocab_size)
   return Learner(init, step, _policy, check, settings)
+
+
+def live_blocks(algorithm: Updating) -> int | None:
+  """What `rollouts.Rollouts` takes as its `live_blocks`."""
+  return algorithm.num_unfrozen_blocks if algorithm.live_trunk else None
 
 
 def _policy(state: State) -> Any:
@@ -147,8 +164,12 @@ def _functions(algorithm, model, optimizer, num_shards: int, device_rows: Device
       sums["grad_norm"] = optax.tree.norm(grads)
       return dynamics.apply_update(optimizer.update, held, grads), sums
 
+    def followed(coefficient, gain):
+      return algorithm.kl.after(coefficient, gain / size, size), None
+
     held, found = jax.lax.scan(update, dynamics.State(state.params, state.opt_state), order)
     is_finite = jnp.all(jnp.isfinite(found["objective"]) & jnp.isfinite(found["grad_norm"]))
+    gains = found.pop("gain")
     found = {name: jnp.mean(values) for name, values in found.items()}
     kl = _kl(batch)
     sums = {
@@ -162,7 +183,10 @@ def _functions(algorithm, model, optimizer, num_shards: int, device_rows: Device
       "num_tokens": jnp.sum(batch["loss_mask"]),
       "nonfinite": 1 - is_finite.astype(jnp.int32),
     }
-    coefficient = algorithm.kl.after(state.coefficient, kl, num_rows)
+    if algorithm.kl.follows == "updates":
+      coefficient, _ = jax.lax.scan(followed, state.coefficient, gains)
+    else:
+      coefficient = algorithm.kl.after(state.coefficient, kl, num_rows)
     return State(*held, jnp.asarray(coefficient, jnp.float32)), sums
 
   return init, step

@@ -26,8 +26,8 @@ def tokenizer(tmp_path_factory):
 def test_every_stage_reads_what_it_depends_on():
   system = resolve.load([FILE]).build()
   names = [stage.name for stage in system.stages(None)]
-  assert names == ["world", "autoencoder", "towers", "quality", "unet", "fixed", "sft/seed0",
-                   "rl/seed0", "evaluate/seed0", "report"]
+  assert names == ["world", "towers", "quality", "unet", "fixed", "sft/seed0", "rl/seed0",
+                   "evaluate/seed0", "report"]
 
 
 @pytest.mark.parametrize("binding,changed", [
@@ -50,7 +50,8 @@ def test_other_settings_leave_the_generator_as_it_is(binding, changed):
 
 
 @pytest.mark.parametrize("binding,message", [
-  ("models.UNetConfig.in_channels = 3", "unet.in_channels=3 and autoencoder.latent_channels is 4"),
+  ("models.UNetConfig.in_channels = 4", "unet.in_channels=4 and the number of colours is 3"),
+  ("models.UNetConfig.sample_size = 8", "unet.sample_size=8 and the pictures' side is 16"),
   ("models.UNetConfig.context_width = 32", "unet.context_width=32 and towers.text.width is 64"),
   ("data.StyledPictures.side = 32", "towers.vision.image_size=16 and the pictures' side is 32"),
   ("promptist.Policy.length = 128", "length=128 are longer")])
