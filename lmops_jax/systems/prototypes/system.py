@@ -87,8 +87,9 @@ class Study:
         inputs=(ROWS, *before), reads=(*model, "encoding")),
     ]
     fits = []
-    for seed in self.seeds:
-      for size in sorted(self.sizes):
+    # Programs are made for a size, so that all seeds of one come before the next.
+    for size in sorted(self.sizes):
+      for seed in self.seeds:
         for i, method in enumerate(self.methods):
           name = f"fit/{method.label}/{size}/seed{seed}"
           fits.append((method.label, size, seed, name))
