@@ -18,14 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmops_jax.config.setting_types import Name, PositiveInt, component
+from lmops_jax.config.setting_types import Count, Name, PositiveInt, component
 from lmops_jax.models.partitioning import unboxed
-from lmops_jax.systems.prototypes import learning, mixture
+from lmops_jax.systems.prototypes import learning, mixture, stopping
 from lmops_jax.systems.prototypes.encoding import Encoded, Encoder
 from lmops_jax.systems.prototypes.learning import Growth
-from lmops_jax.training import loop
-from lmops_jax.training.learner import Learner, supervised
-from lmops_jax.training.records import Records
+from lmops_jax.training.learner import supervised
 from lmops_jax.training.sources import Epochs
 
 
@@ -90,6 +88,8 @@ class Prototypical:
     growth: how prototypes begin, come and go.
     num_epochs: over the rows.
     batch_size: rows of a step, fewer if there are fewer.
+    patience: epochs without a better loss of held-out rows after which it ends, see `stopping`; 0
+      goes through all epochs. While prototypes come in, the loss often rises for an epoch or two.
   """
 
   optimizer: optax.GradientTransformation
@@ -97,10 +97,12 @@ class Prototypical:
   growth: Growth = Growth()
   num_epochs: PositiveInt = 10
   batch_size: PositiveInt = 32
+  patience: Count = 0
 
   def fit(self, material: Material) -> Fitted:
     """See `Method`."""
-    m, source = material, _source(material, self.batch_size)
+    m, held = stopping.parted(material, self.patience)
+    source = _source(m, self.batch_size)
     per_epoch = len(m.targets) // source.batch_size
     edges = () if m.num_classes else tuple(
       learning.bin_edges(m.targets, self.growth.bins).tolist())
@@ -108,25 +110,23 @@ class Prototypical:
       m.encoder.init_top, m.encoder.vectors, self.optimizer, self.growth,
       width=m.encoder.width, num_classes=m.num_classes, steps_per_epoch=per_epoch,
       num_epochs=self.num_epochs, edges=edges)
-
-    def start():
-      first = learning.first_prototypes(
-        m.encoder.all_vectors(m.top, m.train), m.targets, m.num_classes, self.growth,
-        self.growth.steps_of_window(per_epoch), m.seed)
-      return {"encoder": m.top, **first}
-
-    done = train(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
-    params = jax.device_get(learner.params(done.state))
+    first = learning.first_prototypes(
+      m.encoder.all_vectors(m.top, m.train), m.targets, m.num_classes, self.growth,
+      self.growth.steps_of_window(per_epoch), m.seed)
+    tell = functools.partial(told, m.encoder, num_classes=m.num_classes)
+    done = stopping.train(
+      learner, source, self.num_epochs, per_epoch, m, lambda: {"encoder": m.top, **first},
+      self.patience, held and (lambda params: stopping.mean_loss(tell(params, held[0]), held[1])))
+    params = done.params
     table = params["table"]
     figures = {
       "prototypes": int(table.active.sum()), "created": int(table.created),
       "pruned": int(table.pruned), "suppressed": int(table.suppressed), "seconds": done.seconds,
       **{name: done.history[-1][name] for name in ("threshold", "variance", "spread")}}
-    predict = functools.partial(told, m.encoder, params, m.num_classes)
-    return Fitted(predict, figures, tuple(done.history), params)
+    return Fitted(functools.partial(tell, params), figures, done.history, params)
 
 
-def told(encoder: Encoder, params: Mapping[str, Any], num_classes: int | None, rows: Encoded):
+def told(encoder: Encoder, params: Mapping[str, Any], rows: Encoded, num_classes: int | None):
   """What trained prototypes say of rows: log-probabilities `[N,C]`, or values `[N]`."""
   vectors = encoder.all_vectors(params["encoder"], rows)
   found = []
@@ -145,17 +145,19 @@ class Head:
 
   Attributes:
     optimizer: of the encoder's trained layers and of the head.
-    label, num_epochs, batch_size: as `Prototypical` has them.
+    label, num_epochs, batch_size, patience: as `Prototypical` has them.
   """
 
   optimizer: optax.GradientTransformation
   label: Name = "raw"
   num_epochs: PositiveInt = 10
   batch_size: PositiveInt = 32
+  patience: Count = 0
 
   def fit(self, material: Material) -> Fitted:
     """See `Method`."""
-    m, source = material, _source(material, self.batch_size)
+    m, held = stopping.parted(material, self.patience)
+    source = _source(m, self.batch_size)
     per_epoch = len(m.targets) // source.batch_size
     init, losses = _head(m.encoder, m.num_classes)
     learner = supervised(init, losses, self.optimizer, keyed=True, partitioner=m.partitioner)
@@ -164,14 +166,14 @@ class Head:
       fresh = jax.tree.map(np.asarray, unboxed(init(jax.random.key(m.seed))))
       return {**fresh, "encoder": m.top}
 
-    done = train(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
-    params = jax.device_get(learner.params(done.state))
-
-    def predict(rows):
+    def tell(params, rows):
       said = m.encoder.all_vectors(params["encoder"], rows) @ params["kernel"] + params["bias"]
-      return np.asarray(jax.nn.log_softmax(said)) if m.num_classes else said[:, 0]
+      return np.asarray(jax.nn.log_softmax(said) if m.num_classes else said[:, 0])
 
-    return Fitted(predict, {"seconds": done.seconds}, tuple(done.history))
+    done = stopping.train(
+      learner, source, self.num_epochs, per_epoch, m, start, self.patience,
+      held and (lambda params: stopping.mean_loss(tell(params, held[0]), held[1])))
+    return Fitted(functools.partial(tell, done.params), {"seconds": done.seconds}, done.history)
 
 
 @functools.lru_cache(maxsize=8)
@@ -287,13 +289,3 @@ def _source(m: Material, batch_size: int) -> Epochs:
       f"{number} rows do not fill a batch on {shards} devices; give more rows, or fewer devices."
     )
   return Epochs(rows, number, size, m.seed)
-
-
-def train(learner: Learner, source, num_steps, per_epoch, m: Material, start) -> loop.TrainResult:
-  """Trains in the material's directory from the parameters that `start` gives."""
-  records = Records(
-    log_every=per_epoch, checkpoint_every=max(50, num_steps // 4), description=m.describe,
-    tensorboard=False)
-  return loop.train(
-    learner, source, num_steps, m.seed, m.directory, m.partitioner, records=records,
-    initial_params=start)
