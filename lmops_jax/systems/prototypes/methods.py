@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmops_jax.config.setting_types import Count, Name, PositiveInt, component
+from lmops_jax.config.setting_types import Count, Name, Positive, PositiveInt, component
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.systems.prototypes import learning, mixture, stopping
 from lmops_jax.systems.prototypes.encoding import Encoded, Encoder
@@ -146,6 +146,7 @@ class Head:
   Attributes:
     optimizer: of the encoder's trained layers and of the head.
     label, num_epochs, batch_size, patience: as `Prototypical` has them.
+    rate_of_head: what the optimizer's updates of the head are multiplied with.
   """
 
   optimizer: optax.GradientTransformation
@@ -153,6 +154,7 @@ class Head:
   num_epochs: PositiveInt = 10
   batch_size: PositiveInt = 32
   patience: Count = 0
+  rate_of_head: Positive = 1.0
 
   def fit(self, material: Material) -> Fitted:
     """See `Method`."""
@@ -160,7 +162,8 @@ class Head:
     source = _source(m, self.batch_size)
     per_epoch = len(m.targets) // source.batch_size
     init, losses = _head(m.encoder, m.num_classes)
-    learner = supervised(init, losses, self.optimizer, keyed=True, partitioner=m.partitioner)
+    optimizer = _with_head(self.optimizer, self.rate_of_head)
+    learner = supervised(init, losses, optimizer, keyed=True, partitioner=m.partitioner)
 
     def start():
       fresh = jax.tree.map(np.asarray, unboxed(init(jax.random.key(m.seed))))
@@ -174,6 +177,19 @@ class Head:
       learner, source, self.num_epochs, per_epoch, m, start, self.patience,
       held and (lambda params: stopping.mean_loss(tell(params, held[0]), held[1])))
     return Fitted(functools.partial(tell, done.params), {"seconds": done.seconds}, done.history)
+
+
+@functools.lru_cache(maxsize=8)
+def _with_head(optimizer: optax.GradientTransformation, rate: float):
+  """The optimizer with updates of all but the encoder multiplied; equal ones give the same."""
+  if rate == 1:
+    return optimizer
+
+  def of_head(params):
+    return {name: jax.tree.map(lambda _, own=name != "encoder": own, tree)
+            for name, tree in params.items()}
+
+  return optax.chain(optimizer, optax.masked(optax.scale(rate), of_head))
 
 
 @functools.lru_cache(maxsize=8)

@@ -64,7 +64,8 @@ def test_each_method_tells_clusters_apart(encoders, method, tmp_path):
 
 
 @pytest.mark.parametrize("method", [
-  Prototypical(adamw(1e-3, weight_decay=0.0), num_epochs=2), Head(OPTIMIZER, num_epochs=2),
+  Prototypical(adamw(1e-3, weight_decay=0.0), num_epochs=2),
+  Head(adamw(1e-3, weight_decay=0.0), num_epochs=3, rate_of_head=20.0),
   Means(adamw(1e-3, weight_decay=0.0), num_epochs=3, num_support=32),
   Contrast(adamw(1e-3, weight_decay=0.0), num_epochs=3)],
   ids=lambda m: m.label)
@@ -83,6 +84,18 @@ def test_trained_layers_move_and_are_kept(encoders, method, tmp_path):
   classifier.save(tmp_path / "kept", fitted.params)
   kept = classifier.load(tmp_path / "kept")
   np.testing.assert_array_equal(told(given.encoder, kept, rows, C), said)
+
+
+def test_the_head_has_a_rate_of_its_own(encoders, tmp_path):
+  rows, _ = clusters(np.random.default_rng(1), 50, 1)
+
+  def said(rate, rate_of_head):
+    optimizer = adamw(rate, b2=0.999, eps=1e-8, weight_decay=0.0)
+    method = Head(optimizer, num_epochs=3, rate_of_head=rate_of_head)
+    return method.fit(material(encoders, 0, tmp_path / f"{rate} {rate_of_head}")).predict(rows)
+
+  np.testing.assert_allclose(said(1e-3, 10.0), said(1e-2, 1.0), rtol=1e-4, atol=1e-5)
+  assert np.abs(said(1e-3, 1.0) - said(1e-2, 1.0)).max() > 0.1
 
 
 @pytest.mark.parametrize("method", [
