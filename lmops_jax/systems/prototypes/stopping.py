@@ -73,9 +73,17 @@ def train(
     patience: epochs without a lower `loss` after which it ends; the epoch of the lowest is kept. 0
       goes through all epochs and keeps the last.
     loss: of the rows that `parted` has held out, by parameters; None as `patience` 0.
+
+  Raises:
+    ValueError: for a run that stops early in several processes.
   """
   num_steps, began = num_epochs * per_epoch, time.monotonic()
   stops = patience > 0 and loss is not None
+  if stops and jax.process_count() > 1:
+    raise ValueError(
+      f"this job has {jax.process_count()} processes, and when to stop is told in one; set "
+      "patience to 0, or start one process."
+    )
   ends = [per_epoch * (1 + i) for i in range(num_epochs)]
   records = Records(
     log_every=per_epoch, checkpoint_every=max(_KEPT_EVERY, num_steps // 4), description=m.describe,

@@ -57,3 +57,9 @@ def test_few_rows_and_lone_ones_are_learned_from(tmp_path):
   lone = given._replace(targets=np.where(np.arange(N) == 9, 2, given.targets), num_classes=3)
   rest, (_, targets) = stopping.parted(lone, 1)
   assert np.sum(rest.targets == 2) == 1 and len(targets) == 51
+
+
+def test_several_processes_do_not_stop_early(tmp_path, monkeypatch):
+  monkeypatch.setattr(stopping.jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="this job has 2 processes"):
+    stopping.train(None, None, 1, 1, None, None, 1, lambda params: 0.0)
