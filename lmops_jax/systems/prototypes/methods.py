@@ -26,6 +26,8 @@ from lmops_jax.systems.prototypes.learning import Growth
 from lmops_jax.training.learner import supervised
 from lmops_jax.training.sources import Epochs
 
+_TOLD_AT_ONCE = 256
+
 
 class Material(NamedTuple):
   """What a method is given.
@@ -127,15 +129,19 @@ class Prototypical:
 
 
 def told(encoder: Encoder, params: Mapping[str, Any], rows: Encoded, num_classes: int | None):
-  """What trained prototypes say of rows: log-probabilities `[N,C]`, or values `[N]`."""
+  """What trained prototypes say of rows: log-probabilities `[N,C]`, or values `[N]`.
+
+  Rows are told in batches of one size, so that what is said of a row depends on no other.
+  """
   vectors = encoder.all_vectors(params["encoder"], rows)
-  found = []
-  for first in range(0, len(vectors), 256):
+  number, found = len(vectors), []
+  vectors = np.pad(vectors, ((0, -number % _TOLD_AT_ONCE), (0, 0)))
+  for first in range(0, number, _TOLD_AT_ONCE):
     weights = mixture.log_importance(
-      params["prototypes"], params["table"].active, vectors[first : first + 256])
+      params["prototypes"], params["table"].active, vectors[first : first + _TOLD_AT_ONCE])
     tell = mixture.log_probabilities if num_classes else mixture.values
     found.append(np.asarray(tell(weights, params["prototypes"].logits)))
-  return np.concatenate(found)
+  return np.concatenate(found)[:number]
 
 
 @component(module="prototypes")

@@ -53,6 +53,6 @@ def test_scikit_learn_s_checks(tmp_path):
     growth=Growth(create=False, prunings_per_epoch=0))
   found = check_estimator(made, expected_failed_checks=NOT_FOR_TEXTS)
   passed = {one["check_name"] for one in found if one["status"] == "passed"}
-  assert len(passed) > 40
+  assert len(passed) > 35
   failed = {one["check_name"] for one in found if one["status"] == "xfail"}
   assert failed == set(NOT_FOR_TEXTS), "a check that passes need not be left out"
