@@ -141,7 +141,7 @@ def difference_table(results: dict) -> list[str]:
 
 def time_table(results: dict) -> list[str]:
   """Seconds of a fit, of methods that are trained in steps."""
-  lines = ["", "## Seconds of a fit", "", "Median over seeds.", ""]
+  lines = ["", "## Seconds of a fit", "", "Median over seeds, by the clock.", ""]
   sizes = sizes_of(results)
   lines += ["| set | method | " + " | ".join(f"{int(size):,} rows" for size in sizes) + " |",
             "|---" * (2 + len(sizes)) + "|"]

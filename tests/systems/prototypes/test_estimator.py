@@ -13,7 +13,6 @@ from lmops_jax.systems.prototypes import Classifier, Growth
 from tests import model_folders
 
 NOT_FOR_TEXTS = {
-  "check_classifiers_one_label": "a class alone is refused, since there is nothing to tell apart",
   "check_classifiers_train": "letters of a random encoder do not tell blobs of numbers apart",
 }
 
