@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pydantic
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from lmops_jax.host.foreign_files import read_json
 from lmops_jax.host.whole_files import new_folder, write_json
@@ -87,6 +88,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
       Classifier("MiniLM").fit(texts, labels).predict_proba(texts)
 
+  A pickle has the path of the encoder and not its frozen layers; `save` writes all into a folder.
+
   Args:
     model: what `pretrained.load` takes, a folder or file of an encoder or language model.
     tuned_layers, pooling, max_tokens: see `Encoding`.
@@ -119,10 +122,13 @@ class Classifier(ClassifierMixin, BaseEstimator):
       ValueError: for no model, what is no text, unequal numbers, or fewer than two classes.
     """
     texts = _texts(X)
-    labels = np.asarray(y)
-    if labels.shape != (len(texts),):
+    if y is None:
+      raise ValueError("Classifier requires y to be passed, but the target y is None.")
+    labels = column_or_1d(y, warn=True)
+    check_classification_targets(labels)
+    if len(labels) != len(texts):
       raise ValueError(
-        f"y has the shape {labels.shape} and there are {len(texts)} texts; give each one label.")
+        f"y has {len(labels)} labels and there are {len(texts)} texts; give each one label.")
     self.classes_, targets = np.unique(labels, return_inverse=True)
     if len(self.classes_) < 2:
       raise ValueError("y has one class alone, and a classifier tells two or more apart.")
@@ -144,7 +150,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
   def predict_proba(self, X):
     """Probabilities `[N,C]` of the classes in the order of `classes_`."""
     check_is_fitted(self)
-    found = told(self._reader.encoder, self.params_, len(self.classes_), self._read(X))
+    found = told(self._reader.encoder, self.params_, self._read(X), len(self.classes_))
     found = np.exp(found.astype(np.float64))
     return found / found.sum(axis=1, keepdims=True)
 
@@ -178,11 +184,22 @@ class Classifier(ClassifierMixin, BaseEstimator):
     """Writes all that predicts into a new folder, for `load_classifier`."""
     check_is_fitted(self)
     names = [str(name) for name in self.classes_]
-    write(folder, self._source, self._reader.encoder.settings, names, self.params_, self.texts_,
+    write(folder, self._source, self.encoding_, names, self.params_, self.texts_,
           self.targets_, self.vectors_)
 
+  def __getstate__(self):
+    state = {**super().__getstate__()}
+    for opened in ("_source", "_reader"):
+      state.pop(opened, None)
+    return state
+
+  def __setstate__(self, state):
+    super().__setstate__(state)
+    if "params_" in state:  # the encoder is read from where it lies, and not kept in a pickle
+      self._open(model_lib.load(self.model), self.encoding_)
+
   def _open(self, source, encoding):
-    self._source, self._reader = source, TextReader(source, encoding)
+    self._source, self._reader, self.encoding_ = source, TextReader(source, encoding), encoding
 
   def _keep(self, params, texts, targets, rows, vectors=None):
     self.params_, self.texts_, self.targets_ = params, list(texts), np.asarray(targets)

@@ -90,6 +90,7 @@ class Encoder:
         f"{config.max_length} positions; set it to at most that."
       )
     self.settings, self.width, self._longest = settings, config.width, config.max_length
+    self._tells_pairs = config.num_token_types > 1
     parts = stacks(
       dataclasses.replace(
         config, residual_dropout=settings.dropout, attention_dropout=settings.dropout),
@@ -112,9 +113,15 @@ class Encoder:
     return self._top.init(key, x, method="encode")["params"]
 
   def encode(
-    self, lower: Any, tokens: Sequence[Sequence[int]], pad_id: int = 0, progress=None
+    self, lower: Any, tokens: Sequence[Sequence[int]], pad_id: int = 0, progress=None,
+    seconds: Sequence[int] | None = None,
   ) -> Encoded:
-    """What the frozen part makes of texts, each given as the ids of all its tokens."""
+    """What the frozen part makes of texts, each given as the ids of all its tokens.
+
+    Args:
+      seconds: of pairs, in which place the second text begins, for models that read it as tokens of
+        type 1 (BERT); None for single texts.
+    """
     limit = self.settings.max_tokens
     cut = [list(row[:limit]) for row in tokens]
     lengths = np.array([max(len(row), 1) for row in cut], np.int32)
@@ -128,9 +135,11 @@ class Encoder:
       batch = np.full((_ROWS_AT_ONCE, width), pad_id, np.int32)
       for i, row in enumerate(rows):
         batch[i, : len(cut[row])] = cut[row]
-      of_rows = np.ones(_ROWS_AT_ONCE, np.int32)
+      of_rows, begins = np.ones(_ROWS_AT_ONCE, np.int32), np.full(_ROWS_AT_ONCE, width, np.int32)
       of_rows[: len(rows)] = lengths[rows]
-      found = np.asarray(self._below(lower, batch, of_rows))[: len(rows)]
+      if seconds is not None:
+        begins[: len(rows)] = np.asarray(seconds)[rows]
+      found = np.asarray(self._below(lower, batch, of_rows, begins))[: len(rows)]
       hidden[rows, : found.shape[1]] = found
       if progress:
         progress(len(rows))
@@ -140,9 +149,11 @@ class Encoder:
   def _bucket(self, length) -> int:
     return min(fine_bucket(int(length)), self._longest)
 
-  def _run_below(self, lower, tokens, lengths):
+  def _run_below(self, lower, tokens, lengths, begins):
     segments = _segments(tokens.shape[1], lengths)
-    hidden = self._lower.apply({"params": lower}, tokens, segment_ids=segments)
+    types = 1 - _segments(tokens.shape[1], begins) if self._tells_pairs else None
+    hidden = self._lower.apply(
+      {"params": lower}, tokens, segment_ids=segments, token_types=types)
     if self._top is None:
       return self._pooled(hidden, lengths)[:, None].astype(jnp.float32)
     return jnp.where(segments[:, :, None] > 0, hidden.astype(jnp.float32), 0)

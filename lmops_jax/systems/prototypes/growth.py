@@ -59,7 +59,7 @@ def create(
     features: `[B,D]`, no gradient goes through them.
     labels: `[B] int32`, classes (or bins).
     logits: `[B,C]`, what a prototype made of the row says.
-    threshold: squared distance.
+    threshold: squared distance; infinite creates nothing.
     step: steps done, this one included.
 
   Returns:
@@ -67,6 +67,22 @@ def create(
   """
   features = features.astype(jnp.float32)
   to_old = mixture.squared_distances(features, prototypes.centers)
+  own = table.active & (labels[:, None] == table.label)
+  beyond = jnp.min(jnp.where(own, to_old, jnp.inf), axis=1) > threshold
+
+  def grown():
+    return _grown(prototypes, table, features, labels, logits, threshold, step, to_old)
+
+  def as_it_was():
+    suppressed = table.suppressed + jnp.sum(beyond, dtype=jnp.int32)
+    return prototypes, table._replace(suppressed=suppressed), jnp.zeros_like(table.active)
+
+  # Most steps create nothing, and the visit of the rows one by one would be most of their cost.
+  return jax.lax.cond(jnp.any(beyond) & ~jnp.all(table.active), grown, as_it_was)
+
+
+def _grown(prototypes, table, features, labels, logits, threshold, step, to_old):
+  """As `create`, visiting every row."""
   to_rows = mixture.squared_distances(features, features)
   none = jnp.full(len(table.label), -1, jnp.int32)
 

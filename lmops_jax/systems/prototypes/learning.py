@@ -328,16 +328,15 @@ def _prototypical(
     moments = states["prototypes"].opt_state
     if settings.create:
       labels, logits = _as_prototypes(batch, num_classes, edges)
-      grown, larger, new = growth.create(
-        prototypes, table, jax.lax.stop_gradient(features), labels, logits, limit, done)
       use = (done > warmup) & (done <= last_created)
-      prototypes, table = jax.tree.map(
-        lambda a, b: jnp.where(use, a, b), (grown, larger), (prototypes, table))
-      moments = _forgotten(optimizer, moments, prototypes, new & use)
+      prototypes, table, new = growth.create(
+        prototypes, table, jax.lax.stop_gradient(features), labels, logits,
+        jnp.where(use, limit, jnp.inf), done)
+      moments = _forgotten(optimizer, moments, prototypes, new)
     if settings.prunings_per_epoch:
-      pruned = growth.prune(table, state.step, settings.least_importance, 1)
       now = (done % every == 0) & (done > warmup)
-      table = jax.tree.map(lambda a, b: jnp.where(now, a, b), pruned, table)
+      table = jax.lax.cond(
+        now, lambda: growth.prune(table, state.step, settings.least_importance, 1), lambda: table)
     norm = optax.tree.norm(norms)
     sums = {
       "loss_sum": jnp.sum(losses), "objective": value, "grad_norm": norm,

@@ -22,8 +22,9 @@ from lmops_jax.config.setting_types import Name, PositiveInt, component
 from lmops_jax.control import dynamics
 from lmops_jax.systems.prototypes import growth, learning, mixture
 from lmops_jax.systems.prototypes.learning import Growth
-from lmops_jax.systems.prototypes.methods import Fitted, Material, train
+from lmops_jax.systems.prototypes.methods import Fitted, Material
 from lmops_jax.systems.prototypes.mixture import Prototypes
+from lmops_jax.systems.prototypes.stopping import train
 from lmops_jax.training.learner import Learner
 from lmops_jax.training.sources import Epochs
 
@@ -71,9 +72,8 @@ class Means:
     if m.top or self.clusters:
       source, per_epoch = self._episodes(m)
       learner = _learner(m.encoder, self, m.num_classes, source.batch_size)
-      done = train(learner, source, self.num_epochs * per_epoch, per_epoch, m, lambda: params)
-      params = jax.device_get(learner.params(done.state))
-      seconds, history = done.seconds, tuple(done.history)
+      done = train(learner, source, self.num_epochs, per_epoch, m, lambda: params)
+      params, history, seconds = done
     kept = jax.jit(functools.partial(_found, self, m.num_classes))(
       m.encoder.all_vectors(params["encoder"], m.train), m.targets, params["log_variance"])
 

@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmops_jax.config.setting_types import Name, PositiveInt, component
+from lmops_jax.config.setting_types import Count, Name, Positive, PositiveInt, component
 from lmops_jax.models.partitioning import unboxed
-from lmops_jax.systems.prototypes import learning, mixture
+from lmops_jax.systems.prototypes import learning, mixture, stopping
 from lmops_jax.systems.prototypes.encoding import Encoded, Encoder
 from lmops_jax.systems.prototypes.learning import Growth
-from lmops_jax.training import loop
-from lmops_jax.training.learner import Learner, supervised
-from lmops_jax.training.records import Records
+from lmops_jax.training.learner import supervised
 from lmops_jax.training.sources import Epochs
+
+_TOLD_AT_ONCE = 256
 
 
 class Material(NamedTuple):
@@ -90,6 +90,8 @@ class Prototypical:
     growth: how prototypes begin, come and go.
     num_epochs: over the rows.
     batch_size: rows of a step, fewer if there are fewer.
+    patience: epochs without a better loss of held-out rows after which it ends, see `stopping`; 0
+      goes through all epochs. While prototypes come in, the loss often rises for an epoch or two.
   """
 
   optimizer: optax.GradientTransformation
@@ -97,10 +99,12 @@ class Prototypical:
   growth: Growth = Growth()
   num_epochs: PositiveInt = 10
   batch_size: PositiveInt = 32
+  patience: Count = 0
 
   def fit(self, material: Material) -> Fitted:
     """See `Method`."""
-    m, source = material, _source(material, self.batch_size)
+    m, held = stopping.parted(material, self.patience)
+    source = _source(m, self.batch_size)
     per_epoch = len(m.targets) // source.batch_size
     edges = () if m.num_classes else tuple(
       learning.bin_edges(m.targets, self.growth.bins).tolist())
@@ -108,34 +112,36 @@ class Prototypical:
       m.encoder.init_top, m.encoder.vectors, self.optimizer, self.growth,
       width=m.encoder.width, num_classes=m.num_classes, steps_per_epoch=per_epoch,
       num_epochs=self.num_epochs, edges=edges)
-
-    def start():
-      first = learning.first_prototypes(
-        m.encoder.all_vectors(m.top, m.train), m.targets, m.num_classes, self.growth,
-        self.growth.steps_of_window(per_epoch), m.seed)
-      return {"encoder": m.top, **first}
-
-    done = train(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
-    params = jax.device_get(learner.params(done.state))
+    first = learning.first_prototypes(
+      m.encoder.all_vectors(m.top, m.train), m.targets, m.num_classes, self.growth,
+      self.growth.steps_of_window(per_epoch), m.seed)
+    tell = functools.partial(told, m.encoder, num_classes=m.num_classes)
+    done = stopping.train(
+      learner, source, self.num_epochs, per_epoch, m, lambda: {"encoder": m.top, **first},
+      self.patience, held and (lambda params: stopping.mean_loss(tell(params, held[0]), held[1])))
+    params = done.params
     table = params["table"]
     figures = {
       "prototypes": int(table.active.sum()), "created": int(table.created),
       "pruned": int(table.pruned), "suppressed": int(table.suppressed), "seconds": done.seconds,
       **{name: done.history[-1][name] for name in ("threshold", "variance", "spread")}}
-    predict = functools.partial(told, m.encoder, params, m.num_classes)
-    return Fitted(predict, figures, tuple(done.history), params)
+    return Fitted(functools.partial(tell, params), figures, done.history, params)
 
 
-def told(encoder: Encoder, params: Mapping[str, Any], num_classes: int | None, rows: Encoded):
-  """What trained prototypes say of rows: log-probabilities `[N,C]`, or values `[N]`."""
+def told(encoder: Encoder, params: Mapping[str, Any], rows: Encoded, num_classes: int | None):
+  """What trained prototypes say of rows: log-probabilities `[N,C]`, or values `[N]`.
+
+  Rows are told in batches of one size, so that what is said of a row depends on no other.
+  """
   vectors = encoder.all_vectors(params["encoder"], rows)
-  found = []
-  for first in range(0, len(vectors), 256):
+  number, found = len(vectors), []
+  vectors = np.pad(vectors, ((0, -number % _TOLD_AT_ONCE), (0, 0)))
+  for first in range(0, number, _TOLD_AT_ONCE):
     weights = mixture.log_importance(
-      params["prototypes"], params["table"].active, vectors[first : first + 256])
+      params["prototypes"], params["table"].active, vectors[first : first + _TOLD_AT_ONCE])
     tell = mixture.log_probabilities if num_classes else mixture.values
     found.append(np.asarray(tell(weights, params["prototypes"].logits)))
-  return np.concatenate(found)
+  return np.concatenate(found)[:number]
 
 
 @component(module="prototypes")
@@ -145,33 +151,51 @@ class Head:
 
   Attributes:
     optimizer: of the encoder's trained layers and of the head.
-    label, num_epochs, batch_size: as `Prototypical` has them.
+    label, num_epochs, batch_size, patience: as `Prototypical` has them.
+    rate_of_head: what the optimizer's updates of the head are multiplied with.
   """
 
   optimizer: optax.GradientTransformation
   label: Name = "raw"
   num_epochs: PositiveInt = 10
   batch_size: PositiveInt = 32
+  patience: Count = 0
+  rate_of_head: Positive = 1.0
 
   def fit(self, material: Material) -> Fitted:
     """See `Method`."""
-    m, source = material, _source(material, self.batch_size)
+    m, held = stopping.parted(material, self.patience)
+    source = _source(m, self.batch_size)
     per_epoch = len(m.targets) // source.batch_size
     init, losses = _head(m.encoder, m.num_classes)
-    learner = supervised(init, losses, self.optimizer, keyed=True, partitioner=m.partitioner)
+    optimizer = _with_head(self.optimizer, self.rate_of_head)
+    learner = supervised(init, losses, optimizer, keyed=True, partitioner=m.partitioner)
 
     def start():
       fresh = jax.tree.map(np.asarray, unboxed(init(jax.random.key(m.seed))))
       return {**fresh, "encoder": m.top}
 
-    done = train(learner, source, self.num_epochs * per_epoch, per_epoch, m, start)
-    params = jax.device_get(learner.params(done.state))
-
-    def predict(rows):
+    def tell(params, rows):
       said = m.encoder.all_vectors(params["encoder"], rows) @ params["kernel"] + params["bias"]
-      return np.asarray(jax.nn.log_softmax(said)) if m.num_classes else said[:, 0]
+      return np.asarray(jax.nn.log_softmax(said) if m.num_classes else said[:, 0])
 
-    return Fitted(predict, {"seconds": done.seconds}, tuple(done.history))
+    done = stopping.train(
+      learner, source, self.num_epochs, per_epoch, m, start, self.patience,
+      held and (lambda params: stopping.mean_loss(tell(params, held[0]), held[1])))
+    return Fitted(functools.partial(tell, done.params), {"seconds": done.seconds}, done.history)
+
+
+@functools.lru_cache(maxsize=8)
+def _with_head(optimizer: optax.GradientTransformation, rate: float):
+  """The optimizer with updates of all but the encoder multiplied; equal ones give the same."""
+  if rate == 1:
+    return optimizer
+
+  def of_head(params):
+    return {name: jax.tree.map(lambda _, own=name != "encoder": own, tree)
+            for name, tree in params.items()}
+
+  return optax.chain(optimizer, optax.masked(optax.scale(rate), of_head))
 
 
 @functools.lru_cache(maxsize=8)
@@ -287,13 +311,3 @@ def _source(m: Material, batch_size: int) -> Epochs:
       f"{number} rows do not fill a batch on {shards} devices; give more rows, or fewer devices."
     )
   return Epochs(rows, number, size, m.seed)
-
-
-def train(learner: Learner, source, num_steps, per_epoch, m: Material, start) -> loop.TrainResult:
-  """Trains in the material's directory from the parameters that `start` gives."""
-  records = Records(
-    log_every=per_epoch, checkpoint_every=max(50, num_steps // 4), description=m.describe,
-    tensorboard=False)
-  return loop.train(
-    learner, source, num_steps, m.seed, m.directory, m.partitioner, records=records,
-    initial_params=start)

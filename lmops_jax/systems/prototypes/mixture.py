@@ -33,9 +33,14 @@ class Prototypes(NamedTuple):
 
 
 def squared_distances(features: jax.Array, centers: jax.Array) -> jax.Array:
-  """`[B,K] float32` of `[B,D]` and `[K,D]`, from differences: exact where the two are close."""
+  """`[B,K] float32` of `[B,D]` and `[K,D]`.
+
+  By products, which take a fraction of the time of differences; what they get wrong is about 1e-7
+  of the squared lengths.
+  """
   features, centers = features.astype(jnp.float32), centers.astype(jnp.float32)
-  return jnp.sum(jnp.square(features[:, None] - centers[None]), axis=-1)
+  lengths = jnp.sum(jnp.square(features), axis=1)[:, None] + jnp.sum(jnp.square(centers), axis=1)
+  return jnp.maximum(lengths - 2 * jnp.matmul(features, centers.T, precision="highest"), 0)
 
 
 def log_importance(prototypes: Prototypes, active: jax.Array, features: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.pretrained.text_encoders import without_heads
 from lmops_jax.shared_stages.small_model import ModelSource
 from lmops_jax.stages import pipeline, skeleton
-from lmops_jax.systems.prototypes import classifier, report, rows
+from lmops_jax.systems.prototypes import classifier, report, rows, stopping
 from lmops_jax.systems.prototypes.encoding import Encoded, Encoding
 from lmops_jax.systems.prototypes.methods import Material, Method
 from lmops_jax.systems.prototypes.report import (
@@ -87,8 +87,9 @@ class Study:
         inputs=(ROWS, *before), reads=(*model, "encoding")),
     ]
     fits = []
-    for seed in self.seeds:
-      for size in sorted(self.sizes):
+    # Programs are made for a size, so that all seeds of one come before the next.
+    for size in sorted(self.sizes):
+      for seed in self.seeds:
         for i, method in enumerate(self.methods):
           name = f"fit/{method.label}/{size}/seed{seed}"
           fits.append((method.label, size, seed, name))
@@ -165,7 +166,7 @@ class Study:
     if number:
       right = np.argmax(said, axis=1) == targets
       figures = {"accuracy": float(right.mean()), "right": right.astype(int).tolist(),
-                 "nats": float(-said[np.arange(len(said)), targets].mean())}
+                 "nats": stopping.mean_loss(said, targets)}
       context.log(f"accuracy {figures['accuracy']:.3f} on {len(right)} rows")
     else:
       errors = np.square(said - targets)

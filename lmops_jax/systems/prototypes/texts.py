@@ -29,8 +29,8 @@ class TextReader:
     progress: Callable[[int], None] | None = None,
   ) -> Encoded:
     """What the frozen layers make of texts; of pairs if `others` are given."""
-    return self.encoder.encode(
-      self._lower, ids_of(self._tokenizer, texts, others), progress=progress)
+    ids, seconds = ids_of(self._tokenizer, texts, others)
+    return self.encoder.encode(self._lower, ids, progress=progress, seconds=seconds)
 
 
 @functools.lru_cache(maxsize=4)
@@ -39,19 +39,23 @@ def encoder_of(config: TransformerConfig, settings: Encoding) -> Encoder:
   return Encoder(config, settings)
 
 
-def ids_of(tokenizer, texts: Sequence[str], others: Sequence[str] | None) -> list[list[int]]:
+def ids_of(
+  tokenizer, texts: Sequence[str], others: Sequence[str] | None
+) -> tuple[list[list[int]], list[int] | None]:
   """Ids of each text; of a pair those of both, the second without the token that opens a text.
-
-  Models that read pairs by token types (BERT's) get all of type 0, as sentence encoders do.
 
   Args:
     tokenizer: the encoder's own.
     texts: any texts; an empty one has special tokens alone.
     others: the second of each pair, or None.
+
+  Returns:
+    The ids, and of pairs the places at which the second texts begin.
   """
   first = tokenizer.encode_batch(list(texts))
   if others is None:
-    return first
+    return first, None
   opening = tokenizer.encode("")[:1]
   second = tokenizer.encode_batch(list(others))
-  return [a + (b[1:] if b[:1] == opening else b) for a, b in zip(first, second)]
+  ids = [a + (b[1:] if b[:1] == opening else b) for a, b in zip(first, second)]
+  return ids, [len(a) for a in first]

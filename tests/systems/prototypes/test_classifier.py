@@ -78,7 +78,7 @@ def test_why_it_decides(fitted):
   ("one text", ["a"], "the texts are one text"),
   (["a", 3], ["a", "b"], "text 1 is a int"),
   ([], [], "there are no texts"),
-  (["a", "b"], ["x"], "y has the shape"),
+  (["a", "b"], ["x"], "y has 1 labels and there are 2 texts"),
   (["a", "b"], ["x", "x"], "y has one class alone"),
 ])
 def test_bad_input_is_refused(model, texts, labels, says):

@@ -60,6 +60,24 @@ def test_creation_follows_the_order_of_the_rows():
   assert several > 10 and full > 3
 
 
+def test_a_full_table_and_an_infinite_threshold_create_nothing():
+  rng = np.random.default_rng(1)
+  prototypes = Prototypes(
+    jnp.asarray(rng.normal(size=(CAPACITY, D)), jnp.float32), jnp.zeros((CAPACITY, C)),
+    jnp.zeros(()))
+  features = rng.normal(size=(B, D)).astype(np.float32)
+  labels = rng.integers(C, size=B).astype(np.int32)
+  logits = mixture.first_logits(labels, C)
+  full = growth.new_table(jnp.arange(CAPACITY, dtype=jnp.int32) % C, CAPACITY, 4)
+  want = in_plain_python(prototypes, full, features, labels, 0.5, 7)[-1]
+  found, after, new = CREATE(prototypes, full, features, labels, logits, 0.5, 7)
+  assert int(after.suppressed) == want > 3 and int(after.created) == 0 and not new.any()
+  np.testing.assert_array_equal(found.centers, prototypes.centers)
+  few = growth.new_table(jnp.arange(C, dtype=jnp.int32), CAPACITY, 4)
+  _, after, new = CREATE(prototypes, few, features, labels, logits, jnp.inf, 7)
+  assert int(after.suppressed) == 0 and not new.any()
+
+
 def test_the_window_weighs_late_steps_more():
   table = growth.new_table(jnp.arange(C, dtype=jnp.int32), CAPACITY, 4)
   for step in range(6):  # round the ring

@@ -8,6 +8,7 @@ import pytest
 
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.systems.prototypes import classifier
+from lmops_jax.systems.prototypes.contrast import Contrast
 from lmops_jax.systems.prototypes.encoding import Encoded, Encoder, Encoding
 from lmops_jax.systems.prototypes.learning import Growth
 from lmops_jax.systems.prototypes.means import Means
@@ -51,7 +52,7 @@ def material(encoders, tuned, directory, number=96, num_classes=C):
   Prototypical(OPTIMIZER, num_epochs=4), Head(OPTIMIZER, num_epochs=30),
   Prototypical(OPTIMIZER, "fixed", Growth(start="clusters", per_class=2, create=False),
                num_epochs=4),
-  Means(OPTIMIZER), Means(OPTIMIZER, "imp", True, num_epochs=2),
+  Means(OPTIMIZER), Means(OPTIMIZER, "imp", True, num_epochs=2), Contrast(OPTIMIZER),
   Frozen("logistic"), Frozen("discriminant"), Frozen("neighbours")], ids=lambda m: m.label)
 def test_each_method_tells_clusters_apart(encoders, method, tmp_path):
   given = material(encoders, 0, tmp_path)
@@ -63,8 +64,10 @@ def test_each_method_tells_clusters_apart(encoders, method, tmp_path):
 
 
 @pytest.mark.parametrize("method", [
-  Prototypical(adamw(1e-3, weight_decay=0.0), num_epochs=2), Head(OPTIMIZER, num_epochs=2),
-  Means(adamw(1e-3, weight_decay=0.0), num_epochs=3, num_support=32)],
+  Prototypical(adamw(1e-3, weight_decay=0.0), num_epochs=2),
+  Head(adamw(1e-3, weight_decay=0.0), num_epochs=3, rate_of_head=20.0),
+  Means(adamw(1e-3, weight_decay=0.0), num_epochs=3, num_support=32),
+  Contrast(adamw(1e-3, weight_decay=0.0), num_epochs=3)],
   ids=lambda m: m.label)
 def test_trained_layers_move_and_are_kept(encoders, method, tmp_path):
   given = material(encoders, 1, tmp_path / "run", number=64)
@@ -80,7 +83,19 @@ def test_trained_layers_move_and_are_kept(encoders, method, tmp_path):
   assert np.mean([x > 0 for x in jax.tree.leaves(moved)]) > 0.5, moved
   classifier.save(tmp_path / "kept", fitted.params)
   kept = classifier.load(tmp_path / "kept")
-  np.testing.assert_array_equal(told(given.encoder, kept, C, rows), said)
+  np.testing.assert_array_equal(told(given.encoder, kept, rows, C), said)
+
+
+def test_the_head_has_a_rate_of_its_own(encoders, tmp_path):
+  rows, _ = clusters(np.random.default_rng(1), 50, 1)
+
+  def said(rate, rate_of_head):
+    optimizer = adamw(rate, b2=0.999, eps=1e-8, weight_decay=0.0)
+    method = Head(optimizer, num_epochs=3, rate_of_head=rate_of_head)
+    return method.fit(material(encoders, 0, tmp_path / f"{rate} {rate_of_head}")).predict(rows)
+
+  np.testing.assert_allclose(said(1e-3, 10.0), said(1e-2, 1.0), rtol=1e-4, atol=1e-5)
+  assert np.abs(said(1e-3, 1.0) - said(1e-2, 1.0)).max() > 0.1
 
 
 @pytest.mark.parametrize("method", [
@@ -105,6 +120,24 @@ def test_prototypical_networks_tell_the_nearest_mean(encoders, tmp_path):
   np.testing.assert_allclose(said, want, rtol=1e-3, atol=1e-3)
 
 
+def test_contrast_brings_rows_of_a_class_together(encoders, tmp_path):
+  """Classes that no line tells apart, one of which has two modes, are told after tuning."""
+  encoder, top = encoders[1]
+  rng = np.random.default_rng(0)
+  targets = rng.integers(2, size=300).astype(np.int32)
+  hidden = rng.normal(size=(300, 4, WIDTH)).astype(np.float32)
+  hidden[..., 0] += (np.where(targets == 0, 0, 4) * rng.choice([-1, 1], size=300))[:, None]
+  learned, held = (Encoded(hidden[i], np.full(150, 4, np.int32), 0)
+                   for i in (slice(150), slice(150, None)))
+  given = Material(encoder, top, learned, targets[:150], 2, 0, tmp_path)
+
+  def right(method):
+    return np.mean(np.argmax(method.fit(given).predict(held), axis=1) == targets[150:])
+
+  assert right(Frozen("logistic")) < 0.75
+  assert right(Contrast(adamw(1e-2, weight_decay=0.0), num_epochs=30)) > 0.9
+
+
 def test_clusters_find_the_modes_of_a_class(encoders, tmp_path):
   """Means of classes that lie at both ends of an axis tell nothing."""
   encoder, top = encoders[0]
@@ -126,5 +159,6 @@ def test_clusters_find_the_modes_of_a_class(encoders, tmp_path):
 def test_what_a_method_cannot_tell_is_refused(encoders, tmp_path):
   with pytest.raises(ValueError, match="'discriminant' tells classes"):
     Frozen("discriminant").fit(material(encoders, 0, tmp_path, num_classes=None))
-  with pytest.raises(ValueError, match="'protonet' tells classes"):
-    Means(OPTIMIZER).fit(material(encoders, 0, tmp_path, num_classes=None))
+  for method, label in ((Means(OPTIMIZER), "protonet"), (Contrast(OPTIMIZER), "setfit")):
+    with pytest.raises(ValueError, match=f"'{label}' tells classes"):
+      method.fit(material(encoders, 0, tmp_path, num_classes=None))
