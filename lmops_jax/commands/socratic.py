@@ -38,6 +38,8 @@ def _running_options(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--minutes", type=float, metavar="N", help="pause after this time (exit code 3); the run can "
       "be resumed, and its decisions do not depend on it")
+  add("--read-seconds", type=float, metavar="N", help="longest wait for the next piece of an "
+      "endpoint's reply (default 120); a server that does not stream sends it whole")
   people = parser.add_mutually_exclusive_group()
   people.add_argument("--interactive", action="store_true", help="ask at every step: edit "
                       "requests, select, reject or ask on, change parts, conclude")
@@ -129,7 +131,11 @@ def _refuse_useless(arguments) -> None:
   for name in ("key_env", "requests_per_minute"):
     if getattr(arguments, name) is not None and not arguments.endpoint:
       raise ValueError(f"--{name.replace('_', '-')} belongs to --endpoint URL.")
-  for name in ("window", "requests_per_minute", "minutes"):
+  _require_positive(arguments, "window", "requests_per_minute")
+
+
+def _require_positive(arguments, *names: str) -> None:
+  for name in names:
     value = getattr(arguments, name)
     if value is not None and not value > 0:
       raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0.")
@@ -154,8 +160,9 @@ def _run(folder: str, plan, arguments, *, fork: bool = False) -> int:
   from lmops_jax.systems.socratic.calls import Paused
   from lmops_jax.systems.socratic.hooks import Terminal
 
+  _require_positive(arguments, "minutes", "read_seconds")
   asks = "interactive" if arguments.interactive else "confirm" if arguments.confirm else None
-  backend = backend_of.backend_of(plan.backend)
+  backend = backend_of.backend_of(plan.backend, arguments.read_seconds)
   is_over = _clock(arguments.minutes)
   limits = plan.limits
   print(f"lmops: at most {limits.max_turns:,} calls, {limits.max_tokens:,} tokens and a cost of "
