@@ -74,6 +74,8 @@ def _solve_options(parser: argparse.ArgumentParser) -> None:
       "a pattern: ASSESS, DED, TRA, DEC, CHECK, VER, REFINE, INT or SUMMARISE")
   add("--pattern", action="append", default=[], metavar="NAME", help="a pattern that an installed "
       "package offers, instead of ours")
+  add("--tools", default="", metavar="NAMES", help="exact tools that check claims for "
+      "verification: arithmetic, satisfiability, or both with a comma between; off by default")
   _running_options(parser)
 
 
@@ -102,6 +104,7 @@ def _solve(arguments) -> int:
   from lmops_jax.systems.socratic import Cast, Limits, default_patterns, runs
   from lmops_jax.systems.socratic.engine import checked_statement
   from lmops_jax.systems.socratic.patterns import named_patterns
+  from lmops_jax.systems.socratic.tools import named_tools
 
   def given(names):
     found = {name: getattr(arguments, name) for name in names}
@@ -117,13 +120,14 @@ def _solve(arguments) -> int:
     if not equals:
       raise ValueError(f"--template {text} must be PATTERN=FILE.")
     texts[name] = foreign_files.read_text(file)
-  default_patterns(cast, texts), named_patterns(arguments.pattern)
+  tools = tuple(name.strip() for name in arguments.tools.split(",") if name.strip())
+  default_patterns(cast, texts), named_patterns(arguments.pattern), named_tools(tools)
   _refuse_useless(arguments)
   backend = ({"kind": "http", "endpoint": arguments.endpoint, "model": arguments.model,
               "key_env": arguments.key_env, "window": arguments.window or 8192,
               "requests_per_minute": arguments.requests_per_minute} if arguments.endpoint else
              {"kind": "model", "model": arguments.model, "window": arguments.window})
-  plan = runs.Plan(statement, limits, cast, backend, pins, texts, tuple(arguments.pattern))
+  plan = runs.Plan(statement, limits, cast, backend, pins, texts, tuple(arguments.pattern), tools)
   return _run(arguments.workdir, plan, arguments, fork=arguments.fork)
 
 

@@ -81,6 +81,7 @@ def test_interactive_runs_ask(problem, model, tmp_path, monkeypatch, capsys):
   (("--template", "XYZ=problem.txt"), "problem.txt"), (("--window", "0"), "--window 0 must be"),
   (("--pattern", "other"), "no installed package registers the pattern 'other'"),
   (("--endpoint", "http://example.com"), "uses http to the host"),
+  (("--tools", "calculator"), "there is no tool 'calculator'"),
   (("--read-seconds", "0"), "--read-seconds 0.0 must be above 0"),
   (("--read-seconds", "9"), "--read-seconds belongs to --endpoint"),
   (("--endpoint", "https://example.com", "--key-env", "NO_SUCH_KEY"), "NO_SUCH_KEY holds no key"),
@@ -90,6 +91,18 @@ def test_what_is_refused_before_any_call(problem, tmp_path, change, message, cap
   assert solve(problem, tmp_path, *change) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "run").exists()
+
+
+def test_tools_are_named_on_the_command_line(problem, model, tmp_path, capsys):
+  pytest.importorskip("sympy")
+  assert solve(problem, tmp_path) == 0  # without tools
+  assert solve(problem, tmp_path, "--tools", "arithmetic") == 2
+  assert "holds a run with another tools" in capsys.readouterr().err
+  assert lmops("solve", "--problem", problem, "--model", "m", "--workdir", tmp_path / "other",
+               "--max-depth", 0, "--tools", " arithmetic") == 0
+  assert lmops("replay", tmp_path / "other") == 0 == lmops("replay", tmp_path / "run")
+  assert '"tools": ["arithmetic"]' in (tmp_path / "other" / "log.jsonl").read_text()
+  assert '"tools"' not in (tmp_path / "run" / "log.jsonl").read_text()
 
 
 def test_how_long_to_wait_for_an_endpoint_is_no_part_of_the_plan(problem, tmp_path, monkeypatch):

@@ -1,10 +1,10 @@
 """Stages `solve/<arm>/seed<k>`: ways to spend tokens on a problem, all through the real engine.
 
-`checked` is the engine with verification, `unchecked` the engine without; `vote` and `steps` ask for
-the whole at once, the latter with its steps written out; `greedy` is `vote` once, by its most
-probable tokens. All others may cost what `checked` costs on the same problem: they are repeated with
-other random numbers as long as one more like the dearest so far would fit, and the most frequent
-answer counts.
+`checked` is the engine with verification, `unchecked` the engine without; `vote` and `steps` ask
+for the whole at once, the latter with its steps written out; `greedy` is `vote` once, by its most
+probable tokens. All others may cost what `checked` costs on the same problem: they are repeated
+with other random numbers as long as one more like the dearest so far would fit, and the most
+frequent answer counts.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Solving:
 
   num_problems: PositiveInt = 24
   rounds: Annotated[int, Ge(1), Le(20)] = 2
-  temperature: Positive = 1.0
-  reply_tokens: PositiveInt = 80
-  steps_tokens: PositiveInt = 128
+  temperature: Positive = 0.7
+  reply_tokens: PositiveInt = 48
+  steps_tokens: PositiveInt = 88
   most_repeats: PositiveInt = 64
   at_once: PositiveInt = 64
   seed: Seed = 0

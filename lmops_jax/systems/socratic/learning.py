@@ -29,8 +29,8 @@ from lmops_jax.training.learner import supervised
 from lmops_jax.training.sources import Epochs
 
 SHARES = {  # of rows; what depends on results that vary gets more of them
-  skills.ANSWER: 1.0, skills.STEPS: 1.0, "assess": 0.5, "split": 1.0, "plan": 1.0, "solve": 1.5,
-  "join": 1.5, "check": 2.0, "mend": 1.0}
+  skills.TABLE: 4.0, skills.ANSWER: 0.7, skills.STEPS: 0.5, "assess": 0.6, "split": 1.0,
+  "plan": 0.7, "solve": 1.0, "join": 2.0, "check": 2.5, "mend": 1.0}
 _END = "<|end|>"
 _TEMPLATE = (  # without the persona, which no row has
   "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['content'] }}\n"
@@ -57,10 +57,10 @@ class Learning:
 
   model: TransformerConfig
   optimizer: optax.GradientTransformation
-  num_rows: PositiveInt = 20_000
-  num_steps: PositiveInt = 600
+  num_rows: PositiveInt = 30_000
+  num_steps: PositiveInt = 1_000
   batch_size: PositiveInt = 8
-  length: PositiveInt = 224
+  length: PositiveInt = 128
   checkpoint_every: PositiveInt | None = 200
 
   def __post_init__(self):
@@ -75,7 +75,7 @@ def drawn_rows(
   levels = range(1, arithmetic.levels + 1)
   while True:
     skill, = generator.choices(list(SHARES), SHARES.values())
-    level, = generator.choices(levels, [0.7**i for i in levels])
+    level, = generator.choices(levels, [0.5**i for i in levels])
     row = maker.row(skill, generator, level)
     if row is not None and is_kept(row):
       yield row

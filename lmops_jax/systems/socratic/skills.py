@@ -2,8 +2,8 @@
 
 Nested expressions of one-digit or longer numbers, each operator modulo `modulus`. The engine's
 skills are to assess, split, solve one operator, join two results, question parts and conclusions,
-and mend a conclusion; two more answer a whole expression at once, with or without its steps.
-Prompts are built by the patterns that the engine asks with.
+and mend a conclusion; two more answer a whole expression at once, with or without its steps, and
+tables drill single operators. Prompts are built by the patterns that the engine asks with.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lmops_jax.systems.socratic.replies import Result, Unreadable
 WORDS = {"ASSESS": "assess", "DEC": "split", "CHECK": "plan", "DED": "solve", "INT": "join",
          "VER": "check", "REFINE": "mend"}
 ANSWER, STEPS = "answer", "steps"  # words for a deduction of the whole at once
+TABLE = "table"
+_TABLE_LENGTH = 8
 _CITED = "[S1] [S2]\n"  # in front of a conclusion that joins two
 _OK, _ISSUE = "VERDICT: OK", "VERDICT: ISSUE\nISSUE: "
 _WRONG_PARTS = 0.2  # of parts' conclusions in requests, so that they are read rather than guessed
@@ -40,9 +42,9 @@ class Arithmetic:
     wrong: share of claims and plans to question that are wrong.
   """
 
-  modulus: Annotated[int, Ge(2), Le(1000)] = 10
-  levels: Annotated[int, Ge(1), Le(6)] = 4
-  steps_levels: Annotated[int, Ge(1), Le(6)] = 3
+  modulus: Annotated[int, Ge(2), Le(1000)] = 7
+  levels: Annotated[int, Ge(1), Le(6)] = 3
+  steps_levels: Annotated[int, Ge(1), Le(6)] = 2
   wrong: Probability = 0.5
 
   def expression(self, generator: random.Random, levels: int) -> str:
@@ -150,7 +152,7 @@ class Skills:
     self._makers: Mapping[str, Callable] = {
       ANSWER: self._answer, STEPS: self._steps, "assess": self._assess, "split": self._split,
       "plan": self._plan, "solve": self._solve, "join": self._join, "check": self._check,
-      "mend": self._mend}
+      "mend": self._mend, TABLE: self._table}
 
   def row(self, skill: str, generator: random.Random, levels: int) -> Row | None:
     """A random row of a skill on an expression of so many levels; None where there is no such."""
@@ -258,6 +260,10 @@ class Skills:
     text, _, one = self._parts(generator, levels)
     said = self._claim(generator, one, False)
     return self._asked("REFINE", View(text, conclusion=said)), _concluded(self._config.one(*one))
+
+  def _table(self, generator, levels):
+    drawn = (expressions.sides(self._config.expression(generator, 1)) for _ in range(_TABLE_LENGTH))
+    return TABLE, " ".join(self._config.one(*one) for one in drawn)
 
 
 def _concluded(said: str) -> str:

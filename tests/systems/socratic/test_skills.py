@@ -9,6 +9,8 @@ from lmops_jax.systems.socratic import Calls, Engine, NoLog, Rules, arms, expres
 from lmops_jax.systems.socratic.patterns import View
 from lmops_jax.systems.socratic.skills import Arithmetic, Skills
 
+TEN = Arithmetic(modulus=10, levels=4, steps_levels=3)
+
 
 def worked_out(expression, modulus):
   """Python's own arithmetic; the remainder may be taken at the end, as in any ring."""
@@ -38,7 +40,7 @@ def test_sides_are_found_with_and_without_gaps_and_signs():
 
 @pytest.fixture(scope="module")
 def rows():
-  maker, generator = Skills(Arithmetic()), random.Random(0)
+  maker, generator = Skills(TEN), random.Random(0)
   made = {}
   for skill in ("answer", "steps", "assess", "split", "plan", "solve", "join", "check", "mend"):
     for levels in (1, 2, 3, 4):
@@ -134,7 +136,7 @@ class Oracle:
 
 
 def test_the_engine_asks_in_these_words_and_reads_these_replies():
-  arithmetic, oracle = Arithmetic(), Oracle()
+  arithmetic, oracle = TEN, Oracle()
   config = arms.Solving(num_problems=2)
   for asked in arms.asked_problems(config, arithmetic):
     calls = Calls(Rules(oracle), NoLog(), config.limits(arms.CHECKED, arithmetic),

@@ -30,7 +30,7 @@ def _recorded(replies, statement="((1+2)*(3-1))"):
     return {"CHECK": "VERDICT: OK", "VER": "VERDICT: OK",
             "ASSESS": f"DECISION: {'SPLIT' if place.problem == '0' else 'SOLVE'}"}[place.pattern]
 
-  arithmetic, recorder = Arithmetic(levels=2), arms.Recorder()
+  arithmetic, recorder = Arithmetic(modulus=10, levels=2), arms.Recorder()
   limits = arms.Solving().limits(arms.CHECKED, arithmetic)
   engine = Engine(statement, Calls(Rules(rule), NoLog(), limits, skills.patterns(),
                                    watch=recorder))
