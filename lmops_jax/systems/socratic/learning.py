@@ -93,9 +93,7 @@ def run(
   folder = context.directory / model_lib.TOKENIZER_FOLDER
   tokenizer = load_tokenizer(folder) if folder.is_dir() else write_tokenizer(folder)
   rows = drawn_rows(arithmetic, seed, lambda row: row.about not in held_out)
-  examples = [rows_lib.encode_row(
-    tokenizer, {"prompt": f"{row.prompt}\n", "completion": row.reply}, i, f"row {i}")
-    for i, row in zip(range(config.num_rows), rows)]
+  examples = [example_of(tokenizer, row, i) for i, row in zip(range(config.num_rows), rows)]
   data = rows_lib.build(
     examples, config.length, pad_id=tokenizer.eos_id, too_long="error", name="skills")
   context.log(f"{data.counts['rows']} rows in {len(data)} sequences of {config.length}")
@@ -113,6 +111,17 @@ def run(
   context.extra |= {"counts": dict(data.counts)}
   if context.writes:
     model_lib.describe(context.directory, model.config, params=f"params/{config.num_steps}")
+
+
+def example_of(tokenizer: Tokenizer, row: Row, identifier: int) -> rows_lib.Example:
+  """A row as tokens: its reply is learned, of a table only the results, as the rest is chance."""
+  made = rows_lib.encode_row(
+    tokenizer, {"prompt": f"{row.prompt}\n", "completion": row.reply}, identifier,
+    f"row {identifier}")
+  if row.skill != skills.TABLE:
+    return made
+  results = [i > 0 and before == "=" for i, before in enumerate(f" {row.prompt}\n{row.reply}")]
+  return made._replace(learned=results)
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:
