@@ -29,7 +29,7 @@ from lmops_jax.training.learner import supervised
 from lmops_jax.training.sources import Epochs
 
 SHARES = {  # of rows; what depends on results that vary gets more of them
-  skills.TABLE: 4.0, skills.ANSWER: 0.7, skills.STEPS: 0.5, "assess": 0.6, "split": 1.0,
+  skills.TABLE: 3.0, skills.ANSWER: 0.7, skills.STEPS: 0.5, "assess": 0.6, "split": 1.0,
   "plan": 0.7, "solve": 1.0, "join": 2.0, "check": 2.5, "mend": 1.0}
 _END = "<|end|>"
 _TEMPLATE = (  # without the persona, which no row has
@@ -57,11 +57,11 @@ class Learning:
 
   model: TransformerConfig
   optimizer: optax.GradientTransformation
-  num_rows: PositiveInt = 30_000
-  num_steps: PositiveInt = 1_000
+  num_rows: PositiveInt = 24_000
+  num_steps: PositiveInt = 2_000
   batch_size: PositiveInt = 8
   length: PositiveInt = 128
-  checkpoint_every: PositiveInt | None = 200
+  checkpoint_every: PositiveInt | None = 500
 
   def __post_init__(self):
     check_length(self.model, self.length)

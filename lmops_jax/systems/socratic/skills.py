@@ -237,11 +237,12 @@ class Skills:
 
   def _check(self, generator, levels):
     text, known, one = self._parts(generator, levels)
-    said = self._config.one(*one)
+    said = right = self._config.one(*one)
     reply = _OK
     if generator.random() < self._config.wrong:
       said, reply = self._claim(generator, one, bool(known)), f"{_ISSUE}wrong"
-    return self._asked("VER", View(text, children=known, conclusion=said)), reply
+    # Worked out again before it is judged.
+    return self._asked("VER", View(text, children=known, conclusion=said)), f"{right}\n{reply}"
 
   def _claim(self, generator, one: expressions.Sides, may_misread: bool) -> str:
     """A wrong conclusion: another result, or right about other numbers than the parts'."""
