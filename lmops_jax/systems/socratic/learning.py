@@ -29,8 +29,8 @@ from lmops_jax.training.learner import supervised
 from lmops_jax.training.sources import Epochs
 
 SHARES = {  # of rows; what depends on results that vary gets more of them
-  skills.TABLE: 3.0, skills.ANSWER: 0.7, skills.STEPS: 0.5, "assess": 0.6, "split": 1.0,
-  "plan": 0.7, "solve": 1.0, "join": 2.0, "check": 2.5, "mend": 1.0}
+  skills.TABLE: 2.0, skills.ANSWER: 0.7, skills.STEPS: 0.7, "assess": 0.3, "split": 3.0,
+  "plan": 0.7, "solve": 0.7, "join": 1.2, "check": 2.0, "mend": 0.7}
 _END = "<|end|>"
 _TEMPLATE = (  # without the persona, which no row has
   "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['content'] }}\n"
@@ -75,7 +75,7 @@ def drawn_rows(
   levels = range(1, arithmetic.levels + 1)
   while True:
     skill, = generator.choices(list(SHARES), SHARES.values())
-    level, = generator.choices(levels, [0.5**i for i in levels])
+    level, = generator.choices(levels, [0.6**i for i in levels])
     row = maker.row(skill, generator, level)
     if row is not None and is_kept(row):
       yield row

@@ -39,13 +39,15 @@ class Arithmetic:
     modulus: of each operator; numbers are 0 to modulus - 1.
     levels: the deepest, of 2**levels - 1 operators.
     steps_levels: the deepest whose steps are learned, which must fit the model's window.
-    wrong: share of claims and plans to question that are wrong.
+    wrong: share of claims to question that are wrong.
+    wrong_plans: the same of plans; a small solver learns little more than to trust them.
   """
 
   modulus: Annotated[int, Ge(2), Le(1000)] = 7
   levels: Annotated[int, Ge(1), Le(6)] = 3
   steps_levels: Annotated[int, Ge(1), Le(6)] = 2
   wrong: Probability = 0.5
+  wrong_plans: Probability = 0.1
 
   def expression(self, generator: random.Random, levels: int) -> str:
     """A random expression of that many levels."""
@@ -191,7 +193,7 @@ class Skills:
     text = self._config.expression(generator, levels)
     parts = list(expressions.sides(text)[::2])
     reply = _OK
-    if generator.random() < self._config.wrong:
+    if generator.random() < self._config.wrong_plans:
       side = generator.randrange(2)
       parts[side] = self._changed(generator, parts[side])
       reply = f"{_ISSUE}part {side + 1}"
@@ -223,7 +225,7 @@ class Skills:
         left, right = (str(generator.randrange(self._config.modulus)) for _ in range(2))
         one = expressions.Sides(left, one.sign, right)
       is_wrong = generator.random() < _WRONG_PARTS
-      said = self._claim(generator, one, False) if is_wrong else self._config.one(*one)
+      said = self._claim(generator, one) if is_wrong else self._config.one(*one)
       results.append(said.rpartition("=")[2])
       known.append(Known(f"S{i}", part, "unverified", said))
     return text, tuple(known), expressions.Sides(results[0], parts.sign, results[1])
@@ -240,26 +242,20 @@ class Skills:
     said = right = self._config.one(*one)
     reply = _OK
     if generator.random() < self._config.wrong:
-      said, reply = self._claim(generator, one, bool(known)), f"{_ISSUE}wrong"
-    # Worked out again before it is judged.
-    return self._asked("VER", View(text, children=known, conclusion=said)), f"{right}\n{reply}"
+      said, reply = self._claim(generator, one), f"{_ISSUE}wrong"
+    # Worked out again, and the result that is claimed beside it, before it is judged.
+    return self._asked("VER", View(text, children=known, conclusion=said)), (
+      f"{right} {said.rpartition('=')[2]}\n{reply}")
 
-  def _claim(self, generator, one: expressions.Sides, may_misread: bool) -> str:
-    """A wrong conclusion: another result, or right about other numbers than the parts'."""
-    if may_misread and generator.random() < 0.25:
-      side = generator.choice((0, 2))
-      wrong = list(one)
-      wrong[side] = str(self._other(generator, int(one[side])))
-      return self._config.one(*wrong)
+  def _claim(self, generator, one: expressions.Sides) -> str:
+    """A conclusion with another result than the right one."""
     said, _, result = self._config.one(*one).rpartition("=")
-    return f"{said}={self._other(generator, int(result))}"
-
-  def _other(self, generator, number: int) -> int:
-    return (number + generator.randrange(1, self._config.modulus)) % self._config.modulus
+    other = int(result) + generator.randrange(1, self._config.modulus)
+    return f"{said}={other % self._config.modulus}"
 
   def _mend(self, generator, levels):
     text, _, one = self._parts(generator, levels)
-    said = self._claim(generator, one, False)
+    said = self._claim(generator, one)
     return self._asked("REFINE", View(text, conclusion=said)), _concluded(self._config.one(*one))
 
   def _table(self, generator, levels):

@@ -177,7 +177,7 @@ def _page(report: RunReport, summary, rows: Rows) -> html.Report:
     {NAMES[arm]: [plots.Run([2**level - 1 for level in levels],
                             [accuracy[arm][str(level)]["values"][i] for level in levels])
                   for i in range(len(seeds))] for arm in summary["arms"]},
-    x_label="operators of an expression", y_label="share of right answers", log_x=True,
+    x_label="operators of an expression", y_label="share of right answers",
     reference=(1 / summary["modulus"], "chance"), styles=plots.looks(labels, labels[:1])),
     "Mean and span of seeds. All arms but “answer once” cost the same tokens on each problem.")
   header, *accuracy_rows = _accuracy_rows(summary)
@@ -189,7 +189,7 @@ def _page(report: RunReport, summary, rows: Rows) -> html.Report:
       "Right answers", "Expressions that the solver has not met, but for single operators.",
       figures=[figure], tables=[
         html.Table(header, accuracy_rows, note=(
-          f"Means of {len(seeds)} solvers, with Wilson's interval of {LEVEL:.0%} over all "
+          f"Means over solvers ({len(seeds)}), with Wilson's interval of {LEVEL:.0%} over all "
           "answers.")),
         html.Table(
           ["Socratic, checked, less", *(_operators(level) for level in levels), "all"],
@@ -197,7 +197,7 @@ def _page(report: RunReport, summary, rows: Rows) -> html.Report:
            for arm in compared],
           note="Percentage points, paired over problems and solvers; bootstrap.")]),
     html.Section(
-      "Calls and tokens", "Means a problem, all repeats together; tokens are characters of "
+      "Calls and tokens", "Means a problem, all repeats together; tokens are bytes of "
       "requests and replies.",
       tables=[html.Table(
         ["arm", "expressions", html.Column("calls", ",.1f"), html.Column("tokens", ",.0f"),
@@ -206,20 +206,20 @@ def _page(report: RunReport, summary, rows: Rows) -> html.Report:
   chosen = _tree_shown(rows, seeds)
   sections.append(html.Section(
     "A tree", f"How “Socratic, checked” solved `{chosen['statement']}` (it is {chosen['answer']}, "
-    f"and the run says {chosen['said']}). Behind each problem stands what was concluded; → comes "
-    "after an objection; ✗ marks what does not follow from the parts.",
+    f"and the run says {chosen['said'] or 'nothing'}). Behind each problem stands what was "
+    "concluded; → comes after an objection; ✗ marks what does not follow from the parts.",
     listings=[html.Listing(drawn(chosen))]))
   sections.append(report.cost_section(by_kind=True, total=True))
   best = max(accuracy, key=lambda arm: accuracy[arm][deepest]["mean"])
   return html.Report(
     title="Socratic reasoning: a small solver, by itself and with the engine",
     lead=f"On expressions of {_operators(levels[-1])}, **{NAMES[best]}** is right most often, in "
-         f"{accuracy[best][deepest]['mean']:.0%}; all at once the same solver is right in "
-         f"{accuracy[arms.VOTE][deepest]['mean']:.0%} for the same tokens.",
+         f"{accuracy[best][deepest]['mean']:.0%}. Asked for the answer at once, the same solver is "
+         f"right in {accuracy[arms.VOTE][deepest]['mean']:.0%} for the same tokens.",
     key_figures=[
       *(html.KeyFigure(f"{accuracy[arm][deepest]['mean']:.0%}", NAMES[arm],
                        _operators(levels[-1]))
-        for arm in (arms.CHECKED, arms.UNCHECKED, arms.STEPS, arms.VOTE)),
+        for arm in (arms.CHECKED, arms.UNCHECKED, arms.VOTE)),
       report.work_figure()],
     sections=sections,
     facts={"seeds": ", ".join(map(str, seeds)), "modulo": summary["modulus"],
@@ -245,10 +245,11 @@ def _verification_section(summary, rows: Rows, seeds) -> html.Section:
     f"spoiled. {found['badly_split']} problems were not split as they are built, and count in "
     "none of these.",
     tables=[
-      html.Table(["", html.Column("share", ".1%"), html.Column("of", ",d")], shares, note=(
+      html.Table(["", html.Column("share", ".1%", align="right"), html.Column("of", ",d")], shares,
+                 note=(
         "Verification helps if the shares of the second and third row have a sum above 1.")),
       html.Table(
-        ["all operators right", html.Column("closed form", ".1%"),
+        ["all operators right", html.Column("closed form", ".1%", align="right"),
          html.Column("measured", ".1%")], predictions, note=(
           "The closed form of `lmops socratic simulate` by the shares above: operators err on "
           "their own, and what is mended is drawn anew.")),
