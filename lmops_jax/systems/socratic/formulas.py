@@ -105,6 +105,18 @@ def names_of(node: Node) -> list[str]:
   return sorted(found)
 
 
+def variables(node: Node, most: int) -> list[str]:
+  """The same, at most so many.
+
+  Raises:
+    Refused: for more.
+  """
+  names = names_of(node)
+  if len(names) > most:
+    raise Refused(f"it has {len(names)} variables, and at most {most} are taken")
+  return names
+
+
 def _tokens(text: str, grammar: Grammar) -> list[str]:
   words = [sign for sign in grammar.signs if sign.isalpha()]
   signs = "|".join(re.escape(sign) for sign in grammar.signs if not sign.isalpha())

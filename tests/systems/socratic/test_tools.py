@@ -180,7 +180,7 @@ def _pigeons(holes):
 
 def test_hard_formulas_end_by_counted_work(satisfiability, monkeypatch):
   assert satisfiability.check(f"unsatisfiable: {_pigeons(4)}").startswith("true")
-  monkeypatch.setattr(tools, "_MAX_CONFLICTS", 5)
+  monkeypatch.setattr("lmops_jax.systems.socratic.satisfiability._MAX_CONFLICTS", 5)
   with pytest.raises(Refused, match="not decided within 5 conflicts"):
     satisfiability.check(f"unsatisfiable: {_pigeons(4)}")
 
