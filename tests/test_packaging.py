@@ -64,7 +64,7 @@ def test_imports_are_declared(project):
   for listed in project["project"]["optional-dependencies"].values():
     requirements += listed
   declared = {_name(requirement).replace("-", "_") for requirement in requirements}
-  declared |= {"gin", "orbax", "sklearn", "PIL"}  # gin-config, orbax-checkpoint and so on
+  declared |= {"gin", "orbax", "sklearn", "PIL", "pysat"}  # gin-config, orbax-checkpoint and so on
   local = {"lmops_jax", *sys.stdlib_module_names}
   imported = {}
   for path in (ROOT / "lmops_jax").rglob("*.py"):

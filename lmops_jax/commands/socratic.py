@@ -38,6 +38,8 @@ def _running_options(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--minutes", type=float, metavar="N", help="pause after this time (exit code 3); the run can "
       "be resumed, and its decisions do not depend on it")
+  add("--read-seconds", type=float, metavar="N", help="longest wait for the next piece of an "
+      "endpoint's reply (default 120); a server that does not stream sends it whole")
   people = parser.add_mutually_exclusive_group()
   people.add_argument("--interactive", action="store_true", help="ask at every step: edit "
                       "requests, select, reject or ask on, change parts, conclude")
@@ -72,6 +74,8 @@ def _solve_options(parser: argparse.ArgumentParser) -> None:
       "a pattern: ASSESS, DED, TRA, DEC, CHECK, VER, REFINE, INT or SUMMARISE")
   add("--pattern", action="append", default=[], metavar="NAME", help="a pattern that an installed "
       "package offers, instead of ours")
+  add("--tools", default="", metavar="NAMES", help="exact tools that check claims for "
+      "verification: arithmetic, satisfiability, or both with a comma between; off by default")
   _running_options(parser)
 
 
@@ -100,6 +104,7 @@ def _solve(arguments) -> int:
   from lmops_jax.systems.socratic import Cast, Limits, default_patterns, runs
   from lmops_jax.systems.socratic.engine import checked_statement
   from lmops_jax.systems.socratic.patterns import named_patterns
+  from lmops_jax.systems.socratic.tools import named_tools
 
   def given(names):
     found = {name: getattr(arguments, name) for name in names}
@@ -115,13 +120,14 @@ def _solve(arguments) -> int:
     if not equals:
       raise ValueError(f"--template {text} must be PATTERN=FILE.")
     texts[name] = foreign_files.read_text(file)
-  default_patterns(cast, texts), named_patterns(arguments.pattern)
+  tools = tuple(name.strip() for name in arguments.tools.split(",") if name.strip())
+  default_patterns(cast, texts), named_patterns(arguments.pattern), named_tools(tools)
   _refuse_useless(arguments)
   backend = ({"kind": "http", "endpoint": arguments.endpoint, "model": arguments.model,
               "key_env": arguments.key_env, "window": arguments.window or 8192,
               "requests_per_minute": arguments.requests_per_minute} if arguments.endpoint else
              {"kind": "model", "model": arguments.model, "window": arguments.window})
-  plan = runs.Plan(statement, limits, cast, backend, pins, texts, tuple(arguments.pattern))
+  plan = runs.Plan(statement, limits, cast, backend, pins, texts, tuple(arguments.pattern), tools)
   return _run(arguments.workdir, plan, arguments, fork=arguments.fork)
 
 
@@ -129,7 +135,11 @@ def _refuse_useless(arguments) -> None:
   for name in ("key_env", "requests_per_minute"):
     if getattr(arguments, name) is not None and not arguments.endpoint:
       raise ValueError(f"--{name.replace('_', '-')} belongs to --endpoint URL.")
-  for name in ("window", "requests_per_minute", "minutes"):
+  _require_positive(arguments, "window", "requests_per_minute")
+
+
+def _require_positive(arguments, *names: str) -> None:
+  for name in names:
     value = getattr(arguments, name)
     if value is not None and not value > 0:
       raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0.")
@@ -154,8 +164,9 @@ def _run(folder: str, plan, arguments, *, fork: bool = False) -> int:
   from lmops_jax.systems.socratic.calls import Paused
   from lmops_jax.systems.socratic.hooks import Terminal
 
+  _require_positive(arguments, "minutes", "read_seconds")
   asks = "interactive" if arguments.interactive else "confirm" if arguments.confirm else None
-  backend = backend_of.backend_of(plan.backend)
+  backend = backend_of.backend_of(plan.backend, arguments.read_seconds)
   is_over = _clock(arguments.minutes)
   limits = plan.limits
   print(f"lmops: at most {limits.max_turns:,} calls, {limits.max_tokens:,} tokens and a cost of "

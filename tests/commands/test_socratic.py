@@ -6,7 +6,7 @@ import pytest
 
 from lmops_jax import cli
 from lmops_jax.commands import socratic_view
-from lmops_jax.systems.socratic import Limits, backend_of
+from lmops_jax.systems.socratic import Limits, Usage, backend_of
 from tests.systems.socratic import study
 from tests.systems.socratic.rules import cooperative, engine
 
@@ -23,7 +23,7 @@ def model(monkeypatch):
   """What a plan names is replaced by rules."""
   from lmops_jax.systems.socratic import Rules
   made = Rules(cooperative())
-  monkeypatch.setattr(backend_of, "backend_of", lambda named: made)
+  monkeypatch.setattr(backend_of, "backend_of", lambda named, read_seconds=None: made)
   return made
 
 
@@ -81,6 +81,9 @@ def test_interactive_runs_ask(problem, model, tmp_path, monkeypatch, capsys):
   (("--template", "XYZ=problem.txt"), "problem.txt"), (("--window", "0"), "--window 0 must be"),
   (("--pattern", "other"), "no installed package registers the pattern 'other'"),
   (("--endpoint", "http://example.com"), "uses http to the host"),
+  (("--tools", "calculator"), "there is no tool 'calculator'"),
+  (("--read-seconds", "0"), "--read-seconds 0.0 must be above 0"),
+  (("--read-seconds", "9"), "--read-seconds belongs to --endpoint"),
   (("--endpoint", "https://example.com", "--key-env", "NO_SUCH_KEY"), "NO_SUCH_KEY holds no key"),
 ])
 def test_what_is_refused_before_any_call(problem, tmp_path, change, message, capsys):
@@ -88,6 +91,39 @@ def test_what_is_refused_before_any_call(problem, tmp_path, change, message, cap
   assert solve(problem, tmp_path, *change) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "run").exists()
+
+
+def test_tools_are_named_on_the_command_line(problem, model, tmp_path, capsys):
+  pytest.importorskip("sympy")
+  assert solve(problem, tmp_path) == 0  # without tools
+  assert solve(problem, tmp_path, "--tools", "arithmetic") == 2
+  assert "holds a run with another tools" in capsys.readouterr().err
+  assert lmops("solve", "--problem", problem, "--model", "m", "--workdir", tmp_path / "other",
+               "--max-depth", 0, "--tools", " arithmetic") == 0
+  assert lmops("replay", tmp_path / "other") == 0 == lmops("replay", tmp_path / "run")
+  assert '"tools": ["arithmetic"]' in (tmp_path / "other" / "log.jsonl").read_text()
+  assert '"tools"' not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_how_long_to_wait_for_an_endpoint_is_no_part_of_the_plan(problem, tmp_path, monkeypatch):
+  pytest.importorskip("httpx2")
+  from lmops_jax.systems.socratic import http_backend
+  waits = []
+
+  class Waiting(http_backend.Http):
+    def __init__(self, *args, read_seconds=None, **options):
+      super().__init__(*args, **options)
+      waits.append(read_seconds)
+
+    def complete(self, messages, sampling, place, stream=None):
+      return http_backend.Reply(cooperative()(messages, place, None), "stop", Usage(1, 1))
+
+  monkeypatch.setattr(http_backend, "Http", Waiting)
+  endpoint = ("--endpoint", "http://localhost:9/v1")
+  assert solve(problem, tmp_path, *endpoint) == 0
+  assert solve(problem, tmp_path, *endpoint, "--read-seconds", 600) == 0  # the same run
+  assert lmops("resume", tmp_path / "run", "--read-seconds", 700) == 0
+  assert waits == [None, 600, 700]
 
 
 @pytest.mark.parametrize("data, message", [
@@ -119,9 +155,11 @@ def test_simulate(capsys):
   assert "closed form" in out and "verification helps: accept + catch = 1.75" in out
 
 
-def test_an_action_is_needed(capsys):
-  assert cli.main(["socratic"]) == 2
-  assert "needs an action: solve, resume" in capsys.readouterr().err
+def test_without_an_action_the_study_runs(capsys):
+  assert cli.main(["show", "socratic"]) == 0
+  assert "@socratic.Study()" in capsys.readouterr().out
+  assert cli.main(["socratic", "solv"]) == 2
+  assert "solv" in capsys.readouterr().err
 
 
 def test_the_drawn_tree_shows_states_and_cannot_be_styled_by_a_model(capsys):

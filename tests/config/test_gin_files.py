@@ -79,6 +79,7 @@ RUNS = [
   *PAPER_SIZES, "pds/smoke.gin",
   "promptist/default.gin", "promptist/ppo.gin", "promptist/sft.gin", "promptist/smoke.gin",
   "prototypes/default.gin", "prototypes/smoke.gin", "prototypes/tuned.gin",
+  "socratic/default.gin", "socratic/smoke.gin",
   "structured_prompting/adaptive.gin", "structured_prompting/default.gin",
   "structured_prompting/paper.gin",
 ]

@@ -91,6 +91,9 @@ def _behind(identities, names):
   ("structured_prompting/default.gin", "RETRIEVAL = @structured_prompting.Retrieval()",
    "prompt/.*"),
   ("structured_prompting/default.gin", "structured_prompting.Report.log_counts = False", "report"),
+  ("socratic/smoke.gin", "socratic.Arithmetic.modulus = 9", "problems|train/.*|solve/.*|report"),
+  ("socratic/smoke.gin", "LEARNING_RATE = 1e-3", "train/.*"),
+  ("socratic/smoke.gin", "socratic.Solving.rounds = 1", "problems|solve/.*|report"),
   (FINETUNE, "finetune.Finetune.pack = False", "prepare"),
   (FINETUNE, "LEARNING_RATE = 1e-3", "train"),
   (FINETUNE, "pretrained.load.attention = 'chunked'", "prepare|train"),
@@ -122,6 +125,7 @@ def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, bindin
   (FINETUNE, set()), (REINFORCE, set()), (SFT, set()),
   (PROMPTIST, {"generator_seed", "seeds"}),
   ("prototypes/smoke.gin", {"seeds", "sizes"}),
+  ("socratic/smoke.gin", {"seeds"}),
 ])
 def test_every_setting_is_read_by_a_stage(file, free, files):
   """Seeds show as `seed` of the stages; the engine changes no result."""

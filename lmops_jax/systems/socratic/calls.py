@@ -28,6 +28,7 @@ from lmops_jax.systems.socratic.settings import (
   repaired,
   system_message,
 )
+from lmops_jax.systems.socratic.tools import Claim, Tool, checked
 
 _CONTINUE = "Continue exactly where you stopped."
 
@@ -97,16 +98,19 @@ class Calls:
                person: hooks.Hooks | None = None,
                watch: Callable[[str, Problem, Turn | None], None] | None = None,
                stream: Callable[[str], None] | None = None,
-               is_over: Callable[[], bool] = lambda: False):
+               is_over: Callable[[], bool] = lambda: False,
+               tools: Mapping[str, Tool] | None = None):
     """
     Args:
       person: takes part in the run; None is automatic.
       watch: called with an event, its problem and perhaps its turn.
       stream: called with the pieces of a reply.
       is_over: whether the time is up, asked before a call is sent.
+      tools: check claims for verification, by name; they cost no tokens but those of what they say.
     """
     self._backend, self._log, self.limits, self._patterns = backend, log, limits, patterns
     self._person, self.watch, self._stream, self._is_over = person, watch, stream, is_over
+    self._tools = tools or {}
     self.turns: list[Turn] = []
     self.spent = Spending()
 
@@ -229,6 +233,20 @@ class Calls:
   def choices(self, pattern: Pattern, view: View) -> Sequence[str]:
     """What to choose from by likelihood, if the backend can."""
     return pattern.choices(view) if self._backend.can_score else ()
+
+  @property
+  def tools(self) -> tuple[str, ...]:
+    """Names of the tools that check claims."""
+    return tuple(self._tools)
+
+  def checked(self, problem: Problem, claims: Sequence[Claim]) -> str:
+    """What tools say of a conclusion's claims, a line each; it is logged."""
+    if not claims:
+      return ""
+    found = checked(self._tools, claims)
+    self._log.write("tool", key=sha256([problem.id, list(map(list, claims))]), problem=problem.id,
+                    found=found)
+    return "\n".join(found)
 
   def event(self, kind: str, problem: Problem, turn: Turn | None = None) -> None:
     """Tells those who watch."""

@@ -17,6 +17,7 @@ from lmops_jax.systems.socratic.patterns import DECISIONS, QUESTIONS, Known, Vie
 from lmops_jax.systems.socratic.problems import Conclusion, Pin, Problem, Tree, normalised
 from lmops_jax.systems.socratic.replies import Result
 from lmops_jax.systems.socratic.settings import MAX_PROBLEM_CHARS, control_character, repaired
+from lmops_jax.systems.socratic.tools import Claim
 
 _BUDGET = "budget"
 
@@ -65,6 +66,7 @@ class Engine:
     self._past: dict[str, list[Past]] = {}
     self._num_critiques = 0
     self._summaries: dict[str, str] = {}
+    self._claims: dict[str, tuple[Claim, ...]] = {}  # of each problem's conclusion
 
   def run(self) -> Problem:
     """Works until the target has a conclusion or a reason why not; returns it."""
@@ -159,7 +161,7 @@ class Engine:
     for said in usable:
       if self._spare(p) < 1:
         break
-      verdict = self._critique(p, said.parsed.text).parsed
+      verdict = self._critique(p, said.parsed.text, said.parsed.claims).parsed
       if isinstance(verdict, Result) and verdict.word == "OK":
         return said
     return usable[0]
@@ -256,6 +258,7 @@ class Engine:
     p.conclusion = Conclusion(
       said.parsed.text, said.parsed.answer, "unverified" if whole else "partial", uses,
       (*turns, said.past.number), earlier.critiques if earlier else ())
+    self._claims[p.id] = said.parsed.claims
     p.state = "concluded"
     self._event("concluded", p)
 
@@ -263,7 +266,7 @@ class Engine:
     for _ in range(self._limits.rounds):
       if self._spare(p) < 1:
         break
-      said = self._critique(p, p.conclusion.text)
+      said = self._critique(p, p.conclusion.text, self._claims.get(p.id, ()))
       verdict = said.parsed
       if not isinstance(verdict, Result):
         continue
@@ -280,11 +283,11 @@ class Engine:
         self._refine(p, verdict.text)
     self._settle(p, "unverified")
 
-  def _critique(self, p: Problem, text: str) -> Said:
+  def _critique(self, p: Problem, text: str, claims: Sequence[Claim]) -> Said:
     question = QUESTIONS[self._num_critiques % len(QUESTIONS)]
     self._num_critiques += 1
     view = View(p.statement, pins=self.tree.pins, children=self._known(p), conclusion=text,
-                question=question)
+                question=question, found=self.calls.checked(p, claims))
     return self._ask(p, "VER", view)
 
   def _reopened(self, p: Problem, verdict: Result) -> Problem | None:
@@ -298,13 +301,15 @@ class Engine:
     return child
 
   def _refine(self, p: Problem, issue: str) -> None:
-    view = View(p.statement, pins=self.tree.pins, conclusion=p.conclusion.text, critique=issue)
+    view = View(p.statement, pins=self.tree.pins, conclusion=p.conclusion.text, critique=issue,
+                tools=self.calls.tools)
     said = self._ask(p, "REFINE", view)
     if isinstance(said.parsed, Result):
       status = "partial" if p.conclusion.status == "partial" else "unverified"
       p.conclusion = dataclasses.replace(
         p.conclusion, text=said.parsed.text, answer=said.parsed.answer, status=status,
         turns=(*p.conclusion.turns, said.past.number))
+      self._claims[p.id] = said.parsed.claims
       if p.state == "verified":
         p.state = "unverified"
     self._event("refined", p)
@@ -334,7 +339,8 @@ class Engine:
     needed = [self.tree.problems[name] for name in p.needs]
     return View(
       p.statement, tuple(a.statement for a in self.tree.ancestors(p)), self.tree.pins,
-      tuple(self._shown(f"S{problem.id.rpartition('.')[2]}", problem) for problem in needed))
+      tuple(self._shown(f"S{problem.id.rpartition('.')[2]}", problem) for problem in needed),
+      tools=self.calls.tools)
 
   def _known(self, p: Problem) -> tuple[Known, ...]:
     return tuple(self._shown(f"S{i}", child)

@@ -17,7 +17,7 @@ from lmops_jax.reporting import html
 from lmops_jax.systems.socratic.calls import Turn
 from lmops_jax.systems.socratic.problems import Problem, Tree
 from lmops_jax.systems.socratic.runs import Outcome
-from lmops_jax.systems.socratic.settings import described
+from lmops_jax.systems.socratic.settings import PERSONAS
 from lmops_jax.systems.socratic.transcripts import Transcript
 
 NOTICE = ("A machine wrote the conclusions on this page. \"Verified\" means that a model found no "
@@ -97,8 +97,9 @@ def as_html(outcome: Outcome, texts: Texts) -> str:
         html.Section(f"{p.id}  {shortened(' '.join(p.statement.split()), 80)}",
                      excerpts=list(_card(p)))
         for p in tree.problems.values() if p.parent is not None]),
-      html.Section("Definitions and results given", excerpts=[
-        html.Excerpt(pin.text, pin.title, {"kind": pin.kind}, _WHOLE) for pin in tree.pins]),
+      *([html.Section("Definitions and results given", excerpts=[
+        html.Excerpt(pin.text, pin.title, {"kind": pin.kind}, _WHOLE) for pin in tree.pins])]
+        if tree.pins else []),
       html.Section("Turns", tables=[_turn_table(outcome)]),
       html.Section("Every request and reply", "As they were sent and received, in order.",
                    sections=[_turn_section(turn, *texts(turn)) for turn in outcome.turns]),
@@ -145,16 +146,21 @@ def _card(problem: Problem) -> Iterator[html.Excerpt]:
   yield html.Excerpt(found.text, "Conclusion", facts, _WHOLE)
 
 
-def _persona(turn: Turn) -> str:
-  return turn.persona if turn.by_human else described(turn.persona)
-
-
 def _turn_table(outcome: Outcome) -> html.Table:
-  rows = [(turn.number, turn.problem, turn.pattern, _persona(turn), _context(turn),
-           turn.usage.prompt, turn.usage.reply, turn.finish, "; ".join(turn.notes))
+  """The turns; seven columns are as many as the page is wide for."""
+  rows = [(turn.number, turn.problem, turn.pattern, turn.persona, _context(turn),
+           f"{turn.usage.prompt:,} + {turn.usage.reply:,}", _notes(turn))
           for turn in outcome.turns]
-  return html.Table(("turn", "problem", "pattern", "persona", "context", "tokens in", "tokens out",
-                     "end", "notes"), rows)
+  codes = sorted({turn.persona for turn in outcome.turns} & PERSONAS.keys())
+  return html.Table(
+    ("turn", "problem", "pattern", "persona", "context", html.Column(
+      "tokens in + out", align="right"), "notes"), rows,
+    note="; ".join(f"{code}: {PERSONAS[code]}" for code in codes))
+
+
+def _notes(turn: Turn) -> str:
+  ends = () if turn.finish == "stop" else (f"ended by {turn.finish}",)
+  return "; ".join((*ends, *turn.notes))
 
 
 def _context(turn: Turn) -> str:

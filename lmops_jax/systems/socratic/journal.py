@@ -1,9 +1,10 @@
 """The append-only log of a run: each call before it is sent and each reply as it comes.
 
 A line is JSON with a version, a kind and a checksum, and is on the disk before the run goes on.
-Kinds: `run` (the configuration), `call`, `reply`, `human` (what a person decided), `note`, `end`.
-Since the engine repeats itself exactly when it is given the same replies, this log is all that a
-resumed run needs: answered calls are answered from it, and the first that is not goes to the model.
+Kinds: `run` (the configuration), `call`, `reply`, `human` (what a person decided), `tool` (what
+tools found), `note`, `end`. Since the engine repeats itself exactly when it is given the same
+replies, this log is all that a resumed run needs: answered calls are answered from it, and the
+first that is not goes to the model.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Journal:
     self._calls: dict[str, int] = {}
     self._replies: dict[str, int] = {}
     self._humans: dict[str, int] = {}
+    self._tools: set[str] = set()
     self._end: dict[str, Any] | None = None
     with contextlib.ExitStack() as opened:
       opened.enter_context(self._lock)
@@ -95,6 +97,8 @@ class Journal:
       self.config = line["config"]
     elif kind == "end":
       self._end = line
+    elif kind == "tool":
+      self._tools.add(line["key"])
     elif kind in ("call", "reply", "human"):
       {"call": self._calls, "reply": self._replies, "human": self._humans}[kind].setdefault(
         line["key"], offset)
@@ -139,12 +143,14 @@ class Journal:
   def write(self, kind: str, **fields: Any) -> None:
     """Appends a line and waits until it is on the disk.
 
-    A call that is there already, as it is if its reply was lost, is not written again.
+    A call that is there already, as it is if its reply was lost, is not written again, nor is what
+    tools found.
 
     Raises:
       OSError: if the disk is full; nothing more may be sent then.
     """
-    if (kind == "call" and fields["key"] in self._calls) or (kind == "end" and self._end):
+    if (kind == "call" and fields["key"] in self._calls) or (kind == "end" and self._end) or (
+        kind == "tool" and fields["key"] in self._tools):
       return
     line = {"v": VERSION, "kind": kind, **{k: _plain(v) for k, v in fields.items()}}
     data = encoded(line)

@@ -17,6 +17,7 @@ from importlib import metadata, resources
 from typing import Protocol
 
 from lmops_jax.systems.socratic import replies
+from lmops_jax.systems.socratic import tools as tools_lib
 from lmops_jax.systems.socratic.problems import Pin
 from lmops_jax.systems.socratic.replies import Result, Unreadable
 from lmops_jax.systems.socratic.settings import Cast
@@ -62,6 +63,8 @@ class View:
     words: decisions that are offered.
     max_parts: of a decomposition.
     must_cite: numbers of the parts whose conclusion must be cited.
+    tools: names of the tools that check claims.
+    found: what they found, for a verification.
   """
 
   problem: str = ""
@@ -74,6 +77,8 @@ class View:
   words: tuple[str, ...] = DECISIONS
   max_parts: int = 5
   must_cite: frozenset[int] = frozenset()
+  tools: tuple[str, ...] = ()
+  found: str = ""
 
 
 class Pattern(Protocol):
@@ -106,6 +111,7 @@ class Template:
     form_text: with {words} and {max_parts}.
     read: `(reply, view) -> Result | Unreadable`.
     chooses: whether the reply is one of the view's words.
+    claims: whether the reply may hold claims for tools.
   """
 
   name: str
@@ -114,6 +120,7 @@ class Template:
   form_text: str
   read: Callable[[str, View], Result | Unreadable]
   chooses: bool = False
+  claims: bool = False
 
   def build(self, view: View) -> str:
     """The template with its slots filled; paragraphs whose slots are all empty fall away."""
@@ -122,7 +129,12 @@ class Template:
   def form(self, view: View) -> str:
     """The form for this view."""
     words = " or ".join(view.words)
-    return self.form_text.replace("{words}", words).replace("{max_parts}", str(view.max_parts))
+    made = self.form_text.replace("{words}", words).replace("{max_parts}", str(view.max_parts))
+    if view.tools and self.claims:
+      forms = "\n".join(tools_lib.form_of(name) for name in view.tools)
+      made = (f"What can be checked exactly, write as claims, each on a line of its own:\n{forms}"
+              f"\n{made}")
+    return made
 
   def parse(self, text: str, view: View) -> Result | Unreadable:
     """What a reply says."""
@@ -133,7 +145,7 @@ class Template:
     return view.words if self.chooses else ()
 
 
-_SLOT = re.compile(r"\{(problem|ancestors|pins|children|conclusion|question|critique|form)\}")
+_SLOT = re.compile(r"\{(problem|ancestors|pins|children|conclusion|question|critique|found|form)\}")
 
 
 def fill(template: str, view: View, form: str) -> str:
@@ -147,7 +159,7 @@ def fill(template: str, view: View, form: str) -> str:
     "pins": "\n\n".join(f"{pin.title}: {pin.text}" for pin in view.pins),
     "children": "\n\n".join(known.shown() for known in view.children),
     "conclusion": view.conclusion, "question": view.question, "critique": view.critique,
-    "form": form,
+    "found": view.found, "form": form,
   }
   kept, pending = [], ""
   for paragraph in template.strip().split("\n\n"):
@@ -173,12 +185,13 @@ def _read_assess(text: str, view: View) -> Result | Unreadable:
 
 
 def _read_conclusion(text: str, view: View) -> Result | Unreadable:
-  found = replies.fields(text, ("CONCLUSION", "ANSWER"))
   if not text.strip():
     return Unreadable("it is empty")
-  said = found.get("CONCLUSION") or text.strip()
+  claims, rest = tools_lib.claims_of(text, view.tools) if view.tools else ((), text)
+  found = replies.fields(rest, ("CONCLUSION", "ANSWER"))
+  said = found.get("CONCLUSION") or rest.strip() or text.strip()
   return Result(said, answer=found.get("ANSWER") or None, cited=replies.cited(text),
-                fallback="CONCLUSION" not in found)
+                fallback="CONCLUSION" not in found, claims=claims)
 
 
 def _read_integration(text: str, view: View) -> Result | Unreadable:
@@ -270,7 +283,7 @@ def default_patterns(cast: Cast = Cast(), texts: Mapping[str, str] | None = None
   for persona in speaks.values():
     described(persona)
   return {name: Template(name, speaks[name], texts.get(name) or template_text(name), form, read,
-                         name == "ASSESS")
+                         name == "ASSESS", name in ("DED", "INT", "REFINE"))
           for name, (form, read) in _FORMS.items()}
 
 

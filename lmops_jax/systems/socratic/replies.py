@@ -36,6 +36,7 @@ class Result:
     parts: statements and the earlier parts that each needs, from 1.
     child: number of the part that a verdict names, from 1.
     cited: numbers of the parts that the text cites as [Sk].
+    claims: what tools are to check, `(tool, text)` each.
     fallback: whether markers were missing and the pattern's fallback was taken.
   """
 
@@ -46,6 +47,7 @@ class Result:
   parts: tuple[tuple[str, tuple[int, ...]], ...] = ()
   child: int = 0
   cited: frozenset[int] = frozenset()
+  claims: tuple[tuple[str, str], ...] = ()
   fallback: bool = False
 
 

@@ -17,6 +17,7 @@ from lmops_jax.systems.socratic.journal import Journal
 from lmops_jax.systems.socratic.patterns import Pattern, default_patterns, named_patterns
 from lmops_jax.systems.socratic.problems import Pin, Tree, sha256
 from lmops_jax.systems.socratic.settings import Cast, Limits
+from lmops_jax.systems.socratic.tools import named_tools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Plan:
       "key_env": ...}`; never a key.
     texts: templates other than the packaged ones, by pattern.
     named: patterns of installed packages, by the names of their entry points.
+    tools: names of the tools that check claims for verification.
   """
 
   statement: str
@@ -37,6 +39,7 @@ class Plan:
   pins: tuple[Pin, ...] = ()
   texts: dict[str, str] = dataclasses.field(default_factory=dict)
   named: tuple[str, ...] = ()
+  tools: tuple[str, ...] = ()
 
   def record(self) -> dict[str, Any]:
     """As JSON values."""
@@ -45,6 +48,7 @@ class Plan:
       "cast": dataclasses.asdict(self.cast), "backend": self.backend,
       "pins": [dataclasses.asdict(pin) for pin in self.pins], "texts": self.texts,
       "named": list(self.named),
+      **({"tools": list(self.tools)} if self.tools else {}),  # logs without tools stay as they were
     }
 
   @classmethod
@@ -53,7 +57,7 @@ class Plan:
     return cls(
       record["statement"], Limits(**record["limits"]), Cast(**record["cast"]), record["backend"],
       tuple(Pin(**pin) for pin in record["pins"]), record["texts"],
-      tuple(record["named"]))
+      tuple(record["named"]), tuple(record.get("tools", ())))
 
   def patterns(self) -> dict[str, Pattern]:
     """The patterns of the run."""
@@ -100,7 +104,8 @@ def run(folder: Path | str, plan: Plan, backend: Backend, *, fork: bool = False,
 
 
 def _executed(journal: Journal, plan: Plan, backend: Backend, **options) -> Outcome:
-  calls = Calls(backend, journal, plan.limits, plan.patterns(), **options)
+  calls = Calls(backend, journal, plan.limits, plan.patterns(), tools=named_tools(plan.tools),
+                **options)
   engine = Engine(plan.statement, calls, plan.pins)
   engine.run()
   outcome = Outcome(engine.tree, calls.turns, calls.spent, engine.tree.digest(), plan)
@@ -167,7 +172,8 @@ def looked_at(folder: Path | str, backend: Backend) -> Iterator[tuple[Outcome, J
   """
   plan = plan_of(folder)
   with Journal(folder, writes=False) as journal:
-    calls = Calls(_Nothing(backend), _ReadOnly(journal), plan.limits, plan.patterns())
+    calls = Calls(_Nothing(backend), _ReadOnly(journal), plan.limits, plan.patterns(),
+                  tools=named_tools(plan.tools))
     engine = Engine(plan.statement, calls, plan.pins)
     with contextlib.suppress(_Unanswered):  # then the run is not finished
       engine.run()

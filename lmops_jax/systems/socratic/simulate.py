@@ -15,7 +15,6 @@ check of the engine would show as a deviation.
 from __future__ import annotations
 
 import math
-import operator
 import random
 import re
 from typing import Annotated, NamedTuple
@@ -23,6 +22,7 @@ from typing import Annotated, NamedTuple
 from annotated_types import Ge, Le
 
 from lmops_jax.config.setting_types import PositiveInt, Probability, check_arguments
+from lmops_jax.systems.socratic import expressions
 from lmops_jax.systems.socratic.backends import Place, Rules
 from lmops_jax.systems.socratic.calls import Calls
 from lmops_jax.systems.socratic.context import Messages
@@ -31,7 +31,6 @@ from lmops_jax.systems.socratic.journal import NoLog
 from lmops_jax.systems.socratic.patterns import default_patterns
 from lmops_jax.systems.socratic.settings import Limits
 
-_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _ONE = re.compile(r"\((-?\d+) ([+*-]) (-?\d+)\)")
 
 
@@ -123,20 +122,7 @@ def simulate(
 
 def _expression(generator: random.Random, levels: int) -> str:
   """A balanced expression of random integers, which is distinct from its parts."""
-  if levels == 0:
-    return str(generator.randrange(1, 10**6))
-  sides = _expression(generator, levels - 1), _expression(generator, levels - 1)
-  return f"({sides[0]} {generator.choice('+-*')} {sides[1]})"
-
-
-def _sides(expression: str) -> tuple[str, str, str]:
-  """Left side, operator and right side of "(left op right)"."""
-  depth = 0
-  for i, c in enumerate(expression):
-    depth += (c == "(") - (c == ")")
-    if depth == 1 and c in "+-*" and expression[i - 1] == expression[i + 1] == " ":
-      return expression[1 : i - 1], c, expression[i + 2 : -1]
-  raise AssertionError(f"{expression} has no operator.")
+  return expressions.balanced(generator, levels, lambda: str(generator.randrange(1, 10**6)))
 
 
 def _asked(statement: str) -> str:
@@ -145,11 +131,11 @@ def _asked(statement: str) -> str:
 
 def _value(tree, problem) -> int:
   """What a node should be, given what its parts came to."""
-  left, sign, right = _sides(_asked(problem.statement))
+  left, sign, right = expressions.sides(_asked(problem.statement))
   children = tree.children(problem)
   if children:
     left, right = (child.conclusion.answer for child in children)
-  return _OPERATIONS[sign](int(left), int(right))
+  return expressions.applied(sign, int(left), int(right))
 
 
 class _Solver:
@@ -165,12 +151,12 @@ class _Solver:
     expression = _asked(re.search(r"Compute .*\.", text)[0])
     if place.pattern == "ASSESS":
       return f"DECISION: {'SOLVE' if _ONE.fullmatch(expression) else 'SPLIT'}"
-    left, sign, right = _sides(expression)
+    left, sign, right = expressions.sides(expression)
     if place.pattern == "DEC":
       return f"PART 1: Compute {left}.\nPART 2: Compute {right}."
     if not _ONE.fullmatch(expression):  # the parts' conclusions stand in the request
       left, right = self._parts(text, place)
-    true = _OPERATIONS[sign](int(left), int(right))
+    true = expressions.applied(sign, int(left), int(right))
     if place.pattern == "VER":
       claimed = int(re.search(r"The conclusion that was reached:\n\n.*?= (-?\d+)", text, re.S)[1])
       chance = self._accept if claimed == true else 1 - self._catch
