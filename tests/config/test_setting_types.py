@@ -198,7 +198,7 @@ SENSE = {
     "PRACTICAL": {"[]"}, "POLICY_OPTIMIZERS": {"[]"}, "OTHER_INITS": {"[]"},
   },
   "structured_prompting/default.gin": {
-    "BOS": {"None", "True"}, "SEPARATOR": {"'nope'"},
+    "BOS": {"None", "True"}, "SEPARATOR": {"'nope'"}, "STORE": {"None", "'nope'"},
     **{name: {"None"} for name in (
       "MESH", "MODEL", "DATA", "LABELS", "RETRIEVAL", "FLAVOUR", "ROWS", "GROUP_TOKENS")},
   },
