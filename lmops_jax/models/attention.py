@@ -2,9 +2,10 @@
 
 - `xla`: scores written out, `[B,H,S,S]` in memory, differentiable to any order. Fastest for short
   sequences on a CPU.
-- `chunked`: queries in blocks, each block rematerialised (Rabe & Staats 2021, arXiv:2112.05682),
-  so memory grows linearly in the length. Plain jax operations: differentiable to any order, also
-  `jax.jvp` of `jax.grad`. Keys beyond a block's last query are left out in steps of an eighth.
+- `chunked`: queries in blocks, whose scores are computed again backwards (Rabe & Staats 2021,
+  arXiv:2112.05682), so memory grows linearly in the length. Plain jax operations: differentiable
+  to any order, also `jax.jvp` of `jax.grad`. Keys beyond a block's last query are left out in
+  steps of an eighth.
 - `cudnn`: fused kernel on NVIDIA GPUs. First derivatives only.
 - `splash`: fused kernel on TPUs. First derivatives only.
 
@@ -29,6 +30,7 @@ from lmops_jax.models.attention_scores import (
   distance_bias,
   heads_first,
   in_chunks,
+  keep_parts,
   softmax_attention,
   visible,
 )
@@ -172,7 +174,7 @@ def _chunked(q, k, v, segment_ids, pattern, chunk, drop, bias):
     keys, values = k[:, :, :prefix], v[:, :, :prefix]
     key_segments = None if segment_ids is None else segment_ids[:, :prefix]
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=keep_parts)
     def one_chunk(inputs, keys=keys, values=values, key_segments=key_segments):
       i, q_chunk, query_segments, given = inputs
       query_index = i * chunk + jnp.arange(chunk)
@@ -186,7 +188,11 @@ def _chunked(q, k, v, segment_ids, pattern, chunk, drop, bias):
     segments, biases = (
       None if x is None else x[first:last] for x in (segment_chunks, bias_chunks))
     inputs = (jnp.arange(first, last), q_chunks[first:last], segments, biases)
-    outputs.append(jax.lax.map(one_chunk, inputs))
+    if last - first == 1:  # alone, XLA on a CPU need not copy it into and out of stacks
+      one = jax.tree.map(lambda x: x[0], inputs)
+      outputs.append(one_chunk(one)[None])
+    else:
+      outputs.append(jax.lax.map(one_chunk, inputs))
   out = jnp.concatenate(outputs)  # [n,B,K,G,chunk,E]
   out = out.transpose(1, 0, 4, 2, 3, 5).reshape(shape[0], num_chunks * chunk, *shape[2:])
   return out[:, :length]

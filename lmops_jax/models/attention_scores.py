@@ -7,8 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 MASKED = -1e30  # finite, so that no derivative of the softmax is 0 * inf
+_PART = "attention_part"  # what `keep_parts` finds
+
+# Policy of `jax.checkpoint` that keeps a `Part`, so that only scores are computed twice.
+keep_parts = jax.checkpoint_policies.save_only_these_names(_PART)
 
 
 class Pattern(NamedTuple):
@@ -45,15 +50,44 @@ def masked_scores(q_BKGSE, k_BKME, mask, bias):
   return jnp.where(mask, scores if bias is None else scores + bias, MASKED)
 
 
+class Part(NamedTuple):
+  """Attention over some keys before its division: all that is needed to join it with other parts.
+
+  So keys may be read in blocks or lie on several devices, each of which adds up its own, and no row
+  of scores is ever put together.
+
+  Attributes:
+    largest: `[...,1]`, the largest score.
+    total: `[...,1]`, the sum of `exp(score - largest)`.
+    out: `[...,E]`, the values summed with those weights.
+  """
+
+  largest: jax.Array
+  total: jax.Array
+  out: jax.Array
+
+
+def partial_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None, drop=None) -> Part:
+  """The part for the arguments of `softmax_attention`; a bias may also be one number."""
+  scores = masked_scores(q_BKGSE, k_BKME, mask, bias)
+  largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+  weights = jnp.exp(scores - largest)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  kept = weights if drop is None else drop(weights)
+  out = summed(kept, v_BKME, weights.dtype).reshape(q_BKGSE.shape)
+  return checkpoint_name(Part(largest, total, out), _PART)
+
+
 def softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None, drop=None):
   """Attention of some queries over some keys; `mask`, `bias` broadcast to `[B,K,G,S,M]`.
 
-  `drop` maps the probabilities, of that shape, to the weights of the values' sum.
+  The sum over values is divided, not each weight (FlashAttention, arXiv:2205.14135): backwards too
+  a row of scores is then summed over the width of a head instead of over all keys.
+
+  `drop` multiplies weights, of that shape, by numbers of its own.
   """
-  probabilities = jax.nn.softmax(masked_scores(q_BKGSE, k_BKME, mask, bias), axis=-1)
-  if drop is not None:
-    probabilities = drop(probabilities)
-  return summed(probabilities, v_BKME, None).reshape(q_BKGSE.shape)
+  found = partial_attention(q_BKGSE, k_BKME, v_BKME, mask, bias, drop)
+  return (found.out / found.total).astype(v_BKME.dtype)
 
 
 def summed(weights, v_BKME, dtype):

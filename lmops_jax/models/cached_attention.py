@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from lmops_jax.models.attention_scores import (
   MASKED,
+  Part,
   alibi,
   grouped,
   in_chunks,
-  masked_scores,
+  partial_attention,
   softmax_attention,
-  summed,
 )
 from lmops_jax.models.cache import Adaptive, Prefix
 from lmops_jax.models.partitioning import platform_in_use
@@ -114,45 +114,20 @@ def cached_attention(
     out = softmax_attention(q_BKGSE, keys, values, mask, bias)
   else:
     bias = shared.own_weight if bias is None else shared.own_weight + bias
-    part = _joined(_part(q_BKGSE, keys, values, mask, bias), _before(q, shared, slopes))
+    part = _joined(
+      partial_attention(q_BKGSE, keys, values, mask, bias), _before(q, shared, slopes))
     out = (part.out / part.total).astype(values.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-class _Part(NamedTuple):
-  """Attention over some keys before its division: all that is needed to join it with other parts.
-
-  So keys may be read in blocks or lie on several devices, each of which adds up its own, and no row
-  of scores is ever put together.
-
-  Attributes:
-    largest: `[...,1]`, the largest score.
-    total: `[...,1]`, the sum of `exp(score - largest)`.
-    out: `[...,E]`, the values summed with those weights.
-  """
-
-  largest: jax.Array
-  total: jax.Array
-  out: jax.Array
-
-
-def _part(q_BKGSE, k_BKME, v_BKME, mask, bias):
-  """The part for the arguments of `softmax_attention`; a bias may also be one number."""
-  scores = masked_scores(q_BKGSE, k_BKME, mask, bias)
-  largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-  weights = jnp.exp(scores - largest)
-  out = summed(weights, v_BKME, weights.dtype).reshape(q_BKGSE.shape)
-  return _Part(largest, jnp.sum(weights, axis=-1, keepdims=True), out)
-
-
-def _joined(a: _Part, b: _Part) -> _Part:
+def _joined(a: Part, b: Part) -> Part:
   largest = jnp.maximum(a.largest, b.largest)
   of_a, of_b = jnp.exp(a.largest - largest), jnp.exp(b.largest - largest)
-  return _Part(largest, a.total * of_a + b.total * of_b, a.out * of_a + b.out * of_b)
+  return Part(largest, a.total * of_a + b.total * of_b, a.out * of_a + b.out * of_b)
 
 
 def _before(q, shared: Shared, slopes):
-  """The `_Part` of all that stands before the rows."""
+  """The `Part` of all that stands before the rows."""
   how = shared.adaptive
   if how is None:
     return _over_shared(q, shared, slopes)
@@ -160,7 +135,7 @@ def _before(q, shared: Shared, slopes):
   texts = _over_shared(
     (q * cooled).astype(q.dtype), shared, None if slopes is None else slopes * cooled)
   logarithm = texts.largest + jnp.log(texts.total)
-  weighed = _Part(logarithm * how.power, jnp.ones_like(texts.total), texts.out / texts.total)
+  weighed = Part(logarithm * how.power, jnp.ones_like(texts.total), texts.out / texts.total)
   if not how.positions.shape[1]:
     return weighed
   front = Shared(
@@ -170,7 +145,7 @@ def _before(q, shared: Shared, slopes):
 
 
 def _over_shared(q, shared: Shared, slopes):
-  """`_Part` `[B,K,G,S,...]` over shared keys, computed with all rows' queries as those of one row.
+  """`Part` `[B,K,G,S,...]` over shared keys, computed with all rows' queries as those of one row.
 
   One CPU device computes it in blocks whose scores its caches hold. Through memory, scores over
   31,744 keys take 1.7 times as long on two cores.
@@ -190,7 +165,7 @@ def _over_shared(q, shared: Shared, slopes):
 def _over_keys(q_1KGNE, shared: Shared, slopes):
   mask, distance = (x[:, None, None] for x in shared.visible())
   bias = None if slopes is None else alibi(slopes, shared.keys.shape[1], distance)
-  return _part(q_1KGNE, shared.keys, shared.values, mask, bias)
+  return partial_attention(q_1KGNE, shared.keys, shared.values, mask, bias)
 
 
 def _over_blocks(q_1KGNE, shared: Shared, slopes):
@@ -213,7 +188,7 @@ def _over_blocks(q_1KGNE, shared: Shared, slopes):
       return _joined(part, _over_keys(q_1KGNE, block, slopes)), None
 
     one = (*q_1KGNE.shape[:4], 1)
-    nothing = _Part(
+    nothing = Part(
       jnp.full(one, MASKED, wide), jnp.zeros(one, wide), jnp.zeros(q_1KGNE.shape, wide))
     return jax.lax.scan(go_on, nothing, jnp.arange(0, num_keys, num_block_keys))[0]
 

@@ -22,9 +22,17 @@ from lmops_jax.models.positions import Angles
 from lmops_jax.models.products import matrix_product
 
 INIT_STDDEV = 0.02
+
+
+def _gelu(x):
+  """`x Phi(x)` by `erf`, as in PyTorch; by `erfc` it takes three times as long on a CPU."""
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
 _ACTIVATIONS = {
   "silu": nn.silu,
-  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu": _gelu,
   "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
   "relu": nn.relu,
