@@ -91,8 +91,7 @@ def rl_flops(
   """
   options, algorithm = config.exploration.options, config.algorithm
   length = config.prompt_length + options.max_new_tokens
-  trunks = 2 if algorithm.values == "separate" else 1
-  passes = 2 + (trunks - 1) + 3 * trunks * algorithm.num_epochs
+  passes = reinforce.updates.num_passes(algorithm)
   learning = passes * length * flops.forward_flops_per_token(model, length)
   writing = writing_flops(model, options, config.prompt_length) / algorithm.group_size
   return config.batch_size * (writing + judged_flops(generator, judging) + learning)
@@ -113,11 +112,11 @@ def phases(
   """
   clip = generator.clip(vocab_size, 0)
   model = Transformer(dataclasses.replace(policy.model, vocab_size=vocab_size))
-  each = f" of {seeds} policies" if seeds > 1 else ""
+  each = f"each of {seeds} policies" if seeds > 1 else "one policy"
   return [
     _towers(generator, clip), _unet(generator, clip.config, partitioner),
-    tuning_phase("sft", policy.sft, model, policy.length, f"each{each}", partitioner, platform),
-    _rl(policy, model, generator, judging, f"each{each}", partitioner, platform)]
+    tuning_phase("sft", policy.sft, model, policy.length, each, partitioner, platform),
+    _rl(policy, model, generator, judging, each, partitioner, platform)]
 
 
 def _towers(config: Generator, clip) -> Phase:

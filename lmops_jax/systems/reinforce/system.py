@@ -174,9 +174,8 @@ class Reinforce:
   def _flops_per_token(self) -> float:
     """Operations of scoring and updates for each position; decoding is not counted."""
     length = self.prompt_length + self.exploration.options.max_new_tokens
-    num_trunks = 2 if self.algorithm.values == "separate" else 1
-    passes = 2 + (num_trunks - 1) + 3 * num_trunks * self.algorithm.num_epochs
-    return passes * flops.forward_flops_per_token(self.init.config, length)
+    per_pass = flops.forward_flops_per_token(self.init.config, length)
+    return updates.num_passes(self.algorithm) * per_pass
 
   def _export(self, context: pipeline.StageContext) -> None:
     if jax.process_count() > 1:

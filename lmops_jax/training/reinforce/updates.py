@@ -122,6 +122,13 @@ def learner(
   return Learner(init, step, _policy, check, settings)
 
 
+def num_passes(algorithm: Updating) -> int:
+  """Forward passes of a decoder that scoring a rollout and learning from it take; a gradient counts
+  as two of them."""
+  trunks = 2 if algorithm.values == "separate" else 1
+  return 2 + (trunks - 1) + 3 * trunks * algorithm.num_epochs
+
+
 def live_blocks(algorithm: Updating) -> int | None:
   """What `rollouts.Rollouts` takes as its `live_blocks`."""
   return algorithm.num_unfrozen_blocks if algorithm.live_trunk else None

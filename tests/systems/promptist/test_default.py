@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from lmops_jax.config import resolve
-from lmops_jax.systems.promptist import arms, policy
+from lmops_jax.host.manifests import load_manifest
+from lmops_jax.mesh.meshes import single_device
+from lmops_jax.systems.promptist import arms, plan, policy
 from lmops_jax.training.reinforce.journal import read_journal
 
 FILE = "promptist/smoke.gin"
@@ -39,6 +41,17 @@ def test_a_run_ends_in_a_report(workdir):
   assert "rl - raw" in resolve.load([FILE]).build().table(summary)
   page = (workdir / "report" / "index.html").read_text()
   assert "Before and after" in page and "High reward, low relevance" in page
+
+
+def test_manifests_hold_operations(workdir):
+  system = resolve.load([FILE]).build()
+  of = {stage: load_manifest(workdir / stage, stage)["flops"]
+        for stage in ("towers", "unet", "sft/seed0", "rl/seed0")}
+  assert of["unet"] == 2 * plan.unet_flops(system.generator)
+  planned = {phase.name: phase.flops for phase in system.phases(
+    single_device(), None, platform="cpu")}
+  for stage, flops in of.items():  # a plan counts the largest vocabulary
+    assert planned[stage.split("/")[0]] * 0.7 < flops <= planned[stage.split("/")[0]]
 
 
 def test_every_rollout_is_kept(workdir):
