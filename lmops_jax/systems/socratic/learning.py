@@ -1,7 +1,6 @@
 """Stage `train/seed<k>`: a small decoder of characters learns the engine's skills from fresh rows.
 
-The stage is a model folder: `lmops socratic solve --model`, `lmops generate --model` and
-`pretrained.load` open it.
+The stage is a model folder, which `pretrained.load` opens. It knows the requests of its rows alone.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from lmops_jax.training.learner import supervised
 from lmops_jax.training.sources import Epochs
 
 SHARES = {  # of rows; what depends on results that vary gets more of them
-  skills.TABLE: 2.0, skills.ANSWER: 0.7, skills.STEPS: 0.7, "assess": 0.3, "split": 3.0,
+  skills.TABLE: 2.5, skills.ANSWER: 2.0, skills.STEPS: 1.2, "assess": 0.3, "split": 3.0,
   "plan": 0.7, "solve": 0.7, "join": 1.2, "check": 2.0, "mend": 0.7}
 _END = "<|end|>"
 _TEMPLATE = (  # without the persona, which no row has
@@ -58,7 +57,7 @@ class Learning:
   model: TransformerConfig
   optimizer: optax.GradientTransformation
   num_rows: PositiveInt = 24_000
-  num_steps: PositiveInt = 2_000
+  num_steps: PositiveInt = 2_500
   batch_size: PositiveInt = 8
   length: PositiveInt = 128
   checkpoint_every: PositiveInt | None = 500
