@@ -51,23 +51,24 @@ from lmops_jax.sizing.flops import forward_flops_per_token
 from lmops_jax.systems.metalm.training import learner
 from lmops_jax.training import optimizers
 
-VOCAB, LENGTH, WINDOW, TOP = 8192, 1024, 64, 2
+WINDOW, TOP = 64, 2
+SHORT = 512  # tokens of rows whose scores are written out, as they are fastest
 BOS, EOS, PAD = 1, 2, 0
 RATE, BETAS, EPS, DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.01
 
 
-def universal(layers: int, width: int) -> UniversalConfig:
+def universal(layers: int, width: int, length: int, vocab: int) -> UniversalConfig:
   """Decoder and encoder, whose width is half of the decoder's."""
   shared = dict(
-    vocab_size=VOCAB, num_layers=layers, norm="layer", norm_placement="post", final_norm=False,
+    vocab_size=vocab, num_layers=layers, norm="layer", norm_placement="post", final_norm=False,
     residual_scale="deepnorm", branch_gain="deepnorm", initialization="xavier", activation="gelu",
     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, norm_eps=1e-5)
   text = TransformerConfig(
-    **shared, width=width, num_heads=width // 64, mlp_width=4 * width, max_length=LENGTH,
+    **shared, width=width, num_heads=width // 64, mlp_width=4 * width, max_length=length,
     positions="sinusoidal", tied_embeddings=True, embedding_scale=math.sqrt(width),
-    attention="chunked")
+    attention="xla" if length <= SHORT else "chunked")
   trunk = TransformerConfig(
-    **shared, width=width // 2, num_heads=width // 128, mlp_width=2 * width, max_length=512,
+    **shared, width=width // 2, num_heads=max(width // 128, 1), mlp_width=2 * width, max_length=512,
     positions="learned", causal=False)
   return UniversalConfig(
     text, reader=Docking(TextEncoderConfig(trunk, TOP), LinearConnectorConfig(), False))
@@ -76,12 +77,12 @@ def universal(layers: int, width: int) -> UniversalConfig:
 class Rows:
   """Packed rows of made-up documents, as `SpanRows` takes them."""
 
-  length, bos_id, eos_id, pad_id = LENGTH, BOS, EOS, PAD
+  bos_id, eos_id, pad_id = BOS, EOS, PAD
 
-  def __init__(self, num: int):
-    rng = np.random.default_rng(0)
+  def __init__(self, num: int, length: int, vocab: int):
+    self.length, rng = length, np.random.default_rng(0)
     # Ids by Zipf's law, and the end of a document once in 400 tokens.
-    ids = 3 + np.minimum(rng.zipf(1.2, (num, LENGTH + 1)), VOCAB - 3) - 1
+    ids = 3 + np.minimum(rng.zipf(1.2, (num, length + 1)), vocab - 3) - 1
     self.rows = np.where(rng.random(ids.shape) < 1 / 400, EOS, ids).astype(np.int32)
     self.rows[:, 0] = BOS
 
@@ -91,7 +92,7 @@ class Rows:
   def batch(self, indices):
     rows = self.rows[np.asarray(indices)]
     return {"tokens": rows[:, :-1], "targets": rows[:, 1:], "example_id": np.asarray(indices),
-            "loss_mask": np.ones((len(rows), LENGTH), np.float32)}
+            "loss_mask": np.ones((len(rows), self.length), np.float32)}
 
 
 class Ours:
@@ -185,7 +186,7 @@ class Twin(torch.nn.Module):
 
     self.words = parameter(params["text"]["embedding"])
     self.scale = text.embedding_scale
-    self.register_buffer("sinusoids", sinusoids(text.width))
+    self.register_buffer("sinusoids", sinusoids(text.width, text.max_length))
     self.decoder = Layers(params["text"]["layers"], text, 0, text.num_layers)
     trunk = params["reader"]["trunk"]
     self.encoder_words = parameter(trunk["embedding"])
@@ -215,11 +216,11 @@ class Twin(torch.nn.Module):
     return F.cross_entropy(hidden[learned] @ self.words.T, batch["targets"][learned])
 
 
-def sinusoids(width: int) -> torch.Tensor:
+def sinusoids(width: int, length: int) -> torch.Tensor:
   """Sines, then cosines, of positions, as `models.positions` has them."""
   half = width // 2
   rates = np.exp(-math.log(10_000) / (half - 1) * np.arange(half, dtype=np.float32))
-  angles = np.arange(LENGTH, dtype=np.float32)[:, None] * rates
+  angles = np.arange(length, dtype=np.float32)[:, None] * rates
   return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32))
 
 
@@ -249,7 +250,7 @@ def spans_apart(batch):
     for number in range(1, segments[row].max(initial=0) + 1):
       at = np.flatnonzero(segments[row] == number)
       spans.append(batch["encoder_tokens"][row, at])
-      row_place += [row * LENGTH + int(np.flatnonzero(index[row] == p)[0]) for p in at[1:]]
+      row_place += [row * index.shape[1] + int(np.flatnonzero(index[row] == p)[0]) for p in at[1:]]
   longest = max(map(len, spans))
   ids = np.stack([np.pad(x, (0, longest - len(x))) for x in spans])
   mask = np.stack([np.arange(longest) < len(x) for x in spans])
@@ -284,14 +285,17 @@ def main() -> None:
   parser.add_argument("--layers", type=int, default=6)
   parser.add_argument("--width", type=int, default=512)
   parser.add_argument("--batch", type=int, default=4)
+  parser.add_argument("--length", type=int, default=1024)
+  parser.add_argument("--vocab", type=int, default=8192)
   parser.add_argument("--steps", type=int, default=10)
   parser.add_argument("--output")
   args = parser.parse_args()
   load = os.getloadavg()[0]
-  config = universal(args.layers, args.width)
-  rows, indices = Rows(4 * args.batch), np.arange(4 * args.batch).reshape(4, -1)
+  config = universal(args.layers, args.width, args.length, args.vocab)
+  rows = Rows(4 * args.batch, args.length, args.vocab)
+  indices = np.arange(4 * args.batch).reshape(4, -1)
   plain = [SpanRows(rows, NoSpans()).batch(i) for i in indices]
-  spanned = [SpanRows(rows, RandomSpans(WINDOW)).batch(i) for i in indices]
+  spanned = [SpanRows(rows, RandomSpans(min(WINDOW, args.length // 4))).batch(i) for i in indices]
   semi = Ours(config, spanned)
   sides = {"causal": Ours(dataclasses.replace(config, reader=None), plain), "semi-causal": semi,
            "PyTorch, semi-causal": Peer(config, semi.params, spanned)}
@@ -309,8 +313,8 @@ def main() -> None:
   lines = [
     f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, jax "
     f"{jax.__version__}, torch {torch.__version__}, load {load:.1f} at the start. {args.layers} "
-    f"layers, widths {args.width} and {args.width // 2}, {args.batch} rows of {LENGTH} tokens; "
-    f"median of {args.steps} steps.",
+    f"layers, widths {args.width} and {args.width // 2}, {args.batch} rows of {args.length} "
+    f"tokens, {args.vocab:,} words; median of {args.steps} steps.",
     "",
     "| step | ms | processor ms | rows/s | against PyTorch |",
     "|---|---|---|---|---|",
