@@ -49,14 +49,17 @@ def _scaled(params, part, name, factor):
 @pytest.mark.parametrize("part, name", [("attention", "value"), ("mlp", "up")])
 def test_the_size_of_values_and_of_the_hidden_layer_cancels(part, name):
   """In front of a norm only the direction counts (of the MLP since relu keeps it)."""
-  params = _params()
-  want = _hidden(CONFIG, params)
-  np.testing.assert_allclose(
-    _hidden(CONFIG, _scaled(params, part, name, [7.0, 0.2])), want, rtol=2e-4, atol=2e-5)
-  plain = dataclasses.replace(CONFIG, sub_norm=False)
-  without = _params(plain)
-  changed = _hidden(plain, _scaled(without, part, name, [7.0, 0.2]))
-  assert np.abs(changed - _hidden(plain, without)).max() > 0.1
+  params, without = (
+    jax.tree.map(np.float64, _params(dataclasses.replace(CONFIG, sub_norm=sub_norm)))
+    for sub_norm in (True, False))
+  config = dataclasses.replace(CONFIG, dtype="float64", param_dtype="float64")
+  plain = dataclasses.replace(config, sub_norm=False)
+  with jax.enable_x64(True):
+    np.testing.assert_allclose(
+      _hidden(config, _scaled(params, part, name, [7.0, 0.2])), _hidden(config, params),
+      rtol=1e-8, atol=1e-9)
+    changed = _hidden(plain, _scaled(without, part, name, [7.0, 0.2]))
+    assert np.abs(changed - _hidden(plain, without)).max() > 0.1
 
 
 def test_inner_norms_stand_in_front_of_the_last_product():
