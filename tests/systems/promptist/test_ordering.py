@@ -62,9 +62,8 @@ def _rating(prompt, text):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
   """By seed, the rows of all arms."""
-  system = resolve.load(["promptist/default.gin"], [
-    "PICTURES = 200", "promptist.World.num_tested = 16", "SFT_STEPS = 120", "UPDATES = 20",
-    "PROMPTS = 24"]).build()
+  system = resolve.load(
+    ["promptist/default.gin"], ["PICTURES = 200", "promptist.World.num_tested = 16"]).build()
   partitioner, judge, workdir = (
     meshes.single_device(), TrueJudge(), tmp_path_factory.mktemp("ordering"))
 
