@@ -238,10 +238,6 @@ def _dispatch(argv: list[str]) -> int:
   names = [*systems, *_COMMANDS, *plan_commands.COMMANDS, *model_commands.COMMANDS,
            *imagine_command.COMMANDS, *demo_commands.COMMANDS, *serve_commands.COMMANDS]
   command = next((argument for argument in rest if not argument.startswith("-")), None)
-  actions = [action for system, action in _ACTIONS if system == command]
-  if actions and command not in systems:
-    raise _UsageError(f"lmops {command} needs an action: {', '.join(actions)}; see lmops {command} "
-                      f"{actions[0]} --help.")
   if command is not None and command not in names:
     if command.endswith(".gin"):
       raise _UsageError(f"{command!r} is not a command; to run that file, write lmops run "

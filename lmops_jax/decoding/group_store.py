@@ -35,8 +35,7 @@ class GroupStore:
       self._folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise ValueError(
-        f"{folder} cannot be a folder for keys and values: {error.strerror}; name "
-        "another one."
+        f"{folder} cannot be a folder for keys and values: {error.strerror}; name another one."
       ) from None
 
   @functools.cached_property

@@ -129,8 +129,7 @@ class _Algebra:
     if node.kind == "name":
       return self._variables[self._names.index(node.text)]
     if node.kind == "call":
-      return self._called(node.text, [self._integer(part, node.text) if node.text != "floor"
-                                      and node.text != "abs" else part for part in parts])
+      return self._called(node.text, parts)
     if node.kind in ("minus", "plus"):
       return -parts[0] if node.kind == "minus" else parts[0]
     if node.kind == "^":
@@ -157,7 +156,11 @@ class _Algebra:
     bits = sum(map(_bits, (left, right)))
     if terms[0] * terms[1] > _MAX_TERMS**2 or max(terms) > _MAX_TERMS or bits > _MAX_BITS:
       raise Refused("its numbers or polynomials become too large")
-    self._work += terms[0] * terms[1] * (1 + bits // 64)
+    self._count(terms[0] * terms[1], bits)
+
+  def _count(self, products: int, bits: int) -> None:
+    """Counts products of numbers of that many bits, and refuses too many."""
+    self._work += products * (1 + bits // 64)
     if self._work > _MAX_WORK:
       raise Refused("it is too much work")
 
@@ -178,9 +181,7 @@ class _Algebra:
     terms = 1 if length == 1 else math.comb(degree + used, used)
     if bits > _MAX_BITS or terms > _MAX_TERMS:
       raise Refused("its numbers or polynomials become too large")
-    self._work += terms * terms * (1 + bits // 64)
-    if self._work > _MAX_WORK:
-      raise Refused("it is too much work")
+    self._count(terms**2, bits)
     return base**number
 
   def _integer(self, value, where: str) -> int:
@@ -196,6 +197,7 @@ class _Algebra:
       if name == "floor":
         return self._made(math.floor(found))
       return parts[0] if found >= 0 else -parts[0]
+    parts = [self._integer(part, name) for part in parts]
     if name in ("gcd", "lcm"):
       return self._made({"gcd": math.gcd, "lcm": math.lcm}[name](*parts))
     if any(not 0 <= part <= _MAX_FACTORIAL for part in parts):

@@ -25,7 +25,7 @@ from lmops_jax.mesh import processes
 from lmops_jax.systems.pds.methods.bench import DIVISORS, Bench
 from lmops_jax.systems.pds.methods.sizes import Inner
 
-_FORWARD, _GRADIENT, _SLOPES, _PRODUCT = 1, 3, 3, 6  # passes, a forward one counting 1
+_GRADIENT, _SLOPES, _PRODUCT = 3, 3, 6  # in forward passes
 
 
 @component(module="pds")
@@ -85,10 +85,9 @@ class InRun:
       np.add.at(total, index, np.asarray(values))
       rows.append(bench.divided(total, params, self.divide_by))
     num_target = len(bench.target_batch(self.num_target)["example_id"])
-    of_target = _GRADIENT + (_PRODUCT if self.order == 2 else 0)
-    bench.add_flops(
-      len(index) * len(rows) * bench.corpus.length * (
-        self.batch_size * (_GRADIENT + _SLOPES) + num_target * of_target), _FORWARD)
+    positions = len(index) * len(rows) * bench.corpus.length  # of one row a step
+    bench.add_flops(positions * self.batch_size, _GRADIENT + _SLOPES)
+    bench.add_flops(positions * num_target, _GRADIENT + (_PRODUCT if self.order == 2 else 0))
     return np.stack(rows)
 
   def _batches(self, num: int) -> tuple[np.ndarray, np.ndarray]:
