@@ -30,7 +30,7 @@ def _products(module, *shapes, method=None):
 def test_small_unet_is_what_xla_counts(sides, tells_mean):
   config = dataclasses.replace(SMALL, tells_mean=tells_mean)
   counted = _products(UNet(config), (1, *sides, 4), (1,), (1, 5, 24))
-  assert diffusion.unet_flops(config, *sides, 5, edges=False) == counted
+  assert diffusion.unet_flops(config, *sides, 5, published=False) == counted
 
 
 def test_small_autoencoder_is_what_xla_counts():
@@ -42,9 +42,9 @@ def test_small_autoencoder_is_what_xla_counts():
 def _autoencoder_is_what_xla_counts(config, height, width):
   images = (1, height * config.reduction, width * config.reduction, config.image_channels)
   encoded = _products(Autoencoder(config), images, method="encode")
-  assert diffusion.encoder_flops(config, height, width, edges=False) == encoded
+  assert diffusion.encoder_flops(config, height, width, published=False) == encoded
   both = _products(Autoencoder(config), images)
-  assert diffusion.decoder_flops(config, height, width, edges=False) == both - encoded
+  assert diffusion.decoder_flops(config, height, width, published=False) == both - encoded
 
 
 CLIP = TransformerConfig(
@@ -69,5 +69,5 @@ def test_published_networks_are_as_large_as_published():
 def test_published_networks_are_what_xla_counts():
   config = UNetConfig(attention="xla")
   counted = _products(UNet(config), (1, 64, 64, 4), (1,), (1, 77, 768))
-  assert diffusion.unet_flops(config, 64, 64, 77, edges=False) == counted
+  assert diffusion.unet_flops(config, 64, 64, 77, published=False) == counted
   _autoencoder_is_what_xla_counts(AutoencoderConfig(attention="xla"), 64, 64)

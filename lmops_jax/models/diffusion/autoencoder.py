@@ -22,7 +22,6 @@ from lmops_jax.models.diffusion.parts import (
   GroupNorm,
   ResidualBlock,
   check_groups,
-  doubled,
   products,
   projection,
   rematerialised,
@@ -184,7 +183,7 @@ class Decoder(nn.Module):
       for j in range(c.num_residuals + 1):
         x = residual(c, width, NORM_EPS, name=f"up_{i}_residual_{j}")(x)
       if i < last:
-        x = Convolution(c, width, ("embed", None), name=f"up_{i}_doubling")(doubled(x))
+        x = Convolution(c, width, ("embed", None), doubling=True, name=f"up_{i}_doubling")(x)
     x = nn.silu(GroupNorm(c, NORM_EPS, name="norm_out")(x))
     return Convolution(c, c.image_channels, ("embed", None), name="convolution_out")(x)
 

@@ -91,6 +91,7 @@ class Convolution(nn.Module):
     axes: logical axes of the channels that go in and come out.
     stride: 1, or 2 for half the size.
     padding: zeros above and left, and below and right.
+    doubling: convolve the picture with each pixel four times, at twice its size.
   """
 
   config: Any
@@ -98,6 +99,7 @@ class Convolution(nn.Module):
   axes: tuple[str | None, str | None]
   stride: int = 1
   padding: tuple[int, int] = (1, 1)
+  doubling: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,9 +111,10 @@ class Convolution(nn.Module):
     bias = self.param(
       "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:]),
       (self.width,), jnp.dtype(c.param_dtype))
-    out = jax.lax.conv_general_dilated(
-      x, kernel.astype(c.dtype), (self.stride,) * 2, (self.padding,) * 2,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    if self.doubling:
+      out = doubled_convolution(x, kernel)
+    else:
+      out = _convolved(x, kernel.astype(c.dtype), (self.stride,) * 2, (self.padding,) * 2)
     return out + bias.astype(c.dtype)
 
 
@@ -162,3 +165,32 @@ def doubled(x: jax.Array) -> jax.Array:
   b, height, width, channels = x.shape
   x = jnp.broadcast_to(x[:, :, None, :, None], (b, height, 2, width, 2, channels))
   return x.reshape(b, 2 * height, 2 * width, channels)
+
+
+def doubled_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`doubled(x)` convolved with a kernel `[3,3,C,D]`, zeros around, `[B,2h,2w,D]`.
+
+  In each direction three entries of the kernel lie on two pixels of `x`, so that four kernels of
+  2 x 2 do, one for each place within a pixel: 16 products for each of `x` instead of 36.
+  """
+  b, height, width, channels = x.shape
+  wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+  both = _on_two_pixels(_on_two_pixels(wide, 0), 2)  # [2,2,2,2,C,D]: place and pixel, down, across
+  both = both.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, channels, -1)
+  out = _convolved(x, both.astype(x.dtype), (1, 1), ((1, 1), (1, 1)))
+  out = out.reshape(b, height + 1, width + 1, 2, 2, -1)
+  rows = [jnp.stack([out[:, i : i + height, j : j + width, i, j] for j in range(2)], axis=3)
+          for i in range(2)]
+  return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, -1)
+
+
+def _on_two_pixels(kernel, axis):
+  """Three entries of an axis as `[2 places, 2 pixels]`; the pixel before it is a place's first."""
+  first, middle, last = jnp.moveaxis(kernel, axis, 0)
+  places = jnp.stack([jnp.stack([first, middle + last]), jnp.stack([first + middle, last])])
+  return jnp.moveaxis(places, (0, 1), (axis, axis + 1))
+
+
+def _convolved(x, kernel, strides, padding):
+  return jax.lax.conv_general_dilated(
+    x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -181,8 +181,11 @@ class UNet(nn.Module):
           x = transformer(c, c.num_heads[level], name=f"up_{i}_transformer_{j}")(x, context)
       if level:
         height, length = passed[-1].shape[1:3]  # an odd side was halved to the larger half
-        x = doubled(x)[:, :height, :length]
-        x = Convolution(c, width, ("embed", None), name=f"up_{i}_doubling")(x)
+        doubling = (height, length) == (2 * x.shape[1], 2 * x.shape[2])
+        if not doubling:
+          x = doubled(x)[:, :height, :length]
+        x = Convolution(
+          c, width, ("embed", None), doubling=doubling, name=f"up_{i}_doubling")(x)
     x = nn.silu(GroupNorm(c, RESIDUAL_EPS, name="norm_out")(x))
     x = Convolution(c, c.out_channels, ("embed", None), name="convolution_out")(x)
     return x.astype(jnp.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from lmops_jax.sizing import activations
 from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.budget import Phase, check_splits, device_bytes
+from lmops_jax.sizing.training import training_phase
 from lmops_jax.sizing.vocabulary import vocabulary_size
 from lmops_jax.systems.kosmos import training
 from lmops_jax.systems.kosmos.prepare import RowShape
@@ -78,21 +78,15 @@ def phase(
   shapes = config.shapes if shapes is None else shapes
   docked, learner, state, batch = _abstract(
     config, model, vocabulary, partitioner, shapes, words, encoded)
-  params = device_bytes(state.params)
   whole_tower = docked_sizes.trains_whole_tower(config.optimizer, state.params)
-  parts = {
-    "params": params, "opt_state": device_bytes(state.opt_state),
-    "accumulators": params * (1 + (config.accumulate > 1)), "data": device_bytes(batch),
-    "activations": _activation_bytes(
-      config, docked.config, shapes, partitioner, platform, whole_tower, encoded),
-  }
-  return Phase(
-    "train", sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
-    config.num_steps * config.num_groups * docked_sizes.group_flops(
+  return training_phase(
+    "train", state, config.num_groups * docked_sizes.group_flops(
       docked.config, shapes.values(), whole_tower, encoded),
-    config.num_steps, parts,
-    f"{config.num_groups} groups in {config.accumulate} micro-batches",
-    _remedies(config, partitioner))
+    config.num_steps, data=device_bytes(batch), kept=_activation_bytes(
+      config, docked.config, shapes, partitioner, platform, whole_tower, encoded),
+    accumulate=config.accumulate,
+    note=f"{config.num_groups} groups in {config.accumulate} micro-batches",
+    remedies=_remedies(config, partitioner))
 
 
 def _remedies(config, partitioner) -> tuple[str, ...]:

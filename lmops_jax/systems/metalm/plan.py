@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from lmops_jax.models.vision import NUM_CHANNELS
 from lmops_jax.sizing import activations, encoders
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.budget import Phase, check_splits, device_bytes
+from lmops_jax.sizing.training import training_phase
 from lmops_jax.sizing.universal import RowShape
 from lmops_jax.systems.metalm import training
 from lmops_jax.systems.metalm.arms import Arm
@@ -115,17 +115,11 @@ def phase(step: Step, partitioner: Partitioner, platform: str) -> Phase:
     ConfigError: when the mesh does not divide the batch.
   """
   _, state, batch = _abstract(step, partitioner)
-  params = device_bytes(state.params)
-  parts = {
-    "params": params, "opt_state": device_bytes(state.opt_state),
-    "accumulators": params * (1 + (step.accumulate > 1)), "data": device_bytes(batch),
-    "activations": _activation_bytes(step, partitioner, platform),
-  }
-  return Phase(
-    "train", sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
-    step.num_steps * step.flops, step.num_steps, parts,
-    f"{step.batch_size} {step.unit} in {step.accumulate} micro-batches",
-    _remedies(step, partitioner))
+  return training_phase(
+    "train", state, step.flops, step.num_steps, data=device_bytes(batch),
+    kept=_activation_bytes(step, partitioner, platform), accumulate=step.accumulate,
+    note=f"{step.batch_size} {step.unit} in {step.accumulate} micro-batches",
+    remedies=_remedies(step, partitioner))
 
 
 def program(step: Step, partitioner: Partitioner) -> Program:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
-
-import jax
 
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models import heads
-from lmops_jax.sizing import activations, flops, solve_cost, solve_plan, solve_programs
+from lmops_jax.sizing import flops, solve_cost, solve_plan, solve_programs
 from lmops_jax.sizing.budget import Memory, Phase, device_bytes
+from lmops_jax.sizing.training import count_params, training_phase, transformer_bytes
 from lmops_jax.systems.pds import programs, scorer
 from lmops_jax.systems.pds.programs import Sizes
 from lmops_jax.training import language_models
@@ -51,38 +49,21 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
   return found
 
 
-def _num_params(params: Any) -> int:
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-
-
-def _activations(config, rows, length, partitioner, platform, **kwargs) -> float:
-  shape = partitioner.mesh.shape
-  return activations.activation_bytes(
-    config, rows / partitioner.num_batch_shards, length, platform=platform,
-    num_fsdp=shape["fsdp"], num_tensor=shape["tensor"], **kwargs)
-
-
 def _training(name, config, vocab_size, length, partitioner, platform) -> Phase:
   model = language_models.language_model(config.model, vocab_size, length)
   state = programs.abstract_train_state(model, config.optimizer, partitioner)
   programs.abstract_batch(partitioner, config.batch_size, length)  # checks that it splits
-  params_bytes = device_bytes(state.params)
   per_token = flops.forward_flops_per_token(model.config, length)
   rows = partitioner.micro_batch_size(config.batch_size, config.batch_size // config.accumulate)
   num_parts = config.batch_size // rows
-  parts = {
-    "params": params_bytes, "opt_state": device_bytes(state.opt_state),
-    # With micro-batches the sum and one part's gradient exist together.
-    "accumulators": params_bytes * (1 + (num_parts > 1)),
-    "gathered": (2 + (num_parts > 1)) * programs.gathered_bytes(state.params, partitioner),
-    "data": _data_bytes(config.batch_size, length, partitioner),
-    "activations": _activations(
+  gathered = (2 + (num_parts > 1)) * programs.gathered_bytes(state.params, partitioner)
+  return training_phase(
+    name, state, 3 * config.batch_size * length * per_token, config.num_steps,
+    data=_data_bytes(config.batch_size, length, partitioner), kept=transformer_bytes(
       model.config, rows, length, partitioner, platform, loss_chunk=config.loss_chunk),
-  }
-  total = 3 * config.num_steps * config.batch_size * length * per_token
-  return Phase(name, _num_params(state.params), total, config.num_steps, parts,
-               f"{config.batch_size} x {length} in {num_parts} micro-batches",
-               programs.training_remedies(config, partitioner))
+    accumulate=num_parts, held={"gathered": gathered},
+    note=f"{config.batch_size} x {length} in {num_parts} micro-batches",
+    remedies=programs.training_remedies(config, partitioner))
 
 
 def _data_bytes(rows: int, length: int, partitioner: Partitioner) -> float:
@@ -119,7 +100,7 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
   sizes = solve_plan.solve_bytes(
     *state_sizes, micro_batches=inner is not None, groups=method.options.groups is not None,
     whole_bytes=programs.gathered_bytes(params, partitioner))
-  act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
+  act = functools.partial(transformer_bytes, model.config, length=length, partitioner=partitioner,
                           platform=platform, loss_chunk=proxy.loss_chunk)
   num_target = method.target_instances(num_target)
   _, target_rows = partitioner.filled_rows(num_target, method.micro_batch_size)
@@ -201,7 +182,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   reverse = held | {"trajectory": copies * parts.state}
   model = language_models.language_model(proxy.model, vocab_size, length)
   params = programs.abstract_train_state(model, proxy.optimizer, partitioner).params
-  num_params = _num_params(params)
+  num_params = count_params(params)
   passes = solve_cost.solve_passes(
     method.optimizer, params, method.num_steps, options, in_segments=True)
   per_row = length * flops.forward_flops_per_token(model.config, length)
@@ -213,7 +194,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   micro = inner is not None
   forward["accumulators"] = held["params"] * (1 + micro)
   forward["gathered"] = (2 + micro) * programs.gathered_bytes(params, partitioner)
-  forward["activations"] = _activations(
+  forward["activations"] = transformer_bytes(
     model.config, inner or method.batch_size, length, partitioner, platform,
     loss_chunk=proxy.loss_chunk)
   recomputed = solve_plan.num_recomputed(policy, segment_steps) / segment_steps
@@ -244,21 +225,19 @@ def _scorer(pipeline, vocab_size, length, partitioner, sizes, platform) -> list[
   model = heads.SequenceRegressor(trunk.config, pooling=config.pooling)
   state = programs.abstract_state_of(scorer.initializer(model), config.optimizer, partitioner)
   per_row = length * flops.forward_flops_per_token(model.config, length, unembedding=False)
-  params_bytes, num_params = device_bytes(state.params), _num_params(state.params)
-  act = functools.partial(_activations, model.config, length=length, partitioner=partitioner,
+  act = functools.partial(transformer_bytes, model.config, length=length, partitioner=partitioner,
                           platform=platform, unembedding=False)
-  fit = {
-    "params": params_bytes, "opt_state": device_bytes(state.opt_state),
-    "accumulators": params_bytes, "data": _data_bytes(config.batch_size, length, partitioner),
-    "activations": act(config.batch_size)}
   annotate = {
-    "params": params_bytes, "data": _data_bytes(config.inference_batch_size, length, partitioner),
+    "params": device_bytes(state.params),
+    "data": _data_bytes(config.inference_batch_size, length, partitioner),
     "activations": act(config.inference_batch_size, backward=False)}
   return [
-    Phase("scorer", num_params, 3 * config.num_steps * config.batch_size * per_row,
-          config.num_steps, fit, f"{config.batch_size} x {length}",
-          ("a smaller pds.Scorer.batch_size", programs.more_devices(partitioner))),
-    Phase("annotate", num_params, sizes.num_corpus * per_row,
+    training_phase(
+      "scorer", state, 3 * config.batch_size * per_row, config.num_steps,
+      data=_data_bytes(config.batch_size, length, partitioner), kept=act(config.batch_size),
+      note=f"{config.batch_size} x {length}",
+      remedies=("a smaller pds.Scorer.batch_size", programs.more_devices(partitioner))),
+    Phase("annotate", count_params(state.params), sizes.num_corpus * per_row,
           -(-sizes.num_corpus // config.inference_batch_size), annotate,
           f"{sizes.num_corpus:,} instances",
           ("a smaller pds.Scorer.inference_batch_size", programs.more_devices(partitioner))),

@@ -11,6 +11,7 @@ import jax
 import optax
 
 from lmops_jax.config.setting_types import PositiveInt, component
+from lmops_jax.sizing.training import count_params
 from lmops_jax.stages import pipeline
 from lmops_jax.training import language_models, loop
 from lmops_jax.training.learner import Learner
@@ -45,13 +46,8 @@ def fit(
     initial_params=initial_params, records=loop.Records(
       checkpoint_every=config.checkpoint_every, params_at=(config.num_steps,),
       description=context.name, progress=context.progress))
-  context.extra["num_params"] = num_params(learner.params(result.state))
+  context.extra["num_params"] = count_params(learner.params(result.state))
   return learner.params(result.state)
-
-
-def num_params(params: Any) -> int:
-  """Numbers in a tree of parameters."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def fitted(

@@ -14,22 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax.decoding.options import GenerationOptions
 from lmops_jax.mesh.meshes import Partitioner, single_device
 from lmops_jax.models.clip import ClipConfig
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.diffusion.unet import UNet
-from lmops_jax.models.transformer import Transformer, num_params
+from lmops_jax.models.transformer import Transformer
 from lmops_jax.models.vision import NUM_CHANNELS
-from lmops_jax.sizing import activations, diffusion, encoders, flops
-from lmops_jax.sizing.budget import Phase, check_splits, device_bytes
+from lmops_jax.sizing import activations, diffusion, encoders, flops, reinforce
+from lmops_jax.sizing.budget import Phase, check_splits
+from lmops_jax.sizing.training import count_params, training_phase, transformer_bytes
 from lmops_jax.systems.promptist import generator as generator_lib
 from lmops_jax.systems.promptist import policy as policy_lib
 from lmops_jax.systems.promptist.fitting import Fit
 from lmops_jax.systems.promptist.generator import Generator, unet_init
 from lmops_jax.systems.promptist.judging import Judging
 from lmops_jax.systems.promptist.policy import Policy
-from lmops_jax.training import loop, losses, reinforce
+from lmops_jax.training import loop, losses
 from lmops_jax.training.learner import Learner
 
 # ------------------------------------------------------------------------------------- operations
@@ -75,13 +75,6 @@ def judged_flops(config: Generator, judging: Judging) -> float:
   return judging.num_images * (drawing + picture_flops(config.towers)) + text_flops(config.towers)
 
 
-def writing_flops(model: TransformerConfig, options: GenerationOptions, prompt: int) -> float:
-  """Operations of writing to one prompt of `prompt` tokens at most, every answer to its end."""
-  length = prompt + options.max_new_tokens
-  rows = max(options.num_return_sequences, options.num_beams)
-  return rows * length * flops.forward_flops_per_token(model, length)
-
-
 def rl_flops(
   config: Policy, model: TransformerConfig, generator: Generator, judging: Judging
 ) -> float:
@@ -89,12 +82,9 @@ def rl_flops(
 
   Pictures of users' prompts are drawn once and kept; they are not counted.
   """
-  options, algorithm = config.exploration.options, config.algorithm
-  length = config.prompt_length + options.max_new_tokens
-  passes = reinforce.updates.num_passes(algorithm)
-  learning = passes * length * flops.forward_flops_per_token(model, length)
-  writing = writing_flops(model, options, config.prompt_length) / algorithm.group_size
-  return config.batch_size * (writing + judged_flops(generator, judging) + learning)
+  learning = reinforce.rollout_flops(
+    config.algorithm, model, config.exploration.options, config.prompt_length)
+  return config.batch_size * (judged_flops(generator, judging) + learning)
 
 
 # ----------------------------------------------------------------------------------------- phases
@@ -166,70 +156,42 @@ def tuning_phase(
   loss = losses.weighted_example_losses(losses.lm_example_losses(model))
   batch = {name: _shape((fit.batch_size, length), dtype) for name, dtype in (
     ("tokens", jnp.int32), ("targets", jnp.int32), ("loss_mask", jnp.float32))}
-  phase = _phase(
+  return _phase(
     name, fit, policy_lib.sft_learner(fit, model, loss, partitioner, accumulate), batch,
-    _transformer_bytes(model, fit.batch_size / accumulate, length, partitioner, platform),
+    transformer_bytes(model.config, fit.batch_size / accumulate, length, partitioner, platform),
     sft_flops(fit.batch_size, length, model.config), partitioner, note,
     (f"a smaller {setting}", f"more devices on mesh.make.fsdp (now "
-     f"{partitioner.mesh.shape['fsdp']})"))
-  if accumulate > 1:
-    phase.parts["accumulators"] *= 2
-  return phase
+     f"{partitioner.mesh.shape['fsdp']})"), accumulate)
 
 
 def _rl(config: Policy, model: Transformer, generator, judging, note, partitioner,
         platform) -> Phase:
-  fit, algorithm = config.rl, config.algorithm
-  check_splits(fit.batch_size, "rollouts", partitioner, "promptist.Policy.batch_size")
-  slots = config.exploration.options.max_new_tokens + 1
-  width = config.prompt_length + slots - 1
-  batch = {name: _shape((fit.batch_size, width), jnp.int32)
-           for name in ("tokens", "positions", "segment_ids")}
-  batch |= {name: _shape((fit.batch_size, slots), jnp.float32)
-            for name in ("targets", "loss_mask", "log_probs", "reference")}
-  rows = fit.batch_size / algorithm.num_minibatches / algorithm.accumulate
-  trunks = 2 if algorithm.values == "separate" else 1
-  kept = trunks * _transformer_bytes(model, rows, width, partitioner, platform)
-  phase = _phase(
-    "rl", fit, reinforce.updates.learner(algorithm, model, config.optimizer, partitioner), batch,
-    kept, rl_flops(config, model.config, generator, judging), partitioner, note,
-    ("more of reinforce's num_minibatches",))
   drawing = jax.eval_shape(
     unet_init(UNet(generator.unet), generator.towers.text.max_length), jax.random.key(0))
-  held = {"reference": 4.0 * num_params(model.config), "unet": 4.0 * _num(drawing)}
-  return dataclasses.replace(phase, parts={**phase.parts, **held})
+  return reinforce.rollouts_phase(
+    "rl", config.algorithm, model, config.optimizer, config.exploration.options,
+    num_steps=config.rl.num_steps, batch_size=config.rl.batch_size,
+    prompt_length=config.prompt_length, partitioner=partitioner, platform=platform,
+    setting="promptist.Policy.batch_size", reward_flops=judged_flops(generator, judging),
+    held={"unet": 4.0 * count_params(drawing)}, note=note)
 
 
 def _phase(
   name: str, fit: Fit, learner: Learner, batch: Mapping[str, jax.ShapeDtypeStruct],
   kept: float, step_flops: float, partitioner, note: str, remedies: tuple[str, ...] = (),
+  accumulate: int = 1,
 ) -> Phase:
-  state = partitioner.placed_shapes(loop.abstract_state(learner), uneven="whole")
-  params = device_bytes(state.params)
-  parts = {
-    "params": params, "opt_state": device_bytes(state.opt_state), "accumulators": params,
-    "data": sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values())
-            / partitioner.num_batch_shards,
-    "activations": kept}
-  return Phase(
-    name, _num(state.params), fit.num_steps * step_flops, fit.num_steps, parts, note, remedies)
-
-
-def _num(params) -> int:
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  data = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values())
+  return training_phase(
+    name, partitioner.placed_shapes(loop.abstract_state(learner), uneven="whole"), step_flops,
+    fit.num_steps, data=data / partitioner.num_batch_shards, kept=kept, accumulate=accumulate,
+    note=note, remedies=remedies)
 
 
 def _kept(losses, learner: Learner, batch) -> float:
   """What the backward pass keeps of a device's rows."""
   params = nn.unbox(loop.abstract_state(learner)).params
   return activations.kept_bytes(losses, (params,), batch)
-
-
-def _transformer_bytes(model: Transformer, rows: float, length: int, partitioner, platform):
-  mesh = partitioner.mesh.shape
-  return activations.activation_bytes(
-    model.config, rows / partitioner.num_batch_shards, length, platform=platform,
-    num_fsdp=mesh["fsdp"], num_tensor=mesh["tensor"])
 
 
 def _shape(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

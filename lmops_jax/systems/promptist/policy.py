@@ -14,6 +14,7 @@ from lmops_jax.decoding.rollouts import Exploration, Responder
 from lmops_jax.evaluation.lm import mean_loss
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.models.transformer import Transformer
+from lmops_jax.sizing.training import count_params
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.promptist import fitting, world
 from lmops_jax.systems.promptist.fitting import Fit
@@ -145,7 +146,7 @@ def run_rl(
     initial_params=lambda: config.load_sft(sft, prepared, partitioner), records=loop.Records(
       checkpoint_every=config.checkpoint_every, params_at=(config.num_updates,), log_every=1,
       description=context.name, progress=context.progress))
-  context.extra["num_params"] = fitting.num_params(result.state.params)
+  context.extra["num_params"] = count_params(result.state.params)
   context.log(judge.scorer.summary())
 
 

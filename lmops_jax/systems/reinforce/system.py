@@ -24,7 +24,8 @@ from lmops_jax.mesh.meshes import single_device
 from lmops_jax.pretrained import exporting
 from lmops_jax.pretrained import model as model_lib
 from lmops_jax.pretrained.model import PretrainedModel
-from lmops_jax.sizing import flops
+from lmops_jax.sizing import flops, reinforce
+from lmops_jax.sizing.budget import Phase
 from lmops_jax.stages import pipeline, skeleton
 from lmops_jax.systems.reinforce import report
 from lmops_jax.systems.reinforce.prompts import read_prompts
@@ -129,6 +130,14 @@ class Reinforce:
       skeleton.Stage("report", self._report, inputs=("train",), reads=("num_shown",),
                      together=False),
     ]
+
+  def phases(self, partitioner, memory, *, platform: str, **sizes) -> list[Phase]:
+    """What training takes; see `commands.plans.Planned`. Prompts are not read."""
+    return [reinforce.rollouts_phase(
+      "train", self.algorithm, self.init.model, self.optimizer, self.exploration.options,
+      num_steps=self.num_steps, batch_size=self.batch_size, prompt_length=self.prompt_length,
+      partitioner=partitioner, platform=platform, setting="reinforce.Reinforce.batch_size",
+      note=f"{self.batch_size} rollouts; the reward's models and operations are not counted")]
 
   def _train(self, context: pipeline.StageContext, partitioner) -> None:
     tokenizer, model = self.init.tokenizer(), self.init.model

@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 
 from lmops_jax import cli, pretrained
+from lmops_jax.config import resolve
+from lmops_jax.config.refusals import ConfigError
+from lmops_jax.mesh.meshes import MeshConfig, single_device
+from lmops_jax.models.transformer import num_params
+from lmops_jax.sizing.flops import forward_flops_per_token
 from lmops_jax.training.reinforce.journal import read_journal
 from tests import model_folders
 
@@ -64,6 +69,27 @@ def test_the_result_is_a_model_here_and_for_transformers(folder, finished):
   before = pretrained.load(str(folder)).params()
   assert np.abs(ours["embedding"] - before["embedding"]).max() > 1e-3
   assert theirs.tokenizer().encode("say") == pretrained.load(str(folder)).tokenizer().encode("say")
+
+
+def test_a_plan_counts_writing_and_learning(folder, prompts, capsys):
+  assert cli.main([
+    "plan", "train/reinforce.gin", f"--gin.MODEL='{folder}'", f"--gin.PROMPTS='{prompts}'",
+    *SIZES]) == 0
+  shown = capsys.readouterr().out
+  config = pretrained.load(str(folder)).config
+  assert "10 steps" in shown and "the reward's models and operations are not counted" in shown
+  system = resolve.load(["train/reinforce.gin"], [
+    f"MODEL = '{folder}'", f"PROMPTS = '{prompts}'", *(x[6:] for x in SIZES)]).build()
+  phase, = system.phases(single_device(), None, platform="cpu")
+  # Written once; scored by policy, values and reference; policy and values learn 4 times.
+  passes = 1 + 3 + 4 * 2 * 3
+  assert phase.flops == 10 * 32 * passes * 16 * forward_flops_per_token(config, 16)
+  # Values have a trunk of their own, without an output matrix.
+  assert num_params(config) < phase.num_params < 2 * num_params(config)
+  assert phase.parts["reference"] == 4 * num_params(config)
+  assert phase.parts["data"] == 32 * 4 * (3 * 16 + 4 * 9)
+  with pytest.raises(ConfigError, match="32 rollouts do not split over the mesh's 64 data shards"):
+    system.phases(MeshConfig(data=64).plan(64), None, platform="cpu")
 
 
 @pytest.mark.slow
