@@ -118,7 +118,7 @@ def training(name: str, _) -> Row:
   peer = exported(config, params, transformers.LlamaForCausalLM)
   optimizer = torch.optim.AdamW(
     peer.parameters(), RATE, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
-  rows = [{k: torch.from_numpy(np.asarray(x[k])).long() for k in ("tokens", "targets")}
+  rows = [{k: torch.tensor(np.asarray(x[k])).long() for k in ("tokens", "targets")}
           for x in data]
   learner = supervised(None, losses.lm_example_losses(model), optimizers.adamw(
     RATE, b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=DECAY, clip_norm=None))
@@ -134,7 +134,7 @@ def training(name: str, _) -> Row:
   def ours():
     nonlocal state
     state, metrics = step(state, data[turn("ours")], key)
-    return float(metrics["loss"])
+    return float(metrics["loss_sum"] / metrics["num_examples"])
 
   def theirs():
     batch = rows[turn("theirs")]
@@ -157,8 +157,8 @@ def annotating(_, __) -> Row:
   params = nn.unbox(model.init(jax.random.key(0), tokens[:1], tokens[:1])["params"])
   trunk, head = params["trunk"], params["head"]
   peer = exported(config, trunk, transformers.LlamaForCausalLM).model.eval()
-  kernel = torch.from_numpy(np.asarray(head["kernel"]))
-  bias = torch.from_numpy(np.asarray(head["bias"]))
+  kernel = torch.tensor(np.asarray(head["kernel"]))
+  bias = torch.tensor(np.asarray(head["bias"]))
   mask = np.ones((BATCH, LENGTH), np.float32)
   apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, mask))
 
