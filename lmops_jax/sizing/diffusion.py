@@ -3,7 +3,8 @@
 Each matrix is applied once at every position of its level, each kernel of 3 x 3 with all its nine
 entries. Published figures count so. What is computed is less, `published=False`: XLA leaves out
 products with the zeros around a picture, and doubled pictures are not written out
-(`parts.Convolution`). Norms and activations are not counted.
+(`models.diffusion.convolutions`, which on a CPU takes still fewer). Norms and activations are not
+counted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.models.diffusion import parts
+from lmops_jax.models.diffusion import convolutions, parts
 from lmops_jax.models.diffusion.autoencoder import AutoencoderConfig
 from lmops_jax.models.diffusion.unet import UNetConfig
 from lmops_jax.sizing import flops
@@ -147,7 +148,7 @@ def _taps(side: int, stride: int, published: bool) -> int:
   """Pairs of a position that comes out and an entry of the kernel, along one side."""
   positions = -(-side // stride)
   outside = 2 if stride == 1 or side % 2 else 1  # both ends, or the only one that is reached
-  return parts.SIDE * positions - (0 if published else outside)
+  return convolutions.SIDE * positions - (0 if published else outside)
 
 
 def _residual(sides: Sides, inputs: int, outputs: int, published: bool) -> float:

@@ -18,7 +18,6 @@ from lmops_jax.models.diffusion.autoencoder import (
   to_images,
   to_latents,
 )
-from lmops_jax.models.diffusion.parts import doubled, doubled_convolution
 from lmops_jax.models.diffusion.unet import UNet, UNetConfig, sinusoids
 from lmops_jax.models.partitioning import unboxed
 from lmops_jax.pretrained.families import clip, diffusion
@@ -142,20 +141,6 @@ def test_sinusoids_begin_with_cosines():
   want = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
   np.testing.assert_allclose(sinusoids(times, 320), want, rtol=0, atol=2e-4)
   np.testing.assert_array_equal(sinusoids(times.astype(np.float32), 320), sinusoids(times, 320))
-
-
-def test_doubled_repeats_every_pixel():
-  x = RNG.normal(size=(2, 3, 4, 5)).astype(np.float32)
-  np.testing.assert_array_equal(doubled(jnp.asarray(x)), x.repeat(2, axis=1).repeat(2, axis=2))
-
-
-def test_a_doubled_picture_is_convolved_without_being_written():
-  x, kernel = (RNG.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4, 5), (3, 3, 5, 6)))
-  want = jax.lax.conv_general_dilated(
-    doubled(jnp.asarray(x)), kernel, (1, 1), ((1, 1), (1, 1)),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"))
-  got = doubled_convolution(jnp.asarray(x), jnp.asarray(kernel))
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_latents_and_pixels():

@@ -1,4 +1,4 @@
-"""What the UNet and the autoencoder share: convolutions, group norms, residual blocks, sizes.
+"""What the UNet and the autoencoder share: group norms, residual blocks, sizes.
 
 Pictures are `[B,h,w,C]`. Statistics of norms are float32, whatever the computing type.
 """
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from lmops_jax.models.config import TransformerConfig
+from lmops_jax.models.diffusion.convolutions import SIDE, convolved, doubled_convolved
 from lmops_jax.models.layers import Projection, product_init
 from lmops_jax.models.partitioning import constrain
 from lmops_jax.models.products import remat_policy
 
-SIDE = 3  # of a kernel
 _ACROSS = ("batch", None, None, None)
 
 
@@ -112,9 +112,9 @@ class Convolution(nn.Module):
       "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:]),
       (self.width,), jnp.dtype(c.param_dtype))
     if self.doubling:
-      out = doubled_convolution(x, kernel)
+      out = doubled_convolved(x, kernel)
     else:
-      out = _convolved(x, kernel.astype(c.dtype), (self.stride,) * 2, (self.padding,) * 2)
+      out = convolved(x, kernel.astype(c.dtype), self.stride, self.padding)
     return out + bias.astype(c.dtype)
 
 
@@ -158,39 +158,3 @@ def projection(
 ) -> Projection:
   """A product with a bias from the last axes to `width` numbers; also a convolution of 1 x 1."""
   return Projection(products(config, width), inputs, (width,), axes, True, name=name)
-
-
-def doubled(x: jax.Array) -> jax.Array:
-  """`[B,h,w,C]` to `[B,2h,2w,C]`, each pixel four times."""
-  b, height, width, channels = x.shape
-  x = jnp.broadcast_to(x[:, :, None, :, None], (b, height, 2, width, 2, channels))
-  return x.reshape(b, 2 * height, 2 * width, channels)
-
-
-def doubled_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """`doubled(x)` convolved with a kernel `[3,3,C,D]`, zeros around, `[B,2h,2w,D]`.
-
-  In each direction three entries of the kernel lie on two pixels of `x`, so that four kernels of
-  2 x 2 do, one for each place within a pixel: 16 products for each of `x` instead of 36.
-  """
-  b, height, width, channels = x.shape
-  wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-  both = _on_two_pixels(_on_two_pixels(wide, 0), 2)  # [2,2,2,2,C,D]: place and pixel, down, across
-  both = both.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, channels, -1)
-  out = _convolved(x, both.astype(x.dtype), (1, 1), ((1, 1), (1, 1)))
-  out = out.reshape(b, height + 1, width + 1, 2, 2, -1)
-  rows = [jnp.stack([out[:, i : i + height, j : j + width, i, j] for j in range(2)], axis=3)
-          for i in range(2)]
-  return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, -1)
-
-
-def _on_two_pixels(kernel, axis):
-  """Three entries of an axis as `[2 places, 2 pixels]`; the pixel before it is a place's first."""
-  first, middle, last = jnp.moveaxis(kernel, axis, 0)
-  places = jnp.stack([jnp.stack([first, middle + last]), jnp.stack([first + middle, last])])
-  return jnp.moveaxis(places, (0, 1), (axis, axis + 1))
-
-
-def _convolved(x, kernel, strides, padding):
-  return jax.lax.conv_general_dilated(
-    x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -20,12 +20,12 @@ from lmops_jax.config.setting_types import NonEmpty, Size, component
 from lmops_jax.models.attention import ATTENTION_KINDS
 from lmops_jax.models.attention_scores import heads_first, softmax_attention
 from lmops_jax.models.config import DTYPES, REMAT_POLICIES, TransformerConfig
+from lmops_jax.models.diffusion.convolutions import doubled
 from lmops_jax.models.diffusion.parts import (
   Convolution,
   GroupNorm,
   ResidualBlock,
   check_groups,
-  doubled,
   products,
   projection,
   rematerialised,
