@@ -208,6 +208,45 @@ def test_inner_batches_may_be_drawn_from_the_proxies(tmp_path, monkeypatch):
     methods.PMP(SGD, batch_size=17, inner_data="proxies").score_proxies(bench)
 
 
+def test_an_outer_loop_weighs_the_proxies_run_after_run(tmp_path, monkeypatch):
+  """Runs on weighted proxies in a common order, and a step along the scores of each."""
+  runs, found = [], [np.linspace(-1, 2, 16) ** 2, np.cos(np.arange(16))]
+
+  def solve(run, *_, proxy, **__):
+    runs.append((np.asarray(run.batches["tokens"]), run.weights))
+    ones = jnp.ones(run.num_steps)
+    return control.PmpResult(
+      jnp.ones(run.weights.shape), jnp.asarray(found[len(runs) - 1]), jnp.ones(run.num_steps + 1),
+      run.params, ones, ones, ones, None)
+
+  monkeypatch.setattr(control, "solve", solve)
+  bench = _bench(tmp_path, num_target=9, num_proxies=16, devices=1)
+  loop = control.OuterLoop(rate=0.8, epochs=2, rule=control.SignGradient())
+  method = methods.PMP(SGD, num_steps=3, batch_size=8, inner_data="proxies", outer=loop)
+  got, = method.score_proxies(bench)
+  gamma = np.full(16, 1 / 16)
+  for epoch, scores in enumerate(found):
+    tokens, weights = runs[epoch]
+    same = (tokens[:, :, None] == bench.proxies["tokens"]).all(-1)  # [T,B,M]
+    assert (same.sum(-1) == 1).all()
+    drawn = same.argmax(-1)
+    np.testing.assert_allclose(weights, 16 / 8 * gamma[drawn], rtol=1e-5)
+    # An epoch of the order has two batches: the first run takes three, the second goes on there.
+    pair = drawn[:2] if epoch == 0 else drawn[1:]
+    assert sorted(pair.ravel()) == list(range(16))
+    gamma = np.maximum(gamma + 0.8 / 16 * np.sign(scores - gamma @ scores), 0)
+    gamma /= gamma.sum()
+  np.testing.assert_allclose(got, 16 * gamma, rtol=1e-5)
+  assert len(set(np.round(got, 4))) == 4  # up or down, twice
+  num_zero = np.count_nonzero(gamma == 0)
+  assert 0 < num_zero < 16 and bench.context.lines[1] == (
+    f"pds@4: target loss 1.0000 after run 2 of 2; {num_zero} proxies now weigh 0")
+  with pytest.raises(ValueError, match='set pds.PMP.inner_data to "proxies"'):
+    dataclasses.replace(method, inner_data="corpus")
+  with pytest.raises(ValueError, match="set pds.PMP.divide_by to None"):
+    dataclasses.replace(method, divide_by="gradient_norm")
+
+
 @pytest.mark.parametrize("num_target", [3, 13])
 def test_rho_loss_fits_its_batches_to_target_and_mesh(tmp_path, num_target):
   bench = _bench(tmp_path, num_target=num_target, num_proxies=11, accumulate=4)
@@ -269,6 +308,8 @@ def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
     (replace("i", optimizer=optimizers.lion(0.1), surrogate="clipped_straight_through"),
      solve + 5 * 8 * 3),
     (replace("g", divide_by="gradient_norm"), solve + 24 * 3),
+    (dataclasses.replace(base, name="j", inner_data="proxies",
+                         outer=control.OuterLoop(1.0, epochs=3)), 3 * solve),
     (methods.OneStep(), (16 + 24) * 3),
     # 50 products, 8 probes, 20 power steps and a residual, of 6 passes each.
     (methods.InfluenceScores(num_hessian=8), (16 + 24) * 3 + (50 + 8 + 20 + 1) * 8 * 6),
