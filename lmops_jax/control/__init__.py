@@ -6,6 +6,7 @@ from lmops_jax.control.adjoint import (
   hvp_and_scores,
   update_pullback,
 )
+from lmops_jax.control.data_rater import Window, rated_window
 from lmops_jax.control.gradient_norms import gradient_norms
 from lmops_jax.control.guards import finite_derivatives
 from lmops_jax.control.in_run import InRunValues, in_run_values
@@ -56,6 +57,7 @@ __all__ = [
   "SolveOptions",
   "TrainingRun",
   "WeightSolution",
+  "Window",
   "check_not_all_zero",
   "check_optimizer",
   "check_policy",
@@ -74,6 +76,7 @@ __all__ = [
   "pmp_scores_by_target",
   "policy_gradient",
   "project_simplex",
+  "rated_window",
   "simulate",
   "solve",
   "solve_weights",
