@@ -43,9 +43,11 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
   for method in pipeline.solves:
     found += _solve(method, pipeline.proxy, pipeline.proxy_set, size_of(pipeline.proxy.model),
                     length, partitioner, memory, sizes, platform)
-  if pipeline.proxy_methods:
-    found += _scorer(pipeline, size_of(pipeline.scorer.trunk(pipeline.proxy)), length, partitioner,
-                     sizes, platform)
+  if pipeline.proxy_methods or pipeline.scorer_methods:
+    fit, annotate = _scorer(
+      pipeline, size_of(pipeline.scorer.trunk(pipeline.proxy)), length, partitioner, sizes,
+      platform)
+    found += [fit, annotate] if pipeline.proxy_methods else [annotate]
   found.append(_training("pretrain", pipeline.pretrain, size_of(pipeline.pretrain.model), length,
                          partitioner, platform))
   return found

@@ -14,7 +14,7 @@ from lmops_jax import control
 from lmops_jax.mesh import meshes
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.sizing import flops, solve_cost
-from lmops_jax.systems.pds import methods, pretrain
+from lmops_jax.systems.pds import methods, pretrain, scorer
 from lmops_jax.training import optimizers
 
 LENGTH, VOCAB = 8, 32
@@ -37,6 +37,12 @@ class _Instances:
 
   def __len__(self):
     return len(self.rows)
+
+  def tokens(self, indices):
+    return self.rows[indices]
+
+  def num_tokens(self, indices):
+    return 1 + self.mask[indices].sum(1).astype(int)
 
   def batch(self, indices):
     return {
@@ -245,6 +251,42 @@ def test_an_outer_loop_weighs_the_proxies_run_after_run(tmp_path, monkeypatch):
     dataclasses.replace(method, inner_data="corpus")
   with pytest.raises(ValueError, match="set pds.PMP.divide_by to None"):
     dataclasses.replace(method, divide_by="gradient_norm")
+
+
+def _data_rater(bench, num_windows):
+  """Trains a rater where every other instance is one of the target's; what it gives the proxies."""
+  bench.prepared.corpus.rows[::2] = bench.prepared.target_dev.rows[np.arange(32) % 9]
+  config = scorer.Scorer(SGD, inference_batch_size=16)
+  method = methods.DataRater(
+    optimizers.sgd(0.3), optimizers.adamw(3e-3, eps=1e-12, clip_norm=None), lifetime=6,
+    num_windows=num_windows, batch_size=16, target_batch_size=8, micro_batch_size=8)
+  method.fit_scorer(bench, config)
+  rater = scorer.Annotator(
+    scorer.View(bench.prepared), bench.context.directory, config, bench.proxy, bench.partitioner)
+  return rater.shard(0, 64).scores[bench.proxy_indices]
+
+
+def test_a_data_rater_puts_the_like_of_the_target_first(tmp_path):
+  bench = _bench(tmp_path / "x", num_target=9, num_proxies=32, devices=1)
+  values = _data_rater(bench, 40)
+  like_target = bench.proxy_indices % 2 == 0
+  assert values[like_target].min() > values[~like_target].max()
+  assert [row["step"] for row in bench.context.extra["windows"]] == [10, 20, 30, 40]
+  per_token, of_rater = (
+    flops.forward_flops_per_token(CONFIG, LENGTH, unembedding=has) for has in (True, False))
+  # A window: two steps of 3 and 8 passes, the target's gradient and its loss at two steps.
+  assert bench.context.flops == pytest.approx(40 * 2 * LENGTH * (
+    16 * (2 * 11 * per_token + 2 * 4 * of_rater) + 8 * 5 * per_token))
+
+
+@pytest.mark.slow
+def test_a_data_rater_is_the_same_on_a_mesh(tmp_path):
+  got, want = (
+    _data_rater(_bench(tmp_path / str(n), num_target=9, num_proxies=32, devices=n), 3)
+    for n in (2, 1))
+  # Weights do not depend on the mean: that of the ratings is left to rounding.
+  np.testing.assert_allclose(
+    got - got.mean(), want - want.mean(), atol=1e-3 * np.ptp(want))
 
 
 @pytest.mark.parametrize("num_target", [3, 13])
