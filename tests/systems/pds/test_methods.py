@@ -69,8 +69,13 @@ class _Bench(methods.Bench):
   """A bench whose proxy is at its initialisation."""
 
   def proxy_params(self, step=None):
-    return nn.unbox(Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))[
-      "params"]
+    return _initial_params()
+
+
+@functools.cache
+def _initial_params():
+  init = jax.jit(Transformer(CONFIG).init)
+  return nn.unbox(init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def _bench(directory, *, num_target, num_proxies, devices=8, num_corpus=64, **proxy):
