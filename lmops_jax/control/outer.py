@@ -46,7 +46,7 @@ class OuterLoop:
   epochs: PositiveInt = 1
   rule: Rule = _PROJECTED
 
-  def move(self, gamma: jax.Array, scores: jax.Array) -> jax.Array:
+  def moved(self, gamma: jax.Array, scores: jax.Array) -> jax.Array:
     """`[N]` weights on the simplex after a step along `scores [N]`."""
     return self.rule.move(gamma, scores, min(self.rate, self.rule.max_rate))
 

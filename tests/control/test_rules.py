@@ -30,5 +30,5 @@ def test_rows_that_are_no_examples_keep_no_weight_and_count_for_nothing():
 @pytest.mark.parametrize("value", [0.1, -1e8, 3e7])
 def test_equal_scores_move_nothing_whatever_the_rate(value):
   gamma = np.full(7, 1 / 7, np.float32)
-  got = OuterLoop(rate=100.0, rule=SignGradient()).move(gamma, np.full(7, value, np.float32))
+  got = OuterLoop(rate=100.0, rule=SignGradient()).moved(gamma, np.full(7, value, np.float32))
   np.testing.assert_allclose(got, gamma, rtol=1e-6)

@@ -188,7 +188,7 @@ class PMP:
         continue
       gamma = np.full(num_proxies, 1 / num_proxies, np.float32)
       for epoch in range(self.outer.epochs):
-        gamma = np.asarray(self.outer.move(gamma, scored(params, gamma, epoch, f"{step}-{epoch}")))
+        gamma = np.asarray(self.outer.moved(gamma, scored(params, gamma, epoch, f"{step}-{epoch}")))
         bench.context.log(
           f"{self.name}@{step}: target loss {norms['target_losses'][-1][-1]:.4f} after run "
           f"{epoch + 1} of {self.outer.epochs}; {np.count_nonzero(gamma == 0)} proxies now weigh 0")
