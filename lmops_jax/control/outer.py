@@ -1,11 +1,15 @@
-"""The outer loop of PDS: projected gradient steps on the data weights (algorithm 1).
+"""The outer loop of PDS: steps on the data weights along their scores (algorithm 1).
 
 arXiv 2410.07064, algorithm 1: train under weights gamma, run the costates back, move gamma along
 the scores, project onto the simplex, repeat. The paper writes the increment without the learning
 rate, `alpha * sum_t lambda_{t+1} . grad l_n(params_t)`; here it is `outer_lr * (-dA/dgamma)`, which
 is defined for every optimizer. With SGD at rate eta, `outer_lr = alpha / eta`.
+
+The step is a rule of `rules`. Metagradient descent (arXiv 2503.13751) has the same loop: its
+metagradient is `-scores` for the objective "terminal", and its step on data is `SignGradient`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,14 +18,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmops_jax.config.setting_types import NonNegative, PositiveInt, component
 from lmops_jax.control import checks
 from lmops_jax.control.callables import as_pytree
 from lmops_jax.control.dynamics import init_state, strong
 from lmops_jax.control.options import SolveOptions
 from lmops_jax.control.pmp import run_passes
 from lmops_jax.control.problem import Problem
-from lmops_jax.control.simplex import project_simplex
+from lmops_jax.control.rules import ProjectedGradient, Rule, check_rule
 from lmops_jax.control.training_run import constrain, shardings_of
+
+_PROJECTED = ProjectedGradient("sort")
+
+
+@component(module="control")
+@dataclasses.dataclass(frozen=True)
+class OuterLoop:
+  """How often data weights are improved, and by which step.
+
+  Attributes:
+    rule: how the weights move, `@policy.ProjectedGradient()` or another of `rules`.
+    rate: the rule's step size. 0 leaves the weights.
+    epochs: training runs, each followed by a step.
+  """
+
+  rate: NonNegative
+  epochs: PositiveInt = 1
+  rule: Rule = _PROJECTED
+
+  def moved(self, gamma: jax.Array, scores: jax.Array) -> jax.Array:
+    """`[N]` weights on the simplex after a step along `scores [N]`."""
+    return self.rule.move(gamma, scores, min(self.rate, self.rule.max_rate))
 
 
 class WeightSolution(NamedTuple):
@@ -48,17 +75,18 @@ def solve_weights(
     *,
     outer_lr: float,
     outer_epochs: int = 1,
+    rule: Rule = _PROJECTED,
     batch_indices: Any = None,
     gamma: Any = None,
     options: SolveOptions | None = None) -> WeightSolution:
-  """Learns constant weights gamma on the simplex by projected ascent on the scores.
+  """Learns constant weights gamma on the simplex by ascent along the scores.
 
   Args:
     example_losses, optimizer, params: see `TrainingRun`.
     target_loss: `params -> []`, the downstream loss J.
     data: leaves `[N, ...]`.
     num_steps: T, inner steps in each outer epoch, always from `params`.
-    outer_lr: step on gamma, >= 0. outer_epochs: outer steps, >= 1.
+    outer_lr: step on gamma, >= 0. outer_epochs: outer steps, >= 1. rule: how gamma moves.
     batch_indices: `[T, B]` rows of `data` for each step; the step's loss is then
       `N / B * sum_b gamma[i_b] l_{i_b}`, unbiased for the full sum. None: all rows at every step,
       `sum_n gamma_n l_n`, as in the paper.
@@ -73,6 +101,7 @@ def solve_weights(
   num_steps = checks.integer(num_steps, "num_steps", 1)
   outer_epochs = checks.integer(outer_epochs, "outer_epochs", 1)
   checks.number(outer_lr, "outer_lr")
+  check_rule(rule)
   params, data = strong(params), checks.arrays(data, "data")
   if batch_indices is None:
     batch_size = num_examples
@@ -90,14 +119,14 @@ def solve_weights(
   options = (options or SolveOptions()).checked(num_steps, batch_size)
   return _solve_weights(
     as_pytree(example_losses), as_pytree(target_loss), as_pytree(optimizer.init),
-    as_pytree(optimizer.update), params, data, batch_indices, gamma, outer_lr, num_steps,
+    as_pytree(optimizer.update), params, data, batch_indices, gamma, outer_lr, rule, num_steps,
     outer_epochs, options, shardings_of(params))
 
 
 @functools.partial(
-  jax.jit, static_argnames=("num_steps", "outer_epochs", "options", "shardings"))
+  jax.jit, static_argnames=("rule", "num_steps", "outer_epochs", "options", "shardings"))
 def _solve_weights(example_losses, target_loss, init, update, params, data, batch_indices, gamma,
-                   outer_lr, num_steps, outer_epochs, options, shardings):
+                   outer_lr, rule, num_steps, outer_epochs, options, shardings):
   num_examples = gamma.shape[0]
   if batch_indices is None:
     scale, rows = 1, jnp.broadcast_to(jnp.arange(num_examples), (num_steps, num_examples))
@@ -115,15 +144,13 @@ def _solve_weights(example_losses, target_loss, init, update, params, data, batc
   def weights_of(gamma):
     return scale * gamma[rows]
 
-  def move(gamma, scores):  # the projection ignores a common shift; without it the digits are kept
-    return project_simplex(gamma + outer_lr * (scores - jnp.mean(scores))).astype(gamma.dtype)
-
   def outer_step(gamma, _):
     weights, pull = jax.vjp(weights_of, gamma)
     result = run_passes(problem_of(weights), state)
     scores, = pull(result.scores.astype(weights.dtype))
     value = _area_or_last(result.target_losses[1:], options.objective)
-    return move(gamma, scores), (value, gamma, scores, result.costate_norms)
+    rate = jnp.minimum(outer_lr, rule.max_rate)
+    return rule.move(gamma, scores, rate), (value, gamma, scores, result.costate_norms)
 
   gamma, (values, gammas, scores, norms) = jax.lax.scan(outer_step, gamma, length=outer_epochs)
   problem = problem_of(weights_of(gamma))

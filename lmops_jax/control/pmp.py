@@ -101,9 +101,15 @@ def _solve(run, target_loss, proxy, options, shardings):
 
 def run_passes(problem: Problem, state: State) -> PmpResult:
   """Both passes of `problem` from `state` (traceable)."""
+  return run_passes_and_go_on(problem, state)[0]
+
+
+def run_passes_and_go_on(problem: Problem, state: State) -> tuple[PmpResult, State]:
+  """Both passes, and the state behind the last step, from which training may go on."""
   problem = problem.with_surrogate(
     piecewise.used_surrogate(problem.update, state, problem.options.surrogate))
   carry, outs, final_target, last = trajectories.run(
     problem.forward, problem.reverse, problem.first_carry, problem.constrain_state(state),
     jnp.arange(problem.num_steps), problem.options.trajectory)
-  return make_result(outs, final_target, carry.proxy_scores, problem.constrain(last.params))
+  result = make_result(outs, final_target, carry.proxy_scores, problem.constrain(last.params))
+  return result, last

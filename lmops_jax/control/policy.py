@@ -13,7 +13,7 @@ gradient, with the general adjoint.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from lmops_jax.control.options import SolveOptions
 from lmops_jax.control.pmp import run_passes
 from lmops_jax.control.problem import Problem
 from lmops_jax.control.result import PmpResult
-from lmops_jax.control.simplex import METHODS, project_simplex, stationarity_gap
+from lmops_jax.control.rules import check_rule
+from lmops_jax.control.simplex import stationarity_gap
 from lmops_jax.control.training_run import constrain, shardings_of
 from lmops_jax.mesh.micro_batches import sum_over_micro_batches
 
@@ -291,61 +292,6 @@ def _policy_gradient(run, gamma):
 # ------------------------------------------------------------------------------- improving a policy
 
 
-@dataclasses.dataclass(frozen=True)
-class ProjectedGradient:
-  """`project(gamma + rate * scores)` in each row, the paper's step.
-
-  Attributes:
-    method: how to project, see `project_simplex`; "bisect" is several times faster on a CPU,
-      leaves examples where they are on a mesh, and is as exact.
-  """
-  method: Literal[METHODS] = "bisect"
-  max_rate = float("inf")
-
-  def move(self, gamma, scores, rate, mask=None):
-    """The rows after a step of `rate` along `scores`, like `gamma`."""
-    # The projection ignores a common shift of a row; without it the digits are kept.
-    shift = _masked_mean(scores, mask)
-    return project_simplex(gamma + rate * (scores - shift), mask, self.method).astype(gamma.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class ExponentiatedGradient:
-  """`gamma * exp(rate * scores)`, normalised in each row: mirror descent with entropy.
-
-  Weights vanish geometrically and may underflow to 0 in the end; a weight of 0 stays 0.
-  """
-  max_rate = float("inf")
-
-  def move(self, gamma, scores, rate, mask=None):
-    """See `ProjectedGradient.move`."""
-    # The best score with weight: relative to a better one without, all weights could underflow.
-    best = jnp.max(jnp.where(gamma > 0, scores, -jnp.inf), -1, keepdims=True)
-    new = gamma * jnp.exp(jnp.minimum(rate * (scores - best), 0))
-    return (new / jnp.sum(new, -1, keepdims=True)).astype(gamma.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class FrankWolfe:
-  """`(1 - rate) gamma + rate * best vertex` in each row; a rate is between 0 and 1."""
-  max_rate = 1.0
-
-  def move(self, gamma, scores, rate, mask=None):
-    """See `ProjectedGradient.move`."""
-    best = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
-    vertex = jax.nn.one_hot(jnp.argmax(best, -1), gamma.shape[-1], dtype=gamma.dtype)
-    return gamma + jnp.asarray(rate, gamma.dtype) * (vertex - gamma)
-
-
-RULES = (ProjectedGradient, ExponentiatedGradient, FrankWolfe)
-
-
-def _masked_mean(scores, mask):
-  if mask is None:
-    return jnp.mean(scores, axis=-1, keepdims=True)
-  return jnp.sum(jnp.where(mask, scores, 0), -1, keepdims=True) / jnp.sum(mask)
-
-
 class Improvement(NamedTuple):
   """One step on a policy, with what was seen under the policy before it."""
   gamma: jax.Array  # [T, N] after the step
@@ -366,7 +312,7 @@ def improve_policy(run: ControlledRun, gamma: jax.Array, rule: Any, rate: Any, *
 
   Args:
     gamma: `[T, N]` on the simplex.
-    rule: `ProjectedGradient()` or another of `RULES`.
+    rule: `ProjectedGradient()` or another of `rules`.
     rate: the step size for J, a sum over steps (for the mean over steps multiply by T); 0 leaves
       the policy as it is, bit for bit.
     frozen_steps: rows before this step stay as they are.
@@ -380,9 +326,7 @@ def improve_policy(run: ControlledRun, gamma: jax.Array, rule: Any, rate: Any, *
   frozen_steps = checks.integer(frozen_steps, "frozen_steps", 0, run.num_steps)
   checks.number(rate, "rate")
   line_search = checks.flag(line_search, "line_search")
-  if isinstance(rule, type) or not (hasattr(rule, "move") and hasattr(rule, "max_rate")):
-    raise ValueError(
-      f"rule must be a rule such as ProjectedGradient(), with move and max_rate, got {rule!r}.")
+  check_rule(rule)
   rate = jnp.asarray(rate, jnp.result_type(float))  # one type for 0 and 0.0: compiled once
   return _improve(run, gamma, rate, rule, frozen_steps, line_search)
 

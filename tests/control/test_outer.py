@@ -6,7 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from lmops_jax.control import SolveOptions, pmp_scores, project_simplex, solve_weights
+from lmops_jax.control import (
+  SignGradient,
+  SolveOptions,
+  pmp_scores,
+  project_simplex,
+  solve_weights,
+)
 
 SGD = optax.sgd(0.2)
 
@@ -82,7 +88,25 @@ def test_uniform_weights_are_the_mean_over_the_batch(x64, toy):
   np.testing.assert_allclose(got.objective[0], want.target_losses[1:].sum(), rtol=1e-12)
 
 
+def test_the_step_is_a_rule_and_the_gradient_the_same(x64, toy):
+  """Two steps of metagradient descent: the metagradient by autodiff, the step by hand."""
+  problem = toy.regression(batch_size=5)
+  got = solve_weights(problem.example_losses, problem.target_loss, SGD, problem.params,
+                      _data(problem), 4, outer_lr=0.6, outer_epochs=2, rule=SignGradient(),
+                      options=SolveOptions(objective="terminal"))
+  gamma = np.full(5, 0.2)
+  for epoch in range(2):
+    loss, by_step, _ = toy.unrolled(_full_batch(problem, 4, gamma), SGD, "terminal")
+    scores = by_step.sum(0)
+    np.testing.assert_allclose(got.scores[epoch], scores, rtol=1e-8)
+    np.testing.assert_allclose(got.objective[epoch], loss, rtol=1e-10)
+    gamma = np.maximum(gamma + 0.6 / 5 * np.sign(scores - gamma @ scores), 0)
+    gamma /= gamma.sum()
+    np.testing.assert_allclose(got.gammas[epoch + 1], gamma, rtol=1e-12)
+
+
 @pytest.mark.parametrize("change, message", [
+  (dict(rule=SignGradient), "rule must be a rule such as ProjectedGradient"),
   (dict(outer_lr=-1.0), "outer_lr must be finite and >= 0"),
   (dict(outer_lr=float("nan")), "outer_lr must be finite and >= 0"),
   (dict(outer_epochs=0), "outer_epochs must be an integer >= 1"),

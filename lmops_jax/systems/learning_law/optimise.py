@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,6 @@ _STATE_FILE = "state.npz"
 OBJECTIVES, SCHEDULES = ("mean", "sum"), ("linear", "constant")
 
 
-@runtime_checkable
-class PolicyRule(Protocol):
-  """One of `control.RULES`, or another with a `max_rate`."""
-
-  def move(self, gamma: jax.Array, scores: jax.Array, rate: float, mask: Any = None) -> jax.Array:
-    """The rows after a step of `rate` along `scores`, like `gamma`."""
-
-
 @component(module="learning_law")
 @dataclasses.dataclass(frozen=True)
 class PolicyOptimizer:
@@ -51,9 +43,10 @@ class PolicyOptimizer:
     objective: "mean", the desired loss averaged over the T steps (a step of 0.1 on it is one of
       0.1 / T on the sum), or "sum", the loss summed over them.
     num_epochs: E, the most epochs.
-    rule: `@policy.ProjectedGradient()`, `@policy.ExponentiatedGradient()`, or
-      `@policy.FrankWolfe()`, whose step sizes are shares between 0 and 1 of the way to the best
-      vertex, whatever the objective.
+    rule: `@policy.ProjectedGradient()`, `@policy.ExponentiatedGradient()`,
+      `@policy.SignGradient()`, whose steps are all of one size, or `@policy.FrankWolfe()`, whose
+      step sizes are shares between 0 and 1 of the way to the best vertex, both whatever the
+      objective.
     schedule: "linear" decay to 0 after E epochs, or "constant".
     line_search: halve the step until the objective falls enough (Armijo).
     frozen_steps: rows before this step stay uniform.
@@ -71,7 +64,7 @@ class PolicyOptimizer:
   step_size: NonNegative
   num_epochs: PositiveInt
   objective: Literal[OBJECTIVES] = "mean"
-  rule: PolicyRule = control.ProjectedGradient()
+  rule: control.Rule = control.ProjectedGradient()
   schedule: Literal[SCHEDULES] = "linear"
   line_search: bool = False
   frozen_steps: Count = 0

@@ -15,14 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmops_jax import control
 from lmops_jax.config.setting_types import Name, Share, component
 from lmops_jax.control import ControlledRun, Signals
 from lmops_jax.systems.learning_law.tasks import Task
-
-# The policy optimisers' rules, which gin may name too.
-for _rule in (control.ProjectedGradient, control.ExponentiatedGradient, control.FrankWolfe):
-  component(module="policy")(_rule)
 
 
 class Bench(NamedTuple):

@@ -41,9 +41,11 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
   for method in pipeline.solves:
     found += _solve(method, pipeline.proxy, pipeline.proxy_set, size_of(pipeline.proxy.model),
                     length, partitioner, memory, sizes, platform)
-  if pipeline.proxy_methods:
-    found += _scorer(pipeline, size_of(pipeline.scorer.trunk(pipeline.proxy)), length, partitioner,
-                     sizes, platform)
+  if pipeline.proxy_methods or pipeline.scorer_methods:
+    fit, annotate = _scorer(
+      pipeline, size_of(pipeline.scorer.trunk(pipeline.proxy)), length, partitioner, sizes,
+      platform)
+    found += [fit, annotate] if pipeline.proxy_methods else [annotate]
   found.append(_training("pretrain", pipeline.pretrain, size_of(pipeline.pretrain.model), length,
                          partitioner, platform))
   return found
@@ -188,7 +190,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   per_row = length * flops.forward_flops_per_token(model.config, length)
   forward_flops = 3 * method.num_steps * method.batch_size * per_row
   step_flops = passes.batch * method.batch_size * per_row - forward_flops
-  starts = len(method.checkpoints or (1,))
+  solves = method.num_solves
   forward = {k: held[k] for k in ("params", "opt_state", "given", "data")}
   inner = method.inner_rows(partitioner)
   micro = inner is not None
@@ -202,18 +204,21 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
     f"trajectory {policy!r}: {copies} states of {parts.state / 2**20:,.1f} MiB on a device in a "
     f"segment of {segment_steps} steps, {recomputed:.2f} steps computed again for each; "
     f"{parts.on_host / 2**20:,.1f} MiB of the host's memory for a device")
-  name, total = method.name, starts * method.num_steps
+  name, total = method.name, solves * method.num_steps
   remedies = programs.solve_remedies(method, proxy, partitioner)
   refusal = _host_excess(method, parts, memory)
+  starts = len(method.checkpoints or (1,))
   from_points = f"from {starts} checkpoints" if starts > 1 else "from one checkpoint"
+  if solves > starts:
+    from_points = f"{solves // starts} times {from_points}"
   return [
-    Phase(f"solve {name}, forward", num_params, starts * forward_flops, total, forward,
+    Phase(f"solve {name}, forward", num_params, solves * forward_flops, total, forward,
           f"{method.num_steps} steps {from_points}", remedies, refusal),
     Phase(f"solve {name}, reverse", num_params,
-          starts * (step_flops + passes.target * num_target * per_row), total, reverse,
+          solves * (step_flops + passes.target * num_target * per_row), total, reverse,
           policy_text, remedies, refusal),
     Phase(f"solve {name}, off-batch scores", num_params,
-          starts * passes.proxy * proxy_set.most * per_row, total, reverse,
+          solves * passes.proxy * proxy_set.most * per_row, total, reverse,
           f"{proxy_set.most:,} proxies, scored {passes.proxy // 3} times, within the "
           "reverse pass", remedies),
   ]

@@ -81,7 +81,10 @@ class _View:
     self.selected = {
       name: select.selected_indices(context, f"select/{name}") for name in self.method_names
     }
-    self.fitted = [name for name in self.method_names if f"scorer/{name}" in self.manifests]
+    self.fitted = [  # to scores of proxies
+      name for name in self.method_names
+      if "validation_spearman" in self.manifests.get(f"scorer/{name}", {}).get("extra", {})
+    ]
     self.styles = plots.looks(self.method_names, emphasis=self.method_names[:1])
 
   def summary(self) -> dict[str, Any]:

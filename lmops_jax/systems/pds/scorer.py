@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -160,20 +161,37 @@ class View:
     ]
 
 
+def own_view(
+  context: pipeline.StageContext, config: Scorer, prepared: prepare.Prepared
+) -> View:
+  """Instances as a scorer that the stage is to fit sees them; leaves its own vocabulary, if any."""
+  if config.vocabulary is None:
+    return View(prepared)
+  folder = context.directory / VOCABULARY_FOLDER
+  if context.writes:
+    config.vocabulary.build((), folder)
+  context.group.barrier(f"vocabulary of {context.name}")
+  return View(prepared, vocabularies.load_vocabulary(folder))
+
+
+def first_params(
+  config: Scorer, model: heads.SequenceRegressor, proxy_params: Callable[[], Any], partitioner
+):
+  """What a scorer starts from: the proxy's trunk, a published one, or None for one of its own."""
+  key = jax.random.key(config.seed)
+  if config.from_proxy:
+    return heads.regressor_params(model, key, proxy_params())
+  if config.init is not None:
+    return heads.regressor_params(model, key, config.init.params(partitioner))
+  return None
+
+
 def fit(
   context: pipeline.StageContext, config: Scorer, proxy: pretrain.Pretrain, partitioner,
   solve_stage: str,
 ) -> None:
   """Fits the scorer; leaves its parameters, and its validation predictions for the report."""
-  prepared = prepare.Prepared(context.input("prepare"))
-  vocabulary = None
-  if config.vocabulary is not None:
-    folder = context.directory / VOCABULARY_FOLDER
-    if context.writes:
-      config.vocabulary.build((), folder)
-    context.group.barrier(f"vocabulary of {context.name}")
-    vocabulary = vocabularies.load_vocabulary(folder)
-  view = View(prepared, vocabulary)
+  view = own_view(context, config, prepare.Prepared(context.input("prepare")))
   scored = scores.load_proxy_scores(context.input(solve_stage))
   targets = scores.standardize(scored.scores, clip=config.clip, ranks=config.ranks)
   train, validation = split(len(targets), config.validation_fraction, config.seed)
@@ -198,20 +216,10 @@ def fit(
       "squared_error": float(np.mean((predicted - targets[validation]) ** 2)),
     }
 
-  initial_params = None
-  if config.from_proxy:
+  def proxy_params():
     language_model = language_models.language_model(proxy.model, view.vocab_size, view.length)
-    initial_params = heads.regressor_params(
-      model, jax.random.key(config.seed),
-      language_models.load_params(
-        context.input("proxy"), proxy.num_steps, language_model, partitioner
-      ),
-    )
-
-  elif config.init is not None:
-    initial_params = heads.regressor_params(
-      model, jax.random.key(config.seed), config.init.params(partitioner)
-    )
+    return language_models.load_params(
+      context.input("proxy"), proxy.num_steps, language_model, partitioner)
 
   every = range(config.eval_every, config.num_steps + 1, config.eval_every)
   result = loop.train(
@@ -221,7 +229,8 @@ def fit(
     Epochs(lambda index: {k: v[train[index]] for k, v in rows.items()}, len(train),
            config.batch_size, config.seed),
     config.num_steps, config.seed, context.directory / "training", partitioner,
-    initial_params=initial_params, hooks=[loop.Evaluate("validation", config.eval_every, validate)],
+    initial_params=first_params(config, model, proxy_params, partitioner),
+    hooks=[loop.Evaluate("validation", config.eval_every, validate)],
     records=loop.Records(
       checkpoint_every=config.eval_every, params_at=sorted({0, *every, config.num_steps}),
       description=context.name),

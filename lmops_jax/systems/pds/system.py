@@ -50,7 +50,8 @@ class Pipeline:
   prepare: prepare.Prepare
   proxy: pretrain.Pretrain
   proxy_set: methods.ProxySet
-  methods: Annotated[Sequence[methods.ProxyMethod | methods.CorpusMethod], NonEmpty]
+  methods: Annotated[
+    Sequence[methods.ProxyMethod | methods.ScorerMethod | methods.CorpusMethod], NonEmpty]
   scorer: scorer.Scorer
   select: select.Select
   pretrain: pretrain.Pretrain
@@ -162,15 +163,21 @@ class Pipeline:
             inputs=("prepare", "proxy", solve),
             reads=("scorer",),
           ),
-          skeleton.Stage(
-            annotate,
-            self._stage(
-              functools.partial(scorer.annotate, partitioner=partitioner), distributed.annotate,
-              config=self.scorer, proxy=self.proxy, scorer_stage=fit,
-            ),
-            inputs=("prepare", fit), reads=("scorer",), together=self.engine is None,
-          ),
         ]
+      elif isinstance(method, methods.ScorerMethod):
+        stages.append(skeleton.Stage(
+          fit, functools.partial(self._fit_scorer, method=method, partitioner=partitioner),
+          inputs=("prepare", "proxy"), reads=(own, "proxy_set", "scorer"),
+        ))
+      if isinstance(method, methods.ProxyMethod | methods.ScorerMethod):
+        stages.append(skeleton.Stage(
+          annotate,
+          self._stage(
+            functools.partial(scorer.annotate, partitioner=partitioner), distributed.annotate,
+            config=self.scorer, proxy=self.proxy, scorer_stage=fit,
+          ),
+          inputs=("prepare", fit), reads=("scorer",), together=self.engine is None,
+        ))
       else:
         stages.append(skeleton.Stage(
           annotate, functools.partial(self._score_corpus, method=method, partitioner=partitioner),
@@ -228,6 +235,11 @@ class Pipeline:
   def proxy_methods(self) -> list[methods.ProxyMethod]:
     """The methods that score proxies, from which a scorer learns."""
     return [method for method in self.methods if isinstance(method, methods.ProxyMethod)]
+
+  @property
+  def scorer_methods(self) -> list[methods.ScorerMethod]:
+    """The methods that train a scorer themselves."""
+    return [method for method in self.methods if isinstance(method, methods.ScorerMethod)]
 
   def phases(self, partitioner, memory, *, num_target: int, num_corpus: int, platform: str):
     """What each phase takes, from shapes alone; see `plan.phases`."""
@@ -296,6 +308,15 @@ class Pipeline:
       proxy_scores = scores.ProxyScores(bench.proxy_indices, ids, values)
       scores.save_proxy_scores(context.directory, proxy_scores)
       shutil.rmtree(context.directory / methods.UNFINISHED, ignore_errors=True)
+
+  def _fit_scorer(self, context, method, partitioner) -> None:
+    bench = self._bench(context, partitioner)
+    for sentence in methods.fewer_than_most(
+      method, self.proxy_set, num_corpus=len(bench.corpus),
+      num_target=len(bench.prepared.target_dev),
+    ):
+      context.log(sentence)
+    method.fit_scorer(bench, self.scorer)
 
   def _score_corpus(self, context, method, partitioner) -> None:
     bench = self._bench(context, partitioner)

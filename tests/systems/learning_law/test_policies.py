@@ -89,7 +89,8 @@ def test_settings_out_of_range_are_refused():
 def test_rules_of_the_outer_loop_are_gin_references():
   import gin
 
-  for rule in (control.ProjectedGradient, control.ExponentiatedGradient, control.FrankWolfe):
+  for rule in (control.ProjectedGradient, control.ExponentiatedGradient, control.FrankWolfe,
+               control.SignGradient):
     assert gin.get_configurable(f"policy.{rule.__name__}")() == rule()
 
 

@@ -14,7 +14,7 @@ from lmops_jax import control
 from lmops_jax.mesh import meshes
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 from lmops_jax.sizing import flops, solve_cost
-from lmops_jax.systems.pds import methods, pretrain
+from lmops_jax.systems.pds import methods, pretrain, scorer
 from lmops_jax.training import optimizers
 
 LENGTH, VOCAB = 8, 32
@@ -37,6 +37,12 @@ class _Instances:
 
   def __len__(self):
     return len(self.rows)
+
+  def tokens(self, indices):
+    return self.rows[indices]
+
+  def num_tokens(self, indices):
+    return 1 + self.mask[indices].sum(1).astype(int)
 
   def batch(self, indices):
     return {
@@ -63,8 +69,13 @@ class _Bench(methods.Bench):
   """A bench whose proxy is at its initialisation."""
 
   def proxy_params(self, step=None):
-    return nn.unbox(Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))[
-      "params"]
+    return _initial_params()
+
+
+@functools.cache
+def _initial_params():
+  init = jax.jit(Transformer(CONFIG).init)
+  return nn.unbox(init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def _bench(directory, *, num_target, num_proxies, devices=8, num_corpus=64, **proxy):
@@ -208,6 +219,81 @@ def test_inner_batches_may_be_drawn_from_the_proxies(tmp_path, monkeypatch):
     methods.PMP(SGD, batch_size=17, inner_data="proxies").score_proxies(bench)
 
 
+def test_an_outer_loop_weighs_the_proxies_run_after_run(tmp_path, monkeypatch):
+  """Runs on weighted proxies in a common order, and a step along the scores of each."""
+  runs, found = [], [np.linspace(-1, 2, 16) ** 2, np.cos(np.arange(16))]
+
+  def solve(run, *_, proxy, **__):
+    runs.append((np.asarray(run.batches["tokens"]), run.weights))
+    ones = jnp.ones(run.num_steps)
+    return control.PmpResult(
+      jnp.ones(run.weights.shape), jnp.asarray(found[len(runs) - 1]), jnp.ones(run.num_steps + 1),
+      run.params, ones, ones, ones, None)
+
+  monkeypatch.setattr(control, "solve", solve)
+  bench = _bench(tmp_path, num_target=9, num_proxies=16, devices=1)
+  loop = control.OuterLoop(rate=0.8, epochs=2, rule=control.SignGradient())
+  method = methods.PMP(SGD, num_steps=3, batch_size=8, inner_data="proxies", outer=loop)
+  got, = method.score_proxies(bench)
+  gamma = np.full(16, 1 / 16)
+  for epoch, scores in enumerate(found):
+    tokens, weights = runs[epoch]
+    same = (tokens[:, :, None] == bench.proxies["tokens"]).all(-1)  # [T,B,M]
+    assert (same.sum(-1) == 1).all()
+    drawn = same.argmax(-1)
+    np.testing.assert_allclose(weights, 16 / 8 * gamma[drawn], rtol=1e-5)
+    # An epoch of the order has two batches: the first run takes three, the second goes on there.
+    pair = drawn[:2] if epoch == 0 else drawn[1:]
+    assert sorted(pair.ravel()) == list(range(16))
+    gamma = np.maximum(gamma + 0.8 / 16 * np.sign(scores - gamma @ scores), 0)
+    gamma /= gamma.sum()
+  np.testing.assert_allclose(got, 16 * gamma, rtol=1e-5)
+  assert len(set(np.round(got, 4))) == 4  # up or down, twice
+  num_zero = np.count_nonzero(gamma == 0)
+  assert 0 < num_zero < 16 and bench.context.lines[1] == (
+    f"pds@4: target loss 1.0000 after run 2 of 2; {num_zero} proxies now weigh 0")
+  with pytest.raises(ValueError, match='set pds.PMP.inner_data to "proxies"'):
+    dataclasses.replace(method, inner_data="corpus")
+  with pytest.raises(ValueError, match="set pds.PMP.divide_by to None"):
+    dataclasses.replace(method, divide_by="gradient_norm")
+
+
+def _data_rater(bench, num_windows):
+  """Trains a rater where every other instance is one of the target's; what it gives the proxies."""
+  bench.prepared.corpus.rows[::2] = bench.prepared.target_dev.rows[np.arange(32) % 9]
+  config = scorer.Scorer(SGD, inference_batch_size=16)
+  method = methods.DataRater(
+    optimizers.sgd(0.3), optimizers.adamw(3e-3, eps=1e-12, clip_norm=None), lifetime=6,
+    num_windows=num_windows, batch_size=16, target_batch_size=8, micro_batch_size=8)
+  method.fit_scorer(bench, config)
+  rater = scorer.Annotator(
+    scorer.View(bench.prepared), bench.context.directory, config, bench.proxy, bench.partitioner)
+  return rater.shard(0, 64).scores[bench.proxy_indices]
+
+
+def test_a_data_rater_puts_the_like_of_the_target_first(tmp_path):
+  bench = _bench(tmp_path / "x", num_target=9, num_proxies=32, devices=1)
+  values = _data_rater(bench, 40)
+  like_target = bench.proxy_indices % 2 == 0
+  assert values[like_target].min() > values[~like_target].max()
+  assert [row["step"] for row in bench.context.extra["windows"]] == [10, 20, 30, 40]
+  per_token, of_rater = (
+    flops.forward_flops_per_token(CONFIG, LENGTH, unembedding=has) for has in (True, False))
+  # A window: two steps of 3 and 8 passes, the target's gradient and its loss at two steps.
+  assert bench.context.flops == pytest.approx(40 * 2 * LENGTH * (
+    16 * (2 * 11 * per_token + 2 * 4 * of_rater) + 8 * 5 * per_token))
+
+
+@pytest.mark.slow
+def test_a_data_rater_is_the_same_on_a_mesh(tmp_path):
+  got, want = (
+    _data_rater(_bench(tmp_path / str(n), num_target=9, num_proxies=32, devices=n), 3)
+    for n in (2, 1))
+  # Weights do not depend on the mean: that of the ratings is left to rounding.
+  np.testing.assert_allclose(
+    got - got.mean(), want - want.mean(), atol=1e-3 * np.ptp(want))
+
+
 @pytest.mark.parametrize("num_target", [3, 13])
 def test_rho_loss_fits_its_batches_to_target_and_mesh(tmp_path, num_target):
   bench = _bench(tmp_path, num_target=num_target, num_proxies=11, accumulate=4)
@@ -269,6 +355,8 @@ def test_costs_are_those_counted_by_hand(tmp_path, monkeypatch):
     (replace("i", optimizer=optimizers.lion(0.1), surrogate="clipped_straight_through"),
      solve + 5 * 8 * 3),
     (replace("g", divide_by="gradient_norm"), solve + 24 * 3),
+    (dataclasses.replace(base, name="j", inner_data="proxies",
+                         outer=control.OuterLoop(1.0, epochs=3)), 3 * solve),
     (methods.OneStep(), (16 + 24) * 3),
     # 50 products, 8 probes, 20 power steps and a residual, of 6 passes each.
     (methods.InfluenceScores(num_hessian=8), (16 + 24) * 3 + (50 + 8 + 20 + 1) * 8 * 6),

@@ -30,6 +30,18 @@ class CorpusMethod(Protocol):
 
 
 @runtime_checkable
+class ScorerMethod(Protocol):
+  """A setting with a `name` that fits the scorer itself, and so has no scores to learn from."""
+
+  def fit_scorer(self, bench: Any, config: Any) -> None:
+    """Leaves a fitted scorer in the stage's folder, as `scorer.fit` does.
+
+    Args:
+      config: `scorer.Scorer`, whose model and start it is to have.
+    """
+
+
+@runtime_checkable
 class ForwardMethod(Protocol):
   """A method that differentiates the proxy's losses along a direction (see `control`)."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from lmops_jax.control.options import AUTO
-from lmops_jax.systems.pds.methods.kinds import ProxyMethod
+from lmops_jax.systems.pds.methods.kinds import ProxyMethod, ScorerMethod
 from lmops_jax.systems.pds.methods.proxy_set import ProxySet
 
 
@@ -44,16 +44,16 @@ class InnerMethod(Protocol):
 def check_sizes(
   method, proxy_set: ProxySet, *, num_corpus: int, num_target: int, num_shards: int = 1
 ) -> None:
-  """Refuses a proxy method's sizes that do not fit corpus, target or mesh.
+  """Refuses sizes of a method on proxies that do not fit corpus, target or mesh.
 
   Args:
     method: any of those here, or a user's own.
-    proxy_set: the set that a proxy method scores.
+    proxy_set: the set that such a method works on.
     num_corpus: instances of the corpus.
     num_target: instances of the target's dev part.
     num_shards: parts that the mesh splits a batch into.
   """
-  if not isinstance(method, ProxyMethod):
+  if not isinstance(method, ProxyMethod | ScorerMethod):
     return
   proxy_set.count(num_corpus)
   check_most_target(method, num_target, f"the target's dev part has {num_target} instances")
@@ -97,7 +97,7 @@ def fewer_than_most(
   method, proxy_set: ProxySet, *, num_corpus: int, num_target: int
 ) -> list[str]:
   """A sentence for each "auto" that takes less than its bound; arguments as for `check_sizes`."""
-  if not isinstance(method, ProxyMethod):
+  if not isinstance(method, ProxyMethod | ScorerMethod):
     return []
   told = []
   if proxy_set.num_proxies == AUTO and num_corpus < proxy_set.most:
