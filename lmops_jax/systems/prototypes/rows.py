@@ -47,6 +47,11 @@ class Labelled(NamedTuple):
   targets: tuple[float, ...]
   names: tuple[str, ...]
 
+  @property
+  def inputs(self) -> tuple:
+    """The texts, or the pairs."""
+    return self.texts if self.others is None else tuple(zip(self.texts, self.others))
+
   def taken(self, index: Sequence[int]) -> Labelled:
     """Some of the rows, in the order of `index`."""
     def of(values):

@@ -42,7 +42,7 @@ def test_pairs_numbers_and_a_file_to_test_on(tmp_path):
   assert source.name == tmp_path.name
   assert some.others[3] == "b 3" and some.targets[3] == 1.5 and some.names == ()
   assert len(held.texts) == 1
-  assert some.taken([2, 0]).texts == ("a 2", "a 0")
+  assert some.taken([2, 0]).inputs == (("a 2", "b 2"), ("a 0", "b 0"))
 
 
 @pytest.mark.parametrize("lines, settings, says", [
