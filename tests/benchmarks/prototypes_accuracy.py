@@ -141,7 +141,8 @@ def difference_table(results: dict) -> list[str]:
 
 def time_table(results: dict) -> list[str]:
   """Seconds of a fit, of methods that are trained in steps."""
-  lines = ["", "## Seconds of a fit", "", "Median over seeds, by the clock.", ""]
+  lines = ["", "## Seconds of a fit", "", "Median over seeds, by the clock, which other work on "
+           "the machine lengthens.", ""]
   sizes = sizes_of(results)
   lines += ["| set | method | " + " | ".join(f"{int(size):,} rows" for size in sizes) + " |",
             "|---" * (2 + len(sizes)) + "|"]
