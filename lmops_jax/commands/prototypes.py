@@ -31,6 +31,7 @@ def _predict_options(parser) -> None:
   add("--text", action="append", default=[], help="may be given several times")
   add("--input", metavar="FILE", help='JSON lines with "text"')
   add("--field", default="text", help='field of the text in --input (default "text")')
+  add("--other", metavar="FIELD", help="field of the second text, of a classifier of pairs")
   add("--behind", type=int, default=3, metavar="N", help="prototypes shown (default 3)")
 
 
@@ -47,12 +48,15 @@ def _predict(arguments) -> int:
     from lmops_jax.data.lines import jsonl_rows
 
     for number, row in jsonl_rows(Path(arguments.input)):
-      if not isinstance(row.get(arguments.field), str):
-        raise ValueError(
-          f"{arguments.input}:{number} has no text in the field {arguments.field!r}; name it with "
-          "--field."
-        )
-      texts.append(row[arguments.field])
+      fields = {"--field": arguments.field, "--other": arguments.other}
+      fields = {option: field for option, field in fields.items() if field is not None}
+      for option, field in fields.items():
+        if not isinstance(row.get(field), str):
+          raise ValueError(
+            f"{arguments.input}:{number} has no text in the field {field!r}; name it with {option}."
+          )
+      found = tuple(row[field] for field in fields.values())
+      texts.append(found if arguments.other else found[0])
   if not texts:
     raise ValueError("there is nothing to tell the class of; give --text or --input.")
   if arguments.behind < 1:
@@ -63,8 +67,9 @@ def _predict(arguments) -> int:
   said, behind = classifier.predict_proba(texts), classifier.explain(texts, arguments.behind)
   names = [str(name) for name in classifier.classes_]
   for text, row, found in zip(texts, said, behind):
+    given = zip(("text", "other"), [text] if isinstance(text, str) else text)
     print(json.dumps({
-      "text": text, "label": names[int(row.argmax())],
+      **dict(given), "label": names[int(row.argmax())],
       "probabilities": {name: round(float(p), 6) for name, p in zip(names, row)},
       "behind": [
         {**one._asdict(), "label": str(one.label), "weight": round(one.weight, 6)}
@@ -78,6 +83,7 @@ def _inspect(arguments) -> int:
     raise ValueError(f"--nearest {arguments.nearest} must be 1 or more.")
   from lmops_jax.reporting.run_report import text_table
   from lmops_jax.systems.prototypes import load_classifier
+  from lmops_jax.systems.prototypes.texts import shown
 
   found = sorted(
     load_classifier(arguments.model).inspect(arguments.nearest), key=lambda one: -one.weight)
@@ -87,7 +93,7 @@ def _inspect(arguments) -> int:
     return 0
   rows = [("prototype", "class", "weight", "purity", "since step", "nearest rows")]
   for one in found:
-    first, *others = ([" ".join(text.split())[:70] for text in one.texts])
+    first, *others = (shown(text)[:70] for text in one.texts)
     rows.append((str(one.slot), str(one.label), f"{one.weight:.1%}", f"{one.purity:.0%}",
                  str(one.born), first))
     rows += [("", "", "", "", "", text) for text in others]

@@ -70,6 +70,34 @@ class Tokenizer:
     """Ids of many texts, made by several threads, which do not change the result."""
     return self._backend.encode_batch(texts, add_special)
 
+  def encode_typed(
+    self, firsts: Sequence[str], seconds: Sequence[str] | None = None, most: int | None = None
+  ) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of texts, or of pairs of them, with the tokens that the model wants around and between.
+
+    Args:
+      firsts: texts.
+      seconds: the second text of each pair, or None.
+      most: tokens that are kept of each row, those around and between counted; what is too much is
+        left out at the end of the text, or of the longer one until both are equally long.
+
+    Returns:
+      The ids of each row, and the type of each of them: 1 in what some models (BERT) take for the
+      second text, else 0.
+
+    Raises:
+      ValueError: if the tokens around and between alone are `most` or more.
+    """
+    if most is not None:
+      pair = None if seconds is None else [""]
+      least = len(self._backend.encode_typed([""], pair, None)[0][0]) + 1
+      if most < least:
+        raise ValueError(
+          f"{most} tokens have no room for a text: the tokenizer of {self.path} puts {least - 1} "
+          f"around it; give {least} or more."
+        )
+    return self._backend.encode_typed(firsts, seconds, most)
+
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Text of ids; ids beyond the vocabulary, which a padded output matrix has, are left out."""
     return self._backend.decode([int(i) for i in ids], skip_special)

@@ -53,6 +53,17 @@ class FastBackend:
       encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special)
     return [encoding.ids for encoding in encodings]
 
+  def encode_typed(self, firsts: Sequence[str], seconds: Sequence[str] | None, most: int | None):
+    rows = list(firsts if seconds is None else zip(firsts, seconds, strict=True))
+    with tokenizer_errors.named(self._where, "cannot encode a text", tokenizer_errors.OTHER):
+      tokenizer = self.tokenizer
+      if most is not None:  # of a copy, since others may be reading with this one
+        tokenizer = type(tokenizer).from_str(tokenizer.to_str())
+        tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens
+        tokenizer.enable_truncation(most)
+      encodings = tokenizer.encode_batch_fast(rows)
+    return [e.ids for e in encodings], [e.type_ids for e in encodings]
+
   def decode(self, ids: list[int], skip_special: bool) -> str:
     with tokenizer_errors.named(self._where, "cannot decode ids", tokenizer_errors.OTHER):
       text = self.tokenizer.decode(ids, skip_special_tokens=skip_special)
@@ -72,13 +83,24 @@ class FastBackend:
     )
 
 
-def surround(tokenizer, before: Sequence[str], after: Sequence[str] = ()) -> None:
-  """Sets which tokens a `tokenizers.Tokenizer` puts around a text."""
+def surround(
+  tokenizer, before: Sequence[str], after: Sequence[str] = (),
+  between: Sequence[str] | None = None, second_type: int = 0,
+) -> None:
+  """Sets which tokens a `tokenizers.Tokenizer` puts around a text, and in a pair of texts.
+
+  Args:
+    between: what stands between the texts of a pair; None is `after` and then `before`.
+    second_type: token type of a pair's second text and of what follows it.
+  """
   from tokenizers import processors
 
+  between = [*after, *before] if between is None else between
   tokenizer.post_processor = processors.TemplateProcessing(
     single=[*before, "$A", *after],
-    special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*before, *after}],
+    pair=[*before, "$A", *between, *(f"{part}:{second_type}" for part in ("$B", *after))],
+    special_tokens=[
+      (token, tokenizer.token_to_id(token)) for token in {*before, *after, *between}],
   )
 
 
@@ -108,6 +130,7 @@ class SentencePieceBackend:
     added: Mapping[str, Added],
     before: Sequence[int] = (),
     after: Sequence[int] = (),
+    between: Sequence[int] = (),
     fairseq: bool = False,
     prefix_every_part: bool = True,
   ):
@@ -117,6 +140,7 @@ class SentencePieceBackend:
       model: contents of the `.model` file.
       added: special tokens and those that the checkpoint added, by text.
       before, after: ids that encoding puts around a text.
+      between: ids that it puts between the texts of a pair.
       fairseq: ids are those of fairseq's dictionary, see `vocabularies.fairseq_ids`.
       prefix_every_part: whether the part of a text that follows an added token begins a word, as
         the whole text does if the model says so.
@@ -128,7 +152,7 @@ class SentencePieceBackend:
     self._added = dict(added)
     self._longest_first = sorted(added.values(), key=lambda token: -len(token.text))
     self._by_id = {token.id: token for token in added.values()}
-    self._before, self._after = list(before), list(after)
+    self._before, self._after, self._between = list(before), list(after), list(between)
     self._pattern = _pattern(self._longest_first)
     first, = self._processor.encode("a", out_type=str)[:1]
     self._begins_word = first.startswith(_BLANK)
@@ -161,6 +185,17 @@ class SentencePieceBackend:
     else:
       rows = [[i for part in self._parts(text) for i in part] for text in texts]
     return [[*self._before, *row, *self._after] for row in rows] if add_special else rows
+
+  def encode_typed(self, firsts: Sequence[str], seconds: Sequence[str] | None, most: int | None):
+    ids = self.encode_batch(firsts, False)
+    others = [[]] * len(ids) if seconds is None else self.encode_batch(seconds, False)
+    between = [] if seconds is None else self._between
+    pairs = list(zip(ids, others, strict=True))
+    if most is not None:
+      room = most - len(self._before + between + self._after)
+      pairs = [_within(room, *pair) for pair in pairs]
+    rows = [[*self._before, *a, *between, *b, *self._after] for a, b in pairs]
+    return rows, [[0] * len(row) for row in rows]
 
   def _parts(self, text: str) -> Iterator[list[int]]:
     at = 0
@@ -202,7 +237,7 @@ class SentencePieceBackend:
   def fingerprint(self) -> bytes:
     state = hashlib.blake2b(self.model, digest_size=16)
     state.update(repr((
-      sorted(self._by_id.values()), self._before, self._after, self._fairseq,
+      sorted(self._by_id.values()), self._before, self._after, self._between, self._fairseq,
       self._inner is self._processor,
     )).encode())
     return state.digest()
@@ -210,6 +245,14 @@ class SentencePieceBackend:
   def vocabulary(self, directory: Path, ids: dict) -> vocabularies.Vocabulary:
     kind = "fairseq_sentencepiece" if self._fairseq else "sentencepiece"
     return vocabularies.write_vocabulary(directory, kind, self.model, ids)
+
+
+def _within(room: int, first: list[int], second: list[int]) -> tuple[list[int], list[int]]:
+  """Two texts cut to so many ids together, the longer one first."""
+  of_shorter = min(len(first), len(second), room // 2)
+  if len(first) <= len(second):
+    return first[:of_shorter], second[: room - of_shorter]
+  return first[: room - of_shorter], second[:of_shorter]
 
 
 def _open(model: bytes):

@@ -44,6 +44,8 @@ class _Family(NamedTuple):
     special: its special tokens if the folder names none.
     before, after: names of the tokens that surround every text; None leaves them to `add_bos_token`
       and `add_eos_token`.
+    between: names of those between the texts of a pair; None is `after` and then `before`.
+    second_type: token type of a pair's second text.
     add_bos: `add_bos_token` if the folder does not say.
     word_end: what the last piece of a word ends in, in the vocabulary.
   """
@@ -52,6 +54,8 @@ class _Family(NamedTuple):
   special: Mapping[str, str]
   before: tuple[str, ...] | None = None
   after: tuple[str, ...] = ()
+  between: tuple[str, ...] | None = None
+  second_type: int = 0
   add_bos: bool = False
   word_end: str = ""
 
@@ -63,15 +67,17 @@ _FAMILIES = {
   "Qwen2Tokenizer": _Family("bytes", {"eos": _END, "unk": _END, "pad": _END}),
   "CLIPTokenizer": _Family(
     "bytes", {"bos": "<|startoftext|>", "eos": _END, "unk": _END, "pad": _END}, ("bos",), ("eos",),
-    word_end="</w>"),
-  "RobertaTokenizer": _Family("bytes", {**_FAIRSEQ, "mask": "<mask>"}, ("cls",), ("sep",)),
+    ("eos", "eos"), word_end="</w>"),
+  "RobertaTokenizer": _Family(
+    "bytes", {**_FAIRSEQ, "mask": "<mask>"}, ("cls",), ("sep",), ("sep", "sep")),
   "BertTokenizer": _Family(
     "words", {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"},
-    ("cls",), ("sep",)),
+    ("cls",), ("sep",), ("sep",), second_type=1),
   "LlamaTokenizer": _Family(
     "pieces", {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, add_bos=True),
-  "XGLMTokenizer": _Family("fairseq", _FAIRSEQ, ("eos",)),
-  "XLMRobertaTokenizer": _Family("fairseq", {**_FAIRSEQ, "mask": "<mask>"}, ("cls",), ("sep",)),
+  "XGLMTokenizer": _Family("fairseq", _FAIRSEQ, ("eos",), between=("eos", "eos")),
+  "XLMRobertaTokenizer": _Family(
+    "fairseq", {**_FAIRSEQ, "mask": "<mask>"}, ("cls",), ("sep",), ("sep", "sep")),
 }
 _BY_MODEL = {
   "gpt2": "GPT2Tokenizer", "gptj": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer", "opt": "OPT",
@@ -338,32 +344,33 @@ def _unknown(settings: _Settings, family: _Family) -> str:
 
 
 def _surround(tokenizer, settings: _Settings, family: _Family) -> None:
-  before, after = _around(settings, family)
-  for text in (*before, *after):
+  before, after, between = _around(settings, family)
+  for text in (*before, *after, *between):
     if tokenizer.token_to_id(text) is None:
       raise ValueError(
         f"{settings.folder} holds no token {text!r} in its vocabulary, which stands around every "
         "text; fetch its files again."
       )
-  surround(tokenizer, before, after)
+  surround(tokenizer, before, after, between, family.second_type)
 
 
-def _around(settings: _Settings, family: _Family) -> tuple[list[str], list[str]]:
-  """Texts of the tokens before and after every text."""
+def _around(settings: _Settings, family: _Family) -> tuple[list[str], list[str], list[str]]:
+  """Texts of the tokens before and after every text, and between those of a pair."""
   tokens = settings.tokens(family)
   if family.before is not None:
-    names = family.before, family.after
+    before, after = family.before, family.after
   else:
     add_bos = settings.flag("add_bos_token", family.add_bos)
     add_eos = settings.flag("add_eos_token", False)
-    names = ("bos",) if add_bos else (), ("eos",) if add_eos else ()
-  for name in (*names[0], *names[1]):
+    before, after = ("bos",) if add_bos else (), ("eos",) if add_eos else ()
+  between = (*after, *before) if family.between is None else family.between
+  for name in (*before, *after, *between):
     if name not in tokens:
       raise ValueError(
         f"{settings.folder / CONFIG} wants {name.upper()} around every text and names no "
         f"{name}_token; add it there."
       )
-  return [tokens[n]["content"] for n in names[0]], [tokens[n]["content"] for n in names[1]]
+  return tuple([tokens[name]["content"] for name in names] for names in (before, after, between))
 
 
 def _add_tokens(tokenizer, settings: _Settings, family: _Family | None) -> None:
@@ -431,10 +438,11 @@ def _sentencepiece(settings: _Settings, path: Path) -> SentencePieceBackend:
     if identifier is None:
       identifier = max([size - 1, *(t.id for t in added.values())]) + 1
     add(token, identifier)
-  before, after = _around(settings, family)
+  before, after, between = (
+    [added[text].id for text in texts] for texts in _around(settings, family))
   every_part = fairseq or bool(settings.flag("legacy", False))
   with tokenizer_errors.named(path, "is not a SentencePiece model that encodes a text"):
     return SentencePieceBackend(
-      model, added=added, before=[added[t].id for t in before], after=[added[t].id for t in after],
-      fairseq=fairseq, prefix_every_part=every_part,
+      model, added=added, before=before, after=after, between=between, fairseq=fairseq,
+      prefix_every_part=every_part,
     )

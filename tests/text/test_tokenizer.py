@@ -159,6 +159,12 @@ def test_same_as_transformers(make, tmp_path):
         assert ours.decode(ids, skip) == theirs.decode(
           ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False), text
   assert ours.encode_batch(texts) == theirs(texts)["input_ids"]
+  for most in (None, 9):
+    want = theirs(texts, texts[::-1], truncation=most is not None, max_length=most)
+    ids, types = ours.encode_typed(texts, texts[::-1], most)
+    assert ids == want["input_ids"]
+    if "token_type_ids" in want:  # else the model reads none
+      assert types == want["token_type_ids"]
 
 
 @pytest.mark.parity
@@ -276,6 +282,17 @@ def test_roberta_like_sentencepiece(tmp_path):
   ids = tokenizer.encode("the <mask> fox")
   assert ids[0] == 0 and ids[-1] == 2 and tokenizer.vocab_size - 1 in ids
   assert ids == tokenizer.encode("the<mask> fox")
+  long, short = (tokenizer.encode(text, False) for text in ("the the the fox", "fox"))
+  pair, types = tokenizer.encode_typed(["the the the fox"], ["fox"])
+  assert pair == [[0, *long, 2, 2, *short, 2]] and types == [[0] * len(pair[0])]
+  most = 2 * len(short) + 5
+  for turn in (slice(None), slice(None, None, -1)):
+    of = [["the the the fox"], ["fox"]][turn]
+    first, second = ([*long[: len(short) + 1]], short)[turn]
+    assert tokenizer.encode_typed(*of, most)[0] == [[0, *first, 2, 2, *second, 2]]
+  assert tokenizer.encode_typed(["the the the fox"], most=4)[0] == [[0, *long[:2], 2]]
+  with pytest.raises(ValueError, match="4 tokens have no room for a text.* puts 4 around it; giv"):
+    tokenizer.encode_typed(["a"], ["b"], 4)
 
 
 def _vocabulary_cases(tmp_path):

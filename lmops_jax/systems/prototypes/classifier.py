@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +29,7 @@ from lmops_jax.systems.prototypes.growth import Table
 from lmops_jax.systems.prototypes.learning import Growth
 from lmops_jax.systems.prototypes.methods import Material, Prototypical, told
 from lmops_jax.systems.prototypes.mixture import Prototypes
-from lmops_jax.systems.prototypes.texts import TextReader
+from lmops_jax.systems.prototypes.texts import Input, TextReader
 from lmops_jax.training.optimizers import adamw
 
 FILE, PARAMS, ENCODER, VECTORS = "classifier.json", "params", "encoder", "vectors.npy"
@@ -43,7 +43,7 @@ class _Described(pydantic.BaseModel):
   format: Literal[_FORMAT]
   names: list[str]
   encoding: dict[str, Any]
-  texts: list[str]
+  texts: list[str] | list[tuple[str, str]]
   targets: list[int]
 
 
@@ -54,13 +54,13 @@ class Behind(NamedTuple):
     prototype: its slot.
     weight: its importance for the input, in (0, 1].
     label: the class that it was born for.
-    text: the row nearest to it of those that were learned from.
+    text: the row nearest to it of those that were learned from, a text or a pair.
   """
 
   prototype: int
   weight: float
   label: Any
-  text: str
+  text: Input
 
 
 class Prototype(NamedTuple):
@@ -72,7 +72,7 @@ class Prototype(NamedTuple):
     born: steps before it came in.
     weight: mean importance for the rows that were learned from.
     purity: share of the nearest of these rows that are of its class.
-    texts: those rows, nearest first.
+    texts: those rows, texts or pairs, nearest first.
   """
 
   slot: int
@@ -80,11 +80,11 @@ class Prototype(NamedTuple):
   born: int
   weight: float
   purity: float
-  texts: list[str]
+  texts: list[Input]
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
-  """Prototypical fine-tuning (arXiv:2211.13638) in scikit-learn's manner, on texts.
+  """Prototypical fine-tuning (arXiv:2211.13638) in scikit-learn's manner, on texts or pairs.
 
       Classifier("MiniLM").fit(texts, labels).predict_proba(texts)
 
@@ -116,12 +116,12 @@ class Classifier(ClassifierMixin, BaseEstimator):
     self.random_state = random_state
 
   def fit(self, X, y):
-    """Learns from texts `X [N]` and their labels `y [N]`, of any kind that sorts.
+    """Learns from texts `X [N]`, or pairs `X [N,2]`, and their labels `y [N]`, of any that sorts.
 
     Raises:
       ValueError: for no model, what is no text, unequal numbers, or fewer than two classes.
     """
-    texts = _texts(X)
+    texts = _inputs(X)
     if y is None:
       raise ValueError("Classifier requires y to be passed, but the target y is None.")
     labels = column_or_1d(y, warn=True)
@@ -206,7 +206,14 @@ class Classifier(ClassifierMixin, BaseEstimator):
     self.vectors_ = self._vectors(rows) if vectors is None else vectors
 
   def _read(self, X) -> Encoded:
-    return self._reader.read(_texts(X))
+    inputs = _inputs(X)
+    if isinstance(inputs[0], str) != isinstance(self.texts_[0], str):
+      kinds = ["pairs of texts", "single texts"]
+      raise ValueError(
+        f"these are {kinds[isinstance(inputs[0], str)]}, and the classifier has learned from "
+        f"{kinds[isinstance(self.texts_[0], str)]}; give those."
+      )
+    return self._reader.read(inputs)
 
   def _vectors(self, rows: Encoded):
     return self._reader.encoder.all_vectors(self.params_["encoder"], rows)
@@ -295,14 +302,23 @@ def nearest_rows(
     for k in np.flatnonzero(params["table"].active)}
 
 
-def _texts(given) -> Sequence[str]:
+def _inputs(given) -> list[Input]:
+  """Texts, or pairs of them, as a list of one kind."""
   if isinstance(given, str):
     raise ValueError("the texts are one text; give a list of texts.")
-  texts = list(given)
-  for i, text in enumerate(texts):
-    if not isinstance(text, str):
-      raise ValueError(
-        f"text {i} is a {type(text).__name__}; give a list of texts, which may be empty ones.")
-  if not texts:
+  found = [one if isinstance(one, str) else _pair(i, one) for i, one in enumerate(given)]
+  if not found:
     raise ValueError("there are no texts; give one at least.")
-  return texts
+  if len({isinstance(one, str) for one in found}) > 1:
+    raise ValueError("some are single texts and some pairs; give all of one kind.")
+  return found
+
+
+def _pair(i, given) -> tuple[str, str]:
+  pair = tuple(given) if isinstance(given, (tuple, list, np.ndarray)) else ()
+  if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+    raise ValueError(
+      f"text {i} is a {type(given).__name__}; give a list of texts, which may be empty ones, or of "
+      "pairs of them."
+    )
+  return pair

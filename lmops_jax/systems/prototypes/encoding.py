@@ -35,7 +35,7 @@ class Encoding:
     pooling: "mean" over a text's tokens, for sentence encoders and causal models; or its "first",
       which classifies in BERT and RoBERTa; or its "last".
     tuned_layers: number of last layers that are trained with the prototypes; 0 trains none.
-    max_tokens: tokens of a text that are read; what is beyond is counted.
+    max_tokens: most tokens that are read of a text or pair, those around it included.
     dropout: in the layers that are trained, of parts' outputs and attention's probabilities.
     normalize: whether vectors are scaled to length 1, where distances are at most 4.
   """
@@ -59,7 +59,7 @@ class Encoded(NamedTuple):
 
   hidden: np.ndarray
   lengths: np.ndarray
-  num_cut: int
+  num_cut: int = 0
 
 
 class Encoder:
@@ -90,7 +90,7 @@ class Encoder:
         f"{config.max_length} positions; set it to at most that."
       )
     self.settings, self.width, self._longest = settings, config.width, config.max_length
-    self._tells_pairs = config.num_token_types > 1
+    self._has_types = config.num_token_types > 1
     parts = stacks(
       dataclasses.replace(
         config, residual_dropout=settings.dropout, attention_dropout=settings.dropout),
@@ -113,45 +113,40 @@ class Encoder:
     return self._top.init(key, x, method="encode")["params"]
 
   def encode(
-    self, lower: Any, tokens: Sequence[Sequence[int]], pad_id: int = 0, progress=None,
-    seconds: Sequence[int] | None = None,
+    self, lower: Any, tokens: Sequence[Sequence[int]],
+    types: Sequence[Sequence[int]] | None = None, progress=None,
   ) -> Encoded:
-    """What the frozen part makes of texts, each given as the ids of all its tokens.
+    """What the frozen part makes of texts.
 
     Args:
-      seconds: of pairs, in which place the second text begins, for models that read it as tokens of
-        type 1 (BERT); None for single texts.
+      tokens: the ids of each text, those around it included, at most `max_tokens`.
+      types: of each token, for models that tell a pair's second text by them (BERT); None is 0.
+      progress: is called with the number of texts that are done since the last call.
     """
-    limit = self.settings.max_tokens
-    cut = [list(row[:limit]) for row in tokens]
-    lengths = np.array([max(len(row), 1) for row in cut], np.int32)
+    lengths = np.array([max(len(row), 1) for row in tokens], np.int32)
     pooled = self._top is None
     size = 1 if pooled else self._bucket(lengths.max())
-    hidden = np.zeros((len(cut), size, self.width), np.float32)
+    hidden = np.zeros((len(tokens), size, self.width), np.float32)
     order = np.argsort(lengths, kind="stable")
     for first in range(0, len(order), _ROWS_AT_ONCE):
       rows = order[first : first + _ROWS_AT_ONCE]
       width = self._bucket(lengths[rows].max())
-      batch = np.full((_ROWS_AT_ONCE, width), pad_id, np.int32)
-      for i, row in enumerate(rows):
-        batch[i, : len(cut[row])] = cut[row]
-      of_rows, begins = np.ones(_ROWS_AT_ONCE, np.int32), np.full(_ROWS_AT_ONCE, width, np.int32)
+      of_rows = np.ones(_ROWS_AT_ONCE, np.int32)
       of_rows[: len(rows)] = lengths[rows]
-      if seconds is not None:
-        begins[: len(rows)] = np.asarray(seconds)[rows]
-      found = np.asarray(self._below(lower, batch, of_rows, begins))[: len(rows)]
+      batch = _padded([tokens[row] for row in rows], width)
+      has_types = types is not None and self._has_types
+      of_tokens = _padded([types[row] for row in rows], width) if has_types else None
+      found = np.asarray(self._below(lower, batch, of_rows, of_tokens))[: len(rows)]
       hidden[rows, : found.shape[1]] = found
       if progress:
         progress(len(rows))
-    num_cut = sum(len(row) > limit for row in tokens)
-    return Encoded(hidden, np.ones_like(lengths) if pooled else lengths, num_cut)
+    return Encoded(hidden, np.ones_like(lengths) if pooled else lengths)
 
   def _bucket(self, length) -> int:
     return min(fine_bucket(int(length)), self._longest)
 
-  def _run_below(self, lower, tokens, lengths, begins):
+  def _run_below(self, lower, tokens, lengths, types):
     segments = _segments(tokens.shape[1], lengths)
-    types = 1 - _segments(tokens.shape[1], begins) if self._tells_pairs else None
     hidden = self._lower.apply(
       {"params": lower}, tokens, segment_ids=segments, token_types=types)
     if self._top is None:
@@ -200,6 +195,14 @@ class Encoder:
     if self.settings.normalize:
       vectors = unit_length(vectors, 1e-12)
     return vectors
+
+
+def _padded(rows, width):
+  """`[_ROWS_AT_ONCE,width] int32` with zeros behind and below the rows."""
+  found = np.zeros((_ROWS_AT_ONCE, width), np.int32)
+  for i, row in enumerate(rows):
+    found[i, : len(row)] = row
+  return found
 
 
 def _segments(length, lengths):

@@ -14,6 +14,7 @@ from lmops_jax.reporting import html, plots
 from lmops_jax.reporting.run_report import RunReport, text_table
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.prototypes import classifier, rows
+from lmops_jax.systems.prototypes.texts import shown
 
 REQUIRED = ("methods", "sizes", "seeds", "figures.*.*.mean", "num_classes", "stages[].seconds")
 ROWS, ENCODE, CLASSIFIER = "rows", "encode", "classifier"  # stages, and a folder of a fit
@@ -118,7 +119,7 @@ def prototypes_of(context: pipeline.StageContext, stage: str) -> list[dict[str, 
     return {
       "slot": k, "class": some.names[label] if some.names else label, "born": int(table.born[k]),
       "purity": float(np.mean(targets[found] == label)) if some.names else None,
-      "texts": [some.texts[i] for i in found]}
+      "texts": [shown(some.inputs[i]) for i in found]}
 
   return [known(k, found) for k, found in near.items()]
 

@@ -47,6 +47,11 @@ class Labelled(NamedTuple):
   targets: tuple[float, ...]
   names: tuple[str, ...]
 
+  @property
+  def inputs(self) -> tuple:
+    """The texts, or the pairs."""
+    return self.texts if self.others is None else tuple(zip(self.texts, self.others))
+
   def taken(self, index: Sequence[int]) -> Labelled:
     """Some of the rows, in the order of `index`."""
     def of(values):
@@ -130,12 +135,12 @@ class LabelledFile:
         "prototypes.LabelledFile.test, or a larger test_share."
       )
     if self.num_test is not None:
-      test.sort(key=lambda row: order_key(document_id(row[3]), 2))
+      test.sort(key=lambda row: order_key(row[4], 2))
       test = test[: self.num_test]
     number_of = {name: i for i, name in enumerate(names)}
     return tuple(
       Labelled(
-        tuple(document_id(row[3]) for row in rows), tuple(row[0] for row in rows),
+        tuple(row[4] for row in rows), tuple(row[0] for row in rows),
         None if self.other is None else tuple(row[1] for row in rows),
         tuple(row[2] if self.numbers else number_of[row[2]] for row in rows),
         tuple(map(str, names)))
@@ -159,7 +164,8 @@ class LabelledFile:
           f"{where} has the label {label!r}; a class is a text or a whole number, and numbers to "
           "predict need prototypes.LabelledFile.numbers=True."
         )
-      yield texts[0], texts[-1], label, where
+      # The id decides which rows are chosen, so that it must not depend on where the file lies.
+      yield texts[0], texts[-1], label, where, document_id(f"{number}:{texts[0]}")
 
 
 def _text_of(row, field, where):

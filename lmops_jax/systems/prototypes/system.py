@@ -128,7 +128,7 @@ class Study:
       with context.progress(
         total=number, unit="texts", description=f"{context.name}, {part}"
       ) as bar:
-        encoded = reader.read(labelled.texts, labelled.others, bar.update)
+        encoded = reader.read(labelled.inputs, bar.update)
       np.save(context.directory / _HIDDEN.format(part), encoded.hidden)
       np.save(context.directory / f"{part}_lengths.npy", encoded.lengths)
       counts[part] = encoded.num_cut
@@ -192,7 +192,7 @@ class Study:
     source = self.model.opened(*(context.input(name) for name in model))
     classifier.write(
       context.directory / "kept", source, self.encoding, some.names,
-      classifier.load(folder / CLASSIFIER), some.texts, some.targets,
+      classifier.load(folder / CLASSIFIER), some.inputs, some.targets,
       np.load(folder / VECTORS_FILE))
     context.log(f"the classifier of {kept[-1]}: lmops prototypes predict --model WORKDIR")
 
@@ -203,9 +203,9 @@ class Study:
 
 def taken(encoded: Encoded, index: np.ndarray) -> Encoded:
   """Some of the rows."""
-  return Encoded(np.asarray(encoded.hidden[index]), encoded.lengths[index], 0)
+  return Encoded(np.asarray(encoded.hidden[index]), encoded.lengths[index])
 
 
 def _encoded(folder, part) -> Encoded:
   return Encoded(np.load(folder / _HIDDEN.format(part), mmap_mode="r"),
-                 np.load(folder / f"{part}_lengths.npy"), 0)
+                 np.load(folder / f"{part}_lengths.npy"))

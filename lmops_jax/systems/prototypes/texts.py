@@ -10,6 +10,8 @@ from lmops_jax.pretrained.model import PretrainedModel
 from lmops_jax.pretrained.text_encoders import without_heads
 from lmops_jax.systems.prototypes.encoding import Encoded, Encoder, Encoding
 
+Input = str | tuple[str, str]
+
 
 class TextReader:
   """A model on disk as an encoder of texts.
@@ -25,12 +27,18 @@ class TextReader:
     self._tokenizer = source.tokenizer()
 
   def read(
-    self, texts: Sequence[str], others: Sequence[str] | None = None,
-    progress: Callable[[int], None] | None = None,
+    self, inputs: Sequence[Input], progress: Callable[[int], None] | None = None
   ) -> Encoded:
-    """What the frozen layers make of texts; of pairs if `others` are given."""
-    ids, seconds = ids_of(self._tokenizer, texts, others)
-    return self.encoder.encode(self._lower, ids, progress=progress, seconds=seconds)
+    """What the frozen layers make of texts, or of pairs of them."""
+    most = self.encoder.settings.max_tokens
+    given = [inputs, None] if isinstance(inputs[0], str) else list(zip(*inputs))
+    ids, types = self._tokenizer.encode_typed(*given)
+    long = [i for i, row in enumerate(ids) if len(row) > most]
+    if long:
+      given = [part and [part[i] for i in long] for part in given]
+      for i, *cut in zip(long, *self._tokenizer.encode_typed(*given, most=most)):
+        ids[i], types[i] = cut
+    return self.encoder.encode(self._lower, ids, types, progress)._replace(num_cut=len(long))
 
 
 @functools.lru_cache(maxsize=4)
@@ -39,23 +47,6 @@ def encoder_of(config: TransformerConfig, settings: Encoding) -> Encoder:
   return Encoder(config, settings)
 
 
-def ids_of(
-  tokenizer, texts: Sequence[str], others: Sequence[str] | None
-) -> tuple[list[list[int]], list[int] | None]:
-  """Ids of each text; of a pair those of both, the second without the token that opens a text.
-
-  Args:
-    tokenizer: the encoder's own.
-    texts: any texts; an empty one has special tokens alone.
-    others: the second of each pair, or None.
-
-  Returns:
-    The ids, and of pairs the places at which the second texts begin.
-  """
-  first = tokenizer.encode_batch(list(texts))
-  if others is None:
-    return first, None
-  opening = tokenizer.encode("")[:1]
-  second = tokenizer.encode_batch(list(others))
-  ids = [a + (b[1:] if b[:1] == opening else b) for a, b in zip(first, second)]
-  return ids, [len(a) for a in first]
+def shown(given: Input) -> str:
+  """An input on one line."""
+  return " ".join((given if isinstance(given, str) else " / ".join(given)).split())

@@ -74,9 +74,23 @@ def test_why_it_decides(fitted):
       assert found[0].label == label
 
 
+def test_pairs_are_told_by_their_second_texts(fitted, tmp_path):
+  pairs = [("same", text) for text in TEXTS]
+  of_pairs = clone(fitted).fit(pairs, LABELS)
+  assert of_pairs.score(np.array(pairs), LABELS) > 0.9
+  assert of_pairs.explain(pairs[:1])[0][0].text in pairs
+  of_pairs.save(tmp_path / "kept")
+  kept = load_classifier(tmp_path / "kept")
+  assert kept.inspect(2) == of_pairs.inspect(2)
+  np.testing.assert_array_equal(kept.predict(pairs), of_pairs.predict(pairs))
+  with pytest.raises(ValueError, match="these are single texts, and the classifier has learned f"):
+    kept.predict(TEXTS)
+
+
 @pytest.mark.parametrize("texts, labels, says", [
   ("one text", ["a"], "the texts are one text"),
   (["a", 3], ["a", "b"], "text 1 is a int"),
+  (["a", ("b", "c")], ["a", "b"], "some are single texts and some pairs"),
   ([], [], "there are no texts"),
   (["a", "b"], ["x"], "y has 1 labels and there are 2 texts"),
   (["a", "b"], ["x", "x"], "y has one class alone"),

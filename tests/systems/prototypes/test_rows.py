@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ def test_rows_of_a_file(tmp_path):
   assert not set(some.ids) & set(held.ids)
   assert all(some.names[t] == ["no", "yes"][int(text.split()[1]) % 2]
              for text, t in zip(some.texts, some.targets))
+  (tmp_path / "moved").mkdir()
+  moved = shutil.copy(train, tmp_path / "moved" / "train.jsonl")
+  assert LabelledFile(str(moved)).read()[0].ids == some.ids, "subsets are those of any place"
   rows.write_rows(tmp_path, some, held)
   assert rows.read_rows(tmp_path) == (some, held)
 
@@ -42,7 +46,7 @@ def test_pairs_numbers_and_a_file_to_test_on(tmp_path):
   assert source.name == tmp_path.name
   assert some.others[3] == "b 3" and some.targets[3] == 1.5 and some.names == ()
   assert len(held.texts) == 1
-  assert some.taken([2, 0]).texts == ("a 2", "a 0")
+  assert some.taken([2, 0]).inputs == (("a 2", "b 2"), ("a 0", "b 0"))
 
 
 @pytest.mark.parametrize("lines, settings, says", [

@@ -61,6 +61,9 @@ def test_the_classifier_of_the_run_predicts_and_explains(workdir, rows, capsys):
   for row in said:
     assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
     assert row["behind"][0]["text"].startswith("number")
+  assert main(["prototypes", "predict", "--model", str(workdir), "--input",
+               str(rows / "test.jsonl"), "--other", "text"]) == 2
+  assert "pairs of texts, and the classifier has learned from single" in capsys.readouterr().err
   assert main(["prototypes", "inspect", "--model", str(workdir)]) == 0
   assert "purity" in capsys.readouterr().out
 
