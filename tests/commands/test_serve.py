@@ -402,6 +402,17 @@ def test_what_the_command_line_refuses(folder, at):
     command.run(parsed(folder, "--port", "0", "--mesh", "data=2,tensor=4"))
 
 
+@pytest.mark.parametrize("options, host", [((), "127.0.0.1"), (("--host", "0.0.0.0"), "0.0.0.0")])
+def test_it_listens_to_this_machine_alone_unless_told(folder, monkeypatch, capsys, options, host):
+  listening = []
+  monkeypatch.setattr(
+    server.ModelServer, "serve", lambda self, *unused: listening.append(self.server_address[0]))
+  command.run(parsed(folder, "--port", "0", *options))
+  assert listening == [host]
+  assert ("everybody who reaches 0.0.0.0 can use this model" in capsys.readouterr().err) == (
+    host == "0.0.0.0")
+
+
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_end(folder):
   process = subprocess.Popen(

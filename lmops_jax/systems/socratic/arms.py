@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -159,23 +159,53 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def _solved(config, arithmetic, arm, asked: Asked, backend, journal, budget) -> dict[str, Any]:
   """One problem: answers and costs of all repeats, and the nodes of the first one's tree."""
-  answers, costs, calls, first = [], [], 0, None
-  patterns = skills.patterns(_DEDUCTION.get(arm, skills.WORDS["DED"]))
-  while not costs or (budget is not None and len(costs) < config.most_repeats
-                      and sum(costs) + max(costs) <= budget):
-    recorder = Recorder()
-    limits = config.limits(arm, arithmetic, len(costs))
+  patterns, nodes = skills.patterns(_DEDUCTION.get(arm, skills.WORDS["DED"])), []
+
+  def once(repeat: int) -> Run:
+    recorder, limits = Recorder(), config.limits(arm, arithmetic, repeat)
     engine = Engine(asked.statement, Calls(backend, journal, limits, patterns, watch=recorder))
-    found = engine.run().conclusion
-    answers.append(found.answer if found is not None else None)
-    costs.append(engine.calls.spent.tokens)
-    calls += engine.calls.spent.turns
-    if first is None:
-      first = recorder.nodes(engine.tree, arithmetic)
-  answer = majority(answers)
+    found, spent = engine.run().conclusion, engine.calls.spent
+    if not nodes:
+      nodes.extend(recorder.nodes(engine.tree, arithmetic))
+    return Run(found.answer if found is not None else None, spent.tokens, spent.turns)
+
+  return row_of(asked, repeated(once, budget, config.most_repeats), nodes)
+
+
+class Run(NamedTuple):
+  """What an arm came to once: its answer, None if there is none, and what that cost."""
+
+  answer: str | None
+  tokens: int
+  calls: int
+
+
+def repeated(once: Callable[[int], Run], budget: int | None, most: int) -> list[Run]:
+  """Runs of an arm, as many as fit a budget if each costs what the dearest so far did.
+
+  Args:
+    once: is given the number of the run, from 0.
+    budget: tokens of all together, of which the first run takes what it needs; None: one run.
+    most: runs, whatever the budget allows.
+  """
+  runs = [once(0)]
+  while budget is not None and len(runs) < most:
+    costs = [run.tokens for run in runs]
+    if sum(costs) + max(costs) > budget:
+      break
+    runs.append(once(len(runs)))
+  return runs
+
+
+def row_of(asked: Asked, runs: Sequence[Run], nodes: Sequence[Mapping[str, Any]]
+           ) -> dict[str, Any]:
+  """The row of a problem, which is right if the most frequent answer is."""
+  answers, costs = [run.answer for run in runs], [run.tokens for run in runs]
+  said = majority(answers)
   return {
-    **asked._asdict(), "said": answer, "right": answer == str(asked.answer), "answers": answers,
-    "costs": costs, "calls": calls, "tokens": sum(costs), "nodes": first}
+    **asked._asdict(), "said": said, "right": said == str(asked.answer), "answers": answers,
+    "costs": costs, "calls": sum(run.calls for run in runs), "tokens": sum(costs),
+    "nodes": list(nodes)}
 
 
 def majority(answers: Sequence[str | None]) -> str | None:

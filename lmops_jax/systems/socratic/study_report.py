@@ -51,9 +51,10 @@ def summarised(rows: Rows, seeds: Sequence[int], rounds: int) -> dict[str, Any]:
   """The figures of a run.
 
   Args:
-    rows: of each arm and seed, in the order of problems.
+    rows: of each arm and seed, in the order of problems; one of the arms is `checked`.
   """
   levels = sorted({row["levels"] for row in rows[arms.CHECKED, seeds[0]]})
+  names = list(dict.fromkeys(arm for arm, _ in rows))
 
   def of(arm, seed, level):
     return [row for row in rows[arm, seed] if row["levels"] == level]
@@ -70,18 +71,18 @@ def summarised(rows: Rows, seeds: Sequence[int], rounds: int) -> dict[str, Any]:
   verification = verified(node for seed in seeds for row in rows[arms.CHECKED, seed]
                           for node in row["nodes"])
   return {
-    "arms": list(arms.ARMS), "levels": levels, "seeds": list(seeds), "rounds": rounds,
+    "arms": names, "levels": levels, "seeds": list(seeds), "rounds": rounds,
     "problems": len(rows[arms.CHECKED, seeds[0]]),
     "accuracy": {arm: {str(level): shares_of([
       (sum(row["right"] for row in of(arm, seed, level)), len(of(arm, seed, level)))
-      for seed in seeds]) for level in levels} for arm in arms.ARMS},
-    **{name: {arm: {str(level): mean(arm, level, name) for level in levels} for arm in arms.ARMS}
+      for seed in seeds]) for level in levels} for arm in names},
+    **{name: {arm: {str(level): mean(arm, level, name) for level in levels} for arm in names}
        for name in ("calls", "tokens")},
     "repeats": {arm: {str(level): float(np.mean([
       len(row["answers"]) for seed in seeds for row in of(arm, seed, level)])) for level in levels}
-      for arm in arms.ARMS},
+      for arm in names},
     "compared": {arm: {**{str(level): compared(arm, [level]) for level in levels},
-                       "all": compared(arm, levels)} for arm in arms.ARMS[1:]},
+                       "all": compared(arm, levels)} for arm in names if arm != arms.CHECKED},
     "verification": verification,
     "predicted": {str(level): predicted(
       verification, rounds, [row for seed in seeds for row in of(arms.CHECKED, seed, level)])
@@ -150,21 +151,24 @@ def predicted(verification, rounds: int, rows) -> dict[str, Any]:
 
 def table(summary: Mapping[str, Any]) -> str:
   """Accuracy by arm and number of operators."""
-  return text_table(_accuracy_rows(summary))
+  return text_table(accuracy_rows(summary))
 
 
-def _accuracy_rows(summary) -> list[list[str]]:
-  header = ["right, %", *(_operators(level) for level in summary["levels"])]
-  return [header, *([NAMES[arm], *(share(summary["accuracy"][arm][str(level)])
+def accuracy_rows(summary, names: Mapping[str, str] = NAMES) -> list[list[str]]:
+  """The same as cells, with the names of arms that readers see; the first row is the header."""
+  header = ["right, %", *(operators_of(level) for level in summary["levels"])]
+  return [header, *([names[arm], *(share(summary["accuracy"][arm][str(level)])
                                    for level in summary["levels"])] for arm in summary["arms"])]
 
 
-def _operators(level: int) -> str:
+def operators_of(level: int) -> str:
+  """How many operators expressions of a depth have."""
   number = 2**level - 1
   return f"{number} operator{'s' if number > 1 else ''}"
 
 
-def _interval(found: Mapping[str, float]) -> str:
+def points(found: Mapping[str, float]) -> str:
+  """A difference of shares with its interval, percentage points."""
   return f"{100 * found['mean']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
 
 
@@ -180,20 +184,20 @@ def _page(report: RunReport, summary, rows: Rows) -> html.Report:
     x_label="operators of an expression", y_label="share of right answers",
     reference=(1 / summary["modulus"], "chance"), styles=plots.looks(labels, labels[:1])),
     "Mean and span of seeds. All arms but “answer once” cost the same tokens on each problem.")
-  header, *accuracy_rows = _accuracy_rows(summary)
-  cost = [[NAMES[arm], _operators(level), summary["calls"][arm][str(level)],
+  header, *right_rows = accuracy_rows(summary)
+  cost = [[NAMES[arm], operators_of(level), summary["calls"][arm][str(level)],
            summary["tokens"][arm][str(level)], summary["repeats"][arm][str(level)]]
           for arm in summary["arms"] for level in levels]
   sections = [
     html.Section(
       "Right answers", "Expressions that the solver has not met, but for single operators.",
       figures=[figure], tables=[
-        html.Table(header, accuracy_rows, note=(
+        html.Table(header, right_rows, note=(
           f"Means over solvers ({len(seeds)}), with Wilson's interval of {LEVEL:.0%} over all "
           "answers.")),
         html.Table(
-          ["Socratic, checked, less", *(_operators(level) for level in levels), "all"],
-          [[NAMES[arm], *(_interval(compared[arm][key]) for key in (*map(str, levels), "all"))]
+          ["Socratic, checked, less", *(operators_of(level) for level in levels), "all"],
+          [[NAMES[arm], *(points(compared[arm][key]) for key in (*map(str, levels), "all"))]
            for arm in compared],
           note="Percentage points, paired over problems and solvers; bootstrap.")]),
     html.Section(
@@ -213,12 +217,12 @@ def _page(report: RunReport, summary, rows: Rows) -> html.Report:
   best = max(accuracy, key=lambda arm: accuracy[arm][deepest]["mean"])
   return html.Report(
     title="Socratic reasoning: a small solver, by itself and with the engine",
-    lead=f"On expressions of {_operators(levels[-1])}, **{NAMES[best]}** is right most often, in "
+    lead=f"On expressions of {operators_of(levels[-1])}, **{NAMES[best]}** is right most often, in "
          f"{accuracy[best][deepest]['mean']:.0%}. Asked for the answer at once, the same solver is "
          f"right in {accuracy[arms.VOTE][deepest]['mean']:.0%} for the same tokens.",
     key_figures=[
       *(html.KeyFigure(f"{accuracy[arm][deepest]['mean']:.0%}", NAMES[arm],
-                       _operators(levels[-1]))
+                       operators_of(levels[-1]))
         for arm in (arms.CHECKED, arms.UNCHECKED, arms.VOTE)),
       report.work_figure()],
     sections=sections,
@@ -232,7 +236,7 @@ def _verification_section(summary, rows: Rows, seeds) -> html.Section:
     ("first conclusions that are wrong", "error"), ("right conclusions that pass", "accept"),
     ("wrong conclusions that are caught", "catch"),
     ("of those caught, right afterwards", "mended"))]
-  predictions = [[_operators(level), of["expected"], of["measured"]]
+  predictions = [[operators_of(level), of["expected"], of["measured"]]
                  for level, of in ((level, summary["predicted"][str(level)])
                                    for level in summary["levels"])]
   examples = [[kind, node["id"], row["statement"], " → ".join(node["said"])]

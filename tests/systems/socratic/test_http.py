@@ -8,10 +8,9 @@ import traceback
 
 import pytest
 
-from lmops_jax.systems.socratic import BackendError, Calls, Engine, Limits, default_patterns
+from lmops_jax.systems.socratic import BackendError, Cast, Limits, export, runs
 from lmops_jax.systems.socratic import http_backend as http_lib
 from lmops_jax.systems.socratic.backends import Place, Sampling, WindowExceeded
-from lmops_jax.systems.socratic.journal import Journal
 
 pytest.importorskip("httpx2")
 KEY = "sk-very-secret-0123456789"
@@ -162,18 +161,21 @@ def test_requests_per_minute(stub):
 
 
 def test_a_run_over_http_leaves_no_key_anywhere(stub, tmp_path):
-  """Even if the server echoes it: the bytes of the log are searched."""
+  """Even if the server echoes it: the bytes of the log and of its exports are searched."""
   too_long = (400, {}, "maximum context length")
   said = "CONCLUSION: your key is " + KEY + "\nANSWER: 1"
   stub.answers = [too_long, GOOD.replace("Hel", "SOLVE "),
                   _event(said, "stop"), _event("VERDICT: OK", "stop")]
-  with Journal(tmp_path) as journal:
-    made = Engine("P", Calls(backend(stub), journal, Limits(), default_patterns()))
-    root = made.run()
+  model = backend(stub)
+  plan = runs.Plan("P", Limits(), Cast(), {"kind": "http", "key_env": "STUB_KEY"})
+  root = runs.run(tmp_path, plan, model).tree.root
+  with runs.looked_at(tmp_path, model) as (outcome, journal):
+    for name in ("page.html", "page.md", "page.json"):
+      export.write(tmp_path / name, outcome, runs.texts_of(journal))
   assert root.state == "verified" and root.conclusion.text == "your key is [key]"
   assert root.attempts["ASSESS"] == 2  # built again after the server found it too long
   files = [path for path in tmp_path.rglob("*") if path.is_file()]
-  assert files and not any(KEY.encode() in path.read_bytes() for path in files)
+  assert len(files) > 3 and not any(KEY.encode() in path.read_bytes() for path in files)
 
 
 @pytest.mark.parametrize("endpoint, message", [
