@@ -288,13 +288,18 @@ class Pipeline:
       context, prepare.Prepared(context.input("prepare")), self.proxy, self.proxy_set, partitioner
     )
 
-  def _solve(self, context, method, partitioner) -> None:
+  def _gradient_bench(self, context, method, partitioner) -> methods.Bench:
+    """The bench of a method of gradients, which is told if there is less data than it asks for."""
     bench = self._bench(context, partitioner)
     for sentence in methods.fewer_than_most(
       method, self.proxy_set, num_corpus=len(bench.corpus),
       num_target=len(bench.prepared.target_dev),
     ):
       context.log(sentence)
+    return bench
+
+  def _solve(self, context, method, partitioner) -> None:
+    bench = self._gradient_bench(context, method, partitioner)
     if isinstance(method, methods.SolvingMethod):
       method = method.decided(bench)
     values = np.atleast_2d(method.score_proxies(bench))
@@ -310,12 +315,7 @@ class Pipeline:
       shutil.rmtree(context.directory / methods.UNFINISHED, ignore_errors=True)
 
   def _fit_scorer(self, context, method, partitioner) -> None:
-    bench = self._bench(context, partitioner)
-    for sentence in methods.fewer_than_most(
-      method, self.proxy_set, num_corpus=len(bench.corpus),
-      num_target=len(bench.prepared.target_dev),
-    ):
-      context.log(sentence)
+    bench = self._gradient_bench(context, method, partitioner)
     method.fit_scorer(bench, self.scorer)
 
   def _score_corpus(self, context, method, partitioner) -> None:

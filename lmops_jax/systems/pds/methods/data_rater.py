@@ -137,6 +137,7 @@ class DataRater:
       target_loss = control.mean_target_loss(
         example_losses, target, min(size, len(target["tokens"])),
         device_rows=partitioner.device_rows)
+
       def through_window(member):
         start, inner, opt_state, is_new, batches = member
         inner = jax.tree.map(lambda a, b: jnp.where(is_new, a, b), first_of(start), inner)
