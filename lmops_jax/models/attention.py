@@ -5,7 +5,8 @@
 - `chunked`: queries in blocks, whose scores are computed again backwards (Rabe & Staats 2021,
   arXiv:2112.05682), so memory grows linearly in the length. Plain jax operations: differentiable
   to any order, also `jax.jvp` of `jax.grad`. Keys beyond a block's last query are left out in
-  steps of an eighth.
+  steps of an eighth. On one CPU the blocks are those of one row and key head at a time, whose
+  scores its caches hold, unless there is a table of biases.
 - `cudnn`: fused kernel on NVIDIA GPUs. First derivatives only.
 - `splash`: fused kernel on TPUs. First derivatives only.
 
@@ -19,6 +20,7 @@ probabilities at random. For keys and values of earlier calls see `cached_attent
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ from lmops_jax.models.attention_scores import (
 )
 from lmops_jax.models.dropout import dropped_probabilities
 from lmops_jax.models.fused_attention import cudnn, first_order_only, splash_sharded
-from lmops_jax.models.partitioning import platform_in_use
+from lmops_jax.models.partitioning import on_one_cpu, platform_in_use
 
 ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
 _PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
@@ -125,13 +127,11 @@ def self_attention(
     check_bias(kind)
     bias = bias.reshape(k.shape[2], -1, *bias.shape[1:])  # [K,G,S,S]
 
-  def drop(probabilities, query_index):
-    return dropped_probabilities(probabilities, keys, dropout, query_index, q.shape[1])
-
-  if kind == "xla":
-    return _xla(q, k, v, segment_ids, pattern, drop, bias)
-  if kind == "chunked":
-    return _chunked(q, k, v, segment_ids, pattern, chunk, drop, bias)
+  if kind in ("xla", "chunked"):
+    arrays = _Arrays(*heads_first(q, k, v), segment_ids, keys, bias, 0)
+    attend = _xla if kind == "xla" else functools.partial(_by_heads, chunk=chunk)
+    out = attend(arrays, pattern=pattern, dropout=dropout)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
   if kind == "splash" and pattern.slopes is not None:
     raise ValueError(
       "attention='splash' has no ALiBi positions; set models.TransformerConfig.attention to 'xla' "
@@ -149,20 +149,77 @@ def _check_known(kind: str) -> None:
     )
 
 
-def _xla(q, k, v, segment_ids, pattern, drop, bias):
-  index = jnp.arange(q.shape[1])
-  mask = visible(index, index, segment_ids, segment_ids, pattern)
-  bias = added(distance_bias(index, index, pattern, k.shape[2]), bias)
-  drop = functools.partial(drop, query_index=index)
-  out = softmax_attention(*heads_first(q, k, v), mask, bias, drop)
-  return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+class _Arrays(NamedTuple):
+  """What the plain kinds read.
+
+  Attributes:
+    q: `[B,K,G,S,E]`.
+    k, v: `[B,K,S,E]`.
+    segment_ids: `[B,S]`, or None.
+    keys: `[B]`, those of dropout, or None.
+    bias: `[K,G,S,S]`, or None.
+    first_head: the number of the first of these K key heads.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  segment_ids: jax.Array | None
+  keys: jax.Array | None
+  bias: jax.Array | None
+  first_head: jax.Array | int
+
+  def drop(self, rate, query_index):
+    """What drops probabilities of queries at these positions."""
+    _, _, group, length, _ = self.q.shape
+    return functools.partial(
+      dropped_probabilities, keys=self.keys, rate=rate, query_index=query_index, num_keys=length,
+      first_head=self.first_head * group)
 
 
-def _chunked(q, k, v, segment_ids, pattern, chunk, drop, bias):
-  shape, length = q.shape, q.shape[1]
+def _xla(arrays, pattern, dropout):
+  """Attention `[B,K,G,S,E]`."""
+  index = jnp.arange(arrays.q.shape[3])
+  mask = visible(index, index, arrays.segment_ids, arrays.segment_ids, pattern)
+  bias = added(distance_bias(index, index, pattern, arrays.k.shape[1]), arrays.bias)
+  drop = arrays.drop(dropout, index)
+  return softmax_attention(arrays.q, arrays.k, arrays.v, mask, bias, drop)
+
+
+def _by_heads(arrays, pattern, dropout, chunk):
+  """`_chunked`, on a CPU of one row and one key head at a time, whose scores its caches hold."""
+  attend = functools.partial(_chunked, dropout=dropout, chunk=chunk)
+  # The gradient of a table of biases would be added up in memory, whole, in every turn.
+  if not on_one_cpu() or arrays.bias is not None:
+    return attend(arrays, pattern)
+  num_rows, num_heads = arrays.k.shape[:2]
+
+  @functools.partial(jax.checkpoint, policy=keep_parts)
+  def of_one(inputs):
+    head, slopes, *rest = inputs
+    q, k, v, segment_ids, keys = jax.tree.map(lambda x: x[None], rest)
+    one = _Arrays(q[None], k[None], v[None], segment_ids, keys, None, head)
+    return attend(one, pattern._replace(slopes=slopes))[0, 0]
+
+  def of_each_row(x):
+    return None if x is None else jnp.tile(x, (num_rows, *[1] * (x.ndim - 1)))
+
+  def of_each_head(x):
+    return None if x is None else jnp.repeat(x, num_heads, axis=0)
+
+  slopes = None if pattern.slopes is None else jnp.reshape(pattern.slopes, (num_heads, -1))
+  out = jax.lax.map(of_one, (
+    of_each_row(jnp.arange(num_heads)), of_each_row(slopes),
+    *(x.reshape(-1, *x.shape[2:]) for x in (arrays.q, arrays.k, arrays.v)),
+    of_each_head(arrays.segment_ids), of_each_head(arrays.keys)))
+  return out.reshape(arrays.q.shape)
+
+
+def _chunked(arrays, pattern, dropout, chunk):
+  """Attention `[B,K,G,S,E]`."""
+  q, k, v, segment_ids, _, bias, _ = arrays
+  length = q.shape[3]
   num_chunks = -(-length // chunk)
-  q, k, v = heads_first(q, k, v)
-
   q_chunks = in_chunks(q, 3, chunk)
   segment_chunks = None if segment_ids is None else in_chunks(segment_ids, 1, chunk)
   bias_chunks = None if bias is None else in_chunks(bias, 2, chunk)
@@ -182,8 +239,8 @@ def _chunked(q, k, v, segment_ids, pattern, chunk, drop, bias):
       mask = visible(query_index, key_index, query_segments, key_segments, pattern)
       bias = distance_bias(query_index, key_index, pattern, keys.shape[1])
       bias = added(bias, None if given is None else given[..., : keys.shape[2]])
-      of_queries = functools.partial(drop, query_index=query_index)
-      return softmax_attention(q_chunk, keys, values, mask, bias, of_queries)
+      drop = arrays.drop(dropout, query_index)
+      return softmax_attention(q_chunk, keys, values, mask, bias, drop)
 
     segments, biases = (
       None if x is None else x[first:last] for x in (segment_chunks, bias_chunks))
@@ -194,5 +251,5 @@ def _chunked(q, k, v, segment_ids, pattern, chunk, drop, bias):
     else:
       outputs.append(jax.lax.map(one_chunk, inputs))
   out = jnp.concatenate(outputs)  # [n,B,K,G,chunk,E]
-  out = out.transpose(1, 0, 4, 2, 3, 5).reshape(shape[0], num_chunks * chunk, *shape[2:])
-  return out[:, :length]
+  out = jnp.moveaxis(out, 0, 3)
+  return out.reshape(*q.shape[:3], num_chunks * chunk, -1)[:, :, :, :length]

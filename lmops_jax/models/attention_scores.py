@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from lmops_jax.models.products import matrix_product, product_of_rows
+
 MASKED = -1e30  # finite, so that no derivative of the softmax is 0 * inf
 _PART = "attention_part"  # what `keep_parts` finds
 
@@ -42,11 +44,8 @@ def masked_scores(q_BKGSE, k_BKME, mask, bias):
   """Scores `[B,K,G,S,M]`, at least float32; `mask` and `bias`, or None, broadcast to them."""
   # Query heads of a group are rows of one product: XLA then multiplies without copies.
   q_BKRE = q_BKGSE.reshape(*q_BKGSE.shape[:2], -1, q_BKGSE.shape[-1])
-  scores = jnp.einsum(
-    "bkre,bkme->bkrm", q_BKRE, k_BKME,
-    preferred_element_type=jnp.promote_types(q_BKRE.dtype, jnp.float32),
-  ).reshape(*q_BKGSE.shape[:4], -1)
-  scores = scores * q_BKGSE.shape[-1]**-0.5
+  scores = product_of_rows(q_BKRE, k_BKME, jnp.promote_types(q_BKRE.dtype, jnp.float32))
+  scores = scores.reshape(*q_BKGSE.shape[:4], -1) * q_BKGSE.shape[-1]**-0.5
   return jnp.where(mask, scores if bias is None else scores + bias, MASKED)
 
 
@@ -93,7 +92,7 @@ def softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None, drop=None):
 def summed(weights, v_BKME, dtype):
   """Values `[B,K,G*S,E]` summed with the weights `[B,K,G,S,M]`, in `dtype` or their own."""
   weights = weights.astype(v_BKME.dtype).reshape(*weights.shape[:2], -1, weights.shape[-1])
-  return jnp.einsum("bkrm,bkme->bkre", weights, v_BKME, preferred_element_type=dtype)
+  return matrix_product(weights, v_BKME, dtype)
 
 
 def heads_first(q, k, v):

@@ -21,7 +21,7 @@ from lmops_jax.models.attention_scores import (
   softmax_attention,
 )
 from lmops_jax.models.cache import Adaptive, Prefix
-from lmops_jax.models.partitioning import platform_in_use
+from lmops_jax.models.partitioning import on_one_cpu
 
 _WHOLE_BYTES = 1 << 25  # most bytes of scores over shared keys that one CPU device makes at once
 _BLOCK_QUERIES, _BLOCK_KEYS = 256, 512  # sizes of the blocks if there are more
@@ -89,8 +89,7 @@ def visible_shared(valid, positions, at, window: int | None) -> tuple[jax.Array,
 
 def shared_in_blocks() -> bool:
   """Whether scores over many shared keys are never in memory as a whole, see `_over_shared`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return platform_in_use() == "cpu" and (mesh.empty or mesh.size == 1)
+  return on_one_cpu()
 
 
 def cached_attention(

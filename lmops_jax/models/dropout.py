@@ -32,7 +32,7 @@ def dropped(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
 
 def dropped_probabilities(
   probabilities: jax.Array, keys: jax.Array | None, rate: float, query_index: jax.Array,
-  num_keys: int,
+  num_keys: int, first_head: jax.Array | int = 0,
 ) -> jax.Array:
   """`dropped` for attention: a query draws the same whichever queries are computed beside it.
 
@@ -42,11 +42,12 @@ def dropped_probabilities(
     rate: the share, in [0, 1).
     query_index: `[s] int32`, positions of the queries.
     num_keys: positions of the whole sequence, at least M.
+    first_head: number of the first of these heads; a head draws the same whichever are with it.
   """
   if keys is None or rate == 0:
     return probabilities
   _, kv_heads, group, _, seen = probabilities.shape
-  heads = jnp.arange(kv_heads * group).reshape(kv_heads, group, 1)
+  heads = first_head + jnp.arange(kv_heads * group).reshape(kv_heads, group, 1)
   numbers = heads * num_keys + query_index
 
   def kept(key, number):

@@ -21,6 +21,12 @@ def platform_in_use() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def on_one_cpu() -> bool:
+  """Whether this program is for one CPU device, so that a loop serialises nothing."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return platform_in_use() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   """A hint that `x` is split as the rules say for these logical axes.
 

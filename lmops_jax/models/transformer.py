@@ -430,9 +430,10 @@ class Transformer(nn.Module):
     layers = nn.unbox(self.variables["params"]["layers"])
     if isinstance(layers, tuple):
       return layers
-    return [
-      jax.tree.map(lambda p, i=i: p[i], layers) for i in range(self.config.num_layers)
-    ]
+    leaves, tree = jax.tree.flatten(layers)
+    # Split at once: the gradient is then joined at once, not added up from one padded part a layer.
+    parts = [jax.lax.split(leaf, (1,) * self.config.num_layers) for leaf in leaves]
+    return [tree.unflatten(jnp.squeeze(part, 0) for part in layer) for layer in zip(*parts)]
 
   def _unrolled(self, x, sequence, keys=None):
     """The blocks one by one; the output of each, `L x [B,S,D]`."""

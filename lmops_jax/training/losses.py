@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmops_jax.models.heads import SequenceRegressor
-from lmops_jax.models.partitioning import batch_shards, platform_in_use
+from lmops_jax.models.partitioning import batch_shards, on_one_cpu, platform_in_use
 from lmops_jax.models.perceptron import Perceptron
 from lmops_jax.models.products import project_to_vocabulary
 from lmops_jax.models.transformer import Transformer
@@ -23,8 +23,9 @@ from lmops_jax.models.transformer import Transformer
 # A batch's logits up to the first size, in bytes a device, are computed whole, since chunks are
 # computed twice. Chunks have the second size, since products with too few rows are slow and each
 # chunk adds to the whole gradient of the output matrix (tests/benchmarks/results/derivatives.md).
-_CHUNK_BYTES = {"cpu": (64 << 20, 32 << 20)}
+_CHUNK_BYTES = {"cpu": (128 << 20, 32 << 20)}
 _CHUNK_BYTES_ELSEWHERE = (256 << 20, 256 << 20)
+_ORDERED_BYTES = 16 << 20  # logits of fewer bytes are not worth the ordering of `_learned_first`
 
 
 def lm_example_losses(model: Transformer, *, chunk: int | None = None) -> LMExampleLosses:
@@ -77,24 +78,32 @@ class LMExampleLosses:
   model: Transformer
   chunk: int | None = None
 
+  often_learned = 1.0  # see `of_logits`
+
   def __post_init__(self):
     if self.chunk is not None and self.chunk < 1:
       raise ValueError(f"chunk={self.chunk} must be at least 1, or None to choose.")
 
   def __call__(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
-    nats = self.token_losses(params, batch)
+    nats = self.token_losses(params, batch, batch["loss_mask"])
     mask = batch["loss_mask"].astype(nats.dtype)
     return jnp.sum(nats * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1.0)
 
-  def token_losses(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Nats of every target `[B,S] float32`, masked or not."""
+  def token_losses(
+    self, params, batch: Mapping[str, jax.Array], learned: jax.Array | None = None
+  ) -> jax.Array:
+    """Nats of every target `[B,S] float32`, or, given `learned [B,S]`, of those where it is not 0.
+
+    Others may be 0 then.
+    """
     vectors = {name: batch[name] for name in ("vectors", "vector_index") if name in batch}
     hidden = self.model.apply(
       {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids"),
       keys=batch.get("key"), **vectors,
     )
     return of_logits(
-      cross_entropy, self.model, params, hidden, batch["targets"], chunk=self.chunk)
+      cross_entropy, self.model, params, hidden, batch["targets"], chunk=self.chunk,
+      learned=learned, often_learned=self.often_learned)
 
   def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
     """Refuses batches on the host that would be silently wrong on the device; see `check_batch`."""
@@ -103,7 +112,7 @@ class LMExampleLosses:
 
 def of_logits(
   function, model: Transformer, params, hidden: jax.Array, targets: jax.Array, *,
-  chunk: int | None = None,
+  chunk: int | None = None, learned: jax.Array | None = None, often_learned: float = 1.0,
 ):
   """`function(logits [B,c,V] float32, targets [B,c])` at all positions, some of them at a time.
 
@@ -113,6 +122,9 @@ def of_logits(
     hidden: `[B,S,D]`, after the last norm.
     targets: `[B,S] int32`.
     chunk: positions whose logits exist at a time; None chooses from the sizes and the platform.
+    learned: `[B,S]`, 0 where the result does not matter and may be 0; None: it always matters.
+    often_learned: the share of its positions that a row seldom exceeds in `learned`. A CPU computes
+      many logits of that share alone, and the others if a row of the batch exceeds it.
 
   Returns:
     A pytree of leaves `[B,S]`.
@@ -122,8 +134,41 @@ def of_logits(
   def of_chunk(hidden, targets):
     return function(project_to_vocabulary(hidden, matrix, bias), targets)
 
-  chunk = chunk or _default_chunk(*targets.shape, model.config.vocab_size)
-  return map_sequence_chunks(of_chunk, hidden, targets, chunk)
+  def of_positions(hidden, targets):
+    of_one = chunk or _default_chunk(*targets.shape, model.config.vocab_size)
+    return map_sequence_chunks(of_chunk, hidden, targets, of_one)
+
+  rows, length = targets.shape
+  num_first = math.ceil(often_learned * length)
+  is_small = 4 * rows * length * model.config.vocab_size < _ORDERED_BYTES
+  if learned is None or num_first == length or is_small or not on_one_cpu():
+    return of_positions(hidden, targets)
+  return _learned_first(of_positions, hidden, targets, learned != 0, num_first)
+
+
+def _learned_first(function, hidden, targets, learned, num_first):
+  """`function` at the first positions of each row with the learned ones in front.
+
+  It is 0 at the others, unless one of them is learned.
+  """
+  order = jnp.argsort(~learned, axis=1)  # stable
+  hidden = jnp.take_along_axis(hidden, order[:, :, None], axis=1)
+  targets, learned = (jnp.take_along_axis(x, order, axis=1) for x in (targets, learned))
+  first = function(hidden[:, :num_first], targets[:, :num_first])
+  rest = hidden[:, num_first:], targets[:, num_first:]
+
+  def nothing(*rest):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *rest))
+
+  # Computed anew backwards, so that nothing is kept for the usual case, where it is left out.
+  second = jax.lax.cond(
+    jnp.any(learned[:, num_first:]), jax.checkpoint(function), nothing, *rest)
+  place = jnp.argsort(order, axis=1)
+
+  def placed(first, second):
+    return jnp.take_along_axis(jnp.concatenate([first, second], axis=1), place, axis=1)
+
+  return jax.tree.map(placed, first, second)
 
 
 def _output_parts(model: Transformer, hidden):

@@ -62,7 +62,8 @@ def universal(layers: int, width: int, length: int, vocab: int) -> UniversalConf
   shared = dict(
     vocab_size=vocab, num_layers=layers, norm="layer", norm_placement="post", final_norm=False,
     residual_scale="deepnorm", branch_gain="deepnorm", initialization="xavier", activation="gelu",
-    gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, norm_eps=1e-5)
+    gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, norm_eps=1e-5,
+    scan_layers=False)
   text = TransformerConfig(
     **shared, width=width, num_heads=width // 64, mlp_width=4 * width, max_length=length,
     positions="sinusoidal", tied_embeddings=True, embedding_scale=math.sqrt(width),

@@ -15,6 +15,7 @@ from lmops_jax.models.attention import (
   self_attention,
   supports_forward_mode,
 )
+from lmops_jax.models.attention_scores import Pattern
 from lmops_jax.models.fused_attention import first_order_only, splash_sharded
 
 B, S, H, K, E = 2, 11, 4, 2, 6
@@ -69,6 +70,41 @@ def test_chunked_equals_xla_in_value_gradient_and_hessian_product():
     jax.tree.leaves(all_orders("chunked")), jax.tree.leaves(all_orders("xla")), strict=True
   ):
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("pattern, with_bias", [
+  (Pattern(window=7, slopes=np.float32([0.5, 0.25, 0.1, 0.05])), False),
+  (Pattern(causal=False), True)])
+def test_chunked_equals_xla_for_each_head_and_row(pattern, with_bias):
+  """Slopes and draws of dropout differ between heads, segments and draws between rows."""
+  q, k, v, segments = _inputs(5)
+  rng = np.random.default_rng(6)
+  readout = rng.normal(size=q.shape).astype(np.float32)
+  bias = rng.normal(size=(H, S, S)).astype(np.float32) if with_bias else None
+  attend = functools.partial(
+    self_attention, segment_ids=segments, pattern=pattern, chunk=4, dropout=0.3,
+    keys=jax.random.split(jax.random.key(0), B))
+
+  def gradients(kind):
+    def f(q, k, v, bias):
+      return jnp.vdot(readout, attend(q, k, v, kind=kind, bias=bias) ** 2)
+
+    return jax.jit(jax.value_and_grad(f, (0, 1, 2, 3) if with_bias else (0, 1, 2)))(q, k, v, bias)
+
+  got, want = gradients("chunked"), gradients("xla")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("platform, num_devices, loops", [
+  ("cpu", 1, True), ("cpu", 2, False), ("gpu", 1, False)])
+def test_heads_take_turns_on_one_cpu_alone(platform, num_devices, loops):
+  device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+  mesh = AbstractMesh(
+    (num_devices,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+  q = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.float32)
+  with jax.sharding.use_abstract_mesh(mesh):
+    trace = jax.make_jaxpr(lambda q: self_attention(q, q, q, kind="chunked", chunk=8))(q)
+  assert any(eqn.primitive.name == "scan" for eqn in trace.jaxpr.eqns) == loops
 
 
 def test_hessian_product_equals_finite_differences_in_float64():

@@ -1,5 +1,8 @@
 """Products with weights against plain `@`: values, all derivatives, and what they compile to."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmops_jax.models.products import matrix_product, save_products
+from lmops_jax.models.products import matrix_product, product_of_rows, save_products
 from lmops_jax.models.transformer import Transformer, TransformerConfig
 
 
@@ -50,6 +53,22 @@ def test_derivatives_under_vmap(axes):
             for i, axis in enumerate(axes)]
     got, want = (jax.vmap(lambda *a, f=f: jax.jvp(jax.grad(_loss(f)), (a,), (a,)), axes)(*args)
                  for f in (matrix_product, jnp.matmul))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, want)
+
+
+@pytest.mark.parametrize("product, formula", [
+  (matrix_product, "...tk,...kn->...tn"), (product_of_rows, "...tk,...nk->...tn")])
+def test_derivatives_of_stacks_under_vmap(product, formula):
+  rng = np.random.default_rng(0)
+
+  def orders(f, x, w):
+    return jax.jvp(jax.grad(_loss(f)), ((x, w),), ((w, x),))
+
+  with jax.enable_x64(True):
+    x, w = (jnp.asarray(rng.normal(size=(3, 2, 2, 4, 4))) for _ in range(2))
+    got, want = (
+      jax.vmap(functools.partial(orders, f))(x, w) for f in (product, functools.partial(
+        jnp.einsum, formula)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, want)
 
 
@@ -96,9 +115,9 @@ def test_the_precision_in_force_stays_with_the_gradient():
   assert text.count("precision = [HIGHEST, HIGHEST]") == 3
 
 
-def test_no_product_of_a_model_reads_its_left_matrix_turned():
+def test_products_of_a_model_read_turned_only_what_is_narrow_and_on_the_left():
   model = Transformer(TransformerConfig(
-    vocab_size=96, num_layers=2, width=32, num_heads=2, mlp_width=48, max_length=16,
+    vocab_size=96, num_layers=2, width=32, num_heads=2, mlp_width=80, max_length=16,
     tied_embeddings=False))
   tokens = jnp.ones((4, 16), jnp.int32)
   params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))
@@ -110,7 +129,19 @@ def test_no_product_of_a_model_reads_its_left_matrix_turned():
   dots = [line for line in text.splitlines() if " dot(" in line]
   weights = [line for line in dots if "batch_dims" not in line]
   assert len(weights) >= 3 * 8
-  assert not [line for line in weights if "lhs_contracting_dims={0}" in line]
+  turned = [line for line in weights if "lhs_contracting_dims={0}" in line]
+  shapes = {re.search(r"f32\[(\d+),(\d+)\]", line).groups() for line in turned}
+  assert shapes == {("32", "80"), ("32", "96")}
+
+
+@pytest.mark.parametrize("num_inputs, num_outputs", [
+  (3, 8), (8, 3), (5, 5), (300, 260)])
+def test_weight_gradients_of_all_shapes(num_inputs, num_outputs):
+  rng = np.random.default_rng(0)
+  x, w, g = (jnp.asarray(rng.normal(size=shape)) for shape in (
+    (4, num_inputs), (num_inputs, num_outputs), (4, num_outputs)))
+  got = jax.jit(lambda x, w, g: jax.vjp(matrix_product, x, w)[1](g)[1])(x, w, g)
+  np.testing.assert_allclose(got, x.T @ g, rtol=1e-5, atol=1e-5)
 
 
 def _count(jaxpr, name):

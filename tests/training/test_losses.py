@@ -11,6 +11,7 @@ import pytest
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.heads import SequenceRegressor
 from lmops_jax.models.transformer import Transformer, TransformerConfig
+from lmops_jax.training import losses as losses_lib
 from lmops_jax.training.losses import (
   _default_chunk,
   check_batch,
@@ -139,6 +140,32 @@ def test_chunked_logits_never_exist_whole():
   assert temp_bytes(8) < logits_bytes / 2
 
 
+@pytest.mark.parametrize("most", [5, 6])
+def test_positions_that_are_not_learned_are_left_out_unless_a_row_learns_many(
+  params, monkeypatch, most):
+  monkeypatch.setattr(losses_lib, "_ORDERED_BYTES", 0)
+  rng, batch = np.random.default_rng(3), _batch(2)
+  for row, num_learned in enumerate((2, most, 0)):
+    batch["loss_mask"][row] = rng.permutation(np.arange(S) < num_learned)
+  tangent = jax.tree.map(jnp.cos, params)
+
+  class Seldom(losses_lib.LMExampleLosses):
+    often_learned = 0.5
+
+  def all_orders(example_losses):
+    def weighted(p):
+      values = example_losses(p, batch)
+      return jnp.sum(jnp.sin(values)), values
+
+    f = jax.grad(weighted, has_aux=True)
+    return jax.jit(lambda p: jax.jvp(f, (p,), (tangent,)))(params)
+
+  got, want = all_orders(Seldom(MODEL)), all_orders(lm_example_losses(MODEL))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), got, want)
+  nats = jax.jit(Seldom(MODEL).token_losses)(params, batch, batch["loss_mask"])
+  assert np.count_nonzero(nats) == B * (S if most > S // 2 else S // 2)
+
+
 def test_chunks_cover_every_position_in_order():
   hidden = jnp.arange(2 * 7 * 1.0).reshape(2, 7, 1)
   targets = jnp.arange(14).reshape(2, 7)
@@ -149,7 +176,7 @@ def test_chunks_cover_every_position_in_order():
 
 
 def test_chosen_chunks_keep_small_logits_whole_and_cut_large_ones():
-  assert _default_chunk(16, 128, 4096) == 128  # 32 MiB
+  assert _default_chunk(4, 1024, 8192) == 1024  # 128 MiB
   for batch_size, length, vocab_size in ((16, 1024, 32_000), (32, 128, 32_000), (8, 4096, 50_257)):
     chunk = _default_chunk(batch_size, length, vocab_size)
     assert 4 * batch_size * chunk * vocab_size <= 32 << 20 or chunk == 1

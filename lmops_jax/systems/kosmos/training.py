@@ -177,14 +177,16 @@ class PictureLosses(LMExampleLosses):
 
   model: DockedLM
 
-  def token_losses(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Nats of every target `[B,S] float32`, masked or not."""
+  def token_losses(
+    self, params, batch: Mapping[str, jax.Array], learned: jax.Array | None = None
+  ) -> jax.Array:
+    """See `LMExampleLosses`."""
     for name, method in (("images", "row_vectors"), ("features", "connect_rows")):
       if name in batch:
         vectors = self.model.apply(
           {"params": params}, batch[name], batch.get("key"), method=method)
         batch = {**batch, "vectors": vectors}
-    return super().token_losses(params, batch)
+    return super().token_losses(params, batch, learned)
 
 
 def group_losses(model: DockedLM, parts: tuple[str, ...]) -> GroupLosses:

@@ -99,14 +99,18 @@ class SpanLosses(losses.LMExampleLosses):
 
   model: UniversalLM
 
-  def token_losses(self, params, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Nats of every target `[B,S] float32`, masked or not."""
+  often_learned = 25 / 32  # spans are a quarter of a row, and their first tokens are learned
+
+  def token_losses(
+    self, params, batch: Mapping[str, jax.Array], learned: jax.Array | None = None
+  ) -> jax.Array:
+    """See `LMExampleLosses`."""
     given = {name: batch[name] for name in ENCODER_INPUTS if name in batch}
     if given:
       vectors = self.model.apply(
         {"params": params}, **given, keys=batch.get("key"), method="row_vectors")
       batch = {**batch, "vectors": vectors}
-    return super().token_losses(params, batch)
+    return super().token_losses(params, batch, learned if given else None)
 
 
 def token_mean_losses(model: UniversalLM) -> losses.WeightedExampleLosses:
