@@ -286,6 +286,11 @@ ROWS: Mapping[str, Callable[[str, Model | None], Row]] = {
 OF_MODEL = ("decode-1", "decode-16", "options")
 
 
+def rate(number: float) -> str:
+  """Three digits, or all of a larger number."""
+  return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def opened(path: str, folder: Path) -> Model:
   source = model_lib.load(path, scan_layers=False)
   params = source.params()
@@ -322,7 +327,7 @@ def main() -> None:
       unit, number = row.unit
       (wall, cpu, _), (peer, peer_cpu, _) = times["ours"], times["theirs"]
       shown.append(
-        f"| {name} | {row.peer} | {unit}/s | {number / wall:,.4g} | {number / peer:,.4g} | "
+        f"| {name} | {row.peer} | {unit}/s | {rate(number / wall)} | {rate(number / peer)} | "
         f"{peer / wall:.2f} | {peer_cpu / cpu:.2f} | {row.alike(found['ours'], found['theirs'])} |")
       print(shown[-1], file=sys.stderr, flush=True)
   ratio = statistics.median(float(x.split("|")[6]) for x in shown)
