@@ -17,7 +17,7 @@ are a quarter of each row; AdamW, float32. Three steps take turns and the table 
 
 "cost over FLOPs" is what the semi-causal step takes more than the causal one, over what it computes
 more: (time ratio) / (ratio of matrix products that the step needs, frozen layers counted forwards
-only, padding not counted).
+only, padding and logits of positions that are not learned not counted).
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def spans_apart(batch):
 
 
 def needed_flops(config: UniversalConfig, batches) -> tuple[float, float]:
-  """Products of a causal and of a semi-causal step, the second without padding."""
+  """Products of a causal and of a semi-causal step, the second as far as it needs them."""
   rows, length = batches[0]["tokens"].shape
   causal = 3 * rows * length * forward_flops_per_token(config.text, length)
   encoder = config.reader.encoder.trunk
@@ -277,7 +277,9 @@ def needed_flops(config: UniversalConfig, batches) -> tuple[float, float]:
   encoding = sum(
     n * forward_flops_per_token(encoder, int(n), unembedding=False) for n in sizes) * weight
   connecting = 3 * 2 * encoder.width * config.text.width * sizes.sum()
-  return causal, causal + (encoding + connecting) / len(batches)
+  num_known = sum(np.sum(b["loss_mask"] == 0) for b in batches)
+  logits = 3 * 2 * config.text.width * config.text.vocab_size * num_known
+  return causal, causal + (encoding + connecting - logits) / len(batches)
 
 
 def main() -> None:
