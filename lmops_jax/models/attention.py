@@ -5,8 +5,8 @@
 - `chunked`: queries in blocks, whose scores are computed again backwards (Rabe & Staats 2021,
   arXiv:2112.05682), so memory grows linearly in the length. Plain jax operations: differentiable
   to any order, also `jax.jvp` of `jax.grad`. Keys beyond a block's last query are left out in
-  steps of an eighth. On one CPU the blocks are those of one row and key head a core at a time,
-  whose scores its caches hold, unless there is a table of biases.
+  steps of an eighth. On one CPU the blocks are those of one row and key head at a time, whose
+  scores its caches hold, unless there is a table of biases.
 - `cudnn`: fused kernel on NVIDIA GPUs. First derivatives only.
 - `splash`: fused kernel on TPUs. First derivatives only.
 
@@ -20,7 +20,6 @@ probabilities at random. For keys and values of earlier calls see `cached_attent
 from __future__ import annotations
 
 import functools
-import os
 from typing import NamedTuple
 
 import jax
@@ -188,7 +187,7 @@ def _xla(arrays, pattern, dropout):
 
 
 def _by_heads(arrays, pattern, dropout, chunk):
-  """`_chunked`, on a CPU of one row and one key head a core at a time: caches hold their scores."""
+  """`_chunked`, on a CPU of one row and one key head at a time, whose scores its caches hold."""
   attend = functools.partial(_chunked, dropout=dropout, chunk=chunk)
   # The gradient of a table of biases would be added up in memory, whole, in every turn.
   if not on_one_cpu() or arrays.bias is not None:
@@ -209,19 +208,11 @@ def _by_heads(arrays, pattern, dropout, chunk):
     return None if x is None else jnp.repeat(x, num_heads, axis=0)
 
   slopes = None if pattern.slopes is None else jnp.reshape(pattern.slopes, (num_heads, -1))
-  inputs = (
+  out = jax.lax.map(of_one, (
     of_each_row(jnp.arange(num_heads)), of_each_row(slopes),
     *(x.reshape(-1, *x.shape[2:]) for x in (arrays.q, arrays.k, arrays.v)),
-    of_each_head(arrays.segment_ids), of_each_head(arrays.keys))
-  out = jax.lax.map(of_one, inputs, batch_size=_at_once(num_rows * num_heads))
+    of_each_head(arrays.segment_ids), of_each_head(arrays.keys)))
   return out.reshape(arrays.q.shape)
-
-
-def _at_once(number):
-  """The largest divisor of a number that is not above the number of cores of this process."""
-  has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-  num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-  return max(n for n in range(1, num_cores + 1) if number % n == 0)
 
 
 def _chunked(arrays, pattern, dropout, chunk):
