@@ -328,7 +328,7 @@ class _Exchange:
       with contextlib.suppress(Spent):  # then it stays cut off
         more, finish = self._send((*messages, ("assistant", repaired(text)[0]),
                                    ("user", _CONTINUE)), ("continued",))
-        text += more
+        text = replies.continued(text, more)
     return messages, text, finish
 
   def _parsed(self, text: str, finish: str) -> Result | Unreadable | Refused:

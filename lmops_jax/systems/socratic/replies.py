@@ -121,6 +121,16 @@ def word_of(text: str, words: Sequence[str]) -> str | None:
   return held.pop() if len(held) == 1 else None
 
 
+_BEGINS = re.compile(
+  rf"\s{{0,8}}{_DECOR}(CONCLUSION|ANSWER|DECISION|REASON|PROBLEM|BRIDGE|VERDICT|ISSUE|KEY|"
+  rf"PART[ \t]{{1,4}}\d{{1,2}}|CLAIM[ \t]{{1,4}}[a-z]{{1,20}}){_COLON}", re.I)
+
+
+def continued(text: str, more: str) -> str:
+  """A reply that was cut off and what followed; a marker that follows begins a line."""
+  return f"{text}\n{more}" if _BEGINS.match(more) else text + more
+
+
 def parts_of(text: str, most: int) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
   """Parts from lines `PART n:`, or from a numbered list; None for fewer than 2 or more than `most`.
   """

@@ -223,11 +223,13 @@ def test_long_conclusions_are_shortened_and_then_it_fails():
   assert made.run().state == "failed" and "context_overflow" in made.tree.root.reason
 
 
-def test_a_reply_that_was_cut_off_is_continued_once():
+@pytest.mark.parametrize("first, rest", [
+  ("CON", "CLUSION: done"), ("it is 3", "CONCLUSION: done"), ("so", " **Conclusion:** done")])
+def test_a_reply_that_was_cut_off_is_continued_once(first, rest):
   from lmops_jax.systems.socratic import Reply, Usage
   def cut(messages, place, generator):
     ends = messages[-1][1].startswith("Continue")
-    return Reply("CLUSION: done" if ends else "CON", "stop" if ends else "length", Usage(5, 5))
+    return Reply(rest if ends else first, "stop" if ends else "length", Usage(5, 5))
   made, backend = engine(cooperative({"ASSESS": "SOLVE", "DED": cut}), rounds=0)
   assert made.run().conclusion.text == "done" and backend.num_calls == 3
 
