@@ -95,7 +95,7 @@ def test_baselines_prefer_the_target_too(summary, name):
 
 def test_every_method_is_measured(summary):
   names = {"pds", "random", "no_hessian", "one_step", "if_score", "in_run", "metagradient",
-           "rho_loss", "dsir", "perplexity", "length"}
+           "data_rater", "rho_loss", "dsir", "perplexity", "length"}
   assert set(summary["methods"]) == set(summary["selected_share_by_kind"]) == names
   assert set(summary["scorer"]["validation_spearman_by_method"]) == {
     "pds", "no_hessian", "one_step", "if_score", "in_run", "metagradient", "rho_loss"

@@ -135,8 +135,7 @@ class DataRater:
       rater, target = state.params["rater"], part_of(batch, _TARGET)
       rows = {name: x for name, x in batch.items() if not name.startswith(f"{_TARGET}/")}
       target_loss = control.mean_target_loss(
-        example_losses, target, min(size, len(target["tokens"])),
-        device_rows=partitioner.device_rows)
+        example_losses, target, self.micro_batch_size, device_rows=partitioner.device_rows)
 
       def through_window(member):
         start, inner, opt_state, is_new, batches = member
@@ -177,10 +176,9 @@ class DataRater:
     rows = _plain(bench.proxies) | _prefixed(_RATED, _plain(rated))
     target = _prefixed(_TARGET, _plain(bench.target_batch(self.num_target)))
     num_proxies, num_target = (len(next(iter(x.values()))) for x in (rows, target))
-    shards = bench.partitioner.num_batch_shards
     # A target smaller than the mesh is repeated until every shard has a row.
-    num_filled = max(num_target, shards)
-    target_size = max(min(self.target_batch_size, num_filled) // shards, 1) * shards
+    num_filled = max(num_target, bench.partitioner.num_batch_shards)
+    target_size = self._target_size(bench)
 
     def own(size):
       return data_batches.host_rows(size, jax.process_index(), jax.process_count())
@@ -199,13 +197,19 @@ class DataRater:
 
     return at
 
+  def _target_size(self, bench: Bench) -> int:
+    """Instances of a batch of the target."""
+    shards = bench.partitioner.num_batch_shards
+    num = self.num_target or len(bench.prepared.target_dev)
+    return max(min(self.target_batch_size, num) // shards, 1) * shards
+
   def _count(self, bench: Bench, model, view: scorer.View, params) -> None:
     """Adds what all windows compute."""
     windows = self.num_windows * self.population
     passes = solve_cost.solve_passes(
       self.optimizer, params, self.window_steps, control.SolveOptions(objective="terminal"))
     bench.add_flops(windows * self.batch_size * bench.corpus.length, passes.batch)
-    bench.add_flops(windows * self.target_batch_size * bench.corpus.length, passes.target)
+    bench.add_flops(windows * self._target_size(bench) * bench.corpus.length, passes.target)
     rated = windows * self.window_steps * self.batch_size * view.length
     per_token = flops.forward_flops_per_token(model.config, view.length, unembedding=False)
     bench.context.flops += (1 + solve_cost.GRADIENT) * rated * per_token
