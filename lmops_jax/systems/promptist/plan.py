@@ -82,8 +82,7 @@ def rl_flops(
 
   Pictures of users' prompts are drawn once and kept; they are not counted.
   """
-  learning = reinforce.rollout_flops(
-    config.algorithm, model, config.exploration.options, config.prompt_length)
+  learning = reinforce.rollout_flops(config.algorithm, model, _writing(config))
   return config.batch_size * (judged_flops(generator, judging) + learning)
 
 
@@ -169,11 +168,15 @@ def _rl(config: Policy, model: Transformer, generator, judging, note, partitione
   drawing = jax.eval_shape(
     unet_init(UNet(generator.unet), generator.towers.text.max_length), jax.random.key(0))
   return reinforce.rollouts_phase(
-    "rl", config.algorithm, model, config.optimizer, config.exploration.options,
-    num_steps=config.rl.num_steps, batch_size=config.rl.batch_size,
-    prompt_length=config.prompt_length, partitioner=partitioner, platform=platform,
-    setting="promptist.Policy.batch_size", reward_flops=judged_flops(generator, judging),
+    "rl", config.algorithm, model, config.optimizer, _writing(config),
+    num_steps=config.num_updates, batch_size=config.batch_size, partitioner=partitioner,
+    platform=platform, setting="promptist.Policy.batch_size",
+    reward_flops=judged_flops(generator, judging),
     held={"unet": 4.0 * count_params(drawing)}, note=note)
+
+
+def _writing(config: Policy) -> reinforce.Writing:
+  return reinforce.Writing.of(config.exploration.options, config.prompt_length)
 
 
 def _phase(

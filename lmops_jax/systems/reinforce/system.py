@@ -134,9 +134,10 @@ class Reinforce:
   def phases(self, partitioner, memory, *, platform: str, **sizes) -> list[Phase]:
     """What training takes; see `commands.plans.Planned`. Prompts are not read."""
     return [reinforce.rollouts_phase(
-      "train", self.algorithm, self.init.model, self.optimizer, self.exploration.options,
-      num_steps=self.num_steps, batch_size=self.batch_size, prompt_length=self.prompt_length,
-      partitioner=partitioner, platform=platform, setting="reinforce.Reinforce.batch_size",
+      "train", self.algorithm, self.init.model, self.optimizer,
+      reinforce.Writing.of(self.exploration.options, self.prompt_length),
+      num_steps=self.num_steps, batch_size=self.batch_size, partitioner=partitioner,
+      platform=platform, setting="reinforce.Reinforce.batch_size",
       note=f"{self.batch_size} rollouts; the reward's models and operations are not counted")]
 
   def _train(self, context: pipeline.StageContext, partitioner) -> None:
