@@ -96,8 +96,10 @@ class Encoder:
         config, residual_dropout=settings.dropout, attention_dropout=settings.dropout),
       settings.tuned_layers)
     self._lower = Transformer(parts["trunk"], with_unembedding=False)
+    # Few layers are soon compiled one by one, and a loop over them would cost a tenth more time.
     self._top = None if "top" not in parts else Transformer(
-      parts["top"], with_unembedding=False, with_embedding=False)
+      dataclasses.replace(parts["top"], scan_layers=False), with_unembedding=False,
+      with_embedding=False)
     self._below, self._above = jax.jit(self._run_below), jax.jit(self.vectors)
 
   def split(self, params: Mapping[str, Any]) -> tuple[Any, Any]:
