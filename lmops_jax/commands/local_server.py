@@ -6,6 +6,7 @@ is made to point here (DNS rebinding) is no name of this machine.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import ipaddress
 import json
@@ -45,7 +46,7 @@ class LocalServer(socketserver.ThreadingTCPServer):
   """
 
   allow_reuse_address = True
-  daemon_threads = True
+  daemon_threads = False  # one that writes or computes while the interpreter ends aborts it
 
   def __init__(self, host: str, port: int, handler: type[LocalHandler]):
     """
@@ -57,6 +58,7 @@ class LocalServer(socketserver.ThreadingTCPServer):
     Raises:
       ValueError: there is no such address, or it is taken.
     """
+    self._open: set[socket.socket] = set()
     self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
       super().__init__((host, port), handler)
@@ -68,6 +70,23 @@ class LocalServer(socketserver.ThreadingTCPServer):
     shown = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
     self.address = f"http://{shown}:{self.server_address[1]}"
     self.names = {"localhost", host.lower(), socket.gethostname().lower()}
+
+  def process_request(self, request, client_address) -> None:
+    """Hands a connection to a thread of its own."""
+    self._open.add(request)
+    super().process_request(request, client_address)
+
+  def shutdown_request(self, request) -> None:
+    """Ends a connection."""
+    self._open.discard(request)
+    super().shutdown_request(request)
+
+  def server_close(self) -> None:
+    """Ends: nothing more is read, and what is under way is answered before this returns."""
+    for connection in list(self._open):
+      with contextlib.suppress(OSError):  # its other side went away
+        connection.shutdown(socket.SHUT_RD)
+    super().server_close()  # waits for the threads
 
   def handle_error(self, request, client_address) -> None:
     """Tells what went wrong in a connection, unless the other side went away."""

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -162,6 +163,36 @@ def test_a_request_waits_for_the_one_before(toy):
   toy.turn.release()
   thread.join()
   assert found == [(200, {"asked": 2})]
+
+
+def test_closing_waits_for_the_answer_under_way_and_begins_no_other():
+  """A thread that prints or computes while the interpreter ends would abort it."""
+  begun, go_on, found = threading.Event(), threading.Event(), {}
+
+  def answer(request):
+    begun.set()
+    assert go_on.wait(60)
+    return {"asked": request}
+
+  demo, before = Toy(), threading.active_count()
+  demo.answer = answer
+  with serving(demo) as at, socket.create_connection(at.server_address) as idle:
+    clients = [threading.Thread(target=lambda n=n: found.update({n: ask(at, n)})) for n in (1, 2)]
+    clients[0].start()
+    assert begun.wait(60)
+    clients[1].start()
+    while at.places._value > server.MAX_WAITING - 2:  # the second waits for its turn
+      time.sleep(0.01)
+    at.shutdown()
+    closing = threading.Thread(target=at.server_close)
+    closing.start()
+    assert idle.recv(1) == b""  # who says nothing is not waited for
+    assert closing.is_alive()
+    go_on.set()
+    for thread in (closing, *clients):
+      thread.join()
+  assert found == {1: (200, {"asked": 1}), 2: (503, {"error": "the demo has ended."})}
+  assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("headers, status", [
@@ -401,8 +432,9 @@ def test_the_command_serves_until_it_is_interrupted(folder):
   connection.request("POST", "/answer", json.dumps(WHERE), {"Content-Type": "application/json"})
   assert "is being answered" in process.stderr.readline()
   process.send_signal(signal.SIGINT)
-  assert "lmops: the demo ends, once" in process.stderr.read()
-  assert process.wait() == 0  # jax's work was not torn apart
+  said = process.stderr.read()
+  assert "lmops: the demo ends, once" in said
+  assert process.wait() == 0, said  # jax's work was not torn apart
   connection.close()
 
 

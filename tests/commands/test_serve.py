@@ -423,5 +423,6 @@ def test_the_command_serves_until_it_is_told_to_end(folder):
   at = argparse.Namespace(server_address=(host, int(port)))
   assert post(at, chat(temperature=0))[0] == 200
   process.send_signal(signal.SIGINT)
-  assert "the server has ended" in process.stderr.read()
-  assert process.wait() == 0
+  said = process.stderr.read()
+  assert "the server has ended" in said
+  assert process.wait() == 0, said

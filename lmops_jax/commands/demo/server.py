@@ -86,9 +86,13 @@ class DemoServer(LocalServer):
 
   Attributes:
     demo: what is served.
+    turn: held while an answer is made.
+    places: of requests that are read, answered or wait for their turn.
+    closes: whether no further answer is begun.
   """
 
   demo: Demo
+  closes = False
 
   def __init__(self, host: str, port: int):
     """As `LocalServer`."""
@@ -102,12 +106,9 @@ class DemoServer(LocalServer):
     self.serve_forever()
 
   def server_close(self) -> None:
-    """Ends, once the answer that is under way is made: a process that ends amid jax's work aborts.
-
-    No further answer is begun.
-    """
+    """Ends, once the answer that is under way is made and sent; no further one is begun."""
+    self.closes = True
     super().server_close()
-    self.turn.acquire()
 
 
 class _Handler(LocalHandler):
@@ -169,9 +170,13 @@ class _Handler(LocalHandler):
     try:
       request = parse_json(body, "the request")
       with self.server.turn:
+        if self.server.closes:
+          raise Refused(503, "the demo has ended.")
         self.tell("is being answered")
         write = [self._write] if self._wants_lines() else []
         return self.server.demo.answer(request, *write)
+    except Refused:
+      raise
     except ValueError as error:
       raise Refused(400, " ".join(str(error).split())) from error
     except Exception as error:  # memory, a device: the demo goes on
