@@ -39,6 +39,7 @@ from lmops_jax.models.attention_scores import (
 from lmops_jax.models.dropout import dropped_probabilities
 from lmops_jax.models.fused_attention import cudnn, first_order_only, splash_sharded
 from lmops_jax.models.partitioning import on_one_cpu, platform_in_use
+from lmops_jax.models.prefixes import prefixes
 
 ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
 _PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
@@ -225,11 +226,11 @@ def _chunked(arrays, pattern, dropout, chunk):
   bias_chunks = None if bias is None else in_chunks(bias, 2, chunk)
   outputs = []
   chunks_a_prefix = -(-num_chunks // _NUM_PREFIXES)
-  for first in range(0, num_chunks, chunks_a_prefix):
-    last = min(first + chunks_a_prefix, num_chunks)
-    prefix = min(last * chunk, length) if pattern.causal else length
-    keys, values = k[:, :, :prefix], v[:, :, :prefix]
-    key_segments = None if segment_ids is None else segment_ids[:, :prefix]
+  firsts = range(0, num_chunks, chunks_a_prefix)
+  lasts = [min(first + chunks_a_prefix, num_chunks) for first in firsts]
+  lengths = [min(last * chunk, length) if pattern.causal else length for last in lasts]
+  for first, last, keys, values in zip(firsts, lasts, prefixes(k, lengths), prefixes(v, lengths)):
+    key_segments = None if segment_ids is None else segment_ids[:, : keys.shape[2]]
 
     @functools.partial(jax.checkpoint, policy=keep_parts)
     def one_chunk(inputs, keys=keys, values=values, key_segments=key_segments):

@@ -27,7 +27,9 @@ def keep_freed_memory() -> bool:
   try:
     libc = ctypes.CDLL(None)
     libc.gnu_get_libc_version  # noqa: B018  AttributeError on another C library
-    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20, _ARENA_MAX: 1}
+    # A trim threshold of -1 is none: one of 2 GiB, the largest number, would give back a step that
+    # takes as much.
+    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20, _ARENA_MAX: 1}
     return all(libc.mallopt(name, value) == 1 for name, value in settings.items())
   except (AttributeError, OSError):
     return False
