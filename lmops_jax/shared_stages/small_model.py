@@ -139,8 +139,11 @@ class ModelChoice:
 
   @property
   def label(self) -> str:
-    """The model's name in reports."""
-    return "a small model trained here" if self._source is None else self._source.path.name
+    """The model's name in reports; that of the folder above, if its own is just "model"."""
+    if self._source is None:
+      return "a small model trained here"
+    path = self._source.path
+    return path.parent.name if path.name == "model" else path.name
 
   @property
   def family(self) -> str:

@@ -108,6 +108,9 @@ def test_a_path_comes_first_then_the_package_then_the_small_model(corpus, tmp_pa
   assert (by_path.label, by_path.family) == ("named", "llama")
   assert by_path.config == pretrained.load(str(folder)).config
   assert by_path.stages("model", None) == [] and by_path.opened() is by_path._source
+  (tmp_path / "package").mkdir()
+  moved = folder.rename(tmp_path / "package" / "model")
+  assert ModelChoice(str(moved), small, package=None).label == "package"
 
   trained = ModelChoice(None, small, package=None)
   assert (trained.label, trained.family) == ("a small model trained here", "small")

@@ -71,7 +71,7 @@ def create(
   beyond = jnp.min(jnp.where(own, to_old, jnp.inf), axis=1) > threshold
 
   def grown():
-    return _grown(prototypes, table, features, labels, logits, threshold, step, to_old)
+    return _grown(prototypes, table, features, labels, logits, threshold, step, to_old, beyond)
 
   def as_it_was():
     suppressed = table.suppressed + jnp.sum(beyond, dtype=jnp.int32)
@@ -81,14 +81,16 @@ def create(
   return jax.lax.cond(jnp.any(beyond) & ~jnp.all(table.active), grown, as_it_was)
 
 
-def _grown(prototypes, table, features, labels, logits, threshold, step, to_old):
-  """As `create`, visiting every row."""
+def _grown(prototypes, table, features, labels, logits, threshold, step, to_old, beyond):
+  """As `create`, visiting the rows `beyond [B]` alone: to the others no prototype gets farther."""
   to_rows = mixture.squared_distances(features, features)
   none = jnp.full(len(table.label), -1, jnp.int32)
+  order = jnp.flatnonzero(beyond, size=len(beyond))
 
-  def visit(carry, row):
+  def visit(number, carry):
     label, active, source, created, suppressed = carry
-    i, own = row
+    i = order[number].astype(jnp.int32)
+    own = labels[i].astype(jnp.int32)
     # A slot that this batch has filled is as far as the row it was made of.
     distances = jnp.where(source >= 0, to_rows[i][source], to_old[i])
     closest = jnp.min(jnp.where(active & (label == own), distances, jnp.inf))
@@ -98,11 +100,11 @@ def _grown(prototypes, table, features, labels, logits, threshold, step, to_old)
     slot = jnp.argmin(active)  # the first that is free
     here = made & (jnp.arange(len(active)) == slot)
     return (jnp.where(here, own, label), active | here, jnp.where(here, i, source),
-            created + made, suppressed + (wanted & ~has_room)), None
+            created + made, suppressed + (wanted & ~has_room))
 
-  rows = (jnp.arange(len(features), dtype=jnp.int32), labels.astype(jnp.int32))
-  start = (table.label, table.active, none, table.created, table.suppressed)
-  (label, active, source, created, suppressed), _ = jax.lax.scan(visit, start, rows)
+  label, active, source, created, suppressed = jax.lax.fori_loop(
+    0, jnp.sum(beyond), visit,
+    (table.label, table.active, none, table.created, table.suppressed))
   new = source >= 0
   log_variance = prototypes.log_variance
   if log_variance.ndim:

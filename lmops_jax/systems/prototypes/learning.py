@@ -256,11 +256,12 @@ def kept(state: PrototypeState) -> dict[str, Any]:
   return {**state.params, "table": state.table}
 
 
-def current_threshold(prototypes: Prototypes, table: Table, alpha: float) -> jax.Array:
-  """`[] float32`: the squared distance beyond which a row becomes a prototype now."""
-  return mixture.threshold(
-    mixture.variance_of(prototypes.log_variance, table.active),
-    mixture.spread_of(prototypes.centers, table.active), alpha, prototypes.centers.shape[1])
+def _now(prototypes: Prototypes, table: Table, alpha: float) -> dict[str, jax.Array]:
+  """Variance and spread of the prototypes in use, and the threshold that these two give."""
+  variance = mixture.variance_of(prototypes.log_variance, table.active)
+  spread = mixture.spread_of(prototypes.centers, table.active)
+  limit = mixture.threshold(variance, spread, alpha, prototypes.centers.shape[1])
+  return {"variance": variance, "spread": spread, "threshold": limit}
 
 
 @functools.lru_cache(maxsize=16)
@@ -289,14 +290,14 @@ def _prototypical(
       params = {"encoder": init_encoder(key), **nowhere()}
     trained = {name: params[name] for name in ("encoder", "prototypes")}
     opt_state = {name: optimizer.init(tree) for name, tree in trained.items()}
-    limit = current_threshold(params["prototypes"], params["table"], settings.alpha)
+    limit = _now(params["prototypes"], params["table"], settings.alpha)["threshold"]
     return PrototypeState(
       trained, dynamics.strong(opt_state), params["table"], jnp.zeros((), jnp.int32), limit)
 
   def step(state, batch, key):
     table = state.table
     limit = (state.first_threshold if settings.diversity_threshold == "first" else
-             current_threshold(state.params["prototypes"], table, settings.alpha))
+             _now(state.params["prototypes"], table, settings.alpha)["threshold"])
 
     def objective(params):
       prototypes = params["prototypes"]
@@ -324,27 +325,25 @@ def _prototypical(
       prototypes = prototypes._replace(logits=mixture.with_signs(prototypes.logits, table.label))
     table = growth.remembered(table, jnp.mean(importance, axis=0), state.step)
     done = state.step + 1
-    limit = current_threshold(prototypes, table, settings.alpha)
+    now = _now(prototypes, table, settings.alpha)
     moments = states["prototypes"].opt_state
     if settings.create:
       labels, logits = _as_prototypes(batch, num_classes, edges)
       use = (done > warmup) & (done <= last_created)
       prototypes, table, new = growth.create(
         prototypes, table, jax.lax.stop_gradient(features), labels, logits,
-        jnp.where(use, limit, jnp.inf), done)
+        jnp.where(use, now["threshold"], jnp.inf), done)
       moments = _forgotten(optimizer, moments, prototypes, new)
     if settings.prunings_per_epoch:
-      now = (done % every == 0) & (done > warmup)
+      due = (done % every == 0) & (done > warmup)
       table = jax.lax.cond(
-        now, lambda: growth.prune(table, state.step, settings.least_importance, 1), lambda: table)
+        due, lambda: growth.prune(table, state.step, settings.least_importance, 1), lambda: table)
     norm = optax.tree.norm(norms)
     sums = {
       "loss_sum": jnp.sum(losses), "objective": value, "grad_norm": norm,
       "num_examples": jnp.asarray(len(losses), jnp.int32),
       "nonfinite": 1 - (jnp.isfinite(value) & jnp.isfinite(norm)).astype(jnp.int32),
-      "prototypes": jnp.sum(table.active).astype(jnp.float32), "threshold": limit,
-      "spread": mixture.spread_of(prototypes.centers, table.active),
-      "variance": mixture.variance_of(prototypes.log_variance, table.active),
+      "prototypes": jnp.sum(table.active).astype(jnp.float32), **now,
     }
     if num_classes:
       sums["accuracy_sum"] = jnp.sum(right)
@@ -361,10 +360,9 @@ def _losses(log_weights, prototypes, batch, num_classes):
   if num_classes is None:
     errors = mixture.values(log_weights, prototypes.logits) - batch["target"]
     return jnp.square(errors), None
-  said = mixture.log_probabilities(log_weights, prototypes.logits)
-  label = batch["label"][:, None]
-  losses = -jnp.take_along_axis(said, label, axis=1)[:, 0]
-  return losses, (jnp.argmax(said, axis=1) == label[:, 0]).astype(jnp.float32)
+  losses = -mixture.log_probability(log_weights, prototypes.logits, batch["label"])
+  said = jnp.exp(log_weights) @ jax.nn.softmax(prototypes.logits, axis=-1)
+  return losses, (jnp.argmax(said, axis=1) == batch["label"]).astype(jnp.float32)
 
 
 def _as_prototypes(batch, num_classes, edges):

@@ -67,6 +67,13 @@ def log_probabilities(log_weights: jax.Array, logits: jax.Array) -> jax.Array:
   return jax.nn.logsumexp(log_weights[:, :, None] + of_class[None], axis=1)
 
 
+def log_probability(log_weights: jax.Array, logits: jax.Array, label: jax.Array) -> jax.Array:
+  """`[B] float32`, what `log_probabilities` has for the class `label [B]` of each input."""
+  own = jax.nn.one_hot(label, logits.shape[1])
+  of_label = jnp.matmul(own, jax.nn.log_softmax(logits, axis=-1).T, precision="highest")
+  return jax.nn.logsumexp(log_weights + of_label, axis=1)
+
+
 def values(log_weights: jax.Array, logits: jax.Array) -> jax.Array:
   """`[B] float32`, the expected value of an input whose target is a number."""
   return jnp.exp(log_weights) @ logits[:, 0]
@@ -93,11 +100,14 @@ def spread_of(centers: jax.Array, active: jax.Array) -> jax.Array:
 
   One prototype alone has no spread, 0.
   """
-  used = active[:, None].astype(jnp.float32)
-  number = jnp.sum(used)
-  mean = jnp.sum(used * centers, axis=0) / jnp.maximum(number, 1)
-  squares = jnp.sum(used * jnp.square(centers - mean), axis=0)
-  return jnp.mean(squares) / jnp.maximum(number - 1, 1)
+  squares = jnp.sum(jnp.square(centers - _mean(centers, active)), axis=1)
+  mean_square = jnp.sum(jnp.where(active, squares, 0)) / centers.shape[1]
+  return mean_square / jnp.maximum(jnp.sum(active) - 1, 1)
+
+
+def _mean(centers, active):
+  """`[D]`, of those in use, of which there is at least one."""
+  return jnp.sum(jnp.where(active[:, None], centers, 0), axis=0) / jnp.sum(active)
 
 
 def variance_of(log_variance: jax.Array, active: jax.Array) -> jax.Array:
@@ -121,16 +131,19 @@ def diversity(
     squared: True subtracts from the threshold as printed; False from its square root.
   """
   limit = jax.lax.stop_gradient(threshold if squared else jnp.sqrt(threshold))
-  k = len(centers)
   # By products, which take a hundredth of the time of differences. A floor of what products get
   # wrong keeps the slope of near centres from growing beyond their accuracy.
-  centers = centers - jnp.mean(centers, axis=0, where=active[:, None])
+  centers = centers - jax.lax.stop_gradient(_mean(centers, active))
   norms = jnp.sum(jnp.square(centers), axis=1)
-  sums = norms[:, None] + norms
-  squares = jnp.maximum(sums - 2 * jnp.matmul(centers, centers.T, precision="highest"), 0)
+  # Each pair comes twice, and each time the slope is that of its first centre: together the slope
+  # of pairs that come once, for one product less.
+  others, their_norms = jax.lax.stop_gradient((centers, norms))
+  sums = norms[:, None] + their_norms
+  squares = jnp.maximum(sums - 2 * jnp.matmul(centers, others.T, precision="highest"), 0)
   distances = jnp.sqrt(squares + 1e-6 * jax.lax.stop_gradient(sums) + 1e-12)
-  pairs = active[:, None] & active & (jnp.arange(k)[:, None] < jnp.arange(k))
-  return jnp.sum(jnp.where(pairs, jnp.square(jnp.maximum(limit - distances, 0)), 0))
+  pairs = active[:, None] & active & ~jnp.eye(len(centers), dtype=bool)
+  twice = jnp.sum(jnp.where(pairs, jnp.square(jnp.maximum(limit - distances, 0)), 0))
+  return twice - jax.lax.stop_gradient(twice) / 2
 
 
 def with_signs(logits: jax.Array, labels: jax.Array) -> jax.Array:

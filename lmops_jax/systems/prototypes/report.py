@@ -205,16 +205,14 @@ def _page(report: RunReport, summary, results, shown, drawn) -> html.Report:
     counts = [[label, size, *(spread(of[str(size)][name], ".1f") for name in (
       "prototypes", "created", "pruned", "suppressed"))]
       for label, of in summary["prototypes"].items() for size in sizes]
-    steps = {f"{size:,} rows": [
-      plots.Run([r["step"] for r in results[labels[0], size, seed]["history"]],
-                [r["prototypes"] for r in results[labels[0], size, seed]["history"]])
-      for seed in seeds] for size in sizes} if labels[0] in summary["prototypes"] else {}
+    courses = {f"{size:,} rows": _courses([results[labels[0], size, seed] for seed in seeds])
+               for size in sizes} if labels[0] in summary["prototypes"] else {}
     figures = [report.figure("prototypes", plots.curves(
       grown, x_label="rows to learn from", y_label="prototypes at the end", log_x=many,
       styles=styles), "Capacity follows the data.")]
-    if steps:
+    if courses:
       figures.append(report.figure("growth", plots.curves(
-        steps, x_label="steps", y_label=f"prototypes of {labels[0]}"),
+        courses, x_label="epochs", y_label=f"prototypes of {labels[0]}"),
         "How many prototypes are in use while it learns."))
     sections.append(html.Section(
       "How many prototypes", "", figures=figures, tables=[html.Table(
@@ -244,6 +242,14 @@ def _page(report: RunReport, summary, results, shown, drawn) -> html.Report:
     sections=sections,
     facts={"seeds": ", ".join(map(str, seeds)), "rows to test on": f"{summary['num_test']:,}",
            "work": report.work, "versions": report.versions})
+
+
+def _courses(results):
+  """How many prototypes there are after each epoch, by seed, while all of them go on."""
+  histories = [of["history"] for of in results]
+  length = min(map(len, histories))  # early stopping ends some before others
+  return [plots.Run(list(range(1, 1 + length)), [record["prototypes"] for record in of[:length]])
+          for of in histories]
 
 
 def _split(table):

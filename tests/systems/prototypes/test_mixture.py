@@ -48,6 +48,10 @@ def test_probabilities_are_those_of_the_definition(setting, private):
   said = mixture.log_probabilities(weights, prototypes.logits)
   want = np.log(brute_force(prototypes, active, features, variances))
   np.testing.assert_allclose(said, want, atol=1e-5)
+  label = np.array([2, 0, 1, 1])
+  np.testing.assert_allclose(
+    mixture.log_probability(weights, prototypes.logits, label), want[np.arange(4), label],
+    atol=1e-5)
 
 
 def test_unused_slots_have_no_say(setting):
@@ -127,6 +131,14 @@ def test_diversity(setting, squared):
     for i, a in enumerate(centers) for b in centers[i + 1 :])
   found = mixture.diversity(prototypes.centers, active, jnp.float32(limit), squared)
   assert float(found) == pytest.approx(want, rel=1e-5)
+  slope = jax.grad(mixture.diversity)(prototypes.centers, active, jnp.float32(limit), squared)
+  want = np.zeros((K, D))
+  for j in np.flatnonzero(active):
+    for k in np.flatnonzero(active & (np.arange(K) != j)):
+      gap = np.asarray(prototypes.centers[j] - prototypes.centers[k], np.float64)
+      length = np.linalg.norm(gap)
+      want[j] -= 2 * max(0, (limit if squared else 3) - length) * gap / length
+  np.testing.assert_allclose(slope, want, rtol=1e-4, atol=1e-5)
   same = jnp.zeros((K, D))
   grad = jax.grad(lambda c: mixture.diversity(c, active, jnp.float32(limit), squared))(same)
   assert np.isfinite(grad).all()
