@@ -17,7 +17,7 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.sizing import flops
 from lmops_jax.stages import pipeline
 from lmops_jax.training import loop, losses
-from lmops_jax.training.language_models import batch_source, language_model
+from lmops_jax.training.language_models import batch_source, language_model, selection_source
 from lmops_jax.training.learner import Learner, supervised
 
 
@@ -109,9 +109,12 @@ def train(
       f"{config.setting}.batch_size={config.batch_size}; give more text or make the batch smaller."
     )
   model = language_model(config.model, instances.vocab_size, instances.length)
+  if indices is None or not shuffle:
+    source = batch_source(instances, indices, config.batch_size, seed, shuffle)
+  else:
+    source = selection_source(instances, indices, config.batch_size, seed)
   fit(
-    model, losses.lm_example_losses(model, chunk=config.loss_chunk), config,
-    batch_source(instances, indices, config.batch_size, seed, shuffle), partitioner,
+    model, losses.lm_example_losses(model, chunk=config.loss_chunk), config, source, partitioner,
     directory=context.directory, seed=seed, description=context.name,
     initial_params=initial_params, progress=context.progress,
   )

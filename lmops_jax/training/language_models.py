@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmops_jax.host import hashing
 from lmops_jax.models import transformer
 from lmops_jax.training import loop
 from lmops_jax.training.sources import Epochs
@@ -49,6 +51,24 @@ def batch_source(
     return Epochs(instances.batch, len(instances), batch_size, seed, shuffle)
   return Epochs(
     lambda index: instances.batch(indices[index]), len(indices), batch_size, seed, shuffle)
+
+
+def selection_source(instances, indices: np.ndarray, batch_size: int, seed: int) -> Epochs:
+  """Batches of the instances `indices`, ordered anew in each epoch by their ids.
+
+  The order is a function of (seed, epoch, id): selections that share most instances train on them
+  at about the same steps. By their places in the selection, one instance more would give all that
+  follow it another place, and the two runs nothing in common.
+  """
+  ids = np.asarray(instances.ids[indices])
+
+  @functools.lru_cache(maxsize=2)
+  def order(epoch: int) -> np.ndarray:
+    return indices[np.argsort(hashing.order_keys(ids, hashing.order_key(epoch, seed)))]
+
+  return Epochs(
+    lambda index, epoch: instances.batch(order(epoch)[index]), len(indices), batch_size, seed,
+    shuffle=False, by_epoch=True)
 
 
 def abstract_params(init_params: Callable[[jax.Array], Any], partitioner):

@@ -191,6 +191,7 @@ SENSE = {
       "OPTIMIZER", "INNER_OPTIMIZER", "PROXY_OPTIMIZER", "SCORER_OPTIMIZER")},
     **{name: {"None"} for name in (
       "CORPUS_BYTES", "MESH", "ENGINE", "INIT", "PROXY_INIT", "TARGET_INSTANCES")},
+    "SELECTION_SEED": {"0"},
   },
   "learning_law/default.gin": {
     "OPTIMIZER": {"@optim.sgd()"}, "MESH": {"None"}, "LABEL_FLIP": {"0"},

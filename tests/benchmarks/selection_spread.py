@@ -1,0 +1,122 @@
+"""How much of PDS's target test loss is chance: the default run again, with other selection seeds.
+
+  python tests/benchmarks/selection_spread.py --workdir DIR [--selection-seeds 0 1 2 3] \
+      [--gin PARAMETER=VALUE ...] [--output FILE.md]
+
+A selection seed decides the proxy's training, the draw of the proxy set and of the target's
+instances, the inner batches, the scorer and the selection's noise. The corpus is prepared once, and
+the final models start from the same parameters. Beside the losses the table has what two selections
+have in common (chance gives `RATIO`) and how alike their scores rank the corpus (Spearman). Seeds
+that the workdir holds already are not run again.
+
+Another training has the first seed's selection with one instance exchanged: what its loss differs
+by is no selection's merit, and is how far another processor's rounding could lead.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lmops_jax import cli
+from lmops_jax.config import resolve
+from lmops_jax.evaluation import correlation
+from lmops_jax.host.manifests import load_manifest
+from lmops_jax.mesh import meshes
+from lmops_jax.stages import pipeline
+from lmops_jax.systems.pds import evaluate, prepare, pretrain, scores, select
+
+STAGES = ("proxy", "solve/pds", "scorer/pds", "annotate/pds", "select/pds", "pretrain/pds/seed0")
+
+
+def run(workdir: Path, seed: int, bindings: list[str]) -> dict:
+  """Runs what another selection seed changes; the loss, the seconds, scores and chosen rows."""
+  kept, stages = workdir / f"selection{seed}.npz", workdir / "run"
+  if not kept.is_file():
+    code = cli.main([
+      "run", "pds/default.gin", "--workdir", str(stages), "--gin.METHODS=[@pds.PMP()]",
+      "--gin.SEEDS=[0]", f"--gin.SELECTION_SEED={seed}", "--gin.pds.Pretrain.keep_every=None",
+      f"--gin.STAGES={['prepare', *STAGES, 'evaluate']}",
+      *(f"--gin.{binding}" for binding in bindings)])
+    if code:
+      raise SystemExit(code)
+    num = len(prepare.Prepared(stages / "prepare").corpus)
+    shards = scores.read_shards(stages / "annotate" / "pds", num)
+    np.savez(
+      kept, loss=_last_loss(stages / "evaluate"),
+      seconds=sum(load_manifest(stages / name, name)["seconds"] for name in STAGES),
+      scores=np.concatenate([values for _, values in shards]),
+      chosen=np.load(stages / "select" / "pds" / select.INDICES_FILE))
+  with np.load(kept) as arrays:
+    return dict(arrays)
+
+
+def exchanged(workdir: Path, first: dict, bindings: list[str]) -> float:
+  """The loss behind a training with the first instance that was left out for the last chosen."""
+  system = resolve.load(["pds/default.gin"], ["SEEDS=[0]", *bindings]).build()
+  config = dataclasses.replace(system.pretrain, keep_every=None)
+  chosen, partitioner, inputs = first["chosen"], meshes.single_device(), {}
+  left_out = np.setdiff1d(np.arange(len(first["scores"])), chosen)[:1]
+
+  def context(name):
+    folder = inputs[name] = workdir / "exchanged" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return pipeline.StageContext(name, folder, inputs, print)
+
+  inputs["prepare"] = workdir / "run" / "prepare"
+  pretrain.run(context("train"), config, partitioner, seed=0,
+               indices_of=lambda _: np.union1d(left_out, chosen[:-1]))
+  tested = context("evaluate")
+  evaluate.run(tested, system.evaluate, config, partitioner, {("pds", 0): "train"})
+  return _last_loss(tested.directory)
+
+
+def _last_loss(evaluated: Path) -> float:
+  [result] = json.loads((evaluated / evaluate.FILE).read_text())
+  return result["curve"][-1][evaluate.TARGET]
+
+
+def table(runs: dict[int, dict], exchanged_loss: float, bindings: list[str]) -> str:
+  """Losses by seed, then what the pairs have in common."""
+  losses = np.array([float(one["loss"]) for one in runs.values()])
+  first = next(iter(runs))
+  lines = [
+    "# Chance in PDS's selection", "",
+    f"`gin/pds/default.gin`{''.join(', ' + one for one in bindings)}, final models of seed 0. "
+    f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}.", "",
+    "| selection seed | target test loss | seconds behind `prepare` |", "|---:|---:|---:|",
+    *(f"| {seed} | {float(one['loss']):.3f} | {float(one['seconds']):.0f} |"
+      for seed, one in runs.items()),
+    f"| {first}, one instance exchanged | {exchanged_loss:.3f} | |",
+    f"| mean | {losses.mean():.3f} | |", f"| standard deviation | {losses.std(ddof=1):.3f} | |",
+    "", "| seeds | selected by both | Spearman of the scores |", "|---|---:|---:|"]
+  for (a, one), (b, other) in itertools.combinations(runs.items(), 2):
+    share = len(np.intersect1d(one["chosen"], other["chosen"])) / len(one["chosen"])
+    rank = correlation.spearman(one["scores"], other["scores"])
+    lines.append(f"| {a}, {b} | {share:.1%} | {rank:.3f} |")
+  return "\n".join([*lines, ""])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--workdir", type=Path, required=True)
+  parser.add_argument("--selection-seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+  parser.add_argument("--gin", nargs="*", default=[], metavar="PARAMETER=VALUE")
+  parser.add_argument("--output", type=Path)
+  args = parser.parse_args()
+  runs = {seed: run(args.workdir, seed, args.gin) for seed in args.selection_seeds}
+  first = runs[args.selection_seeds[0]]
+  text = table(runs, exchanged(args.workdir, first, args.gin), args.gin)
+  print(text)
+  if args.output:
+    args.output.write_text(text)
+
+
+if __name__ == "__main__":
+  main()
