@@ -13,7 +13,8 @@ Balanced expressions of numbers from 1 to 9 with +, - and *, in plain integers. 
 `vote`, `steps` and `unchecked` may spend the tokens that `checked` spent on the same problem, by
 the rule of `lmops socratic`. Requests and temperature (0.7) are the packaged ones, but for the
 answer without working. The model is served by `lmops serve` in this process, and every arm asks it
-over HTTP. Of an answer its last number counts; without a line ANSWER that of the conclusion.
+over HTTP. Of an answer the last number of its first line with one counts; without a line ANSWER
+the last number of the conclusion.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ class Watch:
 
 def answer_of(conclusion) -> str | None:
   """The number that a conclusion comes to."""
-  return None if conclusion is None else number_of(conclusion.answer or conclusion.text)
+  if conclusion is None or not conclusion.answer:
+    return conclusion and number_of(conclusion.text)
+  return next(filter(None, map(number_of, conclusion.answer.splitlines())), None)
 
 
 def solved(arm: str, asked: arms.Asked, budget: int | None, url: str, arguments) -> dict[str, Any]:

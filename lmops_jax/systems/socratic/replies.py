@@ -13,6 +13,8 @@ import json
 import re
 from collections.abc import Sequence
 
+from lmops_jax.systems.socratic.problems import normalised
+
 _DECOR = r"[ \t>*_#`-]{0,8}"
 _COLON = r"[*_` \t]{0,4}:[*_` \t]{0,4}"
 _LIST_ITEM = re.compile(r"^[ \t]{0,8}(\d{1,2})[.)][ \t]+(\S.*)$", re.M)
@@ -67,6 +69,14 @@ class Unreadable:
 def is_refusal(text: str) -> bool:
   """Whether a reply begins as refusals do."""
   return _REFUSED.match(text) is not None
+
+
+def without_lines(text: str, other: str) -> str:
+  """A text without those of its lines that stand in another; case and punctuation are folded."""
+  def plain(line: str) -> str:
+    return normalised(line).replace("*", "").lstrip("-#")
+  known = {plain(line) for line in other.splitlines()} - {""}
+  return "".join(line for line in text.splitlines(keepends=True) if plain(line) not in known)
 
 
 def fields(text: str, names: Sequence[str]) -> dict[str, str]:
