@@ -123,12 +123,18 @@ def _plain(item) -> str:
 
 
 def word_of(text: str, words: Sequence[str]) -> str | None:
-  """The one of some words that a text begins with, or the only one that it holds."""
+  """The one of some words that a text begins with, or the only one that it holds.
+
+  Those in capitals, as they were offered, go before others.
+  """
   first = re.match(r"[\W_]{0,20}([A-Za-z]+)", text)
   if first and first[1].upper() in words:
     return first[1].upper()
-  held = {word for word in words if re.search(rf"\b{word}\b", text)}
-  return held.pop() if len(held) == 1 else None
+  for flags in (0, re.I):
+    held = {word for word in words if re.search(rf"\b{word}\b", text, flags)}
+    if held:
+      return held.pop() if len(held) == 1 else None
+  return None
 
 
 _BEGINS = re.compile(

@@ -56,12 +56,14 @@ def test_conclusions_are_shown_with_their_answer(text, answer, shown):
   ("DECISION: split\nREASON: big", "SPLIT"), ("SOLVE", "SOLVE"),
   ("I would REPHRASE it.", "REPHRASE"),
   ("DECISION: **SOLVE**", "SOLVE"), ("SOLVE or SPLIT?", "SOLVE"),
+  ("SOLUTION: Solve.", "SOLVE"), ("To solve it, I would SPLIT it.", "SPLIT"),
 ])
 def test_decisions(text, word):
   assert read("ASSESS", text).word == word
 
 
-@pytest.mark.parametrize("text", ["", "Either to SOLVE or to SPLIT.", "perhaps", "DECISION:"])
+@pytest.mark.parametrize("text", [
+  "", "Either to SOLVE or to SPLIT.", "To solve or split?", "perhaps", "DECISION:"])
 def test_no_single_decision_is_unreadable(text):
   assert isinstance(read("ASSESS", text), Unreadable)
 
