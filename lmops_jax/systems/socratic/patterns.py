@@ -138,7 +138,7 @@ class Template:
 
   def parse(self, text: str, view: View) -> Result | Unreadable:
     """What a reply says; lines that only repeat the form, as weak models do, say nothing."""
-    rest = replies.without_lines(text, self.form(view))
+    rest = replies.without_form(text, self.form(view))
     if text.strip() and not rest.strip():
       return Unreadable("it only repeats the form")
     return self.read(rest, view)

@@ -71,12 +71,19 @@ def is_refusal(text: str) -> bool:
   return _REFUSED.match(text) is not None
 
 
-def without_lines(text: str, other: str) -> str:
-  """A text without those of its lines that stand in another; case and punctuation are folded."""
-  def plain(line: str) -> str:
-    return normalised(line).replace("*", "").lstrip("-#")
-  known = {plain(line) for line in other.splitlines()} - {""}
-  return "".join(line for line in text.splitlines(keepends=True) if plain(line) not in known)
+def without_form(text: str, form: str) -> str:
+  """A reply without the lines that say what a line of the form says, behind whatever marker.
+
+  Case, punctuation and Markdown are folded.
+  """
+  def plain(text: str) -> str:
+    return normalised(text).replace("*", "").replace("`", "").lstrip("-#")
+
+  def said(line: str) -> str:
+    return plain(line.rpartition(":")[2]) or plain(line)
+
+  known = {said(line) for line in form.splitlines()} - {""}
+  return "".join(line for line in text.splitlines(keepends=True) if said(line) not in known)
 
 
 def fields(text: str, names: Sequence[str]) -> dict[str, str]:

@@ -33,7 +33,9 @@ def test_conclusions(text, conclusion, answer):
 
 @pytest.mark.parametrize("name, text, text_read", [
   ("DED", "CONCLUSION: The conclusion, complete in itself\n\nANSWER: 243", "ANSWER: 243"),
+  ("REFINE", "CONCLUSION: the short value that was asked for, or none", None),
   ("VER", "VERDICT: OK or ISSUE or CHILD k, if part k is at fault", None),
+  ("VER", "**VERDICT:** ISSUE: what is wrong, if anything.", None),
   ("ASSESS", "DECISION: SOLVE or REPHRASE or SPLIT\nREASON: one sentence", None),
   ("DEC", "PART 1: the first part\nPART 2: (needs 1) a part that builds on part 1", None),
 ])
