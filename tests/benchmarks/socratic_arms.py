@@ -250,7 +250,8 @@ def main() -> None:
     "# Ways to spend a chat model's tokens", "",
     f"{arguments.name or Path(arguments.model).stem} in float32; {platform.machine()}, "
     f"{os.cpu_count()} cores, jax {jax.__version__}; {time.process_time() / 60:.0f} minutes of "
-    f"processor time. Written by `tests/benchmarks/socratic_arms.py --model FILE.gguf {numbers}`.",
+    f"processor time beyond what journals held. Written by `tests/benchmarks/socratic_arms.py "
+    f"--model FILE.gguf {numbers}`.",
     "", *lines]) + "\n"
   sys.stdout.write(text)
   if arguments.output:
