@@ -13,7 +13,8 @@ Balanced expressions of numbers from 1 to 9 with +, - and *, in plain integers. 
 `vote`, `steps` and `unchecked` may spend the tokens that `checked` spent on the same problem, by
 the rule of `lmops socratic`. Requests and temperature (0.7) are the packaged ones, but for the
 answer without working. The model is served by `lmops serve` in this process, and every arm asks it
-over HTTP. Of an answer its last number counts; without a line ANSWER that of the conclusion.
+over HTTP. Of an answer the last number of its first line with one counts; without a line ANSWER
+the last number of the conclusion.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,11 @@ from lmops_jax.systems.socratic.journal import read
 from lmops_jax.systems.socratic.tools import named_tools
 
 ONCE, THOUGHT, TOOLS = "once", "thought", "tools"
-FIRST = (arms.CHECKED, TOOLS, THOUGHT, ONCE)
 BUDGETED = {arms.UNCHECKED: arms.CHECKED, arms.STEPS: THOUGHT, arms.VOTE: ONCE}  # begin alike
-NAMES = {
-  arms.CHECKED: "engine with checks", arms.UNCHECKED: "engine without checks",
-  TOOLS: "engine with checks and tools", arms.STEPS: "written steps, voted",
-  arms.VOTE: "answer at once, voted", THOUGHT: "written steps, once", ONCE: "answer at once, once"}
+NAMES = {  # an arm with a budget stands behind those it waits for
+  arms.CHECKED: "engine with checks", ONCE: "answer at once, once", THOUGHT: "written steps, once",
+  TOOLS: "engine with checks and tools", arms.UNCHECKED: "engine without checks",
+  arms.STEPS: "written steps, voted", arms.VOTE: "answer at once, voted"}
 AT_ONCE = ("{problem}\n\nReply with the result alone, without working, in one line:\n"
            "ANSWER: the number")
 WINDOW, READ_SECONDS = 2048, 3600.0
@@ -109,16 +109,26 @@ class Watch:
 
 def answer_of(conclusion) -> str | None:
   """The number that a conclusion comes to."""
-  return None if conclusion is None else number_of(conclusion.answer or conclusion.text)
+  if conclusion is None or not conclusion.answer:
+    return conclusion and number_of(conclusion.text)
+  return next(filter(None, map(number_of, conclusion.answer.splitlines())), None)
 
 
-def solved(arm: str, asked: arms.Asked, budget: int | None, url: str, arguments) -> dict[str, Any]:
+def solved(arm: str, asked: arms.Asked, before: Mapping[str, Future], url: str, arguments
+           ) -> dict[str, Any]:
   """The row of a problem: as `arms.row_of`, and what could not be read.
+
+  Args:
+    before: rows of the same problem, by arm.
 
   `nodes` is the target alone, for what verification did to its conclusion. `unreadable` counts
   replies that were asked for again, `without` runs that end without a line ANSWER, `claims` what
   tools were given to check.
   """
+  budget = None
+  if arm in BUDGETED:
+    before[BUDGETED[arm]].result()  # has the same journal
+    budget = before[arms.CHECKED].result()["tokens"]
   backend = Http(url, "model", window=WINDOW, read_seconds=READ_SECONDS)
   patterns = default_patterns(texts={"DED": AT_ONCE} if arm in (ONCE, arms.VOTE) else None)
   tools = named_tools(["arithmetic"] if arm == TOOLS else [])
@@ -146,12 +156,12 @@ def solved(arm: str, asked: arms.Asked, budget: int | None, url: str, arguments)
 
 
 @contextlib.contextmanager
-def served(path: str, num_slots: int) -> Iterator[str]:
-  """The address of a server of the model in this process."""
+def served(path: str, num_slots: int, most: int) -> Iterator[str]:
+  """The address of a server of the model in this process, for at most that many at a time."""
   source = model_lib.load(path)
   tokenizer = source.tokenizer()
   batcher = Batcher(source.decoder, source.of_decoder(source.params()), tokenizer,
-                    num_slots=num_slots, max_length=WINDOW)
+                    num_slots=num_slots, max_waiting=most, max_length=WINDOW)
   with ModelServer("127.0.0.1", 0) as server:
     thread = threading.Thread(target=server.serve, args=("model", tokenizer, batcher))
     thread.start()
@@ -163,18 +173,16 @@ def served(path: str, num_slots: int) -> Iterator[str]:
 
 
 def measured(arguments) -> study_report.Rows:
-  """The rows of all arms; those with a budget wait for `checked`."""
+  """The rows of all arms."""
   asked = list(problems(range(1, arguments.levels + 1), arguments.problems, arguments.seed))
-  rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
-  with served(arguments.model, arguments.slots) as url, ThreadPoolExecutor(arguments.slots) as pool:
-    for names in (FIRST, tuple(BUDGETED)):
-      budgets = [row["tokens"] for row in rows.get((arms.CHECKED, 0), [])] or [None] * len(asked)
-      running = {(arm, 0): [pool.submit(solved, arm, one, budgets[one.number], url, arguments)
-                            for one in asked] for arm in names}
-      rows |= {key: [one.result() for one in of] for key, of in running.items()}
-      print(f"{time.process_time() / 60:.0f} minutes of processor time: {', '.join(names)} are "
-            "done", file=sys.stderr)
-  return {(arm, 0): rows[arm, 0] for arm in NAMES}
+  most = len(NAMES) * len(asked)
+  running: dict[str, list[Future]] = {}
+  with served(arguments.model, arguments.slots, most) as url, ThreadPoolExecutor(most) as pool:
+    for arm in NAMES:
+      running[arm] = [
+        pool.submit(solved, arm, one, {name: of[one.number] for name, of in running.items()}, url,
+                    arguments) for one in asked]
+    return {(arm, 0): [one.result() for one in of] for arm, of in running.items()}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -242,7 +250,8 @@ def main() -> None:
     "# Ways to spend a chat model's tokens", "",
     f"{arguments.name or Path(arguments.model).stem} in float32; {platform.machine()}, "
     f"{os.cpu_count()} cores, jax {jax.__version__}; {time.process_time() / 60:.0f} minutes of "
-    f"processor time. Written by `tests/benchmarks/socratic_arms.py --model FILE.gguf {numbers}`.",
+    f"processor time beyond what journals held. Written by `tests/benchmarks/socratic_arms.py "
+    f"--model FILE.gguf {numbers}`.",
     "", *lines]) + "\n"
   sys.stdout.write(text)
   if arguments.output:

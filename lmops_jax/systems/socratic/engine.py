@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from lmops_jax.systems.socratic.calls import Calls, Said, Spent
 from lmops_jax.systems.socratic.context import ContextOverflow, Past
 from lmops_jax.systems.socratic.patterns import DECISIONS, QUESTIONS, Known, View
-from lmops_jax.systems.socratic.problems import Conclusion, Pin, Problem, Tree, normalised
+from lmops_jax.systems.socratic.problems import (
+  Conclusion,
+  Pin,
+  Problem,
+  Tree,
+  normalised,
+  with_answer,
+)
 from lmops_jax.systems.socratic.replies import Result
 from lmops_jax.systems.socratic.settings import MAX_PROBLEM_CHARS, control_character, repaired
 from lmops_jax.systems.socratic.tools import Claim
@@ -161,7 +168,8 @@ class Engine:
     for said in usable:
       if self._spare(p) < 1:
         break
-      verdict = self._critique(p, said.parsed.text, said.parsed.claims).parsed
+      verdict = self._critique(
+        p, with_answer(said.parsed.text, said.parsed.answer), said.parsed.claims).parsed
       if isinstance(verdict, Result) and verdict.word == "OK":
         return said
     return usable[0]
@@ -266,7 +274,7 @@ class Engine:
     for _ in range(self._limits.rounds):
       if self._spare(p) < 1:
         break
-      said = self._critique(p, p.conclusion.text, self._claims.get(p.id, ()))
+      said = self._critique(p, p.conclusion.shown, self._claims.get(p.id, ()))
       verdict = said.parsed
       if not isinstance(verdict, Result):
         continue
@@ -301,7 +309,7 @@ class Engine:
     return child
 
   def _refine(self, p: Problem, issue: str) -> None:
-    view = View(p.statement, pins=self.tree.pins, conclusion=p.conclusion.text, critique=issue,
+    view = View(p.statement, pins=self.tree.pins, conclusion=p.conclusion.shown, critique=issue,
                 tools=self.calls.tools)
     said = self._ask(p, "REFINE", view)
     if isinstance(said.parsed, Result):
@@ -349,7 +357,7 @@ class Engine:
   def _shown(self, label: str, p: Problem) -> Known:
     if p.conclusion is None:
       return Known(label, p.statement, f"{p.state}, no conclusion ({p.reason or 'not finished'})")
-    text = p.conclusion.text
+    text = p.conclusion.shown
     return Known(label, p.statement, p.conclusion.status, self._summaries.get(text, text))
 
   def _ask(self, p: Problem, name: str, view: View, *, past: Sequence[Past] = (), keep: int = 0,

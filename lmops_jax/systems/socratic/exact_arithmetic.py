@@ -33,9 +33,10 @@ class Arithmetic:
   """Exact numbers and rational functions; an equation with variables must hold for all of them."""
 
   name = "arithmetic"
-  form = ("CLAIM arithmetic: 3*(4+5)^2 = 243\n"
-          "with + - * / % ^ < <= > >= != and abs, floor, factorial, binomial, gcd, lcm; an "
-          "equation with variables is claimed for all of their values")
+  form = ("CLAIM arithmetic: LEFT = RIGHT\n"
+          "where LEFT and RIGHT are formulas from your own reasoning, with + - * / % ^ and abs, "
+          "floor, factorial, binomial, gcd, lcm; also with < <= > >= !=; an equation with "
+          "variables is claimed for all of their values")
 
   def __init__(self):
     try:

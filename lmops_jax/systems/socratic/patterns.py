@@ -137,8 +137,11 @@ class Template:
     return made
 
   def parse(self, text: str, view: View) -> Result | Unreadable:
-    """What a reply says."""
-    return self.read(text, view)
+    """What a reply says; lines that only repeat the form, as weak models do, say nothing."""
+    rest = replies.without_form(text, self.form(view))
+    if text.strip() and not rest.strip():
+      return Unreadable("it only repeats the form")
+    return self.read(rest, view)
 
   def choices(self, view: View) -> Sequence[str]:
     """The view's words, of a pattern that chooses."""

@@ -40,6 +40,23 @@ class Conclusion:
   turns: tuple[int, ...] = ()
   critiques: tuple[str, ...] = ()
 
+  @property
+  def shown(self) -> str:
+    """As requests show it: see `with_answer`."""
+    return with_answer(self.text, self.answer)
+
+
+def with_answer(text: str, answer: str | None) -> str:
+  """A conclusion and its short value, the first line of it, unless the text ends in that."""
+  if not answer:
+    return text
+  answer = answer.partition("\n")[0]
+  end, short = text.rstrip(" .*"), answer.rstrip(" .*")
+  before = end.removesuffix(short)[-1:]
+  if end.endswith(short) and not before.isalnum() and before not in ("-", "."):
+    return text
+  return f"{text}\nANSWER: {answer}"
+
 
 @dataclasses.dataclass
 class Problem:

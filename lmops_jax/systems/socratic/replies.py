@@ -13,6 +13,8 @@ import json
 import re
 from collections.abc import Sequence
 
+from lmops_jax.systems.socratic.problems import normalised
+
 _DECOR = r"[ \t>*_#`-]{0,8}"
 _COLON = r"[*_` \t]{0,4}:[*_` \t]{0,4}"
 _LIST_ITEM = re.compile(r"^[ \t]{0,8}(\d{1,2})[.)][ \t]+(\S.*)$", re.M)
@@ -69,6 +71,21 @@ def is_refusal(text: str) -> bool:
   return _REFUSED.match(text) is not None
 
 
+def without_form(text: str, form: str) -> str:
+  """A reply without the lines that say what a line of the form says, behind whatever marker.
+
+  Case, punctuation and Markdown are folded.
+  """
+  def plain(text: str) -> str:
+    return normalised(text).replace("*", "").replace("`", "").lstrip("-#")
+
+  def said(line: str) -> str:
+    return plain(line.rpartition(":")[2]) or plain(line)
+
+  known = {said(line) for line in form.splitlines()} - {""}
+  return "".join(line for line in text.splitlines(keepends=True) if said(line) not in known)
+
+
 def fields(text: str, names: Sequence[str]) -> dict[str, str]:
   """What stands behind each marker `NAME:`, up to the next marker; the last occurrence wins.
 
@@ -113,12 +130,18 @@ def _plain(item) -> str:
 
 
 def word_of(text: str, words: Sequence[str]) -> str | None:
-  """The one of some words that a text begins with, or the only one that it holds."""
+  """The one of some words that a text begins with, or the only one that it holds.
+
+  Those in capitals, as they were offered, go before others.
+  """
   first = re.match(r"[\W_]{0,20}([A-Za-z]+)", text)
   if first and first[1].upper() in words:
     return first[1].upper()
-  held = {word for word in words if re.search(rf"\b{word}\b", text)}
-  return held.pop() if len(held) == 1 else None
+  for flags in (0, re.I):
+    held = {word for word in words if re.search(rf"\b{word}\b", text, flags)}
+    if held:
+      return held.pop() if len(held) == 1 else None
+  return None
 
 
 _BEGINS = re.compile(

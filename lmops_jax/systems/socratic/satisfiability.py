@@ -20,8 +20,9 @@ class Satisfiability:
   """Formulas of yes and no: whether some, all or no values make one true."""
 
   name = "satisfiability"
-  form = ("CLAIM satisfiability: satisfiable: (a | b) & ~a\n"
-          "with & | ~ xor -> <-> and brackets; or unsatisfiable, or valid")
+  form = ("CLAIM satisfiability: KIND: FORMULA\n"
+          "where KIND is satisfiable, unsatisfiable or valid, and FORMULA is from your own "
+          "reasoning: names with & | ~ xor -> <-> and brackets")
 
   def __init__(self):
     try:

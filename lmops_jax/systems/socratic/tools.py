@@ -34,7 +34,7 @@ class Tool(Protocol):
 
   Attributes:
     name: as on the command line and in claims.
-    form: lines that show a model how to write a claim.
+    form: lines that tell a model how to write a claim, without an example, which it might claim.
   """
 
   name: str

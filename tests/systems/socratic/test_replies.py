@@ -6,6 +6,7 @@ import pytest
 
 from lmops_jax.systems.socratic import replies
 from lmops_jax.systems.socratic.patterns import View, default_patterns
+from lmops_jax.systems.socratic.problems import Conclusion
 from lmops_jax.systems.socratic.replies import Result, Unreadable
 
 PATTERNS = default_patterns()
@@ -30,16 +31,41 @@ def test_conclusions(text, conclusion, answer):
     assert found.fallback == ("onclusion" not in text and "CONCLUSION" not in text)
 
 
+@pytest.mark.parametrize("name, text, text_read", [
+  ("DED", "CONCLUSION: The conclusion, complete in itself\n\nANSWER: 243", "ANSWER: 243"),
+  ("REFINE", "CONCLUSION: the short value that was asked for, or none", None),
+  ("VER", "VERDICT: OK or ISSUE or CHILD k, if part k is at fault", None),
+  ("VER", "**VERDICT:** ISSUE: what is wrong, if anything.", None),
+  ("ASSESS", "DECISION: SOLVE or REPHRASE or SPLIT\nREASON: one sentence", None),
+  ("DEC", "PART 1: the first part\nPART 2: (needs 1) a part that builds on part 1", None),
+])
+def test_lines_of_the_form_say_nothing(name, text, text_read):
+  found = read(name, text)
+  assert getattr(found, "text", None) == text_read
+  assert isinstance(found, Unreadable) == (text_read is None)
+
+
+@pytest.mark.parametrize("text, answer, shown", [
+  ("the sum", "8", "the sum\nANSWER: 8"), ("3 + 5 = **8**.", "8.", "3 + 5 = **8**."),
+  ("it is 18", "8", "it is 18\nANSWER: 8"), ("it is -8", "8", "it is -8\nANSWER: 8"),
+  ("the sum", None, "the sum"), ("the sum", "8\nmore", "the sum\nANSWER: 8"),
+])
+def test_conclusions_are_shown_with_their_answer(text, answer, shown):
+  assert Conclusion(text, answer).shown == shown
+
+
 @pytest.mark.parametrize("text, word", [
   ("DECISION: split\nREASON: big", "SPLIT"), ("SOLVE", "SOLVE"),
   ("I would REPHRASE it.", "REPHRASE"),
   ("DECISION: **SOLVE**", "SOLVE"), ("SOLVE or SPLIT?", "SOLVE"),
+  ("SOLUTION: Solve.", "SOLVE"), ("To solve it, I would SPLIT it.", "SPLIT"),
 ])
 def test_decisions(text, word):
   assert read("ASSESS", text).word == word
 
 
-@pytest.mark.parametrize("text", ["", "Either to SOLVE or to SPLIT.", "perhaps", "DECISION:"])
+@pytest.mark.parametrize("text", [
+  "", "Either to SOLVE or to SPLIT.", "To solve or split?", "perhaps", "DECISION:"])
 def test_no_single_decision_is_unreadable(text):
   assert isinstance(read("ASSESS", text), Unreadable)
 

@@ -12,6 +12,7 @@ import pytest
 from lmops_jax.systems.socratic import Calls, Engine, Limits, NoLog, Rules, default_patterns, tools
 from lmops_jax.systems.socratic.formulas import Refused
 from lmops_jax.systems.socratic.journal import Journal
+from lmops_jax.systems.socratic.patterns import View
 from tests.systems.socratic.rules import cooperative
 
 pytest.importorskip("sympy")
@@ -278,7 +279,16 @@ def test_requests_show_how_to_claim(arithmetic):
   Engine("What is 2+2?", Calls(
     Rules(cooperative({"ASSESS": "DECISION: SOLVE", "DED": deduce})), NoLog(), Limits(),
     default_patterns(), tools={"arithmetic": arithmetic})).run()
-  assert "CLAIM arithmetic: 3*(4+5)^2 = 243" in asked[0] and "satisfiability" not in asked[0]
+  assert "CLAIM arithmetic: LEFT = RIGHT" in asked[0] and "satisfiability" not in asked[0]
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "satisfiability"])
+def test_a_form_repeated_is_no_claim(name):
+  ded, view = default_patterns()["DED"], View("What is 2+2?", tools=(name,))
+  echo = tools.form_of(name).partition("\n")[0]
+  found = ded.parse(f"**{echo.lower()}**\nCLAIM {name}: 1\nCONCLUSION: four", view)
+  assert [claim.text for claim in found.claims] == ["1"] and found.text == "four"
+  assert ded.parse(ded.form(view), view).reason == "it only repeats the form"
 
 
 def test_fractions_of_the_algebra_are_pythons(arithmetic):
