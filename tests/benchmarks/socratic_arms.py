@@ -1,14 +1,17 @@
 # ruff: noqa: E402  malloc is set before jax is imported
-"""Ways to spend a chat model's tokens on nested arithmetic, all through the Socratic engine.
+"""Ways to spend a chat model's tokens on arithmetic or puzzles, all through the Socratic engine.
 
     python tests/benchmarks/socratic_arms.py --model FILE.gguf --workdir DIR --output FILE.md
 
-Balanced expressions of numbers from 1 to 9 with +, - and *, in plain integers. The arms are
+Balanced expressions of numbers from 1 to 9 with +, - and *, in plain integers; or, with `--kind
+puzzles`, who of 2, 3, ... islanders always tells the truth and who always lies, by what each says
+of another or of two, where exactly one answer fits: a digit for each, so that guesses are right
+once in 4, 8, ... times. The arms are
 
 * `once`: the answer without working; `vote`: the same again and again, the most frequent counts,
 * `thought`: one reply with its working (the packaged deduction); `steps`: the same as a vote,
 * `unchecked`: the engine without verification, `checked`: with it, `tools`: with it and with exact
-  arithmetic that checks the claims of replies.
+  arithmetic, or satisfiability, that checks the claims of replies.
 
 `vote`, `steps` and `unchecked` may spend the tokens that `checked` spent on the same problem, by
 the rule of `lmops socratic`. Requests and temperature (0.7) are the packaged ones, but for the
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import os
 import platform
 import random
@@ -29,7 +33,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -78,6 +82,41 @@ def problems(levels: Sequence[int], num: int, seed: int) -> Iterator[arms.Asked]
            for level in levels for _ in range(num)]
   for number, (level, text) in enumerate(texts):
     yield arms.Asked(number, level, f"Compute {text}.", expressions.value(text))
+
+
+PEOPLE = ("Ann", "Bob", "Cid", "Dora", "Eve", "Finn")
+
+
+def puzzles(levels: Sequence[int], num: int, seed: int) -> Iterator[arms.Asked]:
+  """So many puzzles of each number of people, which is one more than the level."""
+  generator = random.Random(seed)
+  for number, level in enumerate(level for level in levels for _ in range(num)):
+    names, fitting = PEOPLE[: level + 1], []
+    while len(fitting) != 1:
+      claims = [_claim(generator, me, names) for me in names]
+      fitting = [tells for tells in itertools.product((0, 1), repeat=len(names)) if all(
+        tells[me] == is_so(dict(zip(names, tells))) for me, (_, is_so) in enumerate(claims))]
+    yield arms.Asked(number, level, "\n".join([
+      "On an island each person either always tells the truth or always lies.",
+      *(f"{me} says: {said}" for me, (said, _) in zip(names, claims)),
+      f"Answer with a digit for each of {', '.join(names)}, in this order and without spaces: 1 "
+      "for who tells the truth, 0 for who lies."]), int("".join(map(str, fitting[0]))))
+
+
+def _claim(generator, me: str, names: Sequence[str]):
+  """What one says of another or of two, and whether it is so, given who tells the truth."""
+  is_not = generator.random() < 0.5
+  if generator.random() < 0.5:
+    one = generator.choice([name for name in names if name != me])
+    said = f"{one} {'always lies' if is_not else 'always tells the truth'}."
+    return said, lambda tells: tells[one] != is_not
+  one, other = generator.sample(names, 2)
+  kinds = "of different kinds" if is_not else "of the same kind"
+  return f"{one} and {other} are {kinds}.", lambda tells: (tells[one] == tells[other]) != is_not
+
+
+KINDS = {"arithmetic": (problems, "arithmetic", study_report.operators_of),
+         "puzzles": (puzzles, "satisfiability", lambda level: f"{level + 1} people")}
 
 
 def number_of(text: str) -> str | None:
@@ -131,7 +170,7 @@ def solved(arm: str, asked: arms.Asked, before: Mapping[str, Future], url: str, 
     budget = before[arms.CHECKED].result()["tokens"]
   backend = Http(url, "model", window=WINDOW, read_seconds=READ_SECONDS)
   patterns = default_patterns(texts={"DED": AT_ONCE} if arm in (ONCE, arms.VOTE) else None)
-  tools = named_tools(["arithmetic"] if arm == TOOLS else [])
+  tools = named_tools([KINDS[arguments.kind][1]] if arm == TOOLS else [])
   nodes, counts = [], collections.Counter()
 
   def once(repeat: int) -> arms.Run:
@@ -174,7 +213,8 @@ def served(path: str, num_slots: int, most: int) -> Iterator[str]:
 
 def measured(arguments) -> study_report.Rows:
   """The rows of all arms."""
-  asked = list(problems(range(1, arguments.levels + 1), arguments.problems, arguments.seed))
+  asked = list(KINDS[arguments.kind][0](
+    range(1, arguments.levels + 1), arguments.problems, arguments.seed))
   most = len(NAMES) * len(asked)
   running: dict[str, list[Future]] = {}
   with served(arguments.model, arguments.slots, most) as url, ThreadPoolExecutor(most) as pool:
@@ -191,20 +231,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
           for row in (header, ["---"] * len(header), *rows)]
 
 
-def report(rows: study_report.Rows, rounds: int) -> list[str]:
-  """The tables."""
+def report(rows: study_report.Rows, rounds: int, name_of: Callable[[int], str]) -> list[str]:
+  """The tables, `name_of` naming their levels."""
   summary = study_report.summarised(rows, [0], rounds)
   levels = [*map(str, summary["levels"])]
-  header, *right = study_report.accuracy_rows(summary, NAMES)
-  operators = header[1:]
-  lines = ["Right answers in %, with Wilson's interval of 95 %:", "", *table(header, right), "",
+  (first, *_), *right = study_report.accuracy_rows(summary, NAMES)
+  named = [name_of(level) for level in summary["levels"]]
+  lines = ["Right answers in %, with Wilson's interval of 95 %:", "",
+           *table([first, *named], right), "",
            "Percentage points of the engine with checks above another arm, paired over problems, "
            "with the bootstrap's interval of 95 %:", "",
-           *table(["engine with checks, less", *operators, "all"], (
+           *table(["engine with checks, less", *named, "all"], (
              [NAMES[arm], *(study_report.points(of[level]) for level in (*levels, "all"))]
              for arm, of in summary["compared"].items())), "",
            "Cost, means a problem, all repeats together:", "",
-           *table(["calls / tokens / repeats", *operators], (
+           *table(["calls / tokens / repeats", *named], (
              [NAMES[arm], *(" / ".join(f"{summary[name][arm][level]:,.0f}"
                                        for name in ("calls", "tokens", "repeats"))
                             for level in levels)] for arm in summary["arms"])), "",
@@ -232,7 +273,8 @@ def main() -> None:
   add("--model", required=True, help="a model's folder or .gguf file, with a chat template")
   add("--name", help="of the model in the table (default: its family)")
   add("--workdir", type=Path, required=True, help="journals; what is answered there is not asked")
-  add("--levels", type=int, default=3, help="of the deepest expressions")
+  add("--kind", choices=KINDS, default="arithmetic", help="of problems")
+  add("--levels", type=int, default=3, help="of the deepest expressions; of puzzles, people less 1")
   add("--problems", type=int, default=5, help="of each depth")
   add("--depth", type=int, default=1, help="levels of problems below the first")
   add("--rounds", type=int, default=1, help="of verification")
@@ -243,7 +285,7 @@ def main() -> None:
   add("--seed", type=int, default=0, help="of the expressions")
   add("--output", type=Path)
   arguments = parser.parse_args()
-  lines = report(measured(arguments), arguments.rounds)
+  lines = report(measured(arguments), arguments.rounds, KINDS[arguments.kind][2])
   numbers = " ".join(f"--{name} {value}" for name, value in vars(arguments).items()
                      if isinstance(value, int))
   text = "\n".join([
@@ -251,7 +293,7 @@ def main() -> None:
     f"{arguments.name or Path(arguments.model).stem} in float32; {platform.machine()}, "
     f"{os.cpu_count()} cores, jax {jax.__version__}; {time.process_time() / 60:.0f} minutes of "
     f"processor time beyond what journals held. Written by `tests/benchmarks/socratic_arms.py "
-    f"--model FILE.gguf {numbers}`.",
+    f"--model FILE.gguf --kind {arguments.kind} {numbers}`.",
     "", *lines]) + "\n"
   sys.stdout.write(text)
   if arguments.output:
