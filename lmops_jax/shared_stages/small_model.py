@@ -139,11 +139,11 @@ class ModelChoice:
 
   @property
   def label(self) -> str:
-    """The model's name in reports; that of the folder above, if its own is just "model"."""
+    """The model's name in reports; that of its package for a folder that is just called "model"."""
     if self._source is None:
       return "a small model trained here"
     path = self._source.path
-    return path.parent.name if path.name == "model" else path.name
+    return path.parent.name if self.path is None and path.name == "model" else path.name
 
   @property
   def family(self) -> str:

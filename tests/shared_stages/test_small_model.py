@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -108,9 +109,6 @@ def test_a_path_comes_first_then_the_package_then_the_small_model(corpus, tmp_pa
   assert (by_path.label, by_path.family) == ("named", "llama")
   assert by_path.config == pretrained.load(str(folder)).config
   assert by_path.stages("model", None) == [] and by_path.opened() is by_path._source
-  (tmp_path / "package").mkdir()
-  moved = folder.rename(tmp_path / "package" / "model")
-  assert ModelChoice(str(moved), small, package=None).label == "package"
 
   trained = ModelChoice(None, small, package=None)
   assert (trained.label, trained.family) == ("a small model trained here", "small")
@@ -131,13 +129,16 @@ def test_a_path_comes_first_then_the_package_then_the_small_model(corpus, tmp_pa
 
   def load(path, **kwargs):
     loaded.append((path, kwargs))
-    return types.SimpleNamespace(config="config", path=package / "a.gguf", family="llama")
+    return types.SimpleNamespace(config="config", path=Path(path), family="llama")
 
   monkeypatch.setattr(small_model.model_lib, "load", load)
   packed = ModelChoice(None, small, package="gguf_of_a_test", dtype="bfloat16")
   assert (packed.config, packed.label) == ("config", "a.gguf")
   (path, kwargs), = loaded
   assert path.endswith("a.gguf") and kwargs["dtype"] == "bfloat16"
+  monkeypatch.setattr(small_model, "packaged", lambda _: package / "model")
+  assert ModelChoice(None, small, package="gguf_of_a_test").label == "gguf_of_a_test"
+  assert ModelChoice(str(folder), small, package=None).label == folder.name
 
 
 def test_refuses_none_at_all_and_a_path_without_a_model(corpus, tmp_path):
