@@ -5,16 +5,15 @@
 
 A selection seed decides the proxy's training, the draw of the proxy set and of the target's
 instances, the inner batches, the scorer and the selection's noise. The corpus is prepared once, and
-the final models start from the same parameters. Beside the losses the table has what two selections
-have in common (chance gives `RATIO`) and how alike their scores rank the corpus (Spearman). Seeds
-that the workdir holds already are not run again.
+the final models of a training seed start from the same parameters. Beside the losses the table has
+what two selections have in common (chance gives `RATIO`) and how alike their scores rank the corpus
+(Spearman). Seeds that the workdir holds already are not run again.
 
 Another training has the first seed's selection with one instance exchanged: what its loss differs
 by is no selection's merit, and is how far another processor's rounding could lead.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import os
@@ -32,25 +31,30 @@ from lmops_jax.mesh import meshes
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import evaluate, prepare, pretrain, scores, select
 
-STAGES = ("proxy", "solve/pds", "scorer/pds", "annotate/pds", "select/pds", "pretrain/pds/seed0")
+BINDINGS = ("METHODS=[@pds.PMP()]", "pds.Pretrain.keep_every=None")
+
+
+def _system(bindings: list[str]):
+  return resolve.load(["pds/default.gin"], [*BINDINGS, *bindings]).build()
 
 
 def run(workdir: Path, seed: int, bindings: list[str]) -> dict:
-  """Runs what another selection seed changes; the loss, the seconds, scores and chosen rows."""
+  """Runs what another selection seed changes; the losses, the seconds, scores and chosen rows."""
   kept, stages = workdir / f"selection{seed}.npz", workdir / "run"
   if not kept.is_file():
+    # From `prepare` to `evaluate`.
+    names = [stage.name for stage in _system(bindings).stages(None) if stage.name != "report"]
     code = cli.main([
-      "run", "pds/default.gin", "--workdir", str(stages), "--gin.METHODS=[@pds.PMP()]",
-      "--gin.SEEDS=[0]", f"--gin.SELECTION_SEED={seed}", "--gin.pds.Pretrain.keep_every=None",
-      f"--gin.STAGES={['prepare', *STAGES, 'evaluate']}",
-      *(f"--gin.{binding}" for binding in bindings)])
+      "run", "pds/default.gin", "--workdir", str(stages),
+      *(f"--gin.{binding}" for binding in (
+        *BINDINGS, f"SELECTION_SEED={seed}", f"STAGES={names}", *bindings))])
     if code:
       raise SystemExit(code)
     num = len(prepare.Prepared(stages / "prepare").corpus)
     shards = scores.read_shards(stages / "annotate" / "pds", num)
     np.savez(
-      kept, loss=_last_loss(stages / "evaluate"),
-      seconds=sum(load_manifest(stages / name, name)["seconds"] for name in STAGES),
+      kept, losses=_last_losses(stages / "evaluate"),
+      seconds=sum(load_manifest(stages / name, name)["seconds"] for name in names[1:-1]),
       scores=np.concatenate([values for _, values in shards]),
       chosen=np.load(stages / "select" / "pds" / select.INDICES_FILE))
   with np.load(kept) as arrays:
@@ -58,9 +62,9 @@ def run(workdir: Path, seed: int, bindings: list[str]) -> dict:
 
 
 def exchanged(workdir: Path, first: dict, bindings: list[str]) -> float:
-  """The loss behind a training with the first instance that was left out for the last chosen."""
-  system = resolve.load(["pds/default.gin"], ["SEEDS=[0]", *bindings]).build()
-  config = dataclasses.replace(system.pretrain, keep_every=None)
+  """A loss of seed 0 behind a training with the first instance left out for the last chosen."""
+  system = _system(bindings)
+  config = system.pretrain
   chosen, partitioner, inputs = first["chosen"], meshes.single_device(), {}
   left_out = np.setdiff1d(np.arange(len(first["scores"])), chosen)[:1]
 
@@ -74,27 +78,34 @@ def exchanged(workdir: Path, first: dict, bindings: list[str]) -> float:
                indices_of=lambda _: np.union1d(left_out, chosen[:-1]))
   tested = context("evaluate")
   evaluate.run(tested, system.evaluate, config, partitioner, {("pds", 0): "train"})
-  return _last_loss(tested.directory)
+  return _last_losses(tested.directory)[0]
 
 
-def _last_loss(evaluated: Path) -> float:
-  [result] = json.loads((evaluated / evaluate.FILE).read_text())
-  return result["curve"][-1][evaluate.TARGET]
+def _last_losses(evaluated: Path) -> list[float]:
+  return [result["curve"][-1][evaluate.TARGET]
+          for result in json.loads((evaluated / evaluate.FILE).read_text())]
 
 
 def table(runs: dict[int, dict], exchanged_loss: float, bindings: list[str]) -> str:
   """Losses by seed, then what the pairs have in common."""
-  losses = np.array([float(one["loss"]) for one in runs.values()])
-  first = next(iter(runs))
+  seeds, first = _system(bindings).seeds, next(iter(runs))
+  losses = np.array([[*one["losses"], one["losses"].mean()] for one in runs.values()])
+
+  def row(name, numbers, seconds=""):
+    return f"| {name} | {' | '.join(f'{number:.3f}' for number in numbers)} | {seconds} |"
+
   lines = [
     "# Chance in PDS's selection", "",
-    f"`gin/pds/default.gin`{''.join(', ' + one for one in bindings)}, final models of seed 0. "
+    f"`gin/pds/default.gin`{''.join(', ' + one for one in bindings)}; target test loss by "
+    "selection seed and training seed. "
     f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}.", "",
-    "| selection seed | target test loss | seconds behind `prepare` |", "|---:|---:|---:|",
-    *(f"| {seed} | {float(one['loss']):.3f} | {float(one['seconds']):.0f} |"
-      for seed, one in runs.items()),
-    f"| {first}, one instance exchanged | {exchanged_loss:.3f} | |",
-    f"| mean | {losses.mean():.3f} | |", f"| standard deviation | {losses.std(ddof=1):.3f} | |",
+    f"| selection seed | {' | '.join(f'training seed {seed}' for seed in seeds)} | mean "
+    "| seconds behind `prepare` |", "|---:" * (len(seeds) + 3) + "|",
+    *(row(seed, numbers, f"{float(one['seconds']):.0f}")
+      for (seed, one), numbers in zip(runs.items(), losses, strict=True)),
+    row("mean", losses.mean(0)), row("standard deviation", losses.std(0, ddof=1)),
+    "", f"With one instance of seed {first}'s selection exchanged, training seed 0 reaches "
+    f"{exchanged_loss:.3f}.",
     "", "| seeds | selected by both | Spearman of the scores |", "|---|---:|---:|"]
   for (a, one), (b, other) in itertools.combinations(runs.items(), 2):
     share = len(np.intersect1d(one["chosen"], other["chosen"])) / len(one["chosen"])

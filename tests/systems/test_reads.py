@@ -58,13 +58,13 @@ def _behind(identities, names):
 @pytest.mark.parametrize("file, binding, readers", [
   ("pds/smoke.gin", "pds.Prepare.sentence_ends = True", "prepare"),
   ("pds/smoke.gin", "data.InstalledText.min_bytes = 77", "prepare"),
-  ("pds/smoke.gin", "pds.Pipeline.proxy_seed = 5", "proxy"),
-  ("pds/smoke.gin", "proxy/pds.Pretrain.checkpoint_every = 7", "proxy"),
+  ("pds/smoke.gin", "pds.Pipeline.proxy_seed = 5", "proxy.*"),
+  ("pds/smoke.gin", "proxy/pds.Pretrain.checkpoint_every = 7", "proxy.*"),
   ("pds/smoke.gin", "PROXIES = 40", "solve/.*"),
   ("pds/smoke.gin", "pds.PMP.micro_batch_size = 33", "solve/pds"),
   ("pds/smoke.gin", "pds.Scorer.shard_size = 100", "scorer/.*|annotate/.*"),
   ("pds/smoke.gin", "pds.Select.seed = 3", "select/.*"),
-  ("pds/smoke.gin", "pds.Pretrain.loss_chunk = 8", "proxy|pretrain/.*"),
+  ("pds/smoke.gin", "pds.Pretrain.loss_chunk = 8", "proxy.*|pretrain/.*"),
   ("pds/smoke.gin", "pds.Evaluate.max_held_out = 5", "evaluate"),
   ("pds/smoke.gin", "pds.Report.num_examples = 2", "report"),
   ("learning_law/default.gin", "learning_law.Perceptron.dim = 64", "data/.*"),
@@ -116,7 +116,7 @@ def test_a_changed_binding_reaches_its_readers_and_what_lies_behind(file, bindin
 
 
 @pytest.mark.parametrize("file, free", [
-  ("pds/smoke.gin", {"engine", "seeds", "proxy_seed"}),
+  ("pds/smoke.gin", {"engine", "seeds", "proxy_seed", "proxy_runs"}),
   ("learning_law/default.gin", {"seeds"}),
   ("meta_optimizer/default.gin", {"seeds"}),
   ("meta_optimizer/momentum.gin", {"seeds"}),

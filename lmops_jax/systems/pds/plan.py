@@ -15,7 +15,7 @@ from lmops_jax.models import heads
 from lmops_jax.sizing import flops, solve_cost, solve_plan, solve_programs
 from lmops_jax.sizing.budget import Memory, Phase, device_bytes
 from lmops_jax.sizing.training import count_params, training_phase, transformer_bytes
-from lmops_jax.systems.pds import programs, scorer
+from lmops_jax.systems.pds import pretrain, programs, scorer
 from lmops_jax.systems.pds.programs import Sizes
 from lmops_jax.training import language_models
 
@@ -36,11 +36,12 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
   """
   length = pipeline.prepare.length
   size_of = functools.partial(programs.vocabulary_size, vocabulary=pipeline.prepare.vocabulary)
-  found = [_training("proxy", pipeline.proxy, size_of(pipeline.proxy.model), length, partitioner,
-                     platform)]
+  found = [
+    _training(pretrain.proxy_stage(run), pipeline.proxy, size_of(pipeline.proxy.model), length,
+              partitioner, platform) for run in range(pipeline.proxy_runs)]
   for method in pipeline.solves:
     found += _solve(method, pipeline.proxy, pipeline.proxy_set, size_of(pipeline.proxy.model),
-                    length, partitioner, memory, sizes, platform)
+                    length, partitioner, memory, sizes, platform, pipeline.proxy_runs)
   if pipeline.proxy_methods or pipeline.scorer_methods:
     fit, annotate = _scorer(
       pipeline, size_of(pipeline.scorer.trunk(pipeline.proxy)), length, partitioner, sizes,
@@ -172,7 +173,7 @@ def planned_trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | 
 
 
 def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, sizes,
-           platform) -> list[Phase]:
+           platform, runs) -> list[Phase]:
   num_target = method.target_instances(sizes.num_target)
   parts = solve_parts(method, proxy, proxy_set, vocab_size, length, partitioner, num_target,
                       platform)
@@ -190,7 +191,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   per_row = length * flops.forward_flops_per_token(model.config, length)
   forward_flops = 3 * method.num_steps * method.batch_size * per_row
   step_flops = passes.batch * method.batch_size * per_row - forward_flops
-  solves = method.num_solves
+  solves = runs * method.num_solves
   forward = {k: held[k] for k in ("params", "opt_state", "given", "data")}
   inner = method.inner_rows(partitioner)
   micro = inner is not None
@@ -207,7 +208,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   name, total = method.name, solves * method.num_steps
   remedies = programs.solve_remedies(method, proxy, partitioner)
   refusal = _host_excess(method, parts, memory)
-  starts = len(method.checkpoints or (1,))
+  starts = runs * len(method.checkpoints or (1,))
   from_points = f"from {starts} checkpoints" if starts > 1 else "from one checkpoint"
   if solves > starts:
     from_points = f"{solves // starts} times {from_points}"

@@ -63,6 +63,11 @@ class Pretrain(LanguageTraining):
     return sorted({*every, *self.keep_steps, self.num_steps})
 
 
+def proxy_stage(run: int) -> str:
+  """The stage of the proxy's training number `run`, from 0."""
+  return f"proxy_{run + 1}" if run else "proxy"
+
+
 def check_vocabulary(init, vocabulary, name: str) -> None:
   """Raises ValueError if a published model would read ids of another vocabulary."""
   if vocabulary.fingerprint() != init.tokenizer().fingerprint:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from lmops_jax.config.setting_types import NonEmpty, Seed, Seeds, component
+from lmops_jax.config.setting_types import NonEmpty, PositiveInt, Seed, Seeds, component
 from lmops_jax.data.distributed.engine import Engine
 from lmops_jax.mesh import meshes
 from lmops_jax.models import attention
@@ -42,6 +42,9 @@ class Pipeline:
     methods: the ways to score, `[@pds.PMP(), @pds.Random(), ...]`, each with a name of its own.
     seeds: a seed for each of a method's final pre-training runs.
     proxy_seed: seed of the proxy's initialisation and data order.
+    proxy_runs: trainings of the proxy, R, with the seeds `R proxy_seed .. R proxy_seed + R - 1`.
+      Scores of the proxy set are averaged over them, which lowers what of a selection is chance;
+      the scorer and methods that train or read a proxy otherwise take the first.
     engine: `beam.Engine`, which spreads preparing, annotating, selecting and exporting over
       workers; None does all in this process. Results are the same, so a finished stage stays
       finished when the engine changes.
@@ -59,6 +62,7 @@ class Pipeline:
   report: report.Report
   seeds: Seeds = (0, 1)
   proxy_seed: Seed = 0
+  proxy_runs: PositiveInt = 1
   engine: Engine | None = None
 
   name = "pds"
@@ -134,14 +138,15 @@ class Pipeline:
         "prepare", self._stage(prepare.run, distributed.run_prepare, config=self.prepare),
         reads=("prepare",), together=False,
       ),
-      skeleton.Stage(
-        "proxy",
-        functools.partial(self._train_proxy, partitioner=partitioner, seed=self.proxy_seed),
-        inputs=("prepare",),
-        reads=("proxy",), seed=self.proxy_seed,
-        checks=("methods", "proxy_set", "scorer", "select", "pretrain"),
-      ),
     ]
+    proxies = tuple(map(pretrain.proxy_stage, range(self.proxy_runs)))
+    for run, name in enumerate(proxies):
+      seed = self.proxy_runs * self.proxy_seed + run
+      stages.append(skeleton.Stage(
+        name, functools.partial(self._train_proxy, partitioner=partitioner, seed=seed),
+        inputs=("prepare",), reads=("proxy",), seed=seed,
+        checks=("methods", "proxy_set", "scorer", "select", "pretrain"),
+      ))
     runs: dict[tuple[str, int], str] = {}
     for i, method in enumerate(self.methods):
       own = f"methods[{i}]"
@@ -152,7 +157,7 @@ class Pipeline:
         stages += [
           skeleton.Stage(
             solve, functools.partial(self._solve, method=method, partitioner=partitioner),
-            inputs=("prepare", "proxy"), reads=(own, "proxy_set"),
+            inputs=("prepare", *proxies), reads=(own, "proxy_set"),
           ),
           skeleton.Stage(
             fit,
@@ -283,10 +288,10 @@ class Pipeline:
       )
     pretrain.run(context, config=self.proxy, partitioner=partitioner, seed=seed)
 
-  def _bench(self, context, partitioner) -> methods.Bench:
+  def _bench(self, context, partitioner, proxy_run: int = 0) -> methods.Bench:
     return methods.Bench(
-      context, prepare.Prepared(context.input("prepare")), self.proxy, self.proxy_set, partitioner
-    )
+      context, prepare.Prepared(context.input("prepare")), self.proxy, self.proxy_set, partitioner,
+      proxy_run)
 
   def _gradient_bench(self, context, method, partitioner) -> methods.Bench:
     """The bench of a method of gradients, which is told if there is less data than it asks for."""
@@ -302,15 +307,17 @@ class Pipeline:
     bench = self._gradient_bench(context, method, partitioner)
     if isinstance(method, methods.SolvingMethod):
       method = method.decided(bench)
-    values = np.atleast_2d(method.score_proxies(bench))
-    ids = bench.proxies["example_id"]
-    if values.shape[1] != len(ids):
-      raise ValueError(
-        f"method {method.name!r} gave {values.shape[1]} scores for {len(ids)} proxies; "
-        "score_proxies must return one a proxy, [M] or [C,M]."
-      )
+    ids, values = bench.proxies["example_id"], []
+    for run in range(self.proxy_runs):
+      rows = np.atleast_2d(method.score_proxies(dataclasses.replace(bench, proxy_run=run)))
+      if rows.shape[1] != len(ids):
+        raise ValueError(
+          f"method {method.name!r} gave {rows.shape[1]} scores for {len(ids)} proxies; "
+          "score_proxies must return one a proxy, [M] or [C,M]."
+        )
+      values.append(rows)
     if context.writes:
-      proxy_scores = scores.ProxyScores(bench.proxy_indices, ids, values)
+      proxy_scores = scores.ProxyScores(bench.proxy_indices, ids, np.concatenate(values))
       scores.save_proxy_scores(context.directory, proxy_scores)
       shutil.rmtree(context.directory / methods.UNFINISHED, ignore_errors=True)
 

@@ -16,9 +16,9 @@ from lmops_jax.data import load_vocabulary
 from tests import several_processes
 
 STAGES = [
-  "prepare", "proxy", "solve/pds", "scorer/pds", "annotate/pds", "select/pds", "pretrain/pds/seed0",
-  "pretrain/pds/seed1", "annotate/random", "select/random", "pretrain/random/seed0",
-  "pretrain/random/seed1", "evaluate", "report",
+  "prepare", "proxy", "proxy_2", "solve/pds", "scorer/pds", "annotate/pds", "select/pds",
+  "pretrain/pds/seed0", "pretrain/pds/seed1", "annotate/random", "select/random",
+  "pretrain/random/seed0", "pretrain/random/seed1", "evaluate", "report",
 ]
 
 
@@ -207,7 +207,22 @@ def _job(workdir, *bindings):
   return ["-m", "lmops_jax.cli", "run", "pds/smoke.gin", "--workdir", workdir, *bindings]
 
 
-UNTIL_SOLVED = '--gin.STAGES=["prepare", "proxy", "solve"]'
+UNTIL_SOLVED = '--gin.STAGES=["prepare", "proxy", "proxy_2", "solve"]'
+
+
+@pytest.mark.slow
+def test_proxies_are_scored_from_each_run_of_the_proxy(tmp_path):
+  found = []
+  for name, seed, stages in (("both", 1, ["proxy", "proxy_2"]), ("second", 3, ["proxy"])):
+    code, printed = smoke(
+      tmp_path / name, f"--gin.pds.Pipeline.proxy_seed={seed}", f"--gin.PROXY_RUNS={len(stages)}",
+      "--gin.TARGET_INSTANCES=None", f"--gin.STAGES={['prepare', *stages, 'solve']}")
+    assert code == 0, printed
+    found.append(np.load(tmp_path / name / "solve" / "pds" / "proxy_scores.npz")["scores"])
+  both, second = found
+  assert both.shape == (4, 128) and second.shape == (2, 128)
+  np.testing.assert_array_equal(both[2:], second)
+  assert all(np.corrcoef(a, b)[0, 1] < 0.999 for a, b in zip(both[:2], second))
 
 
 @pytest.mark.slow
@@ -225,7 +240,7 @@ def test_processes_select_the_same(finished, tmp_path, num_processes, devices):
 def test_a_solve_that_lost_a_process_goes_on_on_another_mesh(finished, tmp_path, number, codes):
   workdir = tmp_path / "run"
   processes = several_processes.start(_job(workdir, UNTIL_SOLVED), 2, devices=2)
-  saved = workdir / "solve" / "pds.partial" / "unfinished" / "10" / "2"
+  saved = workdir / "solve" / "pds.partial" / "unfinished" / "proxy" / "10" / "2"
   while not saved.exists() and processes[1].poll() is None:
     time.sleep(0.002)
   processes[1].send_signal(number)

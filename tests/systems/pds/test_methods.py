@@ -106,6 +106,18 @@ def test_the_target_loss_is_the_exact_mean_whatever_the_mesh_divides(tmp_path, m
   assert target_loss.batch_size % 8 == 0
 
 
+def test_runs_of_the_proxy_take_target_instances_one_after_another(tmp_path):
+  bench = _bench(tmp_path, num_target=33, num_proxies=20)
+  runs = [dataclasses.replace(bench, proxy_run=run) for run in range(3)]
+  assert [run.proxy_stage for run in runs] == ["proxy", "proxy_2", "proxy_3"]
+  taken = [set(run.target_batch(16)["example_id"].tolist()) for run in runs]
+  assert [len(ids) for ids in taken] == [16] * 3 and not taken[0] & taken[1]
+  assert set(bench.prepared.target_dev.ids.tolist()) - taken[0] - taken[1] < taken[2]
+  assert runs[2].target_batch(None).keys() == bench.target_batch(None).keys()
+  np.testing.assert_array_equal(
+    runs[2].target_batch(None)["example_id"], bench.target_batch(None)["example_id"])
+
+
 @pytest.mark.slow
 def test_scores_do_not_depend_on_whether_the_mesh_divides_the_rows(tmp_path):
   """33 target instances and 21 proxies on 8 devices and on one; the norms are kept and logged."""

@@ -26,13 +26,19 @@ DIVISORS = ("gradient_norm", "sqrt_length")
 
 @dataclasses.dataclass
 class Bench:
-  """What a method works with: the opened inputs of its stage, and the proxy language model."""
+  """What a method works with: the opened inputs of its stage, and the proxy language model.
+
+  Attributes:
+    proxy_run: which of the proxy's trainings the parameters are from. A method that scores proxies
+      is called with a bench for each.
+  """
 
   context: pipeline.StageContext
   prepared: prepare.Prepared
   proxy: pretrain.Pretrain
   proxy_set: ProxySet
   partitioner: meshes.Partitioner
+  proxy_run: int = 0
 
   @functools.cached_property
   def corpus(self):
@@ -86,8 +92,13 @@ class Bench:
         f"(kept: {self.proxy.kept_steps()})."
       )
     return language_models.load_params(
-      self.context.input("proxy"), step, self.model, self.partitioner
+      self.context.input(self.proxy_stage), step, self.model, self.partitioner
     )
+
+  @property
+  def proxy_stage(self) -> str:
+    """The stage that trained the proxy."""
+    return pretrain.proxy_stage(self.proxy_run)
 
   @functools.cached_property
   def _jitted_losses(self):
@@ -100,11 +111,14 @@ class Bench:
     )
 
   def target_batch(self, num: int | None) -> dict[str, np.ndarray]:
-    """`num` random instances of the target's dev part, the same for every method (None: all)."""
+    """`num` random instances of the target's dev part, the same for every method (None: all).
+
+    Runs of the proxy take one `num` after the other, from the beginning again behind the last.
+    """
     target = self.prepared.target_dev
     num = len(target) if num is None else num
     order = np.random.default_rng(self.proxy_set.seed).permutation(len(target))
-    batch = target.batch(np.sort(order[:num]))
+    batch = target.batch(np.sort(np.roll(order, -self.proxy_run * num)[:num]))
     self.example_losses.check_batch(batch)
     return batch
 

@@ -193,7 +193,8 @@ class PMP:
           f"{self.name}@{step}: target loss {norms['target_losses'][-1][-1]:.4f} after run "
           f"{epoch + 1} of {self.outer.epochs}; {np.count_nonzero(gamma == 0)} proxies now weigh 0")
       rows.append(num_proxies * gamma)
-    bench.context.extra.update(norms)
+    for name, found in norms.items():
+      bench.context.extra.setdefault(name, []).extend(found)
     passes = solve_cost.solve_passes(
       self.optimizer, params, self.num_steps, options, in_segments=True
     )
@@ -230,8 +231,9 @@ class PMP:
   def _solve(self, bench: Bench, params, batches, weights, place: str, *, proxies, target_loss,
              options: control.SolveOptions) -> control.PmpResult:
     """One solve, checked and on the host; `place` names its folder and its progress."""
-    num_segments, title = -(-self.num_steps // options.segment_steps), f"{self.name}@{place}"
-    directory = bench.context.directory / UNFINISHED / place
+    num_segments = -(-self.num_steps // options.segment_steps)
+    title = f"{self.name}@{place}" + (f" of {bench.proxy_stage}" if bench.proxy_run else "")
+    directory = bench.context.directory / UNFINISHED / bench.proxy_stage / place
     with (
       contextlib.closing(checkpoints.CheckpointStore(
         directory, max_to_keep=2, keep_steps=range(1, num_segments), chained=True)) as store,

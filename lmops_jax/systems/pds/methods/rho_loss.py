@@ -56,7 +56,7 @@ class RhoLoss:
     after = language_training.fit(
       bench.model, bench.example_losses, config,
       language_models.batch_source(target, indices, size, self.data_seed), bench.partitioner,
-      directory=bench.context.directory / "fine_tuning", seed=self.data_seed,
+      directory=bench.context.directory / "fine_tuning" / bench.proxy_stage, seed=self.data_seed,
       initial_params=bench.proxy_params(), description=f"{self.name} fine-tuning",
     )
     before = bench.losses_of(bench.proxy_params(), bench.proxies, self.micro_batch_size)
