@@ -22,9 +22,9 @@ def platform_in_use() -> str:
 
 
 def on_one_cpu() -> bool:
-  """Whether this program is for one CPU device, so that a loop serialises nothing."""
+  """Whether a CPU device runs this alone, also in a `shard_map`: a loop then serialises nothing."""
   mesh = jax.sharding.get_abstract_mesh()
-  return platform_in_use() == "cpu" and (mesh.empty or mesh.size == 1)
+  return platform_in_use() == "cpu" and math.prod(mesh.shape[a] for a in free_axes()) == 1
 
 
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:

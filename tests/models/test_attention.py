@@ -95,16 +95,24 @@ def test_chunked_equals_xla_for_each_head_and_row(pattern, with_bias):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("platform, num_devices, loops", [
-  ("cpu", 1, True), ("cpu", 2, False), ("gpu", 1, False)])
-def test_heads_take_turns_on_one_cpu_alone(platform, num_devices, loops):
+@pytest.mark.parametrize("platform, num_devices, own_rows, loops", [
+  ("cpu", 1, False, True), ("cpu", 2, False, False), ("cpu", 2, True, True),
+  ("gpu", 1, False, False)])
+def test_heads_take_turns_where_one_cpu_runs_alone(platform, num_devices, own_rows, loops):
+  """A device of several does so if it has rows of its own, in a `shard_map`."""
   device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
   mesh = AbstractMesh(
     (num_devices,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
   q = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.float32)
+  attend = lambda q: self_attention(q, q, q, kind="chunked", chunk=8)  # noqa: E731
+  if own_rows:
+    attend = jax.shard_map(attend, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
   with jax.sharding.use_abstract_mesh(mesh):
-    trace = jax.make_jaxpr(lambda q: self_attention(q, q, q, kind="chunked", chunk=8))(q)
-  assert any(eqn.primitive.name == "scan" for eqn in trace.jaxpr.eqns) == loops
+    trace = jax.make_jaxpr(attend)(q)
+  equations = trace.jaxpr.eqns
+  if own_rows:
+    equations = equations[0].params["jaxpr"].eqns
+  assert any(eqn.primitive.name == "scan" for eqn in equations) == loops
 
 
 def test_hessian_product_equals_finite_differences_in_float64():
