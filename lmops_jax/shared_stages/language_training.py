@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import optax
@@ -14,10 +14,11 @@ from lmops_jax.config.setting_types import PositiveInt
 from lmops_jax.data.instances import Instances
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.sizing import flops
+from lmops_jax.sizing import budget, flops, recomputation
+from lmops_jax.sizing.training import language_training_phase
 from lmops_jax.stages import pipeline
 from lmops_jax.training import loop, losses
-from lmops_jax.training.language_models import batch_source, language_model, selection_source
+from lmops_jax.training.language_models import batch_source, selection_source
 from lmops_jax.training.learner import Learner, supervised
 
 
@@ -33,6 +34,9 @@ class LanguageTraining:
     accumulate: micro-batches of a step; fewer if the mesh has more shards than a micro-batch rows.
     checkpoint_every: steps between two checkpoints to resume from; None: only at the end.
     loss_chunk: sequence positions whose logits exist at a time; None leaves the default.
+    remat: "auto": the backward pass keeps as much as fits into a device's memory ("none", "dots" or
+      "full", see `sizing.recomputation`), whatever `model.remat` says; None leaves it to that. A
+      larger `accumulate` makes more fit. Results are the same up to rounding.
 
   Raises:
     ValueError: for a batch that does not split.
@@ -47,6 +51,7 @@ class LanguageTraining:
   accumulate: PositiveInt = 1
   checkpoint_every: PositiveInt | None = 100
   loss_chunk: PositiveInt | None = None
+  remat: Literal[recomputation.AUTO] | None = None
 
   def __post_init__(self):
     if self.batch_size % self.accumulate:
@@ -100,7 +105,8 @@ def train(
     The model's configuration, with its vocabulary.
 
   Raises:
-    ValueError: for fewer instances than a batch has.
+    ValueError: for fewer instances than a batch has, or if `config.remat` is "auto" and nothing
+      tells how much memory a device has.
   """
   num = len(instances) if indices is None else len(indices)
   if num < config.batch_size:
@@ -108,7 +114,7 @@ def train(
       f"{context.name} has {num} instances, fewer than one batch of "
       f"{config.setting}.batch_size={config.batch_size}; give more text or make the batch smaller."
     )
-  model = language_model(config.model, instances.vocab_size, instances.length)
+  model = _model(context, config, instances, partitioner)
   if indices is None or not shuffle:
     source = batch_source(instances, indices, config.batch_size, seed, shuffle)
   else:
@@ -124,3 +130,18 @@ def train(
   context.extra.update(
     num_steps=config.num_steps, num_tokens=num_tokens, epochs=num_examples / num)
   return model.config
+
+
+def _model(context, config: LanguageTraining, instances, partitioner: Partitioner):
+  """The model to train; if its `remat` is chosen by the devices' memory, a line tells of it."""
+  is_chosen, platform = config.remat == recomputation.AUTO, partitioner.platform
+  memory = budget.memory_of_mesh(partitioner) if is_chosen else budget.Memory()
+  model = recomputation.training_model(
+    config, instances.vocab_size, instances.length, partitioner, memory, platform)
+  if is_chosen:
+    phase = language_training_phase(
+      context.name, config, model, instances.length, partitioner, platform)
+    context.log(
+      f"{phase.name}: {phase.note}, about {phase.total_bytes / 2**20:,.1f} of "
+      f"{memory.device_bytes / 2**20:,.1f} MiB a device")
+  return model

@@ -8,6 +8,7 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lmops_jax.config.refusals import ConfigError
 
@@ -77,6 +78,26 @@ def memory_of(device: jax.Device, device_bytes: float | None = None) -> Memory:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     host = free / 2 / jax.local_device_count()  # the other half is for everything else
   return Memory(stats.get("bytes_limit", device_bytes), host)
+
+
+def memory_of_mesh(partitioner, device_bytes: float | None = None) -> Memory:
+  """What each device of a mesh has at least, the same in all of its processes, which all call it.
+
+  What is decided by it is part of the program that they run together.
+
+  Args:
+    device_bytes: as for `memory_of`.
+  """
+  mesh = partitioner.mesh
+  own = memory_of(mesh.local_devices[0], device_bytes)
+  if not mesh.is_multi_process:
+    return own
+  from jax.experimental import multihost_utils
+  unknown = math.nan  # the least of several numbers is then unknown too
+  found = multihost_utils.process_allgather(np.asarray(
+    [unknown if own.device_bytes is None else own.device_bytes, own.host_bytes], np.float32))
+  device, host = np.min(found, axis=0).tolist()
+  return Memory(None if math.isnan(device) else device, host)
 
 
 def device_bytes(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a training takes, as a `Phase`, from the shapes of its state."""
+"""What a training takes, as a `Phase`, from the shapes of its state; nothing is allocated."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import jax
 
+from lmops_jax.control.dynamics import State, init_state
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models.config import TransformerConfig
-from lmops_jax.sizing import activations
-from lmops_jax.sizing.budget import Phase, device_bytes
+from lmops_jax.sizing import activations, flops
+from lmops_jax.sizing.budget import Phase, check_splits, device_bytes
+from lmops_jax.training import loop
+
+_BATCH_ITEM_BYTES = 12  # tokens, targets and loss_mask, four bytes a position each
 
 
 def training_phase(
@@ -38,6 +42,71 @@ def training_phase(
     "activations": kept}
   return Phase(
     name, count_params(state.params), num_steps * step_flops, num_steps, parts, note, remedies)
+
+
+def language_training_phase(
+  name: str, config: Any, model: Any, length: int, partitioner: Partitioner, platform: str,
+  remedies: tuple[str, ...] = (),
+) -> Phase:
+  """A `shared_stages.language_training.LanguageTraining`.
+
+  Args:
+    model: the `Transformer` that is trained, see `recomputation.training_model`.
+    length: S.
+    platform: the devices' kind: "cpu", "gpu" or "tpu".
+
+  Raises:
+    ConfigError: if the mesh does not divide the batch.
+  """
+  rows = config.batch_size
+  check_splits(rows, "instances of a batch", partitioner, f"{config.setting}.batch_size")
+  state = abstract_train_state(model, config.optimizer, partitioner)
+  of_one = partitioner.micro_batch_size(rows, rows // config.accumulate)
+  num_parts = rows // of_one
+  gathered = (2 + (num_parts > 1)) * gathered_bytes(state.params, partitioner)
+  return training_phase(
+    name, state, 3 * rows * length * flops.forward_flops_per_token(model.config, length),
+    config.num_steps, data=batch_bytes(rows, length, partitioner), kept=transformer_bytes(
+      model.config, of_one, length, partitioner, platform, loss_chunk=config.loss_chunk),
+    accumulate=num_parts, held={"gathered": gathered}, remedies=remedies,
+    note=f"{rows} x {length} in {num_parts} micro-batches, remat {model.config.remat!r}")
+
+
+def batch_bytes(rows: int, length: int, partitioner: Partitioner) -> float:
+  """Bytes on one device of rows of text."""
+  return _BATCH_ITEM_BYTES * rows * length / partitioner.num_batch_shards
+
+
+def abstract_train_state(model: Any, optimizer: Any, partitioner: Partitioner) -> State:
+  """The placed shapes of a language model's training state."""
+  return abstract_state_of(loop.initializer(model), optimizer, partitioner)
+
+
+def abstract_state_of(init_params: Any, optimizer: Any, partitioner: Partitioner) -> State:
+  """The placed shapes of a state that starts from `init_params(key)`."""
+  boxed = jax.eval_shape(
+    lambda key: init_state(optimizer.init, optimizer.update, init_params(key)), abstract_key())
+  return partitioner.placed_shapes(boxed)
+
+
+def abstract_key() -> jax.ShapeDtypeStruct:
+  """The shape of a key."""
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def gathered_bytes(params: Any, partitioner: Partitioner) -> int:
+  """Bytes of the parameters that every device holds whole for a step; 0 if they are not split."""
+  rows = partitioner.device_rows
+  if rows is None or not partitioner.splits_params:
+    return 0
+
+  def leaf(x):
+    others = [a for axes in x.sharding.spec for a in (axes if isinstance(axes, tuple) else (axes,))
+              if a is not None and a not in rows.axes]
+    return math.prod(x.shape) * x.dtype.itemsize // math.prod(
+      partitioner.mesh.shape[a] for a in others)
+
+  return sum(map(leaf, jax.tree.leaves(params)))
 
 
 def count_params(params: Any) -> int:

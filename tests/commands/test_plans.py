@@ -65,7 +65,7 @@ def test_plan_on_this_machine_knows_no_memory(lmops):
   (["plan", "gin/pds/paper_1.7b.gin", "--topology", "v5p:1x1x1"],
    "raise control.SolveOptions.segment_steps"),
   (["plan", "gin/pds/paper.gin"], "--gin.models.TransformerConfig.vocab_size=32000"),
-  (["plan", "pds", "--topology", "v5e:16x16"], "does not split over the mesh's 256 data shards"),
+  (["plan", "pds", "--topology", "v5e:16x16"], "do not split over the mesh's 256 data shards"),
   (["aot", "pds"], "--topology"),
   (["plan", "--topology", "v5e:2x2"], "was given no gin file"),
   (["aot", "--topology", "h100:8", "pds"], "lmops plan knows GPUs"),

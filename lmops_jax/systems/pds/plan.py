@@ -12,16 +12,28 @@ from typing import Any, NamedTuple
 
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models import heads
-from lmops_jax.sizing import flops, solve_cost, solve_plan, solve_programs
+from lmops_jax.sizing import (
+  activations,
+  flops,
+  recomputation,
+  solve_cost,
+  solve_plan,
+  solve_programs,
+)
 from lmops_jax.sizing.budget import Memory, Phase, device_bytes
-from lmops_jax.sizing.training import count_params, training_phase, transformer_bytes
+from lmops_jax.sizing.training import (
+  abstract_state_of,
+  abstract_train_state,
+  batch_bytes,
+  count_params,
+  gathered_bytes,
+  language_training_phase,
+  training_phase,
+  transformer_bytes,
+)
 from lmops_jax.systems.pds import pretrain, programs, scorer
 from lmops_jax.systems.pds.programs import Sizes
 from lmops_jax.training import language_models
-
-# Compiled, activations take up to this share more than estimated (tests/benchmarks/results/aot.md).
-_ACTIVATIONS_MARGIN = 0.5
-_BATCH_ITEM_BYTES = 12  # tokens, targets and loss_mask, four bytes a position each
 
 
 def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes,
@@ -30,7 +42,7 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
 
   Args:
     partitioner: a real or planned mesh (`MeshConfig.plan`).
-    memory: that of a device, for `trajectory="auto"`.
+    memory: that of a device, for `trajectory="auto"` and `remat="auto"`.
     sizes: what only the data tell.
     platform: the devices' kind: "cpu", "gpu" or "tpu".
   """
@@ -38,7 +50,7 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
   size_of = functools.partial(programs.vocabulary_size, vocabulary=pipeline.prepare.vocabulary)
   found = [
     _training(pretrain.proxy_stage(run), pipeline.proxy, size_of(pipeline.proxy.model), length,
-              partitioner, platform) for run in range(pipeline.proxy_runs)]
+              partitioner, memory, platform) for run in range(pipeline.proxy_runs)]
   for method in pipeline.solves:
     found += _solve(method, pipeline.proxy, pipeline.proxy_set, size_of(pipeline.proxy.model),
                     length, partitioner, memory, sizes, platform, pipeline.proxy_runs)
@@ -48,29 +60,16 @@ def phases(pipeline: Any, partitioner: Partitioner, memory: Memory, sizes: Sizes
       platform)
     found += [fit, annotate] if pipeline.proxy_methods else [annotate]
   found.append(_training("pretrain", pipeline.pretrain, size_of(pipeline.pretrain.model), length,
-                         partitioner, platform))
+                         partitioner, memory, platform))
   return found
 
 
-def _training(name, config, vocab_size, length, partitioner, platform) -> Phase:
-  model = language_models.language_model(config.model, vocab_size, length)
-  state = programs.abstract_train_state(model, config.optimizer, partitioner)
-  programs.abstract_batch(partitioner, config.batch_size, length)  # checks that it splits
-  per_token = flops.forward_flops_per_token(model.config, length)
-  rows = partitioner.micro_batch_size(config.batch_size, config.batch_size // config.accumulate)
-  num_parts = config.batch_size // rows
-  gathered = (2 + (num_parts > 1)) * programs.gathered_bytes(state.params, partitioner)
-  return training_phase(
-    name, state, 3 * config.batch_size * length * per_token, config.num_steps,
-    data=_data_bytes(config.batch_size, length, partitioner), kept=transformer_bytes(
-      model.config, rows, length, partitioner, platform, loss_chunk=config.loss_chunk),
-    accumulate=num_parts, held={"gathered": gathered},
-    note=f"{config.batch_size} x {length} in {num_parts} micro-batches",
-    remedies=programs.training_remedies(config, partitioner))
-
-
-def _data_bytes(rows: int, length: int, partitioner: Partitioner) -> float:
-  return _BATCH_ITEM_BYTES * rows * length / partitioner.num_batch_shards
+def _training(name, config, vocab_size, length, partitioner, memory, platform) -> Phase:
+  model = recomputation.training_model(
+    config, vocab_size, length, partitioner, memory, platform)
+  return language_training_phase(
+    name, config, model, length, partitioner, platform,
+    programs.training_remedies(config, model.config, partitioner))
 
 
 class SolveParts(NamedTuple):
@@ -95,14 +94,14 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
                 partitioner: Partitioner, num_target: int, platform: str) -> SolveParts:
   """The bytes of the solve's parts, by arithmetic."""
   model = language_models.language_model(proxy.model, vocab_size, length)
-  params = programs.abstract_train_state(model, proxy.optimizer, partitioner).params
+  params = abstract_train_state(model, proxy.optimizer, partitioner).params
   state = solve_programs.abstract_state(method.optimizer, params)
   programs.abstract_batch(partitioner, method.batch_size, length)  # checks that it splits
   inner = method.inner_rows(partitioner)
   state_sizes = device_bytes(params), device_bytes(state.opt_state)
   sizes = solve_plan.solve_bytes(
     *state_sizes, micro_batches=inner is not None, groups=method.options.groups is not None,
-    whole_bytes=programs.gathered_bytes(params, partitioner))
+    whole_bytes=gathered_bytes(params, partitioner))
   act = functools.partial(transformer_bytes, model.config, length=length, partitioner=partitioner,
                           platform=platform, loss_chunk=proxy.loss_chunk)
   num_target = method.target_instances(num_target)
@@ -115,7 +114,7 @@ def solve_parts(method: Any, proxy: Any, proxy_set: Any, vocab_size: int, length
     "proxy slopes": act(proxy_rows, backward=False, tangents=True),
   }
   rows = method.num_steps * method.batch_size + num_target + proxy_set.most
-  on_device = {**sizes._asdict(), "data": _data_bytes(rows, length, partitioner),
+  on_device = {**sizes._asdict(), "data": batch_bytes(rows, length, partitioner),
                "activations": max(one_by_one.values())}
   num_segments = -(-method.num_steps // method.options.segment_steps)
   return SolveParts(
@@ -154,7 +153,7 @@ def _trajectory(method: Any, parts: SolveParts, memory: Memory) -> str | int:
       'control.SolveOptions.trajectory="auto" needs to know the memory of a device, which jax does '
       "not tell here; set pds.PMP.device_bytes, or a policy such as \"all\".")
   free = memory.device_bytes - parts.device_bytes
-  cautious = free - _ACTIVATIONS_MARGIN * parts.on_device["activations"]
+  cautious = free - activations.MARGIN * parts.on_device["activations"]
   # Room for two states, one at work and one on its way, is worth some risk; room for more is not.
   return solve_plan.choose_trajectory(
     parts.state, min(method.options.segment_steps, method.num_steps),
@@ -184,7 +183,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   held = parts.on_device
   reverse = held | {"trajectory": copies * parts.state}
   model = language_models.language_model(proxy.model, vocab_size, length)
-  params = programs.abstract_train_state(model, proxy.optimizer, partitioner).params
+  params = abstract_train_state(model, proxy.optimizer, partitioner).params
   num_params = count_params(params)
   passes = solve_cost.solve_passes(
     method.optimizer, params, method.num_steps, options, in_segments=True)
@@ -196,7 +195,7 @@ def _solve(method, proxy, proxy_set, vocab_size, length, partitioner, memory, si
   inner = method.inner_rows(partitioner)
   micro = inner is not None
   forward["accumulators"] = held["params"] * (1 + micro)
-  forward["gathered"] = (2 + micro) * programs.gathered_bytes(params, partitioner)
+  forward["gathered"] = (2 + micro) * gathered_bytes(params, partitioner)
   forward["activations"] = transformer_bytes(
     model.config, inner or method.batch_size, length, partitioner, platform,
     loss_chunk=proxy.loss_chunk)
@@ -229,18 +228,18 @@ def _scorer(pipeline, vocab_size, length, partitioner, sizes, platform) -> list[
   config = pipeline.scorer
   trunk = language_models.language_model(config.trunk(pipeline.proxy), vocab_size, length)
   model = heads.SequenceRegressor(trunk.config, pooling=config.pooling)
-  state = programs.abstract_state_of(scorer.initializer(model), config.optimizer, partitioner)
+  state = abstract_state_of(scorer.initializer(model), config.optimizer, partitioner)
   per_row = length * flops.forward_flops_per_token(model.config, length, unembedding=False)
   act = functools.partial(transformer_bytes, model.config, length=length, partitioner=partitioner,
                           platform=platform, unembedding=False)
   annotate = {
     "params": device_bytes(state.params),
-    "data": _data_bytes(config.inference_batch_size, length, partitioner),
+    "data": batch_bytes(config.inference_batch_size, length, partitioner),
     "activations": act(config.inference_batch_size, backward=False)}
   return [
     training_phase(
       "scorer", state, 3 * config.batch_size * per_row, config.num_steps,
-      data=_data_bytes(config.batch_size, length, partitioner), kept=act(config.batch_size),
+      data=batch_bytes(config.batch_size, length, partitioner), kept=act(config.batch_size),
       note=f"{config.batch_size} x {length}",
       remedies=("a smaller pds.Scorer.batch_size", programs.more_devices(partitioner))),
     Phase("annotate", count_params(state.params), sizes.num_corpus * per_row,

@@ -7,24 +7,22 @@ No data is read. The programs are those that the stages run, with their sharding
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lmops_jax import control
-from lmops_jax.config.refusals import ConfigError
-from lmops_jax.control.dynamics import State, init_state
 from lmops_jax.control.problem import PROXY_SCOPE
 from lmops_jax.control.targets import MeanTargetLoss
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.shared_stages import language_training
-from lmops_jax.sizing import flops, solve_cost
+from lmops_jax.sizing import flops, recomputation, solve_cost
 from lmops_jax.sizing import vocabulary as sizes
 from lmops_jax.sizing.aot import Program
-from lmops_jax.sizing.budget import device_bytes
+from lmops_jax.sizing.budget import Memory, check_splits, device_bytes
 from lmops_jax.sizing.solve_programs import segment_programs
+from lmops_jax.sizing.training import abstract_key, abstract_train_state
 from lmops_jax.training import language_models, loop, losses
 
 BATCH_FIELDS = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
@@ -49,37 +47,17 @@ def abstract_batch(partitioner: Partitioner, rows: int, length: int, *leading: i
   Raises:
     ConfigError: if the mesh does not divide the rows.
   """
-  if rows % partitioner.num_batch_shards:
-    raise ConfigError(
-      f"a batch of {rows} instances does not split over the mesh's {partitioner.num_batch_shards} "
-      f"data shards; use at most {math.gcd(rows, partitioner.num_batch_shards)} of them and the "
-      "others for mesh.make.tensor, or another batch size."
-    )
+  check_splits(rows, "instances of a batch", partitioner, "batch size")
   sharding = partitioner.batch_sharding(len(leading) + 2, axis=len(leading))
   return {name: jax.ShapeDtypeStruct((*leading, rows, length), dtype, sharding=sharding)
           for name, dtype in BATCH_FIELDS.items()}
 
 
-def abstract_train_state(model: Any, optimizer: Any, partitioner: Partitioner) -> State:
-  """The placed shapes of a language model's training state, nothing allocated."""
-  return abstract_state_of(loop.initializer(model), optimizer, partitioner)
-
-
-def abstract_state_of(init_params: Any, optimizer: Any, partitioner: Partitioner) -> State:
-  """The placed shapes of a state that starts from `init_params(key)`, nothing allocated."""
-  boxed = jax.eval_shape(
-    lambda key: init_state(optimizer.init, optimizer.update, init_params(key)), _key())
-  return partitioner.placed_shapes(boxed)
-
-
-def _key():
-  return jax.eval_shape(lambda: jax.random.key(0))
-
-
 def pretrain_program(config: Any, vocab_size: int, length: int, partitioner: Partitioner,
-                     name: str) -> Program:
-  """The step of `language_training.fit`."""
-  model = language_models.language_model(config.model, vocab_size, length)
+                     memory: Memory, name: str) -> Program:
+  """The step of `language_training.fit`; `memory`: see `recomputation.training_model`."""
+  model = recomputation.training_model(
+    config, vocab_size, length, partitioner, memory, partitioner.platform)
   state = abstract_train_state(model, config.optimizer, partitioner)
   batch = abstract_batch(partitioner, config.batch_size, length)
   example_losses = losses.lm_example_losses(model, chunk=config.loss_chunk)
@@ -87,12 +65,12 @@ def pretrain_program(config: Any, vocab_size: int, length: int, partitioner: Par
   def lower():
     learner = language_training.learner(model, example_losses, config, partitioner)
     step = loop.compiled_step(learner, partitioner, jax.tree.map(lambda x: x.sharding, state))
-    return step.lower(state, batch, _key(), jax.ShapeDtypeStruct((), jnp.int32))
+    return step.lower(state, batch, abstract_key(), jax.ShapeDtypeStruct((), jnp.int32))
 
   per_token = flops.forward_flops_per_token(model.config, length)
   return Program(
     name, lower, 3 * config.batch_size * length * per_token,
-    remedies=training_remedies(config, partitioner))
+    remedies=training_remedies(config, model.config, partitioner))
 
 
 def solve_programs(
@@ -153,27 +131,12 @@ def solve_programs(
   ]
 
 
-def gathered_bytes(params: Any, partitioner: Partitioner) -> int:
-  """Bytes of the parameters that every device holds whole for a step; 0 if they are not split."""
-  rows = partitioner.device_rows
-  if rows is None or not partitioner.splits_params:
-    return 0
-
-  def leaf(x):
-    others = [a for axes in x.sharding.spec for a in (axes if isinstance(axes, tuple) else (axes,))
-              if a is not None and a not in rows.axes]
-    return math.prod(x.shape) * x.dtype.itemsize // math.prod(
-      partitioner.mesh.shape[a] for a in others)
-
-  return sum(map(leaf, jax.tree.leaves(params)))
-
-
-def training_remedies(config: Any, partitioner: Partitioner) -> tuple[str, ...]:
-  """Settings that lower the memory of a `Pretrain`, the best first."""
+def training_remedies(config: Any, model: Any, partitioner: Partitioner) -> tuple[str, ...]:
+  """Settings that lower the memory of a `Pretrain` of that model, the best first."""
   found = _less_gathering(partitioner)
   if config.batch_size // config.accumulate > partitioner.num_batch_shards:
     found.append(f"a smaller micro-batch (pds.Pretrain.accumulate above {config.accumulate})")
-  return (*found, *_recomputation(config, "MODEL"), more_devices(partitioner))
+  return (*found, *_recomputation(model, "MODEL", config.remat), more_devices(partitioner))
 
 
 def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[str, ...]:
@@ -186,7 +149,7 @@ def solve_remedies(method: Any, proxy: Any, partitioner: Partitioner) -> tuple[s
       f"pds.PMP.micro_batch_size below {method.micro_batch_size})")
   if method.options.trajectory not in ("host", "auto", 1):
     found.append('fewer stored states (control.SolveOptions.trajectory="auto")')
-  return (*found, *_recomputation(proxy, "PROXY_MODEL"), more_devices(partitioner))
+  return (*found, *_recomputation(proxy.model, "PROXY_MODEL"), more_devices(partitioner))
 
 
 def _less_gathering(partitioner: Partitioner) -> list[str]:
@@ -195,9 +158,11 @@ def _less_gathering(partitioner: Partitioner) -> list[str]:
   return ['parameters gathered by layers (mesh.make.reduction="layer")']
 
 
-def _recomputation(config: Any, name: str) -> list[str]:
-  return [] if config.model.remat == "full" else [
-    f'recomputation (models.TransformerConfig.remat="full" of {name})']
+def _recomputation(model: Any, name: str, chosen: str | None = None) -> list[str]:
+  if model.remat == "full":
+    return []
+  first = "" if chosen is None else "pds.Pretrain.remat=None and "
+  return [f'recomputation ({first}models.TransformerConfig.remat="full" of {name})']
 
 
 def more_devices(partitioner: Partitioner) -> str:

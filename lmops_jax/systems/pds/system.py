@@ -263,7 +263,9 @@ class Pipeline:
       policy = plan.planned_trajectory(method, parts, memory)
       found += programs.solve_programs(*solve, policy)
     return [
-      *found, programs.pretrain_program(self.pretrain, size, length, partitioner, "pretrain")]
+      *found,
+      programs.pretrain_program(
+        self.pretrain, size, length, partitioner, memory, "pretrain")]
 
   def _train_proxy(self, context, partitioner, seed: int) -> None:
     """Trains the proxy, once the prepared data are known to be large enough for every stage."""

@@ -13,7 +13,8 @@ from lmops_jax.config.refusals import ConfigError
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.shared_stages import language_training
 from lmops_jax.sizing import aot, flops, solve_cost, solve_plan, solve_programs
-from lmops_jax.sizing.budget import Memory, memory_of
+from lmops_jax.sizing.budget import Memory
+from lmops_jax.sizing.training import abstract_train_state
 from lmops_jax.systems.pds import methods, plan, pretrain, programs
 from lmops_jax.systems.pds.programs import Sizes
 from lmops_jax.training import loop, losses, optimizers, sources
@@ -52,8 +53,8 @@ def mesh(request):
 def test_pretraining_against_the_compiler(mesh, remat, accumulate):
   config = _pretrain(model=_model(remat=remat), accumulate=accumulate)
   compiled = aot.compile_program(
-    programs.pretrain_program(config, VOCAB, LENGTH, mesh, "pretrain"), mesh)
-  phase = plan._training("pretrain", config, VOCAB, LENGTH, mesh, "cpu")
+    programs.pretrain_program(config, VOCAB, LENGTH, mesh, Memory(), "pretrain"), mesh)
+  phase = plan._training("pretrain", config, VOCAB, LENGTH, mesh, Memory(), "cpu")
   parts = phase.parts
   # Arguments are exactly the state and the batch.
   held = parts["params"] + parts["opt_state"] + parts["data"]
@@ -68,7 +69,7 @@ def test_pretraining_against_the_compiler(mesh, remat, accumulate):
 
 def test_the_compiled_step_is_the_one_that_the_loop_runs(mesh, monkeypatch, tmp_path):
   config = _pretrain()
-  program = programs.pretrain_program(config, VOCAB, LENGTH, mesh, "pretrain")
+  program = programs.pretrain_program(config, VOCAB, LENGTH, mesh, Memory(), "pretrain")
   with mesh.activate():
     text = program.lower().as_text()
   seen = []
@@ -127,7 +128,7 @@ def test_flops_of_the_phases_are_those_of_the_whole_solve(mesh):
   phases = plan._solve(
     method, proxy, proxy_set, VOCAB, LENGTH, mesh, Memory(), Sizes(24, 100), "cpu", runs=3)
   model = programs.language_models.language_model(proxy.model, VOCAB, LENGTH)
-  params = programs.abstract_train_state(model, proxy.optimizer, mesh).params
+  params = abstract_train_state(model, proxy.optimizer, mesh).params
   passes = solve_cost.solve_passes(
     method.optimizer, params, 6, method.options, in_segments=True)
   per_row = LENGTH * flops.forward_flops_per_token(model.config, LENGTH)
@@ -138,7 +139,8 @@ def test_flops_of_the_phases_are_those_of_the_whole_solve(mesh):
 def test_a_planned_mesh_has_the_shardings_of_a_real_one(mesh):
   planned = MeshConfig(data=2, fsdp=4, reduction=mesh.reduction).plan(8)
   config = _pretrain()
-  of = lambda m: plan._training("pretrain", config, VOCAB, LENGTH, m, "cpu").parts  # noqa: E731
+  of = lambda m: plan._training(  # noqa: E731
+    "pretrain", config, VOCAB, LENGTH, m, Memory(), "cpu").parts
   assert of(planned) == of(mesh)
   with pytest.raises(ValueError, match="does not fit 9 devices"):
     MeshConfig(data=2, fsdp=4).plan(9)
@@ -170,19 +172,6 @@ def test_auto_takes_what_fits():
   assert plan.resolve_trajectory(method, parts, starts_alone) == 4
   with pytest.raises(ValueError, match="raise control.SolveOptions.segment_steps .now 6."):
     plan.resolve_trajectory(_pmp(trajectory="all", segment_steps=6), parts, Memory(1e9, 1.0))
-
-
-def test_memory_of_a_device():
-  device = jax.devices()[0]
-  assert memory_of(device, 5.0) == Memory(5.0, 0.0) and memory_of(device) == Memory(None, 0.0)
-
-  class Accelerator:
-    platform = "gpu"
-    def memory_stats(self):
-      return {"bytes_limit": 7}
-
-  found = memory_of(Accelerator(), 5.0)
-  assert found.device_bytes == 7 and found.host_bytes > 0
 
 
 # ------------------------------------------------------------------------------------------- sizes
@@ -225,7 +214,7 @@ def test_bad_input(mesh):
   with pytest.raises(ConfigError, match="vocab_size=32000"):
     programs.vocabulary_size(_model(), object())
   assert programs.vocabulary_size(_model(vocab_size=7), object()) == 7
-  with pytest.raises(ConfigError, match="a batch of 12 instances does not split"):
+  with pytest.raises(ConfigError, match="12 instances of a batch do not split"):
     programs.abstract_batch(mesh, 12, LENGTH)
   with pytest.raises(ValueError, match="trajectory"):
     solve_programs.segment_programs(

@@ -138,8 +138,7 @@ class PMP:
     """The method, its trajectory decided from the devices' memory if it is "auto"."""
     if self.options.trajectory != AUTO:
       return self
-    device = bench.partitioner.mesh.devices.flat[0]
-    memory = budget.memory_of(device, self.device_bytes)
+    memory = budget.memory_of_mesh(bench.partitioner, self.device_bytes)
     parts = plan.solve_parts(
       self, bench.proxy, bench.proxy_set, bench.corpus.vocab_size, bench.corpus.length,
       bench.partitioner, len(bench.prepared.target_dev), bench.partitioner.platform,
