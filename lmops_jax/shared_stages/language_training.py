@@ -77,7 +77,7 @@ def fit(
   directory: Path, seed: int, description: str, initial_params=None,
   progress: Callable | None = None,
 ):
-  """Trains `model` by `config` in `directory` and returns the last parameters."""
+  """Trains `model`, as it is, by `config` in `directory` and returns the last parameters."""
   result = loop.train(
     learner(model, example_losses, config, partitioner), source, config.num_steps, seed, directory,
     partitioner, initial_params=initial_params,
