@@ -29,7 +29,7 @@ SCALINGS = ("magneto", "deepnorm")  # scalings of branches by the number of laye
 NORM_PLACEMENTS = ("pre", "post", "parallel")
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "dots", "full")  # the one that recomputes least first
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROPE_SCALINGS = ("linear", "dynamic", "llama3", "yarn", "factors")
 

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from lmops_jax.mesh.meshes import Partitioner
+from lmops_jax.models.config import REMAT_POLICIES
 from lmops_jax.models.transformer import Transformer
 from lmops_jax.sizing import activations
 from lmops_jax.sizing.budget import Memory
@@ -17,7 +18,6 @@ from lmops_jax.sizing.training import language_training_phase
 from lmops_jax.training import language_models
 
 AUTO = "auto"
-_POLICIES = ("none", "dots", "full")  # of `models.config`, the one that recomputes least first
 
 
 def training_model(
@@ -44,7 +44,7 @@ def training_model(
       f'{config.setting}.remat="{AUTO}" needs to know the memory of a device, which jax does not '
       f"tell here; set {config.setting}.remat to None, which takes "
       "models.TransformerConfig.remat.")
-  for policy in _POLICIES:
+  for policy in REMAT_POLICIES:
     model = Transformer(dataclasses.replace(model.config, remat=policy))
     phase = language_training_phase("", config, model, length, partitioner, platform)
     cautious = phase.total_bytes + activations.MARGIN * phase.parts["activations"]

@@ -210,7 +210,7 @@ def test_too_long_a_sequence_is_refused(params):
     ({"num_layers": 0}, "num_layers=0 must be an integer of at least 1"),
     ({"width": 16.0}, "width=16.0 must be an integer"),
     ({"attention": "flash"}, "attention='flash' must be 'xla', 'chunked'"),
-    ({"remat": "some"}, "remat='some' must be 'none', 'full' or 'dots'"),
+    ({"remat": "some"}, "remat='some' must be 'none', 'dots' or 'full'"),
     ({"dtype": "float8"}, "dtype='float8' must be 'float32', "),
     ({"norm_eps": 0.0}, "norm_eps=0.0 must be a number above 0"),
   ],

@@ -51,5 +51,5 @@ def test_a_choice_needs_the_memory_and_a_given_policy_does_not():
   with pytest.raises(ValueError, match="set training.LanguageTraining.remat to None"):
     _chosen(None)
   assert _chosen(None, dataclasses.replace(CONFIG, remat=None)).remat == "dots"
-  with pytest.raises(ValueError, match="remat='auto' must be 'none', 'full' or 'dots'"):
+  with pytest.raises(ValueError, match="remat='auto' must be 'none', 'dots' or 'full'"):
     dataclasses.replace(MODEL, remat="auto")
