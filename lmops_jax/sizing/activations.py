@@ -16,9 +16,6 @@ import jax.numpy as jnp
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.training import losses
 
-# Compiled, activations take up to this share more than estimated (tests/benchmarks/results/aot.md).
-MARGIN = 0.5
-
 
 def activation_bytes(
   config: TransformerConfig, rows: float, length: int, *, platform: str, num_fsdp: int = 1,

@@ -8,7 +8,7 @@ import pytest
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.transformer import TransformerConfig
 from lmops_jax.shared_stages import language_training
-from lmops_jax.sizing import budget
+from lmops_jax.sizing import budget, recomputation
 from lmops_jax.systems.pds import plan, pretrain
 from lmops_jax.training import optimizers
 
@@ -37,7 +37,7 @@ def test_training_recomputes_what_its_plan_says(monkeypatch, tmp_path, remat):
       "pretrain", config, VOCAB, LENGTH, partitioner, budget.Memory(memory), "cpu")
 
   needed = planned(given)
-  device_bytes = needed.total_bytes + 0.5 * needed.parts["activations"]
+  device_bytes = recomputation.COMPILED * needed.total_bytes
   trained, lines = [], []
   monkeypatch.setattr(budget, "memory_of", lambda *_: budget.Memory(device_bytes))
   monkeypatch.setattr(language_training, "fit", lambda model, *_, **__: trained.append(model))
