@@ -20,6 +20,7 @@ from lmops_jax.config import gin_files
 from lmops_jax.config.gin_text import plain_text, with_leaves
 from lmops_jax.config.refusals import ConfigError, nearest
 from lmops_jax.config.registry import configurable_named, parameters_of, short_name
+from lmops_jax.config.setting_words import part_with
 from lmops_jax.config.settings import Constant
 
 MACRO = "gin.macro"
@@ -174,8 +175,11 @@ class Source:
       configurable = configurable_named(selector, at)
       names, any_name = parameters_of(configurable)
       if param not in names and not any_name:
-        raise ConfigError(f"{at}: {short_name(configurable.selector)} has no parameter {param!r}"
-                          f"{nearest(param, names)}")
+        part = part_with(configurable.wrapped, param)
+        hint = nearest(param, names) if part is None else (
+          f"; its {part[0]!r} has one, which is bound as {part[1]}.{param}.")
+        raise ConfigError(
+          f"{at}: {short_name(configurable.selector)} has no parameter {param!r}{hint}")
       selector = configurable.selector
     value = with_leaves(statement.value, _checked)
     self.bindings.append(

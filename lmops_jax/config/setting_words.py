@@ -115,6 +115,20 @@ def _bounds(marks: tuple) -> str:
   return f" {' and '.join(parts)}" if parts else ""
 
 
+def part_with(made: Callable, name: str) -> tuple[str, str] | None:
+  """A parameter of a component that takes another component, which has the parameter `name`.
+
+  Returns:
+    That parameter and the other component's name; None if there is none.
+  """
+  for parameter, hint in hints_of(made).items():
+    for option in options(without_marks(hint)):
+      for selector, other in _registered():
+        if other is option and name in inspect.signature(other).parameters:
+          return parameter, selector
+  return None
+
+
 def _registered() -> list[tuple[str, Any]]:
   return [(short_name(selector), configurable.wrapped)
           for selector, configurable in gin_config._REGISTRY.items()]

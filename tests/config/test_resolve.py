@@ -52,6 +52,12 @@ class System:
 
 
 @gin.register(module="toy")
+@dataclasses.dataclass(frozen=True)
+class Holder:
+  part: Method | None = None
+
+
+@gin.register(module="toy")
 def keywords(first=1, **others):
   return {"first": first, **others}
 
@@ -497,6 +503,9 @@ def test_binding_that_every_scope_overrides_is_refused(write):
   ("STEPZ = 3", ["bad.gin:3: STEPZ has no effect", "'STEPS'"]),
   ("toy_optim.sgd.momentum = 1", ["bad.gin:3: toy_optim.sgd.momentum has no effect", "adamw"]),
   ("toy.System.step = 1", ["bad.gin:3: toy.System has no parameter 'step'", "'steps'"]),
+  ("toy.Holder.hessian = True", [
+    "bad.gin:3: toy.Holder has no parameter 'hessian'; its 'part' has one, which is bound as "
+    "toy.Method.hessian."]),
   ("toy.Sistem.steps = 1", ["bad.gin:3", "'toy.Sistem'", "'toy.System'"]),
   ("toy.Sistem:\n  steps = 1", ["bad.gin:3", "'toy.Sistem'", "'toy.System'"]),
   ("STEPS = %STEBS", ["bad.gin:3", "'STEPS'"]),
