@@ -16,9 +16,9 @@ from lmops_jax.data import load_vocabulary
 from tests import several_processes
 
 STAGES = [
-  "prepare", "proxy", "proxy_2", "solve/pds", "scorer/pds", "annotate/pds", "select/pds",
-  "pretrain/pds/seed0", "pretrain/pds/seed1", "annotate/random", "select/random",
-  "pretrain/random/seed0", "pretrain/random/seed1", "evaluate", "report",
+  "prepare", "proxy", "solve/pds", "scorer/pds", "annotate/pds", "select/pds", "pretrain/pds/seed0",
+  "pretrain/pds/seed1", "annotate/random", "select/random", "pretrain/random/seed0",
+  "pretrain/random/seed1", "evaluate", "report",
 ]
 
 
@@ -151,7 +151,7 @@ def test_damaged_output_is_named(finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "proxy_2"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_a_random_moment_it_ends_the_same(finished, tmp_path, stage):
   undisturbed, _ = finished
   workdir = tmp_path / "run"
@@ -207,7 +207,7 @@ def _job(workdir, *bindings):
   return ["-m", "lmops_jax.cli", "run", "pds/smoke.gin", "--workdir", workdir, *bindings]
 
 
-UNTIL_SOLVED = '--gin.STAGES=["prepare", "proxy", "proxy_2", "solve"]'
+UNTIL_SOLVED = '--gin.STAGES=["prepare", "proxy", "solve"]'
 
 
 @pytest.mark.slow
