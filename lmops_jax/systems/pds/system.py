@@ -156,7 +156,9 @@ class Pipeline:
       if isinstance(method, methods.ProxyMethod):
         stages += [
           skeleton.Stage(
-            solve, functools.partial(self._solve, method=method, partitioner=partitioner),
+            solve,
+            functools.partial(
+              self._solve, method=method, partitioner=partitioner, proxy_runs=len(proxies)),
             inputs=("prepare", *proxies), reads=(own, "proxy_set"),
           ),
           skeleton.Stage(
@@ -305,12 +307,12 @@ class Pipeline:
       context.log(sentence)
     return bench
 
-  def _solve(self, context, method, partitioner) -> None:
+  def _solve(self, context, method, partitioner, proxy_runs: int) -> None:
     bench = self._gradient_bench(context, method, partitioner)
     if isinstance(method, methods.SolvingMethod):
       method = method.decided(bench)
     ids, values = bench.proxies["example_id"], []
-    for run in range(self.proxy_runs):
+    for run in range(proxy_runs):
       rows = np.atleast_2d(method.score_proxies(dataclasses.replace(bench, proxy_run=run)))
       if rows.shape[1] != len(ids):
         raise ValueError(
