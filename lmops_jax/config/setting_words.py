@@ -12,7 +12,7 @@ import annotated_types as at
 from gin import config as gin_config
 
 from lmops_jax.config.gin_text import plain_text
-from lmops_jax.config.registry import short_name
+from lmops_jax.config.registry import parameters_of, short_name
 from lmops_jax.host.words import shortened
 
 LARGEST = 2**31 - 1  # what an index on a device holds
@@ -122,10 +122,10 @@ def part_with(made: Callable, name: str) -> tuple[str, str] | None:
     That parameter and the other component's name; None if there is none.
   """
   for parameter, hint in hints_of(made).items():
-    for option in options(without_marks(hint)):
-      for selector, other in _registered():
-        if other is option and name in inspect.signature(other).parameters:
-          return parameter, selector
+    kinds = options(without_marks(hint))
+    for selector, other in gin_config._REGISTRY.items():
+      if other.wrapped in kinds and name in parameters_of(other)[0]:
+        return parameter, short_name(selector)
   return None
 
 

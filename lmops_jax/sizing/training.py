@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lmops_jax.control.dynamics import State, init_state
 from lmops_jax.mesh.meshes import Partitioner
@@ -14,6 +15,7 @@ from lmops_jax.models.config import TransformerConfig
 from lmops_jax.sizing import activations, flops
 from lmops_jax.sizing.budget import Phase, check_splits, device_bytes
 from lmops_jax.training import loop
+from lmops_jax.training.learner import Learner
 
 _BATCH_ITEM_BYTES = 12  # tokens, targets and loss_mask, four bytes a position each
 
@@ -85,12 +87,19 @@ def abstract_train_state(model: Any, optimizer: Any, partitioner: Partitioner) -
 def abstract_state_of(init_params: Any, optimizer: Any, partitioner: Partitioner) -> State:
   """The placed shapes of a state that starts from `init_params(key)`."""
   boxed = jax.eval_shape(
-    lambda key: init_state(optimizer.init, optimizer.update, init_params(key)), abstract_key())
+    lambda key: init_state(optimizer.init, optimizer.update, init_params(key)), _key())
   return partitioner.placed_shapes(boxed)
 
 
-def abstract_key() -> jax.ShapeDtypeStruct:
-  """The shape of a key."""
+def lowered_step(
+  learner: Learner, partitioner: Partitioner, state: Any, batch: Any
+) -> jax.stages.Lowered:
+  """The step that `loop.train` runs, for placed shapes of a state and a batch."""
+  step = loop.compiled_step(learner, partitioner, jax.tree.map(lambda x: x.sharding, state))
+  return step.lower(state, batch, _key(), jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def _key() -> jax.ShapeDtypeStruct:
   return jax.eval_shape(lambda: jax.random.key(0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from lmops_jax.sizing import activations
 from lmops_jax.sizing import docked as docked_sizes
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.budget import Phase, check_splits, device_bytes
-from lmops_jax.sizing.training import training_phase
+from lmops_jax.sizing.training import lowered_step, training_phase
 from lmops_jax.sizing.vocabulary import vocabulary_size
 from lmops_jax.systems.kosmos import training
 from lmops_jax.systems.kosmos.prepare import RowShape
@@ -132,14 +133,8 @@ def program(
   shapes = config.shapes if shapes is None else shapes
   docked, learner, state, batch = _abstract(
     config, model, vocabulary, partitioner, shapes, words, encoded)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-
-  def lower():
-    step = loop.compiled_step(learner, partitioner, jax.tree.map(lambda x: x.sharding, state))
-    return step.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
-
   return Program(
-    "train", lower,
+    "train", functools.partial(lowered_step, learner, partitioner, state, batch),
     config.num_groups * docked_sizes.group_flops(
       docked.config, shapes.values(), encoded=encoded),
     remedies=_remedies(config, partitioner))

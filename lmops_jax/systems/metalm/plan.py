@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from lmops_jax.models.vision import NUM_CHANNELS
 from lmops_jax.sizing import activations, encoders
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.budget import Phase, check_splits, device_bytes
-from lmops_jax.sizing.training import training_phase
+from lmops_jax.sizing.training import lowered_step, training_phase
 from lmops_jax.sizing.universal import RowShape
 from lmops_jax.systems.metalm import training
 from lmops_jax.systems.metalm.arms import Arm
@@ -125,13 +126,9 @@ def phase(step: Step, partitioner: Partitioner, platform: str) -> Phase:
 def program(step: Step, partitioner: Partitioner) -> Program:
   """The step as a program; raises as `phase` does."""
   learner, state, batch = _abstract(step, partitioner)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-
-  def lower():
-    compiled = loop.compiled_step(learner, partitioner, jax.tree.map(lambda x: x.sharding, state))
-    return compiled.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
-
-  return Program("train", lower, step.flops, remedies=_remedies(step, partitioner))
+  return Program(
+    "train", functools.partial(lowered_step, learner, partitioner, state, batch), step.flops,
+    remedies=_remedies(step, partitioner))
 
 
 def _remedies(step: Step, partitioner) -> tuple[str, ...]:

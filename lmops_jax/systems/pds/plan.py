@@ -12,13 +12,7 @@ from typing import Any, NamedTuple
 
 from lmops_jax.mesh.meshes import Partitioner
 from lmops_jax.models import heads
-from lmops_jax.sizing import (
-  flops,
-  recomputation,
-  solve_cost,
-  solve_plan,
-  solve_programs,
-)
+from lmops_jax.sizing import flops, recomputation, solve_cost, solve_plan, solve_programs
 from lmops_jax.sizing.budget import Memory, Phase, device_bytes
 from lmops_jax.sizing.training import (
   abstract_state_of,

@@ -22,8 +22,8 @@ from lmops_jax.sizing import vocabulary as sizes
 from lmops_jax.sizing.aot import Program
 from lmops_jax.sizing.budget import Memory, check_splits, device_bytes
 from lmops_jax.sizing.solve_programs import segment_programs
-from lmops_jax.sizing.training import abstract_key, abstract_train_state
-from lmops_jax.training import language_models, loop, losses
+from lmops_jax.sizing.training import abstract_train_state, lowered_step
+from lmops_jax.training import language_models, losses
 
 BATCH_FIELDS = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
 
@@ -64,8 +64,7 @@ def pretrain_program(config: Any, vocab_size: int, length: int, partitioner: Par
 
   def lower():
     learner = language_training.learner(model, example_losses, config, partitioner)
-    step = loop.compiled_step(learner, partitioner, jax.tree.map(lambda x: x.sharding, state))
-    return step.lower(state, batch, abstract_key(), jax.ShapeDtypeStruct((), jnp.int32))
+    return lowered_step(learner, partitioner, state, batch)
 
   per_token = flops.forward_flops_per_token(model.config, length)
   return Program(

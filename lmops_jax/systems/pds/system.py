@@ -292,10 +292,10 @@ class Pipeline:
       )
     pretrain.run(context, config=self.proxy, partitioner=partitioner, seed=seed)
 
-  def _bench(self, context, partitioner, proxy_run: int = 0) -> methods.Bench:
+  def _bench(self, context, partitioner) -> methods.Bench:
     return methods.Bench(
-      context, prepare.Prepared(context.input("prepare")), self.proxy, self.proxy_set, partitioner,
-      proxy_run)
+      context, prepare.Prepared(context.input("prepare")), self.proxy, self.proxy_set, partitioner
+    )
 
   def _gradient_bench(self, context, method, partitioner) -> methods.Bench:
     """The bench of a method of gradients, which is told if there is less data than it asks for."""
@@ -313,7 +313,8 @@ class Pipeline:
       method = method.decided(bench)
     ids, values = bench.proxies["example_id"], []
     for run in range(proxy_runs):
-      rows = np.atleast_2d(method.score_proxies(dataclasses.replace(bench, proxy_run=run)))
+      bench.proxy_run = run  # the same bench, whose rows are read once
+      rows = np.atleast_2d(method.score_proxies(bench))
       if rows.shape[1] != len(ids):
         raise ValueError(
           f"method {method.name!r} gave {rows.shape[1]} scores for {len(ids)} proxies; "

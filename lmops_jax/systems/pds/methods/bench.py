@@ -30,7 +30,7 @@ class Bench:
 
   Attributes:
     proxy_run: which of the proxy's trainings the parameters are from. A method that scores proxies
-      is called with a bench for each.
+      is called for each; nothing that is kept here depends on it.
   """
 
   context: pipeline.StageContext
