@@ -28,7 +28,7 @@ def activation_bytes(
     config: the model's, with `vocab_size`.
     rows: examples of the micro-batch on this device.
     length: S.
-    platform: decides the size of a chunk of logits.
+    platform: decides the size of a chunk of logits, and how many heads' scores exist at a time.
     num_fsdp, num_tensor: sizes of the mesh axes.
     loss_chunk: positions whose logits exist at a time; None lets the loss choose.
     unembedding: whether the loss has logits.
@@ -41,7 +41,8 @@ def activation_bytes(
   heads = c.num_heads * c.head_width / num_tensor
   mlp = c.mlp_width / num_tensor
   products = heads + 2 * c.key_heads * c.head_width / num_tensor + c.width + (1 + c.gated_mlp) * mlp
-  working = positions * item * (products + 5 * c.width + 2 * mlp) + _scores_bytes(c, rows, length)
+  working = positions * item * (products + 5 * c.width + 2 * mlp)
+  working += _scores_bytes(c, rows, length, platform)
   if c.remat == "none":
     in_float32 = 6 * c.width + heads  # three forms of each norm's input, attention's output
     kept = positions * (item * (products + 4 * c.width + heads + 4 * mlp) + 4 * in_float32)
@@ -78,11 +79,14 @@ def kept_bytes(function: Callable, inputs: tuple, *fixed) -> int:
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
 
-def _scores_bytes(config: TransformerConfig, rows: float, length: int) -> float:
-  """Scores and probabilities of one block."""
+def _scores_bytes(config: TransformerConfig, rows: float, length: int, platform: str) -> float:
+  """Scores and probabilities of one block that exist at a time."""
   per_score = 8 + jnp.dtype(config.dtype).itemsize
   if config.attention == "xla":
     return rows * config.num_heads * length**2 * per_score
   if config.attention == "chunked":
-    return rows * config.num_heads * min(config.attention_chunk, length) * length * per_score
+    heads = rows * config.num_heads
+    if platform == "cpu" and not config.relative_buckets:  # those of one key head at a time
+      heads = config.num_heads / config.key_heads
+    return heads * min(config.attention_chunk, length) * length * per_score
   return rows * length * config.num_heads * 4.0  # a kernel keeps a sum a row

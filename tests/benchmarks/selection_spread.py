@@ -9,6 +9,9 @@ the final models of a training seed start from the same parameters. Beside the l
 what two selections have in common (chance gives `RATIO`) and how alike their scores rank the corpus
 (Spearman). Seeds that the workdir holds already are not run again.
 
+Another training of the same selection gives another loss too, so an analysis of variance tells the
+two apart: of the losses of G selections with N trainings each, `--gin SEEDS=[0,1,2,3]`.
+
 Another training has the first seed's selection with one instance exchanged: what its loss differs
 by is no selection's merit, and is how far another processor's rounding could lead.
 """
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from scipy import stats
 
 from lmops_jax import cli
 from lmops_jax.config import resolve
@@ -86,6 +90,22 @@ def _last_losses(evaluated: Path) -> list[float]:
           for result in json.loads((evaluated / evaluate.FILE).read_text())]
 
 
+def deviations(losses: np.ndarray) -> tuple[float, float, float]:
+  """Deviations that losses `[G,N]` owe to their training and to their selection.
+
+  Returns:
+    The deviation within selections; that of selections beyond it, by one-way analysis of variance
+    with random groups; and the upper end of the latter (Williams 1962, 95 %, one-sided).
+  """
+  num_groups, num = losses.shape
+  within = losses.var(axis=1, ddof=1).mean()
+  between = num * losses.mean(axis=1).var(ddof=1)
+  freedom = num_groups - 1
+  least = stats.f.ppf(0.05, freedom, num_groups * (num - 1))
+  most = freedom * (between - least * within) / (num * stats.chi2.ppf(0.05, freedom))
+  return tuple(np.sqrt(np.maximum([within, (between - within) / num, most], 0)))
+
+
 def table(runs: dict[int, dict], exchanged_loss: float, bindings: list[str]) -> str:
   """Losses by seed, then what the pairs have in common."""
   seeds, first = _system(bindings).seeds, next(iter(runs))
@@ -104,6 +124,7 @@ def table(runs: dict[int, dict], exchanged_loss: float, bindings: list[str]) -> 
     *(row(seed, numbers, f"{float(one['seconds']):.0f}")
       for (seed, one), numbers in zip(runs.items(), losses, strict=True)),
     row("mean", losses.mean(0)), row("standard deviation", losses.std(0, ddof=1)),
+    *_apart(losses[:, :-1]),
     "", f"With one instance of seed {first}'s selection exchanged, training seed 0 reaches "
     f"{exchanged_loss:.3f}.",
     "", "| seeds | selected by both | Spearman of the scores |", "|---|---:|---:|"]
@@ -112,6 +133,14 @@ def table(runs: dict[int, dict], exchanged_loss: float, bindings: list[str]) -> 
     rank = correlation.spearman(one["scores"], other["scores"])
     lines.append(f"| {a}, {b} | {share:.1%} | {rank:.3f} |")
   return "\n".join([*lines, ""])
+
+
+def _apart(losses) -> list[str]:
+  if min(losses.shape) < 2:
+    return []
+  within, between, most = deviations(losses)
+  return ["", f"Trainings of one selection deviate by {within:.3f}, selections by {between:.3f} "
+          f"beyond that (at most {most:.3f}, 95 %)."]
 
 
 def main():

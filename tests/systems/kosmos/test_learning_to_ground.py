@@ -1,4 +1,4 @@
-"""What a small Kosmos-2 learns to place, over two seeds, against the same without boxes."""
+"""What a small Kosmos-2 learns to place, against the same without boxes."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ MARGIN = 0.1
 
 # Scenes of one shape each, and expressions alone, with their boxes or without.
 SIZES = [
-  "ARMS = ('grounded', 'plain')", "TOWER_STEPS = 600", "STEPS = 300", "SCENES = 1500",
-  "kosmos.TowerTraining.recolored_share = 0.0",  # so few steps do not teach both
+  "ARMS = ('grounded', 'plain')", "SEEDS = [0]", "TOWER_STEPS = 600", "STEPS = 300",
+  "SCENES = 1500", "kosmos.TowerTraining.recolored_share = 0.0",  # so few steps do not teach both
   "DOCUMENTS = 16", "ITEMS = 64", "GROUPS = 1", "pairs/kosmos.RowShape.rows = 32",
   "data.Scenes.two_share = 0.0", "data.Scenes.least_side = 16", "data.Scenes.largest_side = 22",
   "kosmos.World.num_validation = 32", "kosmos.Training.eval_every = 300",
@@ -48,6 +48,6 @@ def test_a_model_taught_boxes_places_what_it_is_asked_for(run_stages, tmp_path, 
     for arm in ("grounded", "plain"))
   constant = summary["baselines"]["constant"]["seen"]
   for kind in ("expression", "bound"):  # without the grammar, and with it, which gives any box
-    assert len(grounded[kind]) == 2
+    assert len(grounded[kind]) == 1
     for of_grounded, of_plain in zip(grounded[kind], plain[kind], strict=True):
       assert of_grounded > max(of_plain, constant) + MARGIN, kind
