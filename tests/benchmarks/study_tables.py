@@ -3,6 +3,7 @@
     lmops run tests/benchmarks/structured_prompting.gin --workdir A --gin.MODEL=... (its macros)
     lmops run tests/benchmarks/meta_optimizer.gin --workdir B --gin.MODEL=...
     python tests/benchmarks/study_tables.py --structured A --output FILE
+    python tests/benchmarks/study_tables.py --compare "structured prompting=A" "APE=C" --output FILE
     python tests/benchmarks/study_tables.py --meta B --output FILE
 """
 
@@ -40,13 +41,39 @@ def structured(workdir: Path) -> tuple[str, str]:
     for row in of["counts"]:
       low, high = min(row["counts"]), max(row["counts"])
       count = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-      spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
       lines.append(
         f"| {task} | {len(of['words'])} | {100 * of['most_frequent_label']:.1f} | {count}"
         f"{' (window)' if row['is_window'] else ''} | {row['num_groups']:.1f} | "
-        f"{row['num_tokens']:,.0f} | {100 * row['mean']:.1f}{spread} | "
+        f"{row['num_tokens']:,.0f} | {_accuracy(row)} | "
         f"{', '.join(f'{100 * x:.0f}' for x in row['metric'])} |")
   return "# Accuracy by number of demonstrations", "\n".join(lines)
+
+
+def compared(workdirs: dict[str, Path]) -> tuple[str, str]:
+  """Accuracy by task and number of demonstrations, of runs that weigh groups in several ways."""
+  summaries = {
+    name: read_summary(workdir / "report" / "summary.json") for name, workdir in workdirs.items()}
+  tasks = next(iter(summaries.values()))["tasks"]
+  lines = [
+    "Accuracy in percent, mean and standard deviation over seeds of demonstrations, and by seed.",
+    "", f"| set | demonstrations | {' | '.join(summaries)} |", "|---" * (2 + len(summaries)) + "|"]
+  for task, of in tasks.items():
+    for place, row in enumerate(of["counts"]):
+      cells = []
+      for summary in summaries.values():
+        found = summary["tasks"][task]["counts"][place]
+        cells.append(f"{_accuracy(found)} ({', '.join(f'{100 * x:.0f}' for x in found['metric'])})")
+      lines.append(f"| {task} | {row['key']} | {' | '.join(cells)} |")
+  means = [
+    100 * sum(row["mean"] for of in summary["tasks"].values() for row in of["counts"])
+    / sum(len(of["counts"]) for of in summary["tasks"].values()) for summary in summaries.values()]
+  lines.append(f"| mean | | {' | '.join(f'{mean:.1f}' for mean in means)} |")
+  return "# Ways to weigh groups of demonstrations", "\n".join(lines)
+
+
+def _accuracy(row: dict) -> str:
+  spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
+  return f"{100 * row['mean']:.1f}{spread}"
 
 
 def meta(workdir: Path) -> tuple[str, str]:
@@ -84,9 +111,14 @@ def main() -> None:
   which = parser.add_mutually_exclusive_group(required=True)
   which.add_argument("--structured", type=Path, metavar="WORKDIR")
   which.add_argument("--meta", type=Path, metavar="WORKDIR")
+  which.add_argument("--compare", nargs="+", metavar="NAME=WORKDIR")
   parser.add_argument("--output", type=Path)
   args = parser.parse_args()
-  title, table = structured(args.structured) if args.structured else meta(args.meta)
+  if args.compare:
+    named = (one.rpartition("=") for one in args.compare)
+    title, table = compared({name: Path(workdir) for name, _, workdir in named})
+  else:
+    title, table = structured(args.structured) if args.structured else meta(args.meta)
   text = (
     f"{title}\n\nWritten by `tests/benchmarks/study_tables.py`, whose docstring has the commands; "
     f"{platform.machine()}, {os.cpu_count()} cores.\n\n{table}\n")
