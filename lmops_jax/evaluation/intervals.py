@@ -36,6 +36,35 @@ def mean_and_half_width(
   return mean, float(upper * np.std(values, ddof=1) / len(values)**0.5)
 
 
+def half_width_of_difference(
+  groups: Sequence[Sequence[float]], level: float = 0.95
+) -> float | None:
+  """Half the width of the t interval of a difference between the means of any two groups.
+
+  The deviation is pooled within groups, which few values in each of many groups give surely.
+
+  Args:
+    groups: `[G][N]`, such as a loss by method and seed.
+
+  Returns:
+    None for groups of one value, which tell no deviation.
+
+  Raises:
+    ValueError: for no group, groups of several sizes, or a level that is not between 0 and 1.
+  """
+  sizes = {len(group) for group in groups}
+  if len(sizes) != 1 or not min(sizes):
+    raise ValueError(
+      f"groups of {', '.join(map(str, sorted(sizes))) or 'no'} values have no pooled deviation; "
+      "give each as many.")
+  size, = sizes
+  if size == 1:
+    return None
+  deviation = np.var(groups, axis=1, ddof=1).mean() ** 0.5
+  upper = stats.t.ppf(quantiles(level)[1], len(groups) * (size - 1))
+  return float(upper * deviation * (2 / size) ** 0.5)
+
+
 def of_proportion(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
   """Wilson's interval of a proportion, such as an accuracy over rows (Wilson 1927).
 

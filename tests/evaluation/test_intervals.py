@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lmops_jax.evaluation.intervals import mean_and_half_width, of_difference, of_proportion
+from lmops_jax.evaluation.intervals import (
+  half_width_of_difference,
+  mean_and_half_width,
+  of_difference,
+  of_proportion,
+)
 
 
 def test_half_width_is_that_of_the_t_test():
@@ -19,6 +24,16 @@ def test_too_few_values_have_no_interval():
   assert mean_and_half_width([2.0]) == (2.0, None)
   assert mean_and_half_width([]) == (None, None)
   assert mean_and_half_width([1.0, None]) == (None, None)
+
+
+def test_a_difference_of_two_groups_is_that_of_the_t_test():
+  groups = [[0.3, -0.1, 0.4], [1.0, 1.1, 0.7]]
+  low, high = stats.ttest_ind(*groups).confidence_interval(0.9)
+  assert half_width_of_difference(groups, 0.9) == pytest.approx((high - low) / 2)
+  assert half_width_of_difference([[1.0], [2.0]]) is None
+  for wrong in ([[1.0], [1.0, 2.0]], []):
+    with pytest.raises(ValueError, match="have no pooled deviation"):
+      half_width_of_difference(wrong)
 
 
 @pytest.mark.parametrize("successes,total", [(0, 10), (11, 50), (50, 50)])

@@ -47,6 +47,14 @@ def test_curves_draw_the_mean_and_the_band_of_the_runs():
   assert {"pds", "random", "random's final loss", "117"} <= texts
 
 
+def test_a_crossing_is_labelled_unless_an_earlier_label_stands_there():
+  runs = {name: [plots.Run([0, 400], [8.0, 5.0])] for name in "abc"}
+  figure = plots.curves(runs, x_label="steps", y_label="loss", reference=(6.0, "chance"),
+                        crossings={"a": 228.0, "b": 239.0, "c": 270.0})
+  texts = [text.get_text() for text in figure.axes[0].texts]
+  assert "228" in texts and "239" not in texts and "270" in texts
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_reference_away_from_the_curves_is_in_view():
   figure = plots.curves({"a": [plots.Run([1, 4], [0.2, 0.2])]}, x_label="x", y_label="y",

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from lmops_jax.reporting.plots.style import INK, NEUTRAL, Look, Run, label_ends, looks, new, plot
 
+_DIGIT = 0.016  # width of a digit of a label, of the axes'
+
 
 @plot
 def curves(
@@ -33,7 +35,8 @@ def curves(
     x_label, y_label: with units.
     styles: from `looks`, by the series' order if not given; a series it lacks is drawn in grey.
     reference: a y value and its label, drawn as a dashed horizontal line.
-    crossings: series to the x where it meets the reference, marked and labelled.
+    crossings: series to the x where it meets the reference, marked, and labelled unless an earlier
+      label stands there.
     focus_from: the y axis is fitted to the curves from this x on, so that a steep start does not
       flatten the rest.
     log_x, log_y: logarithmic axes.
@@ -103,12 +106,18 @@ def _reference(axes, reference, crossings, styles):
     text, (0.0, value), xycoords=("axes fraction", "data"), xytext=(4, -3),
     textcoords="offset points", ha="left", va="top", fontsize=8.5, color=INK,
   )
+  labelled = []
   for name, x in crossings.items():
     colour = styles.get(name, NEUTRAL).colour
     axes.plot([x, x], [0, value], color=colour, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1.6)
     axes.plot([x], [value], "o", color=colour, markersize=5, markeredgecolor="white", zorder=6)
+    label = f"{x:,.0f}"
+    place = (axes.transScale + axes.transLimits).transform((x, value))[0]
+    if any(abs(place - other) < _DIGIT * (len(label) + 1) for other in labelled):
+      continue  # it would stand on an earlier one
+    labelled.append(place)
     axes.annotate(
-      f"{x:,.0f}", (x, 0), xycoords=("data", "axes fraction"), xytext=(3, 4),
+      label, (x, 0), xycoords=("data", "axes fraction"), xytext=(3, 4),
       textcoords="offset points", fontsize=8.5, color=colour, fontweight="bold",
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lmops_jax.config.setting_types import Count, PositiveInt, component
-from lmops_jax.evaluation import curves
+from lmops_jax.evaluation import curves, intervals
 from lmops_jax.reporting import html, plots, run_report
 from lmops_jax.stages import pipeline
 from lmops_jax.systems.pds import evaluate, methods, prepare, scorer, scores, select
@@ -92,8 +92,11 @@ class _View:
     fits = {name: self.manifests[f"scorer/{name}"]["extra"] for name in self.fitted}
     spearman = {name: fit["validation_spearman"] for name, fit in fits.items()}
     main = self.fitted[0] if self.fitted else None
+    methods = method_results(self.evaluations)
     return {
-      "methods": method_results(self.evaluations),
+      "methods": methods,
+      "difference_by_chance": intervals.half_width_of_difference(
+        [method["target_test_loss"] for method in methods.values()]),
       "corpus_share_by_kind": share_by_kind(self.corpus, np.arange(len(self.corpus)), kinds),
       "selected_share_by_kind": {
         name: share_by_kind(self.corpus, indices, kinds)
@@ -159,11 +162,15 @@ class _View:
         rows[-1].append(float(np.mean(result["corpus_loss"])))
     if with_corpus:
       columns.append(html.Column("corpus loss", ".3f"))
+    chance = summary["difference_by_chance"]
+    sure = "" if chance is None else (
+      f" Two methods less than {chance:.3f} apart may be so by chance (95 %, by how far trainings "
+      "of one method differ).")
     return html.Section(
       "What the selection is worth",
       "Models of one size, trained alike for the same number of steps, each on one selection. The "
       "test part of the target was opened for these numbers only. Lower is better; the corpus loss "
-      "is on held-out text of the whole corpus, which a selection is free to neglect.",
+      f"is on held-out text of the whole corpus, which a selection is free to neglect.{sure}",
       figures=[self.report.figure("target_test_loss", figure,
                                   "Mean over seeds; the band spans them. The start is cut off.")],
       tables=[html.Table(columns, rows, highlight=[0])],
