@@ -9,11 +9,11 @@ the final models of a training seed start from the same parameters. Beside the l
 what two selections have in common (chance gives `RATIO`) and how alike their scores rank the corpus
 (Spearman). Seeds that the workdir holds already are not run again.
 
-Another training of the same selection gives another loss too, so an analysis of variance tells the
-two apart: of the losses of G selections with N trainings each, `--gin SEEDS=[0,1,2,3]`.
+Another training on the same selection gives another loss too. With several training seeds,
+`--gin SEEDS=[0,1,2,3]`, an analysis of variance tells the two apart.
 
-Another training has the first seed's selection with one instance exchanged: what its loss differs
-by is no selection's merit, and is how far another processor's rounding could lead.
+A last training has the first seed's selection with one instance exchanged: what its loss differs by
+is no selection's merit, and is how far another processor's rounding could lead.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lmops_jax.reporting.plots.style import INK, NEUTRAL, Look, Run, label_ends, looks, new, plot
 
-_DIGIT = 0.016  # width of a digit of a label, of the axes'
+_DIGIT = 0.016  # width of a digit of a label, in widths of the axes
 
 
 @plot

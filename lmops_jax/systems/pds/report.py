@@ -92,11 +92,11 @@ class _View:
     fits = {name: self.manifests[f"scorer/{name}"]["extra"] for name in self.fitted}
     spearman = {name: fit["validation_spearman"] for name, fit in fits.items()}
     main = self.fitted[0] if self.fitted else None
-    methods = method_results(self.evaluations)
+    results = method_results(self.evaluations)
     return {
-      "methods": methods,
+      "methods": results,
       "difference_by_chance": intervals.half_width_of_difference(
-        [method["target_test_loss"] for method in methods.values()]),
+        [result["target_test_loss"] for result in results.values()]),
       "corpus_share_by_kind": share_by_kind(self.corpus, np.arange(len(self.corpus)), kinds),
       "selected_share_by_kind": {
         name: share_by_kind(self.corpus, indices, kinds)
