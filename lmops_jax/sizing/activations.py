@@ -42,7 +42,8 @@ def activation_bytes(
   mlp = c.mlp_width / num_tensor
   products = heads + 2 * c.key_heads * c.head_width / num_tensor + c.width + (1 + c.gated_mlp) * mlp
   working = positions * item * (products + 5 * c.width + 2 * mlp)
-  working += _scores_bytes(c, rows, length, platform)
+  by_heads = platform == "cpu" and num_fsdp == num_tensor == 1
+  working += _scores_bytes(c, rows, length, by_heads)
   if c.remat == "none":
     in_float32 = 6 * c.width + heads  # three forms of each norm's input, attention's output
     kept = positions * (item * (products + 4 * c.width + heads + 4 * mlp) + 4 * in_float32)
@@ -79,14 +80,14 @@ def kept_bytes(function: Callable, inputs: tuple, *fixed) -> int:
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
 
-def _scores_bytes(config: TransformerConfig, rows: float, length: int, platform: str) -> float:
-  """Scores and probabilities of one block that exist at a time."""
+def _scores_bytes(config: TransformerConfig, rows: float, length: int, by_heads: bool) -> float:
+  """Scores and probabilities of one block; `by_heads`: chunked attention's, of one at a time."""
   per_score = 8 + jnp.dtype(config.dtype).itemsize
   if config.attention == "xla":
     return rows * config.num_heads * length**2 * per_score
   if config.attention == "chunked":
     heads = rows * config.num_heads
-    if platform == "cpu" and not config.relative_buckets:  # those of one key head at a time
+    if by_heads and not config.relative_buckets:  # queries of one key head in one row
       heads = config.num_heads / config.key_heads
     return heads * min(config.attention_chunk, length) * length * per_score
   return rows * length * config.num_heads * 4.0  # a kernel keeps a sum a row

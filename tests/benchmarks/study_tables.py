@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
 from pathlib import Path
 
 from lmops_jax.reporting.summary import read_summary
@@ -44,31 +45,32 @@ def structured(workdir: Path) -> tuple[str, str]:
       lines.append(
         f"| {task} | {len(of['words'])} | {100 * of['most_frequent_label']:.1f} | {count}"
         f"{' (window)' if row['is_window'] else ''} | {row['num_groups']:.1f} | "
-        f"{row['num_tokens']:,.0f} | {_accuracy(row)} | "
-        f"{', '.join(f'{100 * x:.0f}' for x in row['metric'])} |")
+        f"{row['num_tokens']:,.0f} | {_accuracy(row)} | {_by_seed(row)} |")
   return "# Accuracy by number of demonstrations", "\n".join(lines)
 
 
 def compared(workdirs: dict[str, Path]) -> tuple[str, str]:
   """Accuracy by task and number of demonstrations, of runs that weigh groups in several ways."""
-  summaries = {
-    name: read_summary(workdir / "report" / "summary.json") for name, workdir in workdirs.items()}
-  tasks = next(iter(summaries.values()))["tasks"]
+  runs = {name: _rows(workdir) for name, workdir in workdirs.items()}
   lines = [
     "Accuracy in percent, mean and standard deviation over seeds of demonstrations, and by seed.",
-    "", f"| set | demonstrations | {' | '.join(summaries)} |", "|---" * (2 + len(summaries)) + "|"]
-  for task, of in tasks.items():
-    for place, row in enumerate(of["counts"]):
-      cells = []
-      for summary in summaries.values():
-        found = summary["tasks"][task]["counts"][place]
-        cells.append(f"{_accuracy(found)} ({', '.join(f'{100 * x:.0f}' for x in found['metric'])})")
-      lines.append(f"| {task} | {row['key']} | {' | '.join(cells)} |")
-  means = [
-    100 * sum(row["mean"] for of in summary["tasks"].values() for row in of["counts"])
-    / sum(len(of["counts"]) for of in summary["tasks"].values()) for summary in summaries.values()]
+    "", f"| set | demonstrations | {' | '.join(runs)} |", "|---" * (2 + len(runs)) + "|"]
+  for task, count in next(iter(runs.values())):
+    found = [rows[task, count] for rows in runs.values()]
+    cells = (f"{_accuracy(row)} ({_by_seed(row)})" for row in found)
+    lines.append(f"| {task} | {count} | {' | '.join(cells)} |")
+  means = (100 * statistics.fmean(row["mean"] for row in rows.values()) for rows in runs.values())
   lines.append(f"| mean | | {' | '.join(f'{mean:.1f}' for mean in means)} |")
   return "# Ways to weigh groups of demonstrations", "\n".join(lines)
+
+
+def _rows(workdir: Path) -> dict[tuple, dict]:
+  summary = read_summary(workdir / "report" / "summary.json")
+  return {(task, row["key"]): row for task, of in summary["tasks"].items() for row in of["counts"]}
+
+
+def _by_seed(row: dict) -> str:
+  return ", ".join(f"{100 * x:.0f}" for x in row["metric"])
 
 
 def _accuracy(row: dict) -> str:
