@@ -1,7 +1,7 @@
 """Settings held against the annotations of components, and what is said where one does not fit."""
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -160,10 +160,15 @@ def test_components_of_a_user_are_checked_where_their_annotations_can_be_read(tm
   assert resolve.load([path]).build().steps == "many"
 
 
+# Modules that cannot be imported without a package of an extra.
+NEEDS = {"lmops_jax.data.distributed.transforms": "apache_beam",
+         "lmops_jax.evaluation.lm_eval_adapter": "lm_eval"}
+
+
 def _components():
   """Our registered classes and functions, by name."""
   for module in pkgutil.walk_packages(lmops_jax.__path__, "lmops_jax."):
-    if module.name != "lmops_jax.data.distributed.transforms":  # needs the extra beam
+    if module.name not in NEEDS or importlib.util.find_spec(NEEDS[module.name]):
       importlib.import_module(module.name)
   return {name: found.wrapped for name, found in gin_config._REGISTRY.items()
           if found.wrapped.__module__.startswith("lmops_jax.")}

@@ -6,12 +6,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install -e '.[parity]'")
 torch.set_num_threads(1)  # more of them get into the way of XLA's
+
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from lmops_jax.pretrained import exporting, families  # noqa: E402
 from lmops_jax.pretrained import model as model_lib  # noqa: E402
