@@ -32,14 +32,15 @@ from lmops_jax.models.attention_scores import (
   distance_bias,
   heads_first,
   in_chunks,
-  keep_parts,
+  keep_largest,
+  partial_attention,
   softmax_attention,
   visible,
 )
 from lmops_jax.models.dropout import dropped_probabilities
 from lmops_jax.models.fused_attention import cudnn, first_order_only, splash_sharded
 from lmops_jax.models.partitioning import on_one_cpu, platform_in_use
-from lmops_jax.models.prefixes import prefixes
+from lmops_jax.models.prefixes import prefixes, turned, with_turned_gradient
 
 ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
 _PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
@@ -130,8 +131,11 @@ def self_attention(
 
   if kind in ("xla", "chunked"):
     arrays = _Arrays(*heads_first(q, k, v), segment_ids, keys, bias, 0)
-    attend = _xla if kind == "xla" else functools.partial(_by_heads, chunk=chunk)
-    out = attend(arrays, pattern=pattern, dropout=dropout)
+    if kind == "xla":
+      out = _xla(arrays, pattern, dropout)
+    else:
+      out, total = _by_heads(arrays, pattern, dropout, chunk)
+      out = (out / total).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
   if kind == "splash" and pattern.slopes is not None:
     raise ValueError(
@@ -195,12 +199,16 @@ def _by_heads(arrays, pattern, dropout, chunk):
     return attend(arrays, pattern)
   num_rows, num_heads = arrays.k.shape[:2]
 
-  @functools.partial(jax.checkpoint, policy=keep_parts)
+  @functools.partial(jax.checkpoint, policy=keep_largest)
   def of_one(inputs):
     head, slopes, *rest = inputs
     q, k, v, segment_ids, keys = jax.tree.map(lambda x: x[None], rest)
     one = _Arrays(q[None], k[None], v[None], segment_ids, keys, None, head)
-    return attend(one, pattern._replace(slopes=slopes))[0, 0]
+    return tuple(x[0, 0] for x in attend(one, pattern._replace(slopes=slopes)))
+
+  def turn(inputs):  # not in the checkpoint, which would keep the columns
+    *before, (q, k, v), segment_ids, keys = inputs
+    return of_one((*before, q, *(with_turned_gradient(*x) for x in (k, v)), segment_ids, keys))
 
   def of_each_row(x):
     return None if x is None else jnp.tile(x, (num_rows, *[1] * (x.ndim - 1)))
@@ -208,12 +216,14 @@ def _by_heads(arrays, pattern, dropout, chunk):
   def of_each_head(x):
     return None if x is None else jnp.repeat(x, num_heads, axis=0)
 
+  def stacked(x):
+    return x.reshape(-1, *x.shape[2:])
+
   slopes = None if pattern.slopes is None else jnp.reshape(pattern.slopes, (num_heads, -1))
-  out = jax.lax.map(of_one, (
+  return tuple(x.reshape(*arrays.q.shape[:4], -1) for x in jax.lax.map(turn, (
     of_each_row(jnp.arange(num_heads)), of_each_row(slopes),
-    *(x.reshape(-1, *x.shape[2:]) for x in (arrays.q, arrays.k, arrays.v)),
-    of_each_head(arrays.segment_ids), of_each_head(arrays.keys)))
-  return out.reshape(arrays.q.shape)
+    (stacked(arrays.q), *((stacked(x), stacked(turned(x))) for x in (arrays.k, arrays.v))),
+    of_each_head(arrays.segment_ids), of_each_head(arrays.keys))))
 
 
 def _chunked(arrays, pattern, dropout, chunk):
@@ -232,7 +242,7 @@ def _chunked(arrays, pattern, dropout, chunk):
   for first, last, keys, values in zip(firsts, lasts, prefixes(k, lengths), prefixes(v, lengths)):
     key_segments = None if segment_ids is None else segment_ids[:, : keys.shape[2]]
 
-    @functools.partial(jax.checkpoint, policy=keep_parts)
+    @functools.partial(jax.checkpoint, policy=keep_largest)
     def one_chunk(inputs, keys=keys, values=values, key_segments=key_segments):
       i, q_chunk, query_segments, given = inputs
       query_index = i * chunk + jnp.arange(chunk)
@@ -241,16 +251,20 @@ def _chunked(arrays, pattern, dropout, chunk):
       bias = distance_bias(query_index, key_index, pattern, keys.shape[1])
       bias = added(bias, None if given is None else given[..., : keys.shape[2]])
       drop = arrays.drop(dropout, query_index)
-      return softmax_attention(q_chunk, keys, values, mask, bias, drop)
+      found = partial_attention(q_chunk, keys, values, mask, bias, drop)
+      return found.out, found.total
 
     segments, biases = (
       None if x is None else x[first:last] for x in (segment_chunks, bias_chunks))
     inputs = (jnp.arange(first, last), q_chunks[first:last], segments, biases)
     if last - first == 1:  # alone, XLA on a CPU need not copy it into and out of stacks
       one = jax.tree.map(lambda x: x[0], inputs)
-      outputs.append(one_chunk(one)[None])
+      outputs.append(tuple(x[None] for x in one_chunk(one)))
     else:
       outputs.append(jax.lax.map(one_chunk, inputs))
-  out = jnp.concatenate(outputs)  # [n,B,K,G,chunk,E]
-  out = jnp.moveaxis(out, 0, 3)
-  return out.reshape(*q.shape[:3], num_chunks * chunk, -1)[:, :, :, :length]
+
+  def joined(parts):
+    x = jnp.moveaxis(jnp.concatenate(parts), 0, 3)  # [B,K,G,n,chunk,...]
+    return x.reshape(*q.shape[:3], num_chunks * chunk, -1)[:, :, :, :length]
+
+  return tuple(joined(parts) for parts in zip(*outputs))

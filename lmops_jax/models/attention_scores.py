@@ -12,10 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 from lmops_jax.models.products import matrix_product, product_of_rows
 
 MASKED = -1e30  # finite, so that no derivative of the softmax is 0 * inf
-_PART = "attention_part"  # what `keep_parts` finds
+_LARGEST = "attention_largest"  # what `keep_largest` finds
 
-# Policy of `jax.checkpoint` that keeps a `Part`, so that only scores are computed twice.
-keep_parts = jax.checkpoint_policies.save_only_these_names(_PART)
+# Policy of `jax.checkpoint` that keeps each row's largest score, so that only scores and their
+# exponentials are computed twice.
+keep_largest = jax.checkpoint_policies.save_only_these_names(_LARGEST)
 
 
 class Pattern(NamedTuple):
@@ -70,11 +71,12 @@ def partial_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None, drop=None) -> Pa
   """The part for the arguments of `softmax_attention`; a bias may also be one number."""
   scores = masked_scores(q_BKGSE, k_BKME, mask, bias)
   largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+  largest = checkpoint_name(largest, _LARGEST)  # before its use, which is what is computed twice
   weights = jnp.exp(scores - largest)
   total = jnp.sum(weights, axis=-1, keepdims=True)
   kept = weights if drop is None else drop(weights)
   out = summed(kept, v_BKME, weights.dtype).reshape(q_BKGSE.shape)
-  return checkpoint_name(Part(largest, total, out), _PART)
+  return Part(largest, total, out)
 
 
 def softmax_attention(q_BKGSE, k_BKME, v_BKME, mask, bias=None, drop=None):

@@ -46,6 +46,8 @@ def activation_bytes(
   working += _scores_bytes(c, rows, length, by_heads)
   if c.remat == "none":
     in_float32 = 6 * c.width + heads  # three forms of each norm's input, attention's output
+    if c.attention == "chunked":  # each row's largest score, its sum and a factor of the quotient's
+      in_float32 += 3 * c.num_heads / num_tensor
     kept = positions * (item * (products + 4 * c.width + heads + 4 * mlp) + 4 * in_float32)
     if c.attention == "xla":  # the others compute scores again
       kept += rows * c.num_heads * length**2 * (4 + item)

@@ -130,6 +130,20 @@ def test_hessian_product_equals_finite_differences_in_float64():
     np.testing.assert_allclose(hvp, central, rtol=1e-6, atol=1e-9)
 
 
+def test_backwards_chunked_seeks_no_largest_score_again():
+  q = jnp.zeros((1, 64, 2, 8))
+
+  def attend(q):
+    return jnp.sum(self_attention(q, q, q, kind="chunked", chunk=16))
+
+  def count(f):
+    program = str(jax.make_jaxpr(f)(q))
+    return program.count(" reduce_max["), program.count(" exp ")
+
+  (largest, exponentials), backwards = count(attend), count(jax.grad(attend))
+  assert largest > 1 and backwards == (largest, 2 * exponentials)
+
+
 def test_chunked_memory_grows_linearly_and_xla_quadratically():
   def temp_bytes(kind, length):
     shape = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
