@@ -6,7 +6,7 @@
   arXiv:2112.05682), so memory grows linearly in the length. Plain jax operations: differentiable
   to any order, also `jax.jvp` of `jax.grad`. Keys beyond a block's last query are left out in
   steps of an eighth. On one CPU the blocks are those of one row and key head at a time, whose
-  scores its caches hold, unless there is a table of biases.
+  scores its caches hold, unless there is a table of biases; see `queries_at_a_time`.
 - `cudnn`: fused kernel on NVIDIA GPUs. First derivatives only.
 - `splash`: fused kernel on TPUs. First derivatives only.
 
@@ -45,6 +45,7 @@ from lmops_jax.models.prefixes import prefixes, turned, with_turned_gradient
 ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
 _PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
 _NUM_PREFIXES = 8  # chunked: keys are cut to the causal prefix in this many steps
+_MOST_QUERIES = 512  # of one head that a CPU reads at a time of its own accord
 
 
 def supports_forward_mode(kind: str) -> bool:
@@ -93,6 +94,15 @@ def check_bias(kind: str) -> None:
     )
 
 
+def queries_at_a_time(chunk: int, length: int) -> int:
+  """Queries a block of chunked attention where a CPU takes one head at a time: `chunk` or more.
+
+  A block for each step of keys needs no loop within the head's, and few blocks have few products,
+  each of which threads begin and end together.
+  """
+  return max(chunk, min(-(-length // _NUM_PREFIXES), _MOST_QUERIES))
+
+
 def self_attention(
   q: jax.Array,
   k: jax.Array,
@@ -115,7 +125,7 @@ def self_attention(
     segment_ids: `[B,S] int32`; attention stays within equal ids. None is one segment.
     pattern: who sees whom; distances are those of the sequence axis.
     kind: one of `ATTENTION_KINDS`.
-    chunk: queries a block, for `chunked` only.
+    chunk: queries a block, for `chunked` only; a CPU may take more of one head.
     dropout: share of probabilities that are dropped, in [0, 1).
     keys: `[B]` typed keys of dropout, one for each example; None drops nothing.
     bias: `[H,S,S] float32`, added to the scaled scores of all rows, beside ALiBi's; or None.
@@ -192,19 +202,19 @@ def _xla(arrays, pattern, dropout):
 
 
 def _by_heads(arrays, pattern, dropout, chunk):
-  """`_chunked`, on a CPU of one row and one key head at a time, whose scores its caches hold."""
-  attend = functools.partial(_chunked, dropout=dropout, chunk=chunk)
+  """As `_chunked`, on a CPU of one row and one key head at a time, whose scores its caches hold."""
   # The gradient of a table of biases would be added up in memory, whole, in every turn.
   if not on_one_cpu() or arrays.bias is not None:
-    return attend(arrays, pattern)
-  num_rows, num_heads = arrays.k.shape[:2]
+    return _chunked(arrays, pattern, dropout, chunk)
+  num_rows, num_heads, length = arrays.k.shape[:3]
 
   @functools.partial(jax.checkpoint, policy=keep_largest)
   def of_one(inputs):
     head, slopes, *rest = inputs
     q, k, v, segment_ids, keys = jax.tree.map(lambda x: x[None], rest)
     one = _Arrays(q[None], k[None], v[None], segment_ids, keys, None, head)
-    return tuple(x[0, 0] for x in attend(one, pattern._replace(slopes=slopes)))
+    queries = queries_at_a_time(chunk, length)
+    return tuple(x[0, 0] for x in _chunked(one, pattern._replace(slopes=slopes), dropout, queries))
 
   def turn(inputs):  # not in the checkpoint, which would keep the columns
     *before, (q, k, v), segment_ids, keys = inputs
@@ -227,7 +237,7 @@ def _by_heads(arrays, pattern, dropout, chunk):
 
 
 def _chunked(arrays, pattern, dropout, chunk):
-  """Attention `[B,K,G,S,E]`."""
+  """Attention before its division, `[B,K,G,S,E]`, and what divides it, `[B,K,G,S,1]`."""
   q, k, v, segment_ids, _, bias, _ = arrays
   length = q.shape[3]
   num_chunks = -(-length // chunk)

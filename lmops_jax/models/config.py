@@ -166,7 +166,7 @@ class TransformerConfig:
     branch_gain: factor of the initial matrices of the MLP and of attention's value and output;
       "magneto" is `sqrt(ln(2L))`, "deepnorm" `(8L)^(-1/4)` (decoder or encoder alone).
     attention: one of `attention.ATTENTION_KINDS`.
-    attention_chunk: queries in a block, for "chunked".
+    attention_chunk: queries in a block, for "chunked"; a CPU may take more of one head at a time.
     scan_layers: run the blocks under `lax.scan` (compiles once) or unrolled (more to compile,
       fewer copies). Parameters and results are the same.
     remat: what the backward pass recomputes in each block: "none", "full" (all of it), "dots" (all

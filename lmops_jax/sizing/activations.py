@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lmops_jax.models.attention import queries_at_a_time
 from lmops_jax.models.config import TransformerConfig
 from lmops_jax.training import losses
 
@@ -88,8 +89,8 @@ def _scores_bytes(config: TransformerConfig, rows: float, length: int, by_heads:
   if config.attention == "xla":
     return rows * config.num_heads * length**2 * per_score
   if config.attention == "chunked":
-    heads = rows * config.num_heads
+    heads, chunk = rows * config.num_heads, config.attention_chunk
     if by_heads and not config.relative_buckets:  # queries of one key head in one row
-      heads = config.num_heads / config.key_heads
-    return heads * min(config.attention_chunk, length) * length * per_score
+      heads, chunk = config.num_heads / config.key_heads, queries_at_a_time(chunk, length)
+    return heads * min(chunk, length) * length * per_score
   return rows * length * config.num_heads * 4.0  # a kernel keeps a sum a row

@@ -297,10 +297,27 @@ def map_sequence_chunks(function, hidden: jax.Array, targets: jax.Array, chunk: 
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """`[...,V]` and `[...]` to nats, by a comparison, since a gather's transpose is a scatter."""
+  """`[...,V]` and `[...]` to nats."""
+  # A gather from a vocabulary that lies on several devices would bring all of it together.
+  target_logit = _gathered if on_one_cpu() else _compared
+  return jax.nn.logsumexp(logits, axis=-1) - target_logit(logits, targets)
+
+
+def _compared(logits, targets):
+  """Each target's logit by a comparison, since a gather's transpose is a scatter."""
   chosen = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
-  target_logit = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-  return jax.nn.logsumexp(logits, axis=-1) - target_logit
+  return jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+
+
+@jax.custom_jvp
+def _gathered(logits, targets):
+  """`_compared`, but for its derivatives without another pass over the logits."""
+  return jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+
+
+@_gathered.defjvp
+def _(primals, tangents):
+  return _gathered(*primals), _compared(tangents[0], primals[1])
 
 
 def _default_chunk(batch_size: int, length: int, vocab_size: int) -> int:

@@ -1,12 +1,14 @@
 """Per-example losses against NumPy, masks, chunking to second order, and refusals on the host."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.heads import SequenceRegressor
@@ -19,6 +21,7 @@ from lmops_jax.training.losses import (
   map_sequence_chunks,
   regression_example_losses,
 )
+from tests.models.test_products import ORDERS
 
 CONFIG = TransformerConfig(
   vocab_size=50, num_layers=1, width=16, num_heads=2, mlp_width=24, max_length=16
@@ -189,6 +192,32 @@ def test_loss_objects_are_equal_when_they_compute_the_same():
   assert lm_example_losses(Transformer(CONFIG), chunk=4) == lm_example_losses(MODEL, chunk=4)
   assert hash(lm_example_losses(Transformer(CONFIG))) == hash(lm_example_losses(MODEL))
   assert lm_example_losses(MODEL, chunk=4) != lm_example_losses(MODEL)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_gathered_logit_has_the_derivatives_of_a_compared_one(order):
+  rng = np.random.default_rng(0)
+  targets = jnp.asarray(rng.integers(0, 7, (2, 3)))
+
+  def loss(logit, logits):
+    nats = jax.nn.logsumexp(logits, axis=-1) - jax.vmap(logit)(logits, targets)
+    return jnp.sum(jnp.sin(nats.sum(1)) ** 3)
+
+  with jax.enable_x64(True):
+    logits, u, v = (jnp.asarray(rng.normal(size=(2, 3, 7))) for _ in range(3))
+    got, want = (ORDERS[order](functools.partial(loss, f), logits, u, v)
+                 for f in (losses_lib._gathered, losses_lib._compared))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, want)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_logits_on_several_devices_are_not_gathered(num_devices):
+  device = AbstractDevice(device_kind="any", num_cores=None, platform="cpu")
+  mesh = AbstractMesh((num_devices,), ("tensor",), axis_types=(AxisType.Auto,),
+                      abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    trace = jax.make_jaxpr(losses_lib.cross_entropy)(jnp.zeros((3, 7)), jnp.zeros(3, jnp.int32))
+  assert ("gather" in str(trace)) == (num_devices == 1)
 
 
 def test_regression_loss_is_the_squared_error():
