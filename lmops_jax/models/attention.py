@@ -45,7 +45,6 @@ from lmops_jax.models.prefixes import prefixes, turned, with_turned_gradient
 ATTENTION_KINDS = ("xla", "chunked", "cudnn", "splash")
 _PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
 _NUM_PREFIXES = 8  # chunked: keys are cut to the causal prefix in this many steps
-_MOST_QUERIES = 512  # of one head that a CPU reads at a time of its own accord
 
 
 def supports_forward_mode(kind: str) -> bool:
@@ -97,10 +96,11 @@ def check_bias(kind: str) -> None:
 def queries_at_a_time(chunk: int, length: int) -> int:
   """Queries a block of chunked attention where a CPU takes one head at a time: `chunk` or more.
 
-  A block for each step of keys needs no loop within the head's, and few blocks have few products,
-  each of which threads begin and end together.
+  An eighth of the sequence needs no loop over the blocks of a prefix; fewer than 256 are products
+  so small that threads mostly wait for each other, more than 512 have scores that no cache holds.
   """
-  return max(chunk, min(-(-length // _NUM_PREFIXES), _MOST_QUERIES))
+  eighth, quarter = -(-length // _NUM_PREFIXES), -(-length // 4)
+  return max(chunk, min(max(eighth, min(quarter, 256)), 512))
 
 
 def self_attention(

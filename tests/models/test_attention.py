@@ -13,6 +13,7 @@ from lmops_jax.models import attention
 from lmops_jax.models.attention import (
   ATTENTION_KINDS,
   check_platform,
+  queries_at_a_time,
   self_attention,
   supports_forward_mode,
 )
@@ -116,6 +117,13 @@ def test_heads_take_turns_where_one_cpu_runs_alone(platform, num_devices, own_ro
   if own_rows:
     equations = equations[0].params["jaxpr"].eqns
   assert any(eqn.primitive.name == "scan" for eqn in equations) == loops
+
+
+@pytest.mark.parametrize("chunk, length, queries", [
+  (128, 300, 128), (128, 1000, 250), (128, 1024, 256), (16, 2048, 256), (128, 3000, 375),
+  (128, 16384, 512), (1024, 16384, 1024)])
+def test_a_cpu_takes_more_queries_of_one_head(chunk, length, queries):
+  assert queries_at_a_time(chunk, length) == queries
 
 
 def test_hessian_product_equals_finite_differences_in_float64():
