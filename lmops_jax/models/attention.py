@@ -97,7 +97,8 @@ def queries_at_a_time(chunk: int, length: int) -> int:
   """Queries a block of chunked attention where a CPU takes one head at a time: `chunk` or more.
 
   An eighth of the sequence needs no loop over the blocks of a prefix; fewer than 256 are products
-  so small that threads mostly wait for each other, more than 512 have scores that no cache holds.
+  so small that threads mostly wait for each other. Without a bound, here 512, memory would grow
+  with the square of the length.
   """
   eighth, quarter = -(-length // _NUM_PREFIXES), -(-length // 4)
   return max(chunk, min(max(eighth, min(quarter, 256)), 512))
@@ -208,17 +209,18 @@ def _by_heads(arrays, pattern, dropout, chunk):
     return _chunked(arrays, pattern, dropout, chunk)
   num_rows, num_heads, length = arrays.k.shape[:3]
 
+  queries = queries_at_a_time(chunk, length)
+
   @functools.partial(jax.checkpoint, policy=keep_largest)
-  def of_one(inputs):
-    head, slopes, *rest = inputs
+  def of_one(head, slopes, *rest):
     q, k, v, segment_ids, keys = jax.tree.map(lambda x: x[None], rest)
     one = _Arrays(q[None], k[None], v[None], segment_ids, keys, None, head)
-    queries = queries_at_a_time(chunk, length)
     return tuple(x[0, 0] for x in _chunked(one, pattern._replace(slopes=slopes), dropout, queries))
 
-  def turn(inputs):  # not in the checkpoint, which would keep the columns
-    *before, (q, k, v), segment_ids, keys = inputs
-    return of_one((*before, q, *(with_turned_gradient(*x) for x in (k, v)), segment_ids, keys))
+  def attend(inputs):
+    head, slopes, q, k, v, *rest = inputs
+    # The columns stay outside of the checkpoint, which would keep them.
+    return of_one(head, slopes, q, with_turned_gradient(*k), with_turned_gradient(*v), *rest)
 
   def of_each_row(x):
     return None if x is None else jnp.tile(x, (num_rows, *[1] * (x.ndim - 1)))
@@ -229,10 +231,13 @@ def _by_heads(arrays, pattern, dropout, chunk):
   def stacked(x):
     return x.reshape(-1, *x.shape[2:])
 
+  def with_columns(x):
+    return stacked(x), stacked(turned(x))
+
   slopes = None if pattern.slopes is None else jnp.reshape(pattern.slopes, (num_heads, -1))
-  return tuple(x.reshape(*arrays.q.shape[:4], -1) for x in jax.lax.map(turn, (
+  return tuple(x.reshape(*arrays.q.shape[:4], -1) for x in jax.lax.map(attend, (
     of_each_row(jnp.arange(num_heads)), of_each_row(slopes),
-    (stacked(arrays.q), *((stacked(x), stacked(turned(x))) for x in (arrays.k, arrays.v))),
+    stacked(arrays.q), with_columns(arrays.k), with_columns(arrays.v),
     of_each_head(arrays.segment_ids), of_each_head(arrays.keys))))
 
 

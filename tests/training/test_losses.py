@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lmops_jax.mesh.meshes import MeshConfig
 from lmops_jax.models.heads import SequenceRegressor
@@ -21,6 +20,7 @@ from lmops_jax.training.losses import (
   map_sequence_chunks,
   regression_example_losses,
 )
+from tests.abstract_meshes import abstract_mesh
 from tests.models.test_products import ORDERS
 
 CONFIG = TransformerConfig(
@@ -212,10 +212,7 @@ def test_a_gathered_logit_has_the_derivatives_of_a_compared_one(order):
 
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_logits_on_several_devices_are_not_gathered(num_devices):
-  device = AbstractDevice(device_kind="any", num_cores=None, platform="cpu")
-  mesh = AbstractMesh((num_devices,), ("tensor",), axis_types=(AxisType.Auto,),
-                      abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh):
+  with jax.sharding.use_abstract_mesh(abstract_mesh("cpu", num_devices, "tensor")):
     trace = jax.make_jaxpr(losses_lib.cross_entropy)(jnp.zeros((3, 7)), jnp.zeros(3, jnp.int32))
   assert ("gather" in str(trace)) == (num_devices == 1)
 
